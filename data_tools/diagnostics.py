@@ -1,0 +1,141 @@
+"""What the algorithm files need of a task besides its environments: vectors that freeze, roll-out statistics, pictures.
+
+Pictures are written as PNG and, with a TensorBoard writer, logged under `pictures/`. Maze tasks get maps, the others
+curves of the observation's entries.
+"""
+
+from pathlib import Path
+
+import gymnasium
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from data_tools import maze
+from data_tools.dataset import TASKS
+
+MAX_RETURN = {"maze": 100.0}  # return of an episode in which everything was done
+
+
+def make_envs(env_id: str, num_envs: int, video: Path | None = None) -> gymnasium.vector.VectorEnv:
+    """E environments of a task stepped as one; a member freezes when its episode ends, until it is reset by mask.
+
+    With `video`, the first member's episode is recorded into that MP4 file when the environments are closed.
+    """
+    disabled = gymnasium.vector.AutoresetMode.DISABLED
+    if video is not None:
+        kwargs = {"render_mode": "rgb_array", "vector_kwargs": {"autoreset_mode": disabled}}
+        envs = gymnasium.make_vec(TASKS[env_id], num_envs, vectorization_mode="sync", **kwargs)
+        return VideoRecorder(envs, Path(video))
+    return gymnasium.make_vec(TASKS[env_id], num_envs, vectorization_mode="vector_entry_point", autoreset_mode=disabled)
+
+
+class VideoRecorder(gymnasium.vector.VectorWrapper):
+    """Records the first member's pictures of every second step; written when closed."""
+
+    def __init__(self, envs, path: Path):
+        super().__init__(envs)
+        self.path, self.frames, self.steps = path, [], 0
+
+    def step(self, actions):
+        result = self.env.step(actions)
+        if self.steps % 2 == 0:
+            self.frames.append(self.env.render()[0])
+        self.steps += 1
+        return result
+
+    def close(self, **kwargs):
+        import imageio.v2 as imageio  # ffmpeg is started only for videos
+
+        if self.frames:
+            part = self.path.with_name("part_" + self.path.name)
+            imageio.mimwrite(part, self.frames, fps=50, macro_block_size=1)
+            part.replace(self.path)
+            self.frames = []
+        return super().close(**kwargs)
+
+
+def rollout_statistics(env_id: str, returns: np.ndarray, trace: list) -> dict[str, float]:
+    """Statistics of E roll-outs of the skill prior.
+
+    returns (E,); trace: one (obs (E, O), action (E, A), ended (E,) bool) per env step, ended telling which members
+    had finished before the step; the last entry holds the final observation.
+
+    Maze: `goal` share that reached it; `approach` least geodesic distance to it in cells (10, 25 and 50 % quantiles;
+    34 at the start); `cells` mean number of different cells visited; `lateral` std of the distance to the cells'
+    centre line while moving along it (cells); `wall` share of env steps that deviate from free flight, i.e. touch a
+    wall.
+    """
+    statistics = {"prior_return": float(returns.mean())}
+    if env_id != "maze":
+        return statistics
+    obs, actions, ended = (np.stack(part) for part in zip(*trace))  # (T+1, E, 4), (T+1, E, 2), (T+1, E)
+    cells = maze.cell_of(obs)  # (T+1, E, 2)
+    distance = maze.geodesic_distance(maze.make_layout(), maze.GOAL)[cells[..., 0], cells[..., 1]]  # (T+1, E)
+    goal = returns >= MAX_RETURN["maze"]
+    approach = np.where(goal, 0.0, distance.min(0))  # (E,)
+    cell_index = cells[..., 0] * 42 + cells[..., 1]
+    visited = [len(np.unique(cell_index[:, e])) for e in range(obs.shape[1])]
+
+    # Free flight: v' = v + dt (100 a - v) / (m + dt), from the velocity clipped to [-5, 5]
+    velocity = obs[:-1, :, 2:].clip(-5, 5)
+    free = velocity + 0.01 * (100 * actions[:-1] - velocity) / (4.18879 + 0.01)
+    touches = np.abs(obs[1:, :, 2:] - free).max(-1) > 1e-3  # (T, E)
+    running = ~ended[:-1]
+    along_first = (np.abs(obs[:-1, :, 2]) > 3.5) & running
+    offset = obs[:-1, :, 1] + 0.1
+    lateral = (offset - np.round(offset))[along_first]
+    quantiles = np.quantile(approach, [0.1, 0.25, 0.5])
+    statistics |= {"goal": float(goal.mean())}
+    statistics |= {f"approach_{q}": float(value) for q, value in zip((10, 25, 50), quantiles)}
+    return statistics | {
+        "cells": float(np.mean(visited)),
+        "lateral": float(lateral.std()) if len(lateral) else 0.0,
+        "wall": float(touches[running].mean()),
+    }
+
+
+def save_figure(figure: Figure, path: Path, writer=None):
+    """Write a figure as PNG, atomically, and log it under pictures/NAME."""
+    part = path.with_name("part_" + path.name)
+    figure.savefig(part, dpi=110, bbox_inches="tight")
+    part.replace(path)
+    if writer is not None:
+        writer.add_image(f"pictures/{path.stem}", matplotlib.image.imread(path)[..., :3], dataformats="HWC")
+
+
+def plot_visited(env_id: str, obs: np.ndarray, path: Path, writer=None):
+    """States visited in training, early to late, obs (n, O) in the order of collection (paper, fig. 9)."""
+    figure = Figure(figsize=(7, 6))
+    axes = figure.subplots()
+    colour = np.linspace(0, 100, len(obs))
+    if env_id == "maze":
+        maze.draw_maze(axes)
+        points = axes.scatter(obs[:, 1], obs[:, 0], c=colour, s=1.5, cmap="viridis", linewidths=0)
+    else:
+        centred = obs - obs.mean(0)
+        plane = centred @ np.linalg.svd(centred[:: max(1, len(obs) // 5000)], full_matrices=False)[2][:2].T
+        points = axes.scatter(plane[:, 0], plane[:, 1], c=colour, s=1.5, cmap="viridis", linewidths=0)
+    figure.colorbar(points, ax=axes, label="% of training")
+    axes.set_title("states visited in training")
+    save_figure(figure, path, writer)
+
+
+def plot_prediction(env_id: str, real: np.ndarray, predicted: np.ndarray, path: Path, writer=None):
+    """Open-loop prediction of skill after skill against the simulator, each (skills + 1, O) (paper, fig. 10)."""
+    figure = Figure(figsize=(6, 6))
+    axes = figure.subplots()
+    if env_id == "maze":
+        maze.draw_maze(axes)
+        axes.plot(real[:, 1], real[:, 0], "o-", ms=3, lw=1.5, color="tab:blue", label="simulator")
+        axes.plot(
+            predicted[:, 1], predicted[:, 0], "x--", ms=4, lw=1, color="tab:red", label="predicted from the start"
+        )
+    else:
+        for k in range(real.shape[1]):
+            axes.plot(real[:, k], color=f"C{k % 10}", lw=1)
+            axes.plot(predicted[:, k], "--", color=f"C{k % 10}", lw=1)
+    axes.set_title(f"open-loop prediction over {len(real) - 1} skills")
+    if env_id == "maze":
+        axes.legend(loc="lower right")
+    save_figure(figure, path, writer)
