@@ -62,7 +62,7 @@ class OfflineDataset:
         self.timeouts = torch.tensor(timeouts, device=device)
         self.episode_starts = torch.tensor(starts, dtype=torch.int64, device=device)
         self.episode_lengths = torch.tensor(ends - starts, dtype=torch.int64, device=device)
-        self._windows = {}  # window length -> (first rows, numbers of possible starts) of the episodes that are long enough
+        self._windows = {}  # window length -> first row and number of starts of each episode that is long enough
 
     def __len__(self):
         """Return the number of rows R."""
@@ -198,14 +198,14 @@ def _check(arrays, name):
     lengths = {key: len(array) for key, array in arrays.items()}
     if len(set(lengths.values())) != 1:
         raise DataError(f"{name}: the numbers of rows disagree, {lengths}: {cure}.")
-    if lengths["observations"] == 0:
+    if any(array.size == 0 for array in arrays.values()):
         raise DataError(f"{name} is empty: {cure}.")
 
 
 def _plain(value):
     """Return an HDF5 attribute as a plain Python value."""
     if isinstance(value, bytes):
-        return value.decode()
+        return value.decode(errors="replace")
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     return value
@@ -219,7 +219,7 @@ def cache_dir(data_dir=None) -> Path:
 def load_dataset(
     task: str, data_dir=None, device="cpu", noise: float = 0.5, seed: int = 0, progress: bool = True
 ) -> OfflineDataset:
-    """Return the offline data of `task` (a key of TASKS), which are made on first use and kept in `cache_dir(data_dir)`.
+    """Return the offline data of `task` (a key of TASKS): made on first use, then kept in `cache_dir(data_dir)`.
 
     noise is the standard deviation of the action noise of the collector, seed its random seed. Processes that start
     together make the file once: one collects, the others wait for it. Raises DataError.
@@ -244,7 +244,7 @@ def load_dataset(
                 # Imported here because data_tools.maze builds on this module, and reading a file needs no simulator.
                 from data_tools.maze import collect
 
-                print(f"Collecting the {task} data (noise {noise}, seed {seed}), once, into {path}")
+                print(f"Collecting the {task} data (noise {noise}, seed {seed}), once, into {path}", flush=True)
                 collect(noise=noise, seed=seed, progress=progress).save(path)
         finally:
             lock.release()

@@ -1,0 +1,366 @@
+"""Data files and the window sampler, on small data made by hand."""
+
+import errno
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import data_tools
+from data_tools import DataError, OfflineDataset, cache_dir, load_dataset
+from data_tools import maze as maze_module
+
+LENGTHS = [5, 12, 3, 30, 12]  # the last episode has no flag at its end
+REPOSITORY = Path(data_tools.__file__).parents[1]
+
+
+def make_arrays(lengths=tuple(LENGTHS)):
+    """Rows that tell where they come from: observation (episode, step), action (episode, step, row)."""
+    episode = np.repeat(np.arange(len(lengths)), lengths)
+    step = np.concatenate([np.arange(n) for n in lengths])
+    ends = np.cumsum(lengths) - 1
+    terminals, timeouts = np.zeros((2, len(step)), dtype=bool)
+    terminals[ends[:-1:2]] = True
+    timeouts[ends[1:-1:2]] = True
+    return {
+        "observations": np.stack([episode, step], axis=1).astype(np.float32),
+        "actions": np.stack([episode, step, np.arange(len(step))], axis=1).astype(np.float32),
+        "terminals": terminals,
+        "timeouts": timeouts,
+    }
+
+
+def make_dataset():
+    return OfflineDataset(**make_arrays(), attributes={"seed": 3, "noise": 0.5, "generator": "hand"})
+
+
+def write(path, arrays):
+    with h5py.File(path, "w") as file:
+        for key, value in arrays.items():
+            file[key] = value
+
+
+# ------------------------------------------------------------------------------------------------- episodes and windows
+
+
+def test_episodes_end_at_terminals_and_timeouts():
+    dataset = make_dataset()
+    assert dataset.episode_lengths.tolist() == LENGTHS
+    assert dataset.episode_starts.tolist() == [0, 5, 17, 20, 50]
+    assert dataset.observations.dtype == dataset.actions.dtype == torch.float32
+    assert dataset.terminals.dtype == dataset.timeouts.dtype == torch.bool
+    assert dataset.episode_starts.dtype == dataset.episode_lengths.dtype == torch.int64
+    assert len(dataset) == sum(LENGTHS) and dataset.device == torch.device("cpu")
+
+
+def test_windows_stay_within_their_episode_and_are_aligned():
+    obs, actions = make_dataset().sample_windows(4000, 10)
+    assert obs.shape == (4000, 10, 2) and actions.shape == (4000, 9, 3)
+    assert (obs[:, :, 0] == obs[:, :1, 0]).all()  # one episode
+    assert (obs[:, 1:, 1] - obs[:, :-1, 1] == 1).all()  # successive steps
+    assert torch.equal(actions[:, :, :2], obs[:, :-1])  # action t belongs to state t
+
+
+def test_windows_are_uniform_over_episodes_then_over_starts():
+    generator = torch.Generator().manual_seed(0)
+    batch_size = 60_000
+    obs, _ = make_dataset().sample_windows(batch_size, 10, generator)
+    episodes = obs[:, 0, 0].int()
+    assert set(episodes.tolist()) == {1, 3, 4}  # those with at least 10 rows
+    for episode in (1, 3, 4):
+        chosen = obs[episodes == episode, 0, 1].long()
+        # Five standard deviations of the binomial counts.
+        assert abs(len(chosen) - batch_size / 3) < 5 * np.sqrt(batch_size * 2 / 9)
+        counts = torch.bincount(chosen)
+        num_starts = LENGTHS[episode] - 10 + 1
+        assert len(counts) == num_starts  # the first and the last start both occur
+        expected = len(chosen) / num_starts
+        assert (counts - expected).abs().max() < 5 * np.sqrt(expected)
+
+
+def test_windows_as_long_as_the_episode_and_of_one_row():
+    obs, actions = make_dataset().sample_windows(50, 30)
+    assert (obs[:, 0, 0] == 3).all() and (obs[:, 0, 1] == 0).all()
+    obs, actions = make_dataset().sample_windows(5000, 1)
+    assert obs.shape == (5000, 1, 2) and actions.shape == (5000, 0, 3)
+    assert len(torch.unique(obs, dim=0)) == sum(LENGTHS)
+
+
+def test_windows_follow_the_generator():
+    dataset = make_dataset()
+    first, again, other = (dataset.sample_windows(20, 5, torch.Generator().manual_seed(seed))[0] for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_windows_too_long():
+    with pytest.raises(DataError, match=r"31 rows, the longest has 30"):
+        make_dataset().sample_windows(4, 31)
+    with pytest.raises(DataError, match="at least one row"):
+        make_dataset().sample_windows(4, 0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_windows_inside_a_cuda_graph():
+    dataset = make_dataset().to("cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda.set_sync_debug_mode("default")
+        dataset.sample_windows(64, 10)  # builds the table
+        torch.cuda.set_sync_debug_mode("error")
+        dataset.sample_windows(64, 10)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        obs, _ = dataset.sample_windows(64, 10)
+    graph.replay()
+    first = obs.clone()
+    graph.replay()
+    assert not torch.equal(first, obs)
+    assert (obs[:, :, 0] == obs[:, :1, 0]).all()
+
+
+def test_split_is_by_file_order():
+    dataset = make_dataset()
+    train, validation = dataset.split(0.6)
+    assert train.episode_lengths.tolist() == LENGTHS[:3] and validation.episode_lengths.tolist() == LENGTHS[3:]
+    assert torch.equal(torch.cat([train.actions, validation.actions]), dataset.actions)
+    assert train.attributes == dataset.attributes
+    assert len(dataset.split(0.99)[1].episode_starts) == 1 and len(dataset.split(0.0)[0].episode_starts) == 1
+    many = OfflineDataset(**make_arrays((3,) * 3046))
+    assert [len(part.episode_starts) for part in many.split()] == [3015, 31]
+    with pytest.raises(DataError, match="at least two"):
+        OfflineDataset(**make_arrays((7,))).split()
+
+
+def test_fingerprint_depends_on_content_alone():
+    dataset = make_dataset()
+    assert dataset.fingerprint == OfflineDataset(**make_arrays()).fingerprint == dataset.to("cpu").fingerprint
+    for key in ("observations", "actions", "terminals", "timeouts"):
+        arrays = make_arrays()
+        arrays[key][2] = 1 - arrays[key][2]
+        assert OfflineDataset(**arrays).fingerprint != dataset.fingerprint
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def test_save_and_load(tmp_path):
+    dataset, path = make_dataset(), tmp_path / "new" / "data.hdf5"
+    dataset.save(path)
+    loaded = OfflineDataset.load(path)
+    for key in ("observations", "actions", "terminals", "timeouts", "episode_starts", "episode_lengths"):
+        assert torch.equal(getattr(loaded, key), getattr(dataset, key))
+        assert getattr(loaded, key).dtype == getattr(dataset, key).dtype
+    assert loaded.fingerprint == dataset.fingerprint
+    assert loaded.attributes == {"seed": 3, "noise": 0.5, "generator": "hand"}
+    assert os.listdir(path.parent) == ["data.hdf5"]
+    with h5py.File(path) as file:  # as a D4RL reader sees it
+        assert set(file) == {"observations", "actions", "rewards", "terminals", "timeouts"}
+        assert len(file["rewards"]) == len(dataset) and file["observations"].compression == "gzip"
+
+
+def test_a_d4rl_file_of_others_loads(tmp_path):
+    arrays = make_arrays()
+    arrays["observations"] = arrays["observations"].astype(np.float64)
+    arrays["terminals"] = arrays["terminals"].astype(np.uint8)
+    arrays["timeouts"] = arrays["timeouts"].astype(np.float32)
+    write(tmp_path / "d4rl.hdf5", {**arrays, "rewards": np.ones(62), "infos/goal": np.zeros((62, 2))})
+    loaded = OfflineDataset.load(tmp_path / "d4rl.hdf5")
+    assert loaded.attributes == {} and loaded.fingerprint == make_dataset().fingerprint
+
+
+def broken(**changes):
+    return {key: value for key, value in {**make_arrays(), **changes}.items() if value is not None}
+
+
+NAN_ROW, INF_ROW = np.zeros((62, 2), np.float32), np.zeros((62, 3), np.float32)
+NAN_ROW[7, 1], INF_ROW[7, 1] = np.nan, np.inf
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (broken(actions=None), "has no actions"),
+        (broken(terminals=None, timeouts=None), "has no terminals, timeouts"),
+        (broken(observations=NAN_ROW), "observations contain NaN or infinity"),
+        (broken(actions=INF_ROW), "actions contain NaN or infinity"),
+        (broken(actions=np.zeros((61, 3))), "numbers of rows disagree"),
+        (broken(timeouts=np.zeros(63)), "numbers of rows disagree"),
+        (broken(observations=np.zeros(62)), r"observations have shape \(62,\)"),
+        (broken(terminals=np.zeros((62, 1))), r"terminals have shape \(62, 1\)"),
+        (broken(actions=np.zeros((62, 0))), "is empty"),
+        ({key: value[:0] for key, value in make_arrays().items()}, "is empty"),
+        (broken(actions=np.full((62, 3), b"left")), "are not numbers"),
+    ],
+)
+def test_bad_content(tmp_path, arrays, message):
+    path = tmp_path / "bad.hdf5"
+    write(path, arrays)
+    with pytest.raises(DataError, match=message) as error:
+        OfflineDataset.load(path)
+    assert str(path) in str(error.value) and "python -m data_tools.maze" in str(error.value)
+
+
+def test_bad_files(tmp_path):
+    path = tmp_path / "data.hdf5"
+    with pytest.raises(DataError, match=r"data\.hdf5 does not exist: run"):
+        OfflineDataset.load(path)
+    with pytest.raises(DataError, match="does not exist"):
+        OfflineDataset.load(tmp_path)
+    OfflineDataset(**make_arrays((400,) * 5)).save(path)
+    image = path.read_bytes()
+    for damaged in (b"", b"not HDF5 at all", image[: len(image) // 2], image[:-10]):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"data\.hdf5 is not a complete HDF5 file: delete it and run"):
+            OfflineDataset.load(path)
+    # A flipped byte in the compressed data.
+    with h5py.File(tmp_path / "x.hdf5", "w") as file:
+        file.create_dataset("observations", data=np.random.default_rng(0).normal(size=(500, 2)), compression="gzip")
+        offset = file["observations"].id.get_chunk_info(0).byte_offset
+        for key, shape in (("actions", (500, 2)), ("terminals", 500), ("timeouts", 500)):
+            file[key] = np.zeros(shape)
+    image = bytearray((tmp_path / "x.hdf5").read_bytes())
+    image[offset : offset + 200] = bytes(200)
+    path.write_bytes(image)
+    with pytest.raises(DataError, match="not a complete HDF5 file"):
+        OfflineDataset.load(path)
+
+
+def test_disk_full_while_saving(tmp_path, monkeypatch):
+    path = tmp_path / "data.hdf5"
+    make_dataset().save(path)
+    before = path.read_bytes()
+
+    def no_space(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(DataError, match=r"data\.hdf5 \(No space left on device\): free some disk space"):
+        OfflineDataset(**make_arrays((9, 9))).save(path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["data.hdf5"]
+
+
+def python(code, **environment):
+    """Start a sub-process that runs `code`."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_write_refused_by_the_system(tmp_path):
+    # A real failure in the middle of the file, from the limit on file sizes.
+    code = f"""
+        import resource
+        from data_tools import DataError, OfflineDataset
+        dataset = OfflineDataset.load({str(tmp_path / "old.hdf5")!r})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+        try:
+            dataset.save({str(tmp_path / "new.hdf5")!r})
+        except DataError as error:
+            print(error)
+    """
+    make_dataset().save(tmp_path / "old.hdf5")
+    output, errors = python(code).communicate()
+    assert "Could not write" in output and "new.hdf5" in output, errors
+    assert os.listdir(tmp_path) == ["old.hdf5"]
+
+
+def test_killed_while_writing_leaves_the_old_file(tmp_path):
+    path = tmp_path / "data.hdf5"
+    make_dataset().save(path)
+    before = path.read_bytes()
+    code = f"""
+        import os, signal
+        os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+        from data_tools import OfflineDataset
+        OfflineDataset([[1.0]] * 9, [[1.0]] * 9, [False] * 9, [False] * 9).save({str(path)!r})
+    """
+    process = python(code)
+    process.communicate()
+    assert process.returncode == -9
+    assert path.read_bytes() == before
+    assert OfflineDataset.load(path).fingerprint == make_dataset().fingerprint
+
+
+# ---------------------------------------------------------------------------------------------------------------- cache
+
+
+def test_cache_dir(tmp_path, monkeypatch):
+    monkeypatch.delenv("SKIMO_DATA_DIR", raising=False)
+    assert cache_dir().name == "skimo" and cache_dir().is_absolute()
+    monkeypatch.setenv("SKIMO_DATA_DIR", str(tmp_path / "from_environment"))
+    assert cache_dir() == tmp_path / "from_environment"
+    assert cache_dir(tmp_path / "given") == tmp_path / "given"
+    assert cache_dir("~/x") == Path.home() / "x"
+
+
+def test_load_dataset_makes_the_file_once(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def collect(noise, seed, progress):
+        calls.append((noise, seed))
+        return make_dataset()
+
+    monkeypatch.setattr(maze_module, "collect", collect)
+    leftover = tmp_path / ".maze_noise0.5_seed0_v1.hdf5.0123.tmp"  # of a process that was killed
+    leftover.write_bytes(b"half a file")
+    first = load_dataset("maze", tmp_path, progress=False)
+    assert str(tmp_path / "maze_noise0.5_seed0_v1.hdf5") in capsys.readouterr().out
+    again = load_dataset("maze", tmp_path, progress=False)
+    assert capsys.readouterr().out == ""
+    assert calls == [(0.5, 0)] and first.fingerprint == again.fingerprint == make_dataset().fingerprint
+    assert not leftover.exists()
+    load_dataset("maze", tmp_path, noise=0, seed=2, progress=False)
+    assert calls[1:] == [(0, 2)] and (tmp_path / "maze_noise0.0_seed2_v1.hdf5").exists()
+
+
+def test_load_dataset_errors(tmp_path):
+    with pytest.raises(DataError, match="'kitten'; known tasks: maze"):
+        load_dataset("kitten", tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="--data-dir or SKIMO_DATA_DIR"):
+        load_dataset("maze", tmp_path / "file")
+    # A damaged file is reported, not replaced behind the user's back.
+    (tmp_path / "maze_noise0.5_seed0_v1.hdf5").write_bytes(b"damaged")
+    with pytest.raises(DataError, match="delete it"):
+        load_dataset("maze", tmp_path)
+
+
+def test_processes_that_start_together_collect_once(tmp_path):
+    code = """
+        import time
+        from data_tools import load_dataset, maze
+        collect = maze.collect
+
+        def few(noise, seed, progress):
+            print("collecting")
+            time.sleep(1.0)  # long enough for the others to arrive
+            return collect(20, noise, seed, progress=False)
+
+        maze.collect = few
+        print(load_dataset("maze", progress=False).fingerprint)
+    """
+    processes = [python(code, SKIMO_DATA_DIR=str(tmp_path)) for _ in range(3)]
+    outputs = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], outputs
+    lines = [output.splitlines() for output, _ in outputs]
+    assert sum("collecting" in output for output in lines) == 1
+    assert len({output[-1] for output in lines}) == 1
+
+
+def test_load_dataset_after_a_failed_collection_starts_again(tmp_path, monkeypatch):
+    def interrupted(noise, seed, progress):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(maze_module, "collect", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_dataset("maze", tmp_path, progress=False)
+    monkeypatch.setattr(maze_module, "collect", lambda noise, seed, progress: make_dataset())
+    assert load_dataset("maze", tmp_path, progress=False).fingerprint == make_dataset().fingerprint

@@ -1,0 +1,582 @@
+"""The maze against its specification: printed grid, equations of motion, Gymnasium's own vector environment."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+import data_tools
+from data_tools import maze
+from data_tools.dataset import DataError
+from data_tools.maze import GOAL, START, MazeEnv, MazeVectorEnv, cell_of, collect, geodesic_distance, make_layout
+
+# The maze as printed in the specification, written down independently of the generator.
+GRID = """
+##########################################
+#..............#................#........#
+#..#...........#...##.#.........#...#....#
+#..#...#.......#.####.#########.#...#....#
+#..#...#.......#...##.#.........#..###...#
+#..#..###......#...#............#........#
+#..#...........#...#.......#....#..###...#
+#.###.###......#...##.#....#....#...#....#
+#......#....#########.####.#....#...#....#
+#.###..#.......#...##.#....#....#...#....#
+#..#...#..#....#...#....S..#....#...#....#
+#..#...#..#....#...#.......#....#.#.#....#
+#..#...#..#...###..#..###########.###....#
+#..#...#..#.......###......#....#.#.#....#
+#..#...#..#...###..........#....#...#.#..#
+#..#...#..#....#..###......#...###....#..#
+#..#...#..#........#.#.#...#..........#..#
+#..#.....#############.###.#...###....#..#
+#.......G.#........#.#.#..###...#.....#..#
+#.........#........#..................#..#
+#........###.#............###.........#..#
+#..........#.###########...#.........###.#
+#...#....###.#.................#.........#
+#...#.....#....................#.....###.#
+#...#.....#....................#......#..#
+##.##.....#...#................#......#..#
+##.#################...........#......#..#
+##.###...#.#################...#......#..#
+#........#.#..#................#......#..#
+#..###........#..#.#...........#......#..#
+#...#.......######.###########.#......#..#
+#...#.........#..#.#...........#.........#
+#...#.........#....#.#.........#.........#
+#...#.......########.#######..###........#
+#...#........###...#.#...................#
+#...#.........................###........#
+#...#........###..........#.#..#.........#
+#.......#.#...#..##########.####.........#
+#.#######.###########.....#.#..#.........#
+#.......#.#...#................#.........#
+#..............................#.........#
+##########################################
+"""
+
+MASS = 1000 * 4 / 3 * np.pi * 0.1**3  # kg
+TIME_STEP = 0.01  # s
+
+
+def place(env, position, velocity=(0.0, 0.0)):
+    """Put a MazeEnv's point mass somewhere in the middle of an episode."""
+    env._data.qpos[:] = position
+    env._data.qvel[:] = velocity
+
+
+# ------------------------------------------------------------------------------------------------------------- geometry
+
+
+def test_layout_is_the_printed_grid():
+    rows = GRID.split()
+    walls = np.array([[cell == "#" for cell in row] for row in rows])
+    assert walls.shape == (42, 42)
+    assert np.array_equal(make_layout(), walls)
+    assert make_layout().sum() == 582
+    assert (rows[START[0]][START[1]], rows[GOAL[0]][GOAL[1]]) == ("S", "G")
+    with pytest.raises(ValueError):  # nobody can change the maze of everybody else
+        make_layout()[1, 1] = True
+
+
+def test_geodesic_distance():
+    layout = make_layout()
+    to_goal = geodesic_distance(layout, GOAL)
+    assert to_goal[START] == 34
+    assert np.isfinite(to_goal).sum() == 1181
+    assert np.argwhere(np.isinf(to_goal) & ~layout).tolist() == [[16, 20]]
+    assert np.isinf(to_goal[layout]).all()
+    assert to_goal[GOAL] == 0
+    # A distance field: every other reachable cell has a neighbour that is one move closer, and none that is two.
+    for i, j in np.argwhere(np.isfinite(to_goal) & (to_goal > 0)):
+        neighbours = to_goal[[i - 1, i + 1, i, i], [j, j, j - 1, j + 1]]
+        assert neighbours.min() == to_goal[i, j] - 1
+    distances = np.array([geodesic_distance(layout, cell) for cell in np.argwhere(np.isfinite(to_goal))[::5]])
+    finite = distances[np.isfinite(distances)]
+    assert finite.max() in (84, 85, 86)  # of a fifth of the goals; 86 over all
+    assert finite.mean() == pytest.approx(36.6, abs=0.5)
+
+
+def test_cell_of_agrees_with_the_walls_in_position_space():
+    # Wall cell (w, h) covers q in [w - 0.7, w + 0.3] x [h - 0.7, h + 0.3].
+    rng = np.random.default_rng(0)
+    q = rng.uniform(0, 41, (5000, 2))
+    inside = np.zeros(len(q), dtype=bool)
+    for w, h in np.argwhere(make_layout()):
+        inside |= (abs(q[:, 0] - (w - 0.2)) < 0.5) & (abs(q[:, 1] - (h - 0.2)) < 0.5)
+    cells = cell_of(np.concatenate([q, rng.normal(size=q.shape)], axis=1))
+    assert cells.shape == (5000, 2) and cells.dtype.kind == "i"
+    assert np.array_equal(make_layout()[cells[:, 0], cells[:, 1]], inside)
+    assert cell_of([-3.0, 50.0]).tolist() == [0, 41]
+
+
+# -------------------------------------------------------------------------------------------------------------- physics
+
+
+def test_free_flight_follows_the_equation_of_motion():
+    env = MazeEnv()
+    env.reset(seed=0)
+    place(env, (22.8, 17.8))  # a hall without walls around
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        q, v = env._data.qpos.copy(), env._data.qvel.copy()
+        action = rng.uniform(-1, 1, 2)
+        env.step(action)
+        v_next = np.clip(v, -5, 5)
+        v_next = v_next + TIME_STEP * (100 * action - v_next) / (MASS + TIME_STEP)
+        assert np.allclose(env._data.qvel, v_next, atol=1e-9)
+        assert np.allclose(env._data.qpos, q + TIME_STEP * v_next, atol=1e-9)
+
+
+def test_actions_are_clipped_and_speed_is_limited():
+    env = MazeEnv()
+    env.reset(seed=0)
+    speeds = []
+    for action in ((0.0, 1.0), (0.0, 7.0)):
+        place(env, (22.8, 14.8))
+        speeds.append([env.step(action)[0][3] for _ in range(150)])
+    assert speeds[0] == speeds[1]
+    assert max(speeds[0]) == pytest.approx(5 + TIME_STEP * (100 - 5) / (MASS + TIME_STEP), abs=1e-3)  # 5.226
+
+
+def test_a_wall_stops_the_mass_at_its_radius():
+    env = MazeEnv()
+    env.reset(seed=0)
+    place(env, (18.8, 5.0))  # wall cell (18, 10) begins at q_y = 9.3; the goal does not matter here
+    for _ in range(300):
+        obs, *_ = env.step((0.0, 1.0))
+    assert obs[1] == pytest.approx(9.3 - 0.1, abs=0.02)  # contacts are a little soft
+    assert obs[3] == pytest.approx(0.0, abs=0.05)
+    assert obs[0] == pytest.approx(18.8, abs=1e-3)  # no friction, no push sideways
+    for _ in range(200):
+        obs, *_ = env.step((1.0, 1.0))
+    assert obs[0] > 18.9 and obs[1] < 9.31  # slides along walls, never through
+
+
+def test_a_start_inside_a_wall_can_be_left():
+    def in_wall(obs):
+        cells = cell_of(obs)
+        return make_layout()[cells[:, 0], cells[:, 1]]
+
+    env = MazeVectorEnv(200)
+    obs, _ = env.reset(seed=0)
+    begin = in_wall(obs)
+    rng = np.random.default_rng(0)
+    for step in range(300):
+        if step % 30 == 0:
+            actions = np.sign(rng.uniform(-1, 1, (200, 2)))
+        obs = env.step(actions)[0]
+    assert begin.sum() > 30 and in_wall(obs)[begin].mean() < 0.15
+    assert not in_wall(obs)[~begin].any()  # and nobody gets into a wall from outside
+
+
+# ------------------------------------------------------------------------------------------------------------- episodes
+
+
+def test_start_distribution():
+    env = MazeVectorEnv(400)
+    obs, _ = env.reset(seed=0)
+    low, high = obs[:, :2].min(0), obs[:, :2].max(0)
+    assert obs.dtype == np.float32 and obs.shape == (400, 4)
+    # One step has passed: contacts may already move a mass, by less than 0.1.
+    assert (low > np.subtract(START, 2.1)).all() and (high < np.add(START, 2.1)).all()
+    assert np.allclose(obs[:, :2].mean(0), START, atol=0.25)  # standard error 1.15 / sqrt(400) = 0.06
+    assert np.allclose(obs[:, :2].std(0), 4 / np.sqrt(12), atol=0.12)
+    cells = cell_of(obs)
+    assert 0.15 < make_layout()[cells[:, 0], cells[:, 1]].mean() < 0.35  # about a quarter begins inside a wall
+    free = ~make_layout()[cells[:, 0], cells[:, 1]]
+    assert np.mean(obs[free, 2:] == 0) > 0.8  # at rest, unless a wall touches
+
+
+def test_success_within_the_goal_radius():
+    env = MazeEnv()
+    env.reset(seed=0)
+    for offset, success in ((2.001, False), (1.999, True)):
+        place(env, (GOAL[0], GOAL[1] - offset))
+        _, reward, terminated, truncated, info = env.step((0.0, 0.0))
+        assert (reward, terminated, truncated) == (100.0 * success, success, False)
+        assert info["is_success"] is success and isinstance(reward, float)
+
+
+@pytest.mark.parametrize("vector", [False, True])
+def test_time_limit_is_a_truncation(vector):
+    if vector:
+        env = gymnasium.make_vec("skimo/Maze-v0", num_envs=2, vectorization_mode="vector_entry_point")
+    else:
+        env = gymnasium.make("skimo/Maze-v0")
+    env.reset(seed=0)
+    action = np.zeros(env.action_space.shape, np.float32)
+    for step in range(1, 2001):
+        _, _, terminated, truncated, info = env.step(action)
+        assert not np.any(terminated)
+        assert np.all(truncated) == np.any(truncated) == (step == 2000)
+    assert not np.any(info["is_success"])
+
+
+def test_registration_and_env_checker():
+    env = gymnasium.make(data_tools.TASKS["maze"])
+    assert "TimeLimit" not in str(env)
+    with pytest.warns(UserWarning, match="infinity"):  # positions and speeds are bounded by physics, not by the space
+        check_env(env.unwrapped)
+    assert gymnasium.make("skimo/Maze-v0", max_episode_steps=3).spec.max_episode_steps == 3
+    short = gymnasium.make_vec(
+        "skimo/Maze-v0", num_envs=2, vectorization_mode="vector_entry_point", max_episode_steps=3
+    )
+    short.reset(seed=0)
+    flags = [short.step(np.zeros((2, 2)))[3].tolist() for _ in range(3)]
+    assert flags == [[False] * 2, [False] * 2, [True] * 2]
+
+
+@pytest.mark.parametrize("action", [[0.0, np.nan], [0.0, np.inf], [0.0], 0.0, "left", [[0.0, 0.0]], None])
+def test_bad_actions(action):
+    env = MazeEnv()
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="expected finite numbers of shape \\(2,\\)"):
+        env.step(action)
+    vector_env = MazeVectorEnv(3)
+    vector_env.reset(seed=0)
+    with pytest.raises(ValueError, match="expected finite numbers of shape \\(3, 2\\)"):
+        vector_env.step([action] * 3 if action != [[0.0, 0.0]] else np.zeros((2, 2)))
+
+
+def test_bad_arguments():
+    for make in (MazeEnv, MazeVectorEnv):
+        with pytest.raises(ValueError, match="render_mode"):
+            make(render_mode="human")
+    with pytest.raises(ValueError, match="num_envs"):
+        MazeVectorEnv(0)
+    env = MazeVectorEnv(2)
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.step(np.zeros((2, 2)))
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.reset(options={"reset_mask": np.array([True, False])})
+    with pytest.raises(ValueError, match="seed"):
+        env.reset(seed=[1, 2, 3])
+    env.reset(seed=0)
+    for mask in (np.zeros(2, bool), np.ones(3, bool), np.ones(2)):
+        with pytest.raises(ValueError, match="reset_mask"):
+            env.reset(options={"reset_mask": mask})
+
+
+def test_diverged_physics_end_the_episode(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # MuJoCo may write its warnings to a file here
+    env = MazeEnv()
+    before, _ = env.reset(seed=0)
+    mj_step = maze.mujoco.mj_step
+
+    def diverge(model, data):
+        data.qvel[0] = np.nan
+        mj_step(model, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(maze.mujoco, "mj_step", diverge)
+        obs, reward, terminated, truncated, info = env.step((0.0, 0.0))
+    assert np.array_equal(obs, before)
+    assert (reward, terminated, truncated, info) == (0.0, True, False, {"is_success": False, "unstable": True})
+    assert np.isfinite(env.reset()[0]).all() and not env.step((0.0, 0.0))[2]
+
+    vector_env, healthy = MazeVectorEnv(3), MazeVectorEnv(3)
+    before, _ = vector_env.reset(seed=0)
+    healthy.reset(seed=0)
+    step = vector_env._physics.step
+    actions = np.full((3, 2), 0.5)
+    with monkeypatch.context() as patch:
+        nan_first = np.array([[0, 0, 0, np.nan, 0], [0] * 5, [0] * 5])
+        patch.setattr(vector_env._physics, "step", lambda state, action: step(state + nan_first, action))
+        obs, rewards, terminations, truncations, infos = vector_env.step(actions)
+    expected = healthy.step(actions)[0]
+    assert np.array_equal(obs, [before[0], *expected[1:]])
+    assert terminations.tolist() == infos["unstable"].tolist() == [True, False, False]
+    assert not truncations.any() and not rewards.any() and not infos["is_success"].any()
+    obs, *_, infos = vector_env.step(actions)  # the others are as if nothing had happened, the first begins anew
+    assert np.array_equal(obs[1:], healthy.step(actions)[0][1:])
+    assert np.abs(obs[0, :2] - START).max() < 2.1 and not infos["unstable"].any()
+
+
+# --------------------------------------------------------------------------------------------- vector environment
+
+
+def assert_same(left, right):
+    """Compare what step or reset returned, infos included, bit for bit."""
+    if isinstance(left, dict):
+        assert set(left) == set(right)
+        for key in left:
+            assert_same(left[key], right[key])
+    elif isinstance(left, tuple):
+        assert len(left) == len(right)
+        for a, b in zip(left, right, strict=True):
+            assert_same(a, b)
+    elif left is not None and np.asarray(left).dtype == object:
+        for a, b in zip(left, right, strict=True):
+            assert_same(a, b)
+    else:
+        assert np.array_equal(left, right), (left, right)
+
+
+def near_goal(envs, members):
+    """Put some members 2.3 cells from the goal, moving towards it, so that they arrive after about 6 steps."""
+    vector_env, reference = envs
+    for i in members:
+        vector_env._state[i, 1:] = (GOAL[0], GOAL[1] - 2.3, 0.0, 5.0)
+        place(reference.envs[i].unwrapped, (GOAL[0], GOAL[1] - 2.3), (0.0, 5.0))
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_vector_env_equals_gymnasiums_vector_of_single_envs(mode):
+    # Terminations (two members), truncations (all, every 150 steps), resets and infos, with later unseeded resets.
+    num_envs = 5
+    vector_env = MazeVectorEnv(num_envs, max_episode_steps=150, autoreset_mode=mode)
+    reference = SyncVectorEnv([lambda: MazeEnv(max_episode_steps=150)] * num_envs, autoreset_mode=mode)
+    assert vector_env.metadata["autoreset_mode"] is mode
+    assert vector_env.observation_space == reference.observation_space
+    assert vector_env.action_space == reference.action_space
+    assert_same(vector_env.reset(seed=7), reference.reset(seed=7))
+    rng = np.random.default_rng(0)
+    ended = 0
+    for step in range(700):
+        if step % 220 == 40:
+            near_goal((vector_env, reference), (1, 3))
+        actions = rng.uniform(-1.2, 1.2, (num_envs, 2)).astype(np.float32)
+        if step % 3:
+            actions[:, 1] = np.sign(actions[:, 1])
+        actions = np.clip(actions, -1, 1)
+        result = vector_env.step(actions)
+        assert_same(result, reference.step(actions))
+        assert result[0].dtype == result[1].dtype == np.float32
+        assert all(result[i].dtype == bool for i in (2, 3))
+        done = result[2] | result[3]
+        ended += done.sum()
+        if mode == AutoresetMode.DISABLED and done.any():
+            reset = vector_env.reset(options={"reset_mask": done})
+            # Gymnasium takes the mask out of the options, hence a dictionary of its own.
+            assert_same(reset, reference.reset(options={"reset_mask": done.copy()}))
+    assert ended > 20
+    assert_same(vector_env.reset(), reference.reset())
+    assert_same(vector_env.reset(seed=[3, None, 4, 5, 6]), reference.reset(seed=[3, None, 4, 5, 6]))
+
+
+def test_member_equals_the_single_env_through_walls():
+    # Driven into walls most of the time: contact forces must not depend on the step before (no solver warm start).
+    vector_env = MazeVectorEnv(3, num_threads=2)
+    singles = [MazeEnv() for _ in range(3)]
+    obs, _ = vector_env.reset(seed=11)
+    assert np.array_equal(obs, [env.reset(seed=11 + i)[0] for i, env in enumerate(singles)])
+    rng = np.random.default_rng(0)
+    for step in range(900):
+        if step % 60 == 0:
+            actions = np.sign(rng.uniform(-1, 1, (3, 2)))
+        obs = vector_env.step(actions)[0]
+        assert np.array_equal(obs, [env.step(a)[0] for env, a in zip(singles, actions, strict=True)])
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_threads_do_not_change_the_result(num_threads):
+    plain, threaded = MazeVectorEnv(16), MazeVectorEnv(16, num_threads=num_threads)
+    assert_same(plain.reset(seed=0), threaded.reset(seed=0))
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        actions = np.sign(rng.normal(0.5, 1.0, (16, 2)))
+        assert_same(plain.step(actions), threaded.step(actions))
+    threaded.close()
+
+
+def test_disabled_autoreset_freezes_finished_members():
+    env = MazeVectorEnv(3, autoreset_mode=AutoresetMode.DISABLED)
+    env.reset(seed=0)
+    env._state[1, 1:] = (GOAL[0], GOAL[1] - 1.9, 0.0, 0.0)
+    obs, rewards, terminations, _, infos = env.step(np.zeros((3, 2)))
+    assert rewards.tolist() == [0, 100, 0] and terminations.tolist() == [False, True, False]
+    for _ in range(5):
+        later, rewards, terminations, truncations, infos = env.step(np.ones((3, 2)))
+        assert np.array_equal(later[1], obs[1]) and not np.array_equal(later[0], obs[0])
+        assert rewards.tolist() == [0, 0, 0]
+        assert terminations.tolist() == infos["is_success"].tolist() == [False, True, False]
+        assert not truncations.any()
+    after, _ = env.reset(options={"reset_mask": np.array([False, True, False])})
+    assert np.array_equal(after[[0, 2]], later[[0, 2]])
+    assert np.abs(after[1, :2] - START).max() < 2.1
+    assert not env.step(np.zeros((3, 2)))[2].any()
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_state_round_trip_continues_exactly(mode):
+    def run(env, first, last):
+        results = []
+        for step in range(first, last):
+            actions = np.random.default_rng(step).uniform(-1, 1, (4, 2))
+            results.append(env.step(actions))
+            done = results[-1][2] | results[-1][3]
+            if mode == AutoresetMode.DISABLED and step % 7 == 0 and done.any():
+                results.append(env.reset(options={"reset_mask": done}))
+        return results
+
+    env = MazeVectorEnv(4, max_episode_steps=20, autoreset_mode=mode)
+    env.reset(seed=3)
+    for cut in (12, 20, 21):  # in an episode, at its end, after it
+        last_obs = run(env, 0, cut)[-1][0]
+        file = io.BytesIO()
+        torch.save(env.get_state(), file)
+        expected = run(env, cut, cut + 90)
+        file.seek(0)
+        other = MazeVectorEnv(4, max_episode_steps=20, autoreset_mode=mode)
+        assert np.array_equal(other.set_state(torch.load(file, weights_only=True)), last_obs)
+        for left, right in zip(expected, run(other, cut, cut + 90), strict=True):
+            assert_same(left, right)
+    with pytest.raises(ValueError, match="4 members"):
+        MazeVectorEnv(2).set_state(env.get_state())
+    with pytest.raises(ValueError, match="NaN"):
+        env.set_state({**env.get_state(), "physics": np.full((4, 5), np.nan)})
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        MazeVectorEnv(2).get_state()
+
+
+# ------------------------------------------------------------------------------------------------------------ rendering
+
+
+def test_frames_show_maze_and_agent():
+    env = gymnasium.make("skimo/Maze-v0", render_mode="rgb_array")
+    env.reset(seed=0)
+    place(env.unwrapped, (24.8, 19.8))
+    env.step((0.0, 0.0))
+    frame = env.render()
+    assert frame.shape == (504, 504, 3) and frame.dtype == np.uint8
+    centres = frame[6::12, 6::12].astype(int)  # (42, 42, 3), one pixel per cell, row axis down
+    grey = np.ptp(centres, axis=2) < 10
+    assert np.all((centres.sum(2) < 600)[make_layout()])
+    assert (grey & (centres.min(2) == 255))[~make_layout()].mean() > 0.9
+    assert centres[25, 20].tolist() == [203, 24, 29]  # the agent at q + 0.2 = cell (25, 20)
+    for _ in range(40):
+        env.step((1.0, 0.0))
+    later = env.render()[6::12, 6::12]
+    assert later[25, 20].tolist() != [203, 24, 29] and later[26, 20].tolist() != [255, 255, 255]  # moved down the rows
+    assert MazeEnv().render() is None
+
+    vector_env = MazeVectorEnv(2, render_mode="rgb_array")
+    vector_env.reset(seed=0)
+    frames = vector_env.render()
+    single = MazeEnv(render_mode="rgb_array")
+    single.reset(seed=1)
+    assert len(frames) == 2 and np.array_equal(frames[1], single.render())
+
+
+# --------------------------------------------------------------------------------------------------------- offline data
+
+
+def q_iteration(goal):
+    """The planner as the public script has it: 200 sweeps, discount 0.99, reward 1 in the goal cell."""
+    free = ~make_layout()
+    moves = [(0, 0), (0, -1), (0, 1), (-1, 0), (1, 0)]
+    value, reward = np.zeros(free.shape), np.zeros(free.shape)
+    reward[goal] = 1.0
+    for _ in range(200):
+        q = []
+        for di, dj in moves:
+            target_free, target_value = (np.roll(x, (-di, -dj), axis=(0, 1)) for x in (free, value))
+            q.append(reward + 0.99 * np.where(target_free, target_value, value))
+        value = np.max(q, axis=0)
+    return np.argmax(q, axis=0)
+
+
+@pytest.mark.parametrize("goal", [(18, 8), (1, 1), (40, 40), (3, 16), (16, 20)])
+def test_policy_equals_q_iteration(goal):
+    free = ~make_layout()
+    assert np.array_equal(maze._policy(goal)[free], q_iteration(goal)[free])
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return collect(300, seed=0, progress=False)
+
+
+def test_collected_data_have_the_known_statistics(dataset):
+    # Standard error of the mean length of 300 trajectories: 88 / sqrt(300) = 5.
+    noisy = maze.statistics(dataset)
+    assert noisy["trajectories"] == 300
+    assert noisy["mean length"] == pytest.approx(469, abs=15)
+    assert noisy["mean |a|"] == pytest.approx(0.637, abs=0.01)
+    plain = maze.statistics(collect(300, noise=0.0, seed=1, progress=False))
+    assert plain["mean length"] == pytest.approx(464, abs=15)
+    assert plain["mean |a|"] == pytest.approx(0.571, abs=0.01)
+    assert plain["saturated share"] == pytest.approx(0.45, abs=0.015)
+    assert plain["mean speed"] == pytest.approx(3.83, abs=0.07)
+    for figures in (noisy, plain):
+        assert 50 < figures["shortest"] < 150 and 0.7 < figures["share at cap"] < 0.95
+
+
+def test_trajectories_are_what_they_claim(dataset):
+    starts, lengths = dataset.episode_starts.numpy(), dataset.episode_lengths.numpy()
+    observations, actions = dataset.observations.numpy(), dataset.actions.numpy()
+    terminals, timeouts = dataset.terminals.numpy(), dataset.timeouts.numpy()
+    ends = starts + lengths - 1
+    assert lengths.min() > 50 and lengths.max() == 500
+    assert not (terminals & timeouts).any()
+    assert np.array_equal(np.flatnonzero(terminals | timeouts), ends)
+    assert np.all(lengths[timeouts[ends]] == 500)
+    assert np.allclose(actions * 100, np.rint(actions * 100), atol=1e-4) and np.abs(actions).max() == 1.0
+    assert np.abs(observations[starts, 2:]).max() < 0.6  # N(0, 0.1^2)
+    layout = make_layout()
+    first = np.rint(observations[starts, :2]).astype(int)
+    assert np.abs(observations[starts, :2] - first).max() <= 0.1 + 1e-6  # centre index of a cell + U(-0.1, 0.1)
+    assert not layout[first[:, 0], first[:, 1]].any()
+    # Successive rows belong together: replaying the stored actions from the first row meets all the others.
+    env = MazeEnv()
+    env.reset(seed=0)
+    for start in starts[:10]:
+        place(env, observations[start, :2], observations[start, 2:])
+        for row in range(start, start + 50):  # every trajectory has more than 50 rows
+            assert np.allclose(env.step(actions[row])[0], observations[row + 1], atol=1e-3)
+    # A terminal means arrival: one step later the mass is within 0.1 of the centre index of a free cell.
+    for end in ends[terminals[ends]]:
+        place(env, observations[end, :2], observations[end, 2:])
+        position = env.step(actions[end])[0][:2]
+        assert np.linalg.norm(position - np.rint(position)) < 0.1 + 1e-3
+
+
+def test_collection_depends_on_the_seed_alone(dataset):
+    assert collect(300, seed=0, num_workers=3, progress=False).fingerprint == dataset.fingerprint
+    fewer = collect(40, seed=0, num_workers=1, progress=False)  # the beginning of the same stream
+    assert torch.equal(fewer.observations, dataset.observations[: len(fewer)])
+    assert collect(40, seed=1, progress=False).fingerprint != fewer.fingerprint
+    assert fewer.attributes["seed"] == 0 and fewer.attributes["noise"] == 0.5
+    for arguments in ((0, 0.5, 0), (10, -1.0, 0), (10, float("nan"), 0), (10, 0.5, -1)):
+        with pytest.raises(DataError, match="--num-trajectories"):
+            collect(*arguments, progress=False)
+
+
+def test_collect_runs_from_a_script_without_main_guard(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch; torch.randn(300, 300) @ torch.randn(300, 300)\n"
+        "from data_tools.maze import collect\n"
+        "print('once', len(collect(5, num_workers=2, progress=False).episode_starts))\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, env=environment())
+    assert done.stdout == "once 5\n"
+
+
+def environment():
+    """Return the environment variables of a sub-process that finds data_tools."""
+    return {**os.environ, "PYTHONPATH": str(Path(data_tools.__file__).parents[1])}
+
+
+def test_command_line(tmp_path):
+    command = [sys.executable, "-m", "data_tools.maze"]
+    out, plot = tmp_path / "few.hdf5", tmp_path / "few.png"
+    arguments = ["--num-trajectories", "12", "--noise", "0", "--out", str(out), "--plot", str(plot)]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True, env=environment())
+    assert "mean length" in done.stdout and "trajectories  12" in done.stdout
+    assert len(data_tools.OfflineDataset.load(out).episode_starts) == 12
+    image = matplotlib.image.imread(plot)
+    assert image.shape[0] > 500 and image.std() > 0.05
+    refused = subprocess.run([*command, "--num-trajectories", "12"], capture_output=True, text=True, env=environment())
+    assert refused.returncode == 1 and "needs --out" in refused.stderr and "Traceback" not in refused.stderr
