@@ -6,8 +6,8 @@
 
 import gymnasium
 
-from data_tools.diagnostics import MAX_RETURN, make_envs, plot_prediction, plot_visited, rollout_statistics
 from data_tools.dataset import TASKS, DataError, OfflineDataset, cache_dir, load_dataset
+from data_tools.diagnostics import MAX_RETURN, make_envs, plot_prediction, plot_visited, rollout_statistics
 
 __all__ = [
     "MAX_RETURN",
