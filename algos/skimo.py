@@ -1,28 +1,29 @@
 """SkiMo: Skill-based Model-based Reinforcement Learning (Shi, Lim & Lee, CoRL 2022), https://arxiv.org/abs/2207.07560
 
 Idea: learn skills of H = 10 actions, and a dynamics model that jumps a whole skill ahead, jointly from task-agnostic
-data; then plan over skills in that model (CEM) while a task policy, reward and value are learnt by online RL.
+data; then plan over skills in that model (CEM) while a task policy, a reward and a value are learnt by online RL.
 
-    python algos/skimo.py --env-id maze                      # data, pre-training (cached), RL, evaluation, pictures
-    python algos/skimo.py --env-id maze --pretrained published          # start at RL from the model that we ship
+    python algos/skimo.py --env-id maze                         # data, pre-training (cached), RL, evaluation, pictures
+    python algos/skimo.py --env-id maze --pretrained published  # start at RL, from the pre-trained model that we ship
 
-1. Pre-training (offline): encode chunks of H actions as skills z_i ~ q; loss = BC + KL(q || N(0,1)) (eq. 3)
-   + reconstruction + consistency of h_{i+1} = D(h_i, z_i) (eq. 4) + prior KL(q || p(h_i)) (eq. 5).
-2. Downstream RL (task policy pi starts as the prior p): repeat
-   a. act: plan skills with CEM in (D, R, Q), execute H steps with the frozen skill policy pi_L;
-   b. model update: consistency, reward and TD losses on N-skill windows (eq. 6);
-   c. policy update: max Q(h, z) - alpha KL(pi(h) || p(h)) (eq. 7); adapt alpha; move the slow target copy.
+1. Pre-training: encode chunks of H actions as skills z ~ q; loss = behavioural cloning + KL(q || N(0,1)) (eq. 3)
+   + reconstruction + consistency of h_{i+1} = D(h_i, z_i) (eq. 4) + prior KL(q || p(h_i)) (eq. 5)
+2. Downstream RL (the task policy pi starts as the prior p), repeat:
+   act: plan skills by CEM with D, R, Q; run the first one for H steps with the frozen skill policy pi_L
+   model update: consistency, reward and TD losses on windows of N skills (eq. 6)
+   policy update: maximise Q(h, z) - alpha KL(pi(h) || p(h)) (eq. 7); tune alpha; move the slow target copy
 
-Deviations from paper and release (DEVIATION n in the code)
- 1. KL divergences in closed form (tanh of Gaussians with the same squash), not from 100 samples.
- 2. The skill policy is trained on `bc_chunks` random chunks of a window, not on all N: same gradient on average.
- 3. Pre-training has a warm-up and decay of the learning rate, and fewer, smaller updates; maze networks see periodic
-    features of the position; the maze data contain action noise (README, "Pre-training that explores").
- 4. E environments act in lockstep; the ratio of updates to env steps and all schedules stay those of the release.
+Deviations from paper and release (marked DEVIATION n below)
+1. KL divergences in closed form (both sides are tanh of Gaussians) instead of 100 samples.
+2. The skill policy is trained on bc_chunks random chunks of a window instead of all N: the same gradient on average.
+3. Fewer, smaller updates with a warm-up and decay of the learning rate; in the maze another KL weight, action noise in
+   the data and periodic position features (README, "Pre-training that explores").
+4. E environments act in lockstep; schedules and the ratio of updates to env steps are those of the release.
 
-Logged: charts/{episodic_return,episodic_length,success,SPS}, losses/*, pretrain/*, eval/*, time/*; episodes.csv has
-one row per training episode, results.json the summary. Score and seeds: README, "Maze".
-Shapes: B batch, N skills per window, H steps per skill, O observation, A action, Z skill, d latent, E environments,
+Logged: charts/{episodic_return,episodic_length,success,SPS}, losses/*, pretrain/*, eval/*, time/* shares, pictures/*;
+episodes.csv has a row per training episode (the paper's protocol), results.json the summary. Scores: README, "Maze".
+
+Shapes: B batch, N skills per window, H steps per skill, O observation, A action, Z skill, d latent state, E environments,
 K plan horizon, P plans. Batch first.
 """
 
@@ -33,20 +34,18 @@ import functools
 import hashlib
 import json
 import os
-import pickle
 import platform
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import gymnasium as gym
 import numpy as np
 import torch
-import torch.nn as nn
 import tyro
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -58,201 +57,206 @@ FILE_VERSION = 1  # raised when a change makes older checkpoints or pre-trained 
 
 @dataclass
 class Args:
-    env_id: str = "maze"  # the task: maze, kitchen, kitchen-misaligned or calvin
+    env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned or calvin
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
-    seed: int = 1  # seed of networks, sampling and environments
+    seed: int = 1  # of networks, sampling and environments
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to learn and plan; auto takes CUDA where there is one
     num_threads: int = 0  # CPU threads of torch (0: one per core)
     compile: bool | None = None  # torch.compile of losses and planner (None: on CUDA only)
-    run_dir: str = "runs"  # folder in which this run's own folder is made
-    data_dir: str | None = None  # folder of offline data and pre-trained models (default: $SKIMO_DATA_DIR, else the user's cache folder)
-    resume: str | None = None  # go on with the run in this folder; its arguments become the defaults
-    log_every: int = 100  # gradient updates between two logged averages of the losses
-    checkpoint_interval: int = 50_000  # env steps between two checkpoints
-    eval_interval: int = 100_000  # env steps between two clean evaluations (0: only at the end)
+    run_dir: str = "runs"  # folder in which the run makes its own folder
+    data_dir: str | None = None  # offline data and pre-trained models (None: $SKIMO_DATA_DIR, else the user's cache)
+    resume: str | None = None  # run folder to go on with; its arguments become the defaults
+    checkpoint_interval: int = 50_000  # env steps between checkpoints
+    eval_interval: int = 100_000  # env steps between clean evaluations (0: only at the end)
     eval_episodes: int = 20  # episodes of a clean evaluation (no exploration noise)
     capture_video: bool = False  # record one evaluation episode as MP4 at the end
 
     # Pre-training
-    pretrained: str | None = None  # start RL from this pre-trained model: a path, or `published` for the one in benchmarks/results
-    retrain: bool = False  # pre-train again although the cache has this model
+    pretrained: str | None = None  # start at RL from this model: a path, or `published` for benchmarks/results
+    retrain: bool = False  # pre-train again although the cache holds this model
     data_noise: float = 0.5  # std of the action noise under which the maze data are collected
-    pretrain_updates: int = 10_000  # gradient updates (release: 700,000 for the maze, 425,000 elsewhere)
+    pretrain_updates: int = 10_000  # gradient updates (release: 700,000 in the maze, 425,000 elsewhere)
     pretrain_batch_size: int = 256  # windows of N skills per update (release: 512)
-    bc_chunks: int = 2  # chunks of each window on which the skill policy is trained (release: all N)
-    pretrain_lr: float = 1e-3  # peak learning rate of Adam
-    pretrain_lr_decay: bool = True  # 500 updates of warm-up, then decay as sqrt(1 - progress) (release: constant)
+    bc_chunks: int = 2  # chunks of each window that the skill policy is trained on (release: all N)
+    pretrain_lr: float = 1e-3  # peak learning rate
+    pretrain_lr_decay: bool = True  # 500 updates of warm-up, then sqrt(1 - progress) (release: constant rate)
     bc_coef: float = 2.0  # weight of the skill policy's squared error
     kl_coef: float = 1e-4  # weight of KL(q || N(0,1)) (release: 1e-4)
     prior_coef: float = 1.0  # weight of KL(q || p)
-    recon_coef: float = 1.0  # weight of the observation reconstruction
-    position_features: bool = True  # maze: sines and cosines of the position as further inputs (release: none)
+    recon_coef: float = 1.0  # weight of the observation's log-likelihood
+    position_features: bool = True  # maze: sines and cosines of the position as inputs (release: none)
     pretrain_eval_interval: int = 2_500  # updates between validations with roll-outs of the prior
-    pretrain_eval_episodes: int = 100  # roll-outs of the prior in a validation; four times as many at the end
+    pretrain_eval_episodes: int = 100  # roll-outs in a validation; four times as many at the end
 
     # Downstream RL
     total_timesteps: int = 1_000_000  # env steps, warm-up included
-    num_envs: int = 8  # environments stepped in lockstep
-    warmup_steps: int = 5_000  # env steps with skills from the prior before planner and updates start
+    num_envs: int = 8  # environments in lockstep
+    warmup_steps: int = 5_000  # env steps with skills from the prior, before planner and updates start
     batch_size: int = 256  # windows of N skills per update
-    updates_per_step: float = 10 / 500  # gradient updates per env step, those of the warm-up included
-    learning_rate: float = 1e-3  # of model and task policy
-    alpha_lr: float = 3e-4  # of the weight of the prior KL
-    alpha: float = 0.5  # weight of the prior KL, or its start if tuned
-    autotune: bool = False  # tune alpha to keep the prior KL at target_kl
-    target_kl: float = 3.0  # nats between task policy and prior, if alpha is tuned
-    policy_latents: Literal["imagined", "h0", "encoded"] = "imagined"  # states of the policy loss: imagined (paper, eq. 7), only the first (release), or encoded observations
+    updates_per_step: float = 10 / 500  # gradient updates per env step, the warm-up's included
+    learning_rate: float = 1e-3  # of world model and task policy
+    alpha: float = 0.5  # weight of the prior KL (its first value if autotune)
+    autotune: bool = False  # tune alpha so that the prior KL is target_kl
+    target_kl: float = 3.0  # nats between task policy and prior
+    alpha_lr: float = 3e-4  # learning rate of log alpha
+    policy_latents: Literal["imagined", "h0", "encoded"] = "imagined"  # of eq. 7: paper, release (first state), E(o_t)
     gamma: float = 0.99  # discount per skill
     rho: float = 0.5  # weight rho^t of the t-th skill of a window
-    tau: float = 0.01  # share of the online weights in each target update
+    tau: float = 0.01  # share of the online weights in a target update
     target_update_interval: int = 2  # updates between target updates
-    consistency_coef: float = 2.0  # weight of the latent consistency
+    consistency_coef: float = 2.0  # weight of the latent consistency, in both phases
     reward_coef: float = 0.25  # weight of the reward loss
     value_coef: float = 0.1  # weight of the TD loss
     reward_scale: float = 1.0  # factor on the task's reward
-    max_grad_norm: float = 100.0  # clip of the gradient's global norm
+    max_grad_norm: float = 100.0  # bound of the gradient's global norm
 
     # Planner
     num_samples: int = 512  # sampled plans per iteration
     num_policy_trajs: int = 25  # plans proposed by the task policy
     num_elites: int = 64  # plans that the next distribution is fitted to
-    cem_iters: int = 6  # iterations of CEM
+    cem_iters: int = 6  # iterations
     temperature: float = 0.5  # factor on the values in the elites' softmax
-    momentum: float = 0.1  # share of the old mean in the new
-    plan_std: float = 2.0  # first and largest std of the plans
-    explore_std_start: float = 0.5  # floor of the plans' std at the start
-    explore_std_end: float = 0.01  # floor of the plans' std after std_steps
-    horizon_steps: int = 25_000  # env steps over which the plan grows from 1 to N skills
-    std_steps: int = 25_000  # env steps over which the floor of the std falls
+    momentum: float = 0.1  # share of the old mean in the new one
+    plan_std: float = 2.0  # first and largest std of the sampled skills
+    explore_std: float = 0.5  # least std, at the start of the schedule
+    explore_std_end: float = 0.01  # least std after std_steps
+    std_steps: int = 25_000  # env steps over which the least std falls
+    horizon_steps: int = 25_000  # env steps over which plans grow from 1 to N skills
 
     # Model
     skill_horizon: int = 10  # H: env steps per skill
     num_skills: int = 10  # N: skills per window and in the longest plan
     skill_dim: int = 10  # Z: size of a skill
-    hidden_dim: int = 128  # width of all hidden layers
+    hidden_dim: int = 128  # width of hidden layers
     latent_dim: int = 256  # d: size of a latent state
     skill_encoder: Literal["mlp", "lstm"] = "lstm"  # architecture of q
 
 
-# What the release's configurations say per task; the maze's pre-training is ours (DEVIATION 3).
+# The release's values per task where they differ from Args; pre-training and total_timesteps are ours (DEVIATION 3).
 TASK_DEFAULTS = {
     "maze": dict(
-        latent_dim=128, skill_encoder="mlp", batch_size=128, warmup_steps=50_000, alpha=1.0, autotune=True,
-        horizon_steps=1_000_000, std_steps=1_000_000, total_timesteps=650_000, kl_coef=1e-3,
+        latent_dim=128, skill_encoder="mlp", kl_coef=1e-2, total_timesteps=650_000, warmup_steps=50_000, batch_size=128,
+        alpha=1.0, autotune=True, horizon_steps=1_000_000, std_steps=1_000_000,
     ),
-    "kitchen": dict(alpha=0.5, pretrain_updates=425_000),
-    "kitchen-misaligned": dict(alpha=0.5, pretrain_updates=425_000),
-    "calvin": dict(
-        hidden_dim=256, num_skills=1, bc_chunks=1, alpha=0.1, reward_scale=0.01, total_timesteps=2_000_000,
-        pretrain_updates=425_000,
-    ),
+    "kitchen": dict(),
+    "kitchen-misaligned": dict(),
+    "calvin": dict(hidden_dim=256, num_skills=1, bc_chunks=1, alpha=0.1, reward_scale=0.01, total_timesteps=2_000_000),
 }  # fmt: skip
 
 
+# Arguments that shape a pre-trained model: with data and file version, the key of the cache.
+PRETRAIN_ARGS = (
+    "seed pretrain_updates pretrain_batch_size bc_chunks pretrain_lr pretrain_lr_decay bc_coef kl_coef prior_coef "
+    "recon_coef consistency_coef rho tau target_update_interval max_grad_norm position_features skill_horizon "
+    "num_skills skill_dim hidden_dim latent_dim skill_encoder"
+).split()
+
+
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Command line -> Args; the defaults are those of the chosen task, or of the run that is resumed."""
+    """Command line -> Args, with the defaults of the chosen task, or of the run that is resumed."""
     argv = sys.argv[1:] if argv is None else argv
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--env-id", "--env_id", default="maze")
     first.add_argument("--resume")
     chosen, _ = first.parse_known_args(argv)
-    if chosen.env_id not in TASK_DEFAULTS:
-        sys.exit(f"error: --env-id {chosen.env_id} is not a task; choose one of {', '.join(TASK_DEFAULTS)}")
+    if chosen.env_id not in data_tools.TASKS:
+        sys.exit(f"error: --env-id {chosen.env_id} is no task; choose one of {', '.join(data_tools.TASKS)}")
     default = Args(env_id=chosen.env_id, **TASK_DEFAULTS[chosen.env_id])
     if chosen.resume:
         try:
             default = Args(**json.loads((Path(chosen.resume) / "args.json").read_text()))
         except (OSError, ValueError, TypeError) as error:
-            sys.exit(f"error: --resume {chosen.resume} is not a run folder of this file ({error})")
-    args = tyro.cli(Args, args=argv, default=default, description=__doc__.split("\n")[0])
-    check_args(args)
-    return args
+            sys.exit(f"error: --resume {chosen.resume} is no run folder of this file ({error}); check the path")
+    return tyro.cli(Args, args=argv, default=default, description=__doc__.split("\n")[0])
 
 
 def check_args(args: Args):
-    """Refuse arguments that cannot work, in one sentence that names the flag and the cure."""
-    if args.env_id not in data_tools.TASKS:
-        sys.exit(f"error: --env-id {args.env_id} is not built yet; choose one of {', '.join(data_tools.TASKS)}")
+    """Refuse values that cannot work, in a sentence that names the flag and the cure."""
     if not 1 <= args.bc_chunks <= args.num_skills:
         sys.exit(f"error: --bc-chunks {args.bc_chunks} must lie between 1 and --num-skills {args.num_skills}")
     if not 1 <= args.num_elites <= args.num_samples + args.num_policy_trajs:
         sys.exit(f"error: --num-elites {args.num_elites} exceeds --num-samples + --num-policy-trajs; lower it")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda, but torch finds no CUDA device; use --device cpu")
-    for field in fields(args):
-        value = getattr(args, field.name)
-        if field.type is int and value < 0:
-            sys.exit(f"error: --{field.name.replace('_', '-')} {value} is negative; give 0 or more")
+    for name in ("num_envs", "batch_size", "pretrain_batch_size", "eval_episodes", "num_policy_trajs", "num_skills"):
+        if getattr(args, name) < 1:
+            sys.exit(f"error: --{name.replace('_', '-')} {getattr(args, name)} is too small; give at least 1")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks (ELU everywhere, orthogonal weights)
+# ------------------------------------------------------------------------------------------------------------ networks
 
 
 def mlp(*sizes: int) -> nn.Sequential:
-    """Linear layers of the given sizes with ELU between them; linear output."""
+    """Linear layers with orthogonal weights, ELU between them, linear output."""
     layers = []
     for in_dim, out_dim in zip(sizes[:-1], sizes[1:]):
-        linear = nn.Linear(in_dim, out_dim)
-        nn.init.orthogonal_(linear.weight)
-        nn.init.zeros_(linear.bias)
-        layers += [linear, nn.ELU()]
+        layers += [nn.Linear(in_dim, out_dim), nn.ELU()]
+        nn.init.orthogonal_(layers[-2].weight)
+        nn.init.zeros_(layers[-2].bias)
     return nn.Sequential(*layers[:-1])
 
 
-def scalar_head(in_dim: int, hidden_dim: int) -> nn.Sequential:
-    """Reward and Q: a normalised first layer, then an MLP whose last layer starts near 0."""
-    u = hidden_dim
+def scalar_head(in_dim: int, u: int) -> nn.Sequential:
+    """Reward and Q: a normalised first layer, then an MLP of width u whose output starts near 0."""
     head = nn.Sequential(nn.Linear(in_dim, u), nn.LayerNorm(u), nn.Tanh(), *mlp(u, u, u, u, 1))
     nn.init.orthogonal_(head[-1].weight, 0.01)
     return head
 
 
-class ObsFeatures(nn.Module):
-    """Raw observations (..., O) -> what networks see (..., F); its first O entries are the scaled observation.
+def tanh_normal(x):
+    """Network output (..., 2 * Z) -> mean and std (..., Z) of the Gaussian whose tanh is the variable."""
+    mean, log_std = x.chunk(2, -1)
+    return 5 * torch.tanh(mean / 5), log_std.clamp(-10, 2).exp() + 1e-4
 
-    Maze: (q / 40 - 0.5, v / 10) and, DEVIATION 3, sines and cosines of the position with periods of 1 to 32 cells: the
-    walls repeat with period 1, a fortieth of the input range, which a plain MLP learns very slowly. Others: raw.
+
+def sample(distribution):
+    """One reparameterised sample of tanh(N(mean, std)); distribution is (mean, std), each (..., Z)."""
+    mean, std = distribution
+    return torch.tanh(mean + std * torch.randn_like(mean))
+
+
+def kl_divergence(p, q):
+    """KL(p || q) of Gaussians (mean, std), each (..., Z) -> (...) in nats; a common tanh leaves it as it is."""
+    (mean_p, std_p), (mean_q, std_q) = p, q  # DEVIATION 1
+    return ((std_q / std_p).log() + (std_p**2 + (mean_p - mean_q) ** 2) / (2 * std_q**2) - 0.5).sum(-1)
+
+
+class StateEncoder(nn.Module):
+    """Raw observations (..., O) -> latent states (..., d).
+
+    DEVIATION 3: in the maze sines and cosines of the position with periods of 1 to 32 cells are inputs, too. The walls
+    repeat every cell, a fortieth of the input's range, which a plain MLP needs very long to resolve.
     """
-
-    def __init__(self, env_id: str, obs_dim: int, position_features: bool):
-        super().__init__()
-        maze = env_id == "maze"
-        scale = [1 / 40, 1 / 40, 1 / 10, 1 / 10] if maze else [1.0] * obs_dim
-        shift = [-0.5, -0.5, 0.0, 0.0] if maze else [0.0] * obs_dim
-        periods = [1, 2, 4, 8, 16, 32] if maze and position_features else []  # cells
-        self.register_buffer("scale", torch.tensor(scale))
-        self.register_buffer("shift", torch.tensor(shift))
-        self.register_buffer("angular_frequency", 2 * torch.pi / torch.tensor(periods).float())
-        self.obs_dim = obs_dim
-        self.dim = obs_dim + 2 * 2 * len(periods)
-
-    def forward(self, obs):
-        scaled = obs * self.scale + self.shift  # (..., O)
-        if self.dim == self.obs_dim:
-            return scaled
-        phase = (obs[..., :2, None] * self.angular_frequency).flatten(-2)  # (..., 2 * periods)
-        return torch.cat([scaled, phase.sin(), phase.cos()], -1)  # (..., F)
-
-
-class WorldModel(nn.Module):
-    """State encoder E, skill dynamics D, reward R, critics Q and observation decoder."""
 
     def __init__(self, obs_dim: int, args: Args):
         super().__init__()
-        u, d = args.hidden_dim, args.latent_dim
-        self.features = ObsFeatures(args.env_id, obs_dim, args.position_features)
-        self.encoder_net = mlp(self.features.dim, u, d)
-        self.dynamics = mlp(d + args.skill_dim, u, u, u, u, d)
-        self.reward_model = scalar_head(d + args.skill_dim, u)
-        self.qf1 = scalar_head(d + args.skill_dim, u)
-        self.qf2 = scalar_head(d + args.skill_dim, u)
+        scale, shift = data_tools.obs_scale(args.env_id, obs_dim)
+        periods = [1, 2, 4, 8, 16, 32] if args.env_id == "maze" and args.position_features else []  # cells
+        self.register_buffer("scale", torch.tensor(scale))
+        self.register_buffer("shift", torch.tensor(shift))
+        self.register_buffer("frequency", 2 * torch.pi / torch.tensor(periods, dtype=torch.float32))
+        self.net = mlp(obs_dim + 4 * len(periods), args.hidden_dim, args.latent_dim)
+
+    def scaled(self, obs):  # what the decoder reconstructs
+        return obs * self.scale + self.shift  # (..., O)
+
+    def forward(self, obs):
+        phase = (obs[..., :2, None] * self.frequency).flatten(-2)  # (..., 2 * periods)
+        return self.net(torch.cat([self.scaled(obs), phase.sin(), phase.cos()], -1))  # (..., d)
+
+
+class WorldModel(nn.Module):
+    """State encoder E, skill dynamics D, reward R, critics Q, observation decoder."""
+
+    def __init__(self, obs_dim: int, args: Args):
+        super().__init__()
+        u, d, dz = args.hidden_dim, args.latent_dim, args.latent_dim + args.skill_dim
+        self.encoder = StateEncoder(obs_dim, args)
+        self.dynamics = mlp(dz, u, u, u, u, d)
+        self.reward_model, self.qf1, self.qf2 = scalar_head(dz, u), scalar_head(dz, u), scalar_head(dz, u)
         self.decoder = mlp(d, u, u, 2 * obs_dim)
 
-    def encoder(self, obs):  # h = E(o)
-        return self.encoder_net(self.features(obs))  # (..., d)
-
-    def next(self, h, z):  # D(h, z): the latent state after a whole skill
+    def next(self, h, z):  # D(h, z): the latent state after the whole skill
         return self.dynamics(torch.cat([h, z], -1))  # (..., d)
 
     def reward(self, h, z):  # R(h, z)
@@ -263,9 +267,9 @@ class WorldModel(nn.Module):
         return self.qf1(hz).squeeze(-1), self.qf2(hz).squeeze(-1)  # 2 x (...)
 
     def decode(self, h):
-        """Latent (..., d) -> mean and std of the scaled observation, each (..., O), std in [0.1, 1.5]."""
-        mean, raw = self.decoder(h).chunk(2, -1)
-        return mean, 0.1 + 0.7 * (torch.tanh(raw) + 1)
+        """Mean and std, in [0.1, 1.5], of the scaled observation: (..., d) -> 2 x (..., O)."""
+        mean, raw_std = self.decoder(h).chunk(2, -1)
+        return mean, 0.1 + 0.7 * (torch.tanh(raw_std) + 1)
 
 
 class SkillModel(nn.Module):
@@ -273,53 +277,34 @@ class SkillModel(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        u, d, H = args.hidden_dim, args.latent_dim, args.skill_horizon
-        self.features = ObsFeatures(args.env_id, obs_dim, args.position_features)
-        self.encoder_net = mlp(self.features.dim, u, d)
-        self.skill_policy = mlp(d + args.skill_dim, u, u, u, u, 2 * action_dim)
-        self.uses_lstm = args.skill_encoder == "lstm"
-        if self.uses_lstm:
-            self.skill_encoder = nn.LSTM(action_dim + d, 128, batch_first=True)
-            self.skill_head = mlp(128, 2 * args.skill_dim)
-        else:
-            self.skill_encoder = mlp(H * action_dim + d, u, u, u, u, 2 * args.skill_dim)
-
-    def encoder(self, obs):  # E_L(s)
-        return self.encoder_net(self.features(obs))  # (..., d)
+        u, d, Z, self.uses_lstm = args.hidden_dim, args.latent_dim, args.skill_dim, args.skill_encoder == "lstm"
+        self.encoder = StateEncoder(obs_dim, args)
+        self.skill_policy = mlp(d + Z, u, u, u, u, 2 * action_dim)
+        self.lstm = nn.LSTM(action_dim + d, 128, batch_first=True) if self.uses_lstm else None
+        sizes = (128,) if self.uses_lstm else (args.skill_horizon * action_dim + d, u, u, u, u)
+        self.skill_encoder = mlp(*sizes, 2 * Z)
 
     def encode_skill(self, obs, actions):
-        """Chunks of observations (B, N, H, O) and actions (B, N, H, A) -> q(z): mean and std, each (B, N, Z)."""
-        if not self.uses_lstm:
-            return tanh_normal(self.skill_encoder(torch.cat([actions.flatten(2), self.encoder(obs[:, :, 0])], -1)))
-        steps = torch.cat([actions, self.encoder(obs)], -1).flatten(0, 1)  # (B * N, H, A + d)
-        last = self.skill_encoder(steps)[0][:, -1]  # (B * N, 128)
-        return tanh_normal(self.skill_head(last).unflatten(0, actions.shape[:2]))
+        """q: chunks of observations (B, N, H, O) and actions (B, N, H, A) -> mean and std, 2 x (B, N, Z)."""
+        if self.uses_lstm:
+            steps = torch.cat([actions, self.encoder(obs)], -1).flatten(0, 1)  # (B * N, H, A + d)
+            return tanh_normal(self.skill_encoder(self.lstm(steps)[0][:, -1]).unflatten(0, actions.shape[:2]))
+        return tanh_normal(self.skill_encoder(torch.cat([actions.flatten(2), self.encoder(obs[:, :, 0])], -1)))
 
     def act(self, obs, z):
-        """Mode of the skill policy: observations (..., O) and skills (..., Z) -> actions (..., A) in (-1, 1)."""
+        """Mode of pi_L: observations (..., O) and skills (..., Z) -> actions (..., A) in (-1, 1)."""
         mean, _ = tanh_normal(self.skill_policy(torch.cat([self.encoder(obs), z], -1)))
         return torch.tanh(mean)
 
 
-def tanh_normal(x):
-    """Network output (..., 2 * K) -> mean and std (..., K) of the Gaussian whose tanh is the variable."""
-    mean, log_std = x.chunk(2, -1)
-    return 5 * torch.tanh(mean / 5), log_std.clamp(-10, 2).exp() + 1e-4
+def make_networks(args: Args, obs_dim: int, action_dim: int, device) -> nn.ModuleDict:
+    """The networks of pre-training: world model, skills, and the prior p(z | h), (..., d) -> (..., 2 * Z)."""
+    prior = mlp(args.latent_dim, *[args.hidden_dim] * 4, 2 * args.skill_dim)
+    networks = dict(model=WorldModel(obs_dim, args), skills=SkillModel(obs_dim, action_dim, args), prior=prior)
+    return nn.ModuleDict(networks).to(device)
 
 
-def sample_tanh(mean, std):
-    """One reparameterised sample of tanh(N(mean, std)), same shape."""
-    return torch.tanh(mean + std * torch.randn_like(mean))
-
-
-def kl_divergence(p, q):
-    """KL(p || q) of diagonal Gaussians (mean, std) (..., Z) -> (...); exact under a common tanh. DEVIATION 1."""
-    (mean_p, std_p), (mean_q, std_q) = p, q
-    return ((std_q / std_p).log() + (std_p**2 + (mean_p - mean_q) ** 2) / (2 * std_q**2) - 0.5).sum(-1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses
+# -------------------------------------------------------------------------------------------------------------- losses
 
 
 def pretrain_loss(model, skills, prior, target, obs, actions, args):
@@ -331,22 +316,23 @@ def pretrain_loss(model, skills, prior, target, obs, actions, args):
     chunk_obs = obs[:, :-1].unflatten(1, (N, H))  # (B, N, H, O)
     chunk_actions = actions.unflatten(1, (N, H))  # (B, N, H, A)
     q = skills.encode_skill(chunk_obs, chunk_actions)  # 2 x (B, N, Z)
-    z = sample_tanh(*q)  # (B, N, Z)
+    z = sample(q)  # (B, N, Z)
 
     # eq. 3: behavioural cloning by the skill policy, on some chunks of each window (DEVIATION 2), and KL(q || N(0, 1))
     chosen = torch.rand(B, N, device=obs.device).topk(args.bc_chunks, 1).indices  # (B, C)
     row = torch.arange(B, device=obs.device)[:, None]  # (B, 1)
     z_steps = z[row, chosen].unsqueeze(2).expand(-1, -1, H, -1)  # (B, C, H, Z)
     bc_loss = (skills.act(chunk_obs[row, chosen], z_steps) - chunk_actions[row, chosen]).square().mean()
-    standard_normal = (torch.zeros_like(q[0]), torch.ones_like(q[1]))
-    kl_loss = kl_divergence(q, standard_normal).clamp(-100, 100).mean()
+    kl_loss = kl_divergence(q, (torch.zeros_like(q[0]), torch.ones_like(q[1]))).clamp(-100, 100).mean()
 
     # Reconstruction: Gaussian likelihood of the scaled states at skill boundaries
     skill_obs = obs[:, ::H]  # (B, N+1, O)
     h = model.encoder(skill_obs)  # (B, N+1, d)
     mean, std = model.decode(h)  # 2 x (B, N+1, O)
-    scaled_obs = model.features(skill_obs)[..., : obs.shape[-1]]
-    recon_loss = -torch.distributions.Normal(mean, std, validate_args=False).log_prob(scaled_obs).sum(-1).mean()
+    log_likelihood = torch.distributions.Normal(mean, std, validate_args=False).log_prob(
+        model.encoder.scaled(skill_obs)
+    )
+    recon_loss = -log_likelihood.sum(-1).mean()
 
     # eq. 4: h_{i+1} = D(h_i, z_i), rolled out from h_0 through time, agrees with the slow encoder
     with torch.no_grad():
@@ -377,7 +363,7 @@ def model_loss(model, target, task_policy, obs, z, rewards, dones, args):
     h = model.encoder(obs)  # (B, N+1, d)
     with torch.no_grad():
         h_target = target.encoder(obs)  # (B, N+1, d)
-        next_z = sample_tanh(*tanh_normal(task_policy(h[:, 1:])))  # (B, N, Z)
+        next_z = sample(tanh_normal(task_policy(h[:, 1:])))  # (B, N, Z)
         td_target = rewards + (1 - dones) * args.gamma * torch.min(*target.q(h[:, 1:], next_z))  # (B, N)
     h_pred = [h[:, 0]]
     for t in range(N):
@@ -401,26 +387,25 @@ def model_loss(model, target, task_policy, obs, z, rewards, dones, args):
     return loss, {name: value.detach() for name, value in metrics.items()}, h.detach(), h_pred.detach()
 
 
-def policy_loss(model, task_policy, prior_model, skill_prior, obs, h, h_pred, alpha, args):
+def policy_loss(model, task_policy, prior_encoder, skill_prior, obs, h, h_pred, alpha, args):
     """Task policy: maximise Q, stay close to the frozen prior (SkiMo eq. 7).
 
-    obs (B, N+1, O), h and h_pred (B, N+1, d) detached, alpha (); prior_model is frozen after pre-training and keeps its own E.
+    obs (B, N+1, O), h and h_pred (B, N+1, d) detached, alpha (); prior_encoder is the E of pre-training, frozen.
     Returns the loss and metrics; metrics["prior_kl"] is the mean KL in nats.
     """
     N = obs.shape[1] - 1
     rho = args.rho ** torch.arange(N, device=obs.device)  # (N,)
     latents = {"imagined": h_pred, "h0": h[:, :1].expand_as(h), "encoded": h}[args.policy_latents][:, :N]  # (B, N, d)
-    z = sample_tanh(*tanh_normal(task_policy(latents)))  # (B, N, Z)
+    z = sample(tanh_normal(task_policy(latents)))  # (B, N, Z)
     q_value = torch.min(*model.q(latents, z))  # (B, N)
     with torch.no_grad():
-        prior = tanh_normal(skill_prior(prior_model.encoder(obs[:, :-1])))  # 2 x (B, N, Z)
+        prior = tanh_normal(skill_prior(prior_encoder(obs[:, :-1])))  # 2 x (B, N, Z)
     prior_kl = kl_divergence(tanh_normal(task_policy(h[:, :-1])), prior).clamp(-100, 100)  # (B, N)
     loss = ((rho * (alpha * prior_kl - q_value)).sum(1)).mean() / N
     return loss, dict(policy_loss=loss.detach(), policy_q=q_value.detach().mean(), prior_kl=prior_kl.detach().mean())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Planner and acting
+# ---------------------------------------------------------------------------------------------------- planner and acting
 
 
 @torch.no_grad()
@@ -435,7 +420,7 @@ def plan(model, task_policy, obs, mean, std_floor, noise_scale, args):
 
     h, policy_plans = h0[:, None].expand(-1, args.num_policy_trajs, -1), []
     for _ in range(K):
-        policy_plans.append(sample_tanh(*tanh_normal(task_policy(h))))  # (E, 25, Z)
+        policy_plans.append(sample(tanh_normal(task_policy(h))))  # (E, 25, Z)
         h = model.next(h, policy_plans[-1])
     policy_plans = torch.stack(policy_plans, 2)  # (E, 25, K, Z)
 
@@ -450,7 +435,7 @@ def plan(model, task_policy, obs, mean, std_floor, noise_scale, args):
         for t in range(K):
             value = value + args.gamma**t * model.reward(h, plans[:, :, t])  # (E, P)
             h = model.next(h, plans[:, :, t])
-        last_z = sample_tanh(*tanh_normal(task_policy(h)))
+        last_z = sample(tanh_normal(task_policy(h)))
         value = value + args.gamma**K * torch.min(*model.q(h, last_z))  # (E, P)
 
         elite_value, elite_index = value.topk(args.num_elites, 1)  # (E, 64)
@@ -469,34 +454,33 @@ def plan(model, task_policy, obs, mean, std_floor, noise_scale, args):
 
 
 class Planner:
-    """Calls `plan` for E environments by the schedules, and keeps the last plan to start the next one from."""
+    """Plans for E environments at once, by the schedules; starts from the last plan, moved on by one skill."""
 
-    def __init__(self, model, task_policy, args: Args, device, compile: bool):
+    def __init__(self, model, task_policy, args: Args, device):
         self.model, self.task_policy, self.args, self.device = model, task_policy, args, device
-        self.plan = torch.compile(plan, mode="reduce-overhead") if compile else plan
+        self.plan = torch.compile(plan, mode="reduce-overhead") if args.compile else plan
         self.last_mean = None  # (E, K, Z)
 
     def __call__(self, obs, episode_start, global_step: int, explore: bool):
         """obs (E, O) and episode_start (E,) bool, NumPy -> skills (E, Z) on the CPU."""
         args = self.args
-        plan_horizon = int(1 + min(1.0, global_step / max(args.horizon_steps, 1)) * (args.num_skills - 1))
-        mean = torch.zeros(len(obs), plan_horizon, args.skill_dim, device=self.device)
-        if self.last_mean is not None and plan_horizon == self.last_mean.shape[1] > 1:
-            keep = torch.from_numpy(~episode_start).to(self.device)[:, None, None]
-            mean[:, :-1] = self.last_mean[:, 1:] * keep
+        progress = min(1.0, global_step / max(args.horizon_steps, 1))
+        plan_horizon = int(1 + progress * (args.num_skills - 1))  # K
+        mean = torch.zeros(len(obs), plan_horizon, args.skill_dim, device=self.device)  # (E, K, Z)
+        if self.last_mean is not None and self.last_mean.shape[1] == plan_horizon > 1:
+            mean[:, :-1] = self.last_mean[:, 1:] * torch.from_numpy(~episode_start)[:, None, None].to(self.device)
         progress = min(1.0, global_step / max(args.std_steps, 1))
-        std_floor = args.explore_std_start + progress * (args.explore_std_end - args.explore_std_start)
-        scalars = torch.tensor([std_floor, float(explore)], device=self.device)
+        std_floor = args.explore_std + progress * (args.explore_std_end - args.explore_std)
+        std_floor, noise_scale = torch.tensor([std_floor, float(explore)], device=self.device)
+        obs = torch.from_numpy(obs).to(self.device)
         torch.compiler.cudagraph_mark_step_begin()
-        z, mean = self.plan(
-            self.model, self.task_policy, torch.from_numpy(obs).to(self.device), mean, scalars[0], scalars[1], args
-        )
-        self.last_mean = mean.clone()
+        z, mean = self.plan(self.model, self.task_policy, obs, mean, std_floor, noise_scale, args)
+        self.last_mean = mean.clone()  # a CUDA graph overwrites its outputs
         return z.cpu()
 
 
 @torch.no_grad()
-def execute_skill(envs, skills, obs, z, ended, args, trace: list | None = None):
+def execute_skill(envs, skills, obs, z, ended, args: Args, trace: list | None = None):
     """H env steps of the skill policy with skills z (E, Z), on the CPU next to the simulator.
 
     obs (E, O); ended (E,) bool: members that wait for their reset. Returns next_obs (E, O), the rewards' sum (E,),
@@ -516,70 +500,66 @@ def execute_skill(envs, skills, obs, z, ended, args, trace: list | None = None):
     return obs, rewards, ended, steps
 
 
+@torch.no_grad()
 def rollout(envs, skills, choose_skill, args: Args, seed: int, max_skills: int | None = None):
-    """One episode (at most max_skills long) in every environment, with skills z = choose_skill(obs, episode_start).
+    """One episode, at most max_skills long, in every environment, with skills z = choose_skill(obs, episode_start).
 
-    Returns returns (E,), lengths in env steps (E,), and the trace of execute_skill with the last observation.
-    The random state outside is left as it was.
+    Returns returns (E,), lengths in env steps (E,), the trace of execute_skill closed by the last observation, and the
+    skills (E, skills, Z). The random state outside is left as it was.
     """
-    skills = copy.deepcopy(skills).cpu()
+    skills, trace, zs = copy.deepcopy(skills).cpu(), [], []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         obs, _ = envs.reset(seed=seed)
-        E, trace, num_skills = len(obs), [], 0
-        ended, episode_start = np.zeros(E, dtype=bool), np.ones(E, dtype=bool)
-        returns, lengths = np.zeros(E), np.zeros(E, dtype=np.int64)
-        while not ended.all() and num_skills != max_skills:
-            z = choose_skill(obs, episode_start)
-            obs, rewards, ended, steps = execute_skill(envs, skills, obs, z, ended, args, trace)
-            returns, lengths, num_skills = returns + rewards, lengths + steps, num_skills + 1
-            episode_start = np.zeros(E, dtype=bool)
+        ended, episode_start = np.zeros(len(obs), dtype=bool), np.ones(len(obs), dtype=bool)
+        returns, lengths = np.zeros(len(obs)), np.zeros(len(obs), dtype=np.int64)
+        while not ended.all() and len(zs) != max_skills:
+            zs.append(choose_skill(obs, episode_start))
+            obs, rewards, ended, steps = execute_skill(envs, skills, obs, zs[-1], ended, args, trace)
+            returns, lengths, episode_start = returns + rewards, lengths + steps, np.zeros_like(ended)
     envs.close()
-    return returns, lengths, [*trace, (obs, trace[-1][1], ended)]
+    return returns, lengths, [*trace, (obs, trace[-1][1], ended)], torch.stack(zs, 1)
 
 
-def prior_rollouts(model, skills, prior, args: Args, num_episodes: int, max_skills: int | None = None):
-    """Episodes of skills drawn from the prior: what a fresh task policy explores. Returns as `rollout`, and the skills."""
-    model, prior, drawn = copy.deepcopy(model).cpu(), copy.deepcopy(prior).cpu(), []
-
-    @torch.no_grad()
-    def choose_skill(obs, episode_start):
-        drawn.append(sample_tanh(*tanh_normal(prior(model.encoder(torch.from_numpy(obs))))))
-        return drawn[-1]
-
-    envs = data_tools.make_envs(args.env_id, num_episodes)
-    return *rollout(envs, skills, choose_skill, args, args.seed, max_skills), torch.stack(drawn, 1)  # (E, skills, Z)
-
-
-@torch.no_grad()
-def open_loop_prediction(model, skills, prior, args: Args, num_skills: int = 50):
-    """50 skills of the prior in the simulator, and what the skill dynamics foretells from the first state alone.
-
-    Returns observations at the skill boundaries, real and predicted, each (num_skills + 1, O) raw (paper, fig. 10).
-    """
-    _, lengths, trace, z = prior_rollouts(model, skills, prior, args, 1, num_skills)
-    real = np.concatenate([obs for obs, _, _ in trace[:: args.skill_horizon]])
-    model = copy.deepcopy(model).cpu()
-    h = [model.encoder(torch.from_numpy(real[:1]))]
-    for t in range(len(real) - 1):
-        h.append(model.next(h[-1], z[:, t]))
-    mean, _ = model.decode(torch.cat(h))  # (num_skills + 1, O) scaled
-    return real, ((mean - model.features.shift) / model.features.scale).numpy()
-
-
-def evaluate(skills, args: Args, planner: Planner, global_step: int, video: Path | None = None):
+def evaluate(learner, args: Args, global_step: int, video: Path | None = None):
     """Clean evaluation: planner without exploration noise, one episode in each of eval_episodes environments.
 
     Returns returns (E,) and lengths in env steps (E,). With video, one episode is rendered into that MP4 instead.
     """
     envs = data_tools.make_envs(args.env_id, 1 if video else args.eval_episodes, video)
-    planner = Planner(planner.model, planner.task_policy, args, planner.device, False)
+    planner = Planner(learner.model, learner.task_policy, args, learner.device)
     choose_skill = functools.partial(planner, global_step=global_step, explore=False)
-    return rollout(envs, skills, choose_skill, args, seed=10_000 + args.seed)[:2]
+    return rollout(envs, learner.skills, choose_skill, args, 10_000 + args.seed)[:2]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Replay buffer and checkpoints
+def prior_rollouts(networks, args: Args, num_episodes: int, max_skills: int | None = None):
+    """Episodes with skills from the prior, what a fresh task policy explores; returns what `rollout` returns."""
+    cpu = copy.deepcopy(networks).cpu()
+
+    def choose_skill(obs, episode_start):
+        return sample(tanh_normal(cpu["prior"](cpu["model"].encoder(torch.from_numpy(obs)))))  # (E, Z)
+
+    envs = data_tools.make_envs(args.env_id, num_episodes)
+    return rollout(envs, cpu["skills"], choose_skill, args, args.seed, max_skills)
+
+
+@torch.no_grad()
+def open_loop_prediction(networks, args: Args, num_skills: int = 50):
+    """50 skills of the prior in the simulator, and what the skill dynamics foretells from the first state alone.
+
+    Returns observations at the skills' boundaries, real and predicted, each (num_skills + 1, O) (paper, fig. 10).
+    """
+    _, _, trace, z = prior_rollouts(networks, args, 1, num_skills)
+    real = np.concatenate([*(obs for obs, _, _ in trace[: -1 : args.skill_horizon]), trace[-1][0]])
+    model = copy.deepcopy(networks["model"]).cpu()
+    h = [model.encoder(torch.from_numpy(real[:1]))]
+    for t in range(z.shape[1]):
+        h.append(model.next(h[-1], z[:, t]))
+    scaled, _ = model.decode(torch.cat(h))  # (num_skills + 1, O)
+    return real, ((scaled - model.encoder.shift) / model.encoder.scale).numpy()
+
+
+# --------------------------------------------------------------------------------------- replay, checkpoints, bookkeeping
 
 
 class ReplayBuffer:
@@ -633,38 +613,10 @@ class ReplayBuffer:
         self.running = state["running"]
 
 
-def save_checkpoint(path: Path, state: dict):
-    """Write a checkpoint atomically; a full disk ends the program with a sentence and keeps the old file."""
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        part.unlink(missing_ok=True)
-        sys.exit(f"error: cannot write {path} ({error}); free some space, the last checkpoint is intact")
-
-
-def load_checkpoint(path: Path, kind: str, args: Args, device) -> dict:
-    """Read a checkpoint of this file; anything else ends the program with a sentence that says what is wrong."""
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        sys.exit(f"error: {path} does not exist; check the path")
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
-        sys.exit(f"error: cannot read {path}, it is damaged or no checkpoint ({type(error).__name__}); delete it")
-    meta = state.get("meta", {}) if isinstance(state, dict) else {}
-    expected = checkpoint_meta(kind, args)
-    for name, value in expected.items():
-        if meta.get(name) != value:
-            sys.exit(f"error: {path} has {name} {meta.get(name)!r}, this run needs {value!r}; give another file")
-    return state
-
-
 def checkpoint_meta(kind: str, args: Args) -> dict:
-    """What must agree before a checkpoint is used: its kind, this file's version, the task and the networks' sizes."""
+    """What must agree before a checkpoint is used: its kind, this file's version, the task, the networks' sizes."""
     sizes = ("hidden_dim", "latent_dim", "skill_dim", "skill_horizon", "skill_encoder", "position_features")
-    meta = dict(kind=f"skimo {kind}", version=FILE_VERSION, env_id=args.env_id)
+    meta = dict(kind=f"skimo {kind}", file_version=FILE_VERSION, env_id=args.env_id)
     return meta | {name: getattr(args, name) for name in sizes}
 
 
@@ -678,129 +630,24 @@ class StopSignal:
 
     def __call__(self, number, frame):
         self.requested = True
-        tqdm.write("stopping: saving at the next safe point (once more to kill)")
+        tqdm.write("stopping: saves at the next safe point (once more: stops at once)")
         signal.signal(number, signal.SIG_DFL)
 
 
 class Averages:
-    """Means of metrics on the device; read out, with one synchronisation, every `log_every` updates."""
+    """Sums of metrics on the device; `pop` reads the means out, with one synchronisation."""
 
     def __init__(self):
         self.sums, self.count = {}, 0
 
     def add(self, metrics: dict):
-        for name, value in metrics.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+        self.sums = {name: value + self.sums.get(name, 0.0) for name, value in metrics.items()}
         self.count += 1
 
-    def pop(self) -> dict:
-        means = {name: (value / self.count).item() for name, value in self.sums.items()}
-        self.sums, self.count = {}, 0
-        return means
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pre-training
-
-
-PRETRAIN_FIELDS = [field.name for field in fields(Args) if field.name.startswith(("pretrain_", "data_noise"))] + [
-    "seed", "bc_chunks", "bc_coef", "kl_coef", "prior_coef", "recon_coef", "consistency_coef", "rho", "tau",
-    "target_update_interval", "max_grad_norm", "position_features", "skill_horizon", "num_skills", "skill_dim",
-    "hidden_dim", "latent_dim", "skill_encoder",
-]  # fmt: skip
-
-
-def pretrain(args: Args, writer: SummaryWriter, device, stop: StopSignal):
-    """Phase 1: learn E, D, O_dec, E_L, pi_L, q and p from the offline data, or load them from the cache.
-
-    Returns the networks (model, skills, prior) and a dict of facts for results.json.
-    """
-    envs = data_tools.make_envs(args.env_id, 1)
-    (obs_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
-    envs.close()
-    model, skills = WorldModel(obs_dim, args).to(device), SkillModel(obs_dim, action_dim, args).to(device)
-    u, prior_sizes = args.hidden_dim, (args.latent_dim, *[args.hidden_dim] * 4, 2 * args.skill_dim)
-    prior = mlp(*prior_sizes).to(device)
-    networks = nn.ModuleDict(dict(model=model, skills=skills, prior=prior))
-    if args.pretrained:
-        published = Path(__file__).parents[1] / "benchmarks" / "results" / f"skimo_{args.env_id}_pretrained.pt"
-        path = published if args.pretrained == "published" else Path(args.pretrained)
-        state = load_checkpoint(path, "pretrained", args, device)
-        networks.load_state_dict(state["networks"])
-        return networks, dict(state["facts"], pretrained=str(path))
-
-    dataset = data_tools.load_dataset(args.env_id, args.data_dir, noise=args.data_noise)
-    key = json.dumps([dataset.fingerprint, FILE_VERSION, *(getattr(args, name) for name in PRETRAIN_FIELDS)])
-    name = f"skimo_{args.env_id}_{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
-    path = data_tools.cache_dir(args.data_dir) / "pretrained" / name
-    if path.exists() and not args.retrain:
-        print(f"pre-trained model from the cache: {path} (--retrain makes it anew)")
-        state = load_checkpoint(path, "pretrained", args, device)
-        networks.load_state_dict(state["networks"])
-        return networks, dict(state["facts"], pretrained=str(path))
-
-    train_data, valid_data = dataset.to(device).split(0.99)
-    window = args.num_skills * args.skill_horizon + 1
-    target = copy.deepcopy(model)
-    optimizer = torch.optim.Adam(networks.parameters(), lr=args.pretrain_lr, eps=1e-7, fused=True)
-    loss_fn = torch.compile(pretrain_loss, mode="reduce-overhead") if args.compile else pretrain_loss
-    first_update, minutes, part = 0, 0.0, path.with_suffix(".unfinished.pt")
-    if part.exists() and not args.retrain:
-        state = load_checkpoint(part, "pretraining", args, "cpu")
-        for module, name in ((networks, "networks"), (target, "target"), (optimizer, "optimizer")):
-            module.load_state_dict(state[name])
-        torch.set_rng_state(state["random"][0])
-        torch.cuda.set_rng_state_all(state["random"][1])
-        first_update, minutes = state["update"], state["minutes"]
-        print(f"pre-training goes on at update {first_update}: {part}")
-
-    start_time, averages, facts = time.time() - 60 * minutes, Averages(), {}
-    bar = tqdm(range(first_update, args.pretrain_updates), "pre-training", args.pretrain_updates, initial=first_update)
-    for update in bar:
-        obs, actions = train_data.sample_windows(args.pretrain_batch_size, window)
-        torch.compiler.cudagraph_mark_step_begin()
-        loss, metrics = loss_fn(model, skills, prior, target, obs, actions, args)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(networks.parameters(), args.max_grad_norm)
-        if args.pretrain_lr_decay:  # DEVIATION 3
-            progress = update / args.pretrain_updates
-            optimizer.param_groups[0]["lr"] = args.pretrain_lr * min(1.0, (update + 1) / 500) * (1 - progress) ** 0.5
-        optimizer.step()
-        if update % args.target_update_interval == args.target_update_interval - 1:
-            update_target(target, model, args.tau)
-        averages.add(metrics)
-
-        if (update + 1) % args.log_every == 0:
-            for name, value in (means := averages.pop()).items():
-                writer.add_scalar(f"pretrain/{name}", value, update + 1)
-            bar.set_postfix({name.removesuffix("_loss"): f"{value:.3g}" for name, value in means.items()})
-        last = update + 1 == args.pretrain_updates
-        if (update + 1) % args.pretrain_eval_interval == 0 or last:
-            with torch.random.fork_rng(), torch.no_grad():
-                torch.manual_seed(args.seed)
-                batch = valid_data.sample_windows(args.pretrain_batch_size, window)
-                _, metrics = pretrain_loss(model, skills, prior, target, *batch, args)
-            episodes = args.pretrain_eval_episodes * (4 if last else 1)
-            returns, _, trace, _ = prior_rollouts(model, skills, prior, args, episodes)
-            facts = data_tools.rollout_statistics(args.env_id, returns, trace)
-            facts |= {f"valid_{name}": value.item() for name, value in metrics.items()}
-            for name, value in facts.items():
-                writer.add_scalar(f"pretrain/{name}", value, update + 1)
-            bar.write(f"update {update + 1}: " + ", ".join(f"{name} {value:.3g}" for name, value in facts.items()))
-        minutes = (time.time() - start_time) / 60
-        if stop.requested or (update + 1) % 5000 == 0:
-            state = dict(networks=networks.state_dict(), target=target.state_dict(), optimizer=optimizer.state_dict())
-            state |= dict(random=(torch.get_rng_state(), torch.cuda.get_rng_state_all()), update=update + 1, minutes=minutes)
-            save_checkpoint(part, dict(state, meta=checkpoint_meta("pretraining", args)))
-        if stop.requested:
-            sys.exit("stopped in pre-training; the same command goes on where it was")
-    facts = dict(facts, data=dataset.attributes, data_fingerprint=dataset.fingerprint, pretrain_minutes=minutes)
-    facts["pretrain_updates"] = args.pretrain_updates
-    meta = checkpoint_meta("pretrained", args)
-    save_checkpoint(path, dict(networks=networks.state_dict(), facts=facts, meta=meta))
-    part.unlink(missing_ok=True)
-    return networks, dict(facts, pretrained=str(path))
+    def pop(self) -> dict[str, float]:
+        means = (torch.stack(list(self.sums.values())) / self.count).tolist()
+        names, self.sums, self.count = list(self.sums), {}, 0
+        return dict(zip(names, means))
 
 
 @torch.no_grad()
@@ -809,228 +656,353 @@ def update_target(target, online, tau: float):
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Downstream RL
+# --------------------------------------------------------------------------------------------------------- pre-training
 
 
-def train(args: Args, run_dir: Path, writer: SummaryWriter, networks, device, stop: StopSignal) -> dict:
-    """Phase 2: online RL over skills, from the pre-trained networks or from the checkpoint in run_dir.
+class Pretrainer:
+    """The networks of pre-training with their optimizer, and one gradient step."""
 
-    Returns a dict of results: training returns, clean evaluation, time shares.
-    """
-    model, skills, skill_prior = networks["model"], networks["skills"].requires_grad_(False), networks["prior"]
-    task_policy, prior_model = copy.deepcopy(skill_prior), copy.deepcopy(model)  # the frozen prior keeps its own E
-    target = copy.deepcopy(model)
-    for frozen in (skill_prior, prior_model, target):
-        frozen.requires_grad_(False)
-    low_level = copy.deepcopy(skills).cpu()  # acts next to the simulator
-    log_alpha = torch.tensor(float(np.log(args.alpha)), device=device, requires_grad=True)
-    adam = dict(eps=1e-7, fused=True)
-    model_optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, **adam)
-    policy_optimizer = torch.optim.Adam(task_policy.parameters(), lr=args.learning_rate, **adam)
-    alpha_optimizer = torch.optim.Adam([log_alpha], lr=args.alpha_lr, **adam)
-    compiled = (lambda f: torch.compile(f, mode="reduce-overhead")) if args.compile else (lambda f: f)
-    model_loss_fn, policy_loss_fn = compiled(model_loss), compiled(policy_loss)
-    planner = Planner(model, task_policy, args, device, args.compile)
+    def __init__(self, args: Args, networks: nn.ModuleDict):
+        self.args, self.networks, self.num_updates = args, networks, 0
+        self.target = copy.deepcopy(networks["model"])
+        self.optimizer = torch.optim.Adam(networks.parameters(), lr=args.pretrain_lr, eps=1e-7, fused=True)
+        self.loss = torch.compile(pretrain_loss, mode="reduce-overhead") if args.compile else pretrain_loss
 
-    envs = data_tools.make_envs(args.env_id, args.num_envs)
-    obs, _ = envs.reset(seed=args.seed)
-    rb = ReplayBuffer(obs.shape[1], args, device)
-    ended, episode_start = np.zeros(args.num_envs, dtype=bool), np.ones(args.num_envs, dtype=bool)
-    episodic_return, episodic_length = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=np.int64)
-    global_step, gradient_step, minutes = 0, 0, 0.0
-    episodes, evaluations = [], []  # (env step, return, length, minutes), (env step, mean return)
-
-    modules = dict(model=model, target=target, task_policy=task_policy, skill_prior=skill_prior, skills=skills)
-    modules |= dict(prior_model=prior_model, model_optimizer=model_optimizer, policy_optimizer=policy_optimizer)
-    modules |= dict(alpha_optimizer=alpha_optimizer, rb=rb)
-    if args.resume:
-        state = load_checkpoint(run_dir / "checkpoint.pt", "run", args, "cpu")
-        for name, module in modules.items():
-            module.load_state_dict(state[name])
-        low_level.load_state_dict(skills.state_dict())
-        log_alpha.data.copy_(state["log_alpha"])
-        torch.set_rng_state(state["random"][0])
-        torch.cuda.set_rng_state_all(state["random"][1])
-        envs.unwrapped.set_state({name: to_numpy(value) for name, value in state["envs"].items()})
-        obs, ended, episode_start, episodic_return, episodic_length = map(to_numpy, state["episode"])
-        planner.last_mean = None if state["last_mean"] is None else state["last_mean"].to(device)
-        global_step, gradient_step, minutes = state["global_step"], state["gradient_step"], state["minutes"]
-        episodes, evaluations = state["episodes"], state["evaluations"]
-
-    def save():
-        state = {name: module.state_dict() for name, module in modules.items()}
-        state |= dict(log_alpha=log_alpha.detach(), random=(torch.get_rng_state(), torch.cuda.get_rng_state_all()), last_mean=planner.last_mean)
-        state["envs"] = {name: to_tensor(value) for name, value in envs.unwrapped.get_state().items()}
-        state["episode"] = list(map(to_tensor, (obs, ended, episode_start, episodic_return, episodic_length)))
-        state |= dict(global_step=global_step, gradient_step=gradient_step, minutes=minutes)
-        state |= dict(episodes=episodes, evaluations=evaluations, meta=checkpoint_meta("run", args))
-        save_checkpoint(run_dir / "checkpoint.pt", state)
-
-    def update():
-        """One gradient step of model, task policy and alpha, in the order of the release."""
-        batch = rb.sample(args.batch_size)
+    def update(self, obs, actions) -> dict:
+        """One step on windows obs (B, N*H+1, O), actions (B, N*H, A); returns metrics."""
+        args, model = self.args, self.networks["model"]
+        if args.pretrain_lr_decay:  # DEVIATION 3
+            decay = max(0.0, 1 - self.num_updates / args.pretrain_updates) ** 0.5
+            self.optimizer.param_groups[0]["lr"] = args.pretrain_lr * min(1.0, (self.num_updates + 1) / 500) * decay
         torch.compiler.cudagraph_mark_step_begin()
-        loss, metrics, h, h_pred = model_loss_fn(model, target, task_policy, *batch, args)
-        model_optimizer.zero_grad()
+        loss, metrics = self.loss(
+            model, self.networks["skills"], self.networks["prior"], self.target, obs, actions, args
+        )
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.networks.parameters(), args.max_grad_norm)
+        self.optimizer.step()
+        self.num_updates += 1
+        if self.num_updates % args.target_update_interval == 0:
+            update_target(self.target, model, args.tau)
+        return metrics
+
+    def state_dict(self) -> dict:
+        state = {name: getattr(self, name).state_dict() for name in ("networks", "target", "optimizer")}
+        return state | dict(num_updates=self.num_updates)
+
+    def load_state_dict(self, state: dict):
+        for name in ("networks", "target", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.num_updates = state["num_updates"]
+
+
+def pretrain(args: Args, writer: SummaryWriter, device, stop: StopSignal) -> tuple[nn.ModuleDict, dict]:
+    """Phase 1: networks learnt from the offline data, or from a file or the cache; and facts about them.
+
+    The cached model is found by data, seed, file version and every argument that shapes it. An interrupted
+    pre-training leaves an unfinished file under the same key and goes on from it.
+    """
+    envs = data_tools.make_envs(args.env_id, 1)
+    networks = make_networks(args, envs.single_observation_space.shape[0], envs.single_action_space.shape[0], device)
+    envs.close()
+    path, meta = args.pretrained and Path(args.pretrained), checkpoint_meta("pretrained", args)
+    if args.pretrained == "published":
+        path = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / f"skimo_{args.env_id}_pretrained.pt"
+    if not path:
+        dataset = data_tools.load_dataset(args.env_id, args.data_dir, noise=args.data_noise)
+        shaping = {name: value for name, value in asdict(args).items() if name in PRETRAIN_ARGS}
+        key = json.dumps([dataset.fingerprint, FILE_VERSION, shaping])
+        name = f"skimo_{args.env_id}_{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
+        path = data_tools.cache_dir(args.data_dir) / "pretrained" / name
+    if args.pretrained or (path.exists() and not args.retrain):
+        print(f"pre-trained model: {path}")
+        state = data_tools.load_checkpoint(path, meta, device)
+        networks.load_state_dict(state["networks"])
+        return networks, state["facts"]
+
+    train_data, valid_data = dataset.to(device).split(0.99)
+    window = args.num_skills * args.skill_horizon + 1
+    trainer, averages, minutes, facts = Pretrainer(args, networks), Averages(), 0.0, {}
+    unfinished, unfinished_meta = path.with_suffix(".unfinished"), checkpoint_meta("pretraining", args)
+    if unfinished.exists() and not args.retrain:
+        state = data_tools.load_checkpoint(unfinished, unfinished_meta, "cpu")
+        trainer.load_state_dict(state["trainer"])
+        set_random_state(state["random"])
+        minutes = state["minutes"]
+        print(f"pre-training goes on at update {trainer.num_updates}: {unfinished}")
+    start_time = time.time() - 60 * minutes
+    bar = tqdm(desc="pre-training", total=args.pretrain_updates, initial=trainer.num_updates, unit="update")
+    while trainer.num_updates < args.pretrain_updates:
+        averages.add(trainer.update(*train_data.sample_windows(args.pretrain_batch_size, window)))
+        update = trainer.num_updates
+        bar.update()
+        if update % 100 == 0:
+            metrics = averages.pop()
+            bar.set_postfix({name.removesuffix("_loss"): f"{value:.3g}" for name, value in metrics.items()})
+            log_scalars(writer, "pretrain", metrics, update)
+        finished = update == args.pretrain_updates
+        if finished or update % args.pretrain_eval_interval == 0:
+            with torch.random.fork_rng(), torch.no_grad():
+                torch.manual_seed(args.seed)
+                batch = valid_data.sample_windows(args.pretrain_batch_size, window)
+                _, metrics = pretrain_loss(*networks.values(), trainer.target, *batch, args)
+            returns, _, trace, _ = prior_rollouts(networks, args, args.pretrain_eval_episodes * (4 if finished else 1))
+            facts = data_tools.rollout_statistics(args.env_id, returns, trace)
+            facts |= {f"valid_{name}": value.item() for name, value in metrics.items()}
+            bar.write(f"update {update}: " + ", ".join(f"{name} {value:.3g}" for name, value in facts.items()))
+            log_scalars(writer, "pretrain", facts, update)
+        minutes = (time.time() - start_time) / 60
+        if not finished and (stop.requested or update % 2_500 == 0):
+            state = dict(trainer=trainer.state_dict(), random=random_state(), minutes=minutes)
+            data_tools.save_checkpoint(unfinished, state, unfinished_meta)
+        if stop.requested and not finished:
+            sys.exit("stopped in pre-training; the same command goes on from here")
+    bar.close()
+    facts |= dict(minutes=minutes, updates=args.pretrain_updates, seed=args.seed, data=dataset.attributes)
+    data_tools.save_checkpoint(path, dict(networks=networks.state_dict(), facts=facts), meta)
+    unfinished.unlink(missing_ok=True)
+    return networks, facts
+
+
+# -------------------------------------------------------------------------------------------------------- downstream RL
+
+
+class Learner(nn.Module):
+    """Everything that downstream RL trains, the frozen prior and skills, and one gradient step."""
+
+    def __init__(self, args: Args, networks: nn.ModuleDict):
+        super().__init__()
+        self.args, self.num_updates = args, 0
+        self.model, self.skills, self.skill_prior = networks["model"], networks["skills"], networks["prior"]
+        self.task_policy, self.target = copy.deepcopy(self.skill_prior), copy.deepcopy(self.model)
+        self.prior_encoder = copy.deepcopy(self.model.encoder)  # the frozen prior keeps the E that it was trained with
+        for frozen in (self.skills, self.skill_prior, self.prior_encoder, self.target):
+            frozen.requires_grad_(False)
+        self.device = next(self.model.parameters()).device
+        self.log_alpha = nn.Parameter(torch.tensor(args.alpha, device=self.device).log())
+        adam = functools.partial(torch.optim.Adam, eps=1e-7, fused=True)
+        self.model_optimizer = adam(self.model.parameters(), lr=args.learning_rate)
+        self.policy_optimizer = adam(self.task_policy.parameters(), lr=args.learning_rate)
+        self.alpha_optimizer = adam([self.log_alpha], lr=args.alpha_lr)
+        compiled = functools.partial(torch.compile, mode="reduce-overhead") if args.compile else lambda loss: loss
+        self.model_loss, self.policy_loss = compiled(model_loss), compiled(policy_loss)
+
+    def update(self, obs, z, rewards, dones) -> dict:
+        """One step of model, task policy, alpha and target on windows from the replay buffer; returns metrics."""
+        args, model = self.args, self.model
+        torch.compiler.cudagraph_mark_step_begin()
+        loss, metrics, h, h_pred = self.model_loss(model, self.target, self.task_policy, obs, z, rewards, dones, args)
+        self.model_optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        model_optimizer.step()
+        self.model_optimizer.step()
 
-        model.requires_grad_(False)  # no gradient of the critics' weights
-        alpha = log_alpha.exp().detach()
-        loss, policy_metrics = policy_loss_fn(
-            model, task_policy, prior_model, skill_prior, batch[0], h, h_pred, alpha, args
+        model.requires_grad_(False)  # the critics' weights need no gradient of the policy loss
+        alpha = self.log_alpha.exp().detach()
+        loss, policy_metrics = self.policy_loss(
+            model, self.task_policy, self.prior_encoder, self.skill_prior, obs, h, h_pred, alpha, args
         )
-        policy_optimizer.zero_grad()
+        self.policy_optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(task_policy.parameters(), args.max_grad_norm)
-        policy_optimizer.step()
+        nn.utils.clip_grad_norm_(self.task_policy.parameters(), args.max_grad_norm)
+        self.policy_optimizer.step()
         model.requires_grad_(True)
 
         if args.autotune:  # alpha rises while the KL exceeds its target
-            alpha_loss = log_alpha.exp() * (args.target_kl - policy_metrics["prior_kl"])
-            alpha_optimizer.zero_grad()
-            alpha_loss.backward()
-            alpha_optimizer.step()
-        if gradient_step % args.target_update_interval == args.target_update_interval - 1:
-            update_target(target, model, args.tau)
-        averages.add(metrics | policy_metrics | dict(alpha=alpha))
+            self.alpha_optimizer.zero_grad()
+            (self.log_alpha.exp() * (args.target_kl - policy_metrics["prior_kl"])).backward()
+            self.alpha_optimizer.step()
+        self.num_updates += 1
+        if self.num_updates % args.target_update_interval == 0:
+            update_target(self.target, model, args.tau)
+        return metrics | policy_metrics | dict(alpha=alpha)
+
+    def optimizers(self):
+        return self.model_optimizer, self.policy_optimizer, self.alpha_optimizer
+
+
+def train(args: Args, run_dir: Path, writer: SummaryWriter, networks: nn.ModuleDict, stop: StopSignal) -> dict:
+    """Phase 2: online RL over skills, from the pre-trained networks or, with --resume, from run_dir's checkpoint.
+
+    Returns the results: training episodes, clean evaluations, time shares. Pictures and checkpoint go to run_dir.
+    """
+    E, max_return = args.num_envs, data_tools.MAX_RETURN[args.env_id]
+    learner = Learner(args, networks)
+    planner = Planner(learner.model, learner.task_policy, args, learner.device)
+    skills = copy.deepcopy(learner.skills).cpu()  # acts next to the simulator
+    envs = data_tools.make_envs(args.env_id, E)
+    obs, _ = envs.reset(seed=args.seed)  # (E, O)
+    rb = ReplayBuffer(obs.shape[1], args, learner.device)
+    episode_start = np.ones(E, dtype=bool)
+    episodic_return, episodic_length = np.zeros(E), np.zeros(E, dtype=np.int64)
+    global_step, minutes, next_eval = 0, 0.0, args.eval_interval or args.total_timesteps + 1
+    episodes, evaluations = [], []  # (env step, return, length, minutes) each; (env step, return, success) each
+    if args.resume:
+        state = data_tools.load_checkpoint(run_dir / "checkpoint.pt", checkpoint_meta("run", args), "cpu")
+        learner.load_state_dict(state["learner"])
+        for optimizer, optimizer_state in zip(learner.optimizers(), state["optimizers"]):
+            optimizer.load_state_dict(optimizer_state)
+        rb.load_state_dict(state["rb"])
+        envs.set_state({name: as_numpy(value) for name, value in state["envs"].items()})
+        obs, episode_start, episodic_return, episodic_length = map(as_numpy, state["arrays"])
+        planner.last_mean = None if state["last_mean"] is None else state["last_mean"].to(learner.device)
+        learner.num_updates, global_step, minutes, next_eval = state["counters"]
+        episodes, evaluations = state["episodes"], state["evaluations"]
+        set_random_state(state["random"])
+
+    def save():
+        arrays = map(as_tensor, (obs, episode_start, episodic_return, episodic_length))
+        state = dict(learner=learner.state_dict(), optimizers=[o.state_dict() for o in learner.optimizers()])
+        state |= dict(rb=rb.state_dict(), envs={name: as_tensor(value) for name, value in envs.get_state().items()})
+        state |= dict(arrays=list(arrays), last_mean=planner.last_mean, random=random_state())
+        state |= dict(counters=[learner.num_updates, global_step, minutes, next_eval])
+        state |= dict(episodes=episodes, evaluations=evaluations)
+        data_tools.save_checkpoint(run_dir / "checkpoint.pt", state, checkpoint_meta("run", args))
+
+    def clean_evaluation():
+        returns, lengths = evaluate(learner, args, global_step)
+        evaluations.append((global_step, float(returns.mean()), float((returns >= max_return).mean())))
+        values = dict(episodic_return=returns.mean(), success=evaluations[-1][2], episodic_length=lengths.mean())
+        log_scalars(writer, "eval", values, global_step)
+        bar.write(f"step {global_step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
     log_file = (run_dir / "episodes.csv").open("w", newline="")
     log = csv.writer(log_file)
     log.writerows([("env_step", "episodic_return", "episodic_length", "rl_minutes"), *episodes])
-    averages, start_time, shares = Averages(), time.time() - 60 * minutes, dict(env=0.0, plan=0.0, update=0.0)
-    first_step, first_time = global_step, time.time()
-    next_save = (global_step // args.checkpoint_interval + 1) * args.checkpoint_interval
-    max_return = data_tools.MAX_RETURN[args.env_id]
-    bar = tqdm(total=args.total_timesteps, desc="RL", initial=global_step, unit="step")
+    averages, shares = Averages(), dict(plan=0.0, env=0.0, update=0.0)
+    first_step, start_time, next_save = global_step, time.time(), global_step + args.checkpoint_interval
+    minutes_before, success = minutes, 0.0
+    bar = tqdm(desc="RL", total=args.total_timesteps, initial=global_step, unit="step")
     while True:
-        # ALGO LOGIC: training. As many updates as the env steps so far are worth, none before the warm-up is over.
+        # ALGO LOGIC: training. As many updates as all env steps so far are worth, but none in the warm-up.
         clock = time.time()
-        if global_step >= args.warmup_steps and len(rb.episodes) > 0:
-            while gradient_step < int(global_step * args.updates_per_step) and not stop.requested:
-                update()
-                gradient_step += 1
-                if gradient_step % args.log_every == 0:
-                    for name, value in averages.pop().items():
-                        writer.add_scalar(f"losses/{name}", value, global_step)
-                    bar.set_postfix(updates=gradient_step, success=success_rate(episodes, max_return))
+        updates_due = int(global_step * args.updates_per_step) if global_step >= args.warmup_steps else 0
+        while learner.num_updates < updates_due and len(rb.episodes) > 0 and not stop.requested:
+            averages.add(learner.update(*rb.sample(args.batch_size)))
+            if learner.num_updates % 100 == 0:
+                log_scalars(writer, "losses", averages.pop(), global_step)
+                bar.set_postfix(updates=learner.num_updates, success=f"{success:.2f}")
         shares["update"] += time.time() - clock
-        minutes = (time.time() - start_time) / 60
 
+        minutes = minutes_before + (time.time() - start_time) / 60
         finished = global_step >= args.total_timesteps
         if finished or stop.requested or global_step >= next_save:
             save()
-            next_save += args.checkpoint_interval
+            next_save = global_step + args.checkpoint_interval
         if finished or stop.requested:
             break
-        evaluated = evaluations[-1][0] if evaluations else 0
-        if args.eval_interval and global_step // args.eval_interval > evaluated // args.eval_interval:
-            returns, lengths = evaluate(skills, args, planner, global_step)
-            evaluations.append((global_step, float(returns.mean())))
-            writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
-            writer.add_scalar("eval/episodic_length", lengths.mean(), global_step)
-            bar.write(f"step {global_step}: evaluation return {returns.mean():.3g}")
+        if global_step >= next_eval:
+            clean_evaluation()
+            next_eval += args.eval_interval
 
         # ALGO LOGIC: put action logic here. One skill for every environment at once, then H env steps.
         clock = time.time()
         if global_step < args.warmup_steps:
             with torch.no_grad():
-                h = model.encoder(torch.from_numpy(obs).to(device))
-                z = sample_tanh(*tanh_normal(task_policy(h))).cpu()  # (E, Z), still the prior
+                h = learner.model.encoder(torch.from_numpy(obs).to(learner.device))  # (E, d)
+                z = sample(tanh_normal(learner.task_policy(h))).cpu()  # (E, Z), the prior: no update yet
         else:
             z = planner(obs, episode_start, global_step, explore=True)
         shares["plan"] += time.time() - clock
         clock = time.time()
-        next_obs, rewards, ended, steps = execute_skill(envs, low_level, obs, z, ended, args)
+        next_obs, rewards, ended, steps = execute_skill(envs, skills, obs, z, np.zeros(E, dtype=bool), args)
         rb.add(obs, z, args.reward_scale * rewards, ended, next_obs)
+        # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
         obs, episode_start = next_obs, ended
+        if ended.any():
+            obs, _ = envs.reset(options={"reset_mask": ended})
+        shares["env"] += time.time() - clock
+
         global_step += int(steps.sum())
         bar.update(int(steps.sum()))
         episodic_return, episodic_length = episodic_return + rewards, episodic_length + steps
         for e in np.flatnonzero(ended):
             episodes.append((global_step, float(episodic_return[e]), int(episodic_length[e]), round(minutes, 3)))
             log.writerow(episodes[-1])
-            writer.add_scalar("charts/episodic_return", episodic_return[e], global_step)
-            writer.add_scalar("charts/episodic_length", episodic_length[e], global_step)
-            writer.add_scalar("charts/success", success_rate(episodes, max_return), global_step)
+            success = np.mean([episode[1] >= max_return for episode in episodes[-100:]])
+            values = dict(episodic_return=episodic_return[e], episodic_length=episodic_length[e], success=success)
+            log_scalars(writer, "charts", values, global_step)
         if ended.any():
             log_file.flush()
             episodic_return, episodic_length = episodic_return * ~ended, episodic_length * ~ended
-            obs, _ = envs.reset(options=dict(reset_mask=ended))
-            ended = np.zeros_like(ended)
-            elapsed = time.time() - first_time
+            elapsed = time.time() - start_time
             writer.add_scalar("charts/SPS", (global_step - first_step) / elapsed, global_step)
-            for name, seconds in shares.items():
-                writer.add_scalar(f"time/{name}", seconds / elapsed, global_step)
-        shares["env"] += time.time() - clock
+            log_scalars(writer, "time", {name: seconds / elapsed for name, seconds in shares.items()}, global_step)
     bar.close()
     log_file.close()
-    envs.close()
     if stop.requested:
         sys.exit(f"stopped at env step {global_step}; go on with: python {sys.argv[0]} --resume {run_dir}")
 
-    returns, lengths = evaluate(skills, args, planner, global_step)
+    clean_evaluation()
+    envs.close()
     visited = rb.rows[:, : obs.shape[1]].cpu().numpy()
+    data_tools.plot_visited(args.env_id, visited, run_dir / "visited.png", writer)
     if args.capture_video:
-        evaluate(skills, args, planner, global_step, run_dir / "evaluation.mp4")
-    return dict(
-        env_steps=global_step, gradient_steps=gradient_step, rl_minutes=minutes, time_shares=shares,
-        last_100_success=success_rate(episodes, max_return), last_100_return=float(np.mean([x[1] for x in episodes[-100:]])),
-        eval_return=float(returns.mean()), eval_success=float((returns >= max_return).mean()),
-        eval_length=float(lengths.mean()), eval_episodes=len(returns), evaluations=evaluations,
-    ), visited  # fmt: skip
+        evaluate(learner, args, global_step, run_dir / "evaluation.mp4")
+    last_100 = [episode[1] for episode in episodes[-100:]]
+    results = dict(env_steps=global_step, updates=learner.num_updates, rl_minutes=minutes, evaluations=evaluations)
+    results |= dict(last_100_return=float(np.mean(last_100)) if last_100 else None, last_100_success=float(success))
+    return results | dict(seconds=shares)
 
 
-def success_rate(episodes: list, max_return: float) -> float:
-    """Share of the last 100 training episodes that earned everything."""
-    return float(np.mean([episode[1] >= max_return for episode in episodes[-100:]])) if episodes else 0.0
+def log_scalars(writer: SummaryWriter, group: str, values: dict, step: int):
+    for name, value in values.items():
+        writer.add_scalar(f"{group}/{name}", value, step)
 
 
-def to_tensor(value):
-    return torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
+def random_state() -> list:
+    """States of all generators that learning draws from; the environments keep their own."""
+    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
 
 
-def to_numpy(value):
+def set_random_state(states: list):
+    torch.set_rng_state(states[0])
+    torch.cuda.set_rng_state_all(states[1:])
+
+
+def as_tensor(value):  # checkpoints are read with weights_only=True, which admits tensors but no NumPy arrays
+    return torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
+
+
+def as_numpy(value):
     return value.numpy() if isinstance(value, torch.Tensor) else value
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------- main
 
 
 def main(args: Args) -> dict:
-    """Both phases, pictures and results.json; returns the results."""
+    """Both phases; pictures, results.json and a summary. Returns the results."""
     check_args(args)
-    stop = StopSignal()
+    device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
+    args.compile = device.type == "cuda" if args.compile is None else args.compile
     torch.set_num_threads(args.num_threads or os.cpu_count())
-    torch.manual_seed(args.seed)
-    cuda = args.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
-    args.compile = cuda if args.compile is None else args.compile
-    run_dir = Path(args.resume or Path(args.run_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.0f}")
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.resume or Path(args.run_dir) / run_name)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1))
-    writer = SummaryWriter(run_dir)
-    table = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+    writer, stop = SummaryWriter(run_dir), StopSignal()
+    rows = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+    torch.manual_seed(args.seed)
     try:
         networks, facts = pretrain(args, writer, device, stop)
-        real, predicted = open_loop_prediction(networks["model"], networks["skills"], networks["prior"], args)
-        data_tools.plot_prediction(args.env_id, real, predicted, run_dir / "prediction.png", writer)
-        torch.manual_seed(args.seed)  # RL is the same whether the model was trained now or comes from the cache
-        results, visited = train(args, run_dir, writer, networks, device, stop)
+        prediction = open_loop_prediction(networks, args)
+        data_tools.plot_prediction(args.env_id, *prediction, run_dir / "prediction.png", writer)
+        torch.manual_seed(args.seed)  # RL is the same whether the model comes from this run or from a file
+        results = train(args, run_dir, writer, networks, stop)
     except data_tools.DataError as error:
         sys.exit(f"error: {error}")
-    data_tools.plot_visited(args.env_id, visited, run_dir / "visited.png", writer)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {device.type}, torch {torch.__version__}"
-    results = dict(results, machine=machine, pretraining=facts, args=asdict(args))
+    results |= dict(pretraining=facts, machine=machine, args=asdict(args))
     (run_dir / "results.json").write_text(json.dumps(results, indent=1))
     writer.close()
+    _, eval_return, eval_success = results["evaluations"][-1]
     print(
-        f"{args.env_id}: evaluation return {results['eval_return']:.4g} (success {results['eval_success']:.0%}), last 100 "
-        f"training episodes {results['last_100_success']:.0%} success, {results['env_steps']} env steps in "
-        f"{results['rl_minutes']:.0f} min.\nCurves, pictures and checkpoint: {run_dir} (tensorboard --logdir {run_dir})"
+        f"{args.env_id}: clean evaluation {eval_return:.4g} ({eval_success:.0%} success), last 100 training episodes "
+        f"{results['last_100_success']:.0%} success, {results['env_steps']} env steps, {results['rl_minutes']:.1f} min.\n"
+        f"Pictures, episodes.csv, results.json and checkpoint: {run_dir}; curves: tensorboard --logdir {run_dir}"
     )
     return results
 

@@ -7,7 +7,15 @@
 import gymnasium
 
 from data_tools.dataset import TASKS, DataError, OfflineDataset, cache_dir, load_dataset
-from data_tools.diagnostics import MAX_RETURN, make_envs, plot_prediction, plot_visited, rollout_statistics
+from data_tools.diagnostics import (
+    MAX_RETURN,
+    make_envs,
+    obs_scale,
+    plot_prediction,
+    plot_visited,
+    rollout_statistics,
+)
+from data_tools.files import load_checkpoint, save_checkpoint, write_atomically
 
 __all__ = [
     "MAX_RETURN",
@@ -15,11 +23,15 @@ __all__ = [
     "DataError",
     "OfflineDataset",
     "cache_dir",
+    "load_checkpoint",
     "load_dataset",
     "make_envs",
+    "obs_scale",
     "plot_prediction",
     "plot_visited",
     "rollout_statistics",
+    "save_checkpoint",
+    "write_atomically",
 ]
 
 # No `max_episode_steps` here: both environments truncate by themselves, so that they behave the same when they are

@@ -11,10 +11,17 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from data_tools import maze
 from data_tools.dataset import TASKS
+from data_tools.files import write_atomically
 
 MAX_RETURN = {"maze": 100.0}  # return of an episode in which everything was done
+
+
+def obs_scale(env_id: str, obs_dim: int) -> tuple[list[float], list[float]]:
+    """Scale and shift, O numbers each, that the networks of SkiMo apply: maze (q/40 - 0.5, v/10), others raw."""
+    if env_id == "maze":
+        return [1 / 40, 1 / 40, 1 / 10, 1 / 10], [-0.5, -0.5, 0.0, 0.0]
+    return [1.0] * obs_dim, [0.0] * obs_dim
 
 
 def make_envs(env_id: str, num_envs: int, video: Path | None = None) -> gymnasium.vector.VectorEnv:
@@ -48,9 +55,7 @@ class VideoRecorder(gymnasium.vector.VectorWrapper):
         import imageio.v2 as imageio  # ffmpeg is started only for videos
 
         if self.frames:
-            part = self.path.with_name("part_" + self.path.name)
-            imageio.mimwrite(part, self.frames, fps=50, macro_block_size=1)
-            part.replace(self.path)
+            write_atomically(self.path, lambda part: imageio.mimwrite(part, self.frames, fps=50, macro_block_size=1))
             self.frames = []
         return super().close(**kwargs)
 
@@ -69,6 +74,8 @@ def rollout_statistics(env_id: str, returns: np.ndarray, trace: list) -> dict[st
     statistics = {"prior_return": float(returns.mean())}
     if env_id != "maze":
         return statistics
+    from data_tools import maze  # here, so that `python -m data_tools.maze` does not meet itself imported
+
     obs, actions, ended = (np.stack(part) for part in zip(*trace))  # (T+1, E, 4), (T+1, E, 2), (T+1, E)
     cells = maze.cell_of(obs)  # (T+1, E, 2)
     distance = maze.geodesic_distance(maze.make_layout(), maze.GOAL)[cells[..., 0], cells[..., 1]]  # (T+1, E)
@@ -97,9 +104,7 @@ def rollout_statistics(env_id: str, returns: np.ndarray, trace: list) -> dict[st
 
 def save_figure(figure: Figure, path: Path, writer=None):
     """Write a figure as PNG, atomically, and log it under pictures/NAME."""
-    part = path.with_name("part_" + path.name)
-    figure.savefig(part, dpi=110, bbox_inches="tight")
-    part.replace(path)
+    write_atomically(path, lambda part: figure.savefig(part, dpi=110, bbox_inches="tight"))
     if writer is not None:
         writer.add_image(f"pictures/{path.stem}", matplotlib.image.imread(path)[..., :3], dataformats="HWC")
 
@@ -110,6 +115,8 @@ def plot_visited(env_id: str, obs: np.ndarray, path: Path, writer=None):
     axes = figure.subplots()
     colour = np.linspace(0, 100, len(obs))
     if env_id == "maze":
+        from data_tools import maze
+
         maze.draw_maze(axes)
         points = axes.scatter(obs[:, 1], obs[:, 0], c=colour, s=1.5, cmap="viridis", linewidths=0)
     else:
@@ -126,6 +133,8 @@ def plot_prediction(env_id: str, real: np.ndarray, predicted: np.ndarray, path: 
     figure = Figure(figsize=(6, 6))
     axes = figure.subplots()
     if env_id == "maze":
+        from data_tools import maze
+
         maze.draw_maze(axes)
         axes.plot(real[:, 1], real[:, 0], "o-", ms=3, lw=1.5, color="tab:blue", label="simulator")
         axes.plot(

@@ -1,0 +1,53 @@
+"""Files that are whole or not there at all: atomic writing, and checkpoints that are checked before they are used."""
+
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from data_tools.dataset import DataError
+
+
+def write_atomically(path, write: Callable[[Path], None]) -> None:
+    """Call `write(temporary path)` in the folder of `path`, then rename; on failure nothing is left behind.
+
+    Raises DataError when the disk is full or the folder cannot be written; an older file at `path` stays as it was.
+    """
+    path = Path(path)
+    part = path.with_name(f"part_{os.getpid()}_{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"cannot write {path} ({reason}); free some space or choose another folder") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, state: dict, meta: dict) -> None:
+    """Write `state` (tensors and plain values) and `meta`, what must agree before it may be used, atomically."""
+    write_atomically(path, lambda part: torch.save(state | {"meta": meta}, part))
+
+
+def load_checkpoint(path, meta: dict, device) -> dict:
+    """Read a checkpoint onto a device, without running any code from it.
+
+    Raises DataError for a missing or damaged file and where its `meta` differs from the expected one.
+    """
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist; check the path") from error
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise DataError(f"{path} is damaged or no checkpoint; delete it or give another file") from error
+    stored = state.get("meta") if isinstance(state, dict) else None
+    if not isinstance(stored, dict):
+        raise DataError(f"{path} is no checkpoint of this project; give another file")
+    for name, value in meta.items():
+        if stored.get(name) != value:
+            raise DataError(f"{path} has {name} {stored.get(name)!r} but this run needs {value!r}; give another file")
+    return state
