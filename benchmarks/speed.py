@@ -1,0 +1,315 @@
+"""How fast an algorithm file is: its real updates, planner, acting, environments and whole training loop.
+
+    python benchmarks/speed.py                          # all sizes; needs no data and no pre-trained model
+    python benchmarks/speed.py --sizes kitchen --device cuda --out h200.json
+
+Every row is the median of repeated calls after a warm-up, with CUDA synchronisation (torch.utils.benchmark). Inputs are
+random and have the shapes of the task. The loop is `train` itself on random networks: all schedules of the real run
+shrunk to `--loop-steps`, so that plan lengths and updates have the mix of the real run.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import gymnasium
+import numpy as np
+import torch
+import tyro
+from torch.utils.benchmark import Timer
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+DIMS = {"maze": (4, 2), "kitchen": (30, 9), "calvin": (21, 7)}  # entries of an observation and of an action
+
+# The authors' code, ms per call, measured at the kitchen's sizes: (on an H200, on two CPU cores).
+AUTHORS = {
+    ("pre-training update, release batch", "kitchen"): (74.0, None),
+    ("RL update", "kitchen"): (196.0, 252.0),
+    ("plan, 1 env", "kitchen"): (46.9, None),
+}
+
+
+@dataclass
+class Args:
+    env_id: str = "maze"  # the task whose environments are stepped and on which the loop runs
+    sizes: tuple[Literal["maze", "kitchen", "calvin"], ...] = (
+        "maze",
+        "kitchen",
+        "calvin",
+    )  # sizes of networks and batches
+    algo: Path = ROOT / "algos" / "skimo.py"  # the algorithm file
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to learn and plan; auto takes CUDA where there is one
+    num_threads: int = 0  # CPU threads of torch (0: one per core)
+    compile: bool | None = None  # torch.compile as in the algorithm file (None: on CUDA only)
+    plan_envs: tuple[int, ...] = (1, 16, 64)  # environments planned and acted for in one call
+    step_envs: tuple[int, ...] = (1, 8, 16, 64)  # environments stepped together
+    loop_steps: int = 20_000  # env steps of the whole training loop (0: leave it out)
+    min_seconds: float = 2.0  # least measuring time of a row, and at least five calls
+    quick: bool = False  # a check that everything runs: tiny batches, maze only; the numbers mean nothing
+    out: Path = Path("runs/speed.json")  # where the JSON goes
+
+
+def load_algorithm(path: Path):
+    """Import an algorithm file by its path."""
+    if not path.is_file():
+        sys.exit(f"error: --algo {path} does not exist; give an algorithm file such as algos/skimo.py")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def size_args(algo, size: str, args: Args):
+    """The algorithm's own arguments at the sizes of a task."""
+    result = algo.Args(env_id=size, **algo.TASK_DEFAULTS[size])
+    result = dataclasses.replace(result, compile=args.compile, device=args.device)
+    if args.quick:
+        small = dict(pretrain_batch_size=8, batch_size=8, num_samples=16, num_policy_trajs=4, num_elites=4, cem_iters=2)
+        result = dataclasses.replace(result, **small)
+    return result
+
+
+def random_obs(size: str, *shape: int):
+    """Observations (*shape, O) in the range of the task."""
+    obs = torch.rand(*shape, DIMS[size][0])
+    return obs * torch.tensor([40.0, 40.0, 10.0, 10.0]) if size == "maze" else obs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is timed: each function returns a callable; `measure` calls it again and again.
+
+
+def pretrain_update(algo, size, config, device):
+    """One gradient step of pre-training on a batch of windows."""
+    networks = algo.make_networks(config, *DIMS[size], device)
+    trainer = algo.Pretrainer(config, networks)
+    B, T = config.pretrain_batch_size, config.num_skills * config.skill_horizon
+    obs = random_obs(size, B, T + 1).to(device)  # (B, T+1, O)
+    actions = torch.rand(B, T, DIMS[size][1], device=device) * 2 - 1  # (B, T, A)
+    return lambda: trainer.update(obs, actions)
+
+
+def rl_update(algo, size, config, device):
+    """One gradient step of model, task policy and alpha on a batch of windows of skills."""
+    learner = algo.Learner(config, algo.make_networks(config, *DIMS[size], device))
+    B, N, Z = config.batch_size, config.num_skills, config.skill_dim
+    obs, z = random_obs(size, B, N + 1).to(device), torch.rand(B, N, Z, device=device) * 2 - 1  # (B, N+1, O), (B, N, Z)
+    batch = (obs, z, torch.rand(B, N, device=device), torch.zeros(B, N, device=device))
+    return lambda: learner.update(*batch)
+
+
+def planning(algo, size, config, device, num_envs: int):
+    """The planner with K = N, observations on the CPU in, skills on the CPU out."""
+    networks = algo.make_networks(config, *DIMS[size], device)
+    planner = algo.Planner(networks["model"], networks["prior"], config, device)
+    obs, episode_start = random_obs(size, num_envs).numpy(), np.zeros(num_envs, dtype=bool)
+    step = max(config.horizon_steps, config.std_steps)
+    return lambda: planner(obs, episode_start, step, explore=True)
+
+
+def acting(algo, size, config, device, num_envs: int):
+    """The skill policy for one env step, on the CPU as in the loop."""
+    skills = algo.make_networks(config, *DIMS[size], torch.device("cpu"))["skills"].requires_grad_(False)
+    obs, z = random_obs(size, num_envs).numpy(), torch.rand(num_envs, config.skill_dim) * 2 - 1
+
+    @torch.no_grad()
+    def act():
+        skills.act(torch.from_numpy(obs), z).numpy()
+
+    return act
+
+
+def stepping(algo, env_id, num_envs: int, num_threads: int):
+    """One step of E environments under random actions, resets included; nothing else."""
+    kwargs = {"num_threads": num_threads} if num_threads else {}
+    envs = gymnasium.make_vec(
+        algo.data_tools.TASKS[env_id],
+        num_envs,
+        vectorization_mode="vector_entry_point",
+        autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED,
+        **kwargs,
+    )
+    envs.reset(seed=0)
+    envs.action_space.seed(0)
+    actions = [envs.action_space.sample() for _ in range(100)]
+    count = 0
+
+    def step():
+        nonlocal count
+        count += 1
+        _, _, terminations, truncations, _ = envs.step(actions[count % len(actions)])
+        ended = terminations | truncations
+        if ended.any():
+            envs.reset(options={"reset_mask": ended})
+
+    return step
+
+
+def measure(call, args: Args) -> dict:
+    """Warm up, then time repeated calls: median and inter-quartile range in ms, and how many calls that took."""
+    metrics = call()  # compiles, fills caches
+    for _ in range(3):
+        call()
+    synchronize(args)
+    start = time.perf_counter()
+    call()
+    synchronize(args)
+    once = time.perf_counter() - start
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    result = timer.blocked_autorange(min_run_time=max(args.min_seconds, (1 if args.quick else 5) * once))
+    if isinstance(metrics, dict) and not all(math.isfinite(float(value)) for value in call().values()):
+        raise FloatingPointError("the timed update gives losses that are not finite")
+    calls = result.number_per_run * len(result.times)
+    return dict(ms=1e3 * result.median, iqr_ms=1e3 * result.iqr, calls=calls)
+
+
+def synchronize(args: Args):
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def training_loop(algo, args: Args, device) -> dict:
+    """`train` in miniature: env steps/s and the shares of time, without compilation and the final evaluation."""
+    config = size_args(algo, args.env_id, args)
+    factor = args.loop_steps / config.total_timesteps
+    schedules = ("total_timesteps", "warmup_steps", "horizon_steps", "std_steps")
+    config = dataclasses.replace(config, **{name: int(factor * getattr(config, name)) for name in schedules})
+    config = dataclasses.replace(config, eval_interval=0, eval_episodes=1, checkpoint_interval=10**9)
+    if args.quick:
+        config = dataclasses.replace(config, num_envs=1)
+    stop = SimpleNamespace(requested=False)
+    for _ in range(2 if args.compile else 1):  # the first run fills the caches of the compiler
+        networks = algo.make_networks(config, *DIMS[args.env_id], device)
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):  # no second bar
+            with SummaryWriter(folder) as writer:
+                results = algo.train(dataclasses.replace(config), Path(folder), writer, networks, stop)
+    if results["updates"] == 0:
+        sys.exit(f"error: --loop-steps {args.loop_steps} ends before the first episode does; give more")
+    seconds = 60 * results["rl_minutes"]
+    shares = {name: value / seconds for name, value in results["seconds"].items()}
+    rate = results["env_steps"] / seconds
+    return dict(ms=1e3 / rate, calls=results["env_steps"], per_second=rate, num_envs=config.num_envs, shares=shares)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def jobs(algo, args: Args, device) -> list:
+    """All rows as (name, size, environments per call or None, function that gives the callable)."""
+    rows = []
+    for size in args.sizes:
+        config = size_args(algo, size, args)
+        batch = config.pretrain_batch_size if args.quick else 512
+        release = dataclasses.replace(config, pretrain_batch_size=batch, bc_chunks=config.num_skills)
+        rows.append(("pre-training update, release batch", size, None, (pretrain_update, size, release, device)))
+        rows.append(("pre-training update", size, None, (pretrain_update, size, config, device)))
+        rows.append(("RL update", size, None, (rl_update, size, config, device)))
+        for name, function in (("plan", planning), ("act", acting)):
+            for E in args.plan_envs:
+                label = f"{name}, {E} env{'s' * (E > 1)}"
+                rows.append((label, size, E, (function, size, config, device, E)))
+    for E in args.step_envs:
+        for threads in sorted({0, 1, 2, os.cpu_count()} if not args.quick else {0, 1}):
+            label = f"step, {E} env{'s' * (E > 1)}, {threads or 'no'} thread{'s' * (threads != 1)}"
+            rows.append((label, args.env_id, E, (stepping, args.env_id, E, threads)))
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """Aligned text; the last columns are the authors' code."""
+    cells = [["", "size", "ms", "+-", "ms/env", "env steps/s", "authors H200", "ratio", "authors CPU", "ratio"]]
+    for row in rows:
+        E, gpu, cpu = row["num_envs"], row["authors_h200_ms"], row["authors_cpu_ms"]
+        cells.append([row["name"], row["size"], f"{row['ms']:.3g}", f"{row['iqr_ms']:.2g}" if "iqr_ms" in row else ""])
+        cells[-1] += [f"{row['ms'] / E:.3g}" if E and "per_second" not in row else ""]
+        cells[-1] += [f"{row['per_second']:,.0f}" if "per_second" in row else ""]
+        for authors in (gpu, cpu):
+            cells[-1] += [f"{authors:g}", f"{authors / row['ms']:.2g}x"] if authors else ["", ""]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    aligned = [[text.ljust(w) if i < 2 else text.rjust(w) for i, (text, w) in enumerate(zip(c, widths))] for c in cells]
+    return "\n".join("  ".join(line).rstrip() for line in aligned)
+
+
+def machine(device) -> dict:
+    """What the numbers depend on."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # Linux only
+        info = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in info if line.startswith("model name")), cpu)
+    commit = "unknown"
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
+    facts = dict(cpu=cpu, cores=os.cpu_count(), gpu=gpu, load=os.getloadavg(), system=platform.platform())
+    facts |= dict(python=platform.python_version(), torch=torch.__version__, device=device.type)
+    return facts | dict(threads=torch.get_num_threads(), commit=commit, date=time.strftime("%Y-%m-%d %H:%M:%S"))
+
+
+def main(args: Args) -> dict:
+    """Time everything, print the table, write the JSON; returns what it holds."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: --device cuda, but torch finds no CUDA device; use --device cpu")
+    if args.quick:
+        quick = dict(sizes=("maze",), plan_envs=(1, 2), step_envs=(1, 2), loop_steps=2_200, min_seconds=0.02)
+        args = dataclasses.replace(args, **quick)
+    if args.device == "auto":
+        args = dataclasses.replace(args, device="cuda" if torch.cuda.is_available() else "cpu")
+    if args.compile is None:
+        args = dataclasses.replace(args, compile=args.device == "cuda")
+    torch.set_num_threads(args.num_threads or os.cpu_count())
+    torch.manual_seed(0)
+    algo, device = load_algorithm(args.algo), torch.device(args.device)
+    if args.env_id not in algo.data_tools.TASKS:
+        sys.exit(f"error: --env-id {args.env_id} is not built; choose one of {', '.join(algo.data_tools.TASKS)}")
+    facts, rows, env_only = machine(device), [], {}
+
+    bar = tqdm(jobs(algo, args, device), "timing", unit="row")
+    for name, size, num_envs, (make, *inputs) in bar:
+        bar.set_postfix_str(f"{name} ({size})")
+        rows.append(dict(name=name, size=size, num_envs=num_envs, **measure(make(algo, *inputs), args)))
+        if make is stepping:
+            rows[-1]["per_second"] = 1e3 * num_envs / rows[-1]["ms"]
+            env_only.setdefault(num_envs, rows[-1]["per_second"])  # without threads, as in the loop
+    if args.loop_steps:
+        print(f"training loop: {args.loop_steps} env steps", file=sys.stderr)
+        rows.append(dict(name="training loop", size=args.env_id, **training_loop(algo, args, device)))
+        if rows[-1]["num_envs"] in env_only:
+            rows[-1]["share_of_env_only_rate"] = rows[-1]["per_second"] / env_only[rows[-1]["num_envs"]]
+    for row in rows:
+        row["authors_h200_ms"], row["authors_cpu_ms"] = AUTHORS.get((row["name"], row["size"]), (None, None))
+
+    hardware = f"{facts['gpu'] or facts['cpu']}, {facts['threads']} CPU threads"
+    print(f"{hardware}, torch {facts['torch']}, commit {facts['commit']}")
+    print(table(rows))
+    if args.loop_steps:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in rows[-1]["shares"].items())
+        share = rows[-1].get("share_of_env_only_rate")
+        print(f"training loop: {shares}" + (f"; {share:.1%} of the env-only rate" if share else ""))
+    result = dict(machine=facts, args=asdict(args), rows=rows)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    part = args.out.with_name(args.out.name + ".part")
+    part.write_text(json.dumps(result, indent=1, default=str) + "\n")
+    os.replace(part, args.out)
+    print(f"written: {args.out}")
+    return result
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
