@@ -634,20 +634,12 @@ class StopSignal:
         signal.signal(number, signal.SIG_DFL)
 
 
-class Averages:
-    """Sums of metrics on the device; `pop` reads the means out, with one synchronisation."""
-
-    def __init__(self):
-        self.sums, self.count = {}, 0
-
-    def add(self, metrics: dict):
-        self.sums = {name: value + self.sums.get(name, 0.0) for name, value in metrics.items()}
-        self.count += 1
-
-    def pop(self) -> dict[str, float]:
-        means = (torch.stack(list(self.sums.values())) / self.count).tolist()
-        names, self.sums, self.count = list(self.sums), {}, 0
-        return dict(zip(names, means))
+def pop_means(history: list[dict]) -> dict[str, float]:
+    """Mean of each metric over the updates in history, which is emptied; one synchronisation with the device."""
+    means = torch.stack([torch.stack(list(metrics.values())) for metrics in history]).mean(0).tolist()
+    names = list(history[0])
+    history.clear()
+    return dict(zip(names, means))
 
 
 @torch.no_grad()
@@ -685,7 +677,7 @@ class Pretrainer:
         self.num_updates += 1
         if self.num_updates % args.target_update_interval == 0:
             update_target(self.target, model, args.tau)
-        return metrics
+        return {name: value.clone() for name, value in metrics.items()}  # a CUDA graph overwrites its outputs
 
     def state_dict(self) -> dict:
         state = {name: getattr(self, name).state_dict() for name in ("networks", "target", "optimizer")}
@@ -723,22 +715,23 @@ def pretrain(args: Args, writer: SummaryWriter, device, stop: StopSignal) -> tup
 
     train_data, valid_data = dataset.to(device).split(0.99)
     window = args.num_skills * args.skill_horizon + 1
-    trainer, averages, minutes, facts = Pretrainer(args, networks), Averages(), 0.0, {}
+    trainer, history, minutes, facts = Pretrainer(args, networks), [], 0.0, {}
     unfinished, unfinished_meta = path.with_suffix(".unfinished"), checkpoint_meta("pretraining", args)
     if unfinished.exists() and not args.retrain:
         state = data_tools.load_checkpoint(unfinished, unfinished_meta, "cpu")
         trainer.load_state_dict(state["trainer"])
-        set_random_state(state["random"])
+        torch.set_rng_state(state["random"][0])
+        torch.cuda.set_rng_state_all(state["random"][1:])
         minutes = state["minutes"]
         print(f"pre-training goes on at update {trainer.num_updates}: {unfinished}")
     start_time = time.time() - 60 * minutes
     bar = tqdm(desc="pre-training", total=args.pretrain_updates, initial=trainer.num_updates, unit="update")
     while trainer.num_updates < args.pretrain_updates:
-        averages.add(trainer.update(*train_data.sample_windows(args.pretrain_batch_size, window)))
+        history.append(trainer.update(*train_data.sample_windows(args.pretrain_batch_size, window)))
         update = trainer.num_updates
         bar.update()
         if update % 100 == 0:
-            metrics = averages.pop()
+            metrics = pop_means(history)
             bar.set_postfix({name.removesuffix("_loss"): f"{value:.3g}" for name, value in metrics.items()})
             log_scalars(writer, "pretrain", metrics, update)
         finished = update == args.pretrain_updates
@@ -754,7 +747,11 @@ def pretrain(args: Args, writer: SummaryWriter, device, stop: StopSignal) -> tup
             log_scalars(writer, "pretrain", facts, update)
         minutes = (time.time() - start_time) / 60
         if not finished and (stop.requested or update % 2_500 == 0):
-            state = dict(trainer=trainer.state_dict(), random=random_state(), minutes=minutes)
+            state = dict(
+                trainer=trainer.state_dict(),
+                random=[torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
+                minutes=minutes,
+            )
             data_tools.save_checkpoint(unfinished, state, unfinished_meta)
         if stop.requested and not finished:
             sys.exit("stopped in pre-training; the same command goes on from here")
@@ -816,7 +813,8 @@ class Learner(nn.Module):
         self.num_updates += 1
         if self.num_updates % args.target_update_interval == 0:
             update_target(self.target, model, args.tau)
-        return metrics | policy_metrics | dict(alpha=alpha)
+        metrics |= policy_metrics | dict(alpha=alpha)
+        return {name: value.clone() for name, value in metrics.items()}  # a CUDA graph overwrites its outputs
 
     def optimizers(self):
         return self.model_optimizer, self.policy_optimizer, self.alpha_optimizer
@@ -844,18 +842,23 @@ def train(args: Args, run_dir: Path, writer: SummaryWriter, networks: nn.ModuleD
         for optimizer, optimizer_state in zip(learner.optimizers(), state["optimizers"]):
             optimizer.load_state_dict(optimizer_state)
         rb.load_state_dict(state["rb"])
-        envs.set_state({name: as_numpy(value) for name, value in state["envs"].items()})
-        obs, episode_start, episodic_return, episodic_length = map(as_numpy, state["arrays"])
+        envs.set_state(state["envs"])
+        obs, episode_start, episodic_return, episodic_length = (x.numpy() for x in state["arrays"])
         planner.last_mean = None if state["last_mean"] is None else state["last_mean"].to(learner.device)
         learner.num_updates, global_step, minutes, next_eval = state["counters"]
         episodes, evaluations = state["episodes"], state["evaluations"]
-        set_random_state(state["random"])
+        torch.set_rng_state(state["random"][0])
+        torch.cuda.set_rng_state_all(state["random"][1:])
 
     def save():
-        arrays = map(as_tensor, (obs, episode_start, episodic_return, episodic_length))
+        arrays = (torch.from_numpy(x).clone() for x in (obs, episode_start, episodic_return, episodic_length))
         state = dict(learner=learner.state_dict(), optimizers=[o.state_dict() for o in learner.optimizers()])
-        state |= dict(rb=rb.state_dict(), envs={name: as_tensor(value) for name, value in envs.get_state().items()})
-        state |= dict(arrays=list(arrays), last_mean=planner.last_mean, random=random_state())
+        state |= dict(rb=rb.state_dict(), envs=envs.get_state())
+        state |= dict(
+            arrays=list(arrays),
+            last_mean=planner.last_mean,
+            random=[torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
+        )
         state |= dict(counters=[learner.num_updates, global_step, minutes, next_eval])
         state |= dict(episodes=episodes, evaluations=evaluations)
         data_tools.save_checkpoint(run_dir / "checkpoint.pt", state, checkpoint_meta("run", args))
@@ -870,7 +873,7 @@ def train(args: Args, run_dir: Path, writer: SummaryWriter, networks: nn.ModuleD
     log_file = (run_dir / "episodes.csv").open("w", newline="")
     log = csv.writer(log_file)
     log.writerows([("env_step", "episodic_return", "episodic_length", "rl_minutes"), *episodes])
-    averages, shares = Averages(), dict(plan=0.0, env=0.0, update=0.0)
+    history, shares = [], dict(plan=0.0, env=0.0, update=0.0)
     first_step, start_time, next_save = global_step, time.time(), global_step + args.checkpoint_interval
     minutes_before, success = minutes, 0.0
     bar = tqdm(desc="RL", total=args.total_timesteps, initial=global_step, unit="step")
@@ -879,9 +882,9 @@ def train(args: Args, run_dir: Path, writer: SummaryWriter, networks: nn.ModuleD
         clock = time.time()
         updates_due = int(global_step * args.updates_per_step) if global_step >= args.warmup_steps else 0
         while learner.num_updates < updates_due and len(rb.episodes) > 0 and not stop.requested:
-            averages.add(learner.update(*rb.sample(args.batch_size)))
+            history.append(learner.update(*rb.sample(args.batch_size)))
             if learner.num_updates % 100 == 0:
-                log_scalars(writer, "losses", averages.pop(), global_step)
+                log_scalars(writer, "losses", pop_means(history), global_step)
                 bar.set_postfix(updates=learner.num_updates, success=f"{success:.2f}")
         shares["update"] += time.time() - clock
 
@@ -949,24 +952,6 @@ def train(args: Args, run_dir: Path, writer: SummaryWriter, networks: nn.ModuleD
 def log_scalars(writer: SummaryWriter, group: str, values: dict, step: int):
     for name, value in values.items():
         writer.add_scalar(f"{group}/{name}", value, step)
-
-
-def random_state() -> list:
-    """States of all generators that learning draws from; the environments keep their own."""
-    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-
-
-def set_random_state(states: list):
-    torch.set_rng_state(states[0])
-    torch.cuda.set_rng_state_all(states[1:])
-
-
-def as_tensor(value):  # checkpoints are read with weights_only=True, which admits tensors but no NumPy arrays
-    return torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
-
-
-def as_numpy(value):
-    return value.numpy() if isinstance(value, torch.Tensor) else value
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
