@@ -1,0 +1,46 @@
+"""Shared fixtures: a small maze data set, so that no test collects the full one."""
+
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # algos and data_tools, also for a plain `pytest`
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+DATA_FILE = "maze_noise0.5_seed0_v1.hdf5"  # the name under which load_dataset looks for it
+
+
+@pytest.fixture(scope="session")
+def tiny_data_file(tmp_path_factory):
+    """60 maze trajectories as a data file; do not write to it."""
+    from data_tools import maze
+
+    path = tmp_path_factory.mktemp("data") / DATA_FILE
+    maze.collect(60, progress=False).save(path)
+    return path
+
+
+@pytest.fixture
+def data_dir(tiny_data_file, tmp_path):
+    """A data folder of the test's own, with a copy of the small data set and no pre-trained model."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    shutil.copy(tiny_data_file, folder / DATA_FILE)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def restored_process_state():
+    """Signal handlers and the number of threads, which main() sets, are put back after each test."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -1,0 +1,1089 @@
+"""skimo.py against independent NumPy versions, known optima, interruptions, bad input and its own command line."""
+
+import copy
+import dataclasses
+import itertools
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import data_tools
+import data_tools.maze
+from algos import skimo
+
+# -------------------------------------------------------------------------------------------------------------- helpers
+
+
+def tiny_args(**changes):
+    """Maze arguments with networks and batches so small that an update takes milliseconds."""
+    small = dict(
+        device="cpu", num_threads=1, hidden_dim=16, latent_dim=8, skill_dim=3, skill_horizon=5, num_skills=3,
+        bc_chunks=3, skill_encoder="mlp", num_envs=2, batch_size=8, num_samples=16, num_policy_trajs=4, num_elites=6,
+        cem_iters=2, pretrain_batch_size=8, pretrain_updates=6, pretrain_eval_episodes=1, eval_episodes=2,
+        total_timesteps=1200, warmup_steps=400, horizon_steps=1000, std_steps=1000, alpha=1.0, autotune=True,
+    )  # fmt: skip
+    return skimo.Args(**(small | changes))
+
+
+def elu(x):
+    return np.where(x > 0, x, np.expm1(np.minimum(x, 0)))
+
+
+def np_net(net, x):
+    """An nn.Sequential evaluated with NumPy in float64."""
+    for layer in net:
+        weights = {name: value.detach().cpu().numpy().astype(np.float64) for name, value in layer.named_parameters()}
+        if isinstance(layer, nn.Linear):
+            x = x @ weights["weight"].T + weights["bias"]
+        elif isinstance(layer, nn.LayerNorm):
+            x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+            x = x * weights["weight"] + weights["bias"]
+        elif isinstance(layer, nn.ELU):
+            x = elu(x)
+        elif isinstance(layer, nn.Tanh):
+            x = np.tanh(x)
+        else:
+            raise AssertionError(f"no {layer} in the paper")
+    return x
+
+
+def np_scaled(obs, maze=True):
+    return np.concatenate([obs[..., :2] / 40 - 0.5, obs[..., 2:] / 10], -1) if maze else obs
+
+
+def np_encode(encoder, obs, maze=True):
+    """E or E_L: in the maze with sines of both coordinates in all periods, then the cosines."""
+    x = [np_scaled(obs, maze)]
+    if maze:
+        for wave in (np.sin, np.cos):
+            for k in (0, 1):
+                x += [wave(2 * np.pi * obs[..., k, None] / period) for period in (1, 2, 4, 8, 16, 32)]
+    return np_net(encoder.net, np.concatenate(x, -1))
+
+
+def np_tanh_normal(x):
+    mean, log_std = np.split(x, 2, -1)
+    return 5 * np.tanh(mean / 5), np.exp(np.clip(log_std, -10, 2)) + 1e-4
+
+
+def np_kl(p, q):
+    """KL of diagonal Gaussians by cross-entropy minus entropy, summed over the last axis."""
+    cross_entropy = 0.5 * np.log(2 * np.pi * q[1] ** 2) + (p[1] ** 2 + (p[0] - q[0]) ** 2) / (2 * q[1] ** 2)
+    return (cross_entropy - 0.5 * np.log(2 * np.pi * np.e * p[1] ** 2)).sum(-1)
+
+
+def np_lstm(lstm, x):
+    """Last hidden state of a one-layer LSTM: x (B, T, I) -> (B, 128); gates in the order i, f, g, o."""
+    names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+    W, R, b, c = (getattr(lstm, name).detach().numpy() for name in names)
+
+    def sigmoid(v):
+        return 1 / (1 + np.exp(-v))
+
+    hidden = cell = np.zeros((len(x), R.shape[1]))
+    for t in range(x.shape[1]):
+        i, f, g, o = np.split(x[:, t] @ W.T + b + hidden @ R.T + c, 4, -1)
+        cell = sigmoid(f) * cell + sigmoid(i) * np.tanh(g)
+        hidden = sigmoid(o) * np.tanh(cell)
+    return hidden
+
+
+def np_q(model, h, z):
+    hz = np.concatenate([h, z], -1)
+    return np_net(model.qf1, hz)[..., 0], np_net(model.qf2, hz)[..., 0]
+
+
+def random_obs(rng, *shape):
+    return np.concatenate([rng.uniform(0, 40, (*shape, 2)), rng.uniform(-5, 5, (*shape, 2))], -1)
+
+
+def double_networks(args, obs_dim=4, action_dim=2, seed=0):
+    """Networks in float64 with all weights random, last layers and biases included."""
+    torch.manual_seed(seed)
+    networks = skimo.make_networks(args, obs_dim, action_dim, "cpu").double()
+    for value in networks.parameters():
+        value.data += 0.1 * torch.randn_like(value)
+    return networks
+
+
+def noisy_copy(module, seed=1):
+    torch.manual_seed(seed)
+    module = copy.deepcopy(module)
+    for value in module.parameters():
+        value.data += 0.1 * torch.randn_like(value)
+    return module
+
+
+def has_gradient(module):
+    return any(value.grad is not None and value.grad.abs().sum() > 0 for value in module.parameters())
+
+
+def gradients(module):
+    return [0 if value.grad is None else value.grad.clone() for value in module.parameters()]
+
+
+class Recorder:
+    """In place of a TensorBoard writer."""
+
+    def __init__(self):
+        self.scalars = {}
+
+    def add_scalar(self, name, value, step):
+        self.scalars.setdefault(name, []).append((step, float(value)))
+
+    def add_image(self, *args, **kwargs):
+        pass
+
+
+# --------------------------------------------------------------------------------------------------------------- losses
+
+
+def pretraining_batch(args, maze=True, obs_dim=4, action_dim=2, B=6):
+    rng = np.random.default_rng(0)
+    steps = args.num_skills * args.skill_horizon
+    obs = random_obs(rng, B, steps + 1) if maze else rng.normal(size=(B, steps + 1, obs_dim))
+    return obs, rng.uniform(-1, 1, (B, steps, action_dim))
+
+
+@pytest.mark.parametrize("skill_encoder", ["mlp", "lstm"])
+def test_pretrain_loss_is_eq_3_to_5(skill_encoder):
+    maze = skill_encoder == "mlp"
+    coefs = dict(bc_coef=1.7, kl_coef=0.3, prior_coef=0.9, recon_coef=1.3, consistency_coef=2.3, rho=0.6)
+    args = tiny_args(env_id="maze" if maze else "kitchen", skill_encoder=skill_encoder, **coefs)
+    N, H, Z = args.num_skills, args.skill_horizon, args.skill_dim
+    obs_dim, action_dim = (4, 2) if maze else (7, 3)
+    networks = double_networks(args, obs_dim, action_dim)
+    model, skills, prior = networks["model"], networks["skills"], networks["prior"]
+    target = noisy_copy(model)
+    obs, actions = pretraining_batch(args, maze, obs_dim, action_dim)
+    torch.manual_seed(3)
+    loss, metrics = skimo.pretrain_loss(
+        model, skills, prior, target, torch.from_numpy(obs), torch.from_numpy(actions), args
+    )
+    torch.manual_seed(3)
+    noise = torch.randn(len(obs), N, Z, dtype=torch.float64).numpy()
+
+    e = np_encode(skills.encoder, obs[:, :-1], maze)  # E_L of every step
+    bc, kl, prior_kl, recon, consistency = 0, 0, 0, 0, np.zeros(len(obs))
+    h = np_encode(model.encoder, obs[:, ::H], maze)
+    h_target = np_encode(target.encoder, obs[:, ::H], maze)
+    h_pred = h[:, 0]
+    for i in range(N):
+        chunk = slice(i * H, (i + 1) * H)
+        if maze:
+            x = np.concatenate([actions[:, chunk].reshape(len(obs), -1), e[:, i * H]], -1)
+        else:
+            x = np_lstm(skills.lstm, np.concatenate([actions[:, chunk], e[:, chunk]], -1))
+        q = np_tanh_normal(np_net(skills.skill_encoder, x))
+        z = np.tanh(q[0] + q[1] * noise[:, i])
+        for t in range(i * H, (i + 1) * H):
+            mean, _ = np_tanh_normal(np_net(skills.skill_policy, np.concatenate([e[:, t], z], -1)))
+            bc += np.square(np.tanh(mean) - actions[:, t]).mean() / (N * H)
+        kl += np.clip(np_kl(q, (np.zeros(Z), np.ones(Z))), -100, 100).mean() / N
+        prior_kl += np_kl(q, np_tanh_normal(np_net(prior, h[:, i]))).mean() / N
+        h_pred = np_net(model.dynamics, np.concatenate([h_pred, z], -1))
+        consistency += 0.6**i * np.square(h_pred - h_target[:, i + 1]).mean(-1)
+    for i in range(N + 1):
+        mean, raw = np.split(np_net(model.decoder, h[:, i]), 2, -1)
+        std = 0.1 + 0.7 * (np.tanh(raw) + 1)
+        error = (np_scaled(obs[:, i * H], maze) - mean) / std
+        recon += (0.5 * error**2 + np.log(std) + 0.5 * np.log(2 * np.pi)).sum(-1).mean() / (N + 1)
+    expected = dict(bc_loss=bc, kl_loss=kl, prior_loss=prior_kl, recon_loss=recon, consistency_loss=consistency.mean())
+    assert set(metrics) == set(expected)
+    for name, value in expected.items():
+        assert metrics[name].item() == pytest.approx(value, rel=1e-5), name
+    total = 1.7 * bc + 0.3 * kl + 0.9 * prior_kl + (1.3 * recon + 2.3 * consistency.mean()) / N
+    assert loss.item() == pytest.approx(total, rel=1e-5)
+
+
+def test_few_bc_chunks_give_the_same_loss_on_average():
+    args = tiny_args(bc_chunks=3)
+    networks = double_networks(args)
+    batch = [torch.from_numpy(x) for x in pretraining_batch(args, B=64)]
+    nets = networks["model"], networks["skills"], networks["prior"], networks["model"]
+    few, one = [], dataclasses.replace(args, bc_chunks=1)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        for _ in range(40):
+            few.append(skimo.pretrain_loss(*nets, *batch, one)[1]["bc_loss"].item())
+        every = np.mean([skimo.pretrain_loss(*nets, *batch, args)[1]["bc_loss"].item() for _ in range(20)])
+    assert np.std(few) > 0  # other chunks each time
+    assert np.mean(few) == pytest.approx(every, abs=4 * np.std(few) / math.sqrt(40))
+
+
+@pytest.mark.parametrize(
+    ("only", "reached", "not_reached"),
+    [
+        ("bc_coef", "encoder_l skill_encoder skill_policy", "encoder dynamics prior decoder"),
+        ("kl_coef", "encoder_l skill_encoder", "skill_policy encoder dynamics prior decoder"),
+        ("prior_coef", "encoder prior", "encoder_l skill_encoder skill_policy dynamics decoder"),
+        ("recon_coef", "encoder decoder", "encoder_l skill_encoder skill_policy dynamics prior"),
+        ("consistency_coef", "encoder dynamics encoder_l skill_encoder", "skill_policy prior decoder"),
+    ],
+)
+def test_gradients_of_pretraining_go_where_the_paper_sends_them(only, reached, not_reached):
+    zero = dict(bc_coef=0.0, kl_coef=0.0, prior_coef=0.0, recon_coef=0.0, consistency_coef=0.0)
+    args = tiny_args(**(zero | {only: 1.0}))
+    networks = double_networks(args)
+    model, skills = networks["model"], networks["skills"]
+    target = noisy_copy(model)
+    batch = [torch.from_numpy(x) for x in pretraining_batch(args)]
+    skimo.pretrain_loss(model, skills, networks["prior"], target, *batch, args)[0].backward()
+    parts = dict(encoder=model.encoder, dynamics=model.dynamics, decoder=model.decoder, prior=networks["prior"])
+    parts |= dict(encoder_l=skills.encoder, skill_encoder=skills.skill_encoder, skill_policy=skills.skill_policy)
+    assert {name for name in reached.split() if not has_gradient(parts[name])} == set()
+    assert {name for name in not_reached.split() if has_gradient(parts[name])} == set()
+    for module in (model.reward_model, model.qf1, model.qf2, target):
+        assert not has_gradient(module)
+
+
+def rl_batch(args, B=5):
+    rng = np.random.default_rng(1)
+    N = args.num_skills
+    obs, z = random_obs(rng, B, N + 1), rng.uniform(-1, 1, (B, N, args.skill_dim))
+    rewards, dones = 3 * rng.normal(size=(B, N)), (rng.random((B, N)) < 0.3).astype(np.float64)
+    return obs, z, rewards, dones
+
+
+def test_model_loss_is_eq_6():
+    args = tiny_args(gamma=0.9, rho=0.6, consistency_coef=1.9, reward_coef=0.35, value_coef=0.15)
+    N, Z = args.num_skills, args.skill_dim
+    networks = double_networks(args)
+    model, policy = networks["model"], networks["prior"]
+    target = noisy_copy(model)
+    obs, z, rewards, dones = rl_batch(args)
+    tensors = [torch.from_numpy(x) for x in (obs, z, rewards, dones)]
+    torch.manual_seed(5)
+    loss, metrics, h_out, h_pred_out = skimo.model_loss(model, target, policy, *tensors, args)
+    torch.manual_seed(5)
+    noise = torch.randn(len(obs), N, Z, dtype=torch.float64).numpy()
+
+    h, h_target = np_encode(model.encoder, obs), np_encode(target.encoder, obs)
+    h_pred = [h[:, 0]]
+    consistency, reward_error, value_error = np.zeros((3, len(obs)))
+    td_targets, q_values = [], []
+    for t in range(N):
+        mean, std = np_tanh_normal(np_net(policy, h[:, t + 1]))
+        next_q = np.minimum(*np_q(target, h[:, t + 1], np.tanh(mean + std * noise[:, t])))
+        td_target = rewards[:, t] + 0.9 * np.where(dones[:, t], 0, next_q)
+        for latent, weight in ((h_pred[-1], 0.6**t), (h[:, t], 1)):
+            hz = np.concatenate([latent, z[:, t]], -1)
+            reward_error += weight * (np_net(model.reward_model, hz)[:, 0] - rewards[:, t]) ** 2
+            q1, q2 = np_q(model, latent, z[:, t])
+            value_error += weight * ((q1 - td_target) ** 2 + (q2 - td_target) ** 2)
+        h_pred.append(np_net(model.dynamics, np.concatenate([h_pred[-1], z[:, t]], -1)))
+        consistency += 0.6**t * np.square(h_pred[-1] - h_target[:, t + 1]).mean(-1)
+        td_targets.append(td_target)
+        q_values.append(q1)  # on the encoded state
+    total = (1.9 * consistency + 0.35 * reward_error + 0.15 * value_error).mean() / N
+    assert loss.item() == pytest.approx(total, rel=1e-5)
+    expected = dict(consistency_loss=consistency, reward_loss=reward_error, value_loss=value_error)
+    for name, value in (expected | dict(td_target=np.array(td_targets), q_value=np.array(q_values))).items():
+        assert metrics[name].item() == pytest.approx(value.mean(), rel=1e-5), name
+    np.testing.assert_allclose(h_out.numpy(), h, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(h_pred_out.numpy(), np.stack(h_pred, 1), rtol=1e-5, atol=1e-5)
+    assert not h_out.requires_grad and not h_pred_out.requires_grad
+
+    loss.backward()
+    for module in (model.encoder, model.dynamics, model.reward_model, model.qf1, model.qf2):
+        assert has_gradient(module)
+    for module in (target, policy, model.decoder):
+        assert not has_gradient(module)
+
+
+def test_errors_of_one_bad_window_are_bounded():
+    args = tiny_args(consistency_coef=0.0, value_coef=0.0, reward_coef=1.0)
+    networks = double_networks(args)
+    obs, z, rewards, dones = rl_batch(args)
+    rewards[:] = 1e6
+    tensors = [torch.from_numpy(x) for x in (obs, z, rewards, dones)]
+    loss = skimo.model_loss(networks["model"], networks["model"], networks["prior"], *tensors, args)[0]
+    assert loss.item() == pytest.approx(1e5 / args.num_skills)
+
+
+@pytest.mark.parametrize("policy_latents", ["imagined", "h0", "encoded"])
+def test_policy_loss_is_eq_7(policy_latents):
+    args = tiny_args(rho=0.6, policy_latents=policy_latents)
+    N, Z = args.num_skills, args.skill_dim
+    networks = double_networks(args)
+    model, prior = networks["model"], networks["prior"]
+    policy, prior_encoder = noisy_copy(prior, 2), noisy_copy(model.encoder, 3)
+    rng = np.random.default_rng(2)
+    obs, B = random_obs(rng, 5, N + 1), 5
+    h, h_pred = rng.normal(size=(2, B, N + 1, args.latent_dim))
+    tensors = [torch.from_numpy(x) for x in (obs, h, h_pred)]
+    alpha = torch.tensor(0.7, dtype=torch.float64)
+    torch.manual_seed(6)
+    loss, metrics = skimo.policy_loss(model, policy, prior_encoder, prior, *tensors, alpha, args)
+    torch.manual_seed(6)
+    noise = torch.randn(B, N, Z, dtype=torch.float64).numpy()
+
+    total, kls, qs = 0, [], []
+    for t in range(N):
+        latent = {"imagined": h_pred[:, t], "h0": h[:, 0], "encoded": h[:, t]}[policy_latents]
+        mean, std = np_tanh_normal(np_net(policy, latent))
+        qs.append(np.minimum(*np_q(model, latent, np.tanh(mean + std * noise[:, t]))))
+        frozen = np_tanh_normal(np_net(prior, np_encode(prior_encoder, obs[:, t])))
+        kls.append(np.clip(np_kl(np_tanh_normal(np_net(policy, h[:, t])), frozen), -100, 100))
+        total += 0.6**t * (0.7 * kls[-1] - qs[-1]).mean() / N
+    assert loss.item() == pytest.approx(total, rel=1e-5)
+    assert metrics["prior_kl"].item() == pytest.approx(np.mean(kls), rel=1e-5)
+    assert metrics["policy_q"].item() == pytest.approx(np.mean(qs), rel=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------- distributions
+
+
+def test_kl_divergence_is_that_of_the_squashed_variables():
+    torch.manual_seed(0)
+    p = torch.randn(4, 3, dtype=torch.float64), 0.3 + torch.rand(4, 3, dtype=torch.float64)
+    q = torch.randn(4, 3, dtype=torch.float64), 0.3 + torch.rand(4, 3, dtype=torch.float64)
+    kl = skimo.kl_divergence(p, q)
+    normal = torch.distributions.Normal
+    exact = torch.distributions.kl_divergence(normal(*p), normal(*q)).sum(-1)
+    torch.testing.assert_close(kl, exact)
+    x = p[0] + p[1] * torch.randn(200_000, 4, 3, dtype=torch.float64)
+    log_jacobian = torch.log1p(-torch.tanh(x).square())  # of z = tanh(x)
+    ratio = (normal(*p).log_prob(x) - log_jacobian - (normal(*q).log_prob(x) - log_jacobian)).sum(-1)
+    deviation = (ratio.mean(0) - kl).abs() / (ratio.std(0) / math.sqrt(len(x)))
+    assert deviation.max() < 5
+    assert torch.all(skimo.kl_divergence(p, p).abs() < 1e-12)
+
+
+def test_tanh_normal_bounds_mean_and_std():
+    x = torch.tensor([[-1e6, -2.0, 0.0, 1.0, 1e6, -1e6, -11.0, 0.5, 2.0, 1e6]])
+    mean, std = skimo.tanh_normal(x)
+    expected_mean = [-5, 5 * math.tanh(-0.4), 0, 5 * math.tanh(0.2), 5]
+    assert mean[0].tolist() == pytest.approx(expected_mean, abs=1e-6)
+    low, high = math.exp(-10) + 1e-4, math.exp(2) + 1e-4
+    assert std[0].tolist() == pytest.approx([low, low, math.exp(0.5) + 1e-4, high, high], rel=1e-5)
+
+
+def test_samples_are_those_of_a_squashed_gaussian():
+    torch.manual_seed(0)
+    mean = torch.tensor([-0.5, 0.0, 1.0]).expand(100_000, 3)
+    std = torch.tensor([0.2, 1.0, 0.5]).expand(100_000, 3)
+    z = skimo.sample((mean, std))
+    assert z.abs().max() < 1
+    x = torch.atanh(z)
+    torch.testing.assert_close(x.mean(0), mean[0], atol=0.02, rtol=0)
+    torch.testing.assert_close(x.std(0), std[0], atol=0.02, rtol=0)
+    mean = torch.zeros(3, requires_grad=True)
+    skimo.sample((mean, torch.ones(3))).sum().backward()
+    assert torch.all(mean.grad > 0)  # reparameterised
+
+
+# ------------------------------------------------------------------------------------------------------------- networks
+
+
+def linear_sizes(net):
+    return [(layer.in_features, layer.out_features) for layer in net if isinstance(layer, nn.Linear)]
+
+
+@pytest.mark.parametrize("env_id", ["maze", "kitchen", "kitchen-misaligned", "calvin"])
+def test_networks_have_the_sizes_of_the_release(env_id):
+    args = skimo.Args(env_id=env_id, **skimo.TASK_DEFAULTS[env_id])
+    obs_dim, action_dim = {"maze": (4, 2), "calvin": (21, 7)}.get(env_id, (30, 9))
+    u, d = {"maze": (128, 128), "calvin": (256, 256)}.get(env_id, (128, 256))
+    networks = skimo.make_networks(args, obs_dim, action_dim, "cpu")
+    model, skills, prior = networks["model"], networks["skills"], networks["prior"]
+    inputs = obs_dim + 24 if env_id == "maze" else obs_dim
+    for encoder in (model.encoder, skills.encoder):
+        assert linear_sizes(encoder.net) == [(inputs, u), (u, d)]
+    assert linear_sizes(model.dynamics) == [(d + 10, u), (u, u), (u, u), (u, u), (u, d)]
+    assert linear_sizes(model.decoder) == [(d, u), (u, u), (u, 2 * obs_dim)]
+    assert linear_sizes(prior) == [(d, u), (u, u), (u, u), (u, u), (u, 20)]
+    assert linear_sizes(skills.skill_policy) == [(d + 10, u), (u, u), (u, u), (u, u), (u, 2 * action_dim)]
+    for head in (model.reward_model, model.qf1, model.qf2):
+        assert linear_sizes(head) == [(d + 10, u), (u, u), (u, u), (u, u), (u, 1)]
+        kinds = ["Linear", "LayerNorm", "Tanh", "Linear", "ELU", "Linear", "ELU", "Linear", "ELU", "Linear"]
+        assert [type(layer).__name__ for layer in head] == kinds
+        assert head[-1].weight.norm().item() == pytest.approx(0.01, rel=1e-4)
+        assert not torch.equal(head[0].bias, torch.zeros(u))  # torch's own initialisation
+    if env_id == "maze":
+        assert skills.lstm is None
+        assert linear_sizes(skills.skill_encoder) == [(20 + d, u), (u, u), (u, u), (u, u), (u, 20)]
+    else:
+        assert (skills.lstm.input_size, skills.lstm.hidden_size, skills.lstm.num_layers) == (action_dim + d, 128, 1)
+        assert linear_sizes(skills.skill_encoder) == [(128, 20)]
+    for net in (model.encoder.net, model.dynamics, model.decoder, prior, skills.skill_policy, skills.skill_encoder):
+        for layer in net[::2]:
+            W = layer.weight.detach()
+            product = W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W
+            torch.testing.assert_close(product, torch.eye(len(product)), atol=1e-4, rtol=0)
+            assert not layer.bias.any()
+        assert all(isinstance(layer, nn.ELU) for layer in net[1::2])
+    assert not torch.equal(model.qf1[0].weight, model.qf2[0].weight)
+    assert not torch.equal(model.encoder.net[0].weight, skills.encoder.net[0].weight)
+
+
+def test_decoder_std_stays_between_its_bounds():
+    torch.manual_seed(0)
+    model = skimo.WorldModel(4, tiny_args())
+    mean, std = model.decode(100 * torch.randn(1000, 8))
+    assert mean.shape == std.shape == (1000, 4)
+    assert std.min().item() == pytest.approx(0.1, abs=1e-3) and std.max().item() == pytest.approx(1.5, abs=1e-3)
+
+
+def first_inputs(encoder, obs):
+    """What the first linear layer of a state encoder sees."""
+    seen = []
+    hook = encoder.net[0].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    encoder(obs)
+    hook.remove()
+    return seen[0]
+
+
+def test_maze_positions_enter_with_periods_of_1_to_32_cells():
+    encoder = skimo.StateEncoder(4, tiny_args()).double()
+    obs = torch.from_numpy(random_obs(np.random.default_rng(0), 50) * [0.2, 0.2, 1, 1])
+    before = first_inputs(encoder, obs)
+    assert before.shape == (50, 28)
+    torch.testing.assert_close(before[:, :4], torch.from_numpy(np_scaled(obs.numpy())), atol=1e-6, rtol=0)
+    same = []  # number of sines and cosines that a shift of both coordinates leaves alone: two of each per period
+    for shift in (0.5, 1, 2, 4, 8, 16, 32):
+        after = first_inputs(encoder, obs + torch.tensor([shift, shift, 0, 0]))
+        same.append(int(((after - before)[:, 4:].abs().max(0).values < 1e-4).sum()))
+    assert same == [0, 4, 8, 12, 16, 20, 24]
+    faster = obs + torch.tensor([0, 0, 3.0, 3.0])
+    torch.testing.assert_close(first_inputs(encoder, faster)[:, 4:], before[:, 4:])
+
+
+def test_other_observations_enter_raw():
+    for args in (tiny_args(env_id="kitchen"), tiny_args(env_id="calvin")):
+        obs = torch.randn(5, 9)
+        assert torch.equal(first_inputs(skimo.StateEncoder(9, args), obs), obs)
+    obs = torch.randn(5, 4)
+    inputs = first_inputs(skimo.StateEncoder(4, tiny_args(position_features=False)), obs)
+    np.testing.assert_allclose(inputs.numpy(), np_scaled(obs.numpy()), atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------- replay buffer
+
+
+def filled_buffer(lengths, num_envs=2, num_skills=3, device="cpu"):
+    """Episodes one after the other in each environment; row t of episode k holds numbers made of (k, t)."""
+    args = tiny_args(num_envs=num_envs, num_skills=num_skills)
+    rb, added = skimo.ReplayBuffer(4, args, torch.device(device)), []
+    clocks, upcoming = [[None, 0] for _ in range(num_envs)], iter(enumerate(lengths))
+    for clock in clocks:
+        clock[0] = next(upcoming)
+    while any(clock[0] for clock in clocks):
+        obs, next_obs = np.zeros((2, num_envs, 4), dtype=np.float32)
+        z, rewards = np.zeros((num_envs, 3), dtype=np.float32), np.zeros(num_envs, dtype=np.float32)
+        ended = np.zeros(num_envs, dtype=bool)
+        for e, clock in enumerate(clocks):
+            if clock[0] is None:
+                obs[e] = -1
+                continue
+            (k, T), t = clock
+            obs[e], next_obs[e], z[e], rewards[e] = (
+                100 * k + t,
+                100 * k + t + 1,
+                (100 * k + t) / 1e4,
+                1000 + 100 * k + t,
+            )
+            ended[e] = t == T - 1
+            clock[1] += 1
+            if ended[e]:
+                added.append((k, T))
+                clock[:] = next(upcoming, None), 0
+        rb.add(obs, torch.from_numpy(z), rewards, ended, next_obs)
+    return rb, added
+
+
+def test_windows_hold_what_was_added_and_never_cross_episodes():
+    lengths = [5, 3, 2, 7, 1, 4, 12, 3]
+    rb, added = filled_buffer(lengths)
+    assert sorted(added) == list(enumerate(lengths))
+    kept = [(k, T) for k, T in added if T >= 3]
+    assert rb.episodes[:, 1].tolist() == [T for _, T in kept]
+    assert len(rb.rows) == sum(T + 1 for _, T in kept)
+    torch.manual_seed(0)
+    obs, z, rewards, dones = rb.sample(5000)
+    assert obs.shape == (5000, 4, 4) and z.shape == (5000, 3, 3) and rewards.shape == dones.shape == (5000, 3)
+    assert all(x.dtype == torch.float32 for x in (obs, z, rewards, dones))
+    number = obs[:, :, 0]
+    assert torch.equal(number[:, 1:], number[:, :-1] + 1)  # consecutive, final observation included
+    assert torch.equal(obs, number[..., None].expand_as(obs))
+    torch.testing.assert_close(z, (number[:, :-1, None] / 1e4).expand_as(z))
+    assert torch.equal(rewards, 1000 + number[:, :-1])
+    episode, t = number[:, :-1] // 100, number[:, :-1] % 100
+    T = torch.tensor(lengths)[episode.long()]
+    assert torch.equal(dones, (t == T - 1).float()) and torch.all(t < T)
+    assert set(episode[:, 0].tolist()) == {float(k) for k, _ in kept}
+    counts = torch.bincount(episode[:, 0].long(), minlength=len(lengths))[[k for k, _ in kept]]
+    expected = 5000 / len(kept)
+    assert (counts - expected).abs().max() < 5 * math.sqrt(expected)  # episodes are uniform
+
+
+def test_last_window_is_drawn_more_often():
+    rb, _ = filled_buffer([10], num_envs=1)
+    torch.manual_seed(0)
+    start = rb.sample(20_000)[0][:, 0, 0]
+    shares = torch.bincount(start.long(), minlength=10) / 20_000
+    torch.testing.assert_close(shares, torch.tensor([0.1] * 7 + [0.3] + [0.0] * 2), atol=0.015, rtol=0)
+
+
+def test_unfinished_episodes_wait_and_survive_a_checkpoint(tmp_path):
+    lengths = [4, 5, 6, 3]
+    whole, _ = filled_buffer(lengths, num_envs=1)
+    args = tiny_args(num_envs=1)
+    rb = skimo.ReplayBuffer(4, args, torch.device("cpu"))
+    for k, T in enumerate(lengths):
+        for t in range(T):
+            row = np.full((1, 4), 100 * k + t, dtype=np.float32)
+            before = len(rb.episodes)
+            z = torch.full((1, 3), (100 * k + t) / 1e4)
+            rb.add(row, z, np.array([1000 + row[0, 0]]), np.array([t == T - 1]), row + 1)
+            assert len(rb.episodes) == before + (t == T - 1)
+            torch.save(rb.state_dict(), tmp_path / "rb.pt")  # as a checkpoint is written and read
+            rb = skimo.ReplayBuffer(4, args, torch.device("cpu"))
+            rb.load_state_dict(torch.load(tmp_path / "rb.pt", weights_only=True))
+    torch.testing.assert_close(rb.rows, whole.rows, atol=0, rtol=0)
+    assert torch.equal(rb.episodes, whole.episodes)
+
+
+# -------------------------------------------------------------------------------------------------------------- planner
+
+
+class Stub:
+    """A model whose latent state is (position, skills done); `reward` and `q` are given functions of (h, z)."""
+
+    def __init__(self, reward=None, q=None):
+        self._reward, self._q = reward, q
+
+    def encoder(self, obs):
+        return torch.cat([obs, torch.zeros(len(obs), 1)], -1)
+
+    def next(self, h, z):
+        return torch.cat([h[..., :-1] + z, h[..., -1:] + 1], -1)
+
+    def reward(self, h, z):
+        return self._reward(h, z) if self._reward else torch.zeros(h.shape[:-1])
+
+    def q(self, h, z):
+        value = self._q(h, z) if self._q else torch.zeros(h.shape[:-1])
+        return value, value + 1  # the smaller one counts
+
+
+def gaussian_policy(z, log_std):
+    """A task policy whose skill is z in every state, give or take."""
+    raw = 5 * math.atanh(math.atanh(z) / 5)
+    return lambda h: torch.tensor([raw] * 2 + [log_std] * 2).expand(*h.shape[:-1], 4)
+
+
+def plan_args(**changes):
+    sizes = dict(num_samples=400, num_policy_trajs=10, num_elites=40, cem_iters=12, skill_dim=2)
+    return tiny_args(**(sizes | changes))
+
+
+def run_plan(model, obs, K, args, policy=None, std_floor=0.01, noise_scale=0.0, mean=None, seed=0):
+    torch.manual_seed(seed)
+    obs = torch.as_tensor(obs, dtype=torch.float32)
+    mean = torch.zeros(len(obs), K, 2) if mean is None else mean
+    policy = policy or gaussian_policy(0.0, 0.0)
+    return skimo.plan(model, policy, obs, mean, torch.tensor(std_floor), torch.tensor(noise_scale), args)
+
+
+@pytest.mark.parametrize("K", [1, 3])
+def test_plan_finds_the_best_skill_of_every_step(K):
+    best = torch.tensor([[0.6, -0.4], [-0.7, 0.2], [0.1, 0.8]])
+
+    def reward(h, z):
+        return -20 * (z - best[h[..., -1].long()]).square().sum(-1)
+
+    args = plan_args(num_samples=2000, num_elites=100)
+    first, mean = run_plan(Stub(reward), [[0.0, 0.0], [3.0, 1.0]], K, args)
+    torch.testing.assert_close(mean, best[:K].expand(2, K, 2), atol=0.08, rtol=0)
+    torch.testing.assert_close(first, best[:1].expand(2, 2), atol=0.2, rtol=0)
+
+
+@pytest.mark.parametrize("K", [1, 3])
+def test_plan_follows_the_critic_behind_the_last_skill(K):
+    goal = torch.tensor([0.5, -0.3]) * K
+
+    def q(h, z):
+        assert torch.all(h[..., -1] == K)
+        return -100 * (h[..., :2] - goal).square().sum(-1) - 30 * (z[..., 0] - 0.5).square()
+
+    _, mean = run_plan(Stub(q=q), [[0.0, 0.0]], K, plan_args(), policy=gaussian_policy(0.5, -10.0))
+    torch.testing.assert_close(mean.sum(1), goal[None], atol=0.1, rtol=0)
+
+
+def test_each_environment_gets_its_own_plan():
+    def reward(h, z):
+        return -100 * (h[..., :2] + z).square().sum(-1)  # back to the origin
+
+    obs = torch.tensor([[0.6, -0.4], [-0.5, -0.7], [0.0, 0.3], [0.8, 0.8]])
+    first, mean = run_plan(Stub(reward), obs, 1, plan_args())
+    torch.testing.assert_close(mean[:, 0], -obs, atol=0.06, rtol=0)
+    torch.testing.assert_close(first, -obs, atol=0.2, rtol=0)
+
+
+def test_plans_stay_inside_the_skills_range():
+    def reward(h, z):
+        return 100 * z.sum(-1)  # the further the better
+
+    args = plan_args()
+    first, mean = run_plan(Stub(reward), [[0.0, 0.0]], 2, args, noise_scale=1.0, std_floor=0.5)
+    torch.testing.assert_close(mean, torch.full((1, 2, 2), 0.999), atol=1e-3, rtol=0)
+    firsts = torch.cat([run_plan(Stub(reward), [[0.0, 0.0]], 2, args, None, 0.5, 1.0, None, s)[0] for s in range(20)])
+    assert firsts.abs().max() <= 0.999 + 1e-6
+    assert (firsts < 0.99).any() and (firsts > 0.998).any()
+
+
+@pytest.mark.parametrize("std_floor", [0.05, 0.5])
+def test_least_std_is_kept_and_explored_with(std_floor):
+    def reward(h, z):
+        return -1e4 * z.square().sum(-1)  # elites collapse to 0
+
+    args = plan_args(cem_iters=6)
+    obs = torch.zeros(300, 2)
+    quiet = run_plan(Stub(reward), obs, 1, args, std_floor=std_floor, noise_scale=0.0)[0]
+    noisy = run_plan(Stub(reward), obs, 1, args, std_floor=std_floor, noise_scale=1.0)[0]
+    assert quiet.std().item() < 0.4 * std_floor
+    clipped = torch.randn(100_000) * std_floor
+    assert noisy.std().item() == pytest.approx(clipped.clamp(-0.999, 0.999).std().item(), rel=0.15)
+
+
+def test_plans_of_the_policy_win_where_samples_are_useless():
+    def reward(h, z):
+        return 100.0 * ((z - 0.3).abs().max(-1).values < 2e-3)  # nobody hits that by chance
+
+    args = plan_args(num_elites=10, cem_iters=3)
+    first, _ = run_plan(Stub(reward), torch.zeros(20, 2), 2, args, policy=gaussian_policy(0.3, -10.0))
+    torch.testing.assert_close(first, torch.full((20, 2), 0.3), atol=2e-3, rtol=0)
+
+
+def test_elite_is_drawn_with_the_softmax_of_its_value():
+    args = plan_args(num_samples=2, num_policy_trajs=1, num_elites=3, cem_iters=1, temperature=0.5)
+    draws = 4000
+    firsts, _ = run_plan(Stub(lambda h, z: 2 * z[..., 0]), torch.zeros(draws, 2), 1, args)
+    torch.manual_seed(0)
+    policy = torch.tanh((1 + 1e-4) * torch.randn(draws, 1, 2))
+    samples = (2 * torch.randn(draws, 2, 1, 2)[:, :, 0]).clamp(-0.999, 0.999)
+    plans = torch.cat([samples, policy], 1)  # (draws, 3, 2)
+    weight = torch.softmax(plans[..., 0], 1)  # 0.5 * 2 z
+    picked = (plans - firsts[:, None]).abs().sum(-1)
+    assert picked.min(1).values.max() < 1e-5
+    picked = picked.argmin(1)
+    for rank in range(3):  # how often the k-th plan is taken, against the sum of its probabilities
+        expected, variance = weight[:, rank].sum(), (weight[:, rank] * (1 - weight[:, rank])).sum()
+        assert abs((picked == rank).sum() - expected) < 4.5 * variance.sqrt()
+
+
+def test_plan_agrees_with_a_numpy_planner():
+    args = tiny_args(num_samples=12, num_policy_trajs=3, num_elites=5, cem_iters=3, gamma=0.8, momentum=0.2)
+    args.temperature, args.plan_std = 0.7, 1.5
+    E, K, Z, P = 2, 3, args.skill_dim, 15
+    networks = double_networks(args)
+    model, policy = networks["model"], networks["prior"]
+    rng = np.random.default_rng(4)
+    obs, first_mean = random_obs(rng, E), rng.uniform(-0.5, 0.5, (E, K, Z))
+    torch.manual_seed(9)
+    mean_in = torch.from_numpy(first_mean)
+    scalars = torch.tensor([0.3, 1.0], dtype=torch.float64)
+    skill, mean_out = skimo.plan(model, policy, torch.from_numpy(obs), mean_in, *scalars, args)
+    torch.manual_seed(9)
+
+    def normal(*shape, dtype=torch.float64):
+        return torch.randn(*shape, dtype=dtype).numpy().astype(np.float64)
+
+    h0 = np_encode(model.encoder, obs)
+    h, proposals = np.repeat(h0[:, None], 3, 1), []
+    for _ in range(K):
+        m, s = np_tanh_normal(np_net(policy, h))
+        proposals.append(np.tanh(m + s * normal(E, 3, Z)))
+        h = np_net(model.dynamics, np.concatenate([h, proposals[-1]], -1))
+    mean, std = first_mean, np.full((E, K, Z), 1.5)
+    for _ in range(3):
+        plans = mean[:, None] + std[:, None] * normal(E, 12, K, Z, dtype=torch.float32)
+        plans = np.concatenate([np.clip(plans, -0.999, 0.999), np.stack(proposals, 2)], 1)
+        h, value = np.repeat(h0[:, None], P, 1), np.zeros((E, P))
+        for t in range(K):
+            hz = np.concatenate([h, plans[:, :, t]], -1)
+            value += 0.8**t * np_net(model.reward_model, hz)[..., 0]
+            h = np_net(model.dynamics, hz)
+        m, s = np_tanh_normal(np_net(policy, h))
+        value += 0.8**K * np.minimum(*np_q(model, h, np.tanh(m + s * normal(E, P, Z))))
+        new_mean, new_std = np.zeros_like(mean), np.zeros_like(std)
+        elites, weights = [], []
+        for e in range(E):
+            best = np.argsort(-value[e])[:5]
+            w = np.exp(0.7 * value[e][best])
+            w /= w.sum()
+            elite = plans[e][best]
+            centre = np.average(elite, axis=0, weights=w)
+            new_std[e] = np.sqrt(np.average((elite - centre) ** 2, axis=0, weights=w))
+            new_mean[e] = 0.2 * mean[e] + 0.8 * centre
+            elites.append(elite)
+            weights.append(w)
+        mean, std = new_mean, np.clip(new_std, 0.3, 1.5)
+    np.testing.assert_allclose(mean_out.numpy(), mean, atol=1e-5)
+    race = torch.empty(E, 5, dtype=torch.float64).exponential_().numpy()
+    picked = [np.argmax(weights[e] / race[e]) for e in range(E)]
+    expected = np.stack([elites[e][picked[e]][0] for e in range(E)]) + std[:, 0] * normal(E, Z)
+    np.testing.assert_allclose(skill.numpy(), np.clip(expected, -0.999, 0.999), atol=1e-5)
+
+
+class PlannerLog:
+    """In place of `plan`: notes its arguments, answers with a mean that counts the calls."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, model, task_policy, obs, mean, std_floor, noise_scale, args):
+        self.calls.append(SimpleNamespace(mean=mean.clone(), std_floor=std_floor.item(), noise=noise_scale.item()))
+        steps = torch.arange(1.0, mean.shape[1] + 1)[None, :, None]
+        return torch.zeros(len(obs), args.skill_dim), 100.0 * len(self.calls) + steps.expand_as(mean)
+
+
+def logged_planner(**changes):
+    args = tiny_args(**(dict(num_skills=10, horizon_steps=25_000, std_steps=50_000) | changes))
+    planner = skimo.Planner(None, None, args, torch.device("cpu"))
+    planner.plan = PlannerLog()
+    return planner
+
+
+def test_planner_follows_its_schedules():
+    planner = logged_planner()
+    obs, start = np.zeros((2, 4), dtype=np.float32), np.ones(2, dtype=bool)
+    for step in (0, 2777, 2778, 12_500, 24_999, 25_000, 50_000, 10**6):
+        planner(obs, start, step, explore=True)
+    assert [call.mean.shape[1] for call in planner.plan.calls] == [1, 1, 2, 5, 9, 10, 10, 10]
+    floors = [0.5, 0.4727854, 0.4727756, 0.3775, 0.2550098, 0.255, 0.01, 0.01]
+    assert [call.std_floor for call in planner.plan.calls] == pytest.approx(floors, rel=1e-5)
+    planner(obs, start, 0, explore=False)
+    assert [call.noise for call in planner.plan.calls] == [1.0] * 8 + [0.0]
+
+
+def test_planner_starts_from_its_last_plan_moved_on_by_one_skill():
+    planner = logged_planner()
+    obs, calls = np.zeros((2, 4), dtype=np.float32), planner.plan.calls
+    planner(obs, np.ones(2, dtype=bool), 6000, True)  # K = 3
+    assert not calls[0].mean.any()
+    planner(obs, np.array([False, True]), 6010, True)
+    assert calls[1].mean[0, :, 0].tolist() == [102, 103, 0]
+    assert not calls[1].mean[1].any()  # a new episode
+    planner(obs, np.array([False, False]), 6020, True)
+    assert calls[2].mean[:, :, 1].tolist() == [[202, 203, 0]] * 2
+    planner(obs, np.array([False, False]), 9000, True)  # K = 4
+    assert calls[3].mean.shape[1] == 4 and not calls[3].mean.any()
+    planner = logged_planner(num_skills=1)
+    for _ in range(2):
+        planner(obs, np.array([False, False]), 10**6, True)
+    assert not planner.plan.calls[1].mean.any()
+
+
+# ----------------------------------------------------------------------------------------------- acting and roll-outs
+
+
+class FakeEnvs:
+    """Members that end after given numbers of steps; obs counts steps, reward is member + 1, and 99 once frozen."""
+
+    def __init__(self, lengths):
+        self.lengths, self.closed, self.actions = np.array(lengths), False, []
+
+    def reset(self, seed=None, options=None):
+        self.clock = np.zeros(len(self.lengths), dtype=int)
+        torch.rand(3)  # an environment may draw, too
+        return self._obs(), {}
+
+    def _obs(self):
+        return np.repeat(self.clock[:, None], 4, 1).astype(np.float32)
+
+    def step(self, action):
+        frozen = self.clock >= self.lengths
+        self.actions.append(action)
+        self.clock = np.where(frozen, self.clock, self.clock + 1)
+        reward = np.where(frozen, 99.0, np.arange(len(self.lengths)) + 1.0)
+        ended, even = self.clock >= self.lengths, np.arange(len(self.lengths)) % 2 == 0
+        return self._obs(), reward, ended & even, ended & ~even, {}
+
+    def close(self):
+        self.closed = True
+
+
+def test_execute_skill_sums_rewards_and_counts_steps_until_the_end():
+    args = tiny_args(skill_horizon=5)
+    skills = skimo.make_networks(args, 4, 2, "cpu")["skills"]
+    envs = FakeEnvs([3, 20, 1, 20])
+    obs, _ = envs.reset()
+    z, trace = torch.zeros(4, 3), []
+    obs, rewards, ended, steps = skimo.execute_skill(envs, skills, obs, z, np.zeros(4, dtype=bool), args, trace)
+    assert rewards.tolist() == [3, 10, 3, 20] and rewards.dtype == np.float32
+    assert steps.tolist() == [3, 5, 1, 5]
+    assert ended.tolist() == [True, False, True, False]
+    assert obs[:, 0].tolist() == [3, 5, 1, 5]
+    assert [o[:, 0].tolist() for o, _, _ in trace][:3] == [[0] * 4, [1] * 4, [2, 2, 1, 2]]
+    assert [e.tolist() for _, _, e in trace][:2] == [[False] * 4, [False, False, True, False]]
+    action = np.tanh(np_tanh_normal(np_net(skills.skill_policy, np_input(skills, trace[1][0], z)))[0])
+    np.testing.assert_allclose(trace[1][1], action, atol=1e-5)
+    np.testing.assert_array_equal(trace[1][1], envs.actions[1])
+    obs, rewards, ended, steps = skimo.execute_skill(envs, skills, obs, z, ended, args)  # who waits earns nothing
+    assert rewards.tolist() == [0, 10, 0, 20] and steps.tolist() == [0, 5, 0, 5]
+
+    envs = FakeEnvs([2, 3])
+    obs, _ = envs.reset()
+    skimo.execute_skill(envs, skills, obs, z[:2], np.zeros(2, dtype=bool), args)
+    assert len(envs.actions) == 3  # nobody is left
+
+
+def np_input(skills, obs, z):
+    return np.concatenate([np_encode(skills.encoder, obs.astype(np.float64)), z.numpy()], -1)
+
+
+def test_rollout_returns_whole_episodes_and_leaves_the_random_state_alone():
+    args = tiny_args(skill_horizon=5)
+    networks = skimo.make_networks(args, 4, 2, "cpu")
+    starts = []
+
+    def choose_skill(obs, episode_start):
+        starts.append(episode_start.tolist())
+        return torch.rand(2, 3)
+
+    envs, before = FakeEnvs([7, 12]), torch.get_rng_state()
+    returns, lengths, trace, z = skimo.rollout(envs, networks["skills"], choose_skill, args, seed=4)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert returns.tolist() == [7, 24] and lengths.tolist() == [7, 12] and envs.closed
+    assert len(trace) == 13 and trace[-1][0][:, 0].tolist() == [7, 12] and trace[-1][2].all()
+    assert z.shape == (2, 3, 3) and starts == [[True, True], [False, False], [False, False]]
+    again = skimo.rollout(FakeEnvs([7, 12]), networks["skills"], choose_skill, args, seed=4)[3]
+    assert torch.equal(z, again)
+    assert not torch.equal(z, skimo.rollout(FakeEnvs([7, 12]), networks["skills"], choose_skill, args, seed=5)[3])
+    assert (
+        skimo.rollout(FakeEnvs([70, 70]), networks["skills"], choose_skill, args, 4, max_skills=2)[1].tolist()
+        == [10] * 2
+    )
+
+
+@pytest.fixture
+def short_episodes(monkeypatch):
+    """Maze episodes of 90 steps instead of 2,000."""
+    real = data_tools.maze.MazeVectorEnv.__init__
+
+    def short(self, num_envs=1, max_episode_steps=90, *args, **kwargs):
+        real(self, num_envs, 90, *args, **kwargs)
+
+    monkeypatch.setattr(data_tools.maze.MazeVectorEnv, "__init__", short)
+
+
+def test_evaluation_leaves_the_random_state_and_the_learner_alone(short_episodes):
+    args = tiny_args()
+    learner = skimo.Learner(args, skimo.make_networks(args, 4, 2, "cpu"))
+    state, before = copy.deepcopy(learner.state_dict()), torch.get_rng_state()
+    returns, lengths = skimo.evaluate(learner, args, 500)
+    assert returns.shape == (2,) and lengths.tolist() == [90, 90]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert_same(learner.state_dict(), state)
+
+
+# -------------------------------------------------------------------------------------------------------------- learner
+
+
+def assert_same(a, b, path="state"):
+    """Nested states are equal, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f"{path}[{i}]")
+    else:
+        assert a == b, path
+
+
+def same_weights(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+
+
+def float_batch(args, B=8):
+    return [torch.from_numpy(x).float() for x in rl_batch(args, B)]
+
+
+def test_learner_update_moves_what_it_should():
+    args = tiny_args(tau=0.1, target_update_interval=2)
+    learner = skimo.Learner(args, skimo.make_networks(args, 4, 2, "cpu"))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for value in learner.model.parameters():
+            value += 0.01 * torch.randn_like(value)  # online and target differ
+    start, batch = copy.deepcopy(learner), float_batch(args)
+    learner.update(*batch)
+    for name in ("skills", "skill_prior", "prior_encoder", "target"):
+        assert same_weights(getattr(learner, name), getattr(start, name)), name
+    assert not same_weights(learner.task_policy, start.task_policy)
+    for part in ("encoder", "dynamics", "reward_model", "qf1", "qf2"):
+        assert not same_weights(getattr(learner.model, part), getattr(start.model, part)), part
+    assert same_weights(learner.model.decoder, start.model.decoder)  # no loss on it downstream
+    learner.update(*batch)
+    for now, old, online in zip(learner.target.parameters(), start.target.parameters(), learner.model.parameters()):
+        torch.testing.assert_close(now, 0.9 * old + 0.1 * online.detach(), atol=1e-7, rtol=1e-5)
+    assert learner.num_updates == 2
+    assert same_weights(learner.skills, start.skills) and same_weights(learner.skill_prior, start.skill_prior)
+    assert all(value.requires_grad for value in learner.model.parameters())
+
+
+def test_policy_loss_reaches_the_policy_only():
+    args = tiny_args()
+    learner = skimo.Learner(args, skimo.make_networks(args, 4, 2, "cpu"))
+    obs, *_ = batch = float_batch(args)
+    loss, _, h, h_pred = skimo.model_loss(learner.model, learner.target, learner.task_policy, *batch, args)
+    learner.model.requires_grad_(False)
+    parts = learner.model, learner.task_policy, learner.prior_encoder, learner.skill_prior
+    skimo.policy_loss(*parts, obs, h, h_pred, learner.log_alpha.exp().detach(), args)[0].backward()
+    assert has_gradient(learner.task_policy)
+    for module in (learner.model, learner.prior_encoder, learner.skill_prior, learner.skills, learner.target):
+        assert not has_gradient(module)
+    assert learner.log_alpha.grad is None
+
+
+def test_optimizers_are_those_of_the_release():
+    args = tiny_args(learning_rate=2e-3, alpha_lr=3e-5)
+    learner = skimo.Learner(args, skimo.make_networks(args, 4, 2, "cpu"))
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in learner.optimizers()]
+    assert rates == [2e-3, 2e-3, 3e-5]
+    for optimizer in learner.optimizers():
+        group = optimizer.param_groups[0]
+        assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.999), 1e-7, 0)
+    sizes = [sum(p.numel() for p in optimizer.param_groups[0]["params"]) for optimizer in learner.optimizers()]
+    modules = learner.model, learner.task_policy
+    assert sizes == [*(sum(p.numel() for p in module.parameters()) for module in modules), 1]
+
+
+@pytest.mark.parametrize(("autotune", "target_kl", "direction"), [(True, 1e3, -1), (True, -1.0, 1), (False, 1e3, 0)])
+def test_alpha_rises_while_the_kl_exceeds_its_target(autotune, target_kl, direction):
+    args = tiny_args(autotune=autotune, target_kl=target_kl, alpha=0.5)
+    learner = skimo.Learner(args, skimo.make_networks(args, 4, 2, "cpu"))
+    for _ in range(3):
+        metrics = learner.update(*float_batch(args))
+    assert np.sign(round(learner.log_alpha.exp().item() - 0.5, 6)) == direction
+    assert metrics["alpha"].item() == pytest.approx(0.5, rel=1e-2)
+
+
+def test_pretrainer_follows_its_learning_rate_and_moves_the_target():
+    args = tiny_args(pretrain_updates=2000, pretrain_lr=0.01, tau=0.1)
+    trainer = skimo.Pretrainer(args, skimo.make_networks(args, 4, 2, "cpu"))
+    start = copy.deepcopy(trainer.target)
+    batch = [torch.from_numpy(x).float() for x in pretraining_batch(args)]
+    trainer.update(*batch)
+    assert same_weights(trainer.target, start)
+    trainer.update(*batch)
+    for now, old, online in zip(
+        trainer.target.parameters(), start.parameters(), trainer.networks["model"].parameters()
+    ):
+        torch.testing.assert_close(now, 0.9 * old + 0.1 * online.detach(), atol=1e-7, rtol=1e-5)
+    rates = {}
+    for update in (0, 249, 499, 999, 1999):
+        trainer.num_updates = update
+        trainer.update(*batch)
+        rates[update] = trainer.optimizer.param_groups[0]["lr"]
+    expected = {0: 0.01 / 500, 249: 0.005 * math.sqrt(1751 / 2000), 499: 0.01 * math.sqrt(1501 / 2000)}
+    assert rates == pytest.approx(expected | {999: 0.01 * math.sqrt(1001 / 2000), 1999: 0.01 * math.sqrt(1 / 2000)})
+    args = tiny_args(pretrain_lr_decay=False, pretrain_lr=0.01)
+    trainer = skimo.Pretrainer(args, skimo.make_networks(args, 4, 2, "cpu"))
+    trainer.update(*batch)
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.01
+
+
+# ------------------------------------------------------------------------------------------------------- it does learn
+
+
+def constant_direction_data(seed, episodes=60, skills=12, H=5):
+    """Each chunk of H actions pushes into one random direction, which is what a skill has to encode."""
+    rng = np.random.default_rng(seed)
+    length = skills * H
+    actions = np.repeat(rng.uniform(-0.9, 0.9, (episodes, skills, 2)), H, 1)
+    position = 20 + np.concatenate([np.zeros((episodes, 1, 2)), actions.cumsum(1)[:, :-1]], 1)
+    obs = np.concatenate([position, np.zeros_like(position)], -1)
+    ends = np.tile(np.arange(length) == length - 1, episodes)
+    arrays = obs.reshape(-1, 4), actions.reshape(-1, 2), ends, np.zeros_like(ends)
+    return data_tools.OfflineDataset(*(np.asarray(x) for x in arrays))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_pretraining_learns_skills_and_their_dynamics(seed):
+    H, N = 5, 2
+    args = tiny_args(
+        hidden_dim=32, latent_dim=16, skill_dim=3, num_skills=N, bc_chunks=N, pretrain_updates=700, kl_coef=1e-4,
+        pretrain_batch_size=64, pretrain_lr=3e-3, position_features=False,
+    )  # fmt: skip
+    data = constant_direction_data(seed, H=H)
+    torch.manual_seed(seed)
+    trainer = skimo.Pretrainer(args, skimo.make_networks(args, 4, 2, "cpu"))
+    for _ in range(args.pretrain_updates):
+        # windows that start with a chunk, so that its direction is one skill's business
+        row = torch.randint(60, (64, 1)) * 60 + H * torch.randint(10, (64, 1)) + torch.arange(N * H + 1)
+        trainer.update(data.observations[row], data.actions[row[:, :-1]])
+    networks = trainer.networks
+    test = constant_direction_data(seed + 100, H=H)
+    row = torch.arange(60)[:, None] * 60 + torch.arange(N * H + 1)
+    obs, actions = test.observations[row], test.actions[row[:, :-1]]
+    with torch.no_grad():
+        chunks = obs[:, :-1].unflatten(1, (N, H))
+        q = networks["skills"].encode_skill(chunks, actions.unflatten(1, (N, H)))
+        z = torch.tanh(q[0])
+        imitated = networks["skills"].act(chunks, z[:, :, None].expand(-1, -1, H, -1))
+        bc_error = (imitated - actions.unflatten(1, (N, H))).square().mean().item()
+        h = networks["model"].encoder(obs[:, 0])
+        for i in range(N):
+            h = networks["model"].next(h, z[:, i])
+        predicted = networks["model"].decode(h)[0]
+        scaled = networks["model"].encoder.scaled(obs)
+        miss = (predicted - scaled[:, -1])[:, :2].square().mean().item()
+        still = (scaled[:, 0] - scaled[:, -1])[:, :2].square().mean().item()
+    assert bc_error < 0.1 * actions.var().item()  # of predicting the mean action
+    assert miss < 0.3 * still  # of predicting that nothing moves
+
+
+def skill_mdp(args, rb, episodes, seed):
+    """Fill a buffer by random skills; the reward is best, 1, for the skill (0.8, -0.6) and falls with its distance."""
+    rng = np.random.default_rng(seed)
+    E = args.num_envs
+    for _ in range(episodes // E):
+        obs = rng.uniform(5, 35, (E, 4)).astype(np.float32)
+        for t in range(4):
+            z = rng.uniform(-1, 1, (E, 2)).astype(np.float32)
+            next_obs = rng.uniform(5, 35, (E, 4)).astype(np.float32)
+            rb.add(obs, torch.from_numpy(z), skill_reward(z).astype(np.float32), np.full(E, t == 3), next_obs)
+            obs = next_obs
+
+
+def skill_reward(z):
+    return 1 - np.square(z - [0.8, -0.6]).sum(-1)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_learner_and_planner_find_the_skills_that_pay(seed):
+    args = tiny_args(
+        skill_dim=2, num_skills=2, bc_chunks=2, num_envs=10, batch_size=64, hidden_dim=32, latent_dim=8, alpha=0.01,
+        autotune=False, gamma=0.5, num_samples=64, num_elites=16, cem_iters=4, temperature=5.0, learning_rate=3e-3,
+        position_features=False, skill_horizon=5,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    learner = skimo.Learner(args, skimo.make_networks(args, 4, 2, "cpu"))
+    rb = skimo.ReplayBuffer(4, args, torch.device("cpu"))
+    skill_mdp(args, rb, 300, seed)
+    for _ in range(400):
+        metrics = learner.update(*rb.sample(args.batch_size))
+    assert metrics["reward_loss"].item() / args.num_skills < 0.2  # 0.8 is what predicting the mean reward costs
+    obs = np.random.default_rng(seed + 9).uniform(5, 35, (200, 4)).astype(np.float32)
+    with torch.no_grad():
+        h = learner.model.encoder(torch.from_numpy(obs))
+        prior = skimo.sample(skimo.tanh_normal(learner.skill_prior(learner.prior_encoder(torch.from_numpy(obs)))))
+        policy = skimo.sample(skimo.tanh_normal(learner.task_policy(h)))
+    planner = skimo.Planner(learner.model, learner.task_policy, args, learner.device)
+    planned = planner(obs, np.ones(200, dtype=bool), 10**6, explore=False)
+    assert skill_reward(prior.numpy()).mean() < 0.2
+    assert skill_reward(policy.numpy()).mean() > 0.8
+    assert skill_reward(planned.numpy()).mean() > 0.85
