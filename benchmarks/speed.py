@@ -55,7 +55,7 @@ class Args:
     algo: Path = ROOT / "algos" / "skimo.py"  # the algorithm file
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to learn and plan; auto takes CUDA where there is one
     num_threads: int = 0  # CPU threads of torch (0: one per core)
-    compile: bool | None = None  # torch.compile as in the algorithm file (None: on CUDA only)
+    compile: bool | None = None  # torch.compile, True or False (None: on CUDA only)
     plan_envs: tuple[int, ...] = (1, 16, 64)  # environments planned and acted for in one call
     step_envs: tuple[int, ...] = (1, 8, 16, 64)  # environments stepped together
     loop_steps: int = 20_000  # env steps of the whole training loop (0: leave it out)
@@ -231,16 +231,17 @@ def jobs(algo, args: Args, device) -> list:
     return rows
 
 
-def table(rows: list[dict]) -> str:
-    """Aligned text; the last columns are the authors' code."""
+def table(rows: list[dict], device: str) -> str:
+    """Aligned text; the last columns are the authors' code, with the ratio to it on the same kind of device."""
     cells = [["", "size", "ms", "+-", "ms/env", "env steps/s", "authors H200", "ratio", "authors CPU", "ratio"]]
     for row in rows:
         E, gpu, cpu = row["num_envs"], row["authors_h200_ms"], row["authors_cpu_ms"]
         cells.append([row["name"], row["size"], f"{row['ms']:.3g}", f"{row['iqr_ms']:.2g}" if "iqr_ms" in row else ""])
         cells[-1] += [f"{row['ms'] / E:.3g}" if E and "per_second" not in row else ""]
         cells[-1] += [f"{row['per_second']:,.0f}" if "per_second" in row else ""]
-        for authors in (gpu, cpu):
-            cells[-1] += [f"{authors:g}", f"{authors / row['ms']:.2g}x"] if authors else ["", ""]
+        for authors, same_device in ((gpu, device == "cuda"), (cpu, device == "cpu")):
+            ratio = f"{authors / row['ms']:.2g}x" if authors and same_device else ""  # above 1x: faster than theirs
+            cells[-1] += [f"{authors:g}" if authors else "", ratio]
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     aligned = [[text.ljust(w) if i < 2 else text.rjust(w) for i, (text, w) in enumerate(zip(c, widths))] for c in cells]
     return "\n".join("  ".join(line).rstrip() for line in aligned)
@@ -268,7 +269,8 @@ def main(args: Args) -> dict:
         sys.exit("error: --device cuda, but torch finds no CUDA device; use --device cpu")
     if args.quick:
         quick = dict(sizes=("maze",), plan_envs=(1, 2), step_envs=(1, 2), loop_steps=2_200, min_seconds=0.02)
-        args = dataclasses.replace(args, **quick)
+        # One thread: on a busy machine two would wait for each other far longer than such tiny batches take.
+        args = dataclasses.replace(args, **quick, num_threads=args.num_threads or 1)
     if args.device == "auto":
         args = dataclasses.replace(args, device="cuda" if torch.cuda.is_available() else "cpu")
     if args.compile is None:
@@ -297,7 +299,7 @@ def main(args: Args) -> dict:
 
     hardware = f"{facts['gpu'] or facts['cpu']}, {facts['threads']} CPU threads"
     print(f"{hardware}, torch {facts['torch']}, commit {facts['commit']}")
-    print(table(rows))
+    print(table(rows, device.type))
     if args.loop_steps:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in rows[-1]["shares"].items())
         share = rows[-1].get("share_of_env_only_rate")
