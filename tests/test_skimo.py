@@ -1,15 +1,26 @@
 """skimo.py against independent NumPy versions, known optima, interruptions, bad input and its own command line."""
 
 import copy
+import csv
 import dataclasses
-import itertools
+import errno
 import json
 import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import DATA_FILE
 from torch import nn
 
 import data_tools
@@ -781,7 +792,7 @@ def test_planner_starts_from_its_last_plan_moved_on_by_one_skill():
     assert not planner.plan.calls[1].mean.any()
 
 
-# ----------------------------------------------------------------------------------------------- acting and roll-outs
+# ------------------------------------------------------------------------------------------------- acting and roll-outs
 
 
 class FakeEnvs:
@@ -996,7 +1007,7 @@ def test_pretrainer_follows_its_learning_rate_and_moves_the_target():
     assert trainer.optimizer.param_groups[0]["lr"] == 0.01
 
 
-# ------------------------------------------------------------------------------------------------------- it does learn
+# -------------------------------------------------------------------------------------------------------- it does learn
 
 
 def constant_direction_data(seed, episodes=60, skills=12, H=5):
@@ -1087,3 +1098,538 @@ def test_learner_and_planner_find_the_skills_that_pay(seed):
     assert skill_reward(prior.numpy()).mean() < 0.2
     assert skill_reward(policy.numpy()).mean() > 0.8
     assert skill_reward(planned.numpy()).mean() > 0.85
+
+
+# --------------------------------------------------------------------------------------------- runs within this process
+
+SMALL = (
+    "--device cpu --num-threads 1 --hidden-dim 16 --latent-dim 8 --skill-dim 3 --num-skills 3 --bc-chunks 2 "
+    "--num-envs 2 --batch-size 8 --num-samples 16 --num-policy-trajs 4 --num-elites 6 --cem-iters 2 --eval-episodes 2 "
+    "--pretrain-batch-size 8 --pretrain-updates 6 --pretrain-eval-episodes 1"
+)
+QUICK = (
+    f"{SMALL} --skill-horizon 5 --total-timesteps 1200 --warmup-steps 400 --updates-per-step 0.05 --eval-interval 500"
+)
+
+
+@pytest.fixture
+def run(short_episodes, monkeypatch, data_dir, tmp_path):
+    """run(flags, folder) starts main() on short episodes and without pictures; returns results and run folder."""
+    for name in ("plot_prediction", "plot_visited"):
+        monkeypatch.setattr(data_tools, name, lambda *args: None)
+
+    def start(flags="", folder="runs", data=data_dir):
+        argv = [*QUICK.split(), "--data-dir", str(data), "--run-dir", str(tmp_path / folder), *flags.split()]
+        results = skimo.main(skimo.parse_args(argv))
+        return results, only_run(tmp_path / folder)
+
+    return start
+
+
+def only_run(folder):
+    (run_dir,) = Path(folder).iterdir()
+    return run_dir
+
+
+def resume(run_dir, flags=""):
+    return skimo.main(skimo.parse_args(["--resume", str(run_dir), *flags.split()]))
+
+
+def count_calls(monkeypatch, owner, name, counts=lambda *args, **kwargs: True, at=None, then=None):
+    """Wrap owner.name: the list returned gets an entry per call that counts; call number `at` runs then() as well."""
+    original, calls = getattr(owner, name), []
+
+    def wrapper(*args, **kwargs):
+        if counts(*args, **kwargs):
+            calls.append(args)
+            if len(calls) == at:
+                then()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, wrapper)
+    return calls
+
+
+class Stop:
+    """In place of StopSignal; all of them stop when `requested` is set on the class."""
+
+    requested = False
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    monkeypatch.setattr(Stop, "requested", False)
+    monkeypatch.setattr(skimo, "StopSignal", Stop)
+    return lambda: setattr(Stop, "requested", True)
+
+
+def csv_rows(run_dir):
+    with (run_dir / "episodes.csv").open() as file:
+        header, *rows = csv.reader(file)
+    assert header == ["env_step", "episodic_return", "episodic_length", "rl_minutes"]
+    return [row[:3] for row in rows]
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.0133])
+def test_updates_keep_step_with_the_environments(run, monkeypatch, ratio):
+    steps_of_plans = []
+    original = skimo.Planner.__call__
+
+    def planned(self, obs, episode_start, global_step, explore):
+        steps_of_plans.extend([global_step] * explore)
+        return original(self, obs, episode_start, global_step, explore)
+
+    monkeypatch.setattr(skimo.Planner, "__call__", planned)
+    results, run_dir = run(f"--updates-per-step {ratio}")
+    assert results["env_steps"] == 1200  # two environments, skills of 5 steps
+    assert results["updates"] == int(1200 * ratio)
+    assert steps_of_plans == list(range(400, 1200, 10))  # the prior acts before
+    assert csv_rows(run_dir) == [[str(180 * k), "0.0", "90"] for k in range(1, 7) for _ in range(2)]
+    assert [step for step, _, _ in results["evaluations"]] == [500, 1000, 1200]
+    assert results["pretraining"]["updates"] == 6 and json.loads((run_dir / "results.json").read_text())["updates"] > 0
+
+
+def final_state(run_dir):
+    """All that the future of a run depends on, from its checkpoint; clock times left out."""
+    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    updates, step, _, next_eval = state.pop("counters")
+    return state | dict(counters=[updates, step, next_eval], episodes=[row[:3] for row in state["episodes"]])
+
+
+@pytest.mark.parametrize("interrupt", ["in the warm-up", "while planning", "between updates", "by its length"])
+def test_resumed_run_equals_an_uninterrupted_one(run, monkeypatch, stop, interrupt):
+    results, whole = run("", "whole")
+    if interrupt == "by its length":
+        _, part = run("--total-timesteps 600", "part")
+        resumed = resume(part, "--total-timesteps 1200")
+    else:
+        if interrupt == "between updates":
+            count_calls(monkeypatch, skimo.Learner, "update", at=27, then=stop)
+        else:
+            acting = dict(counts=lambda *args: len(args) == 6, at=17 if interrupt == "in the warm-up" else 77)
+            count_calls(monkeypatch, skimo, "execute_skill", **acting, then=stop)
+        with pytest.raises(SystemExit, match="stopped at env step .* go on with: .*--resume"):
+            run("", "part")
+        part = only_run(whole.parents[1] / "part")
+        assert not (part / "results.json").exists()
+        stopped = final_state(part)
+        steps, updates = {"in the warm-up": (170, 0), "while planning": (770, 38)}.get(interrupt, (540, 27))
+        assert stopped["counters"][0] == updates
+        assert stopped["counters"][1] == steps or interrupt == "between updates"
+        Stop.requested = False
+        resumed = resume(part)
+    a, b = final_state(whole), final_state(part)
+    if interrupt == "by its length":
+        a.pop("evaluations"), b.pop("evaluations")
+    assert_same(b, a)
+    assert csv_rows(part) == csv_rows(whole)
+    for key in ("env_steps", "updates", "last_100_return"):
+        assert resumed[key] == results[key]
+    assert resumed["evaluations"][-1] == results["evaluations"][-1]
+
+
+def test_rl_does_not_depend_on_where_the_model_comes_from(run, capsys):
+    _, fresh = run("", "fresh")
+    assert "pre-trained model:" not in capsys.readouterr().out
+    _, cached = run("", "cached")
+    assert "pre-trained model:" in capsys.readouterr().out
+    assert_same(final_state(cached), final_state(fresh))
+
+
+def pretrained_files(data_dir):
+    return sorted(path.name for path in (data_dir / "pretrained").iterdir())
+
+
+def test_pretrained_models_are_found_by_what_shaped_them(run, data_dir, tmp_path, monkeypatch, capsys):
+    updates = count_calls(monkeypatch, skimo.Pretrainer, "update")
+    short = "--total-timesteps 400 --eval-interval 0 --eval-episodes 1"
+    run(short, "first")
+    (first,) = pretrained_files(data_dir)
+    assert len(updates) == 6
+    run(f"{short} --warmup-steps 300 --alpha 0.3 --no-autotune --exp-name other", "same")  # nothing of phase 1
+    assert len(updates) == 6 and pretrained_files(data_dir) == [first]
+    run(f"{short} --retrain --no-capture-video", "again")
+    assert len(updates) == 12 and pretrained_files(data_dir) == [first]
+    for k, changed in enumerate(("--seed 2", "--kl-coef 0.5", "--no-pretrain-lr-decay", "--no-position-features")):
+        run(f"{short} --no-retrain {changed}", f"changed{k}")
+        assert len(updates) == 18 + 6 * k and len(pretrained_files(data_dir)) == 2 + k
+    empty = tmp_path / "empty"
+    run(f"{short} --pretrained {data_dir / 'pretrained' / first}", "path", data=empty)  # needs no data
+    assert len(updates) == 36 and not empty.exists()
+    assert str(data_dir / "pretrained" / first) in capsys.readouterr().out
+
+
+def test_interrupted_pretraining_goes_on_bit_for_bit(run, data_dir, tmp_path, tiny_data_file, monkeypatch, stop):
+    flags = "--total-timesteps 400 --pretrain-eval-interval 2"
+    whole_data = tmp_path / "whole_data"
+    whole_data.mkdir()
+    shutil.copy(tiny_data_file, whole_data / DATA_FILE)
+    run(flags, "whole", data=whole_data)
+    calls = count_calls(monkeypatch, skimo.Pretrainer, "update", at=3, then=stop)
+    with pytest.raises(SystemExit, match="stopped in pre-training; the same command goes on from here"):
+        run(flags, "part")
+    (unfinished,) = pretrained_files(data_dir)
+    assert unfinished.endswith(".unfinished") and len(calls) == 3
+    Stop.requested = False
+    run(flags, "rest")
+    (name,) = pretrained_files(data_dir)
+    assert name.endswith(".pt") and len(calls) == 6
+    states = [torch.load(folder / "pretrained" / name, weights_only=True) for folder in (data_dir, whole_data)]
+    for state in states:
+        state["facts"].pop("minutes")
+    assert_same(*states)
+    assert_same(final_state(only_run(tmp_path / "rest")), final_state(only_run(tmp_path / "whole")))
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+def refused(capsys, call, *words):
+    """call() ends with exit code 1 and one sentence that holds the words."""
+    with pytest.raises(SystemExit) as caught:
+        call()
+    message = caught.value.code
+    assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message, message
+    for word in words:
+        assert word in message, message
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--env-id labyrinth", ["labyrinth", "maze"]),
+        ("--resume nowhere", ["nowhere", "no run folder"]),
+        ("--bc-chunks 4", ["--bc-chunks", "--num-skills"]),
+        ("--num-elites 21", ["--num-elites", "--num-samples"]),
+        ("--num-envs 0", ["--num-envs"]),
+        ("--batch-size 0", ["--batch-size"]),
+        ("--pretrained missing.pt", ["missing.pt", "does not exist"]),
+        ("--num-skills 200 --skill-horizon 10", ["rows", "shorter"]),
+    ],
+)
+def test_senseless_flags_are_refused_with_a_sentence(run, capsys, flags, words):
+    refused(capsys, lambda: run(flags), *words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_is_refused_where_there_is_none(run, capsys):
+    refused(capsys, lambda: run("--device cuda"), "--device cuda", "--device cpu")
+
+
+def test_damaged_or_foreign_checkpoints_are_refused(run, capsys, data_dir):
+    _, run_dir = run("--total-timesteps 400")
+    path = run_dir / "checkpoint.pt"
+    whole = path.read_bytes()
+    (model,) = (data_dir / "pretrained").iterdir()
+
+    def again():
+        return resume(run_dir)
+
+    for part in (len(whole) // 2, 10, 0):
+        path.write_bytes(whole[:part])
+        refused(capsys, again, "checkpoint.pt", "damaged")
+        assert path.read_bytes() == whole[:part]
+    path.write_bytes(whole)
+    for name, value in (("env_id", "kitchen"), ("file_version", 0), ("latent_dim", 64)):
+        state = torch.load(path, weights_only=True)
+        state["meta"][name] = value
+        torch.save(state, path)
+        refused(capsys, again, name, repr(value))
+        path.write_bytes(whole)
+    path.write_bytes(model.read_bytes())
+    refused(capsys, again, "kind", "skimo pretrained")
+    torch.save({"weights": torch.zeros(3)}, path)
+    refused(capsys, again, "no checkpoint of this project")
+    path.write_bytes(whole)
+    refused(capsys, lambda: resume(run_dir, "--hidden-dim 32"), "hidden_dim")
+    refused(capsys, lambda: resume(run_dir, "--num-envs 3"), "num_envs")
+    refused(capsys, lambda: resume(run_dir, "--num-skills 4"), "num_skills")
+    assert len(list((data_dir / "pretrained").iterdir())) == 1  # refused before other networks are pre-trained
+    assert again()["env_steps"] == 400  # and the folder's own arguments are still there
+    path.unlink()
+    refused(capsys, again, "checkpoint.pt", "does not exist")
+    cut = model.read_bytes()[:1000]
+    model.write_bytes(cut)
+    refused(capsys, lambda: run("", "cut"), str(model), "damaged")
+
+
+def test_damaged_data_are_refused(run, capsys, data_dir):
+    import h5py
+
+    path = data_dir / DATA_FILE
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    refused(capsys, run, DATA_FILE, "HDF5")
+    path.write_bytes(whole)
+    with h5py.File(path, "r+") as file:
+        file["observations"][7, 1] = np.nan
+    refused(capsys, lambda: run("", "nan"), DATA_FILE, "NaN")
+
+
+def test_places_that_cannot_be_written_are_refused(run, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(capsys, lambda: run("", "file/runs"), "--run-dir")
+    refused(capsys, lambda: run("", data=tmp_path / "file" / "data"), "--data-dir")
+
+
+def test_full_disk_keeps_the_old_checkpoint(run, capsys, monkeypatch, tmp_path):
+    run_dir, original, saves = tmp_path / "runs", torch.save, []
+
+    def save(state, path):
+        saves.append(Path(path).name)
+        if len(saves) == 3:  # the model, then the first and the second checkpoint
+            Path(path).write_bytes(b"half a checkpoint")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(state, path)
+
+    monkeypatch.setattr(torch, "save", save)
+    refused(capsys, lambda: run("--checkpoint-interval 500"), "checkpoint.pt", "No space left", "free some space")
+    run_dir = only_run(run_dir)
+    assert final_state(run_dir)["counters"][1] == 500
+    assert not list(run_dir.glob("part_*"))
+    monkeypatch.setattr(torch, "save", original)
+    assert resume(run_dir)["env_steps"] == 1200
+
+
+# ------------------------------------------------------------------------------------------- runs as a user starts them
+
+SKIMO = Path(skimo.__file__)
+
+
+def command(data_dir, tmp_path, flags="", folder="runs"):
+    places = ["--data-dir", str(data_dir), "--run-dir", str(tmp_path / folder)]
+    return [sys.executable, str(SKIMO), *SMALL.split(), "--skill-horizon", "10", *places, *flags.split()]
+
+
+def finish(arguments, cwd, **kwargs):
+    return subprocess.run(arguments, cwd=cwd, capture_output=True, text=True, timeout=200, **kwargs)
+
+
+def test_command_line_from_another_folder(data_dir, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = "--pretrain-updates 100 --total-timesteps 4200 --warmup-steps 1000 --updates-per-step 0.03 --capture-video"
+    cwd = tmp_path / "elsewhere"
+    cwd.mkdir()
+    result = finish(command(data_dir, tmp_path, flags), cwd)
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr and "clean evaluation" in result.stdout
+    assert list(cwd.iterdir()) == []
+    run_dir = only_run(tmp_path / "runs")
+    assert run_dir.name.startswith("maze__skimo__1__")
+    files = "args.json checkpoint.pt episodes.csv evaluation.mp4 prediction.png results.json visited.png"
+    assert sorted(path.name for path in run_dir.iterdir() if "tfevents" not in path.name) == files.split()
+    assert (run_dir / "evaluation.mp4").read_bytes()[4:8] == b"ftyp"
+    for name in ("prediction.png", "visited.png"):
+        assert (run_dir / name).read_bytes().startswith(b"\x89PNG")
+    assert json.loads((run_dir / "args.json").read_text())["total_timesteps"] == 4200
+    results = json.loads((run_dir / "results.json").read_text())
+    assert results["env_steps"] == 4200 and results["updates"] == 126
+    assert csv_rows(run_dir) == [["4000", "0.0", "2000"]] * 2
+
+    log = EventAccumulator(str(run_dir))
+    log.Reload()
+    scalars = set(log.Tags()["scalars"])
+    names = "charts/{episodic_return,episodic_length,success,SPS} eval/{episodic_return,episodic_length,success} "
+    names += "losses/{consistency_loss,reward_loss,value_loss,policy_loss,prior_kl,alpha,q_value,td_target,policy_q} "
+    names += "pretrain/{bc_loss,kl_loss,prior_loss,recon_loss,consistency_loss,valid_bc_loss,goal} "
+    names += "time/{plan,env,update}"
+    for group in names.split():
+        group, members = group.rstrip("}").split("{")
+        assert {group + member for member in members.split(",")} <= scalars
+    assert log.Scalars("charts/episodic_return")[0].step == 4000
+    assert {"pictures/prediction", "pictures/visited"} <= set(log.Tags()["images"])
+
+    result = finish(command(data_dir, tmp_path, f"{flags} --no-capture-video", "second"), cwd)
+    assert result.returncode == 0, result.stderr
+    assert "pre-trained model:" in result.stdout and "pre-training:" not in result.stderr
+    again = only_run(tmp_path / "second")
+    assert not (again / "evaluation.mp4").exists()
+    assert_same(final_state(again), final_state(run_dir))  # the same seed, the same run
+
+
+def wait_for(process, log, text, seconds=120):
+    """Until the process has written text, in its error stream log."""
+    limit = time.time() + seconds
+    while text not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.time() < limit, log.read_text()
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_program_saves_and_goes_on(data_dir, tmp_path, number):
+    log = tmp_path / "stderr"
+    flags = "--pretrain-updates 6" if number == signal.SIGINT else "--pretrain-updates 400"
+    arguments = command(data_dir, tmp_path, f"{flags} --total-timesteps 100000 --warmup-steps 4000")
+    with log.open("w") as file:
+        process = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=file, text=True)
+    with process:
+        phase = "episodic_return" if number is None else ("RL:" if number == signal.SIGINT else "pre-training:")
+        wait_for(process, log, phase)
+        time.sleep(0.3)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in log.read_text()
+    assert "stopping: saves at the next safe point" in out
+    run_dir = only_run(tmp_path / "runs")
+    if number == signal.SIGTERM:
+        assert "stopped in pre-training; the same command goes on from here" in log.read_text()
+        assert len(pretrained_files(data_dir)) == 1 and pretrained_files(data_dir)[0].endswith(".unfinished")
+        result = finish([*arguments, "--total-timesteps", "400", "--run-dir", str(tmp_path / "rest")], tmp_path)
+        assert "pre-training goes on at update" in result.stdout
+    else:
+        assert f"--resume {run_dir}" in log.read_text()
+        step = final_state(run_dir)["counters"][1]
+        assert 0 < step < 100_000
+        resumed = [sys.executable, str(SKIMO), "--resume", str(run_dir), "--total-timesteps", str(step + 100)]
+        result = finish(resumed, tmp_path)
+        assert final_state(run_dir)["counters"][1] == step + 100
+    assert result.returncode == 0, result.stderr
+    assert "clean evaluation" in result.stdout
+
+
+def test_disk_that_fills_up_is_reported(data_dir, tmp_path):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))  # no file may grow larger
+
+    result = finish(command(data_dir, tmp_path, "--total-timesteps 400"), tmp_path, preexec_fn=limit)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "error: cannot write" in result.stderr and "free some space" in result.stderr
+    assert not list(tmp_path.rglob("part_*"))
+
+
+def test_kill_while_writing_keeps_the_old_checkpoint(tmp_path):
+    script = """
+        import os, signal, sys, torch
+        import data_tools
+        original = torch.save
+        def save(state, path):
+            original(state, path)
+            with open(path, "r+b") as file:
+                file.truncate(os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        data_tools.save_checkpoint(sys.argv[1], dict(step=torch.tensor(1)), dict(kind="test"))
+        torch.save = save
+        data_tools.save_checkpoint(sys.argv[1], dict(step=torch.tensor(2)), dict(kind="test"))
+    """
+    path = tmp_path / "checkpoint.pt"
+    environment = os.environ | {"PYTHONPATH": str(SKIMO.parents[1])}
+    result = finish([sys.executable, "-c", textwrap.dedent(script), str(path)], tmp_path, env=environment)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert data_tools.load_checkpoint(path, dict(kind="test"), "cpu")["step"] == 1
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+def test_defaults_are_those_of_the_task(monkeypatch):
+    monkeypatch.setitem(data_tools.TASKS, "calvin", "none")
+    monkeypatch.setitem(data_tools.TASKS, "kitchen", "none")
+    table = {name: skimo.parse_args(["--env-id", name]) for name in ("maze", "kitchen", "calvin")}
+
+    def row(name):
+        return [getattr(table[task], name) for task in ("maze", "kitchen", "calvin")]
+
+    assert row("hidden_dim") == [128, 128, 256] and row("latent_dim") == [128, 256, 256]
+    assert row("num_skills") == [10, 10, 1] and row("skill_encoder") == ["mlp", "lstm", "lstm"]
+    assert row("batch_size") == [128, 256, 256] and row("warmup_steps") == [50_000, 5_000, 5_000]
+    assert row("alpha") == [1, 0.5, 0.1] and row("autotune") == [True, False, False]
+    assert row("horizon_steps") == row("std_steps") == [1_000_000, 25_000, 25_000]
+    assert row("reward_scale") == [1, 1, 0.01]
+    for name, value in dict(
+        num_samples=512, num_policy_trajs=25, num_elites=64, cem_iters=6, temperature=0.5, momentum=0.1, plan_std=2.0,
+        explore_std=0.5, explore_std_end=0.01, gamma=0.99, rho=0.5, tau=0.01, target_update_interval=2, bc_coef=2.0,
+        consistency_coef=2.0, reward_coef=0.25, value_coef=0.1, learning_rate=1e-3, alpha_lr=3e-4, max_grad_norm=100.0,
+        target_kl=3.0, skill_horizon=10, skill_dim=10, updates_per_step=0.02,
+    ).items():  # fmt: skip
+        assert row(name) == [value] * 3, name
+    assert skimo.parse_args(["--env_id=maze", "--batch-size", "7"]).batch_size == 7
+
+
+BOOLS = [field.name for field in dataclasses.fields(skimo.Args) if field.type in (bool, bool | None)]
+
+
+@pytest.mark.parametrize("name", BOOLS)
+def test_bool_flags_go_both_ways(name):
+    flag = name.replace("_", "-")
+    for given, value in ((f"--{flag}", True), (f"--no-{flag}", False)):
+        try:
+            args = skimo.parse_args([given])
+        except SystemExit:
+            args = skimo.parse_args([f"--{flag}", str(value)])  # how tyro spells a switch that may also be None
+        assert getattr(args, name) is value
+
+
+def test_every_bool_flag_is_known_to_the_runs_above():
+    known = {"compile", "capture_video", "retrain", "pretrain_lr_decay", "autotune", "position_features"}
+    assert set(BOOLS) == known
+
+
+@pytest.mark.parametrize(
+    "flags", ["--skill-encoder lstm --policy-latents h0", "--policy-latents encoded --num-skills 1 --bc-chunks 1"]
+)
+def test_variants_run(run, flags):
+    results, _ = run(f"{flags} --total-timesteps 600")
+    assert results["updates"] == 30
+
+
+# ---------------------------------------------------------------------------------------------------------- compilation
+
+needs_compiler = pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="no C++ compiler")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DEVICES = [pytest.param("cpu", marks=needs_compiler), pytest.param("cuda", marks=needs_cuda)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_functions_give_the_numbers_of_eager_ones(device, monkeypatch):
+    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)  # the same random numbers as eager
+    torch._dynamo.reset()
+    args = tiny_args(num_skills=2, bc_chunks=1, hidden_dim=8, latent_dim=4, cem_iters=2, batch_size=4)
+    torch.manual_seed(0)
+    networks = skimo.make_networks(args, 4, 2, device)
+    target, policy = noisy_copy(networks["model"]), noisy_copy(networks["prior"])
+    model, skills, prior = networks["model"], networks["skills"], networks["prior"]
+    with torch.device(device):
+        obs, actions = (torch.from_numpy(x).float().to(device) for x in pretraining_batch(args))
+        batch = [x.to(device) for x in float_batch(args, 4)]
+        h, h_pred = torch.randn(2, 4, 3, 4)
+        alpha, scalars = torch.tensor(0.7), torch.tensor([0.3, 1.0])
+        mean = torch.zeros(3, 2, 3)
+    calls = {
+        skimo.pretrain_loss: (model, skills, prior, target, obs, actions, args),
+        skimo.model_loss: (model, target, policy, *batch, args),
+        skimo.policy_loss: (model, policy, model.encoder, prior, batch[0], h, h_pred, alpha, args),
+        skimo.plan: (model, policy, obs[:3, 0], mean, *scalars, args),
+    }
+    everything = nn.ModuleList([networks, target, policy])
+    for function, arguments in calls.items():
+        numbers = []
+        for version in (function, torch.compile(function, mode="reduce-overhead")):
+            torch.manual_seed(1)
+            everything.zero_grad()
+            torch.compiler.cudagraph_mark_step_begin()
+            result = version(*arguments)
+            if result[0].requires_grad:
+                result[0].backward()
+            grads = [x if torch.is_tensor(x) else torch.zeros(()) for x in gradients(everything)]
+            flat = [*(result[1].values() if isinstance(result[1], dict) else result[1:2]), *result[2:], *grads]
+            numbers.append([x.detach().clone() for x in (result[0], *flat)])
+        for eager, compiled in zip(*numbers, strict=True):
+            torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-4, msg=function.__name__)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_learner_and_planner_keep_going(device):
+    torch._dynamo.reset()
+    args = tiny_args(num_skills=2, hidden_dim=8, latent_dim=4, cem_iters=1, compile=True, bc_chunks=1)
+    learner = skimo.Learner(args, skimo.make_networks(args, 4, 2, device))
+    planner = skimo.Planner(learner.model, learner.task_policy, args, learner.device)
+    batch = [x.to(device) for x in float_batch(args)]
+    seen, obs = [], np.zeros((3, 4), dtype=np.float32)
+    for k in range(3):
+        seen.append(learner.update(*batch)["reward_loss"])
+        z = planner(obs, np.zeros(3, dtype=bool), 1000 * k, explore=True)
+        assert z.shape == (3, 3) and z.abs().max() < 1
+    assert seen[2].item() < seen[0].item() and len({x.item() for x in seen}) == 3
