@@ -616,6 +616,7 @@ class ReplayBuffer:
 def checkpoint_meta(kind: str, args: Args) -> dict:
     """What must agree before a checkpoint is used: its kind, this file's version, the task, the networks' sizes."""
     sizes = ("hidden_dim", "latent_dim", "skill_dim", "skill_horizon", "skill_encoder", "position_features")
+    sizes += ("num_envs", "num_skills") if kind == "run" else ()
     meta = dict(kind=f"skimo {kind}", file_version=FILE_VERSION, env_id=args.env_id)
     return meta | {name: getattr(args, name) for name in sizes}
 
@@ -965,8 +966,15 @@ def main(args: Args) -> dict:
     torch.set_num_threads(args.num_threads or os.cpu_count())
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.resume or Path(args.run_dir) / run_name)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1))
+    try:
+        if args.resume:  # refused before anything is changed
+            data_tools.load_checkpoint(run_dir / "checkpoint.pt", checkpoint_meta("run", args), "cpu")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1))
+    except data_tools.DataError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {run_dir} cannot be written ({error.strerror}); choose another folder with --run-dir")
     writer, stop = SummaryWriter(run_dir), StopSignal()
     rows = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
