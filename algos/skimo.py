@@ -23,8 +23,8 @@ Deviations from paper and release (marked DEVIATION n below)
 Logged: charts/{episodic_return,episodic_length,success,SPS}, losses/*, pretrain/*, eval/*, time/* shares, pictures/*;
 episodes.csv has a row per training episode (the paper's protocol), results.json the summary. Scores: README, "Maze".
 
-Shapes: B batch, N skills per window, H steps per skill, O observation, A action, Z skill, d latent state, E environments,
-K plan horizon, P plans. Batch first.
+Shapes: B batch, N skills per window, H steps per skill, O observation, A action, Z skill, d latent state,
+E environments, K plan horizon, P plans. Batch first.
 """
 
 import argparse
@@ -60,9 +60,9 @@ class Args:
     env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned or calvin
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
     seed: int = 1  # of networks, sampling and environments
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to learn and plan; auto takes CUDA where there is one
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and plan
     num_threads: int = 0  # CPU threads of torch (0: one per core)
-    compile: bool | None = None  # torch.compile of losses and planner (None: on CUDA only)
+    compile: bool = torch.cuda.is_available()  # torch.compile, with CUDA graphs, of losses and planner
     run_dir: str = "runs"  # folder in which the run makes its own folder
     data_dir: str | None = None  # offline data and pre-trained models (None: $SKIMO_DATA_DIR, else the user's cache)
     resume: str | None = None  # run folder to go on with; its arguments become the defaults
@@ -75,9 +75,9 @@ class Args:
     pretrained: str | None = None  # start at RL from this model: a path, or `published` for benchmarks/results
     retrain: bool = False  # pre-train again although the cache holds this model
     data_noise: float = 0.5  # std of the action noise under which the maze data are collected
-    pretrain_updates: int = 10_000  # gradient updates (release: 700,000 in the maze, 425,000 elsewhere)
-    pretrain_batch_size: int = 256  # windows of N skills per update (release: 512)
-    bc_chunks: int = 2  # chunks of each window that the skill policy is trained on (release: all N)
+    pretrain_updates: int = 12_000  # gradient updates (release: 700,000 in the maze, 425,000 elsewhere)
+    pretrain_batch_size: int = 128  # windows of N skills per update (release: 512)
+    bc_chunks: int = 4  # chunks of each window that the skill policy is trained on (release: all N)
     pretrain_lr: float = 1e-3  # peak learning rate
     pretrain_lr_decay: bool = True  # 500 updates of warm-up, then sqrt(1 - progress) (release: constant rate)
     bc_coef: float = 2.0  # weight of the skill policy's squared error
@@ -85,7 +85,7 @@ class Args:
     prior_coef: float = 1.0  # weight of KL(q || p)
     recon_coef: float = 1.0  # weight of the observation's log-likelihood
     position_features: bool = True  # maze: sines and cosines of the position as inputs (release: none)
-    pretrain_eval_interval: int = 2_500  # updates between validations with roll-outs of the prior
+    pretrain_eval_interval: int = 3_000  # updates between validations with roll-outs of the prior
     pretrain_eval_episodes: int = 100  # roll-outs in a validation; four times as many at the end
 
     # Downstream RL
@@ -117,7 +117,8 @@ class Args:
     cem_iters: int = 6  # iterations
     temperature: float = 0.5  # factor on the values in the elites' softmax
     momentum: float = 0.1  # share of the old mean in the new one
-    plan_std: float = 2.0  # first and largest std of the sampled skills
+    plan_start: Literal["wide", "policy"] = "wide"  # first distribution: N(last mean, plan_std), or the policy's plans
+    plan_std: float = 2.0  # largest std of the sampled skills
     explore_std: float = 0.5  # least std, at the start of the schedule
     explore_std_end: float = 0.01  # least std after std_steps
     std_steps: int = 25_000  # env steps over which the least std falls
@@ -135,7 +136,7 @@ class Args:
 # The release's values per task where they differ from Args; pre-training and total_timesteps are ours (DEVIATION 3).
 TASK_DEFAULTS = {
     "maze": dict(
-        latent_dim=128, skill_encoder="mlp", kl_coef=1e-2, total_timesteps=650_000, warmup_steps=50_000, batch_size=128,
+        latent_dim=128, skill_encoder="mlp", kl_coef=3e-3, total_timesteps=650_000, warmup_steps=50_000, batch_size=128,
         alpha=1.0, autotune=True, horizon_steps=1_000_000, std_steps=1_000_000,
     ),
     "kitchen": dict(),
@@ -405,15 +406,15 @@ def policy_loss(model, task_policy, prior_encoder, skill_prior, obs, h, h_pred, 
     return loss, dict(policy_loss=loss.detach(), policy_q=q_value.detach().mean(), prior_kl=prior_kl.detach().mean())
 
 
-# ---------------------------------------------------------------------------------------------------- planner and acting
+# -------------------------------------------------------------------------------------------------- planner and acting
 
 
 @torch.no_grad()
 def plan(model, task_policy, obs, mean, std_floor, noise_scale, args):
-    """CEM over sequences of K skills in the skill dynamics, for all environments at once (SkiMo section 3.4).
+    """CEM over sequences of K skills in the skill dynamics, for all environments at once (SkiMo, section 3.4).
 
-    obs (E, O); mean (E, K, Z) first mean, zeros or the shifted last plan; std_floor () least std of the plans;
-    noise_scale () 1 to explore, 0 to evaluate. Returns the first skill (E, Z) and the fitted mean (E, K, Z).
+    obs (E, O); mean (E, K, Z): zeros or the last plan, moved on; std_floor (): least std of the sampled skills;
+    noise_scale (): 1 to explore, 0 to evaluate. Returns the first skill (E, Z) and the fitted mean (E, K, Z).
     """
     E, K, Z = mean.shape
     h0 = model.encoder(obs)  # (E, d)
@@ -424,7 +425,10 @@ def plan(model, task_policy, obs, mean, std_floor, noise_scale, args):
         h = model.next(h, policy_plans[-1])
     policy_plans = torch.stack(policy_plans, 2)  # (E, 25, K, Z)
 
-    std = torch.full_like(mean, args.plan_std)
+    if args.plan_start == "policy":  # DEVIATION 5
+        mean, std = policy_plans.mean(1), policy_plans.std(1).maximum(std_floor)  # (E, K, Z)
+    else:
+        std = torch.full_like(mean, args.plan_std)
     for _ in range(args.cem_iters):
         noise = torch.randn(E, args.num_samples, K, Z, device=obs.device)
         plans = (mean[:, None] + std[:, None] * noise).clamp(-0.999, 0.999)
@@ -559,7 +563,7 @@ def open_loop_prediction(networks, args: Args, num_skills: int = 50):
     return real, ((scaled - model.encoder.shift) / model.encoder.scale).numpy()
 
 
-# --------------------------------------------------------------------------------------- replay, checkpoints, bookkeeping
+# ------------------------------------------------------------------------------------ replay, checkpoints, bookkeeping
 
 
 class ReplayBuffer:
@@ -961,8 +965,7 @@ def log_scalars(writer: SummaryWriter, group: str, values: dict, step: int):
 def main(args: Args) -> dict:
     """Both phases; pictures, results.json and a summary. Returns the results."""
     check_args(args)
-    device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
-    args.compile = device.type == "cuda" if args.compile is None else args.compile
+    device = torch.device(args.device)
     torch.set_num_threads(args.num_threads or os.cpu_count())
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.resume or Path(args.run_dir) / run_name)

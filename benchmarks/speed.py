@@ -53,9 +53,9 @@ class Args:
         "calvin",
     )  # sizes of networks and batches
     algo: Path = ROOT / "algos" / "skimo.py"  # the algorithm file
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to learn and plan; auto takes CUDA where there is one
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and plan
     num_threads: int = 0  # CPU threads of torch (0: one per core)
-    compile: bool | None = None  # torch.compile, True or False (None: on CUDA only)
+    compile: bool = torch.cuda.is_available()  # torch.compile, with CUDA graphs
     plan_envs: tuple[int, ...] = (1, 16, 64)  # environments planned and acted for in one call
     step_envs: tuple[int, ...] = (1, 8, 16, 64)  # environments stepped together
     loop_steps: int = 20_000  # env steps of the whole training loop (0: leave it out)
@@ -271,10 +271,6 @@ def main(args: Args) -> dict:
         quick = dict(sizes=("maze",), plan_envs=(1, 2), step_envs=(1, 2), loop_steps=2_200, min_seconds=0.02)
         # One thread: on a busy machine two would wait for each other far longer than such tiny batches take.
         args = dataclasses.replace(args, **quick, num_threads=args.num_threads or 1)
-    if args.device == "auto":
-        args = dataclasses.replace(args, device="cuda" if torch.cuda.is_available() else "cpu")
-    if args.compile is None:
-        args = dataclasses.replace(args, compile=args.device == "cuda")
     torch.set_num_threads(args.num_threads or os.cpu_count())
     torch.manual_seed(0)
     algo, device = load_algorithm(args.algo), torch.device(args.device)
