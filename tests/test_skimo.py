@@ -33,9 +33,9 @@ from algos import skimo
 def tiny_args(**changes):
     """Maze arguments with networks and batches so small that an update takes milliseconds."""
     small = dict(
-        device="cpu", num_threads=1, hidden_dim=16, latent_dim=8, skill_dim=3, skill_horizon=5, num_skills=3,
-        bc_chunks=3, skill_encoder="mlp", num_envs=2, batch_size=8, num_samples=16, num_policy_trajs=4, num_elites=6,
-        cem_iters=2, pretrain_batch_size=8, pretrain_updates=6, pretrain_eval_episodes=1, eval_episodes=2,
+        device="cpu", compile=False, num_threads=1, hidden_dim=16, latent_dim=8, skill_dim=3, skill_horizon=5,
+        num_skills=3, bc_chunks=3, skill_encoder="mlp", num_envs=2, batch_size=8, num_samples=16, num_policy_trajs=4,
+        num_elites=6, cem_iters=2, pretrain_batch_size=8, pretrain_updates=6, pretrain_eval_episodes=1, eval_episodes=2,
         total_timesteps=1200, warmup_steps=400, horizon_steps=1000, std_steps=1000, alpha=1.0, autotune=True,
     )  # fmt: skip
     return skimo.Args(**(small | changes))
@@ -689,9 +689,10 @@ def test_elite_is_drawn_with_the_softmax_of_its_value():
         assert abs((picked == rank).sum() - expected) < 4.5 * variance.sqrt()
 
 
-def test_plan_agrees_with_a_numpy_planner():
+@pytest.mark.parametrize("plan_start", ["wide", "policy"])
+def test_plan_agrees_with_a_numpy_planner(plan_start):
     args = tiny_args(num_samples=12, num_policy_trajs=3, num_elites=5, cem_iters=3, gamma=0.8, momentum=0.2)
-    args.temperature, args.plan_std = 0.7, 1.5
+    args.temperature, args.plan_std, args.plan_start = 0.7, 1.5, plan_start
     E, K, Z, P = 2, 3, args.skill_dim, 15
     networks = double_networks(args)
     model, policy = networks["model"], networks["prior"]
@@ -713,6 +714,9 @@ def test_plan_agrees_with_a_numpy_planner():
         proposals.append(np.tanh(m + s * normal(E, 3, Z)))
         h = np_net(model.dynamics, np.concatenate([h, proposals[-1]], -1))
     mean, std = first_mean, np.full((E, K, Z), 1.5)
+    if plan_start == "policy":
+        proposed = np.stack(proposals, 2)
+        mean, std = proposed.mean(1), np.maximum(proposed.std(1, ddof=1), 0.3)
     for _ in range(3):
         plans = mean[:, None] + std[:, None] * normal(E, 12, K, Z, dtype=torch.float32)
         plans = np.concatenate([np.clip(plans, -0.999, 0.999), np.stack(proposals, 2)], 1)
@@ -1103,12 +1107,13 @@ def test_learner_and_planner_find_the_skills_that_pay(seed):
 # --------------------------------------------------------------------------------------------- runs within this process
 
 SMALL = (
-    "--device cpu --num-threads 1 --hidden-dim 16 --latent-dim 8 --skill-dim 3 --num-skills 3 --bc-chunks 2 "
-    "--num-envs 2 --batch-size 8 --num-samples 16 --num-policy-trajs 4 --num-elites 6 --cem-iters 2 --eval-episodes 2 "
-    "--pretrain-batch-size 8 --pretrain-updates 6 --pretrain-eval-episodes 1"
+    "--device cpu --no-compile --num-threads 1 --hidden-dim 16 --latent-dim 8 --skill-dim 3 --num-skills 3 "
+    "--bc-chunks 2 --num-envs 2 --batch-size 8 --num-samples 16 --num-policy-trajs 4 --num-elites 6 --cem-iters 2 "
+    "--eval-episodes 2 --pretrain-batch-size 8 --pretrain-updates 6 --pretrain-eval-episodes 1"
 )
 QUICK = (
-    f"{SMALL} --skill-horizon 5 --total-timesteps 1200 --warmup-steps 400 --updates-per-step 0.05 --eval-interval 500"
+    f"{SMALL} --skill-horizon 5 --total-timesteps 1200 --warmup-steps 400 --updates-per-step 0.05 --eval-interval 500 "
+    "--horizon-steps 800 --std-steps 800"  # plans of several skills, that start from the last one
 )
 
 
@@ -1402,7 +1407,7 @@ def command(data_dir, tmp_path, flags="", folder="runs"):
 
 
 def finish(arguments, cwd, **kwargs):
-    return subprocess.run(arguments, cwd=cwd, capture_output=True, text=True, timeout=200, **kwargs)
+    return subprocess.run(arguments, cwd=cwd, capture_output=True, text=True, timeout=600, **kwargs)
 
 
 def test_command_line_from_another_folder(data_dir, tmp_path):
@@ -1448,7 +1453,7 @@ def test_command_line_from_another_folder(data_dir, tmp_path):
     assert_same(final_state(again), final_state(run_dir))  # the same seed, the same run
 
 
-def wait_for(process, log, text, seconds=120):
+def wait_for(process, log, text, seconds=400):
     """Until the process has written text, in its error stream log."""
     limit = time.time() + seconds
     while text not in log.read_text():
@@ -1469,7 +1474,7 @@ def test_interrupted_program_saves_and_goes_on(data_dir, tmp_path, number):
         wait_for(process, log, phase)
         time.sleep(0.3)
         process.send_signal(number)
-        out, _ = process.communicate(timeout=120)
+        out, _ = process.communicate(timeout=400)
     assert process.returncode == 1 and "Traceback" not in log.read_text()
     assert "stopping: saves at the next safe point" in out
     run_dir = only_run(tmp_path / "runs")
