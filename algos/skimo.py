@@ -121,6 +121,7 @@ class Args:
     plan_std: float = 2.0  # largest std of the sampled skills
     explore_std: float = 0.5  # least std, at the start of the schedule
     explore_std_end: float = 0.01  # least std after std_steps
+    explore_noise: float = 1.0  # noise added to the chosen skill in training, in units of the plans' last std
     std_steps: int = 25_000  # env steps over which the least std falls
     horizon_steps: int = 25_000  # env steps over which plans grow from 1 to N skills
 
@@ -414,7 +415,7 @@ def plan(model, task_policy, obs, mean, std_floor, noise_scale, args):
     """CEM over sequences of K skills in the skill dynamics, for all environments at once (SkiMo, section 3.4).
 
     obs (E, O); mean (E, K, Z): zeros or the last plan, moved on; std_floor (): least std of the sampled skills;
-    noise_scale (): 1 to explore, 0 to evaluate. Returns the first skill (E, Z) and the fitted mean (E, K, Z).
+    noise_scale (): explore_noise, or 0 to evaluate. Returns the first skill (E, Z) and the fitted mean (E, K, Z).
     """
     E, K, Z = mean.shape
     h0 = model.encoder(obs)  # (E, d)
@@ -475,7 +476,7 @@ class Planner:
             mean[:, :-1] = self.last_mean[:, 1:] * torch.from_numpy(~episode_start)[:, None, None].to(self.device)
         progress = min(1.0, global_step / max(args.std_steps, 1))
         std_floor = args.explore_std + progress * (args.explore_std_end - args.explore_std)
-        std_floor, noise_scale = torch.tensor([std_floor, float(explore)], device=self.device)
+        std_floor, noise_scale = torch.tensor([std_floor, args.explore_noise * explore], device=self.device)
         obs = torch.from_numpy(obs).to(self.device)
         torch.compiler.cudagraph_mark_step_begin()
         z, mean = self.plan(self.model, self.task_policy, obs, mean, std_floor, noise_scale, args)
