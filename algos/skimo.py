@@ -121,7 +121,6 @@ class Args:
     plan_std: float = 2.0  # largest std of the sampled skills
     explore_std: float = 0.5  # least std, at the start of the schedule
     explore_std_end: float = 0.01  # least std after std_steps
-    explore_noise: float = 1.0  # noise added to the chosen skill in training, in units of the plans' last std
     std_steps: int = 25_000  # env steps over which the least std falls
     horizon_steps: int = 25_000  # env steps over which plans grow from 1 to N skills
 
@@ -415,7 +414,7 @@ def plan(model, task_policy, obs, mean, std_floor, noise_scale, args):
     """CEM over sequences of K skills in the skill dynamics, for all environments at once (SkiMo, section 3.4).
 
     obs (E, O); mean (E, K, Z): zeros or the last plan, moved on; std_floor (): least std of the sampled skills;
-    noise_scale (): explore_noise, or 0 to evaluate. Returns the first skill (E, Z) and the fitted mean (E, K, Z).
+    noise_scale (): 1 to explore, 0 to evaluate. Returns the first skill (E, Z) and the fitted mean (E, K, Z).
     """
     E, K, Z = mean.shape
     h0 = model.encoder(obs)  # (E, d)
@@ -454,7 +453,8 @@ def plan(model, task_policy, obs, mean, std_floor, noise_scale, args):
     # One elite at random, with probability `weight`: exponential races draw from it without a host round trip.
     picked = (weight[..., 0, 0] / torch.empty_like(elite_value).exponential_()).argmax(1)  # (E,)
     first_skill = elites[torch.arange(E, device=obs.device), picked, 0]  # (E, Z)
-    first_skill = first_skill + noise_scale * std[:, 0] * torch.randn_like(first_skill)
+    noise_std = std_floor if args.plan_start == "policy" else std[:, 0]  # DEVIATION 5: the policy's std stays wide
+    first_skill = first_skill + noise_scale * noise_std * torch.randn_like(first_skill)
     return first_skill.clamp(-0.999, 0.999), mean
 
 
@@ -476,7 +476,7 @@ class Planner:
             mean[:, :-1] = self.last_mean[:, 1:] * torch.from_numpy(~episode_start)[:, None, None].to(self.device)
         progress = min(1.0, global_step / max(args.std_steps, 1))
         std_floor = args.explore_std + progress * (args.explore_std_end - args.explore_std)
-        std_floor, noise_scale = torch.tensor([std_floor, args.explore_noise * explore], device=self.device)
+        std_floor, noise_scale = torch.tensor([std_floor, float(explore)], device=self.device)
         obs = torch.from_numpy(obs).to(self.device)
         torch.compiler.cudagraph_mark_step_begin()
         z, mean = self.plan(self.model, self.task_policy, obs, mean, std_floor, noise_scale, args)
@@ -760,7 +760,7 @@ def pretrain(args: Args, writer: SummaryWriter, device, stop: StopSignal) -> tup
             )
             data_tools.save_checkpoint(unfinished, state, unfinished_meta)
         if stop.requested and not finished:
-            sys.exit("stopped in pre-training; the same command goes on from here")
+            sys.exit("stopped in pre-training; the same command, or --resume with the run folder, goes on from here")
     bar.close()
     facts |= dict(minutes=minutes, updates=args.pretrain_updates, seed=args.seed, data=dataset.attributes)
     data_tools.save_checkpoint(path, dict(networks=networks.state_dict(), facts=facts), meta)
@@ -842,7 +842,7 @@ def train(args: Args, run_dir: Path, writer: SummaryWriter, networks: nn.ModuleD
     episodic_return, episodic_length = np.zeros(E), np.zeros(E, dtype=np.int64)
     global_step, minutes, next_eval = 0, 0.0, args.eval_interval or args.total_timesteps + 1
     episodes, evaluations = [], []  # (env step, return, length, minutes) each; (env step, return, success) each
-    if args.resume:
+    if (run_dir / "checkpoint.pt").exists():  # --resume; a run stopped in pre-training has none and starts RL here
         state = data_tools.load_checkpoint(run_dir / "checkpoint.pt", checkpoint_meta("run", args), "cpu")
         learner.load_state_dict(state["learner"])
         for optimizer, optimizer_state in zip(learner.optimizers(), state["optimizers"]):
@@ -971,7 +971,7 @@ def main(args: Args) -> dict:
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.resume or Path(args.run_dir) / run_name)
     try:
-        if args.resume:  # refused before anything is changed
+        if (run_dir / "checkpoint.pt").exists():  # a resume that does not fit is refused before anything is changed
             data_tools.load_checkpoint(run_dir / "checkpoint.pt", checkpoint_meta("run", args), "cpu")
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1))
@@ -997,8 +997,9 @@ def main(args: Args) -> dict:
     writer.close()
     _, eval_return, eval_success = results["evaluations"][-1]
     print(
-        f"{args.env_id}: clean evaluation {eval_return:.4g} ({eval_success:.0%} success), last 100 training episodes "
-        f"{results['last_100_success']:.0%} success, {results['env_steps']} env steps, {results['rl_minutes']:.1f} min.\n"
+        f"{args.env_id}: success {eval_success:.0%} in clean evaluation (return {eval_return:.4g}), "
+        f"{results['last_100_success']:.0%} in the last 100 training episodes; "
+        f"{results['env_steps']} env steps in {results['rl_minutes']:.1f} min.\n"
         f"Pictures, episodes.csv, results.json and checkpoint: {run_dir}; curves: tensorboard --logdir {run_dir}"
     )
     return results
