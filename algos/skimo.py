@@ -75,7 +75,7 @@ class Args:
     pretrained: str | None = None  # start at RL from this model: a path, or `published` for benchmarks/results
     retrain: bool = False  # pre-train again although the cache holds this model
     data_noise: float = 0.5  # std of the action noise under which the maze data are collected
-    pretrain_updates: int = 12_000  # gradient updates (release: 700,000 in the maze, 425,000 elsewhere)
+    pretrain_updates: int = 14_000  # gradient updates (release: 700,000 in the maze, 425,000 elsewhere)
     pretrain_batch_size: int = 128  # windows of N skills per update (release: 512)
     bc_chunks: int = 4  # chunks of each window that the skill policy is trained on (release: all N)
     pretrain_lr: float = 1e-3  # peak learning rate
@@ -85,7 +85,7 @@ class Args:
     prior_coef: float = 1.0  # weight of KL(q || p)
     recon_coef: float = 1.0  # weight of the observation's log-likelihood
     position_features: bool = True  # maze: sines and cosines of the position as inputs (release: none)
-    pretrain_eval_interval: int = 3_000  # updates between validations with roll-outs of the prior
+    pretrain_eval_interval: int = 3_500  # updates between validations with roll-outs of the prior
     pretrain_eval_episodes: int = 100  # roll-outs in a validation; four times as many at the end
 
     # Downstream RL
@@ -136,7 +136,7 @@ class Args:
 # The release's values per task where they differ from Args; pre-training and total_timesteps are ours (DEVIATION 3).
 TASK_DEFAULTS = {
     "maze": dict(
-        latent_dim=128, skill_encoder="mlp", kl_coef=3e-3, total_timesteps=650_000, warmup_steps=50_000, batch_size=128,
+        latent_dim=128, skill_encoder="mlp", kl_coef=1e-2, total_timesteps=650_000, warmup_steps=50_000, batch_size=128,
         alpha=1.0, autotune=True, horizon_steps=1_000_000, std_steps=1_000_000,
     ),
     "kitchen": dict(),
@@ -753,11 +753,8 @@ def pretrain(args: Args, writer: SummaryWriter, device, stop: StopSignal) -> tup
             log_scalars(writer, "pretrain", facts, update)
         minutes = (time.time() - start_time) / 60
         if not finished and (stop.requested or update % 2_500 == 0):
-            state = dict(
-                trainer=trainer.state_dict(),
-                random=[torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
-                minutes=minutes,
-            )
+            random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+            state = dict(trainer=trainer.state_dict(), random=random, minutes=minutes)
             data_tools.save_checkpoint(unfinished, state, unfinished_meta)
         if stop.requested and not finished:
             sys.exit("stopped in pre-training; the same command, or --resume with the run folder, goes on from here")
@@ -857,15 +854,11 @@ def train(args: Args, run_dir: Path, writer: SummaryWriter, networks: nn.ModuleD
         torch.cuda.set_rng_state_all(state["random"][1:])
 
     def save():
-        arrays = (torch.from_numpy(x).clone() for x in (obs, episode_start, episodic_return, episodic_length))
+        arrays = [torch.from_numpy(x).clone() for x in (obs, episode_start, episodic_return, episodic_length)]
+        random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
         state = dict(learner=learner.state_dict(), optimizers=[o.state_dict() for o in learner.optimizers()])
-        state |= dict(rb=rb.state_dict(), envs=envs.get_state())
-        state |= dict(
-            arrays=list(arrays),
-            last_mean=planner.last_mean,
-            random=[torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
-        )
-        state |= dict(counters=[learner.num_updates, global_step, minutes, next_eval])
+        state |= dict(rb=rb.state_dict(), envs=envs.get_state(), arrays=arrays, random=random)
+        state |= dict(last_mean=planner.last_mean, counters=[learner.num_updates, global_step, minutes, next_eval])
         state |= dict(episodes=episodes, evaluations=evaluations)
         data_tools.save_checkpoint(run_dir / "checkpoint.pt", state, checkpoint_meta("run", args))
 
