@@ -468,7 +468,7 @@ class Planner:
 
     def __init__(self, model, task_policy, args: Args, device):
         self.model, self.task_policy, self.args, self.device = model, task_policy, args, device
-        self.plan = torch.compile(plan, mode="reduce-overhead") if args.compile else plan
+        self.plan = torch.compile(plan, mode="reduce-overhead", dynamic=False) if args.compile else plan
         self.last_mean = None  # (E, K, Z)
 
     def __call__(self, obs, episode_start, global_step: int, explore: bool):
@@ -966,6 +966,7 @@ def main(args: Args) -> dict:
     check_args(args)
     device = torch.device(args.device)
     torch.set_num_threads(args.num_threads or os.cpu_count())
+    torch._dynamo.config.recompile_limit = 64  # the planner has one graph per plan horizon and number of environments
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.resume or Path(args.run_dir) / run_name)
     try:
