@@ -743,7 +743,8 @@ def test_plan_agrees_with_a_numpy_planner(plan_start):
     np.testing.assert_allclose(mean_out.numpy(), mean, atol=1e-5)
     race = torch.empty(E, 5, dtype=torch.float64).exponential_().numpy()
     picked = [np.argmax(weights[e] / race[e]) for e in range(E)]
-    expected = np.stack([elites[e][picked[e]][0] for e in range(E)]) + std[:, 0] * normal(E, Z)
+    noise_std = 0.3 if plan_start == "policy" else std[:, 0]
+    expected = np.stack([elites[e][picked[e]][0] for e in range(E)]) + noise_std * normal(E, Z)
     np.testing.assert_allclose(skill.numpy(), np.clip(expected, -0.999, 0.999), atol=1e-5)
 
 
@@ -1113,7 +1114,7 @@ SMALL = (
 )
 QUICK = (
     f"{SMALL} --skill-horizon 5 --total-timesteps 1200 --warmup-steps 400 --updates-per-step 0.05 --eval-interval 500 "
-    "--horizon-steps 800 --std-steps 800"  # plans of several skills, that start from the last one
+    "--horizon-steps 800 --std-steps 800 --plan-start wide"  # plans of several skills, that start from the last one
 )
 
 
@@ -1264,26 +1265,33 @@ def test_pretrained_models_are_found_by_what_shaped_them(run, data_dir, tmp_path
     assert str(data_dir / "pretrained" / first) in capsys.readouterr().out
 
 
-def test_interrupted_pretraining_goes_on_bit_for_bit(run, data_dir, tmp_path, tiny_data_file, monkeypatch, stop):
+@pytest.mark.parametrize("by", ["the same command", "resume"])
+def test_interrupted_pretraining_goes_on_bit_for_bit(by, run, data_dir, tmp_path, tiny_data_file, monkeypatch, stop):
     flags = "--total-timesteps 400 --pretrain-eval-interval 2"
     whole_data = tmp_path / "whole_data"
     whole_data.mkdir()
     shutil.copy(tiny_data_file, whole_data / DATA_FILE)
     run(flags, "whole", data=whole_data)
     calls = count_calls(monkeypatch, skimo.Pretrainer, "update", at=3, then=stop)
-    with pytest.raises(SystemExit, match="stopped in pre-training; the same command goes on from here"):
+    with pytest.raises(SystemExit, match="stopped in pre-training; the same command, or --resume"):
         run(flags, "part")
     (unfinished,) = pretrained_files(data_dir)
     assert unfinished.endswith(".unfinished") and len(calls) == 3
     Stop.requested = False
-    run(flags, "rest")
+    if by == "the same command":
+        run(flags, "rest")
+    else:
+        resume(only_run(tmp_path / "part"))
     (name,) = pretrained_files(data_dir)
     assert name.endswith(".pt") and len(calls) == 6
     states = [torch.load(folder / "pretrained" / name, weights_only=True) for folder in (data_dir, whole_data)]
     for state in states:
         state["facts"].pop("minutes")
     assert_same(*states)
-    assert_same(final_state(only_run(tmp_path / "rest")), final_state(only_run(tmp_path / "whole")))
+    assert_same(
+        final_state(only_run(tmp_path / ("rest" if by == "the same command" else "part"))),
+        final_state(only_run(tmp_path / "whole")),
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -1351,8 +1359,6 @@ def test_damaged_or_foreign_checkpoints_are_refused(run, capsys, data_dir):
     refused(capsys, lambda: resume(run_dir, "--num-skills 4"), "num_skills")
     assert len(list((data_dir / "pretrained").iterdir())) == 1  # refused before other networks are pre-trained
     assert again()["env_steps"] == 400  # and the folder's own arguments are still there
-    path.unlink()
-    refused(capsys, again, "checkpoint.pt", "does not exist")
     cut = model.read_bytes()[:1000]
     model.write_bytes(cut)
     refused(capsys, lambda: run("", "cut"), str(model), "damaged")
@@ -1479,7 +1485,7 @@ def test_interrupted_program_saves_and_goes_on(data_dir, tmp_path, number):
     assert "stopping: saves at the next safe point" in out
     run_dir = only_run(tmp_path / "runs")
     if number == signal.SIGTERM:
-        assert "stopped in pre-training; the same command goes on from here" in log.read_text()
+        assert "stopped in pre-training; the same command, or --resume" in log.read_text()
         assert len(pretrained_files(data_dir)) == 1 and pretrained_files(data_dir)[0].endswith(".unfinished")
         result = finish([*arguments, "--total-timesteps", "400", "--run-dir", str(tmp_path / "rest")], tmp_path)
         assert "pre-training goes on at update" in result.stdout
@@ -1541,11 +1547,15 @@ def test_defaults_are_those_of_the_task(monkeypatch):
     assert row("num_skills") == [10, 10, 1] and row("skill_encoder") == ["mlp", "lstm", "lstm"]
     assert row("batch_size") == [128, 256, 256] and row("warmup_steps") == [50_000, 5_000, 5_000]
     assert row("alpha") == [1, 0.5, 0.1] and row("autotune") == [True, False, False]
-    assert row("horizon_steps") == row("std_steps") == [1_000_000, 25_000, 25_000]
+    assert row("horizon_steps") == [1_000_000, 25_000, 25_000]
+    planner = "plan_start num_samples num_elites cem_iters explore_std std_steps".split()
+    assert [row(name)[0] for name in planner] == ["policy", 128, 32, 3, 0.2, 300_000]  # the maze's own
+    release = ["wide", 512, 64, 6, 0.5, 25_000]
+    assert [row(name)[1] for name in planner] == [row(name)[2] for name in planner] == release
     assert row("reward_scale") == [1, 1, 0.01]
     for name, value in dict(
-        num_samples=512, num_policy_trajs=25, num_elites=64, cem_iters=6, temperature=0.5, momentum=0.1, plan_std=2.0,
-        explore_std=0.5, explore_std_end=0.01, gamma=0.99, rho=0.5, tau=0.01, target_update_interval=2, bc_coef=2.0,
+        num_policy_trajs=25, temperature=0.5, momentum=0.1, plan_std=2.0,
+        explore_std_end=0.01, gamma=0.99, rho=0.5, tau=0.01, target_update_interval=2, bc_coef=2.0,
         consistency_coef=2.0, reward_coef=0.25, value_coef=0.1, learning_rate=1e-3, alpha_lr=3e-4, max_grad_norm=100.0,
         target_kl=3.0, skill_horizon=10, skill_dim=10, updates_per_step=0.02,
     ).items():  # fmt: skip
