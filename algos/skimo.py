@@ -19,8 +19,9 @@ Deviations from paper and release (marked DEVIATION n below)
 3. Fewer, smaller updates with a warm-up and decay of the learning rate; in the maze a larger KL weight, action noise in
    the data and periodic position features (README, "Pre-training that explores").
 4. E environments act in lockstep; schedules and the ratio of updates to env steps are those of the release.
-5. In the maze CEM starts from the task policy's plans, with fewer samples, instead of from N(0, 2^2), whose skills are
-   mostly unlike any in the data; the exploration noise is the floor of the std (README, "Planning in the maze").
+5. In the maze CEM starts from the task policy's plans (release: from N(0, 2^2), mostly skills unlike any in the data)
+   and weights all of them softly by value instead of fitting the best ones: while the critics know nothing the planner
+   acts like the policy. The exploration noise is the floor of the std. (README, "Planning in the maze")
 
 Logged: charts/{episodic_return,episodic_length,success,SPS}, losses/*, pretrain/*, eval/*, time/* shares, pictures/*;
 episodes.csv has a row per training episode (the paper's protocol), results.json the summary. Scores: README, "Maze".
@@ -137,12 +138,12 @@ class Args:
 
 # The release's values where they differ from Args, but for total_timesteps, pre-training (DEVIATION 3) and the maze's
 # planner (DEVIATION 5; the release's: --plan-start wide --num-samples 512 --num-elites 64 --cem-iters 6
-# --explore-std 0.5 --std-steps 1000000).
+# --temperature 0.5 --explore-std 0.5 --std-steps 1000000).
 TASK_DEFAULTS = {
     "maze": dict(
         latent_dim=128, skill_encoder="mlp", kl_coef=1e-2, total_timesteps=650_000, warmup_steps=50_000, batch_size=128,
-        alpha=1.0, autotune=True, horizon_steps=1_000_000, plan_start="policy", num_samples=128, num_elites=32,
-        cem_iters=3, explore_std=0.2, std_steps=300_000,
+        alpha=1.0, autotune=True, horizon_steps=1_000_000, plan_start="policy", num_samples=128, num_elites=153,
+        cem_iters=2, temperature=2.0, explore_std=0.05, std_steps=300_000,
     ),
     "kitchen": dict(),
     "kitchen-misaligned": dict(),
