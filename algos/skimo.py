@@ -19,9 +19,8 @@ Deviations from paper and release (marked DEVIATION n below)
 3. Fewer, smaller updates with a warm-up and decay of the learning rate; in the maze a larger KL weight, action noise in
    the data and periodic position features (README, "Pre-training that explores").
 4. E environments act in lockstep; schedules and the ratio of updates to env steps are those of the release.
-5. In the maze CEM starts from the task policy's plans (release: from N(0, 2^2), mostly skills unlike any in the data)
-   and weights all of them softly by value instead of fitting the best ones: while the critics know nothing the planner
-   acts like the policy. The exploration noise is the floor of the std. (README, "Planning in the maze")
+5. In the maze CEM starts from the task policy's plans, with fewer samples, instead of from N(0, 2^2), whose skills are
+   mostly unlike any in the data; the exploration noise is the floor of the std (README, "Planning in the maze").
 
 Logged: charts/{episodic_return,episodic_length,success,SPS}, losses/*, pretrain/*, eval/*, time/* shares, pictures/*;
 episodes.csv has a row per training episode (the paper's protocol), results.json the summary. Scores: README, "Maze".
@@ -78,7 +77,7 @@ class Args:
     pretrained: str | None = None  # start at RL from this model: a path, or `published` for benchmarks/results
     retrain: bool = False  # pre-train again although the cache holds this model
     data_noise: float = 0.5  # std of the action noise under which the maze data are collected
-    pretrain_updates: int = 14_000  # gradient updates (release: 700,000 in the maze, 425,000 elsewhere)
+    pretrain_updates: int = 12_000  # gradient updates (release: 700,000 in the maze, 425,000 elsewhere)
     pretrain_batch_size: int = 128  # windows of N skills per update (release: 512)
     bc_chunks: int = 4  # chunks of each window that the skill policy is trained on (release: all N)
     pretrain_lr: float = 1e-3  # peak learning rate
@@ -88,7 +87,7 @@ class Args:
     prior_coef: float = 1.0  # weight of KL(q || p)
     recon_coef: float = 1.0  # weight of the observation's log-likelihood
     position_features: bool = True  # maze: sines and cosines of the position as inputs (release: none)
-    pretrain_eval_interval: int = 3_500  # updates between validations with roll-outs of the prior
+    pretrain_eval_interval: int = 3_000  # updates between validations with roll-outs of the prior
     pretrain_eval_episodes: int = 100  # roll-outs in a validation; four times as many at the end
 
     # Downstream RL
@@ -138,12 +137,12 @@ class Args:
 
 # The release's values where they differ from Args, but for total_timesteps, pre-training (DEVIATION 3) and the maze's
 # planner (DEVIATION 5; the release's: --plan-start wide --num-samples 512 --num-elites 64 --cem-iters 6
-# --temperature 0.5 --explore-std 0.5 --std-steps 1000000).
+# --explore-std 0.5 --std-steps 1000000).
 TASK_DEFAULTS = {
     "maze": dict(
-        latent_dim=128, skill_encoder="mlp", kl_coef=1e-2, total_timesteps=650_000, warmup_steps=50_000, batch_size=128,
-        alpha=1.0, autotune=True, horizon_steps=1_000_000, plan_start="policy", num_samples=128, num_elites=153,
-        cem_iters=2, temperature=2.0, explore_std=0.05, std_steps=300_000,
+        latent_dim=128, skill_encoder="mlp", kl_coef=3e-3, total_timesteps=650_000, warmup_steps=50_000, batch_size=128,
+        alpha=1.0, autotune=True, horizon_steps=1_000_000, plan_start="policy", num_samples=128, num_elites=32,
+        cem_iters=3, explore_std=0.05, std_steps=300_000,
     ),
     "kitchen": dict(),
     "kitchen-misaligned": dict(),
