@@ -184,6 +184,8 @@ def check_args(args: Args):
         sys.exit(f"error: --num-elites {args.num_elites} exceeds --num-samples + --num-policy-trajs; lower it")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda, but torch finds no CUDA device; use --device cpu")
+    if args.plan_start == "policy" and args.num_policy_trajs < 2:
+        sys.exit("error: --plan-start policy needs the spread of at least two plans; raise --num-policy-trajs")
     for name in ("num_envs", "batch_size", "pretrain_batch_size", "eval_episodes", "num_policy_trajs", "num_skills"):
         if getattr(args, name) < 1:
             sys.exit(f"error: --{name.replace('_', '-')} {getattr(args, name)} is too small; give at least 1")
@@ -844,7 +846,7 @@ def train(args: Args, run_dir: Path, writer: SummaryWriter, networks: nn.ModuleD
     episodic_return, episodic_length = np.zeros(E), np.zeros(E, dtype=np.int64)
     global_step, minutes, next_eval = 0, 0.0, args.eval_interval or args.total_timesteps + 1
     episodes, evaluations = [], []  # (env step, return, length, minutes) each; (env step, return, success) each
-    if (run_dir / "checkpoint.pt").exists():  # --resume; a run stopped in pre-training has none and starts RL here
+    if (run_dir / "episodes.csv").exists():  # --resume; a run stopped in pre-training has none and starts RL here
         state = data_tools.load_checkpoint(run_dir / "checkpoint.pt", checkpoint_meta("run", args), "cpu")
         learner.load_state_dict(state["learner"])
         for optimizer, optimizer_state in zip(learner.optimizers(), state["optimizers"]):
@@ -879,7 +881,11 @@ def train(args: Args, run_dir: Path, writer: SummaryWriter, networks: nn.ModuleD
     log.writerows([("env_step", "episodic_return", "episodic_length", "rl_minutes"), *episodes])
     history, shares = [], dict(plan=0.0, env=0.0, update=0.0)
     first_step, start_time, next_save = global_step, time.time(), global_step + args.checkpoint_interval
-    minutes_before, success = minutes, 0.0
+    minutes_before = minutes
+
+    def success():  # share of the last 100 training episodes that earned everything
+        return float(np.mean([episode[1] >= max_return for episode in episodes[-100:]])) if episodes else 0.0
+
     bar = tqdm(desc="RL", total=args.total_timesteps, initial=global_step, unit="step")
     while True:
         # ALGO LOGIC: training. As many updates as all env steps so far are worth, but none in the warm-up.
@@ -889,7 +895,7 @@ def train(args: Args, run_dir: Path, writer: SummaryWriter, networks: nn.ModuleD
             history.append(learner.update(*rb.sample(args.batch_size)))
             if learner.num_updates % 100 == 0:
                 log_scalars(writer, "losses", pop_means(history), global_step)
-                bar.set_postfix(updates=learner.num_updates, success=f"{success:.2f}")
+                bar.set_postfix(updates=learner.num_updates, success=f"{success():.2f}")
         shares["update"] += time.time() - clock
 
         minutes = minutes_before + (time.time() - start_time) / 60
@@ -927,8 +933,7 @@ def train(args: Args, run_dir: Path, writer: SummaryWriter, networks: nn.ModuleD
         for e in np.flatnonzero(ended):
             episodes.append((global_step, float(episodic_return[e]), int(episodic_length[e]), round(minutes, 3)))
             log.writerow(episodes[-1])
-            success = np.mean([episode[1] >= max_return for episode in episodes[-100:]])
-            values = dict(episodic_return=episodic_return[e], episodic_length=episodic_length[e], success=success)
+            values = dict(episodic_return=episodic_return[e], episodic_length=episodic_length[e], success=success())
             log_scalars(writer, "charts", values, global_step)
         if ended.any():
             log_file.flush()
@@ -949,7 +954,7 @@ def train(args: Args, run_dir: Path, writer: SummaryWriter, networks: nn.ModuleD
         evaluate(learner, args, global_step, run_dir / "evaluation.mp4")
     last_100 = [episode[1] for episode in episodes[-100:]]
     results = dict(env_steps=global_step, updates=learner.num_updates, rl_minutes=minutes, evaluations=evaluations)
-    results |= dict(last_100_return=float(np.mean(last_100)) if last_100 else None, last_100_success=float(success))
+    results |= dict(last_100_return=float(np.mean(last_100)) if last_100 else None, last_100_success=success())
     return results | dict(seconds=shares)
 
 
@@ -967,12 +972,12 @@ def main(args: Args) -> dict:
     device = torch.device(args.device)
     torch.set_num_threads(args.num_threads or os.cpu_count())
     torch._dynamo.config.recompile_limit = 64  # the planner has one graph per plan horizon and number of environments
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"  # milliseconds
     run_dir = Path(args.resume or Path(args.run_dir) / run_name)
     try:
-        if (run_dir / "checkpoint.pt").exists():  # a resume that does not fit is refused before anything is changed
+        if (run_dir / "episodes.csv").exists():  # a resume that does not fit is refused before anything is changed
             data_tools.load_checkpoint(run_dir / "checkpoint.pt", checkpoint_meta("run", args), "cpu")
-        run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
         (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1))
     except data_tools.DataError as error:
         sys.exit(f"error: {error}")
@@ -988,7 +993,7 @@ def main(args: Args) -> dict:
         data_tools.plot_prediction(args.env_id, *prediction, run_dir / "prediction.png", writer)
         torch.manual_seed(args.seed)  # RL is the same whether the model comes from this run or from a file
         results = train(args, run_dir, writer, networks, stop)
-    except data_tools.DataError as error:
+    except (data_tools.DataError, OSError) as error:  # OSError: a full disk while logging, say
         sys.exit(f"error: {error}")
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {device.type}, torch {torch.__version__}"
     results |= dict(pretraining=facts, machine=machine, args=asdict(args))
