@@ -6,11 +6,9 @@ Shapes: R rows, M episodes, B batch, O observation, A action.
 """
 
 import copy
-import errno
 import hashlib
 import io
 import os
-import uuid
 from pathlib import Path
 
 import h5py
@@ -19,11 +17,9 @@ import platformdirs
 import torch
 from filelock import FileLock
 
+from data_tools.files import DataError, write_atomically
+
 TASKS = {"maze": "skimo/Maze-v0"}  # short name -> Gymnasium id
-
-
-class DataError(Exception):
-    """A data set that cannot be used or made; the message is one sentence that names the file and the cure."""
 
 
 class OfflineDataset:
@@ -147,20 +143,7 @@ class OfflineDataset:
             file.create_dataset("rewards", data=np.zeros(len(self), dtype=np.float32), compression="gzip")
             file.attrs.update(self.attributes)
 
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                file.write(image.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
-            os.replace(temporary, path)
-        except OSError as error:
-            cure = "free some disk space" if error.errno == errno.ENOSPC else "choose another folder with --data-dir"
-            raise DataError(f"Could not write {path} ({error.strerror}): {cure} and run again.") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(path, lambda part: part.write_bytes(image.getbuffer()))
 
     @classmethod
     def load(cls, path, device="cpu") -> "OfflineDataset":
@@ -239,7 +222,7 @@ def load_dataset(
             ) from error
         try:
             if not path.exists():  # nobody else made it while we waited
-                for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed while writing
+                for leftover in path.parent.glob(f"part_*_{path.name}"):  # of a process that was killed while writing
                     leftover.unlink(missing_ok=True)
                 # Imported here because data_tools.maze builds on this module, and reading a file needs no simulator.
                 from data_tools.maze import collect

@@ -2,12 +2,15 @@
 
 import os
 import pickle
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from data_tools.dataset import DataError
+
+class DataError(Exception):
+    """A file or data set that cannot be used or made; the message is one sentence that names it and the cure."""
 
 
 def write_atomically(path, write: Callable[[Path], None]) -> None:
@@ -16,10 +19,12 @@ def write_atomically(path, write: Callable[[Path], None]) -> None:
     Raises DataError when the disk is full or the folder cannot be written; an older file at `path` stays as it was.
     """
     path = Path(path)
-    part = path.with_name(f"part_{os.getpid()}_{path.name}")
+    part = path.with_name(f"part_{uuid.uuid4().hex}_{path.name}")  # keeps the suffix, which tells writers the format
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(part)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         reason = " ".join(str(error).split())[:200]

@@ -240,7 +240,7 @@ def test_disk_full_while_saving(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(DataError, match=r"data\.hdf5 \(No space left on device\): free some disk space"):
+    with pytest.raises(DataError, match=r"data\.hdf5 \(.*No space left on device\); free some space"):
         OfflineDataset(**make_arrays((9, 9))).save(path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["data.hdf5"]
 
@@ -266,7 +266,7 @@ def test_write_refused_by_the_system(tmp_path):
     """
     make_dataset().save(tmp_path / "old.hdf5")
     output, errors = python(code).communicate()
-    assert "Could not write" in output and "new.hdf5" in output, errors
+    assert "cannot write" in output and "new.hdf5" in output, errors
     assert os.listdir(tmp_path) == ["old.hdf5"]
 
 
@@ -307,7 +307,7 @@ def test_load_dataset_makes_the_file_once(tmp_path, monkeypatch, capsys):
         return make_dataset()
 
     monkeypatch.setattr(maze_module, "collect", collect)
-    leftover = tmp_path / ".maze_noise0.5_seed0_v1.hdf5.0123.tmp"  # of a process that was killed
+    leftover = tmp_path / "part_0123_maze_noise0.5_seed0_v1.hdf5"  # of a process that was killed
     leftover.write_bytes(b"half a file")
     first = load_dataset("maze", tmp_path, progress=False)
     assert str(tmp_path / "maze_noise0.5_seed0_v1.hdf5") in capsys.readouterr().out
