@@ -1,0 +1,131 @@
+"""Roll-out statistics against traces with known answers; pictures, videos and curves are really drawn."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data_tools
+
+ROOT = Path(__file__).resolve().parents[1]
+HALF_CELL = 0.2  # the free space of cell c is centred at q = c - 0.2
+
+
+def trace_of(positions, velocities=None, actions=None, ended=None):
+    """Trace of E members from positions (T+1, E, 2); velocities, actions default to 0, ended to never."""
+    positions = np.asarray(positions, dtype=np.float32)
+    velocities = np.zeros_like(positions) if velocities is None else np.asarray(velocities, dtype=np.float32)
+    actions = np.zeros_like(positions) if actions is None else np.asarray(actions, dtype=np.float32)
+    ended = np.zeros(positions.shape[:2], dtype=bool) if ended is None else ended
+    return list(zip(np.concatenate([positions, velocities], -1), actions, ended))
+
+
+def test_goal_approach_and_cells_of_known_paths():
+    # Member 0 stays in the start cell (34 cells away); member 1 walks four cells down the column from (18, 8)'s row.
+    start, path = np.full((5, 2), [10, 24.0]), np.array([[18, 12], [18, 11], [18, 10], [18, 9], [18, 8.0]])
+    trace = trace_of(np.stack([start, path], 1) - HALF_CELL)
+    statistics = data_tools.rollout_statistics("maze", np.array([0.0, 100.0]), trace)
+    assert statistics["prior_return"] == 50.0 and statistics["goal"] == 0.5
+    assert statistics["approach_10"] == pytest.approx(3.4) and statistics["approach_50"] == 17.0
+    assert statistics["cells"] == 3.0  # one and five
+
+
+def test_wall_contacts_are_the_steps_that_deviate_from_free_flight():
+    envs = data_tools.make_envs("maze", 4)
+    obs, _ = envs.reset(seed=3)
+    state = envs.get_state()
+    # Members 0 and 1 in the open, 2 and 3 touching the outer wall beyond row 1 and pressing against it
+    state["physics"] = [[0, 22.5, 20, 0, 0], [0, 22.5, 25, 0, 0], [0, 0.45, 6, 0, 0], [0, 0.45, 8, 0, 0]]
+    obs, trace = envs.set_state(state), []
+    for _ in range(30):
+        action = np.array([[0.3, 0], [0, 0.2], [-1, 0], [-1, 0]], dtype=np.float32)
+        trace.append((obs, action, np.zeros(4, dtype=bool)))
+        obs, *_ = envs.step(action)
+    trace.append((obs, action, np.zeros(4, dtype=bool)))
+    envs.close()
+    open_space = [(o[:2], a[:2], e[:2]) for o, a, e in trace]
+    against_wall = [(o[2:], a[2:], e[2:]) for o, a, e in trace]
+    assert data_tools.rollout_statistics("maze", np.zeros(2), open_space)["wall"] == 0.0
+    assert (
+        data_tools.rollout_statistics("maze", np.zeros(2), against_wall)["wall"] > 0.6
+    )  # the first steps fly up to it
+
+
+def test_lateral_offset_is_measured_across_the_motion_of_running_members():
+    # Fast along the first axis, 0.05 left and right of the line; the last member has ended and does not count.
+    columns = np.array([20 - 0.1 + 0.05, 20 - 0.1 - 0.05, 20 + 0.3])
+    positions = np.stack([np.stack([np.full(3, row), columns], -1) for row in (22.0, 22.4, 22.8)])
+    velocities = np.broadcast_to([4.0, 0.0], positions.shape)
+    ended = np.broadcast_to([False, False, True], positions.shape[:2])
+    statistics = data_tools.rollout_statistics("maze", np.zeros(3), trace_of(positions, velocities, ended=ended))
+    assert statistics["lateral"] == pytest.approx(0.05, abs=1e-5)
+
+
+def test_pictures_are_written(tmp_path):
+    obs = np.random.default_rng(0).uniform(1, 40, (51, 4)).astype(np.float32)
+    data_tools.plot_visited("maze", obs, tmp_path / "visited.png")
+    data_tools.plot_prediction("maze", obs, obs + 1, tmp_path / "prediction.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prediction.png", "visited.png"]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in tmp_path.iterdir())
+
+
+def test_members_freeze_until_their_reset():
+    envs = data_tools.make_envs("maze", 2)
+    envs.reset(seed=0)
+    state = envs.get_state()
+    state["physics"][0] = [0, 18.0, 8.0, 0, 0]  # on the goal
+    envs.set_state(state)
+    zero = np.zeros((2, 2), dtype=np.float32)
+    first, rewards, terminations, _, _ = envs.step(zero)
+    assert rewards.tolist() == [100, 0] and terminations.tolist() == [True, False]
+    second, rewards, terminations, _, _ = envs.step(zero + 1)
+    assert rewards.tolist() == [0, 0] and terminations.tolist() == [True, False]
+    assert (second[0] == first[0]).all() and (second[1] != first[1]).any()
+    envs.close()
+
+
+def test_a_video_is_recorded_when_the_environments_close(tmp_path):
+    envs = data_tools.make_envs("maze", 1, tmp_path / "episode.mp4")
+    envs.reset(seed=0)
+    for _ in range(6):
+        envs.step(np.ones((1, 2), dtype=np.float32))
+    envs.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["episode.mp4"]
+    assert (tmp_path / "episode.mp4").stat().st_size > 1000
+
+
+def make_run(folder, success, env_id="maze"):
+    """A run folder with one episode of 1,000 steps per entry of success."""
+    folder.mkdir()
+    (folder / "args.json").write_text(json.dumps(dict(env_id=env_id, exp_name="skimo", seed=1)))
+    rows = [f"{1000 * (i + 1)},{100.0 * s},1000,{i / 10}" for i, s in enumerate(success)]
+    (folder / "episodes.csv").write_text("\n".join(["env_step,episodic_return,episodic_length,rl_minutes", *rows]))
+    return folder
+
+
+def plot(*arguments):
+    command = [sys.executable, ROOT / "benchmarks" / "plot.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_plot_draws_curves_and_finds_when_the_task_was_solved(tmp_path):
+    # 50 failures, then successes: 95 of the last 100 episodes succeed from episode 145 on.
+    solved = make_run(tmp_path / "solved", [0] * 50 + [1] * 150)
+    failed = make_run(tmp_path / "failed", [0] * 120)
+    result = plot(solved, failed, "--out", tmp_path / "curves.png")
+    assert result.returncode == 0, result.stderr
+    rows = {line.split("|")[1].strip(): line for line in result.stdout.splitlines() if line.startswith("|")}
+    assert "| 145,000 |" in rows["solved"] and "| 1.00 |" in rows["solved"]
+    assert "not reached" in rows["failed"] and "| 0.00 |" in rows["failed"]
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_plot_refuses_what_is_no_run_or_another_task(tmp_path):
+    run = make_run(tmp_path / "run", [0, 1])
+    for other in (tmp_path / "nowhere", make_run(tmp_path / "kitchen", [0], env_id="kitchen")):
+        result = plot(run, other, "--out", tmp_path / "curves.png")
+        assert result.returncode == 1 and result.stderr.startswith("error: ") and "Traceback" not in result.stderr
+    assert not (tmp_path / "curves.png").exists()
