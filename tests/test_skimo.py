@@ -988,7 +988,7 @@ def test_alpha_rises_while_the_kl_exceeds_its_target(autotune, target_kl, direct
 
 
 def test_pretrainer_follows_its_learning_rate_and_moves_the_target():
-    args = tiny_args(pretrain_updates=2000, pretrain_lr=0.01, tau=0.1)
+    args = tiny_args(pretrain_updates=2000, pretrain_lr=0.01, pretrain_tau=0.1, tau=0.7)
     trainer = skimo.Pretrainer(args, skimo.make_networks(args, 4, 2, "cpu"))
     start = copy.deepcopy(trainer.target)
     batch = [torch.from_numpy(x).float() for x in pretraining_batch(args)]
@@ -1552,10 +1552,10 @@ def test_defaults_are_those_of_the_task(monkeypatch):
     release = ["wide", 512, 64, 6, 0.5, 0.5, 25_000]  # the maze has its own planner
     assert [row(name)[1] for name in planner] == [row(name)[2] for name in planner] == release
     assert row("plan_start")[0] == "policy"
-    assert row("reward_scale") == [1, 1, 0.01]
+    assert row("reward_scale") == [1, 1, 0.01] and row("tau") == [0.05, 0.01, 0.01]
     for name, value in dict(
         num_policy_trajs=25, momentum=0.1, plan_std=2.0,
-        explore_std_end=0.01, gamma=0.99, rho=0.5, tau=0.01, target_update_interval=2, bc_coef=2.0,
+        explore_std_end=0.01, gamma=0.99, rho=0.5, pretrain_tau=0.01, target_update_interval=2, bc_coef=2.0,
         consistency_coef=2.0, reward_coef=0.25, value_coef=0.1, learning_rate=1e-3, alpha_lr=3e-4, max_grad_norm=100.0,
         target_kl=3.0, skill_horizon=10, skill_dim=10, updates_per_step=0.02,
     ).items():  # fmt: skip
