@@ -55,10 +55,10 @@ def main(args: Args) -> None:
         "| run | env steps | last 100 training episodes | first env step with 95 of 100 | clean evaluation | RL min |"
     )
     print("|---|---|---|---|---|---|")
-    for index, (run_dir, run_args, episodes, results) in enumerate(runs):
+    for index, (run_dir, _, episodes, results) in enumerate(runs):
         success = (episodes[:, 1] >= best).astype(float)
         mean = np.convolve(success, np.ones(args.window) / args.window, "valid")
-        label = f"{run_args['exp_name']}, seed {run_args['seed']}"
+        label = f"{run_dir.resolve().parent.name}/{run_dir.resolve().name}"
         axes.plot(episodes[args.window - 1 :, 0], mean, color=f"C{index}", lw=1.5, label=label)
         if results:
             steps, _, evaluated = zip(*results["evaluations"])
@@ -68,7 +68,7 @@ def main(args: Args) -> None:
         first = f"{episodes[99 + reached[0], 0]:,.0f}" if len(reached) else "not reached"
         evaluation = f"{results['evaluations'][-1][2]:.2f}" if results else "unfinished"
         print(
-            f"| {run_dir.name} | {episodes[-1, 0]:,.0f} | {success[-100:].mean():.2f} | {first} | {evaluation} "
+            f"| {run_dir.resolve().parent.name}/{run_dir.resolve().name} | {episodes[-1, 0]:,.0f} | {success[-100:].mean():.2f} | {first} | {evaluation} "
             f"| {episodes[-1, 3]:.0f} |"
         )
     curves = {}
