@@ -58,7 +58,7 @@ def main(args: Args) -> None:
     for index, (run_dir, _, episodes, results) in enumerate(runs):
         success = (episodes[:, 1] >= best).astype(float)
         mean = np.convolve(success, np.ones(args.window) / args.window, "valid")
-        label = f"{run_dir.resolve().parent.name}/{run_dir.resolve().name}"
+        label = "/".join(run_dir.resolve().parts[-2:])
         axes.plot(episodes[args.window - 1 :, 0], mean, color=f"C{index}", lw=1.5, label=label)
         if results:
             steps, _, evaluated = zip(*results["evaluations"])
@@ -68,7 +68,7 @@ def main(args: Args) -> None:
         first = f"{episodes[99 + reached[0], 0]:,.0f}" if len(reached) else "not reached"
         evaluation = f"{results['evaluations'][-1][2]:.2f}" if results else "unfinished"
         print(
-            f"| {run_dir.resolve().parent.name}/{run_dir.resolve().name} | {episodes[-1, 0]:,.0f} | {success[-100:].mean():.2f} | {first} | {evaluation} "
+            f"| {label} | {episodes[-1, 0]:,.0f} | {success[-100:].mean():.2f} | {first} | {evaluation} "
             f"| {episodes[-1, 3]:.0f} |"
         )
     curves = {}

@@ -117,7 +117,9 @@ def test_plot_draws_curves_and_finds_when_the_task_was_solved(tmp_path):
     failed = make_run(tmp_path / "failed", [0] * 120)
     result = plot(solved, failed, "--out", tmp_path / "curves.png")
     assert result.returncode == 0, result.stderr
-    rows = {line.split("|")[1].strip(): line for line in result.stdout.splitlines() if line.startswith("|")}
+    rows = {
+        line.split("|")[1].split("/")[-1].strip(): line for line in result.stdout.splitlines() if line.startswith("|")
+    }
     assert "| 145,000 |" in rows["solved"] and "| 1.00 |" in rows["solved"]
     assert "not reached" in rows["failed"] and "| 0.00 |" in rows["failed"]
     assert (tmp_path / "curves.png").stat().st_size > 10_000
