@@ -22,7 +22,7 @@ Deviations from paper and release (marked DEVIATION n below)
 5. In the maze CEM starts from the task policy's plans, with fewer samples, instead of from N(0, 2^2), whose skills are
    mostly unlike any in the data; the exploration noise is the floor of the std (README, "Planning in the maze").
 6. In the maze tau is 0.05 instead of 0.01: the value spreads backwards about one skill per time constant of the slow
-   copies, and the goal is 100 skills away (README, "What the release's maze waits for").
+   copies, and the goal is some 90 skills away (README, "What the release's maze waits for").
 
 Logged: charts/{episodic_return,episodic_length,success,SPS}, losses/*, pretrain/*, eval/*, time/* shares, pictures/*;
 episodes.csv has a row per training episode (the paper's protocol), results.json the summary. Scores: README, "Maze".
