@@ -34,10 +34,18 @@ __all__ = [
     "write_atomically",
 ]
 
-# No `max_episode_steps` here: both environments truncate by themselves, so that they behave the same when they are
-# built without `gymnasium.make`, and `make` adds no second time limit around them.
-gymnasium.register(
-    id=TASKS["maze"],
-    entry_point="data_tools.maze:MazeEnv",
-    vector_entry_point="data_tools.maze:MazeVectorEnv",
-)
+# No `max_episode_steps` here: the environments truncate by themselves, so that they behave the same when they are built
+# without `gymnasium.make`, and `make` adds no second time limit around them.
+for task, name in {"maze": "maze:Maze", "calvin": "calvin:Calvin"}.items():
+    gymnasium.register(
+        id=TASKS[task],
+        entry_point=f"data_tools.{name}Env",
+        vector_entry_point=f"data_tools.{name}VectorEnv",
+    )
+for task in ("kitchen", "kitchen-misaligned"):
+    gymnasium.register(
+        id=TASKS[task],
+        entry_point="data_tools.kitchen:KitchenEnv",
+        vector_entry_point="data_tools.kitchen:KitchenVectorEnv",
+        kwargs={"task": task},
+    )

@@ -19,7 +19,12 @@ from filelock import FileLock
 
 from data_tools.files import DataError, write_atomically
 
-TASKS = {"maze": "skimo/Maze-v0"}  # short name -> Gymnasium id
+TASKS = {  # short name -> Gymnasium id
+    "maze": "skimo/Maze-v0",
+    "kitchen": "skimo/Kitchen-v0",
+    "kitchen-misaligned": "skimo/KitchenMisaligned-v0",
+    "calvin": "skimo/Calvin-v0",
+}
 
 
 class OfflineDataset:
