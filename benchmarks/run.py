@@ -1,0 +1,507 @@
+"""Run a grid of algorithms x tasks x seeds on Ray, on this machine or a cluster; the same command goes on after a stop.
+
+    python benchmarks/run.py --algos skimo spirl --env-ids maze kitchen --seeds 1 2 3 4 5
+    python benchmarks/run.py --algos skimo --env-ids maze --dry-run            # print the commands, run nothing
+    python benchmarks/run.py --address auto --device cuda --runs-per-gpu 4     # on a node of a running Ray cluster
+
+A cell of the grid is one plain command, `python algos/NAME.py --env-id TASK --seed SEED ...`. It works in a folder of
+its own, RUN_DIR/TASK/NAME/seedSEED, which holds the algorithm's run folder, `log.txt` and `attempts.jsonl` (time,
+commit and machine of every start). A run that fails, is killed or loses its node is started again from its checkpoint.
+What a finished run leaves is small: RESULTS_DIR/TASK/NAME/seedSEED.csv and .json, which benchmarks/plot.py draws; a
+cell that has them is never run again.
+"""
+
+import csv
+import fcntl
+import io
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # sends nothing to anybody
+os.environ.setdefault("RAY_worker_niceness", "0")  # runs get the priority of the command typed by hand
+import ray
+
+ROOT = Path(__file__).resolve().parents[1]
+TASKS = ("maze", "kitchen", "kitchen-misaligned", "calvin")  # those of data_tools, whose import takes seconds
+
+# Whose pre-trained model a file uses, if not its own: one run of such a family pre-trains, then the others start.
+PRETRAINED_BY = {"skimo_no_cem": "skimo", "skimo_sac": "skimo", "tdmpc_skills": "spirl"}
+
+LOCK_TIMEOUT = 300  # seconds to wait until a run whose runner or node was lost has saved and ended
+STOP_TIMEOUT = 120  # seconds that runs get to save when the runner is stopped
+
+# Starts the command with SIGTERM (save and stop) as its fate when the Ray worker above it dies; only Linux can do that.
+LAUNCH = """
+import ctypes, os, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, 15)  # PR_SET_PDEATHSIG
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the Ray worker is gone")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+@dataclass
+class Args:
+    algos: tuple[str, ...] = ("skimo",)  # names of files in --algos-dir, without .py
+    env_ids: tuple[str, ...] = ("maze",)  # tasks: maze, kitchen, kitchen-misaligned, calvin
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # one run each
+    args: str = ""  # more flags for every run, as one string: --args "--total-timesteps 100000"
+    results_dir: Path = Path("runs/results")  # CSV and JSON of finished runs; small
+    run_dir: Path = Path("runs")  # run folders with checkpoints and logs; on a cluster, on a shared file system
+    data_dir: str | None = os.environ.get("SKIMO_DATA_DIR")  # offline data and pre-trained models (None: user's cache)
+    algos_dir: Path = ROOT / "algos"  # where the algorithm files are
+    dry_run: bool = False  # print the commands and stop
+
+    address: str | None = None  # of a running Ray cluster: host:port, or auto (None: this machine alone)
+    num_cpus: int = os.cpu_count()  # cores to use (without --address)
+    threads_per_run: int = 1  # CPU threads of a run, and cores that Ray sets aside for it
+    device: Literal["cpu", "cuda"] | None = None  # where runs learn and plan (None: on a GPU if Ray finds any)
+    runs_per_gpu: int = 1  # runs that share a GPU
+    max_retries: int = 3  # how often a run is started again before it counts as failed
+
+
+@dataclass
+class Cell:
+    """One run of the grid and what the runner knows about it."""
+
+    algo: str
+    env_id: str
+    seed: int
+    command: list[str]
+    folder: Path  # run folder, log.txt, attempts.jsonl, lock
+    result: Path  # of the finished run, without suffix
+    state: str = "waiting"  # waiting (for the family's pre-training), queued, pre-training, RL, finished, failed
+    tries: int = 0
+    log_size: int = 0  # of log.txt when it was queued; the log grows as soon as a worker has taken it
+    pretrained: bool = False  # its pre-trained model has been made
+    step: str = ""
+    episodic_return: str = ""
+    eta: str = ""
+    problem: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.env_id}/{self.algo}/seed{self.seed}"
+
+    @property
+    def family(self) -> tuple:
+        return PRETRAINED_BY.get(self.algo, self.algo), self.env_id, self.seed
+
+
+# ----------------------------------------------------------------------------------------------------------- one cell
+
+
+def find_run_dir(folder: Path) -> Path | None:
+    """The algorithm's run folder in a cell's folder, or None; the newest, should there be several."""
+    return max((path.parent for path in folder.glob("*/args.json")), key=lambda path: path.name, default=None)
+
+
+def read_json(path: Path):
+    """Content of a JSON file, or None if it is not there or not whole."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def read_attempts(folder: Path) -> list[dict]:
+    """Starts of a cell so far; a line that a power cut tore is left out."""
+    attempts = []
+    for line in (folder / "attempts.jsonl").read_text().splitlines() if (folder / "attempts.jsonl").exists() else []:
+        try:
+            attempts.append(json.loads(line))
+        except ValueError:
+            continue
+    return attempts
+
+
+def log_tail(folder: Path, lines: int = 8) -> str:
+    """Last lines of a cell's log; of a progress bar, its last state."""
+    try:
+        with (folder / "log.txt").open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - 8192))
+            text = log.read().decode(errors="replace")
+    except OSError:
+        return ""
+    text = [line.split("\r")[-1] for line in text.rstrip("\r\n").split("\n")]
+    return "\n".join([line for line in text if line.strip()][-lines:])
+
+
+def describe_code(root: Path) -> dict:
+    """Commit of a checkout and whether its files were changed since; commit None where there is no checkout."""
+
+    def git(*command):
+        result = subprocess.run(["git", "-C", root, *command], capture_output=True, text=True)
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    return dict(commit=git("rev-parse", "HEAD"), changed=bool(git("status", "--porcelain", "--untracked-files=no")))
+
+
+def describe_machine() -> str:
+    """Processor, cores, GPUs and Python of this machine in one line."""
+    try:
+        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
+        cpu = platform.processor() or platform.machine()
+    try:
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        gpus = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")
+    except OSError:
+        gpus = []
+    gpus = [gpu.strip() for gpu in gpus if gpu.strip()] or ["no GPU"]
+    return f"{cpu}, {os.cpu_count()} cores, {', '.join(gpus)}, Python {platform.python_version()}, {platform.system()}"
+
+
+def run_cell(command: list[str], flags: list[str], folder: Path, root: Path, threads: int) -> dict:
+    """On a Ray worker: run a cell to its end, from its last checkpoint if there is one, and return what it left.
+
+    Returns `episodes` (text of episodes.csv), `results`, `args` and `attempts`, or `problem`, a sentence, with
+    `exit_code`. The content and not the path is returned, so that it arrives without a shared file system, too.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock, (folder / "log.txt").open("ab") as log:
+        # The run inherits the lock, so it is held until the run itself has ended, whatever became of its worker.
+        deadline = time.time() + LOCK_TIMEOUT
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.time() > deadline:
+                    return dict(problem=f"another process works in {folder}; end it and start again", exit_code=None)
+                time.sleep(0.2)
+
+        run_dir = find_run_dir(folder)
+        if run_dir is None or read_json(run_dir / "results.json") is None:
+            if run_dir is not None and (run_dir / "checkpoint.pt").exists():
+                command = [*command, "--resume", str(run_dir)]
+            elif run_dir is not None:  # stopped before its first checkpoint
+                shutil.rmtree(run_dir)
+            attempt = dict(time=time.strftime("%Y-%m-%d %H:%M:%S"), flags=flags, command=shlex.join(command))
+            attempt |= dict(**describe_code(root), machine=describe_machine())
+            with (folder / "attempts.jsonl").open("a") as file:
+                file.write(json.dumps(attempt) + "\n")
+            log.write(f"\n=== {attempt['time']} on {platform.node()}: {attempt['command']}\n".encode())
+            log.flush()
+
+            variables = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+            environment = os.environ | dict.fromkeys(variables, str(threads)) | dict(TQDM_MININTERVAL="5")
+            process = subprocess.Popen(
+                [sys.executable, "-c", LAUNCH, str(os.getpid()), sys.executable, *command[1:]],
+                env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[lock.fileno()],
+            )  # fmt: skip
+            try:
+                while process.poll() is None:
+                    time.sleep(0.1)
+            except KeyboardInterrupt:  # ray.cancel: the runner is being stopped
+                process.terminate()
+                try:
+                    process.wait(STOP_TIMEOUT)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                raise
+            run_dir = find_run_dir(folder)
+            if process.returncode:
+                return dict(problem=f"ended with exit code {process.returncode}", exit_code=process.returncode)
+        results = run_dir and read_json(run_dir / "results.json")
+        if not results:
+            return dict(problem="ended without a whole results.json", exit_code=0)
+        outcome = dict(episodes=(run_dir / "episodes.csv").read_text(), results=results)
+        return outcome | dict(args=read_json(run_dir / "args.json"), attempts=read_attempts(folder))
+
+
+def write_results(cell: Cell, outcome: dict):
+    """CSV of a finished run, then its JSON, whose presence says that both are whole.
+
+    A row of the CSV is a training episode (with exploration) or a clean evaluation, by env step; wall_seconds are those
+    of RL so far, without pre-training.
+    """
+    rows = []
+    for row in csv.DictReader(io.StringIO(outcome["episodes"])):
+        seconds = f"{60 * float(row['rl_minutes']):.1f}"
+        rows.append([int(row["env_step"]), row["episodic_return"], row["episodic_length"], "", "", seconds])
+    for env_step, eval_return, eval_success in outcome["results"]["evaluations"]:
+        seconds = max((float(row[5]) for row in rows if row[0] <= env_step), default=0.0)
+        rows.append([int(env_step), "", "", eval_return, eval_success, f"{seconds:.1f}"])
+    rows.sort(key=lambda row: row[0])
+    header = ["env_step", "episodic_return", "episodic_length", "eval_return", "eval_success", "wall_seconds"]
+    text = "\n".join(",".join(str(value) for value in row) for row in [header, *rows]) + "\n"
+    last = outcome["attempts"][-1]
+    facts = dict(algo=cell.algo, env_id=cell.env_id, seed=cell.seed)
+    facts |= {name: last[name] for name in ("flags", "commit", "changed", "machine")}
+    facts |= dict(attempts=outcome["attempts"], args=outcome["args"])
+    facts |= dict(results={name: value for name, value in outcome["results"].items() if name != "args"})
+    for suffix, content in ((".csv", text), (".json", json.dumps(facts, indent=1))):
+        path, part = cell.result.with_suffix(suffix), cell.result.with_suffix(f"{suffix}.{os.getpid()}.part")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("w") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
+        part.replace(path)
+
+
+# --------------------------------------------------------------------------------------------------------- the display
+
+
+def observe(cell: Cell):
+    """Read a started cell's state, step, return and time left from its files."""
+    run_dir, log = find_run_dir(cell.folder), cell.folder / "log.txt"
+    if cell.state == "queued" and log.exists() and log.stat().st_size > cell.log_size:
+        cell.state = "pre-training"
+    if cell.state not in ("pre-training", "RL") or run_dir is None:
+        return
+    try:
+        with (run_dir / "episodes.csv").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            lines = file.read().decode().split("\n")[1:-1]  # whole lines, without the header
+    except OSError:
+        percent = re.findall(r"(\d+)%\|", log_tail(cell.folder, 1))
+        cell.step = f"{percent[-1]} %" if percent else ""
+        return
+    cell.state, cell.pretrained = "RL", True
+    episodes = [[float(value) for value in line.split(",")] for line in lines if line.count(",") == 3]
+    total = (read_json(run_dir / "args.json") or {}).get("total_timesteps")
+    if episodes and total:
+        (first, _, _, start), (step, _, _, minutes) = episodes[0], episodes[-1]
+        cell.step = f"{step:,.0f} / {total:,.0f}"
+        cell.episodic_return = f"{sum(row[1] for row in episodes[-20:]) / len(episodes[-20:]):.2f}"
+        if step > first:
+            left = max(0.0, total - step) * (minutes - start) / (step - first)
+            cell.eta = f"{int(left // 60)}:{int(left % 60):02d} h"
+
+
+def table(cells: list[Cell], max_rows: int) -> list[str]:
+    """Lines of the table: what runs or failed comes first; what does not fit is counted."""
+    order = ["failed", "RL", "pre-training", "queued", "waiting", "finished"]
+    cells = sorted(cells, key=lambda cell: order.index(cell.state))
+    shown = cells if len(cells) <= max_rows else cells[: max_rows - 1]
+    header = ("run", "state", "step", "return (last 20)", "time left", "tries")
+    rows = [
+        (
+            cell.name,
+            cell.state,
+            cell.step,
+            cell.episodic_return,
+            cell.eta if cell.state == "RL" else "",
+            str(cell.tries),
+        )
+        for cell in shown
+    ]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = ["  ".join(value.ljust(width) for value, width in zip(row, widths)).rstrip() for row in [header, *rows]]
+    if len(shown) < len(cells):
+        hidden = [cell.state for cell in cells[len(shown) :]]
+        lines.append("and " + ", ".join(f"{hidden.count(state)} {state}" for state in order if state in hidden))
+    return lines
+
+
+class Display:
+    """The live table in a terminal; elsewhere, a line whenever a run changes its state."""
+
+    def __init__(self):
+        self.height, self.states = 0, {}
+
+    def show(self, cells: list[Cell]):
+        if sys.stdout.isatty():
+            columns, rows = shutil.get_terminal_size()
+            lines = [line[: columns - 1] for line in table(cells, rows - 4)]
+            up = f"\x1b[{self.height}F" if self.height else ""
+            sys.stdout.write(up + "\x1b[J" + "\n".join(lines) + "\n")
+            self.height = len(lines)
+        else:
+            for cell in cells:
+                if self.states.get(cell.name) != (cell.state, cell.tries):
+                    problem = f" ({cell.problem})" if cell.problem and cell.state in ("queued", "failed") else ""
+                    print(f"{time.strftime('%H:%M:%S')} {cell.name}: {cell.state}, try {cell.tries}{problem}")
+                self.states[cell.name] = (cell.state, cell.tries)
+        sys.stdout.flush()
+
+
+# ------------------------------------------------------------------------------------------------------------ the grid
+
+
+def make_cells(args: Args) -> list[Cell]:
+    """All cells of the grid with their commands; those with results are marked as finished."""
+    for algo in args.algos:
+        if not (args.algos_dir / f"{algo}.py").is_file():
+            known = ", ".join(sorted(path.stem for path in args.algos_dir.glob("*.py"))) or "none"
+            sys.exit(f"error: --algos {algo} is no file in {args.algos_dir}; there are: {known}")
+    for env_id in args.env_ids:
+        if env_id not in TASKS:
+            sys.exit(f"error: --env-ids {env_id} is no task; choose from {', '.join(TASKS)}")
+    if not (args.algos and args.env_ids and args.seeds):
+        sys.exit("error: the grid is empty; give at least one of --algos, --env-ids and --seeds")
+    cells = []
+    for env_id in dict.fromkeys(args.env_ids):
+        for seed in dict.fromkeys(args.seeds):
+            for algo in dict.fromkeys(args.algos):
+                folder = (args.run_dir / env_id / algo / f"seed{seed}").resolve()
+                result = (args.results_dir / env_id / algo / f"seed{seed}").resolve()
+                command = ["python", str((args.algos_dir / f"{algo}.py").resolve()), "--env-id", env_id]
+                command += ["--seed", str(seed), "--num-threads", str(args.threads_per_run), "--run-dir", str(folder)]
+                command += ["--data-dir", str(Path(args.data_dir).resolve())] if args.data_dir else []
+                command += ["--device", args.device] if args.device else []
+                cells.append(Cell(algo, env_id, seed, command + shlex.split(args.args), folder, result))
+                check_flags(args, cells[-1])
+    return cells
+
+
+def check_flags(args: Args, cell: Cell):
+    """Mark a finished cell; refuse one that was begun with other flags, whose numbers would be mixed with ours."""
+    facts, attempts = read_json(cell.result.with_suffix(".json")), read_attempts(cell.folder)
+    if facts is not None:
+        cell.state, cell.pretrained = "finished", True
+    begun = facts["flags"] if facts is not None else attempts[-1]["flags"] if attempts else None
+    if begun is not None and begun != shlex.split(args.args):
+        where = cell.result.with_suffix(".json") if facts is not None else cell.folder
+        sys.exit(
+            f"error: {where} was made with --args {shlex.join(begun)!r}, not {args.args!r}; give the same flags, "
+            "or other folders with --results-dir and --run-dir"
+        )
+
+
+def connect(args: Args) -> float:
+    """Join the cluster at --address, or start Ray on this machine; returns the share of a GPU that a run gets.
+
+    Refuses a cluster that cannot run a single cell.
+    """
+    quiet = dict(log_to_driver=False, logging_level="ERROR")
+    if args.address is None:
+        if args.num_cpus < args.threads_per_run:
+            sys.exit(
+                f"error: --num-cpus {args.num_cpus} is less than --threads-per-run {args.threads_per_run}; raise it"
+            )
+        ray.init(
+            address="local", num_cpus=args.num_cpus, include_dashboard=False, object_store_memory=80 * 2**20, **quiet
+        )
+    else:
+        cure = "start Ray there (`ray start --head`), run this on one of the cluster's nodes, or leave --address out"
+        try:
+            if args.address != "auto":  # Ray itself tries for minutes
+                host, _, port = args.address.rpartition(":")
+                socket.create_connection((host, int(port)), timeout=5).close()
+            ray.init(address=args.address, **quiet)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            sys.exit(f"error: no Ray cluster can be joined at --address {args.address} ({reason}); {cure}")
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = args.device == "cuda" or (args.device is None and any(node.get("GPU") for node in nodes))
+    nodes = [node for node in nodes if node.get("GPU") or not gpus]
+    if max((node.get("CPU", 0) for node in nodes), default=0) < args.threads_per_run:
+        kind = "a GPU and " if gpus else ""
+        ray.shutdown()
+        sys.exit(
+            f"error: no machine that Ray knows has {kind}{args.threads_per_run} CPU cores; change --device or "
+            "--threads-per-run"
+        )
+    return 1 / args.runs_per_gpu if gpus else 0
+
+
+def may_start(cell: Cell, cells: list[Cell]) -> bool:
+    """Whether the family's model is there, or the cell is the one to pre-train it: the family's first that can."""
+    family = [other for other in cells if other.family == cell.family]
+    return any(other.pretrained for other in family) or cell is next(c for c in family if c.state != "failed")
+
+
+def run_grid(args: Args, cells: list[Cell], gpus: float):
+    """Run what is not finished until every cell is finished or failed. Raises KeyboardInterrupt when stopped."""
+    remote = ray.remote(run_cell).options(num_cpus=args.threads_per_run, num_gpus=gpus, max_retries=0)
+    flags, running, display = shlex.split(args.args), {}, Display()
+    try:
+        while any(cell.state not in ("finished", "failed") for cell in cells):
+            for cell in cells:
+                if cell.state == "waiting" and may_start(cell, cells):
+                    cell.state, cell.tries = "queued", cell.tries + 1
+                    log = cell.folder / "log.txt"
+                    cell.log_size = log.stat().st_size if log.exists() else 0
+                    ref = remote.remote(cell.command, flags, cell.folder, ROOT, args.threads_per_run)
+                    running[ref] = cell
+            display.show(cells)
+            for ref in ray.wait(list(running), timeout=1.0)[0]:
+                cell = running.pop(ref)
+                try:
+                    outcome = ray.get(ref)
+                except ray.exceptions.RayError as error:  # the worker or its node died, or its disk is full
+                    outcome = dict(problem=str(error).strip().split("\n")[-1][:300], exit_code=None)
+                if "problem" not in outcome:
+                    write_results(cell, outcome)
+                    cell.state, cell.pretrained = "finished", True
+                else:
+                    cell.problem = outcome["problem"]
+                    hopeless = outcome["exit_code"] == 2  # the command line is wrong
+                    cell.state = "failed" if hopeless or cell.tries > args.max_retries else "waiting"
+            for cell in running.values():
+                observe(cell)
+        display.show(cells)
+    except KeyboardInterrupt:
+        print("stopping: runs save (once more: stops at once)", flush=True)
+        for ref in running:
+            ray.cancel(ref)
+        ray.wait(list(running), num_returns=len(running), timeout=STOP_TIMEOUT + 10)
+        raise
+
+
+def main(args: Args):
+    """The grid from the check of its arguments to the summary; exit code 1 if a run failed for good."""
+    for name in ("threads_per_run", "runs_per_gpu"):
+        if getattr(args, name) < 1:
+            sys.exit(f"error: --{name.replace('_', '-')} {getattr(args, name)} is too small; give at least 1")
+    cells = make_cells(args)
+    if args.dry_run:
+        for cell in cells:
+            note = "  # has results" if cell.state == "finished" else ""
+            print(f"OMP_NUM_THREADS={args.threads_per_run} {shlex.join(cell.command)}{note}")
+        return
+    if describe_code(ROOT)["commit"] is None:
+        sys.exit(
+            f"error: {ROOT} is no git checkout with a commit, so results could not name their code; clone it with git"
+        )
+    todo = sum(cell.state != "finished" for cell in cells)
+    print(f"{len(cells)} runs, {len(cells) - todo} of them finished before")
+    if todo:
+        gpus = connect(args)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
+        try:
+            run_grid(args, cells, gpus)
+        except KeyboardInterrupt:
+            sys.exit("stopped; the same command goes on from here")
+        except OSError as error:
+            sys.exit(f"error: {args.results_dir} cannot be written ({error.strerror}); the same command goes on")
+        finally:
+            ray.shutdown()
+    failed = [cell for cell in cells if cell.state == "failed"]
+    for cell in failed:
+        print(f"\n{cell.name} failed {cell.tries} times: {cell.problem}. The end of {cell.folder / 'log.txt'}:")
+        print("    " + log_tail(cell.folder).replace("\n", "\n    "))
+    print(f"{len(cells) - len(failed)} of {len(cells)} runs are finished; results: {args.results_dir}")
+    if failed:
+        sys.exit(f"error: {len(failed)} runs failed; mend what their logs name and start the same command again")
+
+
+def parse_args(argv: list[str]) -> Args:
+    """Command line -> Args; the value of --args may begin with dashes."""
+    argv = list(argv)
+    if "--args" in argv[:-1]:
+        place = argv.index("--args")
+        argv[place : place + 2] = ["--args=" + argv[place + 1]]
+    return tyro.cli(Args, args=argv, description=__doc__.split("\n")[0])
+
+
+if __name__ == "__main__":
+    main(parse_args(sys.argv[1:]))

@@ -1,0 +1,395 @@
+"""benchmarks/run.py on Ray: a node lost, the runner killed, runs that fail; one real run; bad input.
+
+Most tests run a stand-in that behaves like an algorithm file (folders, checkpoints, --resume) and takes milliseconds.
+"""
+
+import csv
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import run
+
+ROOT = Path(__file__).resolve().parents[1]
+
+STAND_IN = '''
+"""Adds up random numbers; what it leaves depends on the seed alone, however often it is stopped and resumed."""
+import argparse, json, os, random, signal, sys, time
+from pathlib import Path
+
+parser = argparse.ArgumentParser()
+for name in ("env-id", "device", "num-threads", "run-dir", "data-dir", "resume", "crash-once", "crash-always"):
+    parser.add_argument("--" + name)
+parser.add_argument("--seed", type=int)
+parser.add_argument("--total-timesteps", type=int, default=4000)
+parser.add_argument("--delay", type=float, default=0.04)
+parser.add_argument("--graceful", action="store_true")
+args = parser.parse_args()
+data_dir, name = Path(args.data_dir), f"{args.env_id}__{Path(__file__).stem}__{args.seed}"
+run_dir = Path(args.resume or Path(args.run_dir) / f"{name}__{time.time_ns() // 10**6}")
+assert os.environ["OMP_NUM_THREADS"] == args.num_threads
+if (run_dir / "results.json").exists():
+    sys.exit("finished runs must not be resumed")
+run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+
+def write(path, content):
+    path.with_suffix(".part").write_text(json.dumps(content))
+    path.with_suffix(".part").replace(path)
+
+def note(line):
+    with (data_dir / "notes.txt").open("a") as file:
+        file.write(line + "\\n")
+
+def stop(number, frame):
+    save()
+    note(f"saved {name}")
+    sys.exit(1)
+
+def save():
+    write(run_dir / "checkpoint.pt", [step, rng.getstate(), episodes, minutes])
+
+write(run_dir / "args.json", vars(args))
+model = data_dir / f"skimo_{args.env_id}_{args.seed}.model"  # skimo_no_cem shares it
+if not model.exists():
+    time.sleep(5 * args.delay)
+    note(f"pretrained {model.stem}")
+    write(model, {})
+rng, step, minutes, episodes = random.Random(args.seed), 0, 0.0, []
+if args.resume:
+    step, state, episodes, minutes = json.loads((run_dir / "checkpoint.pt").read_text())
+    rng.setstate((state[0], tuple(state[1]), state[2]))
+if args.graceful:
+    signal.signal(signal.SIGTERM, stop)
+with (run_dir / "episodes.csv").open("w") as log:
+    print("env_step,episodic_return,episodic_length,rl_minutes", *(",".join(map(str, e)) for e in episodes),
+          sep="\\n", file=log, flush=True)
+    while step < args.total_timesteps:
+        time.sleep(args.delay)
+        step, minutes = step + 100, minutes + args.delay / 60
+        episodes.append([step, rng.random(), 100, minutes])
+        print(*episodes[-1], sep=",", file=log, flush=True)
+        once = str(args.seed) == args.crash_once and step == 1500 and not args.resume
+        if str(args.seed) == args.crash_always or once:
+            sys.exit(f"the stand-in fails at step {step}")
+        if step % 500 == 0:
+            save()
+save()
+total = sum(episode[1] for episode in episodes)
+write(run_dir / "results.json", dict(evaluations=[[step // 2, total / 2, 0.0], [step, total, 1.0]], rl_minutes=minutes))
+note(f"finished {name}")
+'''
+
+
+@pytest.fixture
+def ray_dir(monkeypatch):
+    """A short folder for Ray (its sockets' names must not be long); at the end no process may be left in it."""
+    path = tempfile.mkdtemp(prefix="ray", dir="/tmp")
+    monkeypatch.setenv("RAY_TMPDIR", path)
+    yield path
+    deadline = time.time() + 20
+    while left := processes_in(path):
+        assert time.time() < deadline, f"Ray left processes: {left}"
+        time.sleep(0.2)
+    shutil.rmtree(path)
+
+
+def processes_in(*folders):
+    """Processes that have a file of the folders open, other than this one; zombies have none."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit() and int(process.name) != os.getpid():
+            try:
+                files = [os.readlink(file) for file in (process / "fd").iterdir()]
+            except OSError:
+                continue
+            if any(file.startswith(f"{folder}/") for file in files for folder in folders):
+                found.append(int(process.name))
+    return found
+
+
+@pytest.fixture
+def grid(tmp_path):
+    """Folders with the stand-in as skimo.py and skimo_no_cem.py, and the runner's arguments that name them."""
+    (tmp_path / "algos").mkdir()
+    (tmp_path / "data").mkdir()
+    for name in ("skimo", "skimo_no_cem"):
+        (tmp_path / "algos" / f"{name}.py").write_text(STAND_IN)
+    return tmp_path
+
+
+def command(folder, arguments, flags=""):
+    """Command line of the runner in a folder of the fixture above."""
+    places = [f"--{name}-dir={folder / name}" for name in ("algos", "data", "results", "run")]
+    return [
+        sys.executable,
+        ROOT / "benchmarks" / "run.py",
+        *places,
+        *arguments.split(),
+        "--device",
+        "cpu",
+        "--args",
+        flags,
+    ]
+
+
+def execute(arguments):
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+
+
+def expected(folder, algo, seed, flags=""):
+    """(env step, return) of all episodes of a cell, by the stand-in itself without Ray or interruption."""
+    own = folder / "expected"
+    arguments = (
+        f"--env-id maze --seed {seed} --num-threads 1 --run-dir {own / str(seed)} --data-dir {own} --delay 0 {flags}"
+    )
+    own.mkdir(exist_ok=True)
+    (own / f"skimo_maze_{seed}.model").touch()
+    subprocess.run(
+        [sys.executable, folder / "algos" / f"{algo}.py", *shlex.split(arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, timeout=60,
+    )  # fmt: skip
+    (episodes,) = (own / str(seed)).glob("*/episodes.csv")
+    rows = [(row["env_step"], row["episodic_return"]) for row in csv.DictReader(episodes.open())]
+    shutil.rmtree(own)
+    return rows
+
+
+def episodes_of(result):
+    """(env step, return) of the training episodes in a CSV of the runner."""
+    rows = list(csv.DictReader(result.open()))
+    assert all(None not in row and None not in row.values() for row in rows)
+    return [(row["env_step"], row["episodic_return"]) for row in rows if row["episodic_return"]]
+
+
+def check_finished(folder, algos, seeds, flags=""):
+    """Every cell finished once, pre-trained once per seed, with the numbers of an undisturbed run."""
+    notes = (folder / "data" / "notes.txt").read_text().splitlines()
+    assert len(notes) == len(set(notes)), notes
+    assert {line for line in notes if line.startswith("pretrained")} == {f"pretrained skimo_maze_{s}" for s in seeds}
+    for algo in algos:
+        for seed in seeds:
+            result = folder / "results" / "maze" / algo / f"seed{seed}.csv"
+            assert episodes_of(result) == expected(folder, algo, seed, flags)
+            facts = json.loads(result.with_suffix(".json").read_text())
+            assert (facts["algo"], facts["env_id"], facts["seed"]) == (algo, "maze", seed)
+            assert len(facts["commit"]) == 40 and "cores" in facts["machine"] and facts["args"]["seed"] == seed
+            evaluations = [row for row in csv.DictReader(result.open()) if row["eval_return"]]
+            assert [float(row["eval_return"]) for row in evaluations] == [e[1] for e in facts["results"]["evaluations"]]
+    logs = [path.read_text() for path in folder.glob("run/maze/*/*/log.txt")]
+    assert len(logs) == len(algos) * len(seeds) and not any("must not be resumed" in log for log in logs)
+    names = {path.name for path in (folder / "results").rglob("*") if path.is_file()}
+    assert names == {f"seed{seed}.{kind}" for seed in seeds for kind in ("csv", "json")}
+
+
+def wait_until(condition, process, seconds=60):
+    deadline = time.time() + seconds
+    while not condition():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+
+
+# --------------------------------------------------------------------------------------------------------- disturbances
+
+
+def test_a_lost_node_costs_nothing_but_time(grid, ray_dir):
+    from ray.cluster_utils import Cluster
+
+    quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+    memory = {"object_store_memory": 80 * 2**20}
+    cluster = Cluster(
+        initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False, _system_config=quick, **memory)
+    )
+    node = cluster.add_node(num_cpus=1, **memory)
+    process = subprocess.Popen(
+        command(grid, f"--algos skimo skimo_no_cem --seeds 1 2 --address {cluster.address}"),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        # Two nodes with one core each: as soon as two runs have a checkpoint, one of them is on the node to be killed.
+        wait_until(lambda: len(list(grid.glob("run/maze/*/*/*/checkpoint.pt"))) == 2, process)
+        cluster.remove_node(node, allow_graceful=False)
+        output, _ = process.communicate(timeout=90)
+    finally:
+        process.kill()
+        cluster.shutdown()
+    assert process.returncode == 0, output
+    assert "4 of 4 runs are finished" in output
+    check_finished(grid, ["skimo", "skimo_no_cem"], [1, 2])
+    attempts = [len(path.read_text().splitlines()) for path in grid.glob("run/maze/*/*/attempts.jsonl")]
+    assert max(attempts) == 2, attempts
+    assert "--resume" in "".join(path.read_text() for path in grid.glob("run/maze/*/*/log.txt"))
+
+
+def test_the_killed_runner_goes_on(grid, ray_dir):
+    arguments = command(grid, "--algos skimo skimo_no_cem --seeds 1 2 3 --num-cpus 2")
+    moments, before = random.Random(0), {}
+    for _ in range(5):
+        process = subprocess.Popen(
+            arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        time.sleep(moments.uniform(3, 9))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for path in (grid / "results").rglob("seed*.json"):  # whole, and never written again
+            state = (path.stat().st_mtime_ns, path.read_text(), path.with_suffix(".csv").read_text())
+            assert json.loads(state[1]) and before.setdefault(path, state) == state
+    result = execute(arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "6 of 6 runs are finished" in result.stdout
+    for path, state in before.items():
+        assert (path.stat().st_mtime_ns, path.read_text(), path.with_suffix(".csv").read_text()) == state
+    check_finished(grid, ["skimo", "skimo_no_cem"], [1, 2, 3])
+    again = execute(arguments)
+    assert again.returncode == 0 and "6 runs, 6 of them finished before" in again.stdout
+
+
+def test_failures_are_retried_then_reported_and_a_stop_saves(grid, ray_dir):
+    flags = "--crash-once 1 --crash-always 2 --graceful"
+    arguments = command(grid, "--algos skimo --seeds 1 2 --num-cpus 2 --max-retries 1", flags)
+    result = execute(arguments)
+    assert result.returncode == 1 and "Traceback" not in result.stdout + result.stderr
+    assert "maze/skimo/seed1: queued, try 2" in result.stdout and "maze/skimo/seed1: finished" in result.stdout
+    assert "maze/skimo/seed2 failed 2 times: ended with exit code 1." in result.stdout
+    assert "    the stand-in fails at step 100" in result.stdout
+    assert result.stderr.startswith("error: 1 runs failed;")
+    assert not (grid / "results" / "maze" / "skimo" / "seed2.json").exists()
+
+    other = execute(command(grid, "--algos skimo --seeds 1 2"))
+    assert other.returncode == 1 and "was made with --args" in other.stderr
+
+    mended = (grid / "algos" / "skimo.py").read_text().replace("args.crash_always", "'nobody'")
+    (grid / "algos" / "skimo.py").write_text(mended)
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_until(lambda: list(grid.glob("run/maze/skimo/seed2/*/checkpoint.pt")), process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "stopped; the same command goes on" in output and "Traceback" not in output
+    assert "saved maze__skimo__2" in (grid / "data" / "notes.txt").read_text()
+    assert processes_in(grid) == []  # the run itself has ended, too
+
+    result = execute(arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    check_finished(grid, ["skimo"], [1, 2])
+
+
+def test_a_real_run(data_dir, tmp_path, ray_dir):
+    flags = (
+        "--hidden-dim 16 --latent-dim 8 --skill-dim 3 --num-envs 2 --batch-size 8 --num-samples 16 "
+        "--num-policy-trajs 4 --num-elites 6 --cem-iters 2 --pretrain-batch-size 8 --pretrain-updates 6 "
+        "--pretrain-eval-episodes 1 --eval-episodes 2 --total-timesteps 4200 --warmup-steps 1000"
+    )
+    places = ["--results-dir", tmp_path / "results", "--run-dir", tmp_path / "runs", "--data-dir", data_dir]
+    arguments = [*places, "--seeds", "3", "--device", "cpu", "--num-cpus", "1", "--max-retries", "0", "--args", flags]
+    result = execute([sys.executable, ROOT / "benchmarks" / "run.py", *arguments])
+    assert result.returncode == 0, result.stdout + result.stderr
+    (run_dir,) = (tmp_path / "runs" / "maze" / "skimo" / "seed3").glob("maze__skimo__3__*")
+    own = [(row["env_step"], row["episodic_return"]) for row in csv.DictReader((run_dir / "episodes.csv").open())]
+    assert episodes_of(tmp_path / "results" / "maze" / "skimo" / "seed3.csv") == own and len(own) > 0
+    facts = json.loads((tmp_path / "results" / "maze" / "skimo" / "seed3.json").read_text())
+    assert facts["flags"] == shlex.split(flags) and facts["args"]["num_threads"] == 1
+    assert facts["results"]["evaluations"] == json.loads((run_dir / "results.json").read_text())["evaluations"]
+
+
+# --------------------------------------------------------------------------------------------- without a cluster
+
+
+def test_dry_run_prints_commands_that_a_user_could_type(tmp_path):
+    arguments = command(
+        tmp_path, "--env-ids maze calvin --seeds 1 2 --threads-per-run 3 --dry-run", "--tau 0.01 --exp-name 'a b'"
+    )
+    arguments = [argument for argument in arguments if not str(argument).startswith("--algos-dir")]
+    result = execute(arguments)
+    assert result.returncode == 0 and result.stderr == ""
+    lines = result.stdout.splitlines()
+    assert len(lines) == 4 and list(tmp_path.iterdir()) == []
+    tokens = shlex.split(lines[3])
+    assert tokens[:3] == ["OMP_NUM_THREADS=3", "python", str(ROOT / "algos" / "skimo.py")]
+    given = dict(zip(tokens[3::2], tokens[4::2]))
+    assert given["--env-id"] == "calvin" and given["--seed"] == "2" and given["--num-threads"] == "3"
+    assert given["--run-dir"] == str(tmp_path / "run" / "calvin" / "skimo" / "seed2")
+    assert given["--tau"] == "0.01" and given["--exp-name"] == "a b"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(algos=("nothing",)), "--algos nothing is no file in"),
+        (dict(env_ids=("kitchn",)), "--env-ids kitchn is no task; choose from maze"),
+        (dict(seeds=()), "the grid is empty"),
+        (dict(threads_per_run=0), "--threads-per-run 0 is too small"),
+        (dict(threads_per_run=99), "--num-cpus 2 is less than --threads-per-run 99"),
+        (dict(address="127.0.0.1:9"), "no Ray cluster can be joined at --address 127.0.0.1:9"),
+        (dict(address="nonsense"), "no Ray cluster can be joined at --address nonsense"),
+        (dict(address="auto"), "no Ray cluster can be joined at --address auto"),
+    ],
+)
+def test_bad_input_is_refused_in_a_sentence(changes, words, tmp_path, ray_dir):
+    arguments = dict(num_cpus=2, run_dir=tmp_path / "runs", results_dir=tmp_path / "results") | changes
+    with pytest.raises(SystemExit) as error:
+        run.main(run.Args(**arguments))
+    assert str(error.value).startswith("error: ") and words in str(error.value) and "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_tasks_are_those_of_the_repository():
+    import data_tools
+
+    assert run.TASKS == tuple(data_tools.TASKS)
+
+
+def test_results_must_name_their_code(monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match="is no git checkout"):
+        run.main(run.Args(run_dir=tmp_path / "runs", results_dir=tmp_path / "results"))
+
+
+def cell_of(algo="skimo", seed=1, state="waiting", **changes):
+    folder = Path("runs") / algo
+    return run.Cell(algo, "maze", seed, [], folder, folder, state=state, **changes)
+
+
+def test_one_run_of_a_family_pretrains_for_the_others():
+    first, second, other_seed, other = cell_of(), cell_of("skimo_no_cem"), cell_of(seed=2), cell_of("spirl")
+    cells = [first, second, other_seed, other]
+    assert [run.may_start(cell, cells) for cell in cells] == [True, False, True, True]
+    first.state = "failed"
+    assert run.may_start(second, cells)
+    first.state, first.pretrained = "RL", True
+    assert run.may_start(second, cells)
+
+
+def test_the_table_shows_what_needs_attention_first():
+    cells = [cell_of(seed=i, state="finished") for i in range(5)] + [cell_of(seed=9, state="failed", tries=4)]
+    cells.append(cell_of(seed=8, state="RL", step="1,000 / 2,000", episodic_return="0.50", eta="1:02 h"))
+    lines = run.table(cells, max_rows=4)
+    assert lines[1].split() == ["maze/skimo/seed9", "failed", "4"]
+    assert lines[2].split() == ["maze/skimo/seed8", "RL", "1,000", "/", "2,000", "0.50", "1:02", "h", "0"]
+    assert len(lines) == 5 and lines[-1] == "and 4 finished"
+
+
+def test_progress_is_read_from_the_run_folder(tmp_path):
+    cell = run.Cell("skimo", "maze", 1, [], tmp_path, tmp_path / "result", state="queued")
+    run.observe(cell)
+    assert cell.state == "queued"
+    run_dir = tmp_path / "maze__skimo__1__17"
+    run_dir.mkdir()
+    (run_dir / "args.json").write_text(json.dumps(dict(total_timesteps=100_000)))
+    (tmp_path / "log.txt").write_text("pre-training:   0%|\rpre-training:  42%|####")
+    run.observe(cell)
+    assert (cell.state, cell.step, cell.pretrained) == ("pre-training", "42 %", False)
+    rows = [f"{1000 * i},{i},50,{i / 10}" for i in range(1, 41)]  # a tenth of a minute for 1,000 steps
+    header = "env_step,episodic_return,episodic_length,rl_minutes"
+    (run_dir / "episodes.csv").write_text("\n".join([header, *rows]) + "\n41000,4")  # a line half written
+    run.observe(cell)
+    assert (cell.state, cell.step, cell.eta, cell.pretrained) == ("RL", "40,000 / 100,000", "0:06 h", True)
+    assert cell.episodic_return == "30.50"
