@@ -13,50 +13,41 @@ data; then plan over skills in that model (CEM) while a task policy, a reward an
    model update: consistency, reward and TD losses on windows of N skills (eq. 6)
    policy update: maximise Q(h, z) - alpha KL(pi(h) || p(h)) (eq. 7); tune alpha; move the slow target copy
 
-Deviations from paper and release (marked DEVIATION n below)
+Deviations from paper and release, marked DEVIATION n below; reasons and measurements are in the README
 1. KL divergences in closed form (both sides are tanh of Gaussians) instead of 100 samples.
 2. The skill policy is trained on bc_chunks random chunks of a window instead of all N: the same gradient on average.
-3. Fewer, smaller updates with a warm-up and decay of the learning rate; in the maze a larger KL weight, action noise in
-   the data and periodic position features (README, "Pre-training that explores").
+3. Fewer, smaller updates, learning rate warmed up and decayed; maze: larger KL weight, noisy data, periodic features.
 4. E environments act in lockstep; schedules and the ratio of updates to env steps are those of the release.
-5. In the maze CEM starts from the task policy's plans, with fewer samples, instead of from N(0, 2^2), whose skills are
-   mostly unlike any in the data; the exploration noise is the floor of the std (README, "Planning in the maze").
-6. In the maze tau is 0.05 instead of 0.01: the value spreads backwards about one skill per time constant of the slow
-   copies, and the goal is some 90 skills away (README, "What the release's maze waits for").
+5. Maze: CEM starts from the task policy's plans, with fewer samples; the exploration noise is the floor of the std.
+6. Maze: tau 0.05, as the value spreads back one skill per time constant of the slow copies and the goal is 90 away.
 
 Logged: charts/{episodic_return,episodic_length,success,SPS}, losses/*, pretrain/*, eval/*, time/* shares, pictures/*;
-episodes.csv has a row per training episode (the paper's protocol), results.json the summary. Scores: README, "Maze".
-
+episodes.csv has a row per training episode (the paper's protocol), results.json the summary.
 Shapes: B batch, N skills per window, H steps per skill, O observation, A action, Z skill, d latent state,
 E environments, K plan horizon, P plans. Batch first.
 """
 
-import argparse
 import copy
-import csv
 import functools
 import hashlib
 import json
 import os
-import platform
-import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
 import torch
-import tyro
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data_tools, from any working directory
 import data_tools
 
-FILE_VERSION = 1  # raised when a change makes older checkpoints or pre-trained models unusable
+FILE_VERSION = 2  # raised when a change makes older checkpoints or pre-trained models unusable
 
 
 @dataclass
@@ -68,17 +59,23 @@ class Args:
     num_threads: int = 0  # CPU threads of torch (0: one per core)
     compile: bool = torch.cuda.is_available()  # torch.compile, with CUDA graphs, of losses and planner
     run_dir: str = "runs"  # folder in which the run makes its own folder
-    data_dir: str | None = None  # offline data and pre-trained models (None: $SKIMO_DATA_DIR, else the user's cache)
     resume: str | None = None  # run folder to go on with; its arguments become the defaults
     checkpoint_interval: int = 50_000  # env steps between checkpoints
     eval_interval: int = 100_000  # env steps between clean evaluations (0: only at the end)
     eval_episodes: int = 20  # episodes of a clean evaluation (no exploration noise)
     capture_video: bool = False  # record one evaluation episode as MP4 at the end
 
+    # Offline data
+    data_dir: str | None = None  # folder of data and pre-trained models (None: $SKIMO_DATA_DIR, else the user's cache)
+    dataset: Literal["auto", "d4rl", "scripted"] = "auto"  # auto: D4RL's file (kitchen) if it can be had, else scripted
+    data: str | None = None  # other offline data: an HDF5 file or a folder (README, "Data")
+    data_noise: float | None = None  # size of the disturbances in scripted data (None: the task's)
+    allow_pickle: bool = False  # let --data be a pickle of the SkiMo release, read without running its code
+    accept_any_data: bool = False  # take D4RL's file although its checksum differs
+
     # Pre-training
     pretrained: str | None = None  # start at RL from this model: a path, or `published` for benchmarks/results
     retrain: bool = False  # pre-train again although the cache holds this model
-    data_noise: float = 0.5  # std of the action noise under which the maze data are collected
     pretrain_updates: int = 12_000  # gradient updates (release: 700,000 in the maze, 425,000 elsewhere)
     pretrain_batch_size: int = 128  # windows of N skills per update (release: 512)
     bc_chunks: int = 4  # chunks of each window that the skill policy is trained on (release: all N)
@@ -152,7 +149,6 @@ TASK_DEFAULTS = {
     "calvin": dict(hidden_dim=256, num_skills=1, bc_chunks=1, alpha=0.1, reward_scale=0.01, total_timesteps=2_000_000),
 }  # fmt: skip
 
-
 # Arguments that shape a pre-trained model: with data and file version, the key of the cache.
 PRETRAIN_ARGS = (
     "seed pretrain_updates pretrain_batch_size bc_chunks pretrain_lr pretrain_lr_decay bc_coef kl_coef prior_coef "
@@ -162,36 +158,22 @@ PRETRAIN_ARGS = (
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Command line -> Args, with the defaults of the chosen task, or of the run that is resumed."""
-    argv = sys.argv[1:] if argv is None else argv
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--env-id", "--env_id", default="maze")
-    first.add_argument("--resume")
-    chosen, _ = first.parse_known_args(argv)
-    if chosen.env_id not in data_tools.TASKS:
-        sys.exit(f"error: --env-id {chosen.env_id} is no task; choose one of {', '.join(data_tools.TASKS)}")
-    default = Args(env_id=chosen.env_id, **TASK_DEFAULTS[chosen.env_id])
-    if chosen.resume:
-        try:
-            default = Args(**json.loads((Path(chosen.resume) / "args.json").read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            sys.exit(f"error: --resume {chosen.resume} is no run folder of this file ({error}); check the path")
-    return tyro.cli(Args, args=argv, default=default, description=__doc__.split("\n")[0])
+    return data_tools.parse_args(Args, TASK_DEFAULTS, __doc__.split("\n")[0], argv)
 
 
 def check_args(args: Args):
     """Refuse values that cannot work, in a sentence that names the flag and the cure."""
+    for name in ("num_envs", "batch_size", "pretrain_batch_size", "eval_episodes", "num_policy_trajs", "num_skills"):
+        if getattr(args, name) < 1:
+            sys.exit(f"error: --{name.replace('_', '-')} {getattr(args, name)} is too small; give at least 1")
     if not 1 <= args.bc_chunks <= args.num_skills:
         sys.exit(f"error: --bc-chunks {args.bc_chunks} must lie between 1 and --num-skills {args.num_skills}")
     if not 1 <= args.num_elites <= args.num_samples + args.num_policy_trajs:
         sys.exit(f"error: --num-elites {args.num_elites} exceeds --num-samples + --num-policy-trajs; lower it")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("error: --device cuda, but torch finds no CUDA device; use --device cpu")
     if args.plan_start == "policy" and args.num_policy_trajs < 2:
         sys.exit("error: --plan-start policy needs the spread of at least two plans; raise --num-policy-trajs")
-    for name in ("num_envs", "batch_size", "pretrain_batch_size", "eval_episodes", "num_policy_trajs", "num_skills"):
-        if getattr(args, name) < 1:
-            sys.exit(f"error: --{name.replace('_', '-')} {getattr(args, name)} is too small; give at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: --device cuda, but torch finds no CUDA device; use --device cpu")
 
 
 # ------------------------------------------------------------------------------------------------------------ networks
@@ -324,8 +306,7 @@ def pretrain_loss(model, skills, prior, target, obs, actions, args):
     obs (B, N*H+1, O) raw, actions (B, N*H, A); target is the slow copy of model. Returns the loss and metrics, scalars.
     """
     B, N, H = len(obs), args.num_skills, args.skill_horizon
-    chunk_obs = obs[:, :-1].unflatten(1, (N, H))  # (B, N, H, O)
-    chunk_actions = actions.unflatten(1, (N, H))  # (B, N, H, A)
+    chunk_obs, chunk_actions = obs[:, :-1].unflatten(1, (N, H)), actions.unflatten(1, (N, H))  # (B, N, H, O), ... A)
     q = skills.encode_skill(chunk_obs, chunk_actions)  # 2 x (B, N, Z)
     z = sample(q)  # (B, N, Z)
 
@@ -339,11 +320,8 @@ def pretrain_loss(model, skills, prior, target, obs, actions, args):
     # Reconstruction: Gaussian likelihood of the scaled states at skill boundaries
     skill_obs = obs[:, ::H]  # (B, N+1, O)
     h = model.encoder(skill_obs)  # (B, N+1, d)
-    mean, std = model.decode(h)  # 2 x (B, N+1, O)
-    log_likelihood = torch.distributions.Normal(mean, std, validate_args=False).log_prob(
-        model.encoder.scaled(skill_obs)
-    )
-    recon_loss = -log_likelihood.sum(-1).mean()
+    likelihood = torch.distributions.Normal(*model.decode(h), validate_args=False)
+    recon_loss = -likelihood.log_prob(model.encoder.scaled(skill_obs)).sum(-1).mean()
 
     # eq. 4: h_{i+1} = D(h_i, z_i), rolled out from h_0 through time, agrees with the slow encoder
     with torch.no_grad():
@@ -357,8 +335,8 @@ def pretrain_loss(model, skills, prior, target, obs, actions, args):
     # eq. 5: the prior p(z | h) follows q; its gradient reaches the state encoder, not q
     prior_loss = kl_divergence((q[0].detach(), q[1].detach()), tanh_normal(prior(h[:, :-1]))).mean()
 
-    model_loss = args.recon_coef * recon_loss + args.consistency_coef * consistency_loss
-    loss = args.bc_coef * bc_loss + args.kl_coef * kl_loss + args.prior_coef * prior_loss + model_loss / N
+    loss = args.bc_coef * bc_loss + args.kl_coef * kl_loss + args.prior_coef * prior_loss
+    loss = loss + (args.recon_coef * recon_loss + args.consistency_coef * consistency_loss) / N
     metrics = dict(bc_loss=bc_loss, kl_loss=kl_loss, prior_loss=prior_loss)
     metrics |= dict(recon_loss=recon_loss, consistency_loss=consistency_loss)
     return loss, {name: value.detach() for name, value in metrics.items()}
@@ -373,7 +351,7 @@ def model_loss(model, target, task_policy, obs, z, rewards, dones, args):
     N = z.shape[1]
     h = model.encoder(obs)  # (B, N+1, d)
     with torch.no_grad():
-        h_target = target.encoder(obs)  # (B, N+1, d)
+        h_target = target.encoder(obs[:, 1:])  # (B, N, d)
         next_z = sample(tanh_normal(task_policy(h[:, 1:])))  # (B, N, Z)
         td_target = rewards + (1 - dones) * args.gamma * torch.min(*target.q(h[:, 1:], next_z))  # (B, N)
     h_pred = [h[:, 0]]
@@ -382,20 +360,19 @@ def model_loss(model, target, task_policy, obs, z, rewards, dones, args):
     h_pred = torch.stack(h_pred, 1)  # (B, N+1, d)
 
     rho = args.rho ** torch.arange(N, device=obs.device)  # (N,)
-    consistency = (rho * (h_pred[:, 1:] - h_target[:, 1:]).square().mean(-1)).sum(1)  # (B,)
+    consistency = (rho * (h_pred[:, 1:] - h_target).square().mean(-1)).sum(1)  # (B,)
     # Reward and value learn on imagined states, weighted by rho^t, and on encoded ones, weight 1.
-    reward_error = (rho * (model.reward(h_pred[:, :-1], z) - rewards).square()).sum(1)
-    reward_error = reward_error + (model.reward(h[:, :-1], z) - rewards).square().sum(1)  # (B,)
-    q1, q2 = model.q(h_pred[:, :-1], z)  # 2 x (B, N)
-    value_error = (rho * ((q1 - td_target).square() + (q2 - td_target).square())).sum(1)
-    q1_encoded, q2_encoded = model.q(h[:, :-1], z)
-    value_error = value_error + ((q1_encoded - td_target).square() + (q2_encoded - td_target).square()).sum(1)  # (B,)
+    both, both_z = torch.stack([h_pred[:, :-1], h[:, :-1]], 1), z[:, None].expand(-1, 2, -1, -1)  # (B, 2, N, d), ... Z)
+    weight = torch.stack([rho, torch.ones_like(rho)])  # (2, N)
+    (q1, q2), reward, td = model.q(both, both_z), model.reward(both, both_z), td_target[:, None]  # (B, 2, N)
+    reward_error = (weight * (reward - rewards[:, None]).square()).sum((1, 2))  # (B,)
+    value_error = (weight * ((q1 - td).square() + (q2 - td).square())).sum((1, 2))  # (B,)
 
     loss = args.consistency_coef * consistency.clamp(max=1e5) + args.reward_coef * reward_error.clamp(max=1e5)
     loss = (loss + args.value_coef * value_error.clamp(max=1e5)).mean() / N
-    metrics = dict(consistency_loss=consistency.mean(), reward_loss=reward_error.mean(), value_loss=value_error.mean())
-    metrics |= dict(q_value=q1_encoded.mean(), td_target=td_target.mean())
-    return loss, {name: value.detach() for name, value in metrics.items()}, h.detach(), h_pred.detach()
+    metrics = dict(consistency_loss=consistency, reward_loss=reward_error, value_loss=value_error, td_target=td_target)
+    metrics = {name: value.detach().mean() for name, value in metrics.items()} | dict(q_value=q1[:, 1].detach().mean())
+    return loss, metrics, h.detach(), h_pred.detach()
 
 
 def policy_loss(model, task_policy, prior_encoder, skill_prior, obs, h, h_pred, alpha, args):
@@ -407,8 +384,7 @@ def policy_loss(model, task_policy, prior_encoder, skill_prior, obs, h, h_pred, 
     N = obs.shape[1] - 1
     rho = args.rho ** torch.arange(N, device=obs.device)  # (N,)
     latents = {"imagined": h_pred, "h0": h[:, :1].expand_as(h), "encoded": h}[args.policy_latents][:, :N]  # (B, N, d)
-    z = sample(tanh_normal(task_policy(latents)))  # (B, N, Z)
-    q_value = torch.min(*model.q(latents, z))  # (B, N)
+    q_value = torch.min(*model.q(latents, sample(tanh_normal(task_policy(latents)))))  # (B, N)
     with torch.no_grad():
         prior = tanh_normal(skill_prior(prior_encoder(obs[:, :-1])))  # 2 x (B, N, Z)
     prior_kl = kl_divergence(tanh_normal(task_policy(h[:, :-1])), prior).clamp(-100, 100)  # (B, N)
@@ -435,10 +411,9 @@ def plan(model, task_policy, obs, mean, std_floor, noise_scale, args):
         h = model.next(h, policy_plans[-1])
     policy_plans = torch.stack(policy_plans, 2)  # (E, 25, K, Z)
 
+    std = torch.full_like(mean, args.plan_std)
     if args.plan_start == "policy":  # DEVIATION 5
         mean, std = policy_plans.mean(1), policy_plans.std(1).maximum(std_floor)  # (E, K, Z)
-    else:
-        std = torch.full_like(mean, args.plan_std)
     for _ in range(args.cem_iters):
         noise = torch.randn(E, args.num_samples, K, Z, device=obs.device)
         plans = (mean[:, None] + std[:, None] * noise).clamp(-0.999, 0.999)
@@ -479,16 +454,15 @@ class Planner:
     def __call__(self, obs, episode_start, global_step: int, explore: bool):
         """obs (E, O) and episode_start (E,) bool, NumPy -> skills (E, Z) on the CPU."""
         args = self.args
-        progress = min(1.0, global_step / max(args.horizon_steps, 1))
-        plan_horizon = int(1 + progress * (args.num_skills - 1))  # K
+        plan_horizon = int(1 + min(1.0, global_step / max(args.horizon_steps, 1)) * (args.num_skills - 1))  # K
         mean = torch.zeros(len(obs), plan_horizon, args.skill_dim, device=self.device)  # (E, K, Z)
         if self.last_mean is not None and self.last_mean.shape[1] == plan_horizon > 1:
             mean[:, :-1] = self.last_mean[:, 1:] * torch.from_numpy(~episode_start)[:, None, None].to(self.device)
         progress = min(1.0, global_step / max(args.std_steps, 1))
         std_floor = args.explore_std + progress * (args.explore_std_end - args.explore_std)
         std_floor, noise_scale = torch.tensor([std_floor, float(explore)], device=self.device)
-        obs = torch.from_numpy(obs).to(self.device)
         torch.compiler.cudagraph_mark_step_begin()
+        obs = torch.from_numpy(obs).to(self.device)
         z, mean = self.plan(self.model, self.task_policy, obs, mean, std_floor, noise_scale, args)
         self.last_mean = mean.clone()  # a CUDA graph overwrites its outputs
         return z.cpu()
@@ -526,12 +500,11 @@ def rollout(envs, skills, choose_skill, args: Args, seed: int, max_skills: int |
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         obs, _ = envs.reset(seed=seed)
-        ended, episode_start = np.zeros(len(obs), dtype=bool), np.ones(len(obs), dtype=bool)
-        returns, lengths = np.zeros(len(obs)), np.zeros(len(obs), dtype=np.int64)
+        ended, returns, lengths = np.zeros(len(obs), dtype=bool), 0.0, 0
         while not ended.all() and len(zs) != max_skills:
-            zs.append(choose_skill(obs, episode_start))
+            zs.append(choose_skill(obs, np.full(len(obs), not zs)))
             obs, rewards, ended, steps = execute_skill(envs, skills, obs, zs[-1], ended, args, trace)
-            returns, lengths, episode_start = returns + rewards, lengths + steps, np.zeros_like(ended)
+            returns, lengths = returns + rewards.astype(np.float64), lengths + steps
     envs.close()
     return returns, lengths, [*trace, (obs, trace[-1][1], ended)], torch.stack(zs, 1)
 
@@ -574,7 +547,7 @@ def open_loop_prediction(networks, args: Args, num_skills: int = 50):
     return real, ((scaled - model.encoder.shift) / model.encoder.scale).numpy()
 
 
-# ------------------------------------------------------------------------------------ replay, checkpoints, bookkeeping
+# -------------------------------------------------------------------------------------------------------------- replay
 
 
 class ReplayBuffer:
@@ -585,8 +558,8 @@ class ReplayBuffer:
 
     def __init__(self, obs_dim: int, args: Args, device):
         self.num_skills, self.device = args.num_skills, device
-        self.rows = torch.zeros(0, obs_dim + args.skill_dim + 2, device=device)  # obs, z, reward, done
         self.split_sizes = [obs_dim, args.skill_dim, 1, 1]
+        self.rows = torch.zeros(0, sum(self.split_sizes), device=device)  # obs, z, reward, done
         self.episodes = torch.zeros(0, 2, dtype=torch.long, device=device)  # first row, skills
         self.running = [[] for _ in range(args.num_envs)]  # rows of the unfinished episodes
 
@@ -597,15 +570,14 @@ class ReplayBuffer:
         """
         rewards, dones = torch.from_numpy(rewards)[:, None], torch.from_numpy(ended).float()[:, None]
         rows = torch.cat([torch.from_numpy(obs), z, rewards, dones], 1)  # (E, O + Z + 2)
+        last = torch.cat([torch.from_numpy(next_obs), torch.zeros_like(rows[:, obs.shape[1] :])], 1)
         for e, running in enumerate(self.running):
             running.append(rows[e])
             if ended[e]:
-                last = torch.zeros_like(rows[e])
-                last[: self.split_sizes[0]] = torch.from_numpy(next_obs[e])
                 if len(running) >= self.num_skills:
                     episode = torch.tensor([[len(self.rows), len(running)]], device=self.device)
                     self.episodes = torch.cat([self.episodes, episode])
-                    self.rows = torch.cat([self.rows, torch.stack([*running, last]).to(self.device)])
+                    self.rows = torch.cat([self.rows, torch.stack([*running, last[e]]).to(self.device)])
                 running.clear()
 
     def sample(self, batch_size: int):
@@ -621,41 +593,49 @@ class ReplayBuffer:
         return obs, z[:, :-1], rewards[:, :-1, 0], dones[:, :-1, 0]
 
     def state_dict(self) -> dict:
-        return dict(rows=self.rows.cpu(), episodes=self.episodes.cpu(), running=self.running)
+        return dict(rows=self.rows, episodes=self.episodes, running=self.running)
 
     def load_state_dict(self, state: dict):
         self.rows, self.episodes = state["rows"].to(self.device), state["episodes"].to(self.device)
         self.running = state["running"]
 
 
-def checkpoint_meta(kind: str, args: Args) -> dict:
-    """What must agree before a checkpoint is used: its kind, this file's version, the task, the networks' sizes."""
-    sizes = ("hidden_dim", "latent_dim", "skill_dim", "skill_horizon", "skill_encoder", "position_features")
-    sizes += ("num_envs", "num_skills") if kind == "run" else ()
-    meta = dict(kind=f"skimo {kind}", file_version=FILE_VERSION, env_id=args.env_id)
-    return meta | {name: getattr(args, name) for name in sizes}
+# --------------------------------------------------------------------------------------------------------- pre-training
 
 
-class StopSignal:
-    """Ctrl-C or SIGTERM asks for a stop at the next safe point, where everything is saved; a second one kills."""
+class Pretrainer(nn.Module):
+    """The networks of pre-training with their slow copy and optimizer, and one gradient step."""
 
-    def __init__(self):
-        self.requested = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self)
+    def __init__(self, args: Args, networks: nn.ModuleDict):
+        super().__init__()
+        self.args, self.networks, self.num_updates = args, networks, 0
+        self.target = copy.deepcopy(networks["model"])
+        self.optimizer = torch.optim.Adam(networks.parameters(), lr=args.pretrain_lr, eps=1e-7, fused=True)
+        self.loss = torch.compile(pretrain_loss, mode="reduce-overhead") if args.compile else pretrain_loss
 
-    def __call__(self, number, frame):
-        self.requested = True
-        tqdm.write("stopping: saves at the next safe point (once more: stops at once)")
-        signal.signal(number, signal.SIG_DFL)
+    def update(self, obs, actions) -> dict:
+        """One step on windows obs (B, N*H+1, O), actions (B, N*H, A); returns metrics."""
+        args = self.args
+        if args.pretrain_lr_decay:  # DEVIATION 3
+            decay = max(0.0, 1 - self.num_updates / args.pretrain_updates) ** 0.5
+            self.optimizer.param_groups[0]["lr"] = args.pretrain_lr * min(1.0, (self.num_updates + 1) / 500) * decay
+        torch.compiler.cudagraph_mark_step_begin()
+        loss, metrics = self.loss(*self.networks.values(), self.target, obs, actions, args)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.networks.parameters(), args.max_grad_norm)
+        self.optimizer.step()
+        self.num_updates += 1
+        if self.num_updates % args.target_update_interval == 0:
+            update_target(self.target, self.networks["model"], args.pretrain_tau)
+        return {name: value.clone() for name, value in metrics.items()}  # a CUDA graph overwrites its outputs
 
+    def get_extra_state(self) -> dict:  # part of state_dict()
+        return dict(num_updates=self.num_updates, optimizer=self.optimizer.state_dict())
 
-def pop_means(history: list[dict]) -> dict[str, float]:
-    """Mean of each metric over the updates in history, which is emptied; one synchronisation with the device."""
-    means = torch.stack([torch.stack(list(metrics.values())) for metrics in history]).mean(0).tolist()
-    names = list(history[0])
-    history.clear()
-    return dict(zip(names, means))
+    def set_extra_state(self, state: dict):
+        self.num_updates = state["num_updates"]
+        self.optimizer.load_state_dict(state["optimizer"])
 
 
 @torch.no_grad()
@@ -664,80 +644,59 @@ def update_target(target, online, tau: float):
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
 
 
-# --------------------------------------------------------------------------------------------------------- pre-training
+def checkpoint_meta(kind: str, args: Args) -> dict:
+    """What must agree before a checkpoint is used: kind, version of this file, task, the networks' sizes.
+
+    The two kitchen tasks share their data, and so their pre-trained models.
+    """
+    sizes = ["hidden_dim", "latent_dim", "skill_dim", "skill_horizon", "skill_encoder", "position_features"]
+    env_id = args.env_id if kind == "run" else args.env_id.removesuffix("-misaligned")
+    sizes += ["num_envs", "num_skills"] if kind == "run" else []
+    return dict(kind=f"skimo {kind}", file_version=FILE_VERSION, env_id=env_id) | {s: getattr(args, s) for s in sizes}
 
 
-class Pretrainer:
-    """The networks of pre-training with their optimizer, and one gradient step."""
+def find_pretrained(args: Args) -> tuple[Path, str, data_tools.OfflineDataset | None]:
+    """Path of the pre-trained model, name of its data, and the data, to make it from, unless --pretrained names it.
 
-    def __init__(self, args: Args, networks: nn.ModuleDict):
-        self.args, self.networks, self.num_updates = args, networks, 0
-        self.target = copy.deepcopy(networks["model"])
-        self.optimizer = torch.optim.Adam(networks.parameters(), lr=args.pretrain_lr, eps=1e-7, fused=True)
-        self.loss = torch.compile(pretrain_loss, mode="reduce-overhead") if args.compile else pretrain_loss
-
-    def update(self, obs, actions) -> dict:
-        """One step on windows obs (B, N*H+1, O), actions (B, N*H, A); returns metrics."""
-        args, model = self.args, self.networks["model"]
-        if args.pretrain_lr_decay:  # DEVIATION 3
-            decay = max(0.0, 1 - self.num_updates / args.pretrain_updates) ** 0.5
-            self.optimizer.param_groups[0]["lr"] = args.pretrain_lr * min(1.0, (self.num_updates + 1) / 500) * decay
-        torch.compiler.cudagraph_mark_step_begin()
-        loss, metrics = self.loss(
-            model, self.networks["skills"], self.networks["prior"], self.target, obs, actions, args
-        )
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.networks.parameters(), args.max_grad_norm)
-        self.optimizer.step()
-        self.num_updates += 1
-        if self.num_updates % args.target_update_interval == 0:
-            update_target(self.target, model, args.pretrain_tau)
-        return {name: value.clone() for name, value in metrics.items()}  # a CUDA graph overwrites its outputs
-
-    def state_dict(self) -> dict:
-        state = {name: getattr(self, name).state_dict() for name in ("networks", "target", "optimizer")}
-        return state | dict(num_updates=self.num_updates)
-
-    def load_state_dict(self, state: dict):
-        for name in ("networks", "target", "optimizer"):
-            getattr(self, name).load_state_dict(state[name])
-        self.num_updates = state["num_updates"]
+    In the cache a model is found by data, seed, version of this file and every argument that shapes it.
+    """
+    task, published = args.env_id.removesuffix("-misaligned"), Path(__file__).parents[1] / "benchmarks" / "results"
+    if args.pretrained:
+        path = published / f"skimo_{task}_pretrained.pt" if args.pretrained == "published" else Path(args.pretrained)
+        source = data_tools.load_checkpoint(path, checkpoint_meta("pretrained", args), "cpu")["facts"]["data"]["source"]
+        if args.dataset not in ("auto", source):
+            sys.exit(f"error: {path} was pre-trained on {source} data; use --dataset auto or another model")
+        return path, source, None
+    data = data_tools.load_dataset(
+        task, args.data_dir, args.dataset, args.data, args.data_noise, args.allow_pickle, args.accept_any_data
+    )
+    key = json.dumps([data.fingerprint, FILE_VERSION, {name: getattr(args, name) for name in PRETRAIN_ARGS}])
+    name = f"skimo_{task}_{data.source}_{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
+    return data_tools.cache_dir(args.data_dir) / "pretrained" / name, data.source, data
 
 
-def pretrain(args: Args, writer: SummaryWriter, device, stop: StopSignal) -> tuple[nn.ModuleDict, dict]:
-    """Phase 1: networks learnt from the offline data, or from a file or the cache; and facts about them.
+def pretrain(args: Args, path: Path, data, run: data_tools.Run, device) -> tuple[nn.ModuleDict, dict]:
+    """Phase 1: networks from the file at path or, first, learnt from the offline data; and facts about them.
 
-    The cached model is found by data, seed, file version and every argument that shapes it. An interrupted
-    pre-training leaves an unfinished file under the same key and goes on from it.
+    An interrupted pre-training leaves an unfinished file next to path and goes on from it.
     """
     envs = data_tools.make_envs(args.env_id, 1)
     networks = make_networks(args, envs.single_observation_space.shape[0], envs.single_action_space.shape[0], device)
     envs.close()
-    path, meta = args.pretrained and Path(args.pretrained), checkpoint_meta("pretrained", args)
-    if args.pretrained == "published":
-        path = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / f"skimo_{args.env_id}_pretrained.pt"
-    if not path:
-        dataset = data_tools.load_dataset(args.env_id, args.data_dir, noise=args.data_noise)
-        shaping = {name: value for name, value in asdict(args).items() if name in PRETRAIN_ARGS}
-        key = json.dumps([dataset.fingerprint, FILE_VERSION, shaping])
-        name = f"skimo_{args.env_id}_{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
-        path = data_tools.cache_dir(args.data_dir) / "pretrained" / name
-    if args.pretrained or (path.exists() and not args.retrain):
+    if data is None or (path.exists() and not args.retrain):
+        state = data_tools.load_checkpoint(path, checkpoint_meta("pretrained", args), device)
         print(f"pre-trained model: {path}")
-        state = data_tools.load_checkpoint(path, meta, device)
         networks.load_state_dict(state["networks"])
         return networks, state["facts"]
 
-    train_data, valid_data = dataset.to(device).split(0.99)
+    train_data, valid_data = data.to(device).split(0.99)
     window = args.num_skills * args.skill_horizon + 1
-    trainer, history, minutes, facts = Pretrainer(args, networks), [], 0.0, {}
-    unfinished, unfinished_meta = path.with_suffix(".unfinished"), checkpoint_meta("pretraining", args)
+    trainer, history, minutes = Pretrainer(args, networks), [], 0.0
+    unfinished = path.with_suffix(".unfinished")
     if unfinished.exists() and not args.retrain:
-        state = data_tools.load_checkpoint(unfinished, unfinished_meta, "cpu")
+        state = data_tools.load_checkpoint(unfinished, checkpoint_meta("pretraining", args), "cpu")
         trainer.load_state_dict(state["trainer"])
-        torch.set_rng_state(state["random"][0])
-        torch.cuda.set_rng_state_all(state["random"][1:])
+        data_tools.set_random_state(state["random"])
         minutes = state["minutes"]
         print(f"pre-training goes on at update {trainer.num_updates}: {unfinished}")
     start_time = time.time() - 60 * minutes
@@ -747,9 +706,8 @@ def pretrain(args: Args, writer: SummaryWriter, device, stop: StopSignal) -> tup
         update = trainer.num_updates
         bar.update()
         if update % 100 == 0:
-            metrics = pop_means(history)
+            metrics = run.log_means("pretrain", history, update)
             bar.set_postfix({name.removesuffix("_loss"): f"{value:.3g}" for name, value in metrics.items()})
-            log_scalars(writer, "pretrain", metrics, update)
         finished = update == args.pretrain_updates
         if finished or update % args.pretrain_eval_interval == 0:
             with torch.random.fork_rng(), torch.no_grad():
@@ -760,17 +718,18 @@ def pretrain(args: Args, writer: SummaryWriter, device, stop: StopSignal) -> tup
             facts = data_tools.rollout_statistics(args.env_id, returns, trace)
             facts |= {f"valid_{name}": value.item() for name, value in metrics.items()}
             bar.write(f"update {update}: " + ", ".join(f"{name} {value:.3g}" for name, value in facts.items()))
-            log_scalars(writer, "pretrain", facts, update)
+            run.log("pretrain", facts, update)
         minutes = (time.time() - start_time) / 60
-        if not finished and (stop.requested or update % 2_500 == 0):
-            random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-            state = dict(trainer=trainer.state_dict(), random=random, minutes=minutes)
-            data_tools.save_checkpoint(unfinished, state, unfinished_meta)
-        if stop.requested and not finished:
+        if not finished and (run.stop.requested or update % 2_500 == 0):
+            state = dict(trainer=trainer.state_dict(), random=data_tools.random_state(), minutes=minutes)
+            data_tools.save_checkpoint(unfinished, state, checkpoint_meta("pretraining", args))
+        if run.stop.requested and not finished:
             sys.exit("stopped in pre-training; the same command, or --resume with the run folder, goes on from here")
     bar.close()
-    facts |= dict(minutes=minutes, updates=args.pretrain_updates, seed=args.seed, data=dataset.attributes)
-    data_tools.save_checkpoint(path, dict(networks=networks.state_dict(), facts=facts), meta)
+    facts |= dict(minutes=minutes, updates=args.pretrain_updates, seed=args.seed)
+    facts |= dict(data=dict(data.attributes, source=data.source))
+    state = dict(networks=networks.state_dict(), facts=facts)
+    data_tools.save_checkpoint(path, state, checkpoint_meta("pretrained", args))
     unfinished.unlink(missing_ok=True)
     return networks, facts
 
@@ -809,10 +768,8 @@ class Learner(nn.Module):
         self.model_optimizer.step()
 
         model.requires_grad_(False)  # the critics' weights need no gradient of the policy loss
-        alpha = self.log_alpha.exp().detach()
-        loss, policy_metrics = self.policy_loss(
-            model, self.task_policy, self.prior_encoder, self.skill_prior, obs, h, h_pred, alpha, args
-        )
+        alpha, prior = self.log_alpha.exp().detach(), (self.prior_encoder, self.skill_prior)
+        loss, policy_metrics = self.policy_loss(model, self.task_policy, *prior, obs, h, h_pred, alpha, args)
         self.policy_optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.task_policy.parameters(), args.max_grad_norm)
@@ -832,11 +789,19 @@ class Learner(nn.Module):
     def optimizers(self):
         return self.model_optimizer, self.policy_optimizer, self.alpha_optimizer
 
+    def get_extra_state(self) -> dict:  # part of state_dict()
+        return dict(num_updates=self.num_updates, optimizers=[o.state_dict() for o in self.optimizers()])
 
-def train(args: Args, run_dir: Path, writer: SummaryWriter, networks: nn.ModuleDict, stop: StopSignal) -> dict:
-    """Phase 2: online RL over skills, from the pre-trained networks or, with --resume, from run_dir's checkpoint.
+    def set_extra_state(self, state: dict):
+        self.num_updates = state["num_updates"]
+        for optimizer, saved in zip(self.optimizers(), state["optimizers"]):
+            optimizer.load_state_dict(saved)
 
-    Returns the results: training episodes, clean evaluations, time shares. Pictures and checkpoint go to run_dir.
+
+def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
+    """Phase 2: online RL over skills, from the pre-trained networks or, with --resume, from the run's checkpoint.
+
+    Returns the results: training episodes, clean evaluations, seconds. Pictures and checkpoint go to the run's folder.
     """
     E, max_return = args.num_envs, data_tools.MAX_RETURN[args.env_id]
     learner = Learner(args, networks)
@@ -844,126 +809,105 @@ def train(args: Args, run_dir: Path, writer: SummaryWriter, networks: nn.ModuleD
     skills = copy.deepcopy(learner.skills).cpu()  # acts next to the simulator
     envs = data_tools.make_envs(args.env_id, E)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
-    rb = ReplayBuffer(obs.shape[1], args, learner.device)
-    episode_start = np.ones(E, dtype=bool)
-    episodic_return, episodic_length = np.zeros(E), np.zeros(E, dtype=np.int64)
-    global_step, minutes, next_eval = 0, 0.0, args.eval_interval or args.total_timesteps + 1
-    episodes, evaluations = [], []  # (env step, return, length, minutes) each; (env step, return, success) each
-    if (run_dir / "episodes.csv").exists():  # --resume; a run stopped in pre-training has none and starts RL here
-        state = data_tools.load_checkpoint(run_dir / "checkpoint.pt", checkpoint_meta("run", args), "cpu")
+    rb, history = ReplayBuffer(obs.shape[1], args, learner.device), []
+    # The run's state besides networks, replay and environments
+    s = SimpleNamespace(global_step=0, next_eval=args.eval_interval, seconds=dict(plan=0.0, env=0.0, update=0.0))
+    s.episodes, s.evaluations = [], []  # (env step, return, length, minutes) each; (env step, return, success) each
+    s.obs, s.episode_start = obs, np.ones(E, dtype=bool)
+    s.episodic_return, s.episodic_length = np.zeros(E), np.zeros(E, dtype=np.int64)
+    if run.checkpoint.exists():
+        state = data_tools.load_checkpoint(run.checkpoint, checkpoint_meta("run", args), "cpu")
         learner.load_state_dict(state["learner"])
-        for optimizer, optimizer_state in zip(learner.optimizers(), state["optimizers"]):
-            optimizer.load_state_dict(optimizer_state)
         rb.load_state_dict(state["rb"])
         envs.set_state(state["envs"])
-        obs, episode_start, episodic_return, episodic_length = (x.numpy() for x in state["arrays"])
-        planner.last_mean = None if state["last_mean"] is None else state["last_mean"].to(learner.device)
-        learner.num_updates, global_step, minutes, next_eval = state["counters"]
-        episodes, evaluations = state["episodes"], state["evaluations"]
-        torch.set_rng_state(state["random"][0])
-        torch.cuda.set_rng_state_all(state["random"][1:])
+        s, planner.last_mean = SimpleNamespace(**state["run"]), state["last_mean"]
+        data_tools.set_random_state(state["random"])
 
     def save():
-        arrays = [torch.from_numpy(x).clone() for x in (obs, episode_start, episodic_return, episodic_length)]
-        random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-        state = dict(learner=learner.state_dict(), optimizers=[o.state_dict() for o in learner.optimizers()])
-        state |= dict(rb=rb.state_dict(), envs=envs.get_state(), arrays=arrays, random=random)
-        state |= dict(last_mean=planner.last_mean, counters=[learner.num_updates, global_step, minutes, next_eval])
-        state |= dict(episodes=episodes, evaluations=evaluations)
-        data_tools.save_checkpoint(run_dir / "checkpoint.pt", state, checkpoint_meta("run", args))
+        state = dict(learner=learner.state_dict(), rb=rb.state_dict(), envs=envs.get_state(), run=vars(s))
+        state |= dict(last_mean=planner.last_mean, random=data_tools.random_state())
+        data_tools.save_checkpoint(run.checkpoint, state, checkpoint_meta("run", args))
 
     def clean_evaluation():
-        returns, lengths = evaluate(learner, args, global_step)
-        evaluations.append((global_step, float(returns.mean()), float((returns >= max_return).mean())))
-        values = dict(episodic_return=returns.mean(), success=evaluations[-1][2], episodic_length=lengths.mean())
-        log_scalars(writer, "eval", values, global_step)
-        bar.write(f"step {global_step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        returns, lengths = evaluate(learner, args, s.global_step)
+        success = float((returns >= max_return).mean())
+        s.evaluations.append((s.global_step, float(returns.mean()), success))
+        values = dict(episodic_return=returns.mean(), success=success, episodic_length=lengths.mean())
+        run.log("eval", values, s.global_step)
+        bar.write(f"step {s.global_step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
-    log_file = (run_dir / "episodes.csv").open("w", newline="")
-    log = csv.writer(log_file)
-    log.writerows([("env_step", "episodic_return", "episodic_length", "rl_minutes"), *episodes])
-    history, shares = [], dict(plan=0.0, env=0.0, update=0.0)
-    first_step, start_time, next_save = global_step, time.time(), global_step + args.checkpoint_interval
-    minutes_before = minutes
+    def lap(part):  # the time since the last lap was spent on this part
+        nonlocal clock
+        clock, last = time.time(), clock
+        s.seconds[part] += clock - last
 
-    def success():  # share of the last 100 training episodes that earned everything
-        return float(np.mean([episode[1] >= max_return for episode in episodes[-100:]])) if episodes else 0.0
-
-    bar = tqdm(desc="RL", total=args.total_timesteps, initial=global_step, unit="step")
+    run.start_episodes(s.episodes)
+    next_save, clock = s.global_step + args.checkpoint_interval, time.time()
+    bar = tqdm(desc="RL", total=args.total_timesteps, initial=s.global_step, unit="step")
     while True:
         # ALGO LOGIC: training. As many updates as all env steps so far are worth, but none in the warm-up.
-        clock = time.time()
-        updates_due = int(global_step * args.updates_per_step) if global_step >= args.warmup_steps else 0
-        while learner.num_updates < updates_due and len(rb.episodes) > 0 and not stop.requested:
+        updates_due = int(s.global_step * args.updates_per_step) if s.global_step >= args.warmup_steps else 0
+        while learner.num_updates < updates_due and len(rb.episodes) > 0 and not run.stop.requested:
             history.append(learner.update(*rb.sample(args.batch_size)))
             if learner.num_updates % 100 == 0:
-                log_scalars(writer, "losses", pop_means(history), global_step)
-                bar.set_postfix(updates=learner.num_updates, success=f"{success():.2f}")
-        shares["update"] += time.time() - clock
+                run.log_means("losses", history, s.global_step)
+        lap("update")
 
-        minutes = minutes_before + (time.time() - start_time) / 60
-        finished = global_step >= args.total_timesteps
-        if finished or stop.requested or global_step >= next_save:
+        finished = s.global_step >= args.total_timesteps
+        if finished or run.stop.requested or s.global_step >= next_save:
             save()
-            next_save = global_step + args.checkpoint_interval
-        if finished or stop.requested:
+            next_save = s.global_step + args.checkpoint_interval
+        if finished or run.stop.requested:
             break
-        if global_step >= next_eval:
+        if args.eval_interval and s.global_step >= s.next_eval:
             clean_evaluation()
-            next_eval += args.eval_interval
+            s.next_eval += args.eval_interval
+        clock = time.time()
 
         # ALGO LOGIC: put action logic here. One skill for every environment at once, then H env steps.
-        clock = time.time()
-        if global_step < args.warmup_steps:
+        if s.global_step < args.warmup_steps:
             with torch.no_grad():
-                h = learner.model.encoder(torch.from_numpy(obs).to(learner.device))  # (E, d)
+                h = learner.model.encoder(torch.from_numpy(s.obs).to(learner.device))  # (E, d)
                 z = sample(tanh_normal(learner.task_policy(h))).cpu()  # (E, Z), the prior: no update yet
         else:
-            z = planner(obs, episode_start, global_step, explore=True)
-        shares["plan"] += time.time() - clock
-        clock = time.time()
-        next_obs, rewards, ended, steps = execute_skill(envs, skills, obs, z, np.zeros(E, dtype=bool), args)
-        rb.add(obs, z, args.reward_scale * rewards, ended, next_obs)
+            z = planner(s.obs, s.episode_start, s.global_step, explore=True)
+        lap("plan")
+        next_obs, rewards, ended, steps = execute_skill(envs, skills, s.obs, z, np.zeros(E, dtype=bool), args)
+        rb.add(s.obs, z, args.reward_scale * rewards, ended, next_obs)
         # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
-        obs, episode_start = next_obs, ended
+        s.obs, s.episode_start = next_obs, ended
         if ended.any():
-            obs, _ = envs.reset(options={"reset_mask": ended})
-        shares["env"] += time.time() - clock
+            s.obs, _ = envs.reset(options={"reset_mask": ended})
+        lap("env")
 
-        global_step += int(steps.sum())
+        s.global_step += int(steps.sum())
         bar.update(int(steps.sum()))
-        episodic_return, episodic_length = episodic_return + rewards, episodic_length + steps
+        s.episodic_return, s.episodic_length = s.episodic_return + rewards, s.episodic_length + steps
         for e in np.flatnonzero(ended):
-            episodes.append((global_step, float(episodic_return[e]), int(episodic_length[e]), round(minutes, 3)))
-            log.writerow(episodes[-1])
-            values = dict(episodic_return=episodic_return[e], episodic_length=episodic_length[e], success=success())
-            log_scalars(writer, "charts", values, global_step)
-        if ended.any():
-            log_file.flush()
-            episodic_return, episodic_length = episodic_return * ~ended, episodic_length * ~ended
-            elapsed = time.time() - start_time
-            writer.add_scalar("charts/SPS", (global_step - first_step) / elapsed, global_step)
-            log_scalars(writer, "time", {name: seconds / elapsed for name, seconds in shares.items()}, global_step)
+            seconds = sum(s.seconds.values())
+            episode = (s.global_step, float(s.episodic_return[e]), int(s.episodic_length[e]), round(seconds / 60, 3))
+            s.episodes.append(episode)
+            last_100 = np.array([episodic_return for _, episodic_return, _, _ in s.episodes[-100:]])
+            values = dict(success=(last_100 >= max_return).mean(), SPS=s.global_step / seconds)
+            run.log_episode(episode, values)
+            run.log("time", {part: share / seconds for part, share in s.seconds.items()}, s.global_step)
+            bar.set_postfix(updates=learner.num_updates, last_100=f"{last_100.mean():.3g}")
+        s.episodic_return, s.episodic_length = s.episodic_return * ~ended, s.episodic_length * ~ended
     bar.close()
-    log_file.close()
-    if stop.requested:
-        sys.exit(f"stopped at env step {global_step}; go on with: python {sys.argv[0]} --resume {run_dir}")
+    if run.stop.requested:
+        sys.exit(f"stopped at env step {s.global_step}; go on with: python {sys.argv[0]} --resume {run.dir}")
 
     clean_evaluation()
     envs.close()
-    visited = rb.rows[:, : obs.shape[1]].cpu().numpy()
-    data_tools.plot_visited(args.env_id, visited, run_dir / "visited.png", writer)
+    data_tools.plot_visited(args.env_id, rb.rows[:, : obs.shape[1]].cpu().numpy(), run.dir / "visited.png", run.writer)
     if args.capture_video:
-        evaluate(learner, args, global_step, run_dir / "evaluation.mp4")
-    last_100 = [episode[1] for episode in episodes[-100:]]
-    results = dict(env_steps=global_step, updates=learner.num_updates, rl_minutes=minutes, evaluations=evaluations)
-    results |= dict(last_100_return=float(np.mean(last_100)) if last_100 else None, last_100_success=success())
-    return results | dict(seconds=shares)
-
-
-def log_scalars(writer: SummaryWriter, group: str, values: dict, step: int):
-    for name, value in values.items():
-        writer.add_scalar(f"{group}/{name}", value, step)
+        evaluate(learner, args, s.global_step, run.dir / "evaluation.mp4")
+    last_100 = np.array([episodic_return for _, episodic_return, _, _ in s.episodes[-100:]])
+    results = dict(env_steps=s.global_step, updates=learner.num_updates, rl_minutes=sum(s.seconds.values()) / 60)
+    results |= dict(last_100_return=float(last_100.mean()) if s.episodes else None, evaluations=s.evaluations)
+    return results | dict(
+        last_100_success=float((last_100 >= max_return).mean()) if s.episodes else 0.0, seconds=s.seconds
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
@@ -972,44 +916,22 @@ def log_scalars(writer: SummaryWriter, group: str, values: dict, step: int):
 def main(args: Args) -> dict:
     """Both phases; pictures, results.json and a summary. Returns the results."""
     check_args(args)
-    device = torch.device(args.device)
     torch.set_num_threads(args.num_threads or os.cpu_count())
     torch._dynamo.config.recompile_limit = 64  # the planner has one graph per plan horizon and number of environments
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"  # milliseconds
-    run_dir = Path(args.resume or Path(args.run_dir) / run_name)
     try:
-        if (run_dir / "episodes.csv").exists():  # a resume that does not fit is refused before anything is changed
-            data_tools.load_checkpoint(run_dir / "checkpoint.pt", checkpoint_meta("run", args), "cpu")
-        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1))
-    except data_tools.DataError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: {run_dir} cannot be written ({error.strerror}); choose another folder with --run-dir")
-    writer, stop = SummaryWriter(run_dir), StopSignal()
-    rows = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
-    torch.manual_seed(args.seed)
-    try:
-        networks, facts = pretrain(args, writer, device, stop)
+        if args.resume and (Path(args.resume) / "checkpoint.pt").exists():  # refused before anything is changed
+            data_tools.load_checkpoint(Path(args.resume) / "checkpoint.pt", checkpoint_meta("run", args), "cpu")
+        path, source, data = find_pretrained(args)
+        run = data_tools.Run(args, source)
+        torch.manual_seed(args.seed)
+        networks, facts = pretrain(args, path, data, run, torch.device(args.device))
         prediction = open_loop_prediction(networks, args)
-        data_tools.plot_prediction(args.env_id, *prediction, run_dir / "prediction.png", writer)
+        data_tools.plot_prediction(args.env_id, *prediction, run.dir / "prediction.png", run.writer)
         torch.manual_seed(args.seed)  # RL is the same whether the model comes from this run or from a file
-        results = train(args, run_dir, writer, networks, stop)
+        results = train(args, run, networks)
+        return run.finish(results | dict(pretraining=facts))
     except (data_tools.DataError, OSError) as error:  # OSError: a full disk while logging, say
         sys.exit(f"error: {error}")
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {device.type}, torch {torch.__version__}"
-    results |= dict(pretraining=facts, machine=machine, args=asdict(args))
-    (run_dir / "results.json").write_text(json.dumps(results, indent=1))
-    writer.close()
-    _, eval_return, eval_success = results["evaluations"][-1]
-    print(
-        f"{args.env_id}: success {eval_success:.0%} in clean evaluation (return {eval_return:.4g}), "
-        f"{results['last_100_success']:.0%} in the last 100 training episodes; "
-        f"{results['env_steps']} env steps in {results['rl_minutes']:.1f} min.\n"
-        f"Pictures, episodes.csv, results.json and checkpoint: {run_dir}; curves: tensorboard --logdir {run_dir}"
-    )
-    return results
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import gymnasium
@@ -30,7 +29,6 @@ import numpy as np
 import torch
 import tyro
 from torch.utils.benchmark import Timer
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -193,12 +191,12 @@ def training_loop(algo, args: Args, device) -> dict:
     config = dataclasses.replace(config, eval_interval=0, eval_episodes=1, checkpoint_interval=10**9)
     if args.quick:
         config = dataclasses.replace(config, num_envs=1)
-    stop = SimpleNamespace(requested=False)
     for _ in range(2 if args.compile else 1):  # the first run fills the caches of the compiler
         networks = algo.make_networks(config, *DIMS[args.env_id], device)
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):  # no second bar
-            with SummaryWriter(folder) as writer:
-                results = algo.train(dataclasses.replace(config), Path(folder), writer, networks, stop)
+            run = algo.data_tools.Run(dataclasses.replace(config, run_dir=folder), "none")
+            results = algo.train(run.args, run, networks)
+            run.writer.close()
     if results["updates"] == 0:
         sys.exit(f"error: --loop-steps {args.loop_steps} ends before the first episode does; give more")
     seconds = 60 * results["rl_minutes"]

@@ -16,21 +16,26 @@ from data_tools.diagnostics import (
     rollout_statistics,
 )
 from data_tools.files import load_checkpoint, save_checkpoint, write_atomically
+from data_tools.runs import Run, parse_args, random_state, set_random_state
 
 __all__ = [
     "MAX_RETURN",
     "TASKS",
     "DataError",
     "OfflineDataset",
+    "Run",
     "cache_dir",
     "load_checkpoint",
     "load_dataset",
     "make_envs",
     "obs_scale",
+    "parse_args",
     "plot_prediction",
     "plot_visited",
+    "random_state",
     "rollout_statistics",
     "save_checkpoint",
+    "set_random_state",
     "write_atomically",
 ]
 

@@ -7,6 +7,7 @@ Shapes: R rows, M episodes, B batch, O observation, A action.
 
 import copy
 import hashlib
+import importlib
 import io
 import os
 from pathlib import Path
@@ -71,6 +72,11 @@ class OfflineDataset:
 
     def __repr__(self):
         return f"OfflineDataset({len(self.episode_starts)} episodes, {len(self)} rows, fingerprint {self.fingerprint})"
+
+    @property
+    def source(self) -> str:
+        """Return the short name of where the data come from: scripted, d4rl, minari, ..."""
+        return str(self.attributes.get("source", "scripted"))
 
     @property
     def device(self) -> torch.device:
@@ -154,9 +160,9 @@ class OfflineDataset:
     def load(cls, path, device="cpu") -> "OfflineDataset":
         """Read a D4RL file (`rewards` are not needed). Raises DataError if it is missing, damaged or does not fit."""
         path = Path(path)
-        cure = "delete it and run `python -m data_tools.maze` again"
+        cure = "delete it, so that it is made again, or give other data"
         if not path.is_file():
-            raise DataError(f"{path} does not exist: run `python -m data_tools.maze`.")
+            raise DataError(f"{path} does not exist: check the path.")
         try:
             with h5py.File(path, "r") as file:
                 attributes = {key: _plain(value) for key, value in file.attrs.items()}
@@ -174,7 +180,7 @@ class OfflineDataset:
 
 def _check(arrays, name):
     """Raise DataError unless the four arrays (by key) belong together and hold finite numbers."""
-    cure = "delete it and run `python -m data_tools.maze` again"
+    cure = "delete it, so that it is made again, or give other data"
     for key, array in arrays.items():
         if array.dtype.kind not in "biuf":
             raise DataError(f"{name}: {key} are not numbers ({array.dtype}): {cure}.")
@@ -204,17 +210,58 @@ def cache_dir(data_dir=None) -> Path:
     return Path(data_dir or os.environ.get("SKIMO_DATA_DIR") or platformdirs.user_cache_dir("skimo")).expanduser()
 
 
-def load_dataset(
-    task: str, data_dir=None, device="cpu", noise: float = 0.5, seed: int = 0, progress: bool = True
-) -> OfflineDataset:
-    """Return the offline data of `task` (a key of TASKS): made on first use, then kept in `cache_dir(data_dir)`.
+NOISE = {"maze": 0.5, "kitchen": 0.05, "calvin": 1.0}  # of scripted data: the size of their disturbances by task
 
-    noise is the standard deviation of the action noise of the collector, seed its random seed. Processes that start
-    together make the file once: one collects, the others wait for it. Raises DataError.
+
+def load_dataset(
+    task: str,
+    data_dir=None,
+    dataset: str = "auto",
+    data=None,
+    noise: float | None = None,
+    allow_pickle: bool = False,
+    accept_any_data: bool = False,
+    seed: int = 0,
+    device="cpu",
+    progress: bool = True,
+) -> OfflineDataset:
+    """Return the offline data of `task`: maze, kitchen (of both kitchen tasks) or calvin.
+
+    data: a file or folder in one of the formats of data_tools.sources; else
+    dataset "scripted": made on first use, then kept in `cache_dir(data_dir)`; "d4rl", kitchen only: D4RL's file, from
+    the cache or the network; "auto": D4RL's file where there is one and it can be had, else scripted.
+    noise is the size of the disturbances in scripted data (None: NOISE[task]), seed their random seed. Processes that
+    start together make the file once: one collects, the others wait for it. Raises DataError.
     """
-    if task not in TASKS:
-        raise DataError(f"There are no data for task {task!r}; known tasks: {', '.join(TASKS)}.")
-    path = cache_dir(data_dir) / f"{task}_noise{float(noise)}_seed{seed}_v1.hdf5"
+    if task not in NOISE:
+        raise DataError(f"There are no data for task {task!r}; known tasks: {', '.join(NOISE)}.")
+    if data is not None:
+        from data_tools import sources  # builds on this module
+
+        return sources.read_data(task, data, allow_pickle=allow_pickle, accept_any_file=accept_any_data).to(device)
+    if dataset == "d4rl" and task != "kitchen":
+        raise DataError(f"D4RL has no data for {task}: use --dataset auto or scripted.")
+    if dataset != "scripted" and task == "kitchen":
+        from data_tools import sources
+
+        try:
+            path = sources.fetch_d4rl_kitchen(cache_dir(data_dir), accept_any_file=accept_any_data, progress=progress)
+            return sources.read_data(task, path, accept_any_file=accept_any_data).to(device)
+        except sources.Unreachable as error:
+            if dataset == "d4rl":
+                raise
+            print(f"NOTE: {error}\nNOTE: goes on with SCRIPTED demonstrations instead of D4RL's", flush=True)
+    scripted = _scripted(task, cache_dir(data_dir), NOISE[task] if noise is None else noise, seed, progress)
+    if task == "kitchen":
+        scripted.observations = scripted.observations[
+            :, :30
+        ].contiguous()  # without the constant goal, as SkiMo uses it
+    return scripted.to(device)
+
+
+def _scripted(task: str, folder: Path, noise: float, seed: int, progress: bool) -> OfflineDataset:
+    """Read scripted data, after making them if need be."""
+    path = folder / f"{task}_noise{float(noise)}_seed{seed}_v1.hdf5"
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -229,11 +276,10 @@ def load_dataset(
             if not path.exists():  # nobody else made it while we waited
                 for leftover in path.parent.glob(f"part_*_{path.name}"):  # of a process that was killed while writing
                     leftover.unlink(missing_ok=True)
-                # Imported here because data_tools.maze builds on this module, and reading a file needs no simulator.
-                from data_tools.maze import collect
-
+                # Imported here because the tasks' modules build on this one, and reading a file needs no simulator.
+                collect = importlib.import_module(f"data_tools.{task}").collect
                 print(f"Collecting the {task} data (noise {noise}, seed {seed}), once, into {path}", flush=True)
                 collect(noise=noise, seed=seed, progress=progress).save(path)
         finally:
             lock.release()
-    return OfflineDataset.load(path, device)
+    return OfflineDataset.load(path)

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from data_tools.dataset import TASKS
 from data_tools.files import write_atomically
 
-MAX_RETURN = {"maze": 100.0}  # return of an episode in which everything was done
+# Return of an episode in which everything was done
+MAX_RETURN = {"maze": 100.0, "kitchen": 4.0, "kitchen-misaligned": 4.0, "calvin": 400.0}
 
 
 def obs_scale(env_id: str, obs_dim: int) -> tuple[list[float], list[float]]:
@@ -66,17 +67,24 @@ def rollout_statistics(env_id: str, returns: np.ndarray, trace: list) -> dict[st
     returns (E,); trace: one (obs (E, O), action (E, A), ended (E,) bool) per env step, ended telling which members
     had finished before the step; the last entry holds the final observation.
 
+    Kitchen, CALVIN: share of roll-outs that did each sub-task at some time, in any order, and how many on average.
     Maze: `goal` share that reached it; `approach` least geodesic distance to it in cells (10, 25 and 50 % quantiles;
     34 at the start); `cells` mean number of different cells visited; `lateral` std of the distance to the cells'
     centre line while moving along it (cells); `wall` share of env steps that deviate from free flight, i.e. touch a
     wall.
     """
     statistics = {"prior_return": float(returns.mean())}
-    if env_id != "maze":
-        return statistics
+    obs, actions, ended = (np.stack(part) for part in zip(*trace))  # (T+1, E, O), (T+1, E, A), (T+1, E)
+    if env_id.startswith("kitchen"):
+        from data_tools import kitchen
+
+        return statistics | kitchen.subtask_statistics(obs, ended)
+    if env_id == "calvin":
+        from data_tools import calvin
+
+        return statistics | calvin.subtask_statistics(obs, ended)
     from data_tools import maze  # here, so that `python -m data_tools.maze` does not meet itself imported
 
-    obs, actions, ended = (np.stack(part) for part in zip(*trace))  # (T+1, E, 4), (T+1, E, 2), (T+1, E)
     cells = maze.cell_of(obs)  # (T+1, E, 2)
     distance = maze.geodesic_distance(maze.make_layout(), maze.GOAL)[cells[..., 0], cells[..., 1]]  # (T+1, E)
     goal = returns >= MAX_RETURN["maze"]

@@ -6,7 +6,12 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
+
+# What NumPy arrays in a checkpoint are rebuilt from; weights_only=True admits tensors and plain values only.
+NUMPY_ARRAYS = [np._core.multiarray._reconstruct, np.ndarray, np.dtype]
+NUMPY_ARRAYS += [type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64, np.bool_)]
 
 
 class DataError(Exception):
@@ -34,7 +39,7 @@ def write_atomically(path, write: Callable[[Path], None]) -> None:
 
 
 def save_checkpoint(path, state: dict, meta: dict) -> None:
-    """Write `state` (tensors and plain values) and `meta`, what must agree before it may be used, atomically."""
+    """Write `state` (tensors, arrays and plain values) and `meta`, what must agree before it may be used, atomically."""
     write_atomically(path, lambda part: torch.save(state | {"meta": meta}, part))
 
 
@@ -44,7 +49,8 @@ def load_checkpoint(path, meta: dict, device) -> dict:
     Raises DataError for a missing or damaged file and where its `meta` differs from the expected one.
     """
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        with torch.serialization.safe_globals(NUMPY_ARRAYS):
+            state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist; check the path") from error
     except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:

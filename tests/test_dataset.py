@@ -203,12 +203,12 @@ def test_bad_content(tmp_path, arrays, message):
     write(path, arrays)
     with pytest.raises(DataError, match=message) as error:
         OfflineDataset.load(path)
-    assert str(path) in str(error.value) and "python -m data_tools.maze" in str(error.value)
+    assert str(path) in str(error.value) and "give other data" in str(error.value)
 
 
 def test_bad_files(tmp_path):
     path = tmp_path / "data.hdf5"
-    with pytest.raises(DataError, match=r"data\.hdf5 does not exist: run"):
+    with pytest.raises(DataError, match=r"data\.hdf5 does not exist: check"):
         OfflineDataset.load(path)
     with pytest.raises(DataError, match="does not exist"):
         OfflineDataset.load(tmp_path)

@@ -907,6 +907,8 @@ def assert_same(a, b, path="state"):
     """Nested states are equal, bit for bit."""
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b), path
+    elif isinstance(a, np.ndarray):
+        np.testing.assert_array_equal(a, b, path)
     elif isinstance(a, dict):
         assert a.keys() == b.keys(), path
         for key in a:
@@ -1165,7 +1167,7 @@ class Stop:
 @pytest.fixture
 def stop(monkeypatch):
     monkeypatch.setattr(Stop, "requested", False)
-    monkeypatch.setattr(skimo, "StopSignal", Stop)
+    monkeypatch.setattr(data_tools.runs, "StopSignal", Stop)
     return lambda: setattr(Stop, "requested", True)
 
 
@@ -1197,9 +1199,10 @@ def test_updates_keep_step_with_the_environments(run, monkeypatch, ratio):
 
 def final_state(run_dir):
     """All that the future of a run depends on, from its checkpoint; clock times left out."""
-    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
-    updates, step, _, next_eval = state.pop("counters")
-    return state | dict(counters=[updates, step, next_eval], episodes=[row[:3] for row in state["episodes"]])
+    state = data_tools.load_checkpoint(run_dir / "checkpoint.pt", {}, "cpu")
+    run = state["run"]
+    del run["seconds"]
+    return state | dict(run=run | dict(episodes=[row[:3] for row in run["episodes"]]))
 
 
 @pytest.mark.parametrize("interrupt", ["in the warm-up", "while planning", "between updates", "by its length"])
@@ -1220,13 +1223,13 @@ def test_resumed_run_equals_an_uninterrupted_one(run, monkeypatch, stop, interru
         assert not (part / "results.json").exists()
         stopped = final_state(part)
         steps, updates = {"in the warm-up": (170, 0), "while planning": (770, 38)}.get(interrupt, (540, 27))
-        assert stopped["counters"][0] == updates
-        assert stopped["counters"][1] == steps or interrupt == "between updates"
+        assert stopped["learner"]["_extra_state"]["num_updates"] == updates
+        assert stopped["run"]["global_step"] == steps or interrupt == "between updates"
         Stop.requested = False
         resumed = resume(part)
     a, b = final_state(whole), final_state(part)
     if interrupt == "by its length":
-        a.pop("evaluations"), b.pop("evaluations")
+        a["run"].pop("evaluations"), b["run"].pop("evaluations")
     assert_same(b, a)
     assert csv_rows(part) == csv_rows(whole)
     for key in ("env_steps", "updates", "last_100_return"):
@@ -1344,7 +1347,7 @@ def test_damaged_or_foreign_checkpoints_are_refused(run, capsys, data_dir):
         assert path.read_bytes() == whole[:part]
     path.write_bytes(whole)
     for name, value in (("env_id", "kitchen"), ("file_version", 0), ("latent_dim", 64)):
-        state = torch.load(path, weights_only=True)
+        state = data_tools.load_checkpoint(path, {}, "cpu")
         state["meta"][name] = value
         torch.save(state, path)
         refused(capsys, again, name, repr(value))
@@ -1396,7 +1399,7 @@ def test_full_disk_keeps_the_old_checkpoint(run, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "save", save)
     refused(capsys, lambda: run("--checkpoint-interval 500"), "checkpoint.pt", "No space left", "free some space")
     run_dir = only_run(run_dir)
-    assert final_state(run_dir)["counters"][1] == 500
+    assert final_state(run_dir)["run"]["global_step"] == 500
     assert not list(run_dir.glob("part_*"))
     monkeypatch.setattr(torch, "save", original)
     assert resume(run_dir)["env_steps"] == 1200
@@ -1579,6 +1582,7 @@ def test_bool_flags_go_both_ways(name):
 
 def test_every_bool_flag_is_known_to_the_runs_above():
     known = {"compile", "capture_video", "retrain", "pretrain_lr_decay", "autotune", "position_features"}
+    known |= {"allow_pickle", "accept_any_data"}  # tests/test_dataset.py
     assert set(BOOLS) == known
 
 
