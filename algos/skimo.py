@@ -48,6 +48,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data_tools, from
 import data_tools
 
 FILE_VERSION = 2  # raised when a change makes older checkpoints or pre-trained models unusable
+PRETRAINED = "skimo"  # name of the pre-trained models; files with the same pre-training share them
 
 
 @dataclass
@@ -652,7 +653,8 @@ def checkpoint_meta(kind: str, args: Args) -> dict:
     sizes = ["hidden_dim", "latent_dim", "skill_dim", "skill_horizon", "skill_encoder", "position_features"]
     env_id = args.env_id if kind == "run" else args.env_id.removesuffix("-misaligned")
     sizes += ["num_envs", "num_skills"] if kind == "run" else []
-    return dict(kind=f"skimo {kind}", file_version=FILE_VERSION, env_id=env_id) | {s: getattr(args, s) for s in sizes}
+    kind = f"{Path(__file__).stem if kind == 'run' else PRETRAINED} {kind}"
+    return dict(kind=kind, file_version=FILE_VERSION, env_id=env_id) | {name: getattr(args, name) for name in sizes}
 
 
 def find_pretrained(args: Args) -> tuple[Path, str, data_tools.OfflineDataset | None]:
@@ -662,7 +664,11 @@ def find_pretrained(args: Args) -> tuple[Path, str, data_tools.OfflineDataset | 
     """
     task, published = args.env_id.removesuffix("-misaligned"), Path(__file__).parents[1] / "benchmarks" / "results"
     if args.pretrained:
-        path = published / f"skimo_{task}_pretrained.pt" if args.pretrained == "published" else Path(args.pretrained)
+        path = (
+            published / f"{PRETRAINED}_{task}_pretrained.pt"
+            if args.pretrained == "published"
+            else Path(args.pretrained)
+        )
         source = data_tools.load_checkpoint(path, checkpoint_meta("pretrained", args), "cpu")["facts"]["data"]["source"]
         if args.dataset not in ("auto", source):
             sys.exit(f"error: {path} was pre-trained on {source} data; use --dataset auto or another model")
@@ -671,7 +677,7 @@ def find_pretrained(args: Args) -> tuple[Path, str, data_tools.OfflineDataset | 
         task, args.data_dir, args.dataset, args.data, args.data_noise, args.allow_pickle, args.accept_any_data
     )
     key = json.dumps([data.fingerprint, FILE_VERSION, {name: getattr(args, name) for name in PRETRAIN_ARGS}])
-    name = f"skimo_{task}_{data.source}_{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
+    name = f"{PRETRAINED}_{task}_{data.source}_{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
     return data_tools.cache_dir(args.data_dir) / "pretrained" / name, data.source, data
 
 

@@ -39,7 +39,7 @@ def write_atomically(path, write: Callable[[Path], None]) -> None:
 
 
 def save_checkpoint(path, state: dict, meta: dict) -> None:
-    """Write `state` (tensors, arrays and plain values) and `meta`, what must agree before it may be used, atomically."""
+    """Write `state` (tensors, arrays, plain values) and `meta`, what must agree before it may be used, atomically."""
     write_atomically(path, lambda part: torch.save(state | {"meta": meta}, part))
 
 

@@ -216,7 +216,7 @@ def test_bad_files(tmp_path):
     image = path.read_bytes()
     for damaged in (b"", b"not HDF5 at all", image[: len(image) // 2], image[:-10]):
         path.write_bytes(damaged)
-        with pytest.raises(DataError, match=r"data\.hdf5 is not a complete HDF5 file: delete it and run"):
+        with pytest.raises(DataError, match=r"data\.hdf5 is not a complete HDF5 file: delete it, so that"):
             OfflineDataset.load(path)
     # A flipped byte in the compressed data.
     with h5py.File(tmp_path / "x.hdf5", "w") as file:
