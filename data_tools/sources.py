@@ -425,7 +425,7 @@ class _Array:
 
     def __setstate__(self, state):
         _, shape, dtype, by_columns, content = state
-        self.array = np.frombuffer(content, dtype.dtype).reshape(shape, order="F" if by_columns else "C")
+        self.array = _numbers(content, dtype).reshape(shape, order="F" if by_columns else "C")
 
     @classmethod
     def from_buffer(cls, content, dtype, shape, order):
@@ -435,8 +435,15 @@ class _Array:
         return made
 
 
+def _numbers(content, dtype):
+    """Return bytes as an array of one dimension; a copy, as the file could still change a bytearray."""
+    if not isinstance(content, bytes | bytearray):
+        raise ValueError(f"an array made of {type(content).__name__}")
+    return np.frombuffer(bytes(content), dtype.dtype)
+
+
 def _scalar(dtype, content):
-    return np.frombuffer(content, dtype.dtype)[0]
+    return _numbers(content, dtype)[0]
 
 
 def _latin1(text, encoding):
@@ -527,6 +534,12 @@ def _read_calvin_folder(task, path, accept_any_file, progress):
             "give the folder task_D_D, or accept other recordings with --accept-any-data."
         )
     frames = [files[n] for first, last, files in recordings for n in range(first, last + 1)]
+    if len(frames) > 10_000:
+        print(
+            f"Reading {len(frames):,} small files; to do so only once, write them as one file: "
+            f"python -m data_tools.sources --task calvin --data {path} --out calvin.hdf5",
+            flush=True,
+        )
     observations = np.empty((len(frames), 21), dtype=np.float32)
     actions = np.empty((len(frames), 7), dtype=np.float32)
     for row, file in enumerate(tqdm(frames, desc="CALVIN frames", unit="frame", disable=not progress)):
