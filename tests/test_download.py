@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -73,7 +74,7 @@ class Server(ThreadingHTTPServer):
 def server(monkeypatch):
     monkeypatch.setattr(download_module, "WAITS", (0.01, 0.01, 0.01))
     monkeypatch.setattr(download_module, "STALL_TIMEOUT", 0.5)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("NO_PROXY", "*")
     server = Server(("127.0.0.1", 0), Handler)
     server.script, server.asked, server.released = ["works"], [], threading.Event()
     server.url = f"http://127.0.0.1:{server.server_port}/kitchen.hdf5"
@@ -216,12 +217,19 @@ def test_a_connection_that_stalls_for_good(server, tmp_path, monkeypatch):
     assert len(server.asked) == 4
 
 
-def test_no_server_is_noticed_soon(server, tmp_path):
-    # A port that was free a moment ago, and a host name that cannot exist (RFC 2606).
+def test_no_server_is_noticed_soon(server, tmp_path, monkeypatch):
     with pytest.raises(Unreachable, match=r"127.0.0.1:9 does not deliver .*\(connection refused\)"):
         download("http://127.0.0.1:9/x", tmp_path / "x", 1, SHA256, progress=False)
-    with pytest.raises(Unreachable, match=r"nowhere.invalid does not deliver"):
-        download("http://nowhere.invalid/x", tmp_path / "x", 1, SHA256, progress=False)
+    lookups = []
+
+    def no_name_server(host, *args, **kwargs):
+        lookups.append(host)
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_name_server)
+    with pytest.raises(Unreachable, match=r"d4rl.example does not deliver .*\(its name cannot be resolved\)"):
+        download("http://d4rl.example/x", tmp_path / "x", 1, SHA256, progress=False)
+    assert lookups == ["d4rl.example"] * 2
 
 
 def test_disk_full(server, tmp_path, monkeypatch):
