@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import data_tools
-from data_tools import DataError, OfflineDataset, cache_dir, load_dataset
+from data_tools import DataError, OfflineDataset, cache_dir, load_dataset, sources
+from data_tools import kitchen as kitchen_module
 from data_tools import maze as maze_module
 
 LENGTHS = [5, 12, 3, 30, 12]  # the last episode has no flag at its end
@@ -362,3 +363,66 @@ def test_load_dataset_after_a_failed_collection_starts_again(tmp_path, monkeypat
         load_dataset("maze", tmp_path, progress=False)
     monkeypatch.setattr(maze_module, "collect", lambda noise, seed, progress: make_dataset())
     assert load_dataset("maze", tmp_path, progress=False).fingerprint == make_dataset().fingerprint
+
+
+# -------------------------------------------------------------------------------------------------------------- sources
+
+
+def kitchen_data(seed=0):
+    """Three episodes of the kitchen's sizes, 60 numbers per observation, as D4RL and the scripted set have them."""
+    rng = np.random.default_rng(seed)
+    timeouts = np.zeros(90, dtype=bool)
+    timeouts[29::30] = True
+    observations, actions = rng.normal(size=(90, 60)), rng.uniform(-1, 1, (90, 9))
+    return OfflineDataset(observations, actions, np.zeros(90, dtype=bool), timeouts)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """D4RL's host cannot be reached; the scripted generator makes three episodes. Returns the downloads tried."""
+    tried = []
+
+    def fetch(data_dir, accept_any_file=False, progress=True):
+        tried.append(data_dir)
+        raise sources.Unreachable("the host of D4RL's data cannot be reached: try later")
+
+    monkeypatch.setattr(sources, "fetch_d4rl_kitchen", fetch)
+    monkeypatch.setattr(kitchen_module, "collect", lambda noise, seed, progress: kitchen_data(seed))
+    return tried
+
+
+def test_auto_falls_back_to_scripted_data_and_says_so(tmp_path, offline, capsys):
+    dataset = load_dataset("kitchen", tmp_path, progress=False)
+    printed = capsys.readouterr().out
+    assert "NOTE: the host of D4RL's data cannot be reached" in printed and "SCRIPTED" in printed
+    assert dataset.source == "scripted" and dataset.observations.shape == (90, 30)  # the constant goal is cut
+    assert torch.equal(dataset.observations, kitchen_data().observations[:, :30])
+    assert offline == [tmp_path]
+    load_dataset("kitchen", tmp_path, "scripted", progress=False)
+    assert offline == [tmp_path] and "NOTE" not in capsys.readouterr().out  # no network for scripted data
+
+
+def test_d4rl_never_falls_back(tmp_path, offline):
+    with pytest.raises(DataError, match="cannot be reached"):
+        load_dataset("kitchen", tmp_path, "d4rl")
+    with pytest.raises(DataError, match="no data for calvin"):
+        load_dataset("calvin", tmp_path, "d4rl")
+
+
+def test_a_damaged_download_is_an_error_under_auto_too(tmp_path, monkeypatch):
+    def fetch(data_dir, accept_any_file=False, progress=True):
+        raise DataError("the checksum differs")
+
+    monkeypatch.setattr(sources, "fetch_d4rl_kitchen", fetch)
+    with pytest.raises(DataError, match="checksum"):
+        load_dataset("kitchen", tmp_path)
+
+
+def test_data_of_the_users_own(tmp_path, offline):
+    path = tmp_path / "mine.hdf5"
+    kitchen_data(3).save(path)
+    with pytest.raises(DataError, match="--accept-any-data"):
+        load_dataset("kitchen", tmp_path, data=path)
+    dataset = load_dataset("kitchen", tmp_path, data=path, accept_any_data=True, progress=False)
+    assert torch.equal(dataset.observations, kitchen_data(3).observations[:, :30])
+    assert dataset.source not in ("scripted", "d4rl") and offline == []
