@@ -56,11 +56,11 @@ class _Style:
 
     def __init__(self, rng):
         self.rng = rng
-        spread = np.zeros(3) if rng is None else rng.normal([0.02, 0.0, 0.0], [0.08, 0.05, 0.08])
+        spread = np.zeros(3) if rng is None else rng.normal([0.02, 0.0, 0.05], [0.08, 0.04, 0.1])
         self.down = DOWN + spread
         lean = -0.5 if rng is None else rng.uniform(-0.7, -0.25)
         self.tilt = np.array([self.down[0] + 0.03, lean, 1.55])  # towards the slanted front
-        self.gripper = CLOSED if rng is None else (OPEN if rng.random() < 0.6 else CLOSED)  # where either will do
+        self.gripper = CLOSED if rng is None else (OPEN if rng.random() < 0.7 else CLOSED)  # where either will do
 
     def shift(self, *spread):
         """Return an offset (3,) drawn from +- spread."""
@@ -154,8 +154,8 @@ def press_button(view: View, rng=None) -> list[Waypoint]:
 def reach(view: View, rng) -> list[Waypoint]:
     """Move freely above the table."""
     style = _Style(rng)
-    position = rng.uniform([-0.25, -0.35, 0.48], [0.35, -0.05, 0.68])
-    return [Waypoint(position, style.down + rng.uniform(-1, 1, 3) * [0.1, 0.3, 0.7], style.gripper)]
+    position = rng.uniform([-0.32, -0.3, 0.47], [0.3, -0.04, 0.62])
+    return [Waypoint(position, style.down + rng.uniform(-1, 1, 3) * [0.1, 0.2, 0.7], style.gripper)]
 
 
 def _block_yaw(quaternion):
@@ -217,7 +217,7 @@ def push_block(view: View, rng, block: int) -> list[Waypoint]:
 def retreat(view: View) -> list[Waypoint]:
     """Raise the tool and take it back from the cabinet, before anything else is begun."""
     x, y, z = view.target[:3]
-    return [Waypoint(np.array([x, min(y, -0.12), max(z, 0.55)]), view.target[3:], view.obs[14])]
+    return [Waypoint(np.array([x, min(y, -0.12), max(z, 0.52)]), view.target[3:], view.obs[14])]
 
 
 # -------------------------------------------------------------------------------------------------------------- motions
@@ -288,7 +288,7 @@ def play(view: View, rng, noise: float) -> Script:
         if rng.random() < 0.06:
             waypoints = waypoints[: max(len(waypoints) - 2, 1)]  # gives up half-way
         if rng.random() < 0.15:  # makes a detour
-            via = waypoints[0]._replace(position=rng.uniform([-0.2, -0.35, 0.52], [0.3, -0.12, 0.65]))
+            via = waypoints[0]._replace(position=rng.uniform([-0.25, -0.3, 0.5], [0.25, -0.12, 0.62]))
             waypoints = [via, *waypoints]
         if rng.random() < 0.1:  # hesitates somewhere
             k = rng.integers(len(waypoints))
