@@ -9,6 +9,7 @@ from pathlib import Path
 import gymnasium
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 
 from data_tools.dataset import TASKS
@@ -35,7 +36,10 @@ def make_envs(env_id: str, num_envs: int, video: Path | None = None) -> gymnasiu
         kwargs = {"render_mode": "rgb_array", "vector_kwargs": {"autoreset_mode": disabled}}
         envs = gymnasium.make_vec(TASKS[env_id], num_envs, vectorization_mode="sync", **kwargs)
         return VideoRecorder(envs, Path(video))
-    return gymnasium.make_vec(TASKS[env_id], num_envs, vectorization_mode="vector_entry_point", autoreset_mode=disabled)
+    # As many threads as torch has, so that runs side by side do not fight; the maze is too quick for threads.
+    threads = None if env_id == "maze" else min(torch.get_num_threads(), num_envs)
+    kwargs = {"autoreset_mode": disabled, "num_threads": threads}
+    return gymnasium.make_vec(TASKS[env_id], num_envs, vectorization_mode="vector_entry_point", **kwargs)
 
 
 class VideoRecorder(gymnasium.vector.VectorWrapper):

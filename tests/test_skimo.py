@@ -4,6 +4,7 @@ import copy
 import csv
 import dataclasses
 import errno
+import functools
 import json
 import math
 import os
@@ -24,6 +25,8 @@ from conftest import DATA_FILE
 from torch import nn
 
 import data_tools
+import data_tools.calvin
+import data_tools.kitchen
 import data_tools.maze
 from algos import skimo
 
@@ -1295,6 +1298,50 @@ def test_interrupted_pretraining_goes_on_bit_for_bit(by, run, data_dir, tmp_path
         final_state(only_run(tmp_path / ("rest" if by == "the same command" else "part"))),
         final_state(only_run(tmp_path / "whole")),
     )
+
+
+# ----------------------------------------------------------------------------------------------------- the other tasks
+
+
+@pytest.fixture
+def manipulation(run, monkeypatch, tmp_path):
+    """manipulation(env_id, flags, folder): run() on 60-step episodes of another task, with random data."""
+    sizes = {"kitchen": (60, 9), "calvin": (21, 7)}
+    rng = np.random.default_rng(0)
+    timeouts = np.arange(1, 241) % 60 == 0
+    for task, (obs_dim, action_dim) in sizes.items():
+        arrays = rng.normal(size=(240, obs_dim)), rng.uniform(-1, 1, (240, action_dim)), np.zeros(240, bool), timeouts
+        path = tmp_path / "random" / f"{task}_noise{data_tools.dataset.NOISE[task]}_seed0_v1.hdf5"
+        data_tools.OfflineDataset(*arrays).save(path)
+    for cls in (data_tools.kitchen.KitchenVectorEnv, data_tools.calvin.CalvinVectorEnv):
+        real = cls.__init__
+        monkeypatch.setattr(cls, "__init__", functools.partialmethod(real, max_episode_steps=60))
+    return lambda env_id, flags, folder: run(
+        f"--env-id {env_id} --dataset scripted --total-timesteps 900 --warmup-steps 300 {flags}",
+        folder,
+        tmp_path / "random",
+    )
+
+
+def test_kitchen_tasks_share_a_model(manipulation, capsys, tmp_path):
+    results, run_dir = manipulation("kitchen", "", "kitchen")
+    assert "__scripted__" in run_dir.name and results["pretraining"]["data"]["source"] == "scripted"
+    assert {"prior_return", "microwave", "any_order"} <= results["pretraining"].keys()
+    assert results["env_steps"] == 900 and results["updates"] > 0 and csv_rows(run_dir)[0][1:] == ["0.0", "60"]
+    capsys.readouterr()
+    results, _ = manipulation("kitchen-misaligned", "", "misaligned")
+    (model,) = pretrained_files(tmp_path / "random")
+    assert f"pre-trained model: {tmp_path / 'random' / 'pretrained' / model}" in capsys.readouterr().out
+    assert resume(run_dir, "--total-timesteps 1000")["env_steps"] == 1000
+    path = tmp_path / "random" / "pretrained" / model
+    refused(capsys, lambda: manipulation("kitchen", f"--pretrained {path} --dataset d4rl", "other"), "scripted data")
+    refused(capsys, lambda: manipulation("maze", f"--pretrained {path}", "maze"), "env_id 'kitchen'", "'maze'")
+
+
+def test_calvin_runs_with_one_skill_windows(manipulation):
+    results, run_dir = manipulation("calvin", "--num-skills 1 --bc-chunks 1", "calvin")
+    assert {"prior_return", "drawer", "any_order"} <= results["pretraining"].keys()
+    assert results["env_steps"] == 900 and csv_rows(run_dir)[0][1:] == ["0.0", "60"]
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
