@@ -25,7 +25,7 @@ import numpy as np
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from data_tools.dataset import DataError
+from data_tools.dataset import DataError, OfflineDataset
 
 MAX_EPISODE_STEPS = 280
 PHYSICS_STEPS = 40  # of 0.002 s each, per environment step
@@ -258,6 +258,12 @@ class _Painter:
         self.model = mujoco.MjModel.from_xml_path(str(_model_path()))
         self.data = mujoco.MjData(self.model)
         height, width, _ = FRAME_SHAPE
+        # The file asks for a 2560 x 1920 buffer: with software OpenGL that takes seconds per picture.
+        self.model.vis.global_.offheight, self.model.vis.global_.offwidth = height, width
+        self.model.vis.quality.shadowsize, self.model.vis.quality.offsamples = 1024, 4
+        # Shadows cost most. Only those of the oven's light are needed: a lid over it is how the model switches it off.
+        oven_light = self.model.light("ovenlight").id
+        self.model.light_castshadow[:] = np.arange(self.model.nlight) == oven_light
         try:
             # MuJoCo's own default needs a display; EGL does not.
             if sys.platform == "linux" and os.environ.get("MUJOCO_GL", "egl").lower() == "egl":
@@ -294,8 +300,15 @@ class _Painter:
 
 @cache
 def _painter():
-    """Return the process's painter: made when first asked for, since most runs draw nothing."""
     return _Painter()
+
+
+def draw(qpos) -> np.ndarray:
+    """Return a picture (300, 400, 3) uint8 of the kitchen with joint positions (30,), e.g. an observation.
+
+    Always call it from the same thread. Raises DataError where OpenGL is missing.
+    """
+    return _painter()(qpos)  # made when first needed, since most runs draw nothing
 
 
 # --------------------------------------------------------------------------------------------------------- environments
@@ -368,7 +381,7 @@ class KitchenEnv(gymnasium.Env):
 
     def render(self) -> np.ndarray | None:
         """Return (300, 400, 3) uint8, or None without a render mode. Raises DataError where OpenGL is missing."""
-        return None if self.render_mode is None else _painter()(self._kitchen.data.qpos)
+        return None if self.render_mode is None else draw(self._kitchen.data.qpos)
 
     def _observation(self):
         return np.concatenate([self._kitchen.observed, self._goal]).astype(np.float32)
@@ -493,7 +506,7 @@ class KitchenVectorEnv(VectorEnv):
         """Return one frame (300, 400, 3) uint8 per member, or None without a render mode; errors as in KitchenEnv."""
         if self.render_mode is None:
             return None
-        return tuple(_painter()(kitchen.data.qpos) for kitchen in self._kitchens)
+        return tuple(draw(kitchen.data.qpos) for kitchen in self._kitchens)
 
     def get_state(self) -> dict[str, list]:
         """Return all that the future depends on, as nested lists of plain values (`torch.load(weights_only=True)`)."""
@@ -543,7 +556,19 @@ def num_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+# ------------------------------------------------------------------------------------------------------- demonstrations
+
+
+def collect(
+    num_episodes: int = 603, noise: float = 0.05, seed: int = 0, num_workers: int | None = None, progress: bool = True
+) -> OfflineDataset:
+    """Make scripted demonstrations: `data_tools.kitchen_demos.collect`, which builds on this module."""
+    from data_tools import kitchen_demos
+
+    return kitchen_demos.collect(num_episodes, noise, seed, num_workers, progress)
+
+
 if __name__ == "__main__":
-    from data_tools import kitchen_demos  # builds on this module
+    from data_tools import kitchen_demos
 
     kitchen_demos.main()

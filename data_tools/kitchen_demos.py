@@ -15,15 +15,18 @@ import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
 import mujoco
 import numpy as np
+import tyro
 from tqdm import tqdm
 
 from data_tools import kitchen
-from data_tools.dataset import DataError, OfflineDataset
+from data_tools.dataset import DataError, OfflineDataset, load_dataset
+from data_tools.files import write_atomically
 from data_tools.kitchen import (
     ELEMENTS,
     INITIAL_QPOS,
@@ -35,10 +38,12 @@ from data_tools.kitchen import (
     TARGET_LOW,
     Kitchen,
     compile_model,
+    elements_complete,
     num_cores,
 )
 
 NUM_EPISODES = 603  # paper, section 4.1
+GENERATOR = "data_tools.kitchen_demos.collect"
 
 # The planned sets of sub-tasks of the real demonstrations (folders of relay-policy-learning's tele-operation logs), in
 # an order that the script can do: an open hinge door is in the arm's way, hence last, though people did it before the
@@ -380,7 +385,7 @@ def _demonstrate(subtasks, rng, noise):
     return np.array(arm.observations), np.array(arm.actions), len(subtasks) - len(simulation.remaining)
 
 
-def _plan(seed, episode):
+def plan(seed, episode):
     """Return the sub-tasks of a demonstration in order, and the generator for all else that varies in it."""
     # A stream of its own for each episode: the data do not depend on their number or on the number of processes.
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(episode,)))
@@ -397,7 +402,7 @@ def _plan(seed, episode):
 
 def _episode(seed, episode, noise):
     """Return obs (T + 1, 30) float32, actions (T, 9) float32 and whether all was done, of one demonstration."""
-    subtasks, rng = _plan(seed, episode)
+    subtasks, rng = plan(seed, episode)
     obs, actions, num_done = _demonstrate(subtasks, rng, noise)
     return obs.astype(np.float32), actions, num_done == len(subtasks)
 
@@ -489,9 +494,114 @@ def collect(
         actions=np.concatenate([actions for _, actions, _ in episodes]),
         terminals=terminals,
         timeouts=timeouts,
-        attributes={"generator": "data_tools.kitchen_demos.collect", "version": 1, "seed": seed, "noise": float(noise)},
+        attributes={"generator": GENERATOR, "version": 1, "seed": seed, "noise": float(noise)},
     )
 
 
+def statistics(dataset: OfflineDataset) -> dict[str, float]:
+    """Return the figures by which kitchen data are compared: lengths in steps, shares in [0, 1].
+
+    `has X`: episodes in which element X was complete at some time. `all of TASK`: episodes in which all sub-tasks of a
+    target task were, in any order; zero in the scripted data and in people's. For scripted data also `X as planned`,
+    the share of success among the episodes that were to do X, and `all as planned`.
+    """
+    starts, lengths = dataset.episode_starts.cpu().numpy(), dataset.episode_lengths.cpu().numpy()
+    actions = np.abs(dataset.actions.cpu().numpy())
+    complete = elements_complete(dataset.observations.cpu().numpy())  # (R,) each
+    has = {name: np.logical_or.reduceat(done, starts) for name, done in complete.items()}  # (M,) each
+    figures = {
+        "episodes": len(starts),
+        "rows": int(lengths.sum()),
+        "mean length": float(lengths.mean()),
+        "shortest": int(lengths.min()),
+        "longest": int(lengths.max()),
+        "mean |a|": float(actions.mean()),
+        "saturated share": float((actions >= 0.99).mean()),
+        "elements per episode": float(sum(has.values()).mean()),
+    }
+    figures |= {f"has {name}": float(done.mean()) for name, done in has.items()}
+    for task, names in SUBTASKS.items():
+        figures[f"all of {task}"] = int(np.logical_and.reduce([has[name] for name in names]).sum())
+    if dataset.attributes.get("generator") == GENERATOR:
+        plans = [plan(dataset.attributes["seed"], i)[0] for i in range(len(starts))]
+        for name, done in has.items():
+            planned = np.array([name in names for names in plans])
+            figures[f"{name} as planned"] = float(done[planned].mean()) if planned.any() else float("nan")
+        figures["all as planned"] = float(np.mean([all(has[name][i] for name in plans[i]) for i in range(len(plans))]))
+    return figures
+
+
+def expert_returns(task: str, num_episodes: int, noise: float = 0.05) -> list[int]:
+    """Return the return of the demonstrating arm in each of `num_episodes` episodes of a task (a key of SUBTASKS)."""
+    seeds = tqdm(range(num_episodes), desc=f"expert on {task}", unit="episode")
+    return [_demonstrate(SUBTASKS[task], np.random.default_rng(seed), noise)[2] for seed in seeds]
+
+
+def record(dataset: OfflineDataset, episode: int, path) -> None:
+    """Write one episode of the data as a video file in real time. Raises DataError where OpenGL is missing."""
+    import imageio.v2 as imageio  # ffmpeg is started only for videos
+
+    start, length = int(dataset.episode_starts[episode]), int(dataset.episode_lengths[episode])
+    observations = dataset.observations[start : start + length, :30].cpu().numpy()
+    frames = [kitchen.draw(obs) for obs in tqdm(observations, desc="pictures", unit="step")]
+    fps = kitchen.KitchenEnv.metadata["render_fps"]
+    write_atomically(path, lambda part: imageio.mimwrite(part, frames, fps=fps, macro_block_size=1))
+
+
+@dataclass
+class Args:
+    """Make the scripted kitchen demonstrations, unless they are there already, and print their statistics."""
+
+    num_episodes: int = NUM_EPISODES
+    """episodes to make (paper: 603); any other number needs --out"""
+    noise: float = 0.05
+    """size of the actions' disturbance: standard deviation of what each step adds to it"""
+    seed: int = 0
+    """random seed"""
+    num_workers: int | None = None
+    """processes that make them (default: one per core); needs --out"""
+    data_dir: str | None = None
+    """folder of the data files (default: $SKIMO_DATA_DIR, else the user's cache folder)"""
+    out: Path | None = None
+    """write to this file instead of the data folder, making the episodes anew"""
+    expert: int = 0
+    """let the scripted expert do this many episodes of each task, too"""
+    video: Path | None = None
+    """record the first episode into this MP4 file"""
+
+
+def run(args: Args) -> None:
+    """Do what the command line asks for. Raises DataError."""
+    if args.out is not None:
+        dataset = collect(args.num_episodes, args.noise, args.seed, args.num_workers)
+        dataset.save(args.out)
+        print(f"Wrote {args.out}")
+    elif args.num_episodes != NUM_EPISODES or args.num_workers is not None:
+        raise DataError(
+            "--num-episodes other than 603 and --num-workers need --out: the data folder holds complete data only."
+        )
+    else:
+        dataset = load_dataset("kitchen", args.data_dir, dataset="scripted", noise=args.noise, seed=args.seed)
+    for key, value in statistics(dataset).items():
+        print(f"{key:>26}  {value:,}" if isinstance(value, int) else f"{key:>26}  {value:.3f}")
+    for task in SUBTASKS if args.expert > 0 else ():
+        returns = expert_returns(task, args.expert, args.noise)
+        perfect = returns.count(len(SUBTASKS[task]))
+        print(
+            f"scripted expert on {task}: return {np.mean(returns):.2f}, all done in {perfect} of {args.expert} episodes"
+        )
+    if args.video is not None:
+        record(dataset, 0, args.video)
+        print(f"Wrote {args.video}")
+
+
 def main() -> None:
-    raise SystemExit("the command line is not written yet: use data_tools.kitchen_demos.collect")
+    """The command line: `python -m data_tools.kitchen`."""
+    try:
+        run(tyro.cli(Args, prog="python -m data_tools.kitchen"))
+    except DataError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

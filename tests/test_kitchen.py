@@ -1,0 +1,653 @@
+"""The kitchen against its specification, a real demonstration, and Gymnasium's own vector environment."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium
+import mujoco
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+import data_tools
+from data_tools import kitchen, kitchen_demos
+from data_tools.dataset import DataError
+from data_tools.kitchen import SUBTASKS, KitchenEnv, KitchenVectorEnv, elements_complete, subtask_statistics
+
+# As printed in the specification, written down independently of the module.
+START = """
+ 0.148388 -1.768486  1.843903 -2.476858  0.260252  0.712533  1.595154  0.047927  0.037135
+-0.000266 -0.000052  0.000031 -0.000045 -0.000004 -0.000042  0.000063  0.000040  0.000463 -0.000227
+-0.000466 -0.006441 -0.001770  0.001080
+-0.269397  0.350383  1.619447  1.006188  0.004064 -0.006621 -0.000268
+"""
+START = np.array(START.split(), dtype=float)
+AMPLITUDE = [0.1] * 9 + [0.005] * 2 + [0.0005] * 6 + [0.005] * 3 + [0.1] * 3 + [0.005] * 3 + [0.1] * 3 + [0.005]
+LOWER = [-2.9, -1.8, -2.9, -3.1, -2.9, 0, -2.9, 0, 0]
+UPPER = [2.9, 1.8, 2.9, 0, 2.9, 3.8, 2.9, 0.04, 0.04]
+REST = np.zeros(9)
+DONE = {  # object positions that complete an element
+    "microwave": {22: -0.75},
+    "kettle": {23: -0.23, 24: 0.75, 25: 1.62, 26: 1.0, 27: 0.0, 28: 0.0, 29: 0.0},
+    "bottom_burner": {11: -0.88, 12: -0.88 / 174},
+    "top_burner": {15: -0.92, 16: -0.92 / 174},
+    "light_switch": {17: -0.69, 18: -0.69 / 14},
+    "slide_cabinet": {19: 0.37},
+    "hinge_cabinet": {20: 0.0, 21: 1.45},
+}
+
+
+def place(simulation, *elements, undo=()):
+    """Complete some elements of a kitchen by hand, or put them back to where they were at the start."""
+    for name in elements:
+        for index, value in DONE[name].items():
+            simulation.data.qpos[index] = value
+    for name in undo:
+        indices = list(DONE[name])
+        simulation.data.qpos[indices] = START[indices]
+    simulation.data.qvel[:] = 0.0
+
+
+# -------------------------------------------------------------------------------------------------------------- physics
+
+
+def test_model_is_the_known_one():
+    model = kitchen.compile_model(False)
+    assert (model.nq, model.nv, model.nu, model.neq) == (30, 29, 9, 5)
+    assert model.opt.timestep == 0.002
+    assert model.opt.integrator == mujoco.mjtIntegrator.mjINT_EULER
+    assert model.opt.solver == mujoco.mjtSolver.mjSOL_NEWTON and model.opt.iterations == 100
+    assert model.opt.cone == mujoco.mjtCone.mjCONE_PYRAMIDAL and model.opt.impratio == 1
+    assert model.actuator_gainprm[:, 0].tolist() == [870] * 4 + [120] * 3 + [500] * 2
+    assert model.actuator_forcerange[:, 1].tolist() == [87] * 4 + [12] * 3 + [70] * 2
+    assert model.dof_damping[:9].tolist() == [100] * 4 + [10] * 3 + [100] * 2
+    assert model.body_mass.sum() == pytest.approx(46.630002, rel=1e-6)
+
+
+def test_pedestal_does_not_collide():
+    full = mujoco.MjModel.from_xml_path(str(kitchen._model_path()))
+    pedestals = [np.allclose(size, (0.12, 0.9, 0)) for size in full.geom_size]
+    assert sum(pedestals) == 1 and full.geom_contype[pedestals] == 1  # in the package's model it does
+    assert not any(np.allclose(size, (0.12, 0.9, 0)) for size in kitchen.compile_model(False).geom_size)
+
+
+def test_what_only_shows_does_not_change_the_physics():
+    full = mujoco.MjModel.from_xml_path(str(kitchen._model_path()))
+    pedestal = [np.allclose(size, (0.12, 0.9, 0)) for size in full.geom_size]
+    full.geom_contype[pedestal] = full.geom_conaffinity[pedestal] = 0
+    model = kitchen.compile_model(False)
+    assert model.ngeom < 0.6 * full.ngeom
+    states = [mujoco.MjData(model), mujoco.MjData(full)]
+    rng = np.random.default_rng(0)
+    for data in states:
+        data.qpos[:] = START
+    for _ in range(80):
+        target = states[0].qpos[:9] + 0.16 * rng.uniform(-1, 1, 9)
+        for data in states:
+            data.ctrl[:] = np.clip(target, LOWER, UPPER)
+            mujoco.mj_step(data.model, data, 40)
+    assert np.array_equal(states[0].qpos, states[1].qpos) and np.array_equal(states[0].qvel, states[1].qvel)
+
+
+def test_a_changed_or_missing_package_is_noticed(monkeypatch):
+    monkeypatch.setattr(kitchen, "ASSETS_HASH", "0" * 64)
+    with pytest.raises(DataError, match="not that of gymnasium-robotics 1.4.2: run `pip install"):
+        kitchen._model_path.__wrapped__()
+    monkeypatch.setattr(kitchen.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match="missing: run `pip install gymnasium-robotics==1.4.2`"):
+        kitchen._model_path.__wrapped__()
+
+
+def test_joints_go_half_of_the_way_in_a_step():
+    # Two runs that differ in the last action of one joint: gravity's sag and the start cancel.
+    fractions = []
+    for joint in range(7):
+        positions = []
+        for size in (0.0, 0.2):
+            simulation = kitchen.Kitchen(SUBTASKS["kitchen"], noise=0.0)
+            simulation.reset(np.random.default_rng(0))
+            for _ in range(3):
+                simulation.step(np.array([0, 0.5, 0, 0, 0, 0, 0, 0, 0]))  # off the second joint's limit
+            action = REST.copy()
+            action[joint] = size
+            simulation.step(action)
+            positions.append(simulation.data.qpos[joint])
+        fractions.append(abs(positions[1] - positions[0]) / (0.16 * 0.2))
+    assert fractions[:4] == pytest.approx([0.50] * 4, abs=0.03)
+    assert fractions[4:] == pytest.approx([0.62] * 3, abs=0.03)
+
+
+def test_controller_starts_from_the_noisy_observation_and_respects_its_limits():
+    simulation = kitchen.Kitchen(SUBTASKS["kitchen"])
+    simulation.reset(np.random.default_rng(0))
+    rng = np.random.default_rng(1)
+    for _ in range(30):
+        observed, action = simulation.observed.copy(), rng.uniform(-1, 1, 9)
+        simulation.step(action)
+        expected = np.clip(observed[:9] + 2 * action * 0.08, LOWER, UPPER)
+        assert np.allclose(simulation.data.ctrl, expected, atol=1e-12)
+    for sign, limit in ((1.0, UPPER), (-1.0, LOWER)):
+        for _ in range(60):
+            simulation.step(np.full(9, sign))
+            assert (simulation.data.ctrl >= LOWER).all() and (simulation.data.ctrl <= UPPER).all()
+        assert (simulation.data.ctrl == limit).sum() >= 3
+
+
+def test_start_and_noise():
+    env = KitchenEnv(noise=0.0)
+    assert env.reset(seed=3)[0] == pytest.approx(START, abs=1e-6)
+    env = KitchenEnv()
+    observations = np.array([env.reset(seed=seed)[0] for seed in range(400)])
+    scaled = (observations - START) / (0.1 * np.array(AMPLITUDE))
+    tolerance = 1.01 + 1e-6 / (0.1 * np.array(AMPLITUDE))  # START has six decimals
+    assert (np.abs(scaled) < tolerance).all()
+    assert (scaled.max(0) > 0.95).all() and (scaled.min(0) < -0.95).all()
+    assert np.allclose(scaled.std(0), 1 / np.sqrt(3), atol=0.06)
+    correlation = np.corrcoef(scaled.T) - np.eye(30)
+    assert np.abs(correlation).max() < 0.25  # a draw of its own for each number
+    stepped = env.step(REST)[0]
+    assert np.abs(stepped - env._kitchen.data.qpos)[:9].max() <= 0.0101
+    assert np.array_equal(env.reset(seed=5)[0], env.reset(seed=5)[0])
+    assert not np.array_equal(env.reset()[0], env.reset()[0])
+
+
+def test_legacy_collisions_are_an_option():
+    flags = mujoco.mjtDisableBit.mjDSBL_NATIVECCD | mujoco.mjtDisableBit.mjDSBL_MULTICCD
+    assert kitchen.compile_model(True).opt.disableflags & flags == flags
+    assert kitchen.compile_model(False).opt.disableflags & flags == 0
+    env = KitchenEnv(legacy_collisions=True)
+    env.reset(seed=0)
+    assert np.isfinite(env.step(REST)[0]).all()
+
+
+# --------------------------------------------------------------------------------------------------- real demonstration
+
+
+@pytest.fixture(scope="module")
+def real():
+    """Positions (212, 30), velocities (212, 29) and actions (212, 9) of one person's demonstration."""
+    demo = np.load(Path(__file__).parent / "data" / "kitchen_real_demo.npz")
+    obs = demo["observations"].astype(np.float64)
+    positions = np.concatenate([obs[:, :9], obs[:, 18:39]], axis=1)
+    velocities = np.concatenate([obs[:, 9:18], obs[:, 39:59]], axis=1)
+    return positions, velocities, np.clip(demo["actions"], -1, 1).astype(np.float64)
+
+
+def test_real_demonstration_completes_what_it_shows(real):
+    complete = elements_complete(real[0])
+    first = {name: int(np.argmax(done)) for name, done in complete.items() if done.any()}
+    assert sorted(first, key=first.get) == ["microwave", "kettle", "light_switch", "slide_cabinet"]
+    simulation = kitchen.Kitchen(("microwave", "kettle", "light_switch", "slide_cabinet"))
+    simulation.reset(np.random.default_rng(0))
+    rewards = []
+    for positions in real[0]:
+        simulation.observed = positions
+        rewards.append(simulation._credit())
+    assert sum(rewards) == 4 and np.flatnonzero(rewards).tolist() == sorted(first.values())
+
+
+def test_one_step_predictions_agree_with_the_real_demonstration(real):
+    positions, velocities, actions = real
+    simulation = kitchen.Kitchen(SUBTASKS["kitchen"], noise=0.0)
+    simulation.reset(np.random.default_rng(0))
+    errors = []
+    for t in range(0, len(positions) - 1, 2):
+        mujoco.mj_resetData(simulation.model, simulation.data)
+        simulation.data.qpos[:], simulation.data.qvel[:] = positions[t], velocities[t]
+        simulation.observed = positions[t]
+        simulation.step(actions[t])
+        errors.append(np.abs(simulation.data.qpos - positions[t + 1]))
+    # The record has noise of +-0.001 on each robot joint, in the target as in the comparison: 0.0006 on average.
+    assert np.mean(errors, axis=0)[:9].max() < 0.0012
+    assert np.percentile(errors, 95, axis=0)[:9].max() < 0.004
+    assert np.mean(errors, axis=0)[9:].max() < 0.002
+
+
+# ------------------------------------------------------------------------------------------------------------- episodes
+
+
+def test_reward_follows_the_order():
+    env = KitchenEnv()
+    env.reset(seed=0)
+    place(env._kitchen, "light_switch", "kettle", "slide_cabinet")
+    _, reward, terminated, _, info = env.step(REST)
+    assert (reward, terminated, info["num_subtasks"], info["subtasks"]) == (0.0, False, 0, ())  # not their turn
+    place(env._kitchen, "microwave")
+    _, reward, terminated, _, info = env.step(REST)
+    assert (reward, terminated, info["subtasks"]) == (2.0, False, ("microwave", "kettle"))  # kettle: in place already
+    assert env.step(REST)[1] == 0.0  # counted once
+    place(env._kitchen, undo=("microwave", "light_switch"))  # the first costs nothing, the second did not count yet
+    assert env.step(REST)[1] == 0.0
+    place(env._kitchen, "bottom_burner")
+    _, reward, terminated, _, info = env.step(REST)
+    assert (reward, terminated, info["num_subtasks"], info["is_success"]) == (1.0, False, 3, False)
+    place(env._kitchen, "light_switch", undo=("bottom_burner",))
+    _, reward, terminated, truncated, info = env.step(REST)
+    assert (reward, terminated, truncated) == (1.0, True, False)
+    assert info == {"is_success": True, "unstable": False, "num_subtasks": 4, "subtasks": SUBTASKS["kitchen"]}
+
+
+def test_every_element_counts_for_itself():
+    for name in kitchen.ELEMENTS:
+        env = KitchenEnv(task=(name,))
+        env.reset(seed=0)
+        assert not any(elements_complete(env.step(REST)[0]).values())
+        place(env._kitchen, name)
+        obs, reward, terminated, *_ = env.step(REST)
+        assert (reward, terminated) == (1.0, True)
+        assert [element for element, done in elements_complete(obs).items() if done] == [name]
+
+
+def test_tasks_are_the_papers():
+    assert SUBTASKS["kitchen"] == ("microwave", "kettle", "bottom_burner", "light_switch")
+    assert SUBTASKS["kitchen-misaligned"] == ("microwave", "light_switch", "slide_cabinet", "hinge_cabinet")
+    for task, names in SUBTASKS.items():
+        env = gymnasium.make(data_tools.TASKS[task])
+        env.reset(seed=0)
+        place(env.unwrapped._kitchen, *names)
+        assert env.step(REST.astype(np.float32))[1:3] == (4.0, True)
+        vector_env = gymnasium.make_vec(data_tools.TASKS[task], num_envs=2, vectorization_mode="vector_entry_point")
+        vector_env.reset(seed=0)
+        place(vector_env._kitchens[1], *names)
+        assert vector_env.step(np.zeros((2, 9)))[1].tolist() == [0.0, 4.0]
+
+
+def test_full_observation_has_d4rls_goal():
+    env, short = KitchenEnv(full_obs=True), KitchenEnv()
+    obs = env.reset(seed=0)[0]
+    assert obs.shape == (60,) and env.observation_space.contains(obs)
+    assert np.array_equal(obs[:30], short.reset(seed=0)[0])
+    goal = {11: -0.88, 12: -0.01, 17: -0.69, 18: -0.05, 22: -0.75}
+    goal |= {23: -0.23, 24: 0.75, 25: 1.62, 26: 0.99, 27: 0.0, 28: 0.0, 29: -0.06}
+    assert obs[30:] == pytest.approx([goal.get(i, 0.0) for i in range(30)])
+    vector_env = KitchenVectorEnv(2, full_obs=True)
+    assert np.array_equal(vector_env.reset(seed=0)[0][0], obs)
+    assert np.array_equal(vector_env.step(np.zeros((2, 9)))[0][0], env.step(REST)[0])
+
+
+@pytest.mark.parametrize("vector", [False, True])
+def test_time_limit_is_a_truncation(vector):
+    if vector:
+        env = gymnasium.make_vec("skimo/Kitchen-v0", num_envs=2, vectorization_mode="vector_entry_point")
+    else:
+        env = gymnasium.make("skimo/Kitchen-v0")
+    env.reset(seed=0)
+    action = np.zeros(env.action_space.shape, np.float32)
+    for step in range(1, 281):
+        _, _, terminated, truncated, info = env.step(action)
+        assert not np.any(terminated)
+        assert np.all(truncated) == np.any(truncated) == (step == 280)
+    assert not np.any(info["is_success"])
+
+
+def test_registration_and_env_checker():
+    env = gymnasium.make(data_tools.TASKS["kitchen-misaligned"])
+    assert "TimeLimit" not in str(env)
+    with pytest.warns(UserWarning, match="infinity"):  # positions are bounded by physics, not by the space
+        check_env(env.unwrapped, skip_render_check=True)
+
+
+@pytest.mark.parametrize("action", [[0.0] * 8 + [np.nan], [np.inf] * 9, [0.0], 0.0, "left", [[0.0] * 9], None])
+def test_bad_actions(action):
+    env = KitchenEnv()
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="expected finite numbers of shape \\(9,\\)"):
+        env.step(action)
+    vector_env = KitchenVectorEnv(3)
+    vector_env.reset(seed=0)
+    with pytest.raises(ValueError, match="expected finite numbers of shape \\(3, 9\\)"):
+        vector_env.step([action] * 3 if action != [[0.0] * 9] else np.zeros((2, 9)))
+
+
+def test_actions_are_clipped():
+    results = []
+    for scale in (1.0, 7.0):
+        env = KitchenEnv()
+        env.reset(seed=0)
+        results.append(env.step(scale * np.array([1, -1, 1, -1, 1, -1, 1, -1, 1.0]))[0])
+    assert np.array_equal(*results)
+
+
+def test_bad_arguments():
+    for make in (KitchenEnv, KitchenVectorEnv):
+        with pytest.raises(ValueError, match="render_mode"):
+            make(render_mode="human")
+        for task in ("cooking", (), ("kettle", "kettle"), ("fridge",)):
+            with pytest.raises(ValueError, match="task must be one of kitchen, kitchen-misaligned"):
+                make(task=task)
+    with pytest.raises(ValueError, match="num_envs"):
+        KitchenVectorEnv(0)
+    env = KitchenVectorEnv(2)
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.step(np.zeros((2, 9)))
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.reset(options={"reset_mask": np.array([True, False])})
+    with pytest.raises(ValueError, match="seed"):
+        env.reset(seed=[1, 2, 3])
+    env.reset(seed=0)
+    for mask in (np.zeros(2, bool), np.ones(3, bool), np.ones(2)):
+        with pytest.raises(ValueError, match="reset_mask"):
+            env.reset(options={"reset_mask": mask})
+
+
+@pytest.mark.parametrize("bad", [np.nan, 1e12])
+def test_unstable_physics_end_the_episode(bad, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes its warnings to a file here
+    env = KitchenEnv()
+    env.reset(seed=0)
+    before = env.step(REST)[0]
+    env._kitchen.data.qvel[0] = bad
+    obs, reward, terminated, truncated, info = env.step(REST)
+    assert np.array_equal(obs, before)
+    assert (reward, terminated, truncated) == (-100.0, True, False)
+    assert info == {"is_success": False, "unstable": True, "num_subtasks": 0, "subtasks": ()}
+    assert np.isfinite(env.reset()[0]).all() and env.step(REST)[1] == 0.0
+
+    vector_env, healthy = KitchenVectorEnv(3), KitchenVectorEnv(3)
+    before, _ = vector_env.reset(seed=0)
+    healthy.reset(seed=0)
+    vector_env._kitchens[0].data.qvel[0] = bad
+    actions = np.full((3, 9), 0.3)
+    obs, rewards, terminations, truncations, infos = vector_env.step(actions)
+    assert np.array_equal(obs, [before[0], *healthy.step(actions)[0][1:]])
+    assert rewards.tolist() == [-100, 0, 0] and not truncations.any()
+    assert terminations.tolist() == infos["unstable"].tolist() == [True, False, False]
+    obs, *_, infos = vector_env.step(actions)  # the others are as if nothing had happened, the first begins anew
+    assert np.array_equal(obs[1:], healthy.step(actions)[0][1:])
+    assert np.abs(obs[0] - START).max() < 0.011 and not infos["unstable"].any()
+
+
+def test_subtask_statistics():
+    obs = np.zeros((4, 3, 30), dtype=np.float32) + START
+    obs[1, 0, 22] = -0.7  # the microwave of the first, for a moment
+    obs[2:, 1, 22], obs[2:, 1, 19] = -0.75, 0.37
+    obs[3, 2, 19] = 0.37  # after the third's end
+    ended = np.zeros((4, 3), dtype=bool)
+    ended[2:, 2] = True
+    statistics = subtask_statistics(obs, ended)
+    assert statistics.pop("any_order") == pytest.approx(1.0)
+    assert statistics.pop("microwave") == pytest.approx(2 / 3)
+    assert statistics.pop("slide_cabinet") == pytest.approx(1 / 3)
+    assert set(statistics) == {"kettle", "bottom_burner", "top_burner", "light_switch", "hinge_cabinet"}
+    assert not any(statistics.values())
+    ended[2:, 1] = True  # row 2 shows the second's last state
+    assert subtask_statistics(obs, ended)["any_order"] == pytest.approx(1.0)
+
+
+# --------------------------------------------------------------------------------------------- vector environment
+
+
+def assert_same(left, right):
+    """Compare what step or reset returned, infos included, bit for bit."""
+    if isinstance(left, dict):
+        assert set(left) == set(right)
+        for key in left:
+            assert_same(left[key], right[key])
+    elif isinstance(left, tuple):
+        assert len(left) == len(right)
+        for a, b in zip(left, right, strict=True):
+            assert_same(a, b)
+    elif left is not None and np.asarray(left).dtype == object:
+        for a, b in zip(left, right, strict=True):
+            assert_same(a, b)
+    else:
+        assert np.array_equal(left, right), (left, right)
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_vector_env_equals_gymnasiums_vector_of_single_envs(mode):
+    # Terminations (two members), truncations (all, every 15 steps), resets and infos, with later unseeded resets.
+    num_envs = 4
+    vector_env = KitchenVectorEnv(num_envs, max_episode_steps=15, autoreset_mode=mode, num_threads=2)
+    reference = SyncVectorEnv([lambda: KitchenEnv(max_episode_steps=15)] * num_envs, autoreset_mode=mode)
+    assert vector_env.metadata["autoreset_mode"] is mode
+    assert vector_env.observation_space == reference.observation_space
+    assert vector_env.action_space == reference.action_space
+    assert_same(vector_env.reset(seed=7), reference.reset(seed=7))
+    rng = np.random.default_rng(0)
+    ended = 0
+    for step in range(50):
+        if step in (4, 26):
+            elements = SUBTASKS["kitchen"] if step == 4 else ("microwave", "light_switch")
+            for i in (1, 3):
+                place(vector_env._kitchens[i], *elements)
+                place(reference.envs[i].unwrapped._kitchen, *elements)
+        actions = rng.uniform(-1, 1, (num_envs, 9)).astype(np.float32)
+        result = vector_env.step(actions)
+        assert_same(result, reference.step(actions))
+        assert result[0].dtype == result[1].dtype == np.float32
+        assert all(result[i].dtype == bool for i in (2, 3))
+        done = result[2] | result[3]
+        ended += done.sum()
+        if mode == AutoresetMode.DISABLED and done.any():
+            reset = vector_env.reset(options={"reset_mask": done})
+            # Gymnasium takes the mask out of the options, hence a dictionary of its own.
+            assert_same(reset, reference.reset(options={"reset_mask": done.copy()}))
+    assert ended > 10
+    assert_same(vector_env.reset(), reference.reset())
+    assert_same(vector_env.reset(seed=[3, None, 4, 5]), reference.reset(seed=[3, None, 4, 5]))
+    vector_env.close()
+
+
+@pytest.mark.parametrize("num_threads", [2, 3])
+def test_threads_do_not_change_the_result(num_threads):
+    plain, threaded = KitchenVectorEnv(5, num_threads=1), KitchenVectorEnv(5, num_threads=num_threads)
+    assert_same(plain.reset(seed=0), threaded.reset(seed=0))
+    rng = np.random.default_rng(1)
+    for _ in range(30):
+        actions = np.sign(rng.normal(0.2, 1.0, (5, 9)))
+        assert_same(plain.step(actions), threaded.step(actions))
+    threaded.close()
+
+
+def test_disabled_autoreset_freezes_finished_members():
+    env = KitchenVectorEnv(3, autoreset_mode=AutoresetMode.DISABLED)
+    env.reset(seed=0)
+    place(env._kitchens[1], *SUBTASKS["kitchen"])
+    obs, rewards, terminations, _, infos = env.step(np.zeros((3, 9)))
+    assert rewards.tolist() == [0, 4, 0] and terminations.tolist() == [False, True, False]
+    for _ in range(5):
+        later, rewards, terminations, truncations, infos = env.step(np.ones((3, 9)))
+        assert np.array_equal(later[1], obs[1]) and not np.array_equal(later[0], obs[0])
+        assert rewards.tolist() == [0, 0, 0]
+        assert terminations.tolist() == infos["is_success"].tolist() == [False, True, False]
+        assert infos["num_subtasks"].tolist() == [0, 4, 0] and not truncations.any()
+    after, infos = env.reset(options={"reset_mask": np.array([False, True, False])})
+    assert infos["_num_subtasks"].tolist() == [False, True, False] and infos["num_subtasks"].tolist() == [0, 0, 0]
+    assert np.array_equal(after[[0, 2]], later[[0, 2]])
+    assert np.abs(after[1] - START).max() < 0.011
+    assert not env.step(np.zeros((3, 9)))[2].any()
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_state_round_trip_continues_exactly(mode):
+    def run(env, first, last):
+        results = []
+        for step in range(first, last):
+            # Downwards, to the counter and its contacts
+            actions = np.random.default_rng(step).uniform(-1, 1, (3, 9)) + (0, 0.6, 0, 0, 0, 0, 0, 0, 0)
+            results.append(env.step(actions))
+            if step == 5:
+                place(env._kitchens[2], "microwave", "light_switch")
+            done = results[-1][2] | results[-1][3]
+            if mode == AutoresetMode.DISABLED and step % 7 == 0 and done.any():
+                results.append(env.reset(options={"reset_mask": done}))
+        return results
+
+    env = KitchenVectorEnv(3, max_episode_steps=40, autoreset_mode=mode)
+    env.reset(seed=3)
+    for cut in (32, 40, 41):  # in an episode, at its end, after it
+        last_obs = run(env, 0, cut)[-1][0]
+        file = io.BytesIO()
+        torch.save(env.get_state(), file)
+        expected = run(env, cut, cut + 30)
+        file.seek(0)
+        other = KitchenVectorEnv(3, max_episode_steps=40, autoreset_mode=mode)
+        assert np.array_equal(other.set_state(torch.load(file, weights_only=True)), last_obs)
+        for left, right in zip(expected, run(other, cut, cut + 30), strict=True):
+            assert_same(left, right)
+        env.reset(seed=3)
+    state = env.get_state()
+    with pytest.raises(ValueError, match="3 members"):
+        KitchenVectorEnv(2).set_state(state)
+    state["kitchens"][1]["physics"][3] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        env.set_state(state)
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        KitchenVectorEnv(2).get_state()
+
+
+# ------------------------------------------------------------------------------------------------------------ rendering
+
+
+def test_pictures_show_arm_and_burner():
+    env = KitchenEnv(render_mode="rgb_array", noise=0.0)
+    env.reset(seed=0)
+    try:
+        first = env.render()
+    except DataError as error:
+        pytest.skip(str(error))
+    assert first.shape == (300, 400, 3) and first.dtype == np.uint8 and first.std() > 20
+    assert KitchenEnv().render() is None
+
+    def reddish(frame):
+        frame = frame.astype(int)
+        return ((frame[..., 0] > 120) & (frame[..., 1:].max(-1) < 60)).sum()
+
+    place(env._kitchen, "top_burner")
+    assert reddish(env.render()) > reddish(first) + 50
+    place(env._kitchen, "light_switch")
+    assert (env.render().astype(int) - first).max(-1).mean() > 1  # the lamp shines on the stove
+    place(env._kitchen, undo=("top_burner", "light_switch"))
+    assert np.array_equal(env.render(), first)
+    for _ in range(8):
+        env.step((1.0, 0, 0, 0, 0, 0, 0, 0, 0))
+    moved = np.abs(env.render().astype(int) - first).max(-1) > 40
+    assert 0.02 < moved.mean() < 0.5  # the arm, not the kitchen
+
+    vector_env = KitchenVectorEnv(2, render_mode="rgb_array", noise=0.0)
+    vector_env.reset(seed=0)
+    frames = vector_env.render()
+    assert len(frames) == 2 and np.array_equal(frames[1], first)
+
+
+def test_missing_opengl_is_explained(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    monkeypatch.setitem(sys.modules, "mujoco.egl", None)  # as if it could not be imported
+    with pytest.raises(DataError, match=r"needs OpenGL without a display .*: install EGL \(Debian: libegl1 libgl1\)"):
+        kitchen._Painter()
+
+
+# ------------------------------------------------------------------------------------------------------- demonstrations
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return kitchen_demos.collect(5, seed=0, num_workers=1, progress=False)
+
+
+def test_plans_are_the_peoples_sets_and_hide_the_tasks():
+    plans = [kitchen_demos.plan(0, i)[0] for i in range(603)]
+    targets = [set(names) for names in SUBTASKS.values()]
+    assert not any(target <= set(plan) for plan in plans for target in targets)
+    assert {len(plan) for plan in plans} == {3, 4} and np.mean([len(plan) == 3 for plan in plans]) < 0.09
+    assert len({frozenset(plan) for plan in plans if len(plan) == 4}) == 24  # 25 folders, one set has two of them
+    assert all("hinge_cabinet" not in plan[:-1] for plan in plans)
+    pairs = {pair for plan in plans for pair in zip(plan, plan[1:])}
+    for names in SUBTASKS.values():  # yet every transition that the tasks need is there
+        assert set(zip(names, names[1:])) <= pairs
+        assert any(plan[0] == names[0] for plan in plans)
+
+
+def test_demonstrations_do_what_was_planned(dataset):
+    figures = kitchen_demos.statistics(dataset)
+    assert figures["episodes"] == 5 and figures["all as planned"] == 1.0
+    assert figures["all of kitchen"] == figures["all of kitchen-misaligned"] == 0
+    assert 150 < figures["mean length"] <= 280 and figures["elements per episode"] > 3
+    assert 0.1 < figures["mean |a|"] < 0.4 and figures["saturated share"] < 0.06
+    assert dataset.observations.shape[1] == 60 and dataset.actions.shape[1] == 9
+    starts, lengths = dataset.episode_starts.numpy(), dataset.episode_lengths.numpy()
+    terminals, timeouts = dataset.terminals.numpy(), dataset.timeouts.numpy()
+    assert np.array_equal(np.flatnonzero(terminals | timeouts), starts + lengths - 1)
+    assert not (terminals & timeouts).any()
+    obs = dataset.observations.numpy()
+    assert np.abs(obs[starts, :30] - START).max() < 0.011
+    assert np.array_equal(obs[:, 30:], np.tile(KitchenEnv(full_obs=True).reset()[0][30:], (len(obs), 1)))
+
+
+def test_stored_actions_lead_from_row_to_row(dataset):
+    # With the noise of the episode, which enters the motion: row t holds the state before action t.
+    start, length = int(dataset.episode_starts[1]), int(dataset.episode_lengths[1])
+    subtasks, rng = kitchen_demos.plan(0, 1)
+    simulation = kitchen.Kitchen(subtasks)
+    simulation.reset(rng.spawn(1)[0])
+    for row in range(start, start + length):
+        assert np.array_equal(simulation.observed.astype(np.float32), dataset.observations[row, :30].numpy())
+        simulation.step(dataset.actions[row].numpy().astype(np.float64))
+
+
+def test_demonstrations_depend_on_seed_and_noise_alone(dataset):
+    # Not on the number of episodes, either: fewer are the beginning. The number of processes: test_command_line.
+    fewer = kitchen.collect(1, seed=0, num_workers=1, progress=False)
+    assert torch.equal(fewer.observations, dataset.observations[: len(fewer)])
+    assert fewer.attributes == {"generator": kitchen_demos.GENERATOR, "version": 1, "seed": 0, "noise": 0.05}
+    calm = kitchen_demos.collect(1, noise=0.0, seed=0, num_workers=1, progress=False)
+    assert calm.fingerprint != fewer.fingerprint
+    for arguments in ((0, 0.5, 0), (10, -1.0, 0), (10, float("nan"), 0), (10, 0.5, -1), (10, 0.5, 0, 0)):
+        with pytest.raises(DataError, match="--num-episodes"):
+            kitchen_demos.collect(*arguments, progress=False)
+
+
+def test_disturbances_are_corrected():
+    # Much more noise: the actions wander, and what was planned is done all the same.
+    subtasks = ("kettle", "slide_cabinet")
+    _, calm, done = kitchen_demos._demonstrate(subtasks, np.random.default_rng(0), 0.0)
+    _, disturbed, done_disturbed = kitchen_demos._demonstrate(subtasks, np.random.default_rng(0), 0.1)
+    assert done == done_disturbed == 2
+    roughness = [np.diff(actions[:, :7], axis=0).std() for actions in (calm, disturbed)]
+    assert roughness[1] > roughness[0]
+
+
+def test_inverse_kinematics_find_the_pose():
+    kinematics = kitchen_demos._kinematics()
+    position, angles = np.array([-0.3, 0.5, 2.2]), (-0.4, 0.1)
+    joints = kinematics.approach(kitchen.INITIAL_QPOS[:7], position, angles, 150, 0.3, posture_gain=0.05)
+    tip, rotation = kinematics.tip(joints)
+    assert np.linalg.norm(tip - position) < 0.005
+    assert np.allclose(rotation[:, 2], [-np.sin(0.1) * np.cos(0.4), np.cos(0.1) * np.cos(0.4), -np.sin(0.4)], atol=0.03)
+    assert np.allclose(kitchen_demos._rotation_vector(rotation @ rotation.T), 0)
+    # The Jacobian is that of the tip: a small step lands where it says.
+    joints = kinematics.approach(joints, tip + (0.002, 0, 0), angles, 3)
+    assert np.allclose(kinematics.tip(joints)[0], tip + (0.002, 0, 0), atol=5e-4)
+
+
+def test_a_worker_that_fails_is_reported(monkeypatch, capfd):
+    monkeypatch.setattr(kitchen_demos.sys, "executable", "false")  # a command that ends at once, without any data
+    with pytest.raises(DataError, match="ended early"):
+        kitchen_demos.collect(2, num_workers=2, progress=False)
+
+
+def test_command_line(dataset, tmp_path):
+    out = tmp_path / "few.hdf5"
+    command = [sys.executable, "-m", "data_tools.kitchen", "--num-episodes", "5", "--num-workers", "2", "--out", out]
+    environment = {**os.environ, "PYTHONPATH": str(Path(data_tools.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert "all of kitchen  0" in done.stdout and "all as planned  1.000" in done.stdout
+    assert data_tools.OfflineDataset.load(out).fingerprint == dataset.fingerprint  # two processes, the same data
+
+
+def test_command_line_in_this_process(tmp_path, monkeypatch, capsys, dataset):
+    monkeypatch.setattr(kitchen_demos, "load_dataset", lambda *args, **kwargs: dataset)
+    monkeypatch.setattr(kitchen, "draw", lambda qpos: np.zeros(kitchen.FRAME_SHAPE, np.uint8))
+    kitchen_demos.run(kitchen_demos.Args(expert=1, video=tmp_path / "first.mp4"))
+    output = capsys.readouterr().out
+    assert "scripted expert on kitchen-misaligned: return 4.00, all done in 1 of 1 episodes" in output
+    assert (tmp_path / "first.mp4").stat().st_size > 1000
+    for arguments in ({"num_episodes": 12}, {"num_workers": 1}):
+        with pytest.raises(DataError, match="need --out"):
+            kitchen_demos.run(kitchen_demos.Args(**arguments))
