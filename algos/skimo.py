@@ -458,7 +458,8 @@ class Planner:
         plan_horizon = int(1 + min(1.0, global_step / max(args.horizon_steps, 1)) * (args.num_skills - 1))  # K
         mean = torch.zeros(len(obs), plan_horizon, args.skill_dim, device=self.device)  # (E, K, Z)
         if self.last_mean is not None and self.last_mean.shape[1] == plan_horizon > 1:
-            mean[:, :-1] = self.last_mean[:, 1:] * torch.from_numpy(~episode_start)[:, None, None].to(self.device)
+            goes_on = torch.from_numpy(~episode_start)[:, None, None].to(self.device)
+            mean[:, :-1] = goes_on * self.last_mean[:, 1:].to(self.device)
         progress = min(1.0, global_step / max(args.std_steps, 1))
         std_floor = args.explore_std + progress * (args.explore_std_end - args.explore_std)
         std_floor, noise_scale = torch.tensor([std_floor, float(explore)], device=self.device)
