@@ -13,6 +13,7 @@ Shapes: E members of a vector environment, B trajectories recorded together.
 import itertools
 import json
 import os
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -36,14 +37,12 @@ from data_tools.calvin_scene import (
     BLOCKS,
     BUTTON_RANGE,
     BUTTON_WEIGHT,
-    DRAWER_RANGE,
     FINGER_OPEN,
     FINGERS,
     FIXTURES,
     HOME,
     POSITION_SCALE,
     ROBOT,
-    SLIDE_RANGE,
     SURFACES,
     SWITCH_RANGE,
     TIME_STEP,
@@ -127,7 +126,7 @@ class _InverseKinematics:
         self.error = np.empty((num_envs, 6, 1))
 
     def solve(self, q, position, angles):
-        """Return joint targets (E, 7) for tool poses: position (E, 3), Euler angles (E, 3); the arms are at q (E, 7)."""
+        """Return joint targets (E, 7) for tool positions (E, 3) and Euler angles (E, 3), from joints q (E, 7)."""
         q = q.copy()
         rotation = rotation_matrix(angles)
         searching = np.ones(len(q), dtype=bool)
@@ -176,7 +175,7 @@ SWITCH_THRESHOLD = SWITCH_RANGE / 2
 
 
 class _Physics:
-    """Scene, joint motors, button and lights of E members; what a step needs besides the state of MuJoCo is here too."""
+    """Scene, joint motors, button and lights of E members."""
 
     def __init__(self, num_envs, num_threads):
         model = scene_model()
@@ -386,12 +385,12 @@ def subtask_conditions(obs, start) -> np.ndarray:
 
 
 class CalvinVectorEnv(VectorEnv):
-    """E tables stepped together; member i after `reset(seed=s)` equals CalvinEnv after `reset(seed=s + i)`, bit for bit.
+    """E tables stepped together; member i after `reset(seed=s)` equals CalvinEnv after `reset(seed=s + i)`, exactly.
 
     Spaces, rewards and flags as in CalvinEnv, stacked: observations (E, 21) float32, actions (E, 7), rewards (E,)
-    float32. A member that ended is reset as Gymnasium's `autoreset_mode` says: by the next step (NEXT_STEP), by the same
-    step with `info["final_obs"]`, `info["final_info"]` (SAME_STEP), or never (DISABLED): then it stays frozen, with
-    reward 0 and its flags True, until `reset(options={"reset_mask": mask})` with mask (E,) bool.
+    float32. A member that ended is reset as Gymnasium's `autoreset_mode` says: by the next step (NEXT_STEP), by the
+    same step with `info["final_obs"]`, `info["final_info"]` (SAME_STEP), or never (DISABLED): then it stays frozen,
+    with reward 0 and its flags True, until `reset(options={"reset_mask": mask})` with mask (E,) bool.
     `num_threads` threads, the calling one among them, step the physics (None: one per core that this process may use,
     for at least four members each); their number does not change the result.
     """
@@ -423,7 +422,6 @@ class CalvinVectorEnv(VectorEnv):
         self.observation_space = gymnasium.vector.utils.batch_space(OBSERVATION_SPACE, num_envs)
         self.action_space = gymnasium.vector.utils.batch_space(ACTION_SPACE, num_envs)
         self._physics = _Physics(num_envs, num_threads)
-        self._renderer = None
         self._rngs = None  # one generator per member, made by the first reset
         self._start = np.zeros((num_envs, 21))  # the first observation of the episode
         self._subtasks = np.zeros(num_envs, dtype=np.int64)  # how many were done
@@ -505,15 +503,11 @@ class CalvinVectorEnv(VectorEnv):
         return self._observations(), rewards, terminations, truncations, infos | self._infos(everyone)
 
     def render(self) -> tuple[np.ndarray, ...] | None:
-        """Return one frame (480, 480, 3) uint8 per member, or None without a render mode. Raises as CalvinEnv.render."""
+        """Return one frame (400, 400, 3) uint8 per member, or None without a render mode; errors as in CalvinEnv."""
         if self.render_mode is None:
             return None
-        if self._renderer is None:
-            self._renderer = _Renderer()
         physics = self._physics
-        return tuple(
-            self._renderer.draw(physics.qpos[i], physics.bulb[i], physics.led[i]) for i in range(self.num_envs)
-        )
+        return tuple(draw(physics.qpos[i], physics.bulb[i], physics.led[i]) for i in range(self.num_envs))
 
     def get_state(self) -> dict[str, list]:
         """Return all that the future depends on, as nested lists of plain values (`torch.load(weights_only=True)`).
@@ -560,12 +554,6 @@ class CalvinVectorEnv(VectorEnv):
             rng.bit_generator.state = json.loads(saved)
         return self._observations()
 
-    def close_extras(self, **kwargs):
-        """Release the graphics context."""
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
-
     def _start_episodes(self, mask):
         """Reset the members in mask (E,) bool."""
         members = np.flatnonzero(mask)
@@ -584,7 +572,7 @@ class CalvinVectorEnv(VectorEnv):
     def _infos(self, mask):
         """Return Gymnasium's vector form of the members' infos: values (E,), and under `_key` whose values count."""
         infos = {}
-        values = {"is_success": self._successes, "subtasks": self._subtasks, "unstable": self._unstable}
+        values = {"is_success": self._successes, "num_subtasks": self._subtasks, "unstable": self._unstable}
         for key, value in values.items():
             infos[key] = np.where(mask, value, np.zeros_like(value))
             infos[f"_{key}"] = mask.copy()
@@ -600,10 +588,11 @@ class CalvinEnv(gymnasium.Env):
     Action (7,) in [-1, 1], clipped: moves the target pose of the tool by 0.02 m per unit along x, y, z and 0.05 rad per
     unit of Euler angle; the gripper opens for a last entry >= 0, else closes. The target pose is a state of its own,
     which starts at the tool's pose and is never read back from the robot.
-    Reward 100 when the next sub-task in the order holds, at most one per step; the fourth ends the episode (terminated);
-    truncated after `max_episode_steps`. `info["subtasks"]`: sub-tasks done; `info["is_success"]`: this step did the
-    fourth; `info["unstable"]`: the physics diverged; the episode ends (terminated, reward 0) with the last finite
-    observation. The last gripper command outlives an episode, as in the original, unless `reset` gets a seed.
+    Reward 100 when the next sub-task in the order holds, at most one per step; the fourth ends the episode
+    (terminated); truncated after `max_episode_steps`. `info["num_subtasks"]`: sub-tasks done; `info["is_success"]`:
+    this step did the fourth; `info["unstable"]`: the physics diverged; the episode ends (terminated, reward 0) with the
+    last finite observation. The last gripper command outlives an episode, as in the original, unless `reset` gets a
+    seed.
     """
 
     metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 30}
@@ -641,10 +630,7 @@ class CalvinEnv(gymnasium.Env):
         return observations[0], float(rewards[0]), *flags, self._info(infos)
 
     def render(self) -> np.ndarray | None:
-        """Return (480, 480, 3) uint8, or None without a render mode.
-
-        Raises gymnasium.error.DependencyNotInstalled where no OpenGL is at hand, naming the package that provides it.
-        """
+        """Return (400, 400, 3) uint8, or None without a render mode. Raises DataError where OpenGL is missing."""
         frames = self._envs.render()
         return None if frames is None else frames[0]
 
@@ -652,49 +638,77 @@ class CalvinEnv(gymnasium.Env):
         self._envs.close()
 
     def _info(self, infos):
-        return {key: infos[key][0].item() for key in ("is_success", "subtasks", "unstable")}
+        return {key: infos[key][0].item() for key in ("is_success", "num_subtasks", "unstable")}
 
 
 # ------------------------------------------------------------------------------------------------------------ rendering
 
-FRAME_SIZE = 480  # pixels
+FRAME_SHAPE = (400, 400, 3)
+LIT = {"bulb": (1.0, 0.86, 0.25, 1.0), "led": (0.25, 0.95, 0.35, 1.0)}
+DARK_LAMP = (0.86, 0.86, 0.84, 1.0)
 
 
-class _Renderer:
-    """Draws the scene with OpenGL."""
+class _Painter:
+    """Draws the scene from its joint positions. Belongs to the thread that made it."""
 
     def __init__(self):
-        """Raises gymnasium.error.DependencyNotInstalled where no OpenGL is at hand."""
+        """Raises DataError where OpenGL is missing."""
         self.model = display_model()
         self.data = mujoco.MjData(self.model)
+        height, width, _ = FRAME_SHAPE
         try:
-            self.renderer = mujoco.Renderer(self.model, FRAME_SIZE, FRAME_SIZE)
-        except Exception as error:  # which one depends on the library that is missing
-            raise gymnasium.error.DependencyNotInstalled(
-                "Pictures of CALVIN need OpenGL without a screen: install it (Debian and Ubuntu: apt-get install "
-                f"libegl1 libegl-mesa0) and set MUJOCO_GL=egl before Python starts ({error})"
+            # MuJoCo's own default needs a display; EGL does not.
+            if sys.platform == "linux" and os.environ.get("MUJOCO_GL", "egl").lower() == "egl":
+                from mujoco.egl import GLContext
+            else:
+                from mujoco.gl_context import GLContext
+            self.context = GLContext(width, height)
+            self.context.make_current()
+            self.scene = mujoco.MjvScene(self.model, maxgeom=1000)
+            self.target = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_100)
+            mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.target)
+        except (ImportError, AttributeError, RuntimeError, OSError, mujoco.FatalError) as error:
+            raise DataError(
+                f"Drawing CALVIN needs OpenGL without a display ({error}): install EGL (Debian: libegl1 libgl1), "
+                "or OSMesa (libosmesa6) and set MUJOCO_GL=osmesa."
             ) from error
+        self.camera = mujoco.MjvCamera()
+        self.camera.distance, self.camera.azimuth, self.camera.elevation = 1.5, 122, -36
+        self.camera.lookat[:] = (-0.02, -0.1, 0.45)
 
-    def draw(self, qpos, bulb, led):
-        """Return (480, 480, 3) uint8."""
-        for name, lit, colour in (("bulb", bulb, (1.0, 0.85, 0.2)), ("led", led, (0.2, 0.9, 0.3))):
-            geom = self.model.geom(name)
-            geom.matid = -1
-            geom.rgba = (*colour, 1.0) if lit else (0.9, 0.9, 0.88, 1.0)
+    def __call__(self, qpos, bulb, led):
+        for name, lit in (("bulb", bulb), ("led", led)):
+            self.model.geom(name).rgba = LIT[name] if lit else DARK_LAMP
         self.data.qpos[:] = qpos
-        mujoco.mj_kinematics(self.model, self.data)
-        mujoco.mj_camlight(self.model, self.data)
-        self.renderer.update_scene(self.data, camera="front")
-        return self.renderer.render()
+        mujoco.mj_forward(self.model, self.data)
+        self.context.make_current()
+        frame = np.empty(FRAME_SHAPE, dtype=np.uint8)
+        view = mujoco.MjrRect(0, 0, FRAME_SHAPE[1], FRAME_SHAPE[0])
+        everything = mujoco.mjtCatBit.mjCAT_ALL.value
+        mujoco.mjv_updateScene(self.model, self.data, mujoco.MjvOption(), None, self.camera, everything, self.scene)
+        mujoco.mjr_render(view, self.scene, self.target)
+        mujoco.mjr_readPixels(frame, None, view, self.target)
+        return frame[::-1].copy()  # OpenGL's rows begin at the bottom
 
-    def close(self):
-        self.renderer.close()
+
+@cache
+def _painter():
+    return _Painter()
+
+
+def draw(qpos, bulb: bool = False, led: bool = False) -> np.ndarray:
+    """Return a picture (400, 400, 3) uint8 of the scene with joint positions (34,) and lights on or off.
+
+    Always call it from the same thread. Raises DataError where OpenGL is missing.
+    """
+    return _painter()(qpos, bulb, led)  # made when first needed, since most runs draw nothing
 
 
 # --------------------------------------------------------------------------------------------------------- offline data
 
 LOCKSTEP = 32  # trajectories recorded together
-MAX_SKIPPED = 100  # attempts in a row
+NOISE = 0.25  # of the default data, in units of action
+MAX_SKIPPED = 100  # attempts, and as many as trajectories
 
 
 def _view(physics, member):
@@ -721,10 +735,10 @@ class _Recorder:
         self.physics.reset(np.array([member]), [rng], fixtures[None])
         self.physics.led[member] = led
 
-    def record(self, seed, attempts, noise):
+    def record(self, seed, attempts, noise, bar=None):
         """Yield (attempt, obs (490, 21), actions (490, 7)) of the attempts (iterable of int), in any order.
 
-        An attempt whose physics diverge gives (attempt, None, None).
+        An attempt whose physics diverge gives (attempt, None, None). `bar` counts the steps.
         """
         physics, waiting = self.physics, iter(attempts)
         num_envs = len(physics.state)
@@ -747,6 +761,8 @@ class _Recorder:
                 return
             unstable = physics.step(actions, running if len(running) < num_envs else None)
             observations = physics.observations()
+            if bar is not None:
+                bar.update(sum(len(rows[member]) > 0 for member in running))
             free = []
             for member in running:
                 if unstable[member] or len(rows[member]) == calvin_play.TRAJECTORY_STEPS:
@@ -793,7 +809,7 @@ class _Recorder:
 
 
 def transitions(obs) -> list[tuple[int, int]]:
-    """Return when sub-tasks happen in a trajectory obs (T, 21): (row, sub-task) in order, sub-task an index of SUBTASKS.
+    """Return when sub-tasks happen in a trajectory obs (T, 21): (row, index of the sub-task), in order.
 
     A drawer opens beyond 0.12, a slider moves left beyond 0.15, bulb and LED light up.
     """
@@ -812,7 +828,7 @@ def _does_the_task(obs):
 
 def collect(
     num_trajectories: int = NUM_TRAJECTORIES,
-    noise: float = 0.25,
+    noise: float = NOISE,
     seed: int = 0,
     num_workers: int | None = None,
     progress: bool = True,
@@ -832,15 +848,16 @@ def collect(
         )
     recorder = _Recorder(min(LOCKSTEP, num_trajectories), num_workers or len(os.sched_getaffinity(0)))
     kept, skipped, first = {}, [], 0
-    with tqdm(total=num_trajectories, desc="calvin trajectories", unit="traj", disable=not progress) as bar:
+    total = num_trajectories * calvin_play.TRAJECTORY_STEPS
+    with tqdm(total=total, desc="calvin play", unit="step", unit_scale=True, disable=not progress) as bar:
         while len(kept) < num_trajectories:
             missing = num_trajectories - len(kept)
-            for attempt, observations, actions in recorder.record(seed, range(first, first + missing), noise):
+            for attempt, observations, actions in recorder.record(seed, range(first, first + missing), noise, bar):
                 if observations is None or _does_the_task(observations):
                     skipped.append(attempt)
+                    bar.total += calvin_play.TRAJECTORY_STEPS  # another takes its place
                 else:
                     kept[attempt] = (observations, actions)
-                    bar.update()
             first += missing
             if len(skipped) > MAX_SKIPPED + num_trajectories:
                 raise DataError(f"Recording with noise {noise} fails too often: use less --noise.")
@@ -956,3 +973,95 @@ def run_expert(num_episodes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray
             actions[i] = scripts[i].send(_view(envs._physics, i))
     envs.close()
     return returns, lengths
+
+
+def plot_play(dataset: OfflineDataset, path, num_trajectories: int = 40) -> None:
+    """Draw the scene and the tool's paths, from above and from the side, into the image file `path`.
+
+    Raises DataError where OpenGL is missing.
+    """
+    from matplotlib.figure import Figure  # only plots need matplotlib; no pyplot, so no display either
+
+    physics = _Physics(1, 1)
+    physics.reset(np.array([0]), [np.random.default_rng(0)], np.array([[0.14, 0.1, 0.0, 0.05]]))
+    scene = draw(physics.qpos[0], bulb=True, led=True)
+    figure = Figure(figsize=(14, 5), layout="constrained")
+    picture, above, side = figure.subplots(1, 3, width_ratios=(1, 1.35, 1))
+    picture.imshow(scene)
+    picture.set(xticks=[], yticks=[], title="the scene")
+    starts, lengths = dataset.episode_starts.tolist(), dataset.episode_lengths.tolist()
+    chosen = np.unique(np.linspace(0, len(starts) - 1, num_trajectories).astype(int))
+    positions = dataset.observations[:, TOOL_POSITION].cpu().numpy()
+    for i in chosen:
+        x, y, z = positions[starts[i] : starts[i] + lengths[i]].T
+        above.plot(x, y, linewidth=0.7, alpha=0.6)
+        side.plot(y, z, linewidth=0.7, alpha=0.6)
+    table = {"color": "0.75", "zorder": 0}
+    above.fill_between([-0.44, 0.44], -0.18, 0.18, **table)
+    side.fill_between([-0.18, 0.18], 0.30, 0.44, **table)
+    side.plot([0.02, 0.14], [0.44, 0.648], color="0.6", linewidth=4, zorder=0)  # the slanted front
+    marks = {"drawer": (0.18, -0.21, 0.36), "switch": (0.3, 0.03, 0.55), "slider": (0.04, 0.0, 0.53)}
+    for name, (x, y, z) in (marks | {"button": (-0.12, -0.12, 0.47)}).items():
+        for axes, place in ((above, (x, y)), (side, (y, z))):
+            axes.plot(*place, "o", color="black", markersize=4)
+            axes.annotate(name, place, textcoords="offset points", xytext=(5, 5), fontweight="bold")
+    above.set(title=f"tool, {len(chosen)} of {len(starts)} trajectories, from above", xlabel="x (m)", ylabel="y (m)")
+    side.set(title="from the side", xlabel="y (m)", ylabel="z (m)")
+    above.set_aspect("equal")
+    side.set_aspect("equal")
+    figure.savefig(path, dpi=110)
+
+
+@dataclass
+class Args:
+    """Record the play data of CALVIN, unless they are there already, and print their statistics."""
+
+    num_trajectories: int = NUM_TRAJECTORIES
+    """trajectories to record (paper: 1,239); any other number needs --out"""
+    noise: float = NOISE
+    """greatest standard deviation of the disturbances of an action"""
+    seed: int = 0
+    """random seed"""
+    data_dir: str | None = None
+    """folder of the data files (default: $SKIMO_DATA_DIR, else the user's cache folder)"""
+    out: Path | None = None
+    """write to this file instead of the data folder, recording anew"""
+    plot: Path | None = None
+    """draw the scene and some of the tool's paths into this image file"""
+    expert: int = 0
+    """instead of all that, count how many of this many episodes the scripted expert solves"""
+
+
+def main(args: Args) -> None:
+    if args.expert > 0:
+        returns, lengths = run_expert(args.expert, args.seed)
+        solved = returns == SUBTASK_REWARD * len(SUBTASKS)
+        print(f"{solved.sum()} of {args.expert} episodes earn 400; mean length {lengths.mean():.0f} steps")
+        return
+    if args.out is not None:
+        dataset = collect(args.num_trajectories, args.noise, args.seed)
+        dataset.save(args.out)
+        print(f"Wrote {args.out}")
+    elif args.num_trajectories != NUM_TRAJECTORIES:
+        raise DataError("--num-trajectories other than 1239 needs --out: the data folder holds complete data only.")
+    else:
+        dataset = load_dataset("calvin", args.data_dir, noise=args.noise, seed=args.seed)
+    figures = statistics(dataset)
+    print(f"{'entry':>20}  {'mean':>7} {'(real)':>8}  {'std':>6} {'(real)':>7}")
+    for name, (_, mean, std) in REAL_DATA.items():
+        ours = figures.pop(f"mean {name}"), figures.pop(f"std {name}")
+        print(f"{name:>20}  {ours[0]:7.3f} {f'({mean:.3g})':>8}  {ours[1]:6.3f} {f'({std:.3g})':>7}")
+    units = dict.fromkeys(SUBTASKS, "per trajectory") | {"task": "trajectories in which all four happen in order"}
+    for name, value in figures.items():
+        unit = units.get(name, "of pairs of successive sub-tasks" if " then " in name else "")
+        print(f"{name:>20}  {f'{value:,}' if isinstance(value, int) else f'{value:.4f}'} {unit}".rstrip())
+    if args.plot is not None:
+        plot_play(dataset, args.plot)
+        print(f"Wrote {args.plot}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except DataError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -50,9 +50,10 @@ def _box(low, high, looks="wood", name=None):
     """A box between two corners."""
     low, high = np.array(low), np.array(high)
     label = f'name="{name}" ' if name else ""
+    material = f'material="{looks}"' if looks else ""
     return (
         f'<geom {label}class="table" type="box" pos="{_numbers((low + high) / 2)}" '
-        f'size="{_numbers((high - low) / 2)}" material="{looks}"/>'
+        f'size="{_numbers((high - low) / 2)}" {material}/>'
     )
 
 
@@ -83,9 +84,8 @@ def _fixed_table():
         _box((0.38, -0.16, 0.32), (0.42, 0.16, 0.40), "light_wood"),
         _box((-0.02, 0.06, 0.32), (0.38, 0.16, 0.40), "light_wood"),
         '<geom class="table" type="cylinder" pos="-0.12 -0.12 0.449" size="0.04 0.0105" material="dark"/>',
-        _box((-0.2, 0.14, 0.648), (-0.04, 0.18, 0.664), "lamp", "led"),
-        '<geom name="bulb" class="table" type="capsule" fromto="0.3 0.16 0.67 0.3 0.16 0.68" size="0.022" '
-        'material="lamp"/>',
+        _box((-0.2, 0.14, 0.648), (-0.04, 0.18, 0.664), None, "led"),
+        '<geom name="bulb" class="table" type="capsule" fromto="0.3 0.16 0.67 0.3 0.16 0.68" size="0.022"/>',
     ]
     for x_low, x_high in ((-0.44, -0.36), (0.16, 0.44)):  # left and right of the opening the front is closed
         parts += [
@@ -158,8 +158,8 @@ def _blocks():
     )
 
 
-# Per link: position and rotation about x of its frame (the public Panda description), joint range, mass, centre of mass,
-# inertia, and what it collides with: capsules (from 3, to 3, radius).
+# Per link: position and rotation about x of its frame (the public Panda description), joint range, mass, centre of
+# mass, inertia, and what it collides with: capsules (from 3, to 3, radius).
 LINKS = (
     ("0 0 0.333", 0, (-2.9671, 2.9671), 2.7, "0 -0.04 -0.05", "0.023 0.018 0.0115",
      ("0 0 -0.19 0 0 0 0.06", "0 -0.03 0 0 0.03 0 0.06")),
@@ -259,7 +259,7 @@ def _xml(arm_only=False, looks=False):
                  height="256"/>
         <texture name="grain" type="cube" builtin="flat" mark="random" random="0.03" rgb1="0.63 0.46 0.31"
                  rgb2="0.63 0.46 0.31" markrgb="0.55 0.39 0.25" width="128" height="128"/>
-        <material name="floor" texture="tiles" texrepeat="8 8" reflectance="0.05"/>
+        <material name="floor" texture="tiles" texrepeat="8 8"/>
         <material name="wood" texture="grain" specular="0.2" shininess="0.3"/>
         <material name="light_wood" rgba="0.8 0.66 0.48 1" specular="0.2"/>
         <material name="panel" rgba="0.93 0.89 0.81 1" specular="0.3"/>
@@ -267,20 +267,18 @@ def _xml(arm_only=False, looks=False):
         <material name="shell" rgba="0.94 0.95 0.96 1" specular="0.6" shininess="0.7"/>
         <material name="pedestal" rgba="0.36 0.39 0.43 1"/>
         <material name="metal" rgba="0.62 0.64 0.67 1" specular="0.8" shininess="0.8"/>
-        <material name="lamp" rgba="0.9 0.9 0.88 1" specular="0.6"/>
         <material name="red" rgba="0.83 0.16 0.14 1" specular="0.4"/>
         <material name="blue" rgba="0.16 0.33 0.8 1" specular="0.4"/>
         <material name="pink" rgba="0.93 0.5 0.68 1" specular="0.4"/>
       </asset>
       <visual>
-        <global offwidth="1280" offheight="1280"/>
-        <quality shadowsize="2048"/>
-        <headlight ambient="0.35 0.35 0.35" diffuse="0.3 0.3 0.3" specular="0.1 0.1 0.1"/>
+        <global offwidth="400" offheight="400"/>
+        <quality shadowsize="1024" offsamples="4"/>
+        <headlight ambient="0.4 0.4 0.4" diffuse="0.3 0.3 0.3" specular="0.1 0.1 0.1"/>
       </visual>
       <worldbody>
-        <light pos="-0.9 -1.3 2.2" dir="0.5 0.65 -1" diffuse="0.55 0.55 0.52" castshadow="true"/>
+        <light pos="0.4 -0.9 2.4" dir="-0.18 0.3 -1" diffuse="0.55 0.55 0.52" castshadow="true"/>
         <light pos="1.2 -0.9 1.8" dir="-0.6 0.5 -1" diffuse="0.25 0.25 0.28" castshadow="false"/>
-        <camera name="front" pos="0.52 -1.22 1.2" xyaxes="0.928 0.372 0 -0.185 0.461 0.868" fovy="42"/>
         <body name="base" pos="-0.34 -0.46 0.24">{base if looks else ""}{_arm(looks)}</body>
         {"" if arm_only else world}
       </worldbody>
