@@ -210,7 +210,7 @@ def cache_dir(data_dir=None) -> Path:
     return Path(data_dir or os.environ.get("SKIMO_DATA_DIR") or platformdirs.user_cache_dir("skimo")).expanduser()
 
 
-NOISE = {"maze": 0.5, "kitchen": 0.05, "calvin": 1.0}  # of scripted data: the size of their disturbances by task
+NOISE = {"maze": 0.5, "kitchen": 0.05, "calvin": 0.25}  # of scripted data: the size of their disturbances by task
 
 
 def load_dataset(
