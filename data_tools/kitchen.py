@@ -266,7 +266,7 @@ class _Painter:
         self.model.light_castshadow[:] = np.arange(self.model.nlight) == oven_light
         try:
             # MuJoCo's own default needs a display; EGL does not.
-            if sys.platform == "linux" and os.environ.get("MUJOCO_GL", "egl").lower() == "egl":
+            if sys.platform == "linux" and (os.environ.get("MUJOCO_GL") or "egl").lower() == "egl":
                 from mujoco.egl import GLContext
             else:
                 from mujoco.gl_context import GLContext
