@@ -1,0 +1,761 @@
+"""SPiRL: Accelerating RL with Learned Skill Priors (Pertsch, Lee & Lim, CoRL 2020), https://arxiv.org/abs/2010.11944
+
+Idea: learn skills of H = 10 actions and a prior over them from task-agnostic data; then SAC chooses skills, held to the
+prior by a KL instead of the entropy. This is the closed-loop version of SkiLD, the model-free baseline of SkiMo.
+
+    python algos/spirl.py --env-id maze                         # data, pre-training (cached), RL, evaluation, picture
+    python algos/spirl.py --resume runs/<folder>                # goes on after Ctrl-C or a crash
+
+1. Pre-training: encode chunks of H actions as skills z ~ q (LSTM); loss = behavioural cloning by the skill policy
+   + KL(q || N(0,1)) - log p(z | s_0) of the prior p, z without gradient
+2. Downstream RL on transitions (s, z, sum of H rewards, s'); the task policy pi starts as the prior, repeat:
+   act: z = 2 tanh(x), x ~ pi(s), for H steps of the frozen skill policy pi_L
+   critics: Q(s, z) -> r + gamma (min Q'(s', z') - alpha KL(pi(s') || p(s'))), Q' slow copies
+   policy: maximise min Q(s, z) - alpha KL(pi(s) || p(s)); tune alpha so that the KL is target_kl
+
+Deviations from the release, marked DEVIATION n below
+1. KL divergences in closed form (both sides are Gaussian, before the tanh) instead of 10 samples.
+2. Fewer updates of pre-training with a decaying learning rate; maze: larger KL weight, noisy data.
+3. Maze: scaled positions with their sines and cosines as inputs, as in skimo.py.
+4. E environments act in lockstep, E updates after E skills. Warm-up counts as env steps (release: it does not).
+5. Kitchen: 30 observations, not 60; the others are a constant goal. CALVIN's pre-training, not released: as kitchen's.
+
+Differs from skimo.py in: Args, FILE_VERSION, PRETRAINED, TASK_DEFAULTS, PRETRAIN_ARGS, check_args, SkillModel,
+make_networks, pretrain_loss, policy_loss, evaluate, prior_rollouts, ReplayBuffer, Pretrainer, checkpoint_meta,
+pretrain, Learner, train, main.
+Logged: as skimo.py. Shapes: B batch, H steps per skill, O observation, F inputs, A action, Z skill, E environments.
+"""
+
+import copy
+import functools
+import hashlib
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data_tools, from any working directory
+import data_tools
+
+FILE_VERSION = 1  # raised when a change makes older checkpoints or pre-trained models unusable
+PRETRAINED = "spirl"  # name of the pre-trained models; files with the same pre-training share them
+
+
+@dataclass
+class Args:
+    env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned or calvin
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
+    seed: int = 1  # of networks, sampling and environments
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn
+    num_threads: int = 0  # CPU threads of torch (0: one per core)
+    compile: bool = torch.cuda.is_available()  # torch.compile, with CUDA graphs, of the losses
+    run_dir: str = "runs"  # folder in which the run makes its own folder
+    resume: str | None = None  # run folder to go on with; its arguments become the defaults
+    checkpoint_interval: int = 50_000  # env steps between checkpoints
+    eval_interval: int = 100_000  # env steps between clean evaluations (0: only at the end)
+    eval_episodes: int = 20  # episodes of a clean evaluation (mode of the policy)
+    capture_video: bool = False  # record one evaluation episode as MP4 at the end
+
+    # Offline data
+    data_dir: str | None = None  # folder of data and pre-trained models (None: $SKIMO_DATA_DIR, else the user's cache)
+    dataset: Literal["auto", "d4rl", "scripted"] = "auto"  # auto: D4RL's file (kitchen) if it can be had, else scripted
+    data: str | None = None  # other offline data: an HDF5 file or a folder (README, "Data")
+    data_noise: float | None = None  # size of the disturbances in scripted data (None: the task's)
+    allow_pickle: bool = False  # let --data be a pickle of the SkiMo release, read without running its code
+    accept_any_data: bool = False  # take D4RL's file although its checksum differs
+
+    # Pre-training
+    pretrained: str | None = None  # start at RL from this model: a path, or `published` for benchmarks/results
+    retrain: bool = False  # pre-train again although the cache holds this model
+    pretrain_updates: int = 48_000  # gradient updates (release: about 530,000 in the maze, 480,000 in the kitchen)
+    pretrain_batch_size: int = 128  # windows of H actions per update
+    pretrain_lr: float = 1e-3  # first learning rate
+    pretrain_lr_decay: bool = True  # sqrt(1 - progress) (release: constant rate)
+    clip_updates: int = 100  # updates at the start with the gradient's norm bounded by clip_norm
+    clip_norm: float = 0.001
+    kl_coef: float = 5e-4  # weight of KL(q || N(0,1)) per dimension
+    position_features: bool = True  # maze: scaled position with its sines and cosines as inputs (release: raw)
+    pretrain_eval_interval: int = 12_000  # updates between validations with roll-outs of the prior
+    pretrain_eval_episodes: int = 100  # roll-outs in a validation; four times as many at the end
+
+    # Downstream RL
+    total_timesteps: int = 1_000_000  # env steps, warm-up included
+    num_envs: int = 8  # environments in lockstep
+    warmup_skills: int = 5_000  # skills before the updates start
+    updates_per_skill: float = 1.0  # gradient updates per skill after the warm-up
+    batch_size: int = 256  # transitions per update
+    buffer_size: int = 1_000_000  # transitions kept
+    learning_rate: float = 3e-4  # of critics, policy and log alpha
+    alpha: float = 1.0  # first weight of the prior KL
+    target_kl: float = 5.0  # nats between task policy and prior, by which alpha is tuned
+    gamma: float = 0.99  # discount per skill
+    tau: float = 0.005  # share of the online weights in a target update
+    reward_scale: float = 1.0  # factor on the task's reward
+
+    # Model
+    skill_horizon: int = 10  # H: env steps per skill
+    skill_dim: int = 10  # Z: size of a skill
+    hidden_dim: int = 128  # width of skill encoder, skill policy and prior
+    critic_dim: int = 256  # width of the critics
+    critic_blocks: int = 5  # hidden layers of the critics behind the first
+
+
+# The release's values where they differ from Args (total_timesteps: the paper's), but for the maze's kl_coef (1e-3).
+TASK_DEFAULTS = {
+    "maze": dict(
+        kl_coef=1e-2, total_timesteps=2_000_000, batch_size=128, buffer_size=100_000, target_kl=10.0, critic_blocks=2
+    ),
+    "kitchen": dict(),
+    "kitchen-misaligned": dict(),
+    "calvin": dict(total_timesteps=2_000_000),
+}
+
+# Arguments that shape a pre-trained model: with data and file version, the key of the cache.
+PRETRAIN_ARGS = (
+    "seed pretrain_updates pretrain_batch_size pretrain_lr pretrain_lr_decay clip_updates clip_norm kl_coef "
+    "position_features skill_horizon skill_dim hidden_dim"
+).split()
+# Arguments that must agree before a run goes on
+RUN_SIZES = ["num_envs", "critic_dim", "critic_blocks"]
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    return data_tools.parse_args(Args, TASK_DEFAULTS, __doc__.split("\n")[0], argv)
+
+
+def check_args(args: Args):
+    """Refuse values that cannot work, in a sentence that names the flag and the cure."""
+    for name in ("num_envs", "batch_size", "buffer_size", "pretrain_batch_size", "eval_episodes", "warmup_skills"):
+        if getattr(args, name) < 1:
+            sys.exit(f"error: --{name.replace('_', '-')} {getattr(args, name)} is too small; give at least 1")
+    if args.buffer_size < args.num_envs:
+        sys.exit(f"error: --buffer-size {args.buffer_size} is smaller than --num-envs {args.num_envs}; raise it")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: --device cuda, but torch finds no CUDA device; use --device cpu")
+
+
+# ------------------------------------------------------------------------------------------------------------ networks
+
+
+class Predictor(nn.Sequential):
+    """Linear, LeakyReLU; num_blocks x (Linear, BatchNorm, LeakyReLU); Linear: (..., in_dim) -> (..., out_dim)."""
+
+    def __init__(self, in_dim: int, u: int, num_blocks: int, out_dim: int, batch_norm: bool = True):
+        layers = [nn.Linear(in_dim, u), nn.LeakyReLU(0.2)]
+        for _ in range(num_blocks):
+            layers += [nn.Linear(u, u), *[nn.BatchNorm1d(u)] * batch_norm, nn.LeakyReLU(0.2)]
+        super().__init__(*layers, nn.Linear(u, out_dim))
+        for layer in self:
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_normal_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x):  # BatchNorm wants one leading axis
+        return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+
+def gaussian(x):
+    """Network output (..., 2 * Z) -> mean and std (..., Z)."""
+    mean, log_std = x.chunk(2, -1)
+    return mean, log_std.clamp(-10, 2).exp()
+
+
+def draw(distribution):
+    """One reparameterised sample of N(mean, std); distribution is (mean, std), each (..., Z)."""
+    mean, std = distribution
+    return mean + std * torch.randn_like(mean)
+
+
+def squash(x):
+    """Output x of the task policy -> skill (..., Z) in (-2, 2), where most of N(0, 1) lies."""
+    return 2 * torch.tanh(x)
+
+
+def kl_divergence(p, q):
+    """KL(p || q) of Gaussians (mean, std), each (..., Z) -> (...) in nats; a common tanh leaves it as it is."""
+    (mean_p, std_p), (mean_q, std_q) = p, q  # DEVIATION 1
+    return ((std_q / std_p).log() + (std_p**2 + (mean_p - mean_q) ** 2) / (2 * std_q**2) - 0.5).sum(-1)
+
+
+class Features(nn.Module):
+    """Observations (..., O) -> inputs of the networks (..., F), F = size: the same, but in the maze (DEVIATION 3)
+    the scaled observation, and sines and cosines of the position with periods of 1 to 32 cells, as in skimo.py.
+    """
+
+    def __init__(self, obs_dim: int, args: Args):
+        super().__init__()
+        use = args.env_id == "maze" and args.position_features
+        scale, shift = data_tools.obs_scale(args.env_id, obs_dim) if use else ([1.0] * obs_dim, [0.0] * obs_dim)
+        periods = [1, 2, 4, 8, 16, 32] if use else []  # cells
+        self.register_buffer("scale", torch.tensor(scale))
+        self.register_buffer("shift", torch.tensor(shift))
+        self.register_buffer("frequency", 2 * torch.pi / torch.tensor(periods, dtype=torch.float32))
+        self.size = obs_dim + 4 * len(periods)
+
+    def forward(self, obs):
+        phase = (obs[..., :2, None] * self.frequency).flatten(-2)  # (..., 2 * periods)
+        return torch.cat([obs * self.scale + self.shift, phase.sin(), phase.cos()], -1)  # (..., F)
+
+
+class SkillModel(nn.Module):
+    """Skill encoder q(z | s, a) and skill policy pi_L(a | s, z)."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        u, Z = args.hidden_dim, args.skill_dim
+        self.features = Features(obs_dim, args)
+        self.lstm_input = nn.Linear(action_dim + self.features.size, u)
+        self.lstm = nn.LSTM(u, u, batch_first=True)
+        self.lstm_output, self.skill_encoder = nn.Linear(u, u), nn.Linear(u, 2 * Z)
+        self.skill_policy = Predictor(self.features.size + Z, u, 5, action_dim)
+        with torch.no_grad():
+            for bias, value in ((self.lstm.bias_ih_l0, 1.0), (self.lstm.bias_hh_l0, 0.0)):
+                bias[u : 2 * u] = value  # the forget gate starts open
+
+    def encode_skill(self, obs, actions):
+        """q: chunks of observations (B, H, O) and actions (B, H, A) -> mean and std, 2 x (B, Z)."""
+        steps = self.lstm_input(torch.cat([actions, self.features(obs)], -1))  # (B, H, u)
+        return gaussian(self.skill_encoder(self.lstm_output(self.lstm(steps)[0][:, -1])))
+
+    def act(self, obs, z):
+        """pi_L: observations (..., O) and skills (..., Z) -> actions (..., A), not squashed."""
+        return self.skill_policy(torch.cat([self.features(obs), z], -1))
+
+
+class SkillPrior(nn.Module):
+    """Prior p(z | s), and task policy: (..., O) -> mean and std, 2 x (..., Z)."""
+
+    def __init__(self, obs_dim: int, args: Args):
+        super().__init__()
+        self.features = Features(obs_dim, args)
+        self.net = Predictor(self.features.size, args.hidden_dim, 6, 2 * args.skill_dim)
+
+    def forward(self, obs):
+        return gaussian(self.net(self.features(obs)))
+
+
+class Critics(nn.Module):
+    """Q_1 and Q_2 of observations (..., O) and skills (..., Z) -> 2 x (...)."""
+
+    def __init__(self, obs_dim: int, args: Args):
+        super().__init__()
+        self.features = Features(obs_dim, args)
+        sizes = self.features.size + args.skill_dim, args.critic_dim, args.critic_blocks, 1
+        self.qf1, self.qf2 = Predictor(*sizes, batch_norm=False), Predictor(*sizes, batch_norm=False)
+
+    def forward(self, obs, z):
+        inputs = torch.cat([self.features(obs), z], -1)
+        return self.qf1(inputs).squeeze(-1), self.qf2(inputs).squeeze(-1)
+
+
+def make_networks(args: Args, obs_dim: int, action_dim: int, device) -> nn.ModuleDict:
+    """The networks of pre-training: skills, and the prior p(z | s)."""
+    networks = dict(skills=SkillModel(obs_dim, action_dim, args), prior=SkillPrior(obs_dim, args))
+    return nn.ModuleDict(networks).to(device)
+
+
+# -------------------------------------------------------------------------------------------------------------- losses
+
+
+def pretrain_loss(skills, prior, obs, actions, args):
+    """Skills by behavioural cloning and KL(q || N(0,1)), the prior by the likelihood of their samples (SPiRL eq. 1, 2).
+
+    obs (B, H+1, O) raw, actions (B, H, A). Returns the loss and metrics, scalars.
+    """
+    H = args.skill_horizon
+    q = skills.encode_skill(obs[:, :-1], actions)  # 2 x (B, Z)
+    z = draw(q)  # (B, Z)
+    bc_loss = (skills.act(obs[:, :-1], z[:, None].expand(-1, H, -1)) - actions).square().mean()
+    kl_loss = kl_divergence(q, (torch.zeros_like(q[0]), torch.ones_like(q[1]))).mean()
+    p = prior(obs[:, 0])  # 2 x (B, Z)
+    likelihood = torch.distributions.Normal(*p, validate_args=False)
+    prior_loss = -likelihood.log_prob(z.detach()).sum(-1).mean()
+    # Gaussian likelihood of unit variance, up to a constant: half the squared error
+    loss = 0.5 * bc_loss + args.kl_coef * kl_loss / args.skill_dim + prior_loss
+    metrics = dict(bc_loss=bc_loss, kl_loss=kl_loss, prior_loss=prior_loss, prior_kl=kl_divergence(q, p).mean())
+    return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def critic_loss(critics, target, task_policy, skill_prior, obs, z, rewards, dones, next_obs, alpha, args):
+    """TD loss of both critics, the prior KL in place of SAC's entropy (SPiRL algorithm 1).
+
+    obs, next_obs (B, O), z (B, Z), rewards and dones (B,), alpha (). Returns the loss and metrics, scalars.
+    """
+    with torch.no_grad():
+        pi = task_policy(next_obs)  # 2 x (B, Z)
+        prior_kl = kl_divergence(pi, skill_prior(next_obs)).clamp(-100, 100)  # (B,)
+        next_value = torch.min(*target(next_obs, squash(draw(pi)))) - alpha * prior_kl
+        td_target = rewards + (1 - dones) * args.gamma * next_value  # (B,)
+    q1, q2 = critics(obs, z)
+    loss = 0.5 * ((q1 - td_target).square() + (q2 - td_target).square()).mean()
+    return loss, dict(value_loss=loss.detach(), q_value=q1.detach().mean(), td_target=td_target.mean())
+
+
+def policy_loss(critics, task_policy, skill_prior, obs, alpha, args):
+    """Task policy: maximise Q, stay close to the frozen prior (SPiRL algorithm 1). obs (B, O), alpha ().
+
+    Returns the loss and metrics; metrics["prior_kl"] is the mean KL in nats.
+    """
+    pi = task_policy(obs)  # 2 x (B, Z)
+    q_value = torch.min(*critics(obs, squash(draw(pi))))  # (B,)
+    with torch.no_grad():
+        prior = skill_prior(obs)
+    prior_kl = kl_divergence(pi, prior).clamp(-100, 100)  # (B,)
+    loss = (alpha * prior_kl - q_value).mean()
+    return loss, dict(policy_loss=loss.detach(), policy_q=q_value.detach().mean(), prior_kl=prior_kl.detach().mean())
+
+
+# -------------------------------------------------------------------------------------------------------------- acting
+
+
+@torch.no_grad()
+def execute_skill(envs, skills, obs, z, ended, args: Args, trace: list | None = None):
+    """H env steps of the skill policy with skills z (E, Z), on the CPU next to the simulator.
+
+    obs (E, O); ended (E,) bool: members that wait for their reset. Returns next_obs (E, O), the rewards' sum (E,),
+    the new ended (E,) and the env steps taken (E,). Each step's (obs, action, ended) is appended to trace.
+    """
+    rewards, steps = np.zeros(len(obs), dtype=np.float32), np.zeros(len(obs), dtype=np.int64)
+    for _ in range(args.skill_horizon):
+        action = skills.act(torch.from_numpy(obs), z).numpy()  # (E, A)
+        if trace is not None:
+            trace.append((obs, action, ended))
+        obs, reward, terminations, truncations, _ = envs.step(action)
+        rewards += np.where(ended, 0.0, reward)
+        steps += ~ended
+        ended = terminations | truncations
+        if ended.all():
+            break
+    return obs, rewards, ended, steps
+
+
+@torch.no_grad()
+def rollout(envs, skills, choose_skill, args: Args, seed: int, max_skills: int | None = None):
+    """One episode, at most max_skills long, in every environment, with skills z = choose_skill(obs, episode_start).
+
+    Returns returns (E,), lengths in env steps (E,), the trace of execute_skill closed by the last observation, and the
+    skills (E, skills, Z). The random state outside is left as it was.
+    """
+    skills, trace, zs = copy.deepcopy(skills).cpu(), [], []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        obs, _ = envs.reset(seed=seed)
+        ended, returns, lengths = np.zeros(len(obs), dtype=bool), 0.0, 0
+        while not ended.all() and len(zs) != max_skills:
+            zs.append(choose_skill(obs, np.full(len(obs), not zs)))
+            obs, rewards, ended, steps = execute_skill(envs, skills, obs, zs[-1], ended, args, trace)
+            returns, lengths = returns + rewards.astype(np.float64), lengths + steps
+    envs.close()
+    return returns, lengths, [*trace, (obs, trace[-1][1], ended)], torch.stack(zs, 1)
+
+
+def evaluate(learner, args: Args, video: Path | None = None):
+    """Clean evaluation: mode of the task policy, one episode in each of eval_episodes environments.
+
+    Returns returns (E,) and lengths in env steps (E,). With video, one episode is rendered into that MP4 instead.
+    """
+    envs = data_tools.make_envs(args.env_id, 1 if video else args.eval_episodes, video)
+    policy = copy.deepcopy(learner.task_policy).cpu()
+
+    def choose_skill(obs, episode_start):
+        return squash(policy(torch.from_numpy(obs))[0])  # (E, Z)
+
+    return rollout(envs, learner.skills, choose_skill, args, 10_000 + args.seed)[:2]
+
+
+def prior_rollouts(networks, args: Args, num_episodes: int):
+    """Episodes with skills from the prior, what a fresh task policy explores; returns what `rollout` returns."""
+    cpu = copy.deepcopy(networks).cpu().eval()
+
+    def choose_skill(obs, episode_start):
+        return squash(draw(cpu["prior"](torch.from_numpy(obs))))  # (E, Z)
+
+    envs = data_tools.make_envs(args.env_id, num_episodes)
+    return rollout(envs, cpu["skills"], choose_skill, args, args.seed)
+
+
+# -------------------------------------------------------------------------------------------------------------- replay
+
+
+class ReplayBuffer:
+    """The last buffer_size transitions over one skill, as rows of a ring on the device."""
+
+    def __init__(self, obs_dim: int, args: Args, device):
+        self.device, self.split_sizes = device, [obs_dim, args.skill_dim, 1, 1, obs_dim]
+        # obs, z, reward, done, next_obs
+        self.rows = torch.zeros(args.buffer_size, sum(self.split_sizes), device=device)
+        self.added = 0  # transitions ever added
+
+    def __len__(self):
+        return min(self.added, len(self.rows))
+
+    def add(self, obs, z, rewards, ended, next_obs):
+        """One skill of every environment: obs, next_obs (E, O) NumPy, z (E, Z), rewards, ended (E,) NumPy.
+
+        A time-out is stored as a true end, as in the release.
+        """
+        rewards, dones = torch.from_numpy(rewards)[:, None], torch.from_numpy(ended).float()[:, None]
+        rows = torch.cat([torch.from_numpy(obs), z, rewards, dones, torch.from_numpy(next_obs)], 1)
+        self.rows[torch.arange(self.added, self.added + len(obs)) % len(self.rows)] = rows.to(self.device)
+        self.added += len(obs)
+
+    def sample(self, batch_size: int):
+        """Uniform transitions: obs (B, O), z (B, Z), rewards and dones (B,), next_obs (B, O)."""
+        rows = self.rows[torch.randint(len(self), (batch_size,), device=self.device)]
+        obs, z, rewards, dones, next_obs = rows.split(self.split_sizes, -1)
+        return obs, z, rewards[:, 0], dones[:, 0], next_obs
+
+    def state_dict(self) -> dict:
+        return dict(rows=self.rows[: len(self)].clone(), added=self.added)
+
+    def load_state_dict(self, state: dict):
+        self.rows[: len(state["rows"])] = state["rows"].to(self.device)
+        self.added = state["added"]
+
+
+# --------------------------------------------------------------------------------------------------------- pre-training
+
+
+class Pretrainer(nn.Module):
+    """The networks of pre-training with their optimizer, and one gradient step."""
+
+    def __init__(self, args: Args, networks: nn.ModuleDict):
+        super().__init__()
+        self.args, self.networks, self.num_updates = args, networks.train(), 0
+        self.optimizer = torch.optim.RAdam(networks.parameters(), lr=args.pretrain_lr)
+        self.loss = torch.compile(pretrain_loss, mode="reduce-overhead") if args.compile else pretrain_loss
+
+    def update(self, obs, actions) -> dict:
+        """One step on windows obs (B, H+1, O), actions (B, H, A); returns metrics."""
+        args = self.args
+        if args.pretrain_lr_decay:  # DEVIATION 2
+            decay = max(0.0, 1 - self.num_updates / args.pretrain_updates) ** 0.5
+            self.optimizer.param_groups[0]["lr"] = args.pretrain_lr * decay
+        torch.compiler.cudagraph_mark_step_begin()
+        loss, metrics = self.loss(*self.networks.values(), obs, actions, args)
+        self.optimizer.zero_grad()
+        loss.backward()
+        if self.num_updates < args.clip_updates:
+            nn.utils.clip_grad_norm_(self.networks.parameters(), args.clip_norm)
+        self.optimizer.step()
+        self.num_updates += 1
+        return {name: value.clone() for name, value in metrics.items()}  # a CUDA graph overwrites its outputs
+
+    def get_extra_state(self):
+        return dict(num_updates=self.num_updates, optimizer=self.optimizer.state_dict())
+
+    def set_extra_state(self, state: dict):
+        self.num_updates = state["num_updates"]
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+@torch.no_grad()
+def update_target(target, online, tau: float):
+    """target <- (1 - tau) target + tau online"""
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
+
+
+def checkpoint_meta(kind: str, args: Args) -> dict:
+    """What must agree before a checkpoint is used: kind, version of this file, task, the networks' sizes.
+
+    The two kitchen tasks share their data, and so their pre-trained models.
+    """
+    sizes = ["hidden_dim", "skill_dim", "skill_horizon", "position_features"]
+    env_id = args.env_id if kind == "run" else args.env_id.removesuffix("-misaligned")
+    sizes += RUN_SIZES if kind == "run" else []
+    kind = f"{Path(__file__).stem if kind == 'run' else PRETRAINED} {kind}"
+    return dict(kind=kind, file_version=FILE_VERSION, env_id=env_id) | {name: getattr(args, name) for name in sizes}
+
+
+def find_pretrained(args: Args) -> tuple[Path, str, data_tools.OfflineDataset | None]:
+    """Path of the pre-trained model, name of its data, and the data, to make it from, unless --pretrained names it.
+
+    In the cache a model is found by data, seed, version of this file and every argument that shapes it.
+    """
+    task, published = args.env_id.removesuffix("-misaligned"), Path(__file__).parents[1] / "benchmarks" / "results"
+    if args.pretrained:
+        path = (
+            published / f"{PRETRAINED}_{task}_pretrained.pt"
+            if args.pretrained == "published"
+            else Path(args.pretrained)
+        )
+        source = data_tools.load_checkpoint(path, checkpoint_meta("pretrained", args), "cpu")["facts"]["data"]["source"]
+        if args.dataset not in ("auto", source):
+            sys.exit(f"error: {path} was pre-trained on {source} data; use --dataset auto or another model")
+        return path, source, None
+    data = data_tools.load_dataset(
+        task, args.data_dir, args.dataset, args.data, args.data_noise, args.allow_pickle, args.accept_any_data
+    )
+    key = json.dumps([data.fingerprint, FILE_VERSION, {name: getattr(args, name) for name in PRETRAIN_ARGS}])
+    name = f"{PRETRAINED}_{task}_{data.source}_{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
+    return data_tools.cache_dir(args.data_dir) / "pretrained" / name, data.source, data
+
+
+def pretrain(args: Args, path: Path, data, run: data_tools.Run, device) -> tuple[nn.ModuleDict, dict]:
+    """Phase 1: networks from the file at path or, first, learnt from the offline data; and facts about them.
+
+    An interrupted pre-training leaves an unfinished file next to path and goes on from it. BatchNorm's statistics
+    move in pre-training only: the networks are returned in evaluation mode.
+    """
+    envs = data_tools.make_envs(args.env_id, 1)
+    networks = make_networks(args, envs.single_observation_space.shape[0], envs.single_action_space.shape[0], device)
+    envs.close()
+    if data is None or (path.exists() and not args.retrain):
+        state = data_tools.load_checkpoint(path, checkpoint_meta("pretrained", args), device)
+        print(f"pre-trained model: {path}")
+        networks.load_state_dict(state["networks"])
+        return networks.eval(), state["facts"]
+
+    train_data, valid_data = data.to(device).split(0.99)
+    window = args.skill_horizon + 1
+    trainer, history, minutes = Pretrainer(args, networks), [], 0.0
+    unfinished = path.with_suffix(".unfinished")
+    if unfinished.exists() and not args.retrain:
+        state = data_tools.load_checkpoint(unfinished, checkpoint_meta("pretraining", args), "cpu")
+        trainer.load_state_dict(state["trainer"])
+        data_tools.set_random_state(state["random"])
+        minutes = state["minutes"]
+        print(f"pre-training goes on at update {trainer.num_updates}: {unfinished}")
+    start_time = time.time() - 60 * minutes
+    bar = tqdm(desc="pre-training", total=args.pretrain_updates, initial=trainer.num_updates, unit="update")
+    while trainer.num_updates < args.pretrain_updates:
+        history.append(trainer.update(*train_data.sample_windows(args.pretrain_batch_size, window)))
+        update = trainer.num_updates
+        bar.update()
+        if update % 100 == 0:
+            metrics = run.log_means("pretrain", history, update)
+            bar.set_postfix({name.removesuffix("_loss"): f"{value:.3g}" for name, value in metrics.items()})
+        finished = update == args.pretrain_updates
+        if finished or update % args.pretrain_eval_interval == 0:
+            networks.eval()
+            with torch.random.fork_rng(), torch.no_grad():
+                torch.manual_seed(args.seed)
+                batch = valid_data.sample_windows(args.pretrain_batch_size, window)
+                _, metrics = pretrain_loss(*networks.values(), *batch, args)
+            networks.train()
+            returns, _, trace, _ = prior_rollouts(networks, args, args.pretrain_eval_episodes * (4 if finished else 1))
+            facts = data_tools.rollout_statistics(args.env_id, returns, trace)
+            facts |= {f"valid_{name}": value.item() for name, value in metrics.items()}
+            bar.write(f"update {update}: " + ", ".join(f"{name} {value:.3g}" for name, value in facts.items()))
+            run.log("pretrain", facts, update)
+        minutes = (time.time() - start_time) / 60
+        if not finished and (run.stop.requested or update % 10_000 == 0):
+            state = dict(trainer=trainer.state_dict(), random=data_tools.random_state(), minutes=minutes)
+            data_tools.save_checkpoint(unfinished, state, checkpoint_meta("pretraining", args))
+        if run.stop.requested and not finished:
+            sys.exit("stopped in pre-training; the same command, or --resume with the run folder, goes on from here")
+    bar.close()
+    facts |= dict(minutes=minutes, updates=args.pretrain_updates, seed=args.seed)
+    facts |= dict(data=dict(data.attributes, source=data.source))
+    state = dict(networks=networks.state_dict(), facts=facts)
+    data_tools.save_checkpoint(path, state, checkpoint_meta("pretrained", args))
+    unfinished.unlink(missing_ok=True)
+    return networks.eval(), facts
+
+
+# -------------------------------------------------------------------------------------------------------- downstream RL
+
+
+class Learner(nn.Module):
+    """Everything that downstream RL trains, the frozen prior and skills, and one gradient step of everything.
+
+    All networks are in evaluation mode: BatchNorm keeps the statistics of pre-training, as the policy starts from them.
+    """
+
+    def __init__(self, args: Args, networks: nn.ModuleDict):
+        super().__init__()
+        self.args, self.num_updates = args, 0
+        self.skills, self.skill_prior = networks["skills"], networks["prior"]
+        self.device = self.skill_prior.features.scale.device
+        self.task_policy = copy.deepcopy(self.skill_prior)
+        self.critics = Critics(len(self.skill_prior.features.scale), args).to(self.device)
+        self.target = copy.deepcopy(self.critics)
+        self.eval()
+        for frozen in (self.skills, self.skill_prior, self.target):
+            frozen.requires_grad_(False)
+        self.log_alpha = nn.Parameter(torch.tensor(args.alpha, device=self.device).log())
+        adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
+        self.critic_optimizer = adam(self.critics.parameters())
+        self.policy_optimizer = adam(self.task_policy.parameters())
+        self.alpha_optimizer = adam([self.log_alpha])
+        compiled = functools.partial(torch.compile, mode="reduce-overhead") if args.compile else lambda loss: loss
+        self.critic_loss, self.policy_loss = compiled(critic_loss), compiled(policy_loss)
+
+    def update(self, obs, z, rewards, dones, next_obs) -> dict:
+        """One step of critics, task policy, alpha and target on transitions from the replay buffer; returns metrics."""
+        args, alpha = self.args, self.log_alpha.exp().detach()
+        torch.compiler.cudagraph_mark_step_begin()
+        batch, nets = (obs, z, rewards, dones, next_obs), (self.task_policy, self.skill_prior)
+        loss, metrics = self.critic_loss(self.critics, self.target, *nets, *batch, alpha, args)
+        self.critic_optimizer.zero_grad()
+        loss.backward()
+        self.critic_optimizer.step()
+
+        self.critics.requires_grad_(False)  # their weights need no gradient of the policy loss
+        loss, policy_metrics = self.policy_loss(self.critics, *nets, obs, alpha, args)
+        self.policy_optimizer.zero_grad()
+        loss.backward()
+        self.policy_optimizer.step()
+        self.critics.requires_grad_(True)
+
+        self.alpha_optimizer.zero_grad()  # alpha rises while the KL exceeds its target
+        (self.log_alpha.exp() * (args.target_kl - policy_metrics["prior_kl"])).backward()
+        self.alpha_optimizer.step()
+        update_target(self.target, self.critics, args.tau)
+        self.num_updates += 1
+        metrics |= policy_metrics | dict(alpha=alpha)
+        return {name: value.clone() for name, value in metrics.items()}  # a CUDA graph overwrites its outputs
+
+    def optimizers(self):
+        return self.critic_optimizer, self.policy_optimizer, self.alpha_optimizer
+
+    def get_extra_state(self) -> dict:  # part of state_dict()
+        return dict(num_updates=self.num_updates, optimizers=[o.state_dict() for o in self.optimizers()])
+
+    def set_extra_state(self, state: dict):
+        self.num_updates = state["num_updates"]
+        for optimizer, saved in zip(self.optimizers(), state["optimizers"]):
+            optimizer.load_state_dict(saved)
+
+
+def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
+    """Phase 2: online RL over skills, from the pre-trained networks or, with --resume, from the run's checkpoint.
+
+    Returns the results: training episodes, clean evaluations, seconds. Picture and checkpoint go to the run's folder.
+    """
+    E, max_return = args.num_envs, data_tools.MAX_RETURN[args.env_id]
+    learner = Learner(args, networks)
+    skills = copy.deepcopy(learner.skills).cpu()  # acts next to the simulator
+    envs = data_tools.make_envs(args.env_id, E)
+    obs, _ = envs.reset(seed=args.seed)  # (E, O)
+    rb, history = ReplayBuffer(obs.shape[1], args, learner.device), []
+    # The run's state besides networks, replay and environments
+    s = SimpleNamespace(global_step=0, next_eval=args.eval_interval, seconds=dict(plan=0.0, env=0.0, update=0.0))
+    s.episodes, s.evaluations = [], []  # (env step, return, length, minutes) each; (env step, return, success) each
+    s.obs, s.episodic_return, s.episodic_length = obs, np.zeros(E), np.zeros(E, dtype=np.int64)
+    if run.checkpoint.exists():
+        state = data_tools.load_checkpoint(run.checkpoint, checkpoint_meta("run", args), "cpu")
+        learner.load_state_dict(state["learner"])
+        rb.load_state_dict(state["rb"])
+        envs.set_state(state["envs"])
+        s = SimpleNamespace(**state["run"])
+        data_tools.set_random_state(state["random"])
+
+    def save():
+        state = dict(learner=learner.state_dict(), rb=rb.state_dict(), envs=envs.get_state(), run=vars(s))
+        data_tools.save_checkpoint(
+            run.checkpoint, state | dict(random=data_tools.random_state()), checkpoint_meta("run", args)
+        )
+
+    def clean_evaluation():
+        returns, lengths = evaluate(learner, args)
+        success = float((returns >= max_return).mean())
+        s.evaluations.append((s.global_step, float(returns.mean()), success))
+        values = dict(episodic_return=returns.mean(), success=success, episodic_length=lengths.mean())
+        run.log("eval", values, s.global_step)
+        bar.write(f"step {s.global_step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+
+    def lap(part):  # the time since the last lap was spent on this part
+        nonlocal clock
+        clock, last = time.time(), clock
+        s.seconds[part] += clock - last
+
+    run.start_episodes(s.episodes)
+    next_save, clock = s.global_step + args.checkpoint_interval, time.time()
+    bar = tqdm(desc="RL", total=args.total_timesteps, initial=s.global_step, unit="step")
+    while True:
+        # ALGO LOGIC: training. One update per skill that followed the warm-up (DEVIATION 4).
+        updates_due = int((rb.added - args.warmup_skills) * args.updates_per_skill)
+        while learner.num_updates < updates_due and not run.stop.requested:
+            history.append(learner.update(*rb.sample(args.batch_size)))
+            if learner.num_updates % 100 == 0:
+                run.log_means("losses", history, s.global_step)
+        lap("update")
+
+        finished = s.global_step >= args.total_timesteps
+        if finished or run.stop.requested or s.global_step >= next_save:
+            save()
+            next_save = s.global_step + args.checkpoint_interval
+        if finished or run.stop.requested:
+            break
+        if args.eval_interval and s.global_step >= s.next_eval:
+            clean_evaluation()
+            s.next_eval += args.eval_interval
+        clock = time.time()
+
+        # ALGO LOGIC: put action logic here. One skill for every environment at once, then H env steps. In the warm-up
+        # the task policy is still the prior.
+        with torch.no_grad():
+            z = squash(draw(learner.task_policy(torch.from_numpy(s.obs).to(learner.device)))).cpu()  # (E, Z)
+        lap("plan")
+        next_obs, rewards, ended, steps = execute_skill(envs, skills, s.obs, z, np.zeros(E, dtype=bool), args)
+        rb.add(s.obs, z, args.reward_scale * rewards, ended, next_obs)
+        # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
+        s.obs = next_obs
+        if ended.any():
+            s.obs, _ = envs.reset(options={"reset_mask": ended})
+        lap("env")
+
+        s.global_step += int(steps.sum())
+        bar.update(int(steps.sum()))
+        s.episodic_return, s.episodic_length = s.episodic_return + rewards, s.episodic_length + steps
+        for e in np.flatnonzero(ended):
+            seconds = sum(s.seconds.values())
+            episode = (s.global_step, float(s.episodic_return[e]), int(s.episodic_length[e]), round(seconds / 60, 3))
+            s.episodes.append(episode)
+            last_100 = np.array([episodic_return for _, episodic_return, _, _ in s.episodes[-100:]])
+            values = dict(success=(last_100 >= max_return).mean(), SPS=s.global_step / seconds)
+            run.log_episode(episode, values)
+            run.log("time", {part: share / seconds for part, share in s.seconds.items()}, s.global_step)
+            bar.set_postfix(updates=learner.num_updates, last_100=f"{last_100.mean():.3g}")
+        s.episodic_return, s.episodic_length = s.episodic_return * ~ended, s.episodic_length * ~ended
+    bar.close()
+    if run.stop.requested:
+        sys.exit(f"stopped at env step {s.global_step}; go on with: python {sys.argv[0]} --resume {run.dir}")
+
+    clean_evaluation()
+    envs.close()
+    visited = rb.rows[: len(rb), : obs.shape[1]].roll(-rb.added if rb.added > len(rb) else 0, 0)  # oldest first
+    data_tools.plot_visited(args.env_id, visited.cpu().numpy(), run.dir / "visited.png", run.writer)
+    if args.capture_video:
+        evaluate(learner, args, run.dir / "evaluation.mp4")
+    last_100 = np.array([episodic_return for _, episodic_return, _, _ in s.episodes[-100:]])
+    results = dict(env_steps=s.global_step, updates=learner.num_updates, rl_minutes=sum(s.seconds.values()) / 60)
+    results |= dict(last_100_return=float(last_100.mean()) if s.episodes else None, evaluations=s.evaluations)
+    return results | dict(
+        last_100_success=float((last_100 >= max_return).mean()) if s.episodes else 0.0, seconds=s.seconds
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+
+
+def main(args: Args) -> dict:
+    """Both phases; picture, results.json and a summary. Returns the results."""
+    check_args(args)
+    torch.set_num_threads(args.num_threads or os.cpu_count())
+    try:
+        if args.resume and (Path(args.resume) / "checkpoint.pt").exists():  # refused before anything is changed
+            data_tools.load_checkpoint(Path(args.resume) / "checkpoint.pt", checkpoint_meta("run", args), "cpu")
+        path, source, data = find_pretrained(args)
+        run = data_tools.Run(args, source)
+        torch.manual_seed(args.seed)
+        networks, facts = pretrain(args, path, data, run, torch.device(args.device))
+        torch.manual_seed(args.seed)  # RL is the same whether the model comes from this run or from a file
+        results = train(args, run, networks)
+        return run.finish(results | dict(pretraining=facts))
+    except (data_tools.DataError, OSError) as error:  # OSError: a full disk while logging, say
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main(parse_args())
