@@ -11,6 +11,7 @@ What a finished run leaves is small: RESULTS_DIR/TASK/NAME/seedSEED.csv and .jso
 cell that has them is never run again.
 """
 
+import contextlib
 import csv
 import fcntl
 import io
@@ -37,9 +38,6 @@ import ray
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("maze", "kitchen", "kitchen-misaligned", "calvin")  # those of data_tools, whose import takes seconds
-
-# Whose pre-trained model a file uses, if not its own: one run of such a family pre-trains, then the others start.
-PRETRAINED_BY = {"skimo_no_cem": "skimo", "skimo_sac": "skimo", "tdmpc_skills": "spirl"}
 
 LOCK_TIMEOUT = 300  # seconds to wait until a run whose runner or node was lost has saved and ended
 STOP_TIMEOUT = 120  # seconds that runs get to save when the runner is stopped
@@ -85,6 +83,7 @@ class Cell:
     command: list[str]
     folder: Path  # run folder, log.txt, attempts.jsonl, lock
     result: Path  # of the finished run, without suffix
+    family: tuple  # cells of a family use the same pre-trained model: one of them makes it, then the others start
     state: str = "waiting"  # waiting (for the family's pre-training), queued, pre-training, RL, finished, failed
     tries: int = 0
     log_size: int = 0  # of log.txt when it was queued; the log grows as soon as a worker has taken it
@@ -97,10 +96,6 @@ class Cell:
     @property
     def name(self) -> str:
         return f"{self.env_id}/{self.algo}/seed{self.seed}"
-
-    @property
-    def family(self) -> tuple:
-        return PRETRAINED_BY.get(self.algo, self.algo), self.env_id, self.seed
 
 
 # ----------------------------------------------------------------------------------------------------------- one cell
@@ -315,25 +310,32 @@ class Display:
     """The live table in a terminal; elsewhere, a line whenever a run changes its state."""
 
     def __init__(self):
-        self.height, self.states = 0, {}
+        self.terminal, self.height, self.states = sys.stdout, 0, {}
 
     def show(self, cells: list[Cell]):
-        if sys.stdout.isatty():
+        if self.terminal.isatty():
             columns, rows = shutil.get_terminal_size()
             lines = [line[: columns - 1] for line in table(cells, rows - 4)]
             up = f"\x1b[{self.height}F" if self.height else ""
-            sys.stdout.write(up + "\x1b[J" + "\n".join(lines) + "\n")
+            self.terminal.write(up + "\x1b[J" + "\n".join(lines) + "\n")
             self.height = len(lines)
         else:
             for cell in cells:
                 if self.states.get(cell.name) != (cell.state, cell.tries):
                     problem = f" ({cell.problem})" if cell.problem and cell.state in ("queued", "failed") else ""
-                    print(f"{time.strftime('%H:%M:%S')} {cell.name}: {cell.state}, try {cell.tries}{problem}")
+                    line = f"{time.strftime('%H:%M:%S')} {cell.name}: {cell.state}, try {cell.tries}{problem}"
+                    print(line, file=self.terminal)
                 self.states[cell.name] = (cell.state, cell.tries)
-        sys.stdout.flush()
+        self.terminal.flush()
 
 
 # ------------------------------------------------------------------------------------------------------------ the grid
+
+
+def pretrained_name(file: Path) -> str:
+    """What an algorithm file says about its pre-trained model, PRETRAINED = "...", or its own name."""
+    said = re.search(r'^PRETRAINED = "(.+)"', file.read_text(), re.MULTILINE)
+    return said[1] if said else file.stem
 
 
 def make_cells(args: Args) -> list[Cell]:
@@ -353,11 +355,13 @@ def make_cells(args: Args) -> list[Cell]:
             for algo in dict.fromkeys(args.algos):
                 folder = (args.run_dir / env_id / algo / f"seed{seed}").resolve()
                 result = (args.results_dir / env_id / algo / f"seed{seed}").resolve()
-                command = ["python", str((args.algos_dir / f"{algo}.py").resolve()), "--env-id", env_id]
+                file = (args.algos_dir / f"{algo}.py").resolve()
+                family = pretrained_name(file), env_id.removesuffix("-misaligned"), seed  # both kitchens have one model
+                command = ["python", str(file), "--env-id", env_id]
                 command += ["--seed", str(seed), "--num-threads", str(args.threads_per_run), "--run-dir", str(folder)]
                 command += ["--data-dir", str(Path(args.data_dir).resolve())] if args.data_dir else []
                 command += ["--device", args.device] if args.device else []
-                cells.append(Cell(algo, env_id, seed, command + shlex.split(args.args), folder, result))
+                cells.append(Cell(algo, env_id, seed, command + shlex.split(args.args), folder, result, family))
                 check_flags(args, cells[-1])
     return cells
 
@@ -419,10 +423,16 @@ def may_start(cell: Cell, cells: list[Cell]) -> bool:
     return any(other.pretrained for other in family) or cell is next(c for c in family if c.state != "failed")
 
 
-def run_grid(args: Args, cells: list[Cell], gpus: float):
+def why(error: Exception) -> str:
+    """The first sentence of what Ray says about a lost worker, or the exception that a worker raised."""
+    text = str(error).strip()
+    return text.split("\n")[-1] if isinstance(error, ray.exceptions.RayTaskError) else text.split(". ")[0]
+
+
+def run_grid(args: Args, cells: list[Cell], gpus: float, display: Display):
     """Run what is not finished until every cell is finished or failed. Raises KeyboardInterrupt when stopped."""
     remote = ray.remote(run_cell).options(num_cpus=args.threads_per_run, num_gpus=gpus, max_retries=0)
-    flags, running, display = shlex.split(args.args), {}, Display()
+    flags, running = shlex.split(args.args), {}
     try:
         while any(cell.state not in ("finished", "failed") for cell in cells):
             for cell in cells:
@@ -433,12 +443,15 @@ def run_grid(args: Args, cells: list[Cell], gpus: float):
                     ref = remote.remote(cell.command, flags, cell.folder, ROOT, args.threads_per_run)
                     running[ref] = cell
             display.show(cells)
-            for ref in ray.wait(list(running), timeout=1.0)[0]:
+            done, _ = ray.wait(list(running), timeout=1.0)
+            for cell in running.values():
+                observe(cell)
+            for ref in done:
                 cell = running.pop(ref)
                 try:
                     outcome = ray.get(ref)
                 except ray.exceptions.RayError as error:  # the worker or its node died, or its disk is full
-                    outcome = dict(problem=str(error).strip().split("\n")[-1][:300], exit_code=None)
+                    outcome = dict(problem=why(error), exit_code=None)
                 if "problem" not in outcome:
                     write_results(cell, outcome)
                     cell.state, cell.pretrained = "finished", True
@@ -446,11 +459,9 @@ def run_grid(args: Args, cells: list[Cell], gpus: float):
                     cell.problem = outcome["problem"]
                     hopeless = outcome["exit_code"] == 2  # the command line is wrong
                     cell.state = "failed" if hopeless or cell.tries > args.max_retries else "waiting"
-            for cell in running.values():
-                observe(cell)
         display.show(cells)
     except KeyboardInterrupt:
-        print("stopping: runs save (once more: stops at once)", flush=True)
+        print("stopping: runs save (once more: stops at once)", file=display.terminal, flush=True)
         for ref in running:
             ray.cancel(ref)
         ray.wait(list(running), num_returns=len(running), timeout=STOP_TIMEOUT + 10)
@@ -475,16 +486,19 @@ def main(args: Args):
     todo = sum(cell.state != "finished" for cell in cells)
     print(f"{len(cells)} runs, {len(cells) - todo} of them finished before")
     if todo:
-        gpus = connect(args)
+        gpus, display = connect(args), Display()
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
-        try:
-            run_grid(args, cells, gpus)
-        except KeyboardInterrupt:
-            sys.exit("stopped; the same command goes on from here")
-        except OSError as error:
-            sys.exit(f"error: {args.results_dir} cannot be written ({error.strerror}); the same command goes on")
-        finally:
-            ray.shutdown()
+        args.run_dir.mkdir(parents=True, exist_ok=True)
+        # Ray's own threads print pages about lost nodes, which would tear the table.
+        with (args.run_dir / "ray.txt").open("a") as messages, contextlib.redirect_stdout(messages):
+            try:
+                run_grid(args, cells, gpus, display)
+            except KeyboardInterrupt:
+                sys.exit("stopped; the same command goes on from here")
+            except OSError as error:
+                sys.exit(f"error: {error.filename} cannot be written ({error.strerror}); then the same command goes on")
+            finally:
+                ray.shutdown()
     failed = [cell for cell in cells if cell.state == "failed"]
     for cell in failed:
         print(f"\n{cell.name} failed {cell.tries} times: {cell.problem}. The end of {cell.folder / 'log.txt'}:")

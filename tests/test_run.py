@@ -27,6 +27,7 @@ STAND_IN = '''
 import argparse, json, os, random, signal, sys, time
 from pathlib import Path
 
+PRETRAINED = "skimo"
 parser = argparse.ArgumentParser()
 for name in ("env-id", "device", "num-threads", "run-dir", "data-dir", "resume", "crash-once", "crash-always"):
     parser.add_argument("--" + name)
@@ -214,6 +215,25 @@ def started(folder):
     return sum(len(path.read_text().splitlines()) for path in folder.glob("run/maze/*/*/attempts.jsonl"))
 
 
+def cells_under(ancestor):
+    """Folders of the cells whose runs descend from a process."""
+    parents, folders = {}, {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(process.name)] = int((process / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            words = (process / "cmdline").read_text().split("\0")
+        except OSError:
+            continue
+        if "--run-dir" in words:
+            folders[int(process.name)] = Path(words[words.index("--run-dir") + 1])
+    found = []
+    for pid, folder in folders.items():
+        while pid in parents and pid != ancestor:
+            pid = parents[pid]
+        found += [folder] if pid == ancestor else []
+    return found
+
+
 def wait_until(condition, process, seconds=60):
     deadline = time.time() + seconds
     while not condition():
@@ -227,18 +247,20 @@ def wait_until(condition, process, seconds=60):
 def test_a_lost_node_costs_nothing_but_time(grid, cluster, ray_dir):
     node = cluster.add_node(num_cpus=2, object_store_memory=80 * 2**20)
     process = subprocess.Popen(
-        command(grid, f"--algos skimo skimo_no_cem --seeds 1 2 --address {cluster.address}"),
+        command(grid, f"--algos skimo skimo_no_cem --seeds 1 2 --address {cluster.address}", "--delay 0.1"),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
-        # Two nodes with two cores each: when three runs have a checkpoint, at least one is on the node to be killed.
-        wait_until(lambda: len(list(grid.glob("run/maze/*/*/*/checkpoint.pt"))) == 3, process)
+        raylet = node.all_processes["raylet"][0].process.pid
+        wait_until(lambda: any(list(cell.glob("*/checkpoint.pt")) for cell in cells_under(raylet)), process)
         cluster.remove_node(node, allow_graceful=False)
         output, _ = process.communicate(timeout=90)
     finally:
         process.kill()
     assert process.returncode == 0, output
     assert "4 of 4 runs are finished" in output
+    assert "queued, try 2 (" in output
+    assert "Raylet is terminated" not in output  # Ray's messages go to ray.txt
     check_finished(grid, ["skimo", "skimo_no_cem"], [1, 2])
     attempts = [len(path.read_text().splitlines()) for path in grid.glob("run/maze/*/*/attempts.jsonl")]
     assert max(attempts) == 2, attempts
@@ -371,8 +393,8 @@ def test_results_must_name_their_code(monkeypatch, tmp_path):
 
 
 def cell_of(algo="skimo", seed=1, state="waiting", **changes):
-    folder = Path("runs") / algo
-    return run.Cell(algo, "maze", seed, [], folder, folder, state=state, **changes)
+    family = ("skimo" if algo == "skimo_no_cem" else algo, "maze", seed)
+    return run.Cell(algo, "maze", seed, [], Path("runs"), Path("results"), family, state=state, **changes)
 
 
 def test_one_run_of_a_family_pretrains_for_the_others():
@@ -385,6 +407,20 @@ def test_one_run_of_a_family_pretrains_for_the_others():
     assert run.may_start(second, cells)
 
 
+def test_families_are_what_the_files_say(tmp_path):
+    algos = ("skimo", "skimo_no_cem", "skimo_no_joint", "spirl")
+    tasks, folders = (
+        ("kitchen", "kitchen-misaligned"),
+        dict(run_dir=tmp_path / "runs", results_dir=tmp_path / "results"),
+    )
+    cells = run.make_cells(run.Args(algos=algos, env_ids=tasks, seeds=(1, 2), **folders))
+    assert len(cells) == 16 and len({cell.command[1] for cell in cells}) == 4
+    assert {cell.family for cell in cells} == {
+        (model, "kitchen", seed) for model in ("skimo", "skimo_no_joint", "spirl") for seed in (1, 2)
+    }
+    assert all(cell.family[0] == "skimo" for cell in cells if cell.algo == "skimo_no_cem")
+
+
 def test_the_table_shows_what_needs_attention_first():
     cells = [cell_of(seed=i, state="finished") for i in range(5)] + [cell_of(seed=9, state="failed", tries=4)]
     cells.append(cell_of(seed=8, state="RL", step="1,000 / 2,000", episodic_return="0.50", eta="1:02 h"))
@@ -395,7 +431,7 @@ def test_the_table_shows_what_needs_attention_first():
 
 
 def test_progress_is_read_from_the_run_folder(tmp_path):
-    cell = run.Cell("skimo", "maze", 1, [], tmp_path, tmp_path / "result", state="queued")
+    cell = run.Cell("skimo", "maze", 1, [], tmp_path, tmp_path / "result", ("skimo", "maze", 1), state="queued")
     run.observe(cell)
     assert cell.state == "queued"
     run_dir = tmp_path / "maze__skimo__1__17"
