@@ -1,0 +1,988 @@
+"""SkiMo with single-step dynamics: ablation of SkiMo (Shi, Lim & Lee, CoRL 2022), https://arxiv.org/abs/2207.07560
+
+Idea: skills, prior, R, Q and planner are SkiMo's, but the dynamics predicts one env step instead of a whole skill. A
+plan of K skills takes K * H predictions, and each of them adds its error: what SkiMo's skill dynamics avoids.
+
+    python algos/skimo_single_step.py --env-id maze    # data, pre-training (cached), RL, evaluation, pictures
+
+Differs from skimo.py in: PRETRAINED, Args, PRETRAIN_ARGS, skill_action, WorldModel, SkillModel, make_networks,
+    predict_steps, pretrain_loss, model_loss, ReplayBuffer, checkpoint_meta, Learner, train
+The paper says no more, so this reading is ours: D1(h, a) takes actions, which the skill policy chooses on predicted
+states, D(h, z) = H times {a = mode of pi_L(h, z), h = D1(h, a)}. So pi_L and the world model share one encoder E,
+frozen in RL: so is pi_L, which would misread states that move. R and Q still look at skills. D1 learns from real
+actions, which the replay holds: consistency at each env step, weight rho^(t/H)/H, rolled out through the window
+(--re-encode: from E(s) at each skill). --dynamics-input skill: D1(h, z) H times, without pi_L, as an undocumented
+flag of the release has it, whose planner, however, predicts one env step per skill. No curve of the paper shows it;
+its text: far below SkiMo.
+
+1. Pre-training: skills z ~ q of chunks of H actions; loss = behavioural cloning + KL(q || N(0,1)) (eq. 3)
+   + reconstruction + consistency of h_{t+1} = D1(h_t, a_t) (in place of eq. 4) + prior KL(q || p(h)) (eq. 5)
+2. Downstream RL (the task policy pi starts as the prior p), repeat:
+   act: plan skills by CEM with D, R, Q; run the first one for H steps with the frozen skill policy pi_L
+   model update: consistency of D1, reward and TD losses on windows of N skills (eq. 6)
+   policy update: maximise Q(h, z) - alpha KL(pi(h) || p(h)) (eq. 7); tune alpha; move the slow target copy
+
+Deviations marked DEVIATION n below are skimo.py's (its header has the reasons): 1. closed-form KL; 2. cloning on
+bc_chunks random chunks; 3. fewer, smaller updates, learning rate schedule, maze: larger KL weight, noisy data, periodic
+features; 4. environments in lockstep; 5. maze: CEM from the policy's plans; 6. maze: tau 0.05. Logged as in skimo.py.
+Shapes: B batch, N skills per window, H steps per skill, O observation, A action, Z skill, d latent state,
+E environments, K plan horizon, P plans. Batch first.
+"""
+
+import copy
+import functools
+import hashlib
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data_tools, from any working directory
+import data_tools
+
+FILE_VERSION = 2  # raised when a change makes older checkpoints or pre-trained models unusable
+PRETRAINED = "skimo_single_step"  # name of the pre-trained models; files with the same pre-training share them
+
+
+@dataclass
+class Args:
+    env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned or calvin
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
+    seed: int = 1  # of networks, sampling and environments
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and plan
+    num_threads: int = 0  # CPU threads of torch (0: one per core)
+    compile: bool = torch.cuda.is_available()  # torch.compile, with CUDA graphs, of losses and planner
+    run_dir: str = "runs"  # folder in which the run makes its own folder
+    resume: str | None = None  # run folder to go on with; its arguments become the defaults
+    checkpoint_interval: int = 50_000  # env steps between checkpoints
+    eval_interval: int = 100_000  # env steps between clean evaluations (0: only at the end)
+    eval_episodes: int = 20  # episodes of a clean evaluation (no exploration noise)
+    capture_video: bool = False  # record one evaluation episode as MP4 at the end
+
+    # Offline data
+    data_dir: str | None = None  # folder of data and pre-trained models (None: $SKIMO_DATA_DIR, else the user's cache)
+    dataset: Literal["auto", "d4rl", "scripted"] = "auto"  # auto: D4RL's file (kitchen) if it can be had, else scripted
+    data: str | None = None  # other offline data: an HDF5 file or a folder (README, "Data")
+    data_noise: float | None = None  # size of the disturbances in scripted data (None: the task's)
+    allow_pickle: bool = False  # let --data be a pickle of the SkiMo release, read without running its code
+    accept_any_data: bool = False  # take D4RL's file although its checksum differs
+
+    # Pre-training
+    pretrained: str | None = None  # start at RL from this model: a path, or `published` for benchmarks/results
+    retrain: bool = False  # pre-train again although the cache holds this model
+    pretrain_updates: int = 12_000  # gradient updates (release: 700,000 in the maze, 425,000 elsewhere)
+    pretrain_batch_size: int = 128  # windows of N skills per update (release: 512)
+    bc_chunks: int = 4  # chunks of each window that the skill policy is trained on (release: all N)
+    pretrain_lr: float = 1e-3  # peak learning rate
+    pretrain_lr_decay: bool = True  # 500 updates of warm-up, then sqrt(1 - progress) (release: constant rate)
+    bc_coef: float = 2.0  # weight of the skill policy's squared error
+    kl_coef: float = 1e-4  # weight of KL(q || N(0,1)) (release: 1e-4)
+    prior_coef: float = 1.0  # weight of KL(q || p)
+    recon_coef: float = 1.0  # weight of the observation's log-likelihood
+    pretrain_tau: float = 0.01  # tau of pre-training
+    position_features: bool = True  # maze: sines and cosines of the position as inputs (release: none)
+    pretrain_eval_interval: int = 3_000  # updates between validations with roll-outs of the prior
+    pretrain_eval_episodes: int = 100  # roll-outs in a validation; four times as many at the end
+
+    # Downstream RL
+    total_timesteps: int = 1_000_000  # env steps, warm-up included
+    num_envs: int = 8  # environments in lockstep
+    warmup_steps: int = 5_000  # env steps with skills from the prior, before planner and updates start
+    batch_size: int = 256  # windows of N skills per update
+    updates_per_step: float = 10 / 500  # gradient updates per env step, the warm-up's included
+    learning_rate: float = 1e-3  # of world model and task policy
+    alpha: float = 0.5  # weight of the prior KL (its first value if autotune)
+    autotune: bool = False  # tune alpha so that the prior KL is target_kl
+    target_kl: float = 3.0  # nats between task policy and prior
+    alpha_lr: float = 3e-4  # learning rate of log alpha
+    policy_latents: Literal["imagined", "h0", "encoded"] = "imagined"  # of eq. 7: paper, release (first state), E(o_t)
+    gamma: float = 0.99  # discount per skill
+    rho: float = 0.5  # weight rho^t of the t-th skill of a window
+    tau: float = 0.01  # share of the online weights in a target update
+    target_update_interval: int = 2  # updates between target updates
+    consistency_coef: float = 2.0  # weight of the latent consistency, in both phases
+    reward_coef: float = 0.25  # weight of the reward loss
+    value_coef: float = 0.1  # weight of the TD loss
+    reward_scale: float = 1.0  # factor on the task's reward
+    max_grad_norm: float = 100.0  # bound of the gradient's global norm
+
+    # Planner
+    num_samples: int = 512  # sampled plans per iteration
+    num_policy_trajs: int = 25  # plans proposed by the task policy
+    num_elites: int = 64  # plans that the next distribution is fitted to
+    cem_iters: int = 6  # iterations
+    temperature: float = 0.5  # factor on the values in the elites' softmax
+    momentum: float = 0.1  # share of the old mean in the new one
+    plan_start: Literal["wide", "policy"] = "wide"  # first distribution: N(last mean, plan_std), or the policy's plans
+    plan_std: float = 2.0  # largest std of the sampled skills
+    explore_std: float = 0.5  # least std, at the start of the schedule
+    explore_std_end: float = 0.01  # least std after std_steps
+    std_steps: int = 25_000  # env steps over which the least std falls
+    horizon_steps: int = 25_000  # env steps over which plans grow from 1 to N skills
+
+    # Model
+    skill_horizon: int = 10  # H: env steps per skill
+    num_skills: int = 10  # N: skills per window and in the longest plan
+    skill_dim: int = 10  # Z: size of a skill
+    hidden_dim: int = 128  # width of hidden layers
+    latent_dim: int = 256  # d: size of a latent state
+    skill_encoder: Literal["mlp", "lstm"] = "lstm"  # architecture of q
+    dynamics_input: Literal["action", "skill"] = "action"  # D1(h, a), a by the skill policy, or D1(h, z)
+    re_encode: bool = False  # predictions start anew from E(s) at each skill of a window, not only at its first
+
+
+# The release's values where they differ from Args, but for total_timesteps, pre-training (DEVIATION 3) and the maze's
+# planner and tau (DEVIATION 5, 6; the release's: --plan-start wide --num-samples 512 --num-elites 64 --cem-iters 6
+# --explore-std 0.5 --std-steps 1000000 --tau 0.01).
+TASK_DEFAULTS = {
+    "maze": dict(
+        latent_dim=128, skill_encoder="mlp", kl_coef=3e-3, total_timesteps=300_000, warmup_steps=50_000, batch_size=128,
+        alpha=1.0, autotune=True, tau=0.05, horizon_steps=1_000_000, plan_start="policy", num_samples=128,
+        num_elites=32, cem_iters=3, explore_std=0.05, std_steps=300_000,
+    ),
+    "kitchen": dict(),
+    "kitchen-misaligned": dict(),
+    "calvin": dict(hidden_dim=256, num_skills=1, bc_chunks=1, alpha=0.1, reward_scale=0.01, total_timesteps=2_000_000),
+}  # fmt: skip
+
+# Arguments that shape a pre-trained model: with data and file version, the key of the cache.
+PRETRAIN_ARGS = (
+    "seed pretrain_updates pretrain_batch_size bc_chunks pretrain_lr pretrain_lr_decay bc_coef kl_coef prior_coef "
+    "recon_coef consistency_coef rho pretrain_tau target_update_interval max_grad_norm position_features skill_horizon "
+    "num_skills skill_dim hidden_dim latent_dim skill_encoder dynamics_input re_encode"
+).split()
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    return data_tools.parse_args(Args, TASK_DEFAULTS, __doc__.split("\n")[0], argv)
+
+
+def check_args(args: Args):
+    """Refuse values that cannot work, in a sentence that names the flag and the cure."""
+    for name in ("num_envs", "batch_size", "pretrain_batch_size", "eval_episodes", "num_policy_trajs", "num_skills"):
+        if getattr(args, name) < 1:
+            sys.exit(f"error: --{name.replace('_', '-')} {getattr(args, name)} is too small; give at least 1")
+    if not 1 <= args.bc_chunks <= args.num_skills:
+        sys.exit(f"error: --bc-chunks {args.bc_chunks} must lie between 1 and --num-skills {args.num_skills}")
+    if not 1 <= args.num_elites <= args.num_samples + args.num_policy_trajs:
+        sys.exit(f"error: --num-elites {args.num_elites} exceeds --num-samples + --num-policy-trajs; lower it")
+    if args.plan_start == "policy" and args.num_policy_trajs < 2:
+        sys.exit("error: --plan-start policy needs the spread of at least two plans; raise --num-policy-trajs")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: --device cuda, but torch finds no CUDA device; use --device cpu")
+
+
+# ------------------------------------------------------------------------------------------------------------ networks
+
+
+def mlp(*sizes: int) -> nn.Sequential:
+    """Linear layers with orthogonal weights, ELU between them, linear output."""
+    layers = []
+    for in_dim, out_dim in zip(sizes[:-1], sizes[1:]):
+        layers += [nn.Linear(in_dim, out_dim), nn.ELU()]
+        nn.init.orthogonal_(layers[-2].weight)
+        nn.init.zeros_(layers[-2].bias)
+    return nn.Sequential(*layers[:-1])
+
+
+def scalar_head(in_dim: int, u: int) -> nn.Sequential:
+    """Reward and Q: a normalised first layer, then an MLP of width u whose output starts near 0."""
+    head = nn.Sequential(nn.Linear(in_dim, u), nn.LayerNorm(u), nn.Tanh(), *mlp(u, u, u, u, 1))
+    nn.init.orthogonal_(head[-1].weight, 0.01)
+    return head
+
+
+def tanh_normal(x):
+    """Network output (..., 2 * Z) -> mean and std (..., Z) of the Gaussian whose tanh is the variable."""
+    mean, log_std = x.chunk(2, -1)
+    return 5 * torch.tanh(mean / 5), log_std.clamp(-10, 2).exp() + 1e-4
+
+
+def sample(distribution):
+    """One reparameterised sample of tanh(N(mean, std)); distribution is (mean, std), each (..., Z)."""
+    mean, std = distribution
+    return torch.tanh(mean + std * torch.randn_like(mean))
+
+
+def kl_divergence(p, q):
+    """KL(p || q) of Gaussians (mean, std), each (..., Z) -> (...) in nats; a common tanh leaves it as it is."""
+    (mean_p, std_p), (mean_q, std_q) = p, q  # DEVIATION 1
+    return ((std_q / std_p).log() + (std_p**2 + (mean_p - mean_q) ** 2) / (2 * std_q**2) - 0.5).sum(-1)
+
+
+class StateEncoder(nn.Module):
+    """Raw observations (..., O) -> latent states (..., d).
+
+    DEVIATION 3: in the maze sines and cosines of the position with periods of 1 to 32 cells are inputs, too. The walls
+    repeat every cell, a fortieth of the input's range, which a plain MLP needs very long to resolve.
+    """
+
+    def __init__(self, obs_dim: int, args: Args):
+        super().__init__()
+        scale, shift = data_tools.obs_scale(args.env_id, obs_dim)
+        periods = [1, 2, 4, 8, 16, 32] if args.env_id == "maze" and args.position_features else []  # cells
+        self.register_buffer("scale", torch.tensor(scale))
+        self.register_buffer("shift", torch.tensor(shift))
+        self.register_buffer("frequency", 2 * torch.pi / torch.tensor(periods, dtype=torch.float32))
+        self.net = mlp(obs_dim + 4 * len(periods), args.hidden_dim, args.latent_dim)
+
+    def scaled(self, obs):  # what the decoder reconstructs
+        return obs * self.scale + self.shift  # (..., O)
+
+    def forward(self, obs):
+        phase = (obs[..., :2, None] * self.frequency).flatten(-2)  # (..., 2 * periods)
+        return self.net(torch.cat([self.scaled(obs), phase.sin(), phase.cos()], -1))  # (..., d)
+
+
+def skill_action(skill_policy, h, z):
+    """Mode of pi_L: latent states (..., d) and skills (..., Z) -> actions (..., A) in (-1, 1)."""
+    mean, _ = tanh_normal(skill_policy(torch.cat([h, z], -1)))
+    return torch.tanh(mean)
+
+
+class WorldModel(nn.Module):
+    """One-step dynamics D1, reward R, critics Q, observation decoder; state encoder E and pi_L belong to `skills`."""
+
+    def __init__(self, obs_dim: int, action_dim: int, skills: "SkillModel", args: Args):
+        super().__init__()
+        u, d, dz = args.hidden_dim, args.latent_dim, args.latent_dim + args.skill_dim
+        self.skill_horizon, self.takes_actions = args.skill_horizon, args.dynamics_input == "action"
+        self.encoder, self.skill_policy = skills.encoder, skills.skill_policy
+        self.dynamics = mlp(d + action_dim if self.takes_actions else dz, u, u, u, u, d)
+        self.reward_model, self.qf1, self.qf2 = scalar_head(dz, u), scalar_head(dz, u), scalar_head(dz, u)
+        self.decoder = mlp(d, u, u, 2 * obs_dim)
+
+    def step(self, h, x):  # D1(h, a) or D1(h, z): the latent state after one env step
+        return self.dynamics(torch.cat([h, x], -1))  # (..., d)
+
+    def next(self, h, z):
+        """The latent state after the whole skill: H times the skill policy's action and D1; h (..., d), z (..., Z)."""
+        for _ in range(self.skill_horizon):
+            h = self.step(h, skill_action(self.skill_policy, h, z) if self.takes_actions else z)
+        return h  # (..., d)
+
+    def reward(self, h, z):  # R(h, z)
+        return self.reward_model(torch.cat([h, z], -1)).squeeze(-1)  # (...)
+
+    def q(self, h, z):  # Q_1(h, z), Q_2(h, z)
+        hz = torch.cat([h, z], -1)
+        return self.qf1(hz).squeeze(-1), self.qf2(hz).squeeze(-1)  # 2 x (...)
+
+    def decode(self, h):
+        """Mean and std, in [0.1, 1.5], of the scaled observation: (..., d) -> 2 x (..., O)."""
+        mean, raw_std = self.decoder(h).chunk(2, -1)
+        return mean, 0.1 + 0.7 * (torch.tanh(raw_std) + 1)
+
+
+class SkillModel(nn.Module):
+    """Skill encoder q(z | s, a) and skill policy pi_L(a | h, z), on the state encoder E of the world model."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        u, d, Z, self.uses_lstm = args.hidden_dim, args.latent_dim, args.skill_dim, args.skill_encoder == "lstm"
+        self.encoder = StateEncoder(obs_dim, args)
+        self.skill_policy = mlp(d + Z, u, u, u, u, 2 * action_dim)
+        self.lstm = nn.LSTM(action_dim + d, 128, batch_first=True) if self.uses_lstm else None
+        sizes = (128,) if self.uses_lstm else (args.skill_horizon * action_dim + d, u, u, u, u)
+        self.skill_encoder = mlp(*sizes, 2 * Z)
+
+    def encode_skill(self, obs, actions):
+        """q: chunks of observations (B, N, H, O) and actions (B, N, H, A) -> mean and std, 2 x (B, N, Z)."""
+        if self.uses_lstm:
+            steps = torch.cat([actions, self.encoder(obs)], -1).flatten(0, 1)  # (B * N, H, A + d)
+            return tanh_normal(self.skill_encoder(self.lstm(steps)[0][:, -1]).unflatten(0, actions.shape[:2]))
+        return tanh_normal(self.skill_encoder(torch.cat([actions.flatten(2), self.encoder(obs[:, :, 0])], -1)))
+
+    def act(self, obs, z):
+        """Mode of pi_L: observations (..., O) and skills (..., Z) -> actions (..., A) in (-1, 1)."""
+        return skill_action(self.skill_policy, self.encoder(obs), z)
+
+
+def make_networks(args: Args, obs_dim: int, action_dim: int, device) -> nn.ModuleDict:
+    """The networks of pre-training: world model, skills, and the prior p(z | h), (..., d) -> (..., 2 * Z)."""
+    prior = mlp(args.latent_dim, *[args.hidden_dim] * 4, 2 * args.skill_dim)
+    skills = SkillModel(obs_dim, action_dim, args)
+    networks = dict(model=WorldModel(obs_dim, action_dim, skills, args), skills=skills, prior=prior)
+    return nn.ModuleDict(networks).to(device)
+
+
+# -------------------------------------------------------------------------------------------------------------- losses
+
+
+def predict_steps(model, h, inputs, args):
+    """Roll out D1 from h[:, 0] through the whole window or, with --re-encode, through each skill from its own h[:, i].
+
+    h (B, N+1, d) at the skills' boundaries, inputs (B, N, H, A or Z) of D1. Returns the states after each env step
+    (B, N, H, d) and, of the same shape without d, the weights rho^(t/H)/H of their errors, t = 0..N*H-1, B = 1.
+    """
+    N, H = inputs.shape[1:3]
+    state, steps = (h[:, :-1], inputs) if args.re_encode else (h[:, :1], inputs.flatten(1, 2)[:, None])
+    h_pred = []
+    for t in range(steps.shape[2]):
+        state = model.step(state, steps[:, :, t])  # (B, N, d) if re-encoded, else (B, 1, d)
+        h_pred.append(state)
+    weight = args.rho ** (torch.arange(N * H, device=h.device) / H) / H  # (N*H,)
+    return torch.stack(h_pred, 2).reshape(len(h), N, H, -1), weight.view(1, N, H)
+
+
+def pretrain_loss(model, skills, prior, target, obs, actions, args):
+    """Joint loss of skills and one-step dynamics on windows of the offline data (SkiMo eq. 3-5).
+
+    obs (B, N*H+1, O) raw, actions (B, N*H, A); target is the slow copy of model. Returns the loss and metrics, scalars.
+    """
+    B, N, H = len(obs), args.num_skills, args.skill_horizon
+    chunk_obs, chunk_actions = obs[:, :-1].unflatten(1, (N, H)), actions.unflatten(1, (N, H))  # (B, N, H, O), ... A)
+    q = skills.encode_skill(chunk_obs, chunk_actions)  # 2 x (B, N, Z)
+    z = sample(q)  # (B, N, Z)
+
+    # eq. 3: behavioural cloning by the skill policy, on some chunks of each window (DEVIATION 2), and KL(q || N(0, 1))
+    chosen = torch.rand(B, N, device=obs.device).topk(args.bc_chunks, 1).indices  # (B, C)
+    row = torch.arange(B, device=obs.device)[:, None]  # (B, 1)
+    z_steps = z[row, chosen].unsqueeze(2).expand(-1, -1, H, -1)  # (B, C, H, Z)
+    bc_loss = (skills.act(chunk_obs[row, chosen], z_steps) - chunk_actions[row, chosen]).square().mean()
+    kl_loss = kl_divergence(q, (torch.zeros_like(q[0]), torch.ones_like(q[1]))).clamp(-100, 100).mean()
+
+    # Reconstruction: Gaussian likelihood of the scaled states at skill boundaries
+    skill_obs = obs[:, ::H]  # (B, N+1, O)
+    h = model.encoder(skill_obs)  # (B, N+1, d)
+    likelihood = torch.distributions.Normal(*model.decode(h), validate_args=False)
+    recon_loss = -likelihood.log_prob(model.encoder.scaled(skill_obs)).sum(-1).mean()
+
+    # In place of eq. 4: h_{t+1} = D1(h_t, a_t), rolled out through time, agrees with the slow encoder at every env step
+    with torch.no_grad():
+        h_target = target.encoder(obs[:, 1:]).unflatten(1, (N, H))  # (B, N, H, d)
+    inputs = chunk_actions if args.dynamics_input == "action" else z.unsqueeze(2).expand(-1, -1, H, -1)
+    h_pred, weight = predict_steps(model, h, inputs, args)  # (B, N, H, d)
+    consistency = (weight * (h_pred - h_target).square().mean(-1)).sum((1, 2))  # (B,)
+    consistency_loss = consistency.clamp(max=1e4).mean()
+
+    # eq. 5: the prior p(z | h) follows q; its gradient reaches the state encoder, not q
+    prior_loss = kl_divergence((q[0].detach(), q[1].detach()), tanh_normal(prior(h[:, :-1]))).mean()
+
+    loss = args.bc_coef * bc_loss + args.kl_coef * kl_loss + args.prior_coef * prior_loss
+    loss = loss + (args.recon_coef * recon_loss + args.consistency_coef * consistency_loss) / N
+    metrics = dict(bc_loss=bc_loss, kl_loss=kl_loss, prior_loss=prior_loss)
+    metrics |= dict(recon_loss=recon_loss, consistency_loss=consistency_loss)
+    return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def model_loss(model, target, task_policy, obs, actions, z, rewards, dones, steps, args):
+    """World model and critics on windows of skills from the replay buffer (SkiMo eq. 6).
+
+    obs (B, N*H+1, O), actions (B, N, H, A), z (B, N, Z), rewards, dones and steps, the env steps that a skill lasted,
+    (B, N). Returns the loss, metrics, and detached latents at the skills' boundaries for the policy: h = E(o) and
+    h_pred of the roll-out with real actions, both (B, N+1, d).
+    """
+    N, H = actions.shape[1:3]
+    with torch.no_grad():  # E is frozen, so that its states need no slow copy
+        h_steps = model.encoder(obs)  # (B, N*H+1, d)
+        h, h_target = h_steps[:, ::H], h_steps[:, 1:].unflatten(1, (N, H))  # (B, N+1, d), (B, N, H, d)
+        next_z = sample(tanh_normal(task_policy(h[:, 1:])))  # (B, N, Z)
+        td_target = rewards + (1 - dones) * args.gamma * torch.min(*target.q(h[:, 1:], next_z))  # (B, N)
+    inputs = actions if args.dynamics_input == "action" else z.unsqueeze(2).expand(-1, -1, H, -1)
+    h_pred, weight = predict_steps(model, h, inputs, args)  # (B, N, H, d)
+    weight = weight * (torch.arange(H, device=obs.device) < steps[..., None])  # (B, N, H): nothing after an early end
+    consistency = (weight * (h_pred - h_target).square().mean(-1)).sum((1, 2))  # (B,)
+    h_pred = torch.cat([h[:, :1], h_pred[:, :, -1]], 1)  # (B, N+1, d)
+
+    rho = args.rho ** torch.arange(N, device=obs.device)  # (N,)
+    # Reward and value learn on imagined states, weighted by rho^t, and on encoded ones, weight 1.
+    both, both_z = torch.stack([h_pred[:, :-1], h[:, :-1]], 1), z[:, None].expand(-1, 2, -1, -1)  # (B, 2, N, d), ... Z)
+    weight = torch.stack([rho, torch.ones_like(rho)])  # (2, N)
+    (q1, q2), reward, td = model.q(both, both_z), model.reward(both, both_z), td_target[:, None]  # (B, 2, N)
+    reward_error = (weight * (reward - rewards[:, None]).square()).sum((1, 2))  # (B,)
+    value_error = (weight * ((q1 - td).square() + (q2 - td).square())).sum((1, 2))  # (B,)
+
+    loss = args.consistency_coef * consistency.clamp(max=1e5) + args.reward_coef * reward_error.clamp(max=1e5)
+    loss = (loss + args.value_coef * value_error.clamp(max=1e5)).mean() / N
+    metrics = dict(consistency_loss=consistency, reward_loss=reward_error, value_loss=value_error, td_target=td_target)
+    metrics = {name: value.detach().mean() for name, value in metrics.items()} | dict(q_value=q1[:, 1].detach().mean())
+    return loss, metrics, h, h_pred.detach()
+
+
+def policy_loss(model, task_policy, prior_encoder, skill_prior, obs, h, h_pred, alpha, args):
+    """Task policy: maximise Q, stay close to the frozen prior (SkiMo eq. 7).
+
+    obs (B, N+1, O), h and h_pred (B, N+1, d) detached, alpha (); prior_encoder is the E of pre-training, frozen.
+    Returns the loss and metrics; metrics["prior_kl"] is the mean KL in nats.
+    """
+    N = obs.shape[1] - 1
+    rho = args.rho ** torch.arange(N, device=obs.device)  # (N,)
+    latents = {"imagined": h_pred, "h0": h[:, :1].expand_as(h), "encoded": h}[args.policy_latents][:, :N]  # (B, N, d)
+    q_value = torch.min(*model.q(latents, sample(tanh_normal(task_policy(latents)))))  # (B, N)
+    with torch.no_grad():
+        prior = tanh_normal(skill_prior(prior_encoder(obs[:, :-1])))  # 2 x (B, N, Z)
+    prior_kl = kl_divergence(tanh_normal(task_policy(h[:, :-1])), prior).clamp(-100, 100)  # (B, N)
+    loss = ((rho * (alpha * prior_kl - q_value)).sum(1)).mean() / N
+    return loss, dict(policy_loss=loss.detach(), policy_q=q_value.detach().mean(), prior_kl=prior_kl.detach().mean())
+
+
+# -------------------------------------------------------------------------------------------------- planner and acting
+
+
+@torch.no_grad()
+def plan(model, task_policy, obs, mean, std_floor, noise_scale, args):
+    """CEM over sequences of K skills in the skill dynamics, for all environments at once (SkiMo, section 3.4).
+
+    obs (E, O); mean (E, K, Z): zeros or the last plan, moved on; std_floor (): least std of the sampled skills;
+    noise_scale (): 1 to explore, 0 to evaluate. Returns the first skill (E, Z) and the fitted mean (E, K, Z).
+    """
+    E, K, Z = mean.shape
+    h0 = model.encoder(obs)  # (E, d)
+
+    h, policy_plans = h0[:, None].expand(-1, args.num_policy_trajs, -1), []
+    for _ in range(K):
+        policy_plans.append(sample(tanh_normal(task_policy(h))))  # (E, 25, Z)
+        h = model.next(h, policy_plans[-1])
+    policy_plans = torch.stack(policy_plans, 2)  # (E, 25, K, Z)
+
+    std = torch.full_like(mean, args.plan_std)
+    if args.plan_start == "policy":  # DEVIATION 5
+        mean, std = policy_plans.mean(1), policy_plans.std(1).maximum(std_floor)  # (E, K, Z)
+    for _ in range(args.cem_iters):
+        noise = torch.randn(E, args.num_samples, K, Z, device=obs.device)
+        plans = (mean[:, None] + std[:, None] * noise).clamp(-0.999, 0.999)
+        plans = torch.cat([plans, policy_plans], 1)  # (E, P, K, Z)
+
+        # Return of each plan: K predicted rewards, then the value of going on with the task policy
+        h, value = h0[:, None].expand(-1, plans.shape[1], -1), 0.0
+        for t in range(K):
+            value = value + args.gamma**t * model.reward(h, plans[:, :, t])  # (E, P)
+            h = model.next(h, plans[:, :, t])
+        last_z = sample(tanh_normal(task_policy(h)))
+        value = value + args.gamma**K * torch.min(*model.q(h, last_z))  # (E, P)
+
+        elite_value, elite_index = value.topk(args.num_elites, 1)  # (E, 64)
+        elites = plans.gather(1, elite_index[..., None, None].expand(-1, -1, K, Z))  # (E, 64, K, Z)
+        weight = torch.softmax(args.temperature * elite_value, 1)[..., None, None]  # (E, 64, 1, 1)
+        elite_mean = (weight * elites).sum(1)  # (E, K, Z)
+        variance = (weight * (elites - elite_mean[:, None]).square()).sum(1)
+        std = variance.sqrt().maximum(std_floor).clamp(max=args.plan_std)
+        mean = args.momentum * mean + (1 - args.momentum) * elite_mean
+
+    # One elite at random, with probability `weight`: exponential races draw from it without a host round trip.
+    picked = (weight[..., 0, 0] / torch.empty_like(elite_value).exponential_()).argmax(1)  # (E,)
+    first_skill = elites[torch.arange(E, device=obs.device), picked, 0]  # (E, Z)
+    noise_std = std_floor if args.plan_start == "policy" else std[:, 0]  # DEVIATION 5: the policy's std stays wide
+    first_skill = first_skill + noise_scale * noise_std * torch.randn_like(first_skill)
+    return first_skill.clamp(-0.999, 0.999), mean
+
+
+class Planner:
+    """Plans for E environments at once, by the schedules; starts from the last plan, moved on by one skill."""
+
+    def __init__(self, model, task_policy, args: Args, device):
+        self.model, self.task_policy, self.args, self.device = model, task_policy, args, device
+        self.plan = torch.compile(plan, mode="reduce-overhead", dynamic=False) if args.compile else plan
+        self.last_mean = None  # (E, K, Z)
+
+    def __call__(self, obs, episode_start, global_step: int, explore: bool):
+        """obs (E, O) and episode_start (E,) bool, NumPy -> skills (E, Z) on the CPU."""
+        args = self.args
+        plan_horizon = int(1 + min(1.0, global_step / max(args.horizon_steps, 1)) * (args.num_skills - 1))  # K
+        mean = torch.zeros(len(obs), plan_horizon, args.skill_dim, device=self.device)  # (E, K, Z)
+        if self.last_mean is not None and self.last_mean.shape[1] == plan_horizon > 1:
+            goes_on = torch.from_numpy(~episode_start)[:, None, None].to(self.device)
+            mean[:, :-1] = goes_on * self.last_mean[:, 1:].to(self.device)
+        progress = min(1.0, global_step / max(args.std_steps, 1))
+        std_floor = args.explore_std + progress * (args.explore_std_end - args.explore_std)
+        std_floor, noise_scale = torch.tensor([std_floor, float(explore)], device=self.device)
+        torch.compiler.cudagraph_mark_step_begin()
+        obs = torch.from_numpy(obs).to(self.device)
+        z, mean = self.plan(self.model, self.task_policy, obs, mean, std_floor, noise_scale, args)
+        self.last_mean = mean.clone()  # a CUDA graph overwrites its outputs
+        return z.cpu()
+
+
+@torch.no_grad()
+def execute_skill(envs, skills, obs, z, ended, args: Args, trace: list | None = None):
+    """H env steps of the skill policy with skills z (E, Z), on the CPU next to the simulator.
+
+    obs (E, O); ended (E,) bool: members that wait for their reset. Returns next_obs (E, O), the rewards' sum (E,),
+    the new ended (E,) and the env steps taken (E,). Each step's (obs, action, ended) is appended to trace.
+    """
+    rewards, steps = np.zeros(len(obs), dtype=np.float32), np.zeros(len(obs), dtype=np.int64)
+    for _ in range(args.skill_horizon):
+        action = skills.act(torch.from_numpy(obs), z).numpy()  # (E, A)
+        if trace is not None:
+            trace.append((obs, action, ended))
+        obs, reward, terminations, truncations, _ = envs.step(action)
+        rewards += np.where(ended, 0.0, reward)
+        steps += ~ended
+        ended = terminations | truncations
+        if ended.all():
+            break
+    return obs, rewards, ended, steps
+
+
+@torch.no_grad()
+def rollout(envs, skills, choose_skill, args: Args, seed: int, max_skills: int | None = None):
+    """One episode, at most max_skills long, in every environment, with skills z = choose_skill(obs, episode_start).
+
+    Returns returns (E,), lengths in env steps (E,), the trace of execute_skill closed by the last observation, and the
+    skills (E, skills, Z). The random state outside is left as it was.
+    """
+    skills, trace, zs = copy.deepcopy(skills).cpu(), [], []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        obs, _ = envs.reset(seed=seed)
+        ended, returns, lengths = np.zeros(len(obs), dtype=bool), 0.0, 0
+        while not ended.all() and len(zs) != max_skills:
+            zs.append(choose_skill(obs, np.full(len(obs), not zs)))
+            obs, rewards, ended, steps = execute_skill(envs, skills, obs, zs[-1], ended, args, trace)
+            returns, lengths = returns + rewards.astype(np.float64), lengths + steps
+    envs.close()
+    return returns, lengths, [*trace, (obs, trace[-1][1], ended)], torch.stack(zs, 1)
+
+
+def evaluate(learner, args: Args, global_step: int, video: Path | None = None):
+    """Clean evaluation: planner without exploration noise, one episode in each of eval_episodes environments.
+
+    Returns returns (E,) and lengths in env steps (E,). With video, one episode is rendered into that MP4 instead.
+    """
+    envs = data_tools.make_envs(args.env_id, 1 if video else args.eval_episodes, video)
+    planner = Planner(learner.model, learner.task_policy, args, learner.device)
+    choose_skill = functools.partial(planner, global_step=global_step, explore=False)
+    return rollout(envs, learner.skills, choose_skill, args, 10_000 + args.seed)[:2]
+
+
+def prior_rollouts(networks, args: Args, num_episodes: int, max_skills: int | None = None):
+    """Episodes with skills from the prior, what a fresh task policy explores; returns what `rollout` returns."""
+    cpu = copy.deepcopy(networks).cpu()
+
+    def choose_skill(obs, episode_start):
+        return sample(tanh_normal(cpu["prior"](cpu["model"].encoder(torch.from_numpy(obs)))))  # (E, Z)
+
+    envs = data_tools.make_envs(args.env_id, num_episodes)
+    return rollout(envs, cpu["skills"], choose_skill, args, args.seed, max_skills)
+
+
+@torch.no_grad()
+def open_loop_prediction(networks, args: Args, num_skills: int = 50):
+    """50 skills of the prior in the simulator, and what the skill dynamics foretells from the first state alone.
+
+    Returns observations at the skills' boundaries, real and predicted, each (num_skills + 1, O) (paper, fig. 10).
+    """
+    _, _, trace, z = prior_rollouts(networks, args, 1, num_skills)
+    real = np.concatenate([*(obs for obs, _, _ in trace[: -1 : args.skill_horizon]), trace[-1][0]])
+    model = copy.deepcopy(networks["model"]).cpu()
+    h = [model.encoder(torch.from_numpy(real[:1]))]
+    for t in range(z.shape[1]):
+        h.append(model.next(h[-1], z[:, t]))
+    scaled, _ = model.decode(torch.cat(h))  # (num_skills + 1, O)
+    return real, ((scaled - model.encoder.shift) / model.encoder.scale).numpy()
+
+
+# -------------------------------------------------------------------------------------------------------------- replay
+
+
+class ReplayBuffer:
+    """Finished episodes of at least N skills, back to back in flat tensors on the device; nothing is ever dropped.
+
+    An episode of T skills takes T + 1 rows of H env steps; the last one begins with its final observation.
+    """
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args, device):
+        self.num_skills, self.skill_horizon, self.device = args.num_skills, args.skill_horizon, device
+        self.split_sizes = [args.skill_horizon * obs_dim, args.skill_horizon * action_dim, args.skill_dim, 1, 1, 1]
+        self.rows = torch.zeros(0, sum(self.split_sizes), device=device)  # H obs, H actions, z, reward, done, env steps
+        self.episodes = torch.zeros(0, 2, dtype=torch.long, device=device)  # first row, skills
+        self.running = [[] for _ in range(args.num_envs)]  # rows of the unfinished episodes
+
+    def add(self, trace, z, rewards, ended, steps, next_obs):
+        """One skill of every environment: its trace, z (E, Z), rewards, ended, steps (E,) and next_obs (E, O) NumPy.
+
+        A time-out is stored as a true end, as in the release.
+        """
+        unused = [(next_obs, np.zeros_like(trace[0][1]), ended)] * (self.skill_horizon - len(trace))  # all ended early
+        obs, actions, _ = zip(*trace, *unused)  # H x (E, O), H x (E, A)
+        numbers = torch.from_numpy(np.stack([rewards, ended, steps], 1).astype(np.float32))  # (E, 3)
+        rows = torch.cat([torch.from_numpy(np.concatenate([*obs, *actions], 1)), z, numbers], 1)
+        last = torch.cat([torch.from_numpy(next_obs), torch.zeros_like(rows[:, next_obs.shape[1] :])], 1)
+        for e, running in enumerate(self.running):
+            running.append(rows[e])
+            if ended[e]:
+                if len(running) >= self.num_skills:
+                    episode = torch.tensor([[len(self.rows), len(running)]], device=self.device)
+                    self.episodes = torch.cat([self.episodes, episode])
+                    self.rows = torch.cat([self.rows, torch.stack([*running, last[e]]).to(self.device)])
+                running.clear()
+
+    def sample(self, batch_size: int):
+        """Windows of N skills: obs (B, N*H+1, O), actions (B, N, H, A), z (B, N, Z), rewards, dones and steps (B, N).
+
+        Episodes are uniform; the start is min(uniform{0..T-1}, T-N), so that the last window is drawn more often.
+        """
+        index = torch.randint(len(self.episodes), (batch_size,), device=self.device)  # (B,)
+        first, T = self.episodes[index].unbind(1)
+        start = (torch.rand(batch_size, device=self.device) * T).long().minimum(T - self.num_skills)
+        rows = self.rows[(first + start)[:, None] + torch.arange(self.num_skills + 1, device=self.device)]
+        obs, actions, *others = rows.split(self.split_sizes, -1)  # (B, N+1, .)
+        obs = obs.unflatten(-1, (self.skill_horizon, -1)).flatten(1, 2)[:, : self.num_skills * self.skill_horizon + 1]
+        z, rewards, dones, steps = (x[:, :-1] for x in others)
+        actions = actions[:, :-1].unflatten(-1, (self.skill_horizon, -1))
+        return obs, actions, z, rewards[..., 0], dones[..., 0], steps[..., 0]
+
+    def state_dict(self) -> dict:
+        return dict(rows=self.rows, episodes=self.episodes, running=self.running)
+
+    def load_state_dict(self, state: dict):
+        self.rows, self.episodes = state["rows"].to(self.device), state["episodes"].to(self.device)
+        self.running = state["running"]
+
+
+# --------------------------------------------------------------------------------------------------------- pre-training
+
+
+class Pretrainer(nn.Module):
+    """The networks of pre-training with their slow copy and optimizer, and one gradient step."""
+
+    def __init__(self, args: Args, networks: nn.ModuleDict):
+        super().__init__()
+        self.args, self.networks, self.num_updates = args, networks, 0
+        self.target = copy.deepcopy(networks["model"])
+        self.optimizer = torch.optim.Adam(networks.parameters(), lr=args.pretrain_lr, eps=1e-7, fused=True)
+        self.loss = torch.compile(pretrain_loss, mode="reduce-overhead") if args.compile else pretrain_loss
+
+    def update(self, obs, actions) -> dict:
+        """One step on windows obs (B, N*H+1, O), actions (B, N*H, A); returns metrics."""
+        args = self.args
+        if args.pretrain_lr_decay:  # DEVIATION 3
+            decay = max(0.0, 1 - self.num_updates / args.pretrain_updates) ** 0.5
+            self.optimizer.param_groups[0]["lr"] = args.pretrain_lr * min(1.0, (self.num_updates + 1) / 500) * decay
+        torch.compiler.cudagraph_mark_step_begin()
+        loss, metrics = self.loss(*self.networks.values(), self.target, obs, actions, args)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.networks.parameters(), args.max_grad_norm)
+        self.optimizer.step()
+        self.num_updates += 1
+        if self.num_updates % args.target_update_interval == 0:
+            update_target(self.target, self.networks["model"], args.pretrain_tau)
+        return {name: value.clone() for name, value in metrics.items()}  # a CUDA graph overwrites its outputs
+
+    def get_extra_state(self) -> dict:  # part of state_dict()
+        return dict(num_updates=self.num_updates, optimizer=self.optimizer.state_dict())
+
+    def set_extra_state(self, state: dict):
+        self.num_updates = state["num_updates"]
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+@torch.no_grad()
+def update_target(target, online, tau: float):
+    """target <- (1 - tau) target + tau online"""
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
+
+
+def checkpoint_meta(kind: str, args: Args) -> dict:
+    """What must agree before a checkpoint is used: kind, version of this file, task, the networks' sizes.
+
+    The two kitchen tasks share their data, and so their pre-trained models.
+    """
+    sizes = ["hidden_dim", "latent_dim", "skill_dim", "skill_horizon", "skill_encoder", "position_features"]
+    sizes += ["dynamics_input"]
+    env_id = args.env_id if kind == "run" else args.env_id.removesuffix("-misaligned")
+    sizes += ["num_envs", "num_skills"] if kind == "run" else []
+    kind = f"{Path(__file__).stem if kind == 'run' else PRETRAINED} {kind}"
+    return dict(kind=kind, file_version=FILE_VERSION, env_id=env_id) | {name: getattr(args, name) for name in sizes}
+
+
+def find_pretrained(args: Args) -> tuple[Path, str, data_tools.OfflineDataset | None]:
+    """Path of the pre-trained model, name of its data, and the data, to make it from, unless --pretrained names it.
+
+    In the cache a model is found by data, seed, version of this file and every argument that shapes it.
+    """
+    task, published = args.env_id.removesuffix("-misaligned"), Path(__file__).parents[1] / "benchmarks" / "results"
+    if args.pretrained:
+        path = (
+            published / f"{PRETRAINED}_{task}_pretrained.pt"
+            if args.pretrained == "published"
+            else Path(args.pretrained)
+        )
+        source = data_tools.load_checkpoint(path, checkpoint_meta("pretrained", args), "cpu")["facts"]["data"]["source"]
+        if args.dataset not in ("auto", source):
+            sys.exit(f"error: {path} was pre-trained on {source} data; use --dataset auto or another model")
+        return path, source, None
+    data = data_tools.load_dataset(
+        task, args.data_dir, args.dataset, args.data, args.data_noise, args.allow_pickle, args.accept_any_data
+    )
+    key = json.dumps([data.fingerprint, FILE_VERSION, {name: getattr(args, name) for name in PRETRAIN_ARGS}])
+    name = f"{PRETRAINED}_{task}_{data.source}_{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
+    return data_tools.cache_dir(args.data_dir) / "pretrained" / name, data.source, data
+
+
+def pretrain(args: Args, path: Path, data, run: data_tools.Run, device) -> tuple[nn.ModuleDict, dict]:
+    """Phase 1: networks from the file at path or, first, learnt from the offline data; and facts about them.
+
+    An interrupted pre-training leaves an unfinished file next to path and goes on from it.
+    """
+    envs = data_tools.make_envs(args.env_id, 1)
+    networks = make_networks(args, envs.single_observation_space.shape[0], envs.single_action_space.shape[0], device)
+    envs.close()
+    if data is None or (path.exists() and not args.retrain):
+        state = data_tools.load_checkpoint(path, checkpoint_meta("pretrained", args), device)
+        print(f"pre-trained model: {path}")
+        networks.load_state_dict(state["networks"])
+        return networks, state["facts"]
+
+    train_data, valid_data = data.to(device).split(0.99)
+    window = args.num_skills * args.skill_horizon + 1
+    trainer, history, minutes = Pretrainer(args, networks), [], 0.0
+    unfinished = path.with_suffix(".unfinished")
+    if unfinished.exists() and not args.retrain:
+        state = data_tools.load_checkpoint(unfinished, checkpoint_meta("pretraining", args), "cpu")
+        trainer.load_state_dict(state["trainer"])
+        data_tools.set_random_state(state["random"])
+        minutes = state["minutes"]
+        print(f"pre-training goes on at update {trainer.num_updates}: {unfinished}")
+    start_time = time.time() - 60 * minutes
+    bar = tqdm(desc="pre-training", total=args.pretrain_updates, initial=trainer.num_updates, unit="update")
+    while trainer.num_updates < args.pretrain_updates:
+        history.append(trainer.update(*train_data.sample_windows(args.pretrain_batch_size, window)))
+        update = trainer.num_updates
+        bar.update()
+        if update % 100 == 0:
+            metrics = run.log_means("pretrain", history, update)
+            bar.set_postfix({name.removesuffix("_loss"): f"{value:.3g}" for name, value in metrics.items()})
+        finished = update == args.pretrain_updates
+        if finished or update % args.pretrain_eval_interval == 0:
+            with torch.random.fork_rng(), torch.no_grad():
+                torch.manual_seed(args.seed)
+                batch = valid_data.sample_windows(args.pretrain_batch_size, window)
+                _, metrics = pretrain_loss(*networks.values(), trainer.target, *batch, args)
+            returns, _, trace, _ = prior_rollouts(networks, args, args.pretrain_eval_episodes * (4 if finished else 1))
+            facts = data_tools.rollout_statistics(args.env_id, returns, trace)
+            facts |= {f"valid_{name}": value.item() for name, value in metrics.items()}
+            bar.write(f"update {update}: " + ", ".join(f"{name} {value:.3g}" for name, value in facts.items()))
+            run.log("pretrain", facts, update)
+        minutes = (time.time() - start_time) / 60
+        if not finished and (run.stop.requested or update % 2_500 == 0):
+            state = dict(trainer=trainer.state_dict(), random=data_tools.random_state(), minutes=minutes)
+            data_tools.save_checkpoint(unfinished, state, checkpoint_meta("pretraining", args))
+        if run.stop.requested and not finished:
+            sys.exit("stopped in pre-training; the same command, or --resume with the run folder, goes on from here")
+    bar.close()
+    facts |= dict(minutes=minutes, updates=args.pretrain_updates, seed=args.seed)
+    facts |= dict(data=dict(data.attributes, source=data.source))
+    state = dict(networks=networks.state_dict(), facts=facts)
+    data_tools.save_checkpoint(path, state, checkpoint_meta("pretrained", args))
+    unfinished.unlink(missing_ok=True)
+    return networks, facts
+
+
+# -------------------------------------------------------------------------------------------------------- downstream RL
+
+
+class Learner(nn.Module):
+    """Everything that downstream RL trains, the frozen prior and skills, and one gradient step."""
+
+    def __init__(self, args: Args, networks: nn.ModuleDict):
+        super().__init__()
+        self.args, self.num_updates = args, 0
+        self.model, self.skills, self.skill_prior = networks["model"], networks["skills"], networks["prior"]
+        self.task_policy, self.target = copy.deepcopy(self.skill_prior), copy.deepcopy(self.model)
+        for frozen in (self.skills, self.skill_prior, self.target):
+            frozen.requires_grad_(False)  # with the skills E, which the model shares with them
+        self.device = next(self.model.parameters()).device
+        self.log_alpha = nn.Parameter(torch.tensor(args.alpha, device=self.device).log())
+        adam = functools.partial(torch.optim.Adam, eps=1e-7, fused=True)
+        trained = [value for value in self.model.parameters() if value.requires_grad]
+        self.model_optimizer = adam(trained, lr=args.learning_rate)
+        self.policy_optimizer = adam(self.task_policy.parameters(), lr=args.learning_rate)
+        self.alpha_optimizer = adam([self.log_alpha], lr=args.alpha_lr)
+        compiled = functools.partial(torch.compile, mode="reduce-overhead") if args.compile else lambda loss: loss
+        self.model_loss, self.policy_loss = compiled(model_loss), compiled(policy_loss)
+
+    def update(self, obs, actions, z, rewards, dones, steps) -> dict:
+        """One step of model, task policy, alpha and target on windows from the replay buffer; returns metrics."""
+        args, model = self.args, self.model
+        torch.compiler.cudagraph_mark_step_begin()
+        batch = obs, actions, z, rewards, dones, steps
+        loss, metrics, h, h_pred = self.model_loss(model, self.target, self.task_policy, *batch, args)
+        self.model_optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        self.model_optimizer.step()
+
+        model.requires_grad_(False)  # the critics' weights need no gradient of the policy loss
+        alpha, prior = self.log_alpha.exp().detach(), (model.encoder, self.skill_prior)
+        skill_obs = obs[:, :: args.skill_horizon]  # (B, N+1, O)
+        loss, policy_metrics = self.policy_loss(model, self.task_policy, *prior, skill_obs, h, h_pred, alpha, args)
+        self.policy_optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.task_policy.parameters(), args.max_grad_norm)
+        self.policy_optimizer.step()
+        model.requires_grad_(True)
+        self.skills.requires_grad_(False)
+
+        if args.autotune:  # alpha rises while the KL exceeds its target
+            self.alpha_optimizer.zero_grad()
+            (self.log_alpha.exp() * (args.target_kl - policy_metrics["prior_kl"])).backward()
+            self.alpha_optimizer.step()
+        self.num_updates += 1
+        if self.num_updates % args.target_update_interval == 0:
+            update_target(self.target, model, args.tau)
+        metrics |= policy_metrics | dict(alpha=alpha)
+        return {name: value.clone() for name, value in metrics.items()}  # a CUDA graph overwrites its outputs
+
+    def optimizers(self):
+        return self.model_optimizer, self.policy_optimizer, self.alpha_optimizer
+
+    def get_extra_state(self) -> dict:  # part of state_dict()
+        return dict(num_updates=self.num_updates, optimizers=[o.state_dict() for o in self.optimizers()])
+
+    def set_extra_state(self, state: dict):
+        self.num_updates = state["num_updates"]
+        for optimizer, saved in zip(self.optimizers(), state["optimizers"]):
+            optimizer.load_state_dict(saved)
+
+
+def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
+    """Phase 2: online RL over skills, from the pre-trained networks or, with --resume, from the run's checkpoint.
+
+    Returns the results: training episodes, clean evaluations, seconds. Pictures and checkpoint go to the run's folder.
+    """
+    E, max_return = args.num_envs, data_tools.MAX_RETURN[args.env_id]
+    learner = Learner(args, networks)
+    planner = Planner(learner.model, learner.task_policy, args, learner.device)
+    skills = copy.deepcopy(learner.skills).cpu()  # acts next to the simulator
+    envs = data_tools.make_envs(args.env_id, E)
+    obs, _ = envs.reset(seed=args.seed)  # (E, O)
+    rb, history = ReplayBuffer(obs.shape[1], envs.single_action_space.shape[0], args, learner.device), []
+    # The run's state besides networks, replay and environments
+    s = SimpleNamespace(global_step=0, next_eval=args.eval_interval, seconds=dict(plan=0.0, env=0.0, update=0.0))
+    s.episodes, s.evaluations = [], []  # (env step, return, length, minutes) each; (env step, return, success) each
+    s.obs, s.episode_start = obs, np.ones(E, dtype=bool)
+    s.episodic_return, s.episodic_length = np.zeros(E), np.zeros(E, dtype=np.int64)
+    if run.checkpoint.exists():
+        state = data_tools.load_checkpoint(run.checkpoint, checkpoint_meta("run", args), "cpu")
+        learner.load_state_dict(state["learner"])
+        rb.load_state_dict(state["rb"])
+        envs.set_state(state["envs"])
+        s, planner.last_mean = SimpleNamespace(**state["run"]), state["last_mean"]
+        data_tools.set_random_state(state["random"])
+
+    def save():
+        state = dict(learner=learner.state_dict(), rb=rb.state_dict(), envs=envs.get_state(), run=vars(s))
+        state |= dict(last_mean=planner.last_mean, random=data_tools.random_state())
+        data_tools.save_checkpoint(run.checkpoint, state, checkpoint_meta("run", args))
+
+    def clean_evaluation():
+        returns, lengths = evaluate(learner, args, s.global_step)
+        success = float((returns >= max_return).mean())
+        s.evaluations.append((s.global_step, float(returns.mean()), success))
+        values = dict(episodic_return=returns.mean(), success=success, episodic_length=lengths.mean())
+        run.log("eval", values, s.global_step)
+        bar.write(f"step {s.global_step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+
+    def lap(part):  # the time since the last lap was spent on this part
+        nonlocal clock
+        clock, last = time.time(), clock
+        s.seconds[part] += clock - last
+
+    run.start_episodes(s.episodes)
+    next_save, clock = s.global_step + args.checkpoint_interval, time.time()
+    bar = tqdm(desc="RL", total=args.total_timesteps, initial=s.global_step, unit="step")
+    while True:
+        # ALGO LOGIC: training. As many updates as all env steps so far are worth, but none in the warm-up.
+        updates_due = int(s.global_step * args.updates_per_step) if s.global_step >= args.warmup_steps else 0
+        while learner.num_updates < updates_due and len(rb.episodes) > 0 and not run.stop.requested:
+            history.append(learner.update(*rb.sample(args.batch_size)))
+            if learner.num_updates % 100 == 0:
+                run.log_means("losses", history, s.global_step)
+        lap("update")
+
+        finished = s.global_step >= args.total_timesteps
+        if finished or run.stop.requested or s.global_step >= next_save:
+            save()
+            next_save = s.global_step + args.checkpoint_interval
+        if finished or run.stop.requested:
+            break
+        if args.eval_interval and s.global_step >= s.next_eval:
+            clean_evaluation()
+            s.next_eval += args.eval_interval
+        clock = time.time()
+
+        # ALGO LOGIC: put action logic here. One skill for every environment at once, then H env steps.
+        if s.global_step < args.warmup_steps:
+            with torch.no_grad():
+                h = learner.model.encoder(torch.from_numpy(s.obs).to(learner.device))  # (E, d)
+                z = sample(tanh_normal(learner.task_policy(h))).cpu()  # (E, Z), the prior: no update yet
+        else:
+            z = planner(s.obs, s.episode_start, s.global_step, explore=True)
+        lap("plan")
+        trace = []  # (obs, action, ended) of every env step
+        next_obs, rewards, ended, steps = execute_skill(envs, skills, s.obs, z, np.zeros(E, dtype=bool), args, trace)
+        rb.add(trace, z, args.reward_scale * rewards, ended, steps, next_obs)
+        # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
+        s.obs, s.episode_start = next_obs, ended
+        if ended.any():
+            s.obs, _ = envs.reset(options={"reset_mask": ended})
+        lap("env")
+
+        s.global_step += int(steps.sum())
+        bar.update(int(steps.sum()))
+        s.episodic_return, s.episodic_length = s.episodic_return + rewards, s.episodic_length + steps
+        for e in np.flatnonzero(ended):
+            seconds = sum(s.seconds.values())
+            episode = (s.global_step, float(s.episodic_return[e]), int(s.episodic_length[e]), round(seconds / 60, 3))
+            s.episodes.append(episode)
+            last_100 = np.array([episodic_return for _, episodic_return, _, _ in s.episodes[-100:]])
+            values = dict(success=(last_100 >= max_return).mean(), SPS=s.global_step / seconds)
+            run.log_episode(episode, values)
+            run.log("time", {part: share / seconds for part, share in s.seconds.items()}, s.global_step)
+            bar.set_postfix(updates=learner.num_updates, last_100=f"{last_100.mean():.3g}")
+        s.episodic_return, s.episodic_length = s.episodic_return * ~ended, s.episodic_length * ~ended
+    bar.close()
+    if run.stop.requested:
+        sys.exit(f"stopped at env step {s.global_step}; go on with: python {sys.argv[0]} --resume {run.dir}")
+
+    clean_evaluation()
+    envs.close()
+    data_tools.plot_visited(args.env_id, rb.rows[:, : obs.shape[1]].cpu().numpy(), run.dir / "visited.png", run.writer)
+    if args.capture_video:
+        evaluate(learner, args, s.global_step, run.dir / "evaluation.mp4")
+    last_100 = np.array([episodic_return for _, episodic_return, _, _ in s.episodes[-100:]])
+    results = dict(env_steps=s.global_step, updates=learner.num_updates, rl_minutes=sum(s.seconds.values()) / 60)
+    results |= dict(last_100_return=float(last_100.mean()) if s.episodes else None, evaluations=s.evaluations)
+    return results | dict(
+        last_100_success=float((last_100 >= max_return).mean()) if s.episodes else 0.0, seconds=s.seconds
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+
+
+def main(args: Args) -> dict:
+    """Both phases; pictures, results.json and a summary. Returns the results."""
+    check_args(args)
+    torch.set_num_threads(args.num_threads or os.cpu_count())
+    torch._dynamo.config.recompile_limit = 64  # the planner has one graph per plan horizon and number of environments
+    try:
+        if args.resume and (Path(args.resume) / "checkpoint.pt").exists():  # refused before anything is changed
+            data_tools.load_checkpoint(Path(args.resume) / "checkpoint.pt", checkpoint_meta("run", args), "cpu")
+        path, source, data = find_pretrained(args)
+        run = data_tools.Run(args, source)
+        torch.manual_seed(args.seed)
+        networks, facts = pretrain(args, path, data, run, torch.device(args.device))
+        prediction = open_loop_prediction(networks, args)
+        data_tools.plot_prediction(args.env_id, *prediction, run.dir / "prediction.png", run.writer)
+        torch.manual_seed(args.seed)  # RL is the same whether the model comes from this run or from a file
+        results = train(args, run, networks)
+        return run.finish(results | dict(pretraining=facts))
+    except (data_tools.DataError, OSError) as error:  # OSError: a full disk while logging, say
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main(parse_args())
