@@ -380,7 +380,8 @@ def prior_rollouts(networks, args: Args, num_episodes: int):
         return squash(draw(cpu["prior"](torch.from_numpy(obs))))  # (E, Z)
 
     envs = data_tools.make_envs(args.env_id, num_episodes)
-    return rollout(envs, cpu["skills"], choose_skill, args, args.seed)
+    returns, lengths, trace, z = rollout(envs, cpu["skills"], choose_skill, args, args.seed)
+    return returns, lengths, [(obs, action.clip(-1, 1), ended) for obs, action, ended in trace], z  # as environments do
 
 
 # -------------------------------------------------------------------------------------------------------------- replay

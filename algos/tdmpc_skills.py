@@ -1,6 +1,6 @@
 """SPiRL + TD-MPC: the baseline of SkiMo (https://arxiv.org/abs/2207.07560) that plans with a world model from scratch
 
-Idea: skills and prior of spirl.py, frozen; TD-MPC (https://arxiv.org/abs/2203.04955) acts with skills instead of actions,
+Idea: skills and prior of spirl.py, frozen; TD-MPC (https://arxiv.org/abs/2203.04955) chooses skills, not actions,
 its policy held to the prior by a KL. Its model does not know the offline data, unlike that of SkiMo.
 
     python algos/tdmpc_skills.py --env-id maze                    # pre-training as (cached by) spirl.py, RL, pictures
@@ -13,7 +13,7 @@ rho^t min Q(h_t, u) - alpha KL(2 u || p(s_t)); move the slow target copy.
 --release-defects: (a) windows pair state t with the skill and reward that led *into* it, so that the reward at an
 episode's end is never learnt; (b) 2 u is stored, but planner, policy loss and targets evaluate the model at u; (c) the
 planner does not see the step: one skill ahead, std floor 0.5, for ever; (d) maze: the prior gets scaled states but was
-trained on raw ones; and no use of true ends, which TD-MPC has in common with the release's design.
+trained on raw ones. It also ignores true ends, as TD-MPC does by design.
 Deviations from the release, marked DEVIATION n below
 1. KL divergences without sampling: closed form, or quadrature for the policy's tanh (release: 100 samples).
 2. Fewer updates of pre-training with a decaying learning rate; maze: larger KL weight, noisy data.
@@ -564,7 +564,8 @@ def prior_rollouts(networks, args: Args, num_episodes: int):
         return squash(draw(cpu["prior"](torch.from_numpy(obs))))  # (E, Z)
 
     envs = data_tools.make_envs(args.env_id, num_episodes)
-    return rollout(envs, cpu["skills"], choose_skill, args, args.seed)
+    returns, lengths, trace, z = rollout(envs, cpu["skills"], choose_skill, args, args.seed)
+    return returns, lengths, [(obs, action.clip(-1, 1), ended) for obs, action, ended in trace], z  # as environments do
 
 
 @torch.no_grad()
