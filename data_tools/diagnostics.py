@@ -43,15 +43,16 @@ def make_envs(env_id: str, num_envs: int, video: Path | None = None) -> gymnasiu
 
 
 class VideoRecorder(gymnasium.vector.VectorWrapper):
-    """Records the first member's pictures of every second step; written when closed."""
+    """Records the first member's pictures in real time, at most 50 per second; written when closed."""
 
     def __init__(self, envs, path: Path):
         super().__init__(envs)
         self.path, self.frames, self.steps = path, [], 0
+        self.every = max(1, round(self.metadata["render_fps"] / 50))  # steps per picture
 
     def step(self, actions):
         result = self.env.step(actions)
-        if self.steps % 2 == 0:
+        if self.steps % self.every == 0:
             self.frames.append(self.env.render()[0])
         self.steps += 1
         return result
@@ -60,7 +61,8 @@ class VideoRecorder(gymnasium.vector.VectorWrapper):
         import imageio.v2 as imageio  # ffmpeg is started only for videos
 
         if self.frames:
-            write_atomically(self.path, lambda part: imageio.mimwrite(part, self.frames, fps=50, macro_block_size=1))
+            options = {"fps": self.metadata["render_fps"] / self.every, "macro_block_size": 1}
+            write_atomically(self.path, lambda part: imageio.mimwrite(part, self.frames, **options))
             self.frames = []
         return super().close(**kwargs)
 
