@@ -1,0 +1,141 @@
+"""Files of one family are copies: what an algorithm file does not say it changes is the text of the others.
+
+The docstring says it in a line `Differs from skimo.py in: Args, plan, ...`, which may go on after a comma at its end.
+Variants of SkiMo, skimo_*.py, are skimo.py to the letter but for the definitions named there, added and removed ones
+included; other methods have definitions of their own, and agree in what they share with any file under the same name.
+A definition's text is all from the end of the one before it: decorators, comments and section lines are part of it.
+"""
+
+import ast
+import functools
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[1] / "algos"
+
+
+@functools.cache
+def definitions(text: str) -> dict[str, str]:
+    """Name -> text of every top-level function, class, constant and of `if __name__ ...`, which is called __main__."""
+    lines, found, last = text.splitlines(), {}, None
+    for node in ast.parse(text).body:
+        name = None
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            name = node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            name = ast.unparse(target)
+        elif isinstance(node, ast.If):
+            name = "__main__"
+        if name:  # docstring, imports and the path to data_tools are left out
+            assert name not in found, f"{name} is defined twice"
+            start = node.lineno - 1 if last is None else last
+            found[name] = "\n".join(lines[start : node.end_lineno]).strip("\n")
+        last = node.end_lineno if name else None
+    return found
+
+
+def differs(text: str) -> set[str] | None:
+    """The names in the docstring's line, None without one."""
+    line = re.search(
+        r"^Differs from skimo\.py in: ((?:.*,\n)*.*)", ast.get_docstring(ast.parse(text)) or "", re.MULTILINE
+    )
+    return line and {name.strip() for name in line[1].rstrip(".").split(",")}
+
+
+def complaints(files: dict[str, str]) -> list[str]:
+    """What is wrong with files, name -> text, one of which is skimo.py."""
+    found = {name: definitions(text) for name, text in files.items()}
+    named, wrong = {name: differs(text) for name, text in files.items()}, []
+    base = found["skimo.py"]
+    for file, own in found.items():
+        if named[file] is None:
+            continue
+        for name in named[file]:
+            if own.get(name) == base.get(name):
+                wrong.append(f"{file}: {name} is said to differ from skimo.py's, but does not")
+        compared = own.keys() | base.keys() if file.startswith("skimo_") else own.keys() & base.keys()
+        for name in compared - named[file]:
+            if own.get(name) != base.get(name):
+                wrong.append(
+                    f"{file}: {name} differs from skimo.py's, but is not in the line `Differs from skimo.py in`"
+                )
+    for one, other in itertools.combinations(sorted(files), 2):
+        allowed = (named[one] or set()) | (named[other] or set())
+        for name in found[one].keys() & found[other].keys() - allowed:
+            if found[one][name] != found[other][name]:
+                wrong.append(f"{one} and {other}: {name} differs, and neither says so")
+    return sorted(set(wrong))
+
+
+@pytest.fixture
+def files():
+    """SkiMo and its variants."""
+    return {path.name: path.read_text() for path in sorted(FOLDER.glob("skimo*.py"))}
+
+
+def test_files_differ_where_they_say_so():
+    assert complaints({path.name: path.read_text() for path in sorted(FOLDER.glob("*.py"))}) == []
+
+
+def test_every_variant_has_the_line(files):
+    assert [name for name in files if name != "skimo.py" and differs(files[name]) is None] == []
+    assert all(name in files for name in VARIANTS)
+
+
+VARIANTS = ["skimo_no_cem.py", "skimo_sac.py", "skimo_no_joint.py", "skimo_single_step.py"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("kl_divergence", "- 0.5).sum(-1)", "- 0.6).sum(-1)"),  # an equation
+        ("update_target", "@torch.no_grad()\ndef update_target", "def update_target"),  # a decorator
+        ("sample", '"""One reparameterised', '"""A reparameterised'),  # a docstring
+        ("mlp", "networks\n\n\ndef mlp(", "networks\n\n\n# builds\ndef mlp("),  # a comment in front
+        ("FILE_VERSION", "FILE_VERSION = ", "FILE_VERSION = 1 + "),  # a constant
+        ("__main__", "    main(parse_args())", "    main(parse_args([]))"),
+    ],
+)
+def test_a_shared_line_that_changes_in_one_file_only_is_found(files, variant, name, old, new):
+    assert files[variant].count(old) == 1
+    wrong = complaints(files | {variant: files[variant].replace(old, new)})
+    assert f"{variant}: {name} differs from skimo.py's, but is not in the line `Differs from skimo.py in`" in wrong
+    assert all(variant in sentence and name in sentence for sentence in wrong)
+    wrong = complaints(files | {"skimo.py": files["skimo.py"].replace(old, new)})
+    assert f"{variant}: {name} differs from skimo.py's, but is not in the line `Differs from skimo.py in`" in wrong
+
+
+def test_names_too_many_or_too_few_in_the_line_are_found(files):
+    text = files["skimo_no_joint.py"]
+    line = "Differs from skimo.py in: PRETRAINED, pretrain_loss, Pretrainer"
+    assert text.count(line) == 1
+    for changed, name in (
+        (line + ", mlp", "mlp is said to differ"),
+        (line + ",\n    Nothing", "Nothing is said to differ"),
+        (line.replace(", Pretrainer", ""), "Pretrainer differs from skimo.py's"),
+    ):
+        wrong = complaints(files | {"skimo_no_joint.py": text.replace(line, changed)})
+        assert any(f"skimo_no_joint.py: {name}" in sentence for sentence in wrong), wrong
+    added = text + "\n\ndef helper():\n    pass\n"
+    assert any("helper differs" in sentence for sentence in complaints(files | {"skimo_no_joint.py": added}))
+    removed = files["skimo_no_cem.py"].replace("def execute_skill(", "def execute_skills(")
+    wrong = complaints(files | {"skimo_no_cem.py": removed})
+    assert any("execute_skill differs" in sentence for sentence in wrong)
+    assert any("execute_skills differs" in sentence for sentence in wrong)
+
+
+def test_what_two_files_add_under_one_name_must_agree():
+    one, other = '"""Idea.\n\nDiffers from skimo.py in: {}\n"""\n\n', "\n\ndef helper():\n    return {}\n"
+    base = '"""Idea."""\n\nA = 1\n'
+    same = one.format("helper") + "A = 1\n" + other.format(1)
+    assert complaints({"skimo.py": base, "b.py": same, "c.py": same}) == []
+    silent = [one.format("A") + "A = 3\n" + other.format(value) for value in (1, 2)]
+    wrong = complaints({"skimo.py": base, "b.py": silent[0], "c.py": silent[1]})
+    assert wrong == ["b.py and c.py: helper differs, and neither says so"]
+    without_line = '"""Idea."""\n\nA = 2\n'
+    assert complaints({"skimo.py": base, "b.py": without_line}) == ["b.py and skimo.py: A differs, and neither says so"]
