@@ -3,7 +3,7 @@
 The docstring says it in a line `Differs from skimo.py in: Args, plan, ...`, which may go on after a comma at its end.
 Variants of SkiMo, skimo_*.py, are skimo.py to the letter but for the definitions named there, added and removed ones
 included; other methods have definitions of their own, and agree in what they share with any file under the same name.
-A definition's text is all from the end of the one before it: decorators, comments and section lines are part of it.
+A definition's text is all from the end of the one before it, decorators and comments included, section lines left out.
 """
 
 import ast
@@ -33,7 +33,8 @@ def definitions(text: str) -> dict[str, str]:
         if name:  # docstring, imports and the path to data_tools are left out
             assert name not in found, f"{name} is defined twice"
             start = node.lineno - 1 if last is None else last
-            found[name] = "\n".join(lines[start : node.end_lineno]).strip("\n")
+            text = [line for line in lines[start : node.end_lineno] if not line.startswith("# -----")]
+            found[name] = "\n".join(text).strip("\n")
         last = node.end_lineno if name else None
     return found
 
