@@ -102,7 +102,7 @@ def _fixed_table():
 def _fixture(name, pos, slant, axis, travel, mass, centre, inertia, joint, geoms):
     """A part of the table on a slide joint; `slant` is its frame's rotation about x."""
     return (
-        f'<body name="{name}" pos="{_numbers(pos)}" euler="{slant:.8g} 0 0">'
+        f'<body name="{name}" pos="{_numbers(pos)}" euler="{slant:.12g} 0 0">'
         f'<inertial pos="{_numbers(centre)}" mass="{mass}" diaginertia="{_numbers(inertia)}"/>'
         f'<joint name="{name}" type="slide" axis="{axis}" range="0 {travel}" {joint}/>{"".join(geoms)}</body>'
     )
@@ -189,7 +189,7 @@ def _arm(looks):
     xml = ""
     for i, (pos, slant, limits, mass, centre, inertia, capsules) in enumerate(LINKS):
         xml += (
-            f'<body name="link{i + 1}" pos="{pos}" euler="{slant:.8g} 0 0">'
+            f'<body name="link{i + 1}" pos="{pos}" euler="{slant:.12g} 0 0">'
             f'<inertial pos="{centre}" mass="{mass}" diaginertia="{inertia}"/>'
             f'<joint name="joint{i + 1}" axis="0 0 1" range="{_numbers(limits)}" armature="0.1"/>'
         )
@@ -202,7 +202,7 @@ def _arm(looks):
                 xml += f'<geom class="looks" type="{kind}" fromto="{ends}" size="{radius}" material="{material}"/>'
     # Hand and fingers must taper as the real ones do: with single boxes the hand caught the switch now and then.
     xml += (
-        f'<body name="hand" pos="0 0 0.107" euler="0 0 {-pi / 4:.8g}">'
+        f'<body name="hand" pos="0 0 0.107" euler="0 0 {-pi / 4:.12g}">'
         '<inertial pos="0 0 0.04" mass="1.01" diaginertia="0.004 0.0015 0.0035"/>'
         '<geom class="robot" type="box" pos="0 0 0.002" size="0.0295 0.102 0.028"/>'
         '<geom class="robot" type="box" pos="0 0 0.048" size="0.0205 0.1 0.018"/>'
@@ -226,6 +226,7 @@ def _xml(arm_only=False, looks=False):
     """Return the model as MJCF. `arm_only` leaves the arm alone, for the inverse kinematics."""
     # Collision bits: 1 table and floor, 2 robot, 4 blocks. Parts of the table do not touch each other, nor do links.
     # autoreset off: MuJoCo must not put a diverged state silently back to the origin; the environments check for it.
+    # The solver keeps its default limits: with fewer line searches the switch's friction is not solved near its limit.
     world = '<geom name="floor" class="table" type="plane" size="3 3 0.1" material="floor"/>'
     world += _fixed_table() + _fixtures() + _blocks()
     motors = "".join(f'<motor joint="joint{i + 1}"/>' for i in range(7))
@@ -239,8 +240,9 @@ def _xml(arm_only=False, looks=False):
     return f"""
     <mujoco model="skimo_calvin">
       <compiler angle="radian" autolimits="true"/>
-      <option timestep="{TIME_STEP:.17g}" integrator="implicitfast" gravity="0 0 -9.8" iterations="30"
-              ls_iterations="20"><flag autoreset="disable"/></option>
+      <option timestep="{TIME_STEP:.17g}" integrator="implicitfast" gravity="0 0 -9.8">
+        <flag autoreset="disable"/>
+      </option>
       <default>
         <default class="table"><geom contype="1" conaffinity="6" friction="{FRICTION["table"]} 0.005 1e-4"/></default>
         <default class="robot">

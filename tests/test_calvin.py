@@ -1,0 +1,772 @@
+"""CALVIN against measurements of the original (PyBullet) and against a plain NumPy inverse kinematics."""
+
+import io
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium
+import matplotlib.image
+import mujoco
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+import data_tools
+from data_tools import calvin, calvin_play
+from data_tools.calvin import CalvinEnv, CalvinVectorEnv, collect
+from data_tools.calvin_scene import (
+    ARM,
+    BLOCKS,
+    FIXTURES,
+    HOME,
+    SURFACES,
+    SWITCH_ORIGIN,
+    scene_model,
+)
+from data_tools.dataset import DataError
+
+SLIDE, DRAWER, BUTTON, SWITCH, BULB, LED = range(15, 21)  # of the observation
+REST = np.array([0.0, 0, 0, 0, 0, 0, 1])  # an action that keeps the target pose, gripper open
+
+
+def make_physics(num_envs=1, fixtures=(0.0, 0.0, 0.0, 0.0)):
+    """Tables at rest, with slide, drawer, button and switch where `fixtures` says."""
+    physics = calvin._Physics(num_envs, 1)
+    rngs = [np.random.default_rng(i) for i in range(num_envs)]
+    physics.reset(np.arange(num_envs), rngs, np.tile(fixtures, (num_envs, 1)))
+    return physics
+
+
+def put(env, slide=None, drawer=None, switch=None, member=0):
+    """Move parts of a table by hand, at rest."""
+    physics = env._envs._physics if isinstance(env, CalvinEnv) else env._physics
+    for index, value in ((0, slide), (1, drawer), (3, switch)):
+        if value is not None:
+            physics.qpos[member, FIXTURES.start + index] = value
+            physics.qvel[member, FIXTURES.start + index] = 0.0
+    physics.refresh(np.array([member]))
+
+
+# -------------------------------------------------------------------------------------------------------------- physics
+
+
+def test_first_observation():
+    # Measured on the original: tool (.02587, -.23131, .57128), Euler angles (3.09045, -.02909, 1.50014).
+    obs, info = CalvinEnv().reset(seed=0)
+    expected = [0.02587, -0.23131, 0.57128, 3.09045, -0.02909, 1.50014, 0.08, *HOME, 1, 0, 0, 0, 0, 0, 0]
+    assert obs.shape == (21,) and obs.dtype == np.float32
+    assert np.allclose(obs, expected, atol=2e-5)
+    assert info == {"is_success": False, "num_subtasks": 0, "unstable": False}
+
+
+@pytest.mark.parametrize("offset", [0.002, 0.01])
+def test_joint_motors_follow_the_measured_law(offset):
+    # Per 1/240 s a joint moves by a tenth of its error: 57 % per step of 1/30 s.
+    physics = make_physics()
+    physics.joint_target[:, ARM] = HOME + offset * np.array([1, -1, 1, -1, 1, -1, 1])
+    expected = physics.qpos[0, ARM].copy()
+    for _ in range(3):
+        physics._run(8)
+        for _ in range(8):
+            expected += np.clip(0.1 * (physics.joint_target[0, ARM] - expected), -2 / 240, 2 / 240)
+        assert np.abs(physics.qpos[0, ARM] - expected).max() < 1e-4
+    error = np.abs(physics.joint_target[0, ARM] - physics.qpos[0, ARM])
+    assert np.allclose(error, offset * 0.43**3, atol=1e-4)
+
+
+def test_speed_and_force_of_the_motors_are_limited():
+    physics = make_physics()
+    physics.joint_target[:, ARM] = HOME + 0.2
+    expected, behind = physics.qpos[0, ARM].copy(), []
+    for _ in range(48):
+        physics._run(1)
+        assert np.abs(physics.ctrl[0, :9]).max() <= 200.0
+        expected += np.clip(0.1 * (physics.joint_target[0, ARM] - expected), -2 / 240, 2 / 240)
+        behind.append(np.abs(expected - physics.qpos[0, ARM]).max())
+    assert max(behind) < 2 * 2 / 240  # the limited force delays the start by up to two steps of physics
+    assert behind[-1] < 1e-3
+    physics.joint_target[:, ARM] = HOME - [1, 0, 0, 0, 0, 0, 0]
+    for _ in range(24):
+        physics._run(1)
+    assert physics.qvel[0, 0] == pytest.approx(-2.0, abs=1e-3)  # rad/s
+
+
+def test_fingers_close_and_open_as_measured():
+    env = CalvinEnv()
+    env.reset(seed=0)
+    closing = [env.step([0, 0, 0, 0, 0, 0, -1])[0][[6, 14]] for _ in range(4)]
+    assert np.allclose(closing, [(0.034, -1), (0.015, -1), (0.006, -1), (0.003, -1)], atol=1e-3)
+    for _ in range(8):
+        obs = env.step(REST)[0]
+    assert obs[6] == pytest.approx(0.08, abs=2e-3) and obs[14] == 1
+
+
+def rotation(axis, angle):
+    """Return the rotation matrix about a coordinate axis."""
+    c, s = np.cos(angle), np.sin(angle)
+    matrix = np.eye(3)
+    i, j = [(1, 2), (2, 0), (0, 1)]["xyz".index(axis)]
+    matrix[i, i], matrix[i, j], matrix[j, i], matrix[j, j] = c, -s, s, c
+    return matrix
+
+
+def forward_kinematics(q):
+    """Return tool position, rotation and Jacobian (6, 7), from the public description of the Panda arm."""
+    frames = [((0, 0, 0.333), 0), ((0, 0, 0), -1), ((0, -0.316, 0), 1), ((0.0825, 0, 0), 1), ((-0.0825, 0.384, 0), -1),
+              ((0, 0, 0), 1), ((0.088, 0, 0), 1)]  # fmt: skip
+    position, matrix = np.array([-0.34, -0.46, 0.24]), np.eye(3)
+    anchors, axes = [], []
+    for (offset, quarter_turns), angle in zip(frames, q, strict=True):
+        position = position + matrix @ offset
+        matrix = matrix @ rotation("x", quarter_turns * np.pi / 2)
+        anchors.append(position)
+        axes.append(matrix[:, 2])
+        matrix = matrix @ rotation("z", angle)
+    matrix = matrix @ rotation("z", -np.pi / 4)
+    position = position + matrix @ (0, 0, 0.107 + 0.14)
+    jacobian = [np.concatenate([np.cross(axis, position - anchor), axis]) for anchor, axis in zip(anchors, axes)]
+    return position, matrix, np.array(jacobian).T
+
+
+def plain_inverse_kinematics(q, position, matrix):
+    """Bullet's solver: up to 20 damped updates, each with its own Jacobian."""
+    for _ in range(20):
+        reached, current, jacobian = forward_kinematics(q)
+        turn = matrix @ current.T
+        vector = np.array([turn[2, 1] - turn[1, 2], turn[0, 2] - turn[2, 0], turn[1, 0] - turn[0, 1]]) / 2
+        sine = np.linalg.norm(vector)
+        if sine > 1e-9:
+            vector = vector * np.arctan2(sine, (np.trace(turn) - 1) / 2) / sine
+        error = np.concatenate([position - reached, vector])
+        pull = 0.001 * (HOME - q)
+        change = jacobian.T @ np.linalg.solve(jacobian @ jacobian.T + 0.36 * np.eye(6), error - jacobian @ pull) + pull
+        q = q + change * min(1.0, np.pi / 4 / np.abs(change).max())
+        if np.linalg.norm(error[:3]) < 1e-4:
+            break
+    return np.clip(q, calvin.JOINT_LOW, calvin.JOINT_HIGH)
+
+
+def test_forward_kinematics_of_the_models():
+    position, matrix, jacobian = forward_kinematics(HOME)
+    assert np.allclose(position, (0.02587, -0.23131, 0.57128), atol=1e-5)
+    assert np.allclose(calvin.euler_angles(matrix[None])[0], (3.09045, -0.02909, 1.50014), atol=1e-5)
+    solver = calvin._InverseKinematics(1, 1)
+    solver._linearise(HOME[None], position[None], matrix[None])
+    assert np.allclose(solver.jacobian[0].T, jacobian, atol=1e-8)
+    assert np.allclose(solver.error, 0, atol=1e-7)
+    angles = np.random.default_rng(0).uniform([-3, -1.5, -3], [3, 1.5, 3], (50, 3))
+    assert np.allclose(calvin.euler_angles(calvin.rotation_matrix(angles)), angles)
+
+
+def test_inverse_kinematics_equals_bullets(dataset):
+    # Within 0.011 rad, mean 0.0003 to 0.0016, says the specification, at poses and moves as they occur in play.
+    rng = np.random.default_rng(0)
+    joints = dataset.observations[:, 7:14].numpy().astype(np.float64)
+    joints = np.concatenate([[HOME], joints[rng.integers(len(joints), size=150)]])
+    poses = [forward_kinematics(q) for q in joints]
+    position = np.array([pose[0] for pose in poses]) + rng.uniform(-0.03, 0.03, (len(joints), 3))
+    angles = calvin.euler_angles(np.array([pose[1] for pose in poses])) + rng.uniform(-0.08, 0.08, (len(joints), 3))
+    position[0], angles[0] = poses[0][0], calvin.euler_angles(poses[0][1][None])[0]  # home stays home
+    ours = calvin._InverseKinematics(len(joints), 1).solve(joints, position, angles)
+    plain = [plain_inverse_kinematics(*row) for row in zip(joints, position, calvin.rotation_matrix(angles))]
+    error = np.abs(ours - plain)
+    assert error.max() < 0.011 and error.mean() < 0.0016
+    assert np.allclose(ours[0], HOME, atol=1e-6)
+
+
+def test_target_pose_is_a_state_of_its_own():
+    env = CalvinEnv()
+    env.reset(seed=0)
+    target = env._envs._physics.target[0]
+    start = target.copy()
+    for action in ([1, 0, 0, 0, 0, 0, 1], [0, -0.5, 2.0, 1, 0, -1, 1]):  # clipped to [-1, 1]
+        env.step(action)
+    assert np.allclose(target - start, [0.02, -0.01, 0.02, 0.05, 0, -0.05])
+    for _ in range(40):
+        obs = env.step(REST)[0]
+    assert np.allclose(target - start, [0.02, -0.01, 0.02, 0.05, 0, -0.05])  # the arm's own error does not move it
+    assert np.allclose(obs[:3], target[:3], atol=0.01)
+
+
+def test_tool_pose_is_observed_one_step_of_physics_late():
+    env = CalvinEnv()
+    env.reset(seed=0)
+    for _ in range(3):
+        obs = env.step([1, 0, 0, 0, 0, 0, 1])[0]
+    now = forward_kinematics(obs[7:14].astype(np.float64))[0]
+    ahead = now[0] - obs[0]
+    physics = env._envs._physics
+    before = forward_kinematics(physics.qpos[0, ARM] - physics.qvel[0, ARM] / 240)[0]
+    assert ahead > 5e-4 and np.allclose(before, obs[:3], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("joint", "start", "direction", "force"),
+    [(0, 0.1, 1, 4.0), (0, 0.1, -1, 4.0), (1, 0.1, 1, 4.0), (1, 0.1, -1, 4.0), (2, 0.0, 1, 2.5), (3, 0.04, 1, 6.0),
+     (3, 0.04, -1, 2.0)],
+)  # fmt: skip
+def test_break_away_forces(joint, start, direction, force):
+    # Slide, drawer 4 N; button 2.5 N (its weight helps); switch 6 N up the slant and 2 N down (it weighs 2 N).
+    fixtures = np.zeros(4)
+    fixtures[joint] = start
+    moved = []
+    for share in (0.85, 1.15):
+        physics = make_physics(fixtures=fixtures)
+        applied = physics.batch.bind("qfrc_applied")
+        applied[:, FIXTURES.start + joint] = direction * share * force
+        for _ in range(15):
+            physics.step(REST[None])
+        moved.append(direction * (physics.qpos[0, FIXTURES.start + joint] - start))
+    assert abs(moved[0]) < 1.5e-3 and moved[1] > 0.004
+
+
+def test_friction_holds_the_switch():
+    physics = make_physics(fixtures=(0, 0, 0, 0.06))
+    for _ in range(60):
+        physics.step(REST[None])
+    assert physics.qpos[0, FIXTURES][3] == pytest.approx(0.06, abs=5e-4)  # 0.1 mm/s; without care it creeps 9 mm/s
+
+
+@pytest.mark.parametrize(("joint", "travel"), [(0, 0.28), (1, 0.22), (2, 0.02), (3, 0.088)])
+def test_ranges_of_the_fixtures(joint, travel):
+    physics = make_physics()
+    applied = physics.batch.bind("qfrc_applied")
+    reached = []
+    for force in (9.0, -9.0):
+        applied[:, FIXTURES.start + joint] = force
+        for _ in range(40):
+            physics.step(REST[None])
+        reached.append(physics.qpos[0, FIXTURES][joint])
+    assert np.allclose(reached, [travel, 0.0], atol=2.5e-3)
+
+
+def test_bulb_and_led_have_thresholds_in_the_middle():
+    for position, lit in ((0.0435, 0.0), (0.0445, 1.0)):
+        env = CalvinEnv()
+        env.reset(seed=0)
+        put(env, switch=position)
+        assert env.step(REST)[0][BULB] == lit
+    physics = make_physics()
+    applied = physics.batch.bind("qfrc_applied")
+    button, led, history = FIXTURES.start + 2, [], []
+    for force in [5.0] * 15 + [0.0] * 15 + [5.0] * 15 + [0.0] * 15:
+        applied[:, button] = force
+        physics.step(REST[None])
+        led.append(bool(physics.led[0]))
+        history.append(physics.qpos[0, button] > 0.010)
+    presses = [i for i in range(1, 60) if history[i] and not history[i - 1]]
+    changes = [i for i in range(1, 60) if led[i] != led[i - 1]]
+    assert len(presses) == 2 and changes == presses  # once per press, at once, not while it is held
+    assert led[presses[0]] and not led[-1]
+
+
+def test_blocks_are_placed_on_their_surfaces():
+    model, data = scene_model(), mujoco.MjData(scene_model())
+    counts = np.zeros((3, 3), dtype=int)
+    rng = np.random.default_rng(0)
+    blocks = [model.body(name).id for name in calvin.BLOCK_NAMES]
+    yaws = []
+    for _ in range(150):
+        data.qpos[BLOCKS] = calvin._place_blocks(rng)
+        mujoco.mj_forward(model, data)
+        poses = data.qpos[BLOCKS].reshape(3, 7)
+        assert np.all(poses[:, 2] == 0.46)
+        for block, (x, y) in enumerate(poses[:, :2]):
+            inside = [low[0] <= x <= high[0] and low[1] <= y <= high[1] for low, high in SURFACES]
+            assert sum(inside) == 1
+            counts[block] += inside
+        bodies = model.geom_bodyid[data.contact.geom]
+        assert not np.isin(bodies, blocks).all(axis=1).any()
+        yaws += list(2 * np.arctan2(poses[:, 6], poses[:, 3]))
+    assert counts.min() > 25  # of 50
+    assert np.std(yaws) == pytest.approx(np.pi / np.sqrt(3), abs=0.15)
+
+
+# ------------------------------------------------------------------------------------------------------------- episodes
+
+
+def test_reward_counts_the_subtasks_in_their_order():
+    env = CalvinEnv()
+    env.reset(seed=0)
+
+    def step():
+        _, reward, terminated, truncated, info = env.step(REST)
+        assert not truncated and isinstance(reward, float)
+        return reward, info["num_subtasks"], terminated, info["is_success"]
+
+    put(env, slide=0.2)
+    env._envs._physics.led[0] = True
+    assert step() == (0.0, 0, False, False)  # third and fourth too early
+    put(env, drawer=0.115)
+    assert step() == (0.0, 0, False, False)
+    put(env, drawer=0.13)
+    assert step() == (100.0, 1, False, False)
+    assert step() == (0.0, 1, False, False)
+    put(env, drawer=0.0, switch=0.06)  # the drawer may be closed again
+    assert step() == (100.0, 2, False, False)
+    assert step() == (100.0, 3, False, False)  # what was done early counts now, one per step
+    env._envs._physics.led[0] = False
+    assert step() == (0.0, 3, False, False)  # unless it was undone
+    env._envs._physics.led[0] = True
+    assert step() == (100.0, 4, True, True)
+
+
+def test_conditions_are_relative_to_the_start():
+    start, now = np.zeros(21), np.zeros(21)
+    start[[SLIDE, DRAWER]] = 0.1
+    start[[BULB, LED]] = now[[BULB, LED]] = 1
+    now[[SLIDE, DRAWER]] = 0.251, 0.219
+    assert calvin.subtask_conditions(now, start).tolist() == [False, False, True, False]
+    start[[BULB, LED]] = 0
+    now[[SLIDE, DRAWER]] = 0.249, 0.221
+    assert calvin.subtask_conditions(now, start).tolist() == [True, True, False, True]
+
+
+def test_expert_solves_the_task():
+    returns, lengths = calvin.run_expert(6, seed=20)
+    assert (returns == 400).all() and (lengths < 260).all()
+
+
+def test_lights_and_buttons_start_anew_but_the_gripper_command_stays():
+    env = CalvinEnv()
+    first, _ = env.reset(seed=5)
+    put(env, slide=0.2, drawer=0.2, switch=0.08)
+    env._envs._physics.led[0] = env._envs._physics.pressed[0] = True
+    env.step([0, 0, 0, 0, 0, 0, -1])
+    obs, _ = env.reset()
+    assert np.allclose(obs[SLIDE:], 0, atol=1e-4) and obs[6] == first[6] and obs[14] == -1
+    assert not env._envs._physics.pressed[0]
+    assert np.array_equal(env.reset(seed=5)[0], first)
+
+
+def test_time_limit_is_a_truncation():
+    env = gymnasium.make("skimo/Calvin-v0")
+    assert "TimeLimit" not in str(env) and env.unwrapped._envs.max_episode_steps == 360
+    env = gymnasium.make("skimo/Calvin-v0", max_episode_steps=4)
+    env.reset(seed=0)
+    assert [env.step(REST)[2:4] for _ in range(4)] == [(False, False)] * 3 + [(False, True)]
+    envs = gymnasium.make_vec("skimo/Calvin-v0", 2, vectorization_mode="vector_entry_point", max_episode_steps=3)
+    envs.reset(seed=0)
+    assert [envs.step(np.zeros((2, 7)))[3].tolist() for _ in range(3)] == [[False] * 2] * 2 + [[True] * 2]
+
+
+def test_env_checker():
+    with pytest.warns(UserWarning, match="infinity"):  # the observation is bounded by physics, not by the space
+        check_env(gymnasium.make(data_tools.TASKS["calvin"]).unwrapped)
+
+
+@pytest.mark.parametrize("action", [[0.0] * 6 + [np.nan], [np.inf] + [0.0] * 6, [0.0] * 6, 0.0, "left", None])
+def test_bad_actions(action):
+    env = CalvinEnv()
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="expected finite numbers of shape \\(7,\\)"):
+        env.step(action)
+    vector_env = CalvinVectorEnv(2)
+    vector_env.reset(seed=0)
+    with pytest.raises(ValueError, match="expected finite numbers of shape \\(2, 7\\)"):
+        vector_env.step([action] * 2)
+
+
+def test_bad_arguments():
+    for make in (CalvinEnv, CalvinVectorEnv):
+        with pytest.raises(ValueError, match="render_mode"):
+            make(render_mode="human")
+    with pytest.raises(ValueError, match="num_envs"):
+        CalvinVectorEnv(0)
+    with pytest.raises(ValueError, match="simulator"):
+        CalvinEnv(simulator="gazebo")
+    env = CalvinVectorEnv(2)
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.step(np.zeros((2, 7)))
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.reset(options={"reset_mask": np.array([True, False])})
+    with pytest.raises(ValueError, match="seed"):
+        env.reset(seed=[1, 2, 3])
+    env.reset(seed=0)
+    for mask in (np.zeros(2, bool), np.ones(3, bool), np.ones(2)):
+        with pytest.raises(ValueError, match="reset_mask"):
+            env.reset(options={"reset_mask": mask})
+
+
+def test_diverged_physics_end_the_episode(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # MuJoCo may write its warnings to a file here
+    env, healthy = CalvinVectorEnv(3, autoreset_mode="NextStep"), CalvinVectorEnv(3)
+    before, _ = env.reset(seed=0)
+    healthy.reset(seed=0)
+    run = env._physics._run
+
+    def diverge(substeps, members=None):
+        run(substeps, members)
+        env._physics.qvel[1, 3] = np.nan
+
+    actions = np.full((3, 7), 0.3)
+    with monkeypatch.context() as patch:
+        patch.setattr(env._physics, "_run", diverge)
+        obs, rewards, terminations, truncations, infos = env.step(actions)
+    expected = healthy.step(actions)[0]
+    assert np.array_equal(obs, [expected[0], before[1], expected[2]])
+    assert terminations.tolist() == infos["unstable"].tolist() == [False, True, False]
+    assert not truncations.any() and not rewards.any() and not infos["is_success"].any()
+    obs, *_, infos = env.step(actions)  # the others are as if nothing had happened, this one begins anew
+    assert np.array_equal(obs[[0, 2]], healthy.step(actions)[0][[0, 2]])
+    assert np.allclose(obs[1, 7:14], HOME, atol=1e-4) and not infos["unstable"].any()
+
+
+# --------------------------------------------------------------------------------------------- vector environment
+
+
+def assert_same(left, right):
+    """Compare what step or reset returned, infos included, bit for bit."""
+    if isinstance(left, dict):
+        assert set(left) == set(right)
+        for key in left:
+            assert_same(left[key], right[key])
+    elif isinstance(left, tuple):
+        assert len(left) == len(right)
+        for a, b in zip(left, right, strict=True):
+            assert_same(a, b)
+    elif left is not None and np.asarray(left).dtype == object:
+        for a, b in zip(left, right, strict=True):
+            assert_same(a, b)
+    else:
+        assert np.array_equal(left, right), (left, right)
+
+
+def busy_actions(rng, num_envs, step):
+    """Actions that drive the arms into table and blocks."""
+    phase = np.random.default_rng(step // 12).uniform(-1, 1, (num_envs, 7)) - [0, -0.2, 0.3, 0, 0, 0, 0]
+    return np.clip(phase + rng.normal(0, 0.2, (num_envs, 7)), -1, 1)
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_vector_env_equals_gymnasiums_vector_of_single_envs(mode):
+    # Terminations (member 1), truncations (all, every 40 steps), resets and infos, with later unseeded resets.
+    num_envs = 3
+    envs = CalvinVectorEnv(num_envs, max_episode_steps=40, autoreset_mode=mode)
+    reference = SyncVectorEnv([lambda: CalvinEnv(max_episode_steps=40)] * num_envs, autoreset_mode=mode)
+    assert envs.metadata["autoreset_mode"] is mode
+    assert envs.observation_space == reference.observation_space
+    assert envs.action_space == reference.action_space
+    assert_same(envs.reset(seed=7), reference.reset(seed=7))
+    rng = np.random.default_rng(0)
+    ended = []
+    for step in range(110):
+        if step in (15, 70):  # all four sub-tasks at once: they count one by one
+            for env, member in ((envs, 1), (reference.envs[1].unwrapped, 0)):
+                put(env, slide=0.2, drawer=0.2, switch=0.07, member=member)
+                (env._envs if isinstance(env, CalvinEnv) else env)._physics.led[member] = True
+        actions = busy_actions(rng, num_envs, step)
+        result = envs.step(actions)
+        assert_same(result, reference.step(actions))
+        assert result[0].dtype == result[1].dtype == np.float32
+        assert all(result[i].dtype == bool for i in (2, 3))
+        done = result[2] | result[3]
+        ended.append((result[2].sum(), result[3].sum()))
+        if mode == AutoresetMode.DISABLED and done.any():
+            reset = envs.reset(options={"reset_mask": done})
+            # Gymnasium takes the mask out of the options, hence a dictionary of its own.
+            assert_same(reset, reference.reset(options={"reset_mask": done.copy()}))
+    assert (np.sum(ended, axis=0) >= (1, 5)).all()
+    assert_same(envs.reset(), reference.reset())
+    assert_same(envs.reset(seed=[3, None, 4]), reference.reset(seed=[3, None, 4]))
+
+
+@pytest.mark.parametrize("num_threads", [2, 3])
+def test_threads_do_not_change_the_result(num_threads):
+    plain, threaded = CalvinVectorEnv(9, num_threads=1), CalvinVectorEnv(9, num_threads=num_threads)
+    assert_same(plain.reset(seed=0), threaded.reset(seed=0))
+    rng = np.random.default_rng(1)
+    for step in range(60):
+        actions = busy_actions(rng, 9, step)
+        assert_same(plain.step(actions), threaded.step(actions))
+
+
+def test_disabled_autoreset_freezes_finished_members():
+    envs = CalvinVectorEnv(3, autoreset_mode=AutoresetMode.DISABLED)
+    envs.reset(seed=0)
+    put(envs, slide=0.2, drawer=0.2, switch=0.07, member=1)
+    envs._physics.led[1] = True
+    actions = np.full((3, 7), 0.2)
+    rewards = [envs.step(actions)[1].tolist() for _ in range(3)]
+    obs, last, terminations, _, infos = envs.step(actions)
+    assert [*rewards, last.tolist()] == [[0, 100, 0]] * 4 and terminations.tolist() == [False, True, False]
+    assert infos["num_subtasks"].tolist() == [0, 4, 0]
+    for _ in range(3):
+        later, rewards, terminations, truncations, infos = envs.step(actions)
+        assert np.array_equal(later[1], obs[1]) and not np.array_equal(later[0], obs[0])
+        assert rewards.tolist() == [0, 0, 0]
+        assert terminations.tolist() == infos["is_success"].tolist() == [False, True, False]
+        assert not truncations.any()
+    after, _ = envs.reset(options={"reset_mask": np.array([False, True, False])})
+    assert np.array_equal(after[[0, 2]], later[[0, 2]])
+    assert np.allclose(after[1, 7:14], HOME, atol=1e-4)
+    assert not envs.step(actions)[2].any()
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_state_round_trip_continues_exactly(mode):
+    def run(envs, first, last):
+        results = []
+        for step in range(first, last):
+            results.append(envs.step(busy_actions(np.random.default_rng(step), 3, step)))
+            done = results[-1][2] | results[-1][3]
+            if mode == AutoresetMode.DISABLED and step % 7 == 0 and done.any():
+                results.append(envs.reset(options={"reset_mask": done}))
+        return results
+
+    envs = CalvinVectorEnv(3, max_episode_steps=20, autoreset_mode=mode)
+    envs.reset(seed=3)
+    for cut in (12, 20, 21):  # in an episode, at its end, after it
+        last_obs = run(envs, 0, cut)[-1][0]
+        file = io.BytesIO()
+        torch.save(envs.get_state(), file)
+        expected = run(envs, cut, cut + 30)
+        file.seek(0)
+        other = CalvinVectorEnv(3, max_episode_steps=20, autoreset_mode=mode, num_threads=2)
+        assert np.array_equal(other.set_state(torch.load(file, weights_only=True)), last_obs)
+        for left, right in zip(expected, run(other, cut, cut + 30), strict=True):
+            assert_same(left, right)
+
+
+def test_states_are_checked():
+    envs = CalvinVectorEnv(3)
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        envs.get_state()
+    envs.reset(seed=0)
+    state = envs.get_state()
+    with pytest.raises(ValueError, match="3 members"):
+        CalvinVectorEnv(2).set_state(state)
+    with pytest.raises(ValueError, match="NaN"):
+        envs.set_state({**state, "physics": np.full(np.shape(state["physics"]), np.nan)})
+
+
+# ------------------------------------------------------------------------------------------------------------ rendering
+
+
+def needs_opengl():
+    """Skip the test where nothing can be drawn."""
+    try:
+        calvin._painter()
+    except DataError as error:
+        pytest.skip(str(error))
+
+
+def test_frames_show_arm_and_lights():
+    needs_opengl()
+    env = gymnasium.make("skimo/Calvin-v0", render_mode="rgb_array")
+    env.reset(seed=0)
+    frame = env.render()
+    assert frame.shape == (400, 400, 3) and frame.dtype == np.uint8 and frame.std() > 20
+    physics = env.unwrapped._envs._physics
+    physics.led[0] = physics.bulb[0] = True
+    changed = np.abs(env.render().astype(int) - frame).max(axis=2) > 20
+    assert 0.0005 < changed.mean() < 0.05
+    put(env.unwrapped, drawer=0.2)
+    assert (np.abs(env.render().astype(int) - frame).max(axis=2) > 20).mean() > changed.mean()
+    envs = CalvinVectorEnv(2, render_mode="rgb_array")
+    envs.reset(seed=0)
+    frames = envs.render()
+    assert len(frames) == 2 and np.array_equal(frames[0], frame) and not np.array_equal(frames[1], frame)
+    assert CalvinEnv().render() is None
+
+
+def test_without_opengl_a_sentence_says_what_to_install(monkeypatch):
+    def fails(*args):
+        raise ImportError("no libEGL")
+
+    monkeypatch.setattr("mujoco.egl.GLContext", fails, raising=False)
+    monkeypatch.setattr("mujoco.gl_context.GLContext", fails)
+    with pytest.raises(DataError, match="libegl1"):
+        calvin._Painter()
+
+
+# ----------------------------------------------------------------------------------------------------------------- play
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "fixtures", "holds"),
+    [
+        ("open_drawer", (0, 0, 0, 0), lambda obs: obs[:, DRAWER] > 0.12),
+        ("close_drawer", (0, 0.22, 0, 0), lambda obs: obs[:, DRAWER] < 0.03),
+        ("slide_left", (0, 0, 0, 0), lambda obs: obs[:, SLIDE] > 0.15),
+        ("slide_right", (0.28, 0, 0, 0), lambda obs: obs[:, SLIDE] < 0.05),
+        ("switch_on", (0, 0, 0, 0), lambda obs: obs[:, BULB] == 1),
+        ("switch_off", (0, 0, 0, 0.088), lambda obs: obs[:, BULB] == 0),
+        ("press_button", (0, 0, 0, 0), lambda obs: obs[:, LED] == 1),
+    ],
+)
+def test_behaviours_do_what_they_are_called(behaviour, fixtures, holds):
+    physics = make_physics(8, fixtures)
+    rngs = [np.random.default_rng(i) for i in range(8)]
+
+    def script(member):
+        view = calvin._view(physics, member)
+        waypoints = calvin_play.retreat(view) + getattr(calvin_play, behaviour)(view, rngs[member])
+        yield from calvin_play.follow(view, waypoints, 0.8, 0.1, rngs[member])
+
+    scripts = [script(member) for member in range(8)]
+    actions = np.stack([next(each) for each in scripts])
+    for _ in range(calvin_play.BEHAVIOUR_LIMIT):
+        physics.step(actions)
+        for member, each in enumerate(scripts):
+            try:
+                actions[member] = each.send(calvin._view(physics, member))
+            except StopIteration:
+                actions[member, :6] = 0.0
+                scripts[member] = itertools.repeat(None)  # finished
+            except AttributeError:
+                pass  # finished before
+        if all(isinstance(each, itertools.repeat) for each in scripts):
+            break
+    assert holds(physics.observations()).mean() >= 0.75
+
+
+def test_way_points_of_the_switch_lie_on_its_front():
+    # The frame of the switch in the model and the one that the way-points use are the same.
+    data = mujoco.MjData(scene_model())
+    mujoco.mj_kinematics(scene_model(), data)
+    body = scene_model().body("switch").id
+    assert np.allclose(data.xpos[body], SWITCH_ORIGIN)
+    matrix = data.xmat[body].reshape(3, 3)
+    assert np.allclose(matrix[:, 1], calvin_play.SWITCH_Y) and np.allclose(matrix[:, 2], calvin_play.SWITCH_Z)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return collect(24, progress=False, num_workers=1)
+
+
+def test_recorded_play(dataset):
+    assert dataset.episode_lengths.tolist() == [490] * 24
+    assert not dataset.terminals.any() and dataset.timeouts.sum() == 24
+    actions = dataset.actions.numpy()
+    assert np.abs(actions).max() <= 1.0 and set(np.unique(actions[:, 6])) == {-1.0, 1.0}
+    assert dataset.attributes["noise"] == 0.25 and dataset.attributes["seed"] == 0
+    starts = dataset.observations[dataset.episode_starts].numpy()
+    at_home = np.abs(starts[:, 7:14] - HOME).max(axis=1) < 1e-3
+    assert 0 < at_home.mean() < 0.5  # one of five
+    for entry in (SLIDE, DRAWER, SWITCH):  # each at one of its ends
+        ends = np.rint(starts[:, entry] / starts[:, entry].max())
+        assert 0.2 < ends.mean() < 0.8
+
+
+def test_replaying_the_actions_reproduces_the_states(dataset):
+    for trajectory in (0, 7, 23):
+        rows = slice(490 * trajectory, 490 * (trajectory + 1))
+        obs = calvin.replay(dataset, trajectory)
+        assert obs.shape == (491, 21)
+        assert np.array_equal(obs[:-1], dataset.observations[rows].numpy())
+    with pytest.raises(DataError, match="no trajectory 24"):
+        calvin.replay(dataset, 24)
+    with pytest.raises(DataError, match="cannot be replayed"):
+        calvin.replay(data_tools.OfflineDataset(np.zeros((2, 21)), np.zeros((2, 7)), [0, 0], [0, 1]), 0)
+
+
+def test_recording_depends_on_the_seed_alone(dataset):
+    fewer = collect(3, progress=False, num_workers=2)  # the beginning of the same stream, fewer members
+    assert torch.equal(fewer.observations, dataset.observations[: len(fewer)])
+    assert torch.equal(fewer.actions, dataset.actions[: len(fewer)])
+    other = collect(1, seed=1, progress=False)
+    assert not torch.equal(other.observations, fewer.observations[:490])
+    for arguments in ((0, 0.5, 0), (10, -1.0, 0), (10, float("nan"), 0), (10, 0.5, -1)):
+        with pytest.raises(DataError, match="--num-trajectories"):
+            collect(*arguments, progress=False)
+
+
+def test_attempts_that_do_the_task_are_left_out(dataset, monkeypatch):
+    unwanted = dataset.observations[490].numpy()  # the first row of the second attempt
+    monkeypatch.setattr(calvin, "_does_the_task", lambda obs: np.array_equal(obs[0], unwanted))
+    fewer = collect(2, progress=False)
+    assert fewer.attributes["skipped"] == [1]
+    assert torch.equal(fewer.observations[490:], dataset.observations[980:1470])
+    assert np.array_equal(calvin.replay(fewer, 1)[:-1], fewer.observations[490:].numpy())
+
+
+def test_transitions():
+    obs = np.zeros((60, 21))
+    for row, entry, value in ((10, DRAWER, 0.2), (20, BULB, 1.0), (30, SLIDE, 0.25), (40, LED, 1.0)):
+        obs[row:, entry] = value
+    assert calvin.transitions(obs) == [(10, 0), (20, 1), (30, 2), (40, 3)]
+    assert calvin._does_the_task(obs)
+    assert not calvin._does_the_task(obs[15:])  # the drawer is open from the start
+    assert not calvin._does_the_task(obs[:35])
+    swapped = obs.copy()
+    swapped[5:, LED] = 1.0
+    assert calvin.transitions(swapped)[0] == (5, 3) and not calvin._does_the_task(swapped)
+    swapped[50, LED] = 0.0  # off and on again, at its turn
+    assert calvin._does_the_task(swapped)
+    two = calvin.OfflineDataset(
+        np.concatenate([obs, swapped]), np.zeros((120, 7)), np.zeros(120), np.tile(np.arange(60) == 59, 2)
+    )
+    figures = calvin.statistics(two)
+    assert [figures[name] for name in calvin.SUBTASKS] == [1, 1, 1, 1.5]
+    assert figures["task"] == 2
+    # Pairs: 3 in the first; LED-drawer, drawer-bulb, bulb-slider, slider-LED off, LED off-on in the second.
+    assert figures["drawer then bulb"] == figures["bulb then slider"] == 2 / 8
+    assert figures["slider then led"] == 1 / 8
+
+
+def test_statistics_resemble_the_real_data(dataset):
+    figures = calvin.statistics(dataset)
+    assert figures["trajectories"] == 24 and figures["rows"] == 24 * 490 and figures["task"] == 0
+    tolerance = {"x": 0.12, "y": 0.08, "z": 0.05, "pitch": 0.1, "yaw": 0.2, "width": 0.02, "gripper": 0.4, "roll": 1.2}
+    for name, (_, mean, std) in calvin.REAL_DATA.items():
+        if name in ("bulb", "led"):  # 24 starts decide these
+            continue
+        assert figures[f"mean {name}"] == pytest.approx(mean, abs=tolerance.get(name, 0.35 * std + 0.12)), name
+        assert 0.6 * std < figures[f"std {name}"] < 2.2 * std, name
+    assert all(0.05 < figures[name] < 1.0 for name in calvin.SUBTASKS)  # rare, but there
+
+
+def test_subtask_statistics():
+    obs = np.zeros((5, 3, 21), dtype=np.float32)
+    obs[2:, 0, DRAWER] = 0.2
+    obs[3:, 0, LED] = 1
+    obs[1:, 1, SLIDE] = 0.2
+    obs[1:, 1, DRAWER] = 0.13
+    obs[:, 1, BULB] = 1  # lit from the start
+    obs[4, 2, BULB] = 1  # after the end of the third episode
+    ended = np.zeros((5, 3), dtype=bool)
+    ended[3:, 2] = True
+    assert calvin.subtask_statistics(obs, ended) == {
+        "drawer": pytest.approx(2 / 3),
+        "bulb": 0.0,
+        "slider": pytest.approx(1 / 3),
+        "led": pytest.approx(1 / 3),
+        "any_order": pytest.approx(4 / 3),
+    }
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+def environment():
+    """Return the environment variables of a sub-process that finds data_tools."""
+    return {**os.environ, "PYTHONPATH": str(Path(data_tools.__file__).parents[1])}
+
+
+def test_command_line(tmp_path):
+    command = [sys.executable, "-m", "data_tools.calvin"]
+    out = tmp_path / "few.hdf5"
+    arguments = ["--num-trajectories", "2", "--out", str(out)]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True, env=environment())
+    assert "(real)" in done.stdout and "drawer then bulb" in done.stdout and "all four happen in order" in done.stdout
+    loaded = data_tools.OfflineDataset.load(out)
+    assert len(loaded.episode_starts) == 2
+    assert np.array_equal(calvin.replay(loaded, 1)[:-1], loaded.observations[490:].numpy())  # from the file
+    refused = subprocess.run([*command, "--num-trajectories", "2"], capture_output=True, text=True, env=environment())
+    assert refused.returncode == 1 and "needs --out" in refused.stderr and "Traceback" not in refused.stderr
+    expert = subprocess.run([*command, "--expert", "2"], capture_output=True, text=True, check=True, env=environment())
+    assert "2 of 2 episodes earn 400" in expert.stdout
+
+
+def test_plot(dataset, tmp_path):
+    needs_opengl()
+    calvin.plot_play(dataset, tmp_path / "play.png")
+    image = matplotlib.image.imread(tmp_path / "play.png")
+    assert image.shape[0] > 400 and image.std() > 0.05
