@@ -395,7 +395,7 @@ def model_loss(model, target, task_policy, obs, u, rewards, dones, args):
     with torch.no_grad():
         next_h, h_target = model.encoder(obs[:, 1:]), target.encoder(obs[:, 1:])  # (B, N, d)
         next_q = torch.min(*target.q(next_h, sample(tanh_normal(task_policy(next_h)))))  # (B, N)
-        goes_on = 1.0 if args.release_defects else 1 - dones
+        goes_on = 1.0 if args.release_defects else 1 - dones  # DEVIATION 4
         td_target = rewards + goes_on * args.gamma * next_q  # (B, N)
     h_pred = [model.encoder(obs[:, 0])]
     for t in range(N):
@@ -924,7 +924,7 @@ def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
 
         # ALGO LOGIC: put action logic here. One skill for every environment at once, then H env steps.
         if s.global_step < args.warmup_steps:
-            u = learner.sample_prior(s.obs)  # (E, Z)
+            u = learner.sample_prior(s.obs)  # (E, Z), DEVIATION 5
         else:
             u = planner(s.obs, s.episode_start, planner_step(), explore=True)
         lap("plan")

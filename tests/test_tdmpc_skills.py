@@ -305,8 +305,7 @@ def reward_of(u):
     return 1 - np.square(u - [0.8, -0.6]).sum(-1)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_learner_and_planner_find_the_skills_that_pay(seed):
+def test_learner_and_planner_find_the_skills_that_pay(seed=0):
     args = tiny_args(
         skill_dim=2, num_skills=2, num_envs=10, batch_size=64, model_dim=32, alpha=0.0, gamma=0.5, num_samples=64,
         num_elites=16, cem_iters=4, temperature=5.0, learning_rate=3e-3, position_features=False, policy_std=0.3,
@@ -368,9 +367,9 @@ def test_what_is_stored_planned_and_given_to_the_prior(run, monkeypatch, defects
     rng = np.random.default_rng(0)
 
     def execute_skill(envs, skills, obs, z, ended, args, *trace):
-        next_obs, _, ended, steps = original(envs, skills, obs, z, ended, args, *trace)
-        rewards = rng.normal(size=2).astype(np.float32)
-        if not trace:
+        next_obs, rewards, ended, steps = original(envs, skills, obs, z, ended, args, *trace)
+        if not trace:  # in training
+            rewards = rng.normal(size=len(obs)).astype(np.float32)
             executed.append((z.clone(), rewards, ended))
         return next_obs, rewards, ended, steps
 
@@ -472,28 +471,27 @@ def test_foreign_checkpoints_are_refused(run):
 
 
 def test_open_loop_prediction_reads_latent_states_by_the_best_linear_map(short_episodes):
-    args = tiny_args(latent_dim=40)
+    args = tiny_args(latent_dim=40, position_features=False)
     learner, rng = new_learner(args), np.random.default_rng(0)
     rb = tdmpc.ReplayBuffer(4, args, torch.device("cpu"))
     rb.rows = torch.zeros(5000, 4 + 3 + 2)
-    rb.rows[:, :4] = torch.from_numpy(random_obs(rng, 5000) / [2, 2, 5, 5])
+    rb.rows[:, :4] = torch.from_numpy(random_obs(rng, 5000))
     before = torch.get_rng_state()
     real, predicted = tdmpc.open_loop_prediction(learner, rb, args, num_skills=4)
     assert real.shape == predicted.shape == (5, 4) and np.isfinite(predicted).all()
     assert torch.equal(torch.get_rng_state(), before)
-    shuffled = rb.rows[:, :4].std(0).numpy()
-    assert np.abs(predicted[0] - real[0])[:2].mean() < shuffled[:2].mean()  # better than the mean state
+    assert np.abs(predicted[0] - real[0])[:2].max() < 5  # cells; the states' std is 11.5
 
 
 # ------------------------------------------------------------------------------------------- runs as a user starts them
 
 
 @pytest.mark.parametrize("env_id", list(SIZES))
-def test_command_line_on_every_task(env_id, data_dir, tmp_path):
+def test_command_line_on_every_task(env_id, data_dir, tmp_path, capsys):
     steps = {"maze": 4200, "calvin": 800}.get(env_id, 600)
     flags = f"--total-timesteps {steps} --warmup-steps 200 --updates-per-step 0.03 --model-dim 16 --latent-dim 8 "
     flags += "--num-samples 16 --num-policy-trajs 4 --num-elites 6 --cem-iters 2 --num-skills 3"
-    run_dir, _ = run_command(tdmpc.__file__, env_id, flags, tmp_path, data_dir)
+    run_dir = run_command(tdmpc, env_id, flags, tmp_path, data_dir, capsys)
     assert run_dir.name.startswith(f"{env_id}__tdmpc_skills__")
     names = [path.name for path in run_dir.iterdir() if "tfevents" not in path.name]
     files = "args.json checkpoint.pt episodes.csv prediction.png results.json visited.png"
