@@ -97,7 +97,7 @@ def pretrain_update(algo, size, config, device):
     """One gradient step of pre-training on a batch of windows."""
     networks = algo.make_networks(config, *DIMS[size], device)
     trainer = algo.Pretrainer(config, networks)
-    B, T = config.pretrain_batch_size, config.num_skills * config.skill_horizon
+    B, T = config.pretrain_batch_size, config.pretrain_skills * config.skill_horizon
     obs = random_obs(size, B, T + 1).to(device)  # (B, T+1, O)
     actions = torch.rand(B, T, DIMS[size][1], device=device) * 2 - 1  # (B, T, A)
     return lambda: trainer.update(obs, actions)
@@ -214,7 +214,8 @@ def jobs(algo, args: Args, device) -> list:
     for size in args.sizes:
         config = size_args(algo, size, args)
         batch = config.pretrain_batch_size if args.quick else 512
-        release = dataclasses.replace(config, pretrain_batch_size=batch, bc_chunks=config.num_skills)
+        N = config.num_skills
+        release = dataclasses.replace(config, pretrain_batch_size=batch, pretrain_skills=N, bc_chunks=N)
         rows.append(("pre-training update, release batch", size, None, (pretrain_update, size, release, device)))
         rows.append(("pre-training update", size, None, (pretrain_update, size, config, device)))
         rows.append(("RL update", size, None, (rl_update, size, config, device)))

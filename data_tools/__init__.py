@@ -13,6 +13,7 @@ from data_tools.diagnostics import (
     obs_scale,
     plot_prediction,
     plot_visited,
+    position_frequency,
     rollout_statistics,
 )
 from data_tools.files import load_checkpoint, save_checkpoint, write_atomically
@@ -32,6 +33,7 @@ __all__ = [
     "parse_args",
     "plot_prediction",
     "plot_visited",
+    "position_frequency",
     "random_state",
     "rollout_statistics",
     "save_checkpoint",

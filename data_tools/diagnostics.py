@@ -26,6 +26,18 @@ def obs_scale(env_id: str, obs_dim: int) -> tuple[list[float], list[float]]:
     return [1.0] * obs_dim, [0.0] * obs_dim
 
 
+def position_frequency(env_id: str) -> np.ndarray:
+    """Radians per unit at which sines and cosines of the first P entries of an observation are taken, (P, F).
+
+    maze: position, periods of 1 to 32 cells. kitchen: arm joints, periods of 0.25 to 4 rad, and fingers, 25 to 400 mm.
+    calvin: tool position, 62 mm to 1 m; tool angles, width of the grip, arm joints, 0.25 to 4 rad or m.
+    """
+    if env_id == "maze":
+        return 2 * np.pi / np.repeat([[1.0, 2.0, 4.0, 8.0, 16.0, 32.0]], 2, 0)
+    unit = np.repeat([1.0, 0.1], [7, 2]) if env_id.startswith("kitchen") else np.repeat([0.25, 1.0], [3, 11])
+    return 2 * np.pi / (unit[:, None] * [0.25, 0.5, 1.0, 2.0, 4.0])
+
+
 def make_envs(env_id: str, num_envs: int, video: Path | None = None) -> gymnasium.vector.VectorEnv:
     """E environments of a task stepped as one; a member freezes when its episode ends, until it is reset by mask.
 

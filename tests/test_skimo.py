@@ -37,7 +37,8 @@ def tiny_args(**changes):
     """Maze arguments with networks and batches so small that an update takes milliseconds."""
     small = dict(
         device="cpu", compile=False, num_threads=1, hidden_dim=16, latent_dim=8, skill_dim=3, skill_horizon=5,
-        num_skills=3, bc_chunks=3, skill_encoder="mlp", num_envs=2, batch_size=8, num_samples=16, num_policy_trajs=4,
+        num_skills=3, pretrain_skills=3, bc_chunks=3, skill_encoder="mlp",
+        num_envs=2, batch_size=8, num_samples=16, num_policy_trajs=4,
         num_elites=6, cem_iters=2, pretrain_batch_size=8, pretrain_updates=6, pretrain_eval_episodes=1, eval_episodes=2,
         total_timesteps=1200, warmup_steps=400, horizon_steps=1000, std_steps=1000, alpha=1.0, autotune=True,
     )  # fmt: skip
@@ -168,7 +169,7 @@ def pretraining_batch(args, maze=True, obs_dim=4, action_dim=2, B=6):
 def test_pretrain_loss_is_eq_3_to_5(skill_encoder):
     maze = skill_encoder == "mlp"
     coefs = dict(bc_coef=1.7, kl_coef=0.3, prior_coef=0.9, recon_coef=1.3, consistency_coef=2.3, rho=0.6)
-    args = tiny_args(env_id="maze" if maze else "kitchen", skill_encoder=skill_encoder, **coefs)
+    args = tiny_args(env_id="maze" if maze else "kitchen", skill_encoder=skill_encoder, position_features=maze, **coefs)
     N, H, Z = args.num_skills, args.skill_horizon, args.skill_dim
     obs_dim, action_dim = (4, 2) if maze else (7, 3)
     networks = double_networks(args, obs_dim, action_dim)
@@ -406,7 +407,7 @@ def test_networks_have_the_sizes_of_the_release(env_id):
     u, d = {"maze": (128, 128), "calvin": (256, 256)}.get(env_id, (128, 256))
     networks = skimo.make_networks(args, obs_dim, action_dim, "cpu")
     model, skills, prior = networks["model"], networks["skills"], networks["prior"]
-    inputs = obs_dim + 24 if env_id == "maze" else obs_dim
+    inputs = obs_dim + {"maze": 24, "calvin": 140}.get(env_id, 90)
     for encoder in (model.encoder, skills.encoder):
         assert linear_sizes(encoder.net) == [(inputs, u), (u, d)]
     assert linear_sizes(model.dynamics) == [(d + 10, u), (u, u), (u, u), (u, u), (u, d)]
@@ -468,10 +469,25 @@ def test_maze_positions_enter_with_periods_of_1_to_32_cells():
     torch.testing.assert_close(first_inputs(encoder, faster)[:, 4:], before[:, 4:])
 
 
-def test_other_observations_enter_raw():
-    for args in (tiny_args(env_id="kitchen"), tiny_args(env_id="calvin")):
-        obs = torch.randn(5, 9)
-        assert torch.equal(first_inputs(skimo.StateEncoder(9, args), obs), obs)
+@pytest.mark.parametrize(("env_id", "unit"), [("kitchen", [1] * 7 + [0.1] * 2), ("calvin", [0.25] * 3 + [1] * 11)])
+def test_joints_and_tool_enter_with_five_periods(env_id, unit):
+    obs = np.random.default_rng(0).normal(size=(5, 30))
+    encoder = skimo.StateEncoder(30, tiny_args(env_id=env_id))
+    expected = [obs]
+    for wave in (np.sin, np.cos):
+        for k, period in enumerate(unit):
+            expected += [wave(2 * np.pi * obs[:, k, None] / (period * factor)) for factor in (0.25, 0.5, 1, 2, 4)]
+    inputs = first_inputs(encoder, torch.from_numpy(obs).float())
+    np.testing.assert_allclose(inputs.numpy(), np.concatenate(expected, -1), atol=2e-4)
+
+
+def test_observations_enter_raw_without_features():
+    for args in (
+        tiny_args(env_id="kitchen", position_features=False),
+        tiny_args(env_id="calvin", position_features=False),
+    ):
+        obs = torch.randn(5, 21)
+        assert torch.equal(first_inputs(skimo.StateEncoder(21, args), obs), obs)
     obs = torch.randn(5, 4)
     inputs = first_inputs(skimo.StateEncoder(4, tiny_args(position_features=False)), obs)
     np.testing.assert_allclose(inputs.numpy(), np_scaled(obs.numpy()), atol=1e-6)
@@ -1036,7 +1052,8 @@ def constant_direction_data(seed, episodes=60, skills=12, H=5):
 def test_pretraining_learns_skills_and_their_dynamics(seed):
     H, N = 5, 2
     args = tiny_args(
-        hidden_dim=32, latent_dim=16, skill_dim=3, num_skills=N, bc_chunks=N, pretrain_updates=700, kl_coef=1e-4,
+        hidden_dim=32, latent_dim=16, skill_dim=3, num_skills=N, pretrain_skills=N, bc_chunks=N,
+        pretrain_updates=700, kl_coef=1e-4,
         pretrain_batch_size=64, pretrain_lr=3e-3, position_features=False,
     )  # fmt: skip
     data = constant_direction_data(seed, H=H)
@@ -1114,6 +1131,7 @@ def test_learner_and_planner_find_the_skills_that_pay(seed):
 
 SMALL = (
     "--device cpu --no-compile --num-threads 1 --hidden-dim 16 --latent-dim 8 --skill-dim 3 --num-skills 3 "
+    "--pretrain-skills 3 "
     "--bc-chunks 2 --num-envs 2 --batch-size 8 --num-samples 16 --num-policy-trajs 4 --num-elites 6 --cem-iters 2 "
     "--eval-episodes 2 --pretrain-batch-size 8 --pretrain-updates 6 --pretrain-eval-episodes 1"
 )
@@ -1339,7 +1357,7 @@ def test_kitchen_tasks_share_a_model(manipulation, capsys, tmp_path):
 
 
 def test_calvin_runs_with_one_skill_windows(manipulation):
-    results, run_dir = manipulation("calvin", "--num-skills 1 --bc-chunks 1", "calvin")
+    results, run_dir = manipulation("calvin", "--num-skills 1 --pretrain-skills 1 --bc-chunks 1", "calvin")
     assert {"prior_return", "drawer", "any_order"} <= results["pretraining"].keys()
     assert results["env_steps"] == 900 and csv_rows(run_dir)[0][1:] == ["0.0", "60"]
 
@@ -1362,12 +1380,12 @@ def refused(capsys, call, *words):
     [
         ("--env-id labyrinth", ["labyrinth", "maze"]),
         ("--resume nowhere", ["nowhere", "no run folder"]),
-        ("--bc-chunks 4", ["--bc-chunks", "--num-skills"]),
+        ("--bc-chunks 4", ["--bc-chunks", "--pretrain-skills"]),
         ("--num-elites 21", ["--num-elites", "--num-samples"]),
         ("--num-envs 0", ["--num-envs"]),
         ("--batch-size 0", ["--batch-size"]),
         ("--pretrained missing.pt", ["missing.pt", "does not exist"]),
-        ("--num-skills 200 --skill-horizon 10", ["rows", "shorter"]),
+        ("--pretrain-skills 200 --skill-horizon 10", ["rows", "shorter"]),
     ],
 )
 def test_senseless_flags_are_refused_with_a_sentence(run, capsys, flags, words):
@@ -1634,7 +1652,11 @@ def test_every_bool_flag_is_known_to_the_runs_above():
 
 
 @pytest.mark.parametrize(
-    "flags", ["--skill-encoder lstm --policy-latents h0", "--policy-latents encoded --num-skills 1 --bc-chunks 1"]
+    "flags",
+    [
+        "--skill-encoder lstm --policy-latents h0",
+        "--policy-latents encoded --num-skills 1 --pretrain-skills 1 --bc-chunks 1",
+    ],
 )
 def test_variants_run(run, flags):
     results, _ = run(f"{flags} --total-timesteps 600")
@@ -1681,7 +1703,9 @@ def test_compiled_code_gives_the_numbers_of_eager_code(device, monkeypatch):
 
     monkeypatch.setattr(torch._inductor.config, "fallback_random", True)  # the same random numbers as eager
     torch._dynamo.reset()
-    args = tiny_args(num_skills=2, bc_chunks=1, hidden_dim=8, latent_dim=4, cem_iters=1, pretrain_lr_decay=False)
+    args = tiny_args(
+        num_skills=2, pretrain_skills=2, bc_chunks=1, hidden_dim=8, latent_dim=4, cem_iters=1, pretrain_lr_decay=False
+    )
     eager = few_updates(args, device)
     compiled_functions = []
     compile_function = torch.compile
