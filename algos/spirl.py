@@ -20,9 +20,9 @@ Deviations from the release, marked DEVIATION n below
 4. E environments act in lockstep, E updates after E skills. Warm-up counts as env steps (release: it does not).
 5. Kitchen: 30 observations, not 60; the others are a constant goal. CALVIN's pre-training, not released: as kitchen's.
 
-Differs from skimo.py in: Args, FILE_VERSION, PRETRAINED, TASK_DEFAULTS, PRETRAIN_ARGS, check_args, SkillModel,
-make_networks, pretrain_loss, policy_loss, evaluate, prior_rollouts, ReplayBuffer, Pretrainer, checkpoint_meta,
-pretrain, Learner, train, main.
+Differs from skimo.py in: Args, FILE_VERSION, PRETRAINED, TASK_DEFAULTS, PRETRAIN_ARGS, RUN_SIZES, check_args,
+SkillModel, make_networks, pretrain_loss, policy_loss, evaluate, prior_rollouts, ReplayBuffer, Pretrainer,
+checkpoint_meta, pretrain, Learner, train, main.
 Logged: as skimo.py. Shapes: B batch, H steps per skill, O observation, F inputs, A action, Z skill, E environments.
 """
 

@@ -21,8 +21,8 @@ Deviations from the release, marked DEVIATION n below
 4. E environments in lockstep. Windows of 5 transitions (release: 5 stored items, 4 transitions); true ends are used.
 5. Kitchen, CALVIN: as in spirl.py. Maze: warm-up with skills of the prior (release: random low-level actions).
 
-Differs from skimo.py in: Args, FILE_VERSION, PRETRAINED, TASK_DEFAULTS, PRETRAIN_ARGS, check_args, scalar_head,
-WorldModel, SkillModel, make_networks, pretrain_loss, model_loss, policy_loss, plan, prior_rollouts,
+Differs from skimo.py in: Args, FILE_VERSION, PRETRAINED, TASK_DEFAULTS, PRETRAIN_ARGS, RUN_SIZES, check_args,
+scalar_head, WorldModel, SkillModel, make_networks, pretrain_loss, model_loss, policy_loss, plan, prior_rollouts,
 open_loop_prediction, Pretrainer, checkpoint_meta, pretrain, Learner, train, main.
 """
 

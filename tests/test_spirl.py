@@ -447,7 +447,7 @@ def test_sac_finds_the_skill_that_pays_within_reach_of_the_prior(seed=0):
             learner.task_policy.net[-1].weight.mul_(0.01)
         rb = spirl.ReplayBuffer(4, dataclasses.replace(args, buffer_size=2000), torch.device("cpu"))
         rng = np.random.default_rng(seed)
-        for k in range(400):
+        for k in range(500):
             obs = random_obs(rng, 100).astype(np.float32)
             if k % 5 == 0:
                 with torch.no_grad():
