@@ -22,7 +22,7 @@ Paper: benchmarks/paper_curves.csv, "SkiMo+SAC": a fraction of SkiMo's success o
 
 Deviations from paper and release, marked DEVIATION n below, with skimo.py's numbers (its header has the reasons):
 1. closed-form KL; 2. behavioural cloning on bc_chunks random chunks; 3. fewer, smaller updates with a learning rate
-schedule, maze: larger KL weight, noisy data, periodic features; 4. environments in lockstep; 6. maze: tau 0.05.
+schedule, larger KL weight, noisy data, periodic features; 4. environments in lockstep; 6. maze: tau 0.05.
 Logged as in skimo.py. Shapes: B batch, N skills per window, H steps per skill, O observation, A action, Z skill,
 d latent state, E environments. Batch first.
 """
@@ -34,7 +34,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -78,8 +78,9 @@ class Args:
     pretrained: str | None = None  # start at RL from this model: a path, or `published` for benchmarks/results
     retrain: bool = False  # pre-train again although the cache holds this model
     pretrain_updates: int = 12_000  # gradient updates (release: 700,000 in the maze, 425,000 elsewhere)
-    pretrain_batch_size: int = 128  # windows of N skills per update (release: 512)
-    bc_chunks: int = 4  # chunks of each window that the skill policy is trained on (release: all N)
+    pretrain_skills: int = 10  # skills per window (release: num_skills)
+    pretrain_batch_size: int = 128  # windows per update (release: 512)
+    bc_chunks: int = 4  # chunks of each window that the skill policy is trained on (release: all)
     pretrain_lr: float = 1e-3  # peak learning rate
     pretrain_lr_decay: bool = True  # 500 updates of warm-up, then sqrt(1 - progress) (release: constant rate)
     bc_coef: float = 2.0  # weight of the skill policy's squared error
@@ -87,7 +88,7 @@ class Args:
     prior_coef: float = 1.0  # weight of KL(q || p)
     recon_coef: float = 1.0  # weight of the observation's log-likelihood
     pretrain_tau: float = 0.01  # tau of pre-training
-    position_features: bool = True  # maze: sines and cosines of the position as inputs (release: none)
+    position_features: bool = True  # sines and cosines of positions and joint angles as inputs (release: none)
     pretrain_eval_interval: int = 3_000  # updates between validations with roll-outs of the prior
     pretrain_eval_episodes: int = 100  # roll-outs in a validation; four times as many at the end
 
@@ -113,7 +114,7 @@ class Args:
 
     # Model
     skill_horizon: int = 10  # H: env steps per skill
-    num_skills: int = 10  # N: skills per window of pre-training; RL learns from single skills
+    num_skills: Literal[1] = 1  # N: skills per window of RL, which needs no sequences without a model
     skill_dim: int = 10  # Z: size of a skill
     hidden_dim: int = 128  # width of hidden layers
     latent_dim: int = 256  # d: size of a latent state
@@ -127,16 +128,19 @@ TASK_DEFAULTS = {
         latent_dim=128, skill_encoder="mlp", kl_coef=3e-3, total_timesteps=300_000, warmup_steps=50_000, batch_size=128,
         alpha=1.0, autotune=True, tau=0.05,
     ),
-    "kitchen": dict(),
-    "kitchen-misaligned": dict(),
-    "calvin": dict(hidden_dim=256, num_skills=1, bc_chunks=1, alpha=0.1, reward_scale=0.01, total_timesteps=2_000_000),
+    "kitchen": dict(pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=1e-3),
+    "kitchen-misaligned": dict(pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=1e-3),
+    "calvin": dict(
+        hidden_dim=256, num_skills=1, pretrain_skills=1, bc_chunks=1, pretrain_batch_size=256, kl_coef=3e-3, alpha=0.1,
+        reward_scale=0.01, total_timesteps=2_000_000,
+    ),
 }  # fmt: skip
 
 # Arguments that shape a pre-trained model: with data and file version, the key of the cache.
 PRETRAIN_ARGS = (
     "seed pretrain_updates pretrain_batch_size bc_chunks pretrain_lr pretrain_lr_decay bc_coef kl_coef prior_coef "
     "recon_coef consistency_coef rho pretrain_tau target_update_interval max_grad_norm position_features skill_horizon "
-    "num_skills skill_dim hidden_dim latent_dim skill_encoder"
+    "pretrain_skills skill_dim hidden_dim latent_dim skill_encoder"
 ).split()
 
 
@@ -149,8 +153,8 @@ def check_args(args: Args):
     for name in ("num_envs", "batch_size", "pretrain_batch_size", "eval_episodes", "num_skills"):
         if getattr(args, name) < 1:
             sys.exit(f"error: --{name.replace('_', '-')} {getattr(args, name)} is too small; give at least 1")
-    if not 1 <= args.bc_chunks <= args.num_skills:
-        sys.exit(f"error: --bc-chunks {args.bc_chunks} must lie between 1 and --num-skills {args.num_skills}")
+    if not 1 <= args.bc_chunks <= args.pretrain_skills:
+        sys.exit(f"error: --bc-chunks {args.bc_chunks} must lie between 1 and --pretrain-skills {args.pretrain_skills}")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda, but torch finds no CUDA device; use --device cpu")
 
@@ -196,24 +200,24 @@ def kl_divergence(p, q):
 class StateEncoder(nn.Module):
     """Raw observations (..., O) -> latent states (..., d).
 
-    DEVIATION 3: in the maze sines and cosines of the position with periods of 1 to 32 cells are inputs, too. The walls
-    repeat every cell, a fortieth of the input's range, which a plain MLP needs very long to resolve.
+    DEVIATION 3: sines and cosines of positions and joint angles are inputs, too. What matters, a wall of the maze or a
+    centimetre at a handle, is a fortieth of the input's range or less, which a plain MLP needs very long to resolve.
     """
 
     def __init__(self, obs_dim: int, args: Args):
         super().__init__()
         scale, shift = data_tools.obs_scale(args.env_id, obs_dim)
-        periods = [1, 2, 4, 8, 16, 32] if args.env_id == "maze" and args.position_features else []  # cells
+        frequency = data_tools.position_frequency(args.env_id) if args.position_features else np.zeros((0, 0))
         self.register_buffer("scale", torch.tensor(scale))
         self.register_buffer("shift", torch.tensor(shift))
-        self.register_buffer("frequency", 2 * torch.pi / torch.tensor(periods, dtype=torch.float32))
-        self.net = mlp(obs_dim + 4 * len(periods), args.hidden_dim, args.latent_dim)
+        self.register_buffer("frequency", torch.tensor(frequency, dtype=torch.float32))  # (P, F)
+        self.net = mlp(obs_dim + 2 * frequency.size, args.hidden_dim, args.latent_dim)
 
     def scaled(self, obs):  # what the decoder reconstructs
         return obs * self.scale + self.shift  # (..., O)
 
     def forward(self, obs):
-        phase = (obs[..., :2, None] * self.frequency).flatten(-2)  # (..., 2 * periods)
+        phase = (obs[..., : len(self.frequency), None] * self.frequency).flatten(-2)  # (..., P * F)
         return self.net(torch.cat([self.scaled(obs), phase.sin(), phase.cos()], -1))  # (..., d)
 
 
@@ -297,7 +301,7 @@ def pretrain_loss(model, skills, prior, target, obs, actions, args):
 
     obs (B, N*H+1, O) raw, actions (B, N*H, A); target is the slow copy of model. Returns the loss and metrics, scalars.
     """
-    B, N, H = len(obs), args.num_skills, args.skill_horizon
+    B, N, H = len(obs), args.pretrain_skills, args.skill_horizon
     chunk_obs, chunk_actions = obs[:, :-1].unflatten(1, (N, H)), actions.unflatten(1, (N, H))  # (B, N, H, O), ... A)
     q = skills.encode_skill(chunk_obs, chunk_actions)  # 2 x (B, N, Z)
     z = sample(q)  # (B, N, Z)
@@ -610,7 +614,7 @@ def pretrain(args: Args, path: Path, data, run: data_tools.Run, device) -> tuple
         return networks, state["facts"]
 
     train_data, valid_data = data.to(device).split(0.99)
-    window = args.num_skills * args.skill_horizon + 1
+    window = args.pretrain_skills * args.skill_horizon + 1
     trainer, history, minutes = Pretrainer(args, networks), [], 0.0
     unfinished = path.with_suffix(".unfinished")
     if unfinished.exists() and not args.retrain:
@@ -732,7 +736,7 @@ def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
     skills = copy.deepcopy(learner.skills).cpu()  # acts next to the simulator
     envs = data_tools.make_envs(args.env_id, E)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
-    rb, history = ReplayBuffer(obs.shape[1], replace(args, num_skills=1), learner.device), []  # N = 1 downstream
+    rb, history = ReplayBuffer(obs.shape[1], args, learner.device), []
     # The run's state besides networks, replay and environments
     s = SimpleNamespace(global_step=0, next_eval=args.eval_interval, seconds=dict(plan=0.0, env=0.0, update=0.0))
     s.episodes, s.evaluations = [], []  # (env step, return, length, minutes) each; (env step, return, success) each

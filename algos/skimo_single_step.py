@@ -23,7 +23,7 @@ its text: far below SkiMo.
    policy update: maximise Q(h, z) - alpha KL(pi(h) || p(h)) (eq. 7); tune alpha; move the slow target copy
 
 Deviations marked DEVIATION n below are skimo.py's (its header has the reasons): 1. closed-form KL; 2. cloning on
-bc_chunks random chunks; 3. fewer, smaller updates, learning rate schedule, maze: larger KL weight, noisy data, periodic
+bc_chunks random chunks; 3. fewer, smaller updates, learning rate schedule, larger KL weight, noisy data, periodic
 features; 4. environments in lockstep; 5. maze: CEM from the policy's plans; 6. maze: tau 0.05. Logged as in skimo.py.
 Shapes: B batch, N skills per window, H steps per skill, O observation, A action, Z skill, d latent state,
 E environments, K plan horizon, P plans. Batch first.
@@ -80,8 +80,9 @@ class Args:
     pretrained: str | None = None  # start at RL from this model: a path, or `published` for benchmarks/results
     retrain: bool = False  # pre-train again although the cache holds this model
     pretrain_updates: int = 12_000  # gradient updates (release: 700,000 in the maze, 425,000 elsewhere)
-    pretrain_batch_size: int = 128  # windows of N skills per update (release: 512)
-    bc_chunks: int = 4  # chunks of each window that the skill policy is trained on (release: all N)
+    pretrain_skills: int = 10  # skills per window (release: num_skills)
+    pretrain_batch_size: int = 128  # windows per update (release: 512)
+    bc_chunks: int = 4  # chunks of each window that the skill policy is trained on (release: all)
     pretrain_lr: float = 1e-3  # peak learning rate
     pretrain_lr_decay: bool = True  # 500 updates of warm-up, then sqrt(1 - progress) (release: constant rate)
     bc_coef: float = 2.0  # weight of the skill policy's squared error
@@ -89,7 +90,7 @@ class Args:
     prior_coef: float = 1.0  # weight of KL(q || p)
     recon_coef: float = 1.0  # weight of the observation's log-likelihood
     pretrain_tau: float = 0.01  # tau of pre-training
-    position_features: bool = True  # maze: sines and cosines of the position as inputs (release: none)
+    position_features: bool = True  # sines and cosines of positions and joint angles as inputs (release: none)
     pretrain_eval_interval: int = 3_000  # updates between validations with roll-outs of the prior
     pretrain_eval_episodes: int = 100  # roll-outs in a validation; four times as many at the end
 
@@ -149,16 +150,19 @@ TASK_DEFAULTS = {
         alpha=1.0, autotune=True, tau=0.05, horizon_steps=1_000_000, plan_start="policy", num_samples=128,
         num_elites=32, cem_iters=3, explore_std=0.05, std_steps=300_000,
     ),
-    "kitchen": dict(),
-    "kitchen-misaligned": dict(),
-    "calvin": dict(hidden_dim=256, num_skills=1, bc_chunks=1, alpha=0.1, reward_scale=0.01, total_timesteps=2_000_000),
+    "kitchen": dict(pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=1e-3),
+    "kitchen-misaligned": dict(pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=1e-3),
+    "calvin": dict(
+        hidden_dim=256, num_skills=1, pretrain_skills=1, bc_chunks=1, pretrain_batch_size=256, kl_coef=3e-3, alpha=0.1,
+        reward_scale=0.01, total_timesteps=2_000_000,
+    ),
 }  # fmt: skip
 
 # Arguments that shape a pre-trained model: with data and file version, the key of the cache.
 PRETRAIN_ARGS = (
     "seed pretrain_updates pretrain_batch_size bc_chunks pretrain_lr pretrain_lr_decay bc_coef kl_coef prior_coef "
     "recon_coef consistency_coef rho pretrain_tau target_update_interval max_grad_norm position_features skill_horizon "
-    "num_skills skill_dim hidden_dim latent_dim skill_encoder dynamics_input re_encode"
+    "pretrain_skills skill_dim hidden_dim latent_dim skill_encoder dynamics_input re_encode"
 ).split()
 
 
@@ -171,8 +175,8 @@ def check_args(args: Args):
     for name in ("num_envs", "batch_size", "pretrain_batch_size", "eval_episodes", "num_policy_trajs", "num_skills"):
         if getattr(args, name) < 1:
             sys.exit(f"error: --{name.replace('_', '-')} {getattr(args, name)} is too small; give at least 1")
-    if not 1 <= args.bc_chunks <= args.num_skills:
-        sys.exit(f"error: --bc-chunks {args.bc_chunks} must lie between 1 and --num-skills {args.num_skills}")
+    if not 1 <= args.bc_chunks <= args.pretrain_skills:
+        sys.exit(f"error: --bc-chunks {args.bc_chunks} must lie between 1 and --pretrain-skills {args.pretrain_skills}")
     if not 1 <= args.num_elites <= args.num_samples + args.num_policy_trajs:
         sys.exit(f"error: --num-elites {args.num_elites} exceeds --num-samples + --num-policy-trajs; lower it")
     if args.plan_start == "policy" and args.num_policy_trajs < 2:
@@ -222,24 +226,24 @@ def kl_divergence(p, q):
 class StateEncoder(nn.Module):
     """Raw observations (..., O) -> latent states (..., d).
 
-    DEVIATION 3: in the maze sines and cosines of the position with periods of 1 to 32 cells are inputs, too. The walls
-    repeat every cell, a fortieth of the input's range, which a plain MLP needs very long to resolve.
+    DEVIATION 3: sines and cosines of positions and joint angles are inputs, too. What matters, a wall of the maze or a
+    centimetre at a handle, is a fortieth of the input's range or less, which a plain MLP needs very long to resolve.
     """
 
     def __init__(self, obs_dim: int, args: Args):
         super().__init__()
         scale, shift = data_tools.obs_scale(args.env_id, obs_dim)
-        periods = [1, 2, 4, 8, 16, 32] if args.env_id == "maze" and args.position_features else []  # cells
+        frequency = data_tools.position_frequency(args.env_id) if args.position_features else np.zeros((0, 0))
         self.register_buffer("scale", torch.tensor(scale))
         self.register_buffer("shift", torch.tensor(shift))
-        self.register_buffer("frequency", 2 * torch.pi / torch.tensor(periods, dtype=torch.float32))
-        self.net = mlp(obs_dim + 4 * len(periods), args.hidden_dim, args.latent_dim)
+        self.register_buffer("frequency", torch.tensor(frequency, dtype=torch.float32))  # (P, F)
+        self.net = mlp(obs_dim + 2 * frequency.size, args.hidden_dim, args.latent_dim)
 
     def scaled(self, obs):  # what the decoder reconstructs
         return obs * self.scale + self.shift  # (..., O)
 
     def forward(self, obs):
-        phase = (obs[..., :2, None] * self.frequency).flatten(-2)  # (..., 2 * periods)
+        phase = (obs[..., : len(self.frequency), None] * self.frequency).flatten(-2)  # (..., P * F)
         return self.net(torch.cat([self.scaled(obs), phase.sin(), phase.cos()], -1))  # (..., d)
 
 
@@ -261,9 +265,12 @@ class WorldModel(nn.Module):
         self.reward_model, self.qf1, self.qf2 = scalar_head(dz, u), scalar_head(dz, u), scalar_head(dz, u)
         self.decoder = mlp(d, u, u, 2 * obs_dim)
 
+    # Compiled once, and not anew for each of the thousands of steps in a plan.
+    @torch.compiler.nested_compile_region
     def step(self, h, x):  # D1(h, a) or D1(h, z): the latent state after one env step
         return self.dynamics(torch.cat([h, x], -1))  # (..., d)
 
+    @torch.compiler.nested_compile_region
     def next(self, h, z):
         """The latent state after the whole skill: H times the skill policy's action and D1; h (..., d), z (..., Z)."""
         for _ in range(self.skill_horizon):
@@ -339,7 +346,7 @@ def pretrain_loss(model, skills, prior, target, obs, actions, args):
 
     obs (B, N*H+1, O) raw, actions (B, N*H, A); target is the slow copy of model. Returns the loss and metrics, scalars.
     """
-    B, N, H = len(obs), args.num_skills, args.skill_horizon
+    B, N, H = len(obs), args.pretrain_skills, args.skill_horizon
     chunk_obs, chunk_actions = obs[:, :-1].unflatten(1, (N, H)), actions.unflatten(1, (N, H))  # (B, N, H, O), ... A)
     q = skills.encode_skill(chunk_obs, chunk_actions)  # 2 x (B, N, Z)
     z = sample(q)  # (B, N, Z)
@@ -736,7 +743,7 @@ def pretrain(args: Args, path: Path, data, run: data_tools.Run, device) -> tuple
         return networks, state["facts"]
 
     train_data, valid_data = data.to(device).split(0.99)
-    window = args.num_skills * args.skill_horizon + 1
+    window = args.pretrain_skills * args.skill_horizon + 1
     trainer, history, minutes = Pretrainer(args, networks), [], 0.0
     unfinished = path.with_suffix(".unfinished")
     if unfinished.exists() and not args.retrain:
