@@ -16,7 +16,7 @@ prior by a KL instead of the entropy. This is the closed-loop version of SkiLD, 
 Deviations from the release, marked DEVIATION n below
 1. KL divergences in closed form (both sides are Gaussian, before the tanh) instead of 10 samples.
 2. Fewer updates of pre-training with a decaying learning rate; maze: larger KL weight, noisy data.
-3. Maze: scaled positions with their sines and cosines as inputs, as in skimo.py.
+3. Sines and cosines of positions and joint angles as inputs, the maze scaled, as in skimo.py.
 4. E environments act in lockstep, E updates after E skills. Warm-up counts as env steps (release: it does not).
 5. Kitchen: 30 observations, not 60; the others are a constant goal. CALVIN's pre-training, not released: as kitchen's.
 
@@ -83,7 +83,7 @@ class Args:
     clip_updates: int = 100  # updates at the start with the gradient's norm bounded by clip_norm
     clip_norm: float = 0.001
     kl_coef: float = 5e-4  # weight of KL(q || N(0,1)) per dimension
-    position_features: bool = True  # maze: scaled position with its sines and cosines as inputs (release: raw)
+    position_features: bool = True  # sines and cosines of positions and joint angles as inputs (release: raw)
     pretrain_eval_interval: int = 12_000  # updates between validations with roll-outs of the prior
     pretrain_eval_episodes: int = 100  # roll-outs in a validation; four times as many at the end
 
@@ -187,22 +187,23 @@ def kl_divergence(p, q):
 
 
 class Features(nn.Module):
-    """Observations (..., O) -> inputs of the networks (..., F), F = size: the same, but in the maze (DEVIATION 3)
-    the scaled observation, and sines and cosines of the position with periods of 1 to 32 cells, as in skimo.py.
+    """Observations (..., O) -> inputs of the networks (..., F), F = size (DEVIATION 3): the observation, in the maze
+    scaled, and sines and cosines of positions and joint angles, as in skimo.py; without position_features the raw one.
     """
 
     def __init__(self, obs_dim: int, args: Args):
         super().__init__()
-        use = args.env_id == "maze" and args.position_features
-        scale, shift = data_tools.obs_scale(args.env_id, obs_dim) if use else ([1.0] * obs_dim, [0.0] * obs_dim)
-        periods = [1, 2, 4, 8, 16, 32] if use else []  # cells
+        scale, shift, frequency = [1.0] * obs_dim, [0.0] * obs_dim, np.zeros((0, 0))
+        if args.position_features:
+            scale, shift = data_tools.obs_scale(args.env_id, obs_dim)
+            frequency = data_tools.position_frequency(args.env_id)
         self.register_buffer("scale", torch.tensor(scale))
         self.register_buffer("shift", torch.tensor(shift))
-        self.register_buffer("frequency", 2 * torch.pi / torch.tensor(periods, dtype=torch.float32))
-        self.size = obs_dim + 4 * len(periods)
+        self.register_buffer("frequency", torch.tensor(frequency, dtype=torch.float32))  # (P, .)
+        self.size = obs_dim + 2 * frequency.size
 
     def forward(self, obs):
-        phase = (obs[..., :2, None] * self.frequency).flatten(-2)  # (..., 2 * periods)
+        phase = (obs[..., : len(self.frequency), None] * self.frequency).flatten(-2)
         return torch.cat([obs * self.scale + self.shift, phase.sin(), phase.cos()], -1)  # (..., F)
 
 

@@ -163,7 +163,7 @@ def pretraining_batch(args, maze=True, obs_dim=4, action_dim=2, B=6):
 @pytest.mark.parametrize("env_id", ["maze", "kitchen"])
 def test_pretrain_loss_is_that_of_spirl(env_id):
     maze = env_id == "maze"
-    args = tiny_args(env_id=env_id, kl_coef=0.3)
+    args = tiny_args(env_id=env_id, kl_coef=0.3, position_features=maze)
     sizes = (4, 2) if maze else (7, 3)
     networks = double_networks(args, *sizes).train()
     skills, prior = networks["skills"], networks["prior"]
@@ -709,7 +709,7 @@ def test_networks_have_the_sizes_of_the_release(env_id):
     args = spirl.Args(env_id=env_id, **spirl.TASK_DEFAULTS[env_id])
     obs_dim, action_dim = SIZES[env_id]
     networks = spirl.make_networks(args, obs_dim, action_dim, "cpu")
-    inputs = obs_dim + 24 * (env_id == "maze")
+    inputs = obs_dim + 2 * data_tools.position_frequency(env_id).size
 
     def kinds(net):
         return [type(layer).__name__ for layer in net]

@@ -235,7 +235,7 @@ def test_policy_has_a_fixed_std_and_model_the_sizes_of_td_mpc():
     mean, std = tdmpc.tanh_normal(policy(torch.randn(6, 50)))
     assert mean.shape == std.shape == (6, 10)
     torch.testing.assert_close(std, torch.full((6, 10), 0.05))
-    model = tdmpc.WorldModel(30, tdmpc.Args(env_id="kitchen"))
+    model = tdmpc.WorldModel(30, tdmpc.Args(env_id="kitchen", position_features=False))
 
     def sizes(net):
         return [(layer.in_features, layer.out_features) for layer in net if isinstance(layer, torch.nn.Linear)]
