@@ -146,8 +146,10 @@ TASK_DEFAULTS = {
         alpha=1.0, autotune=True, tau=0.05, horizon_steps=1_000_000, plan_start="policy", num_samples=128,
         num_elites=32, cem_iters=3, explore_std=0.05, std_steps=300_000,
     ),
-    "kitchen": dict(pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=1e-3),
-    "kitchen-misaligned": dict(pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=1e-3),
+    "kitchen": dict(pretrain_updates=10_000, pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=1e-3),
+    "kitchen-misaligned": dict(
+        pretrain_updates=10_000, pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=1e-3
+    ),
     "calvin": dict(
         hidden_dim=256, num_skills=1, pretrain_skills=1, bc_chunks=1, pretrain_batch_size=256, kl_coef=3e-3, alpha=0.1,
         reward_scale=0.01, total_timesteps=2_000_000,

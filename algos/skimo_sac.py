@@ -128,8 +128,10 @@ TASK_DEFAULTS = {
         latent_dim=128, skill_encoder="mlp", kl_coef=3e-3, total_timesteps=300_000, warmup_steps=50_000, batch_size=128,
         alpha=1.0, autotune=True, tau=0.05,
     ),
-    "kitchen": dict(pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=1e-3),
-    "kitchen-misaligned": dict(pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=1e-3),
+    "kitchen": dict(pretrain_updates=10_000, pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=1e-3),
+    "kitchen-misaligned": dict(
+        pretrain_updates=10_000, pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=1e-3
+    ),
     "calvin": dict(
         hidden_dim=256, num_skills=1, pretrain_skills=1, bc_chunks=1, pretrain_batch_size=256, kl_coef=3e-3, alpha=0.1,
         reward_scale=0.01, total_timesteps=2_000_000,
