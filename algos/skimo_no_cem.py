@@ -20,7 +20,7 @@ still the prior. Pre-training is the same, so the cache's models serve both file
 
 Deviations from paper and release, marked DEVIATION n below, with skimo.py's numbers (its header has the reasons):
 1. closed-form KL; 2. behavioural cloning on bc_chunks random chunks; 3. fewer, smaller updates with a learning rate
-schedule, larger KL weight, noisy data, periodic features; 4. environments in lockstep; 6. maze: tau 0.05.
+schedule, larger KL weight, noisy data, periodic features; 4. environments in lockstep; 6. tau 0.05.
 
 Logged as in skimo.py: charts/*, losses/*, pretrain/*, eval/*, time/*, pictures/*, episodes.csv, results.json.
 Shapes: B batch, N skills per window, H steps per skill, O observation, A action, Z skill, d latent state,
@@ -106,7 +106,7 @@ class Args:
     policy_latents: Literal["imagined", "h0", "encoded"] = "imagined"  # of eq. 7: paper, release (first state), E(o_t)
     gamma: float = 0.99  # discount per skill
     rho: float = 0.5  # weight rho^t of the t-th skill of a window
-    tau: float = 0.01  # share of the online weights in a target update
+    tau: float = 0.05  # share of the online weights in a target update (release: 0.01)
     target_update_interval: int = 2  # updates between target updates
     consistency_coef: float = 2.0  # weight of the latent consistency, in both phases
     reward_coef: float = 0.25  # weight of the reward loss
@@ -123,12 +123,11 @@ class Args:
     skill_encoder: Literal["mlp", "lstm"] = "lstm"  # architecture of q
 
 
-# The release's values where they differ from Args, but for total_timesteps, pre-training (DEVIATION 3) and the maze's
-# tau (DEVIATION 6; the release's: --tau 0.01).
+# The release's values where they differ from Args, but for total_timesteps and pre-training (DEVIATION 3).
 TASK_DEFAULTS = {
     "maze": dict(
         latent_dim=128, skill_encoder="mlp", kl_coef=3e-3, total_timesteps=300_000, warmup_steps=50_000, batch_size=128,
-        alpha=1.0, autotune=True, tau=0.05,
+        alpha=1.0, autotune=True,
     ),
     "kitchen": dict(pretrain_updates=10_000, pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=1e-3),
     "kitchen-misaligned": dict(
@@ -587,11 +586,11 @@ def find_pretrained(args: Args) -> tuple[Path, str, data_tools.OfflineDataset | 
     """
     task, published = args.env_id.removesuffix("-misaligned"), Path(__file__).parents[1] / "benchmarks" / "results"
     if args.pretrained:
-        path = (
-            published / f"{PRETRAINED}_{task}_pretrained.pt"
-            if args.pretrained == "published"
-            else Path(args.pretrained)
-        )
+        path = Path(args.pretrained)
+        if args.pretrained == "published":
+            path = published / f"{PRETRAINED}_{task}_pretrained.pt"
+            if not path.exists():
+                sys.exit(f"error: no {path.name} is published; leave --pretrained out")
         source = data_tools.load_checkpoint(path, checkpoint_meta("pretrained", args), "cpu")["facts"]["data"]["source"]
         if args.dataset not in ("auto", source):
             sys.exit(f"error: {path} was pre-trained on {source} data; use --dataset auto or another model")

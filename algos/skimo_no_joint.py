@@ -20,8 +20,8 @@ but in the kitchen a little more than SkiMo, in the mis-aligned one a little les
 
 Deviations from paper and release, marked DEVIATION n below, are skimo.py's (its header has the reasons): 1. closed-form
 KL; 2. behavioural cloning on bc_chunks random chunks; 3. fewer, smaller updates with a learning rate schedule,
-larger KL weight, noisy data, periodic features; 4. environments in lockstep; 5. maze: CEM from the policy's plans;
-6. maze: tau 0.05. Logged as in skimo.py.
+larger KL weight, noisy data, periodic features; 4. environments in lockstep; 5. CEM from the policy's plans;
+6. tau 0.05. Logged as in skimo.py.
 Shapes: B batch, N skills per window, H steps per skill, O observation, A action, Z skill, d latent state,
 E environments, K plan horizon, P plans. Batch first.
 """
@@ -105,7 +105,7 @@ class Args:
     policy_latents: Literal["imagined", "h0", "encoded"] = "imagined"  # of eq. 7: paper, release (first state), E(o_t)
     gamma: float = 0.99  # discount per skill
     rho: float = 0.5  # weight rho^t of the t-th skill of a window
-    tau: float = 0.01  # share of the online weights in a target update
+    tau: float = 0.05  # share of the online weights in a target update (release: 0.01)
     target_update_interval: int = 2  # updates between target updates
     consistency_coef: float = 2.0  # weight of the latent consistency, in both phases
     reward_coef: float = 0.25  # weight of the reward loss
@@ -114,15 +114,15 @@ class Args:
     max_grad_norm: float = 100.0  # bound of the gradient's global norm
 
     # Planner
-    num_samples: int = 512  # sampled plans per iteration
+    num_samples: int = 128  # sampled plans per iteration (release: 512)
     num_policy_trajs: int = 25  # plans proposed by the task policy
-    num_elites: int = 64  # plans that the next distribution is fitted to
-    cem_iters: int = 6  # iterations
+    num_elites: int = 32  # plans that the next distribution is fitted to (release: 64)
+    cem_iters: int = 3  # iterations (release: 6)
     temperature: float = 0.5  # factor on the values in the elites' softmax
     momentum: float = 0.1  # share of the old mean in the new one
-    plan_start: Literal["wide", "policy"] = "wide"  # first distribution: N(last mean, plan_std), or the policy's plans
+    plan_start: Literal["policy", "wide"] = "policy"  # first: the policy's plans, or N(last mean, plan_std) as released
     plan_std: float = 2.0  # largest std of the sampled skills
-    explore_std: float = 0.5  # least std, at the start of the schedule
+    explore_std: float = 0.05  # least std, at the start of the schedule (release: 0.5)
     explore_std_end: float = 0.01  # least std after std_steps
     std_steps: int = 25_000  # env steps over which the least std falls
     horizon_steps: int = 25_000  # env steps over which plans grow from 1 to N skills
@@ -137,13 +137,11 @@ class Args:
 
 
 # The release's values where they differ from Args, but for total_timesteps, pre-training (DEVIATION 3) and the maze's
-# planner and tau (DEVIATION 5, 6; the release's: --plan-start wide --num-samples 512 --num-elites 64 --cem-iters 6
-# --explore-std 0.5 --std-steps 1000000 --tau 0.01).
+# std_steps (release: 1,000,000).
 TASK_DEFAULTS = {
     "maze": dict(
         latent_dim=128, skill_encoder="mlp", kl_coef=3e-3, total_timesteps=300_000, warmup_steps=50_000, batch_size=128,
-        alpha=1.0, autotune=True, tau=0.05, horizon_steps=1_000_000, plan_start="policy", num_samples=128,
-        num_elites=32, cem_iters=3, explore_std=0.05, std_steps=300_000,
+        alpha=1.0, autotune=True, horizon_steps=1_000_000, std_steps=300_000,
     ),
     "kitchen": dict(pretrain_updates=10_000, pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=1e-3),
     "kitchen-misaligned": dict(
@@ -676,11 +674,11 @@ def find_pretrained(args: Args) -> tuple[Path, str, data_tools.OfflineDataset | 
     """
     task, published = args.env_id.removesuffix("-misaligned"), Path(__file__).parents[1] / "benchmarks" / "results"
     if args.pretrained:
-        path = (
-            published / f"{PRETRAINED}_{task}_pretrained.pt"
-            if args.pretrained == "published"
-            else Path(args.pretrained)
-        )
+        path = Path(args.pretrained)
+        if args.pretrained == "published":
+            path = published / f"{PRETRAINED}_{task}_pretrained.pt"
+            if not path.exists():
+                sys.exit(f"error: no {path.name} is published; leave --pretrained out")
         source = data_tools.load_checkpoint(path, checkpoint_meta("pretrained", args), "cpu")["facts"]["data"]["source"]
         if args.dataset not in ("auto", source):
             sys.exit(f"error: {path} was pre-trained on {source} data; use --dataset auto or another model")

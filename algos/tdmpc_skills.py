@@ -705,11 +705,11 @@ def find_pretrained(args: Args) -> tuple[Path, str, data_tools.OfflineDataset | 
     """
     task, published = args.env_id.removesuffix("-misaligned"), Path(__file__).parents[1] / "benchmarks" / "results"
     if args.pretrained:
-        path = (
-            published / f"{PRETRAINED}_{task}_pretrained.pt"
-            if args.pretrained == "published"
-            else Path(args.pretrained)
-        )
+        path = Path(args.pretrained)
+        if args.pretrained == "published":
+            path = published / f"{PRETRAINED}_{task}_pretrained.pt"
+            if not path.exists():
+                sys.exit(f"error: no {path.name} is published; leave --pretrained out")
         source = data_tools.load_checkpoint(path, checkpoint_meta("pretrained", args), "cpu")["facts"]["data"]["source"]
         if args.dataset not in ("auto", source):
             sys.exit(f"error: {path} was pre-trained on {source} data; use --dataset auto or another model")

@@ -41,6 +41,7 @@ def tiny_args(**changes):
         num_envs=2, batch_size=8, num_samples=16, num_policy_trajs=4,
         num_elites=6, cem_iters=2, pretrain_batch_size=8, pretrain_updates=6, pretrain_eval_episodes=1, eval_episodes=2,
         total_timesteps=1200, warmup_steps=400, horizon_steps=1000, std_steps=1000, alpha=1.0, autotune=True,
+        plan_start="wide", explore_std=0.5, tau=0.01,
     )  # fmt: skip
     return skimo.Args(**(small | changes))
 
@@ -1616,13 +1617,10 @@ def test_defaults_are_those_of_the_task(monkeypatch):
     assert row("batch_size") == [128, 256, 256] and row("warmup_steps") == [50_000, 5_000, 5_000]
     assert row("alpha") == [1, 0.5, 0.1] and row("autotune") == [True, False, False]
     assert row("horizon_steps") == [1_000_000, 25_000, 25_000]
-    planner = "plan_start num_samples num_elites cem_iters temperature explore_std std_steps".split()
-    release = ["wide", 512, 64, 6, 0.5, 0.5, 25_000]  # the maze has its own planner
-    assert [row(name)[1] for name in planner] == [row(name)[2] for name in planner] == release
-    assert row("plan_start")[0] == "policy"
-    assert row("reward_scale") == [1, 1, 0.01] and row("tau") == [0.05, 0.01, 0.01]
+    assert row("std_steps") == [300_000, 25_000, 25_000] and row("reward_scale") == [1, 1, 0.01]
     for name, value in dict(
-        num_policy_trajs=25, momentum=0.1, plan_std=2.0,
+        num_policy_trajs=25, momentum=0.1, plan_std=2.0, temperature=0.5, tau=0.05, plan_start="policy",
+        num_samples=128, num_elites=32, cem_iters=3, explore_std=0.05,
         explore_std_end=0.01, gamma=0.99, rho=0.5, pretrain_tau=0.01, target_update_interval=2, bc_coef=2.0,
         consistency_coef=2.0, reward_coef=0.25, value_coef=0.1, learning_rate=1e-3, alpha_lr=3e-4, max_grad_norm=100.0,
         target_kl=3.0, skill_horizon=10, skill_dim=10, updates_per_step=0.02,
