@@ -136,6 +136,9 @@ class Kitchen:
     """
 
     def __init__(self, subtasks, noise=NOISE, legacy_collisions=False):
+        """Raises ValueError for a negative or infinite noise."""
+        if not 0.0 <= noise < np.inf:
+            raise ValueError(f"noise must be a finite number of at least 0, got {noise}")
         self.subtasks, self.noise = subtasks, noise
         self.model = compile_model(legacy_collisions)
         self.data = mujoco.MjData(self.model)
