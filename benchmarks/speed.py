@@ -2,15 +2,20 @@
 
     python benchmarks/speed.py                          # all sizes; needs no data and no pre-trained model
     python benchmarks/speed.py --sizes kitchen --device cuda --out h200.json
+    python benchmarks/speed.py --algo algos/spirl.py    # any file of algos/: what it has is timed
+    python benchmarks/speed.py --only step --env-id kitchen --step-envs 8       # environments alone, in seconds
 
-Every row is the median of repeated calls after a warm-up, with CUDA synchronisation (torch.utils.benchmark). Inputs are
-random and have the shapes of the task. The loop is `train` itself on random networks: all schedules of the real run
-shrunk to `--loop-steps`, so that plan lengths and updates have the mix of the real run.
+Every row is the median of repeated calls after a warm-up, with CUDA synchronisation (torch.utils.benchmark). Networks
+and data are random and have the shapes of the task. Updates draw their batch from data set or replay buffer on the
+device, as in a run. Skills come from the planner with K = N or, in files without one, from the task policy. The loop is
+`train` itself on random networks: all schedules of the real run shrunk to `--loop-steps`, so that plan lengths and
+updates have the mix of the real run. tdmpc_skills.py makes 50 times as many updates as the others: give it fewer.
 """
 
 import contextlib
 import dataclasses
 import importlib.util
+import inspect
 import io
 import json
 import math
@@ -32,9 +37,10 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-DIMS = {"maze": (4, 2), "kitchen": (30, 9), "calvin": (21, 7)}  # entries of an observation and of an action
+# Entries of an observation and of an action
+DIMS = {"maze": (4, 2), "kitchen": (30, 9), "kitchen-misaligned": (30, 9), "calvin": (21, 7)}
 
-# The authors' code, ms per call, measured at the kitchen's sizes: (on an H200, on two CPU cores).
+# skimo.py in the authors' code, ms per call, measured at the kitchen's sizes: (on an H200, on two CPU cores).
 AUTHORS = {
     ("pre-training update, release batch", "kitchen"): (74.0, None),
     ("RL update", "kitchen"): (196.0, 252.0),
@@ -51,6 +57,7 @@ class Args:
         "calvin",
     )  # sizes of networks and batches
     algo: Path = ROOT / "algos" / "skimo.py"  # the algorithm file
+    only: tuple[Literal["pretrain", "update", "plan", "act", "step", "loop"], ...] = ()  # what to time (empty: all)
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and plan
     num_threads: int = 0  # CPU threads of torch (0: one per core)
     compile: bool = torch.cuda.is_available()  # torch.compile, with CUDA graphs
@@ -78,9 +85,19 @@ def size_args(algo, size: str, args: Args):
     result = algo.Args(env_id=size, **algo.TASK_DEFAULTS[size])
     result = dataclasses.replace(result, compile=args.compile, device=args.device)
     if args.quick:
-        small = dict(pretrain_batch_size=8, batch_size=8, num_samples=16, num_policy_trajs=4, num_elites=4, cem_iters=2)
-        result = dataclasses.replace(result, **small)
+        small = dict(pretrain_batch_size=8, batch_size=8, num_samples=16, num_policy_trajs=4, num_elites=4, cem_iters=1)
+        small |= dict(updates_per_step=0.02, updates_per_skill=0.2, num_skills=min(3, getattr(result, "num_skills", 1)))
+        result = dataclasses.replace(result, **{name: small[name] for name in small if hasattr(result, name)})
     return result
+
+
+def release_pretraining(config, size: str, args: Args):
+    """The same arguments with the release's batch: N skills and all chunks for SkiMo, one skill for SPiRL."""
+    if not hasattr(config, "pretrain_skills"):
+        return config if args.quick else dataclasses.replace(config, pretrain_batch_size=128)
+    N = 1 if size == "calvin" else 10
+    batch_size = config.pretrain_batch_size if args.quick else 512
+    return dataclasses.replace(config, pretrain_batch_size=batch_size, pretrain_skills=N, bc_chunks=N)
 
 
 def random_obs(size: str, *shape: int):
@@ -93,37 +110,78 @@ def random_obs(size: str, *shape: int):
 # What is timed: each function returns a callable; `measure` calls it again and again.
 
 
+def call_by_name(function, **inputs):
+    """Call with those inputs that the function has parameters for: the files' replay buffers store different things."""
+    return function(**{name: inputs[name] for name in inspect.signature(function).parameters})
+
+
+def random_dataset(algo, size, window: int, device):
+    """Offline data of 32 episodes, each twice as long as a window."""
+    rows = 32 * 2 * window
+    obs, actions = random_obs(size, rows).numpy(), (torch.rand(rows, DIMS[size][1]) * 2 - 1).numpy()
+    timeouts = np.arange(1, rows + 1) % (2 * window) == 0
+    return algo.data_tools.OfflineDataset(obs, actions, np.zeros_like(timeouts), timeouts, device=device)
+
+
+def filled_replay(algo, size, config, device):
+    """The file's own replay buffer with an episode of every environment, twice as long as a window."""
+    (obs_dim, action_dim), E, H = DIMS[size], config.num_envs, config.skill_horizon
+    rb = call_by_name(algo.ReplayBuffer, obs_dim=obs_dim, action_dim=action_dim, args=config, device=device)
+    T = 2 * getattr(config, "num_skills", 10)
+    for t in range(T):
+        obs, next_obs = random_obs(size, 2, E).numpy()  # (E, O)
+        z, actions = torch.rand(E, config.skill_dim) * 2 - 1, (torch.rand(E, action_dim) * 2 - 1).numpy()
+        ended, rewards = np.full(E, t == T - 1), np.random.default_rng(t).random(E, dtype=np.float32)
+        skill = dict(obs=obs, z=z, rewards=rewards, ended=ended, next_obs=next_obs)
+        trace = [(obs, actions, np.zeros(E, dtype=bool))] * H
+        call_by_name(rb.add, **skill, trace=trace, steps=np.full(E, H))
+    return rb
+
+
+def make_learner(algo, size, config, device):
+    return algo.Learner(config, algo.make_networks(config, *DIMS[size], device))
+
+
 def pretrain_update(algo, size, config, device):
-    """One gradient step of pre-training on a batch of windows."""
-    networks = algo.make_networks(config, *DIMS[size], device)
-    trainer = algo.Pretrainer(config, networks)
-    B, T = config.pretrain_batch_size, config.pretrain_skills * config.skill_horizon
-    obs = random_obs(size, B, T + 1).to(device)  # (B, T+1, O)
-    actions = torch.rand(B, T, DIMS[size][1], device=device) * 2 - 1  # (B, T, A)
-    return lambda: trainer.update(obs, actions)
+    """One gradient step of pre-training on a batch of windows: of one skill, where a file has no --pretrain-skills."""
+    trainer = algo.Pretrainer(config, algo.make_networks(config, *DIMS[size], device))
+    window = getattr(config, "pretrain_skills", 1) * config.skill_horizon + 1
+    data = random_dataset(algo, size, window, device)
+    return lambda: trainer.update(*data.sample_windows(config.pretrain_batch_size, window))
 
 
 def rl_update(algo, size, config, device):
-    """One gradient step of model, task policy and alpha on a batch of windows of skills."""
-    learner = algo.Learner(config, algo.make_networks(config, *DIMS[size], device))
-    B, N, Z = config.batch_size, config.num_skills, config.skill_dim
-    obs, z = random_obs(size, B, N + 1).to(device), torch.rand(B, N, Z, device=device) * 2 - 1  # (B, N+1, O), (B, N, Z)
-    batch = (obs, z, torch.rand(B, N, device=device), torch.zeros(B, N, device=device))
-    return lambda: learner.update(*batch)
+    """One gradient step of everything that RL trains, on a batch from the replay buffer."""
+    learner, rb = make_learner(algo, size, config, device), filled_replay(algo, size, config, device)
+    return lambda: learner.update(*rb.sample(config.batch_size))
 
 
 def planning(algo, size, config, device, num_envs: int):
     """The planner with K = N, observations on the CPU in, skills on the CPU out."""
-    networks = algo.make_networks(config, *DIMS[size], device)
-    planner = algo.Planner(networks["model"], networks["prior"], config, device)
+    learner = make_learner(algo, size, config, device)
+    planner = algo.Planner(learner.model, learner.task_policy, config, device)
     obs, episode_start = random_obs(size, num_envs).numpy(), np.zeros(num_envs, dtype=bool)
     step = max(config.horizon_steps, config.std_steps)
     return lambda: planner(obs, episode_start, step, explore=True)
 
 
+def choosing(algo, size, config, device, num_envs: int):
+    """Skills by the task policy alone, observations on the CPU in, skills on the CPU out."""
+    learner, obs = make_learner(algo, size, config, device), random_obs(size, num_envs).numpy()
+    if hasattr(algo, "act"):
+        encoder = learner.model.encoder if hasattr(learner, "model") else learner.encoder
+        return lambda: algo.act(encoder, learner.task_policy, obs, explore=True)
+
+    @torch.no_grad()
+    def draw():  # the policy of spirl.py takes observations; these lines are in its `train`
+        return algo.squash(algo.draw(learner.task_policy(torch.from_numpy(obs).to(device)))).cpu()
+
+    return draw
+
+
 def acting(algo, size, config, device, num_envs: int):
     """The skill policy for one env step, on the CPU as in the loop."""
-    skills = algo.make_networks(config, *DIMS[size], torch.device("cpu"))["skills"].requires_grad_(False)
+    skills = make_learner(algo, size, config, torch.device("cpu")).skills
     obs, z = random_obs(size, num_envs).numpy(), torch.rand(num_envs, config.skill_dim) * 2 - 1
 
     @torch.no_grad()
@@ -134,14 +192,16 @@ def acting(algo, size, config, device, num_envs: int):
 
 
 def stepping(algo, env_id, num_envs: int, num_threads: int):
-    """One step of E environments under random actions, resets included; nothing else."""
-    kwargs = {"num_threads": num_threads} if num_threads else {}
+    """One step of E environments under random actions, nothing else; members that end are reset.
+
+    num_threads 0 is the maze without threads.
+    """
     envs = gymnasium.make_vec(
         algo.data_tools.TASKS[env_id],
         num_envs,
         vectorization_mode="vector_entry_point",
         autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED,
-        **kwargs,
+        num_threads=num_threads,
     )
     envs.reset(seed=0)
     envs.action_space.seed(0)
@@ -186,8 +246,9 @@ def training_loop(algo, args: Args, device) -> dict:
     """`train` in miniature: env steps/s and the shares of time, without compilation and the final evaluation."""
     config = size_args(algo, args.env_id, args)
     factor = args.loop_steps / config.total_timesteps
-    schedules = ("total_timesteps", "warmup_steps", "horizon_steps", "std_steps")
-    config = dataclasses.replace(config, **{name: int(factor * getattr(config, name)) for name in schedules})
+    schedules = ("total_timesteps", "warmup_steps", "warmup_skills", "horizon_steps", "std_steps")
+    scaled = {name: int(factor * getattr(config, name)) for name in schedules if hasattr(config, name)}
+    config = dataclasses.replace(config, **scaled)
     config = dataclasses.replace(config, eval_interval=0, eval_episodes=1, checkpoint_interval=10**9)
     if args.quick:
         config = dataclasses.replace(config, num_envs=1)
@@ -208,36 +269,51 @@ def training_loop(algo, args: Args, device) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def loop_threads(env_id: str, num_envs: int) -> int:
+    """Threads that step the environments in `train`, where `data_tools.make_envs` makes them; 0 in the maze."""
+    return 0 if env_id == "maze" else min(torch.get_num_threads(), num_envs)
+
+
 def jobs(algo, args: Args, device) -> list:
-    """All rows as (name, size, environments per call or None, function that gives the callable)."""
+    """All rows as (part, name, size, environments per call or None, function that gives the callable and its inputs).
+
+    What the file does not have is left out, and so is the release's batch where it is our default.
+    """
     rows = []
     for size in args.sizes:
         config = size_args(algo, size, args)
-        batch = config.pretrain_batch_size if args.quick else 512
-        N = config.num_skills
-        release = dataclasses.replace(config, pretrain_batch_size=batch, pretrain_skills=N, bc_chunks=N)
-        rows.append(("pre-training update, release batch", size, None, (pretrain_update, size, release, device)))
-        rows.append(("pre-training update", size, None, (pretrain_update, size, config, device)))
-        rows.append(("RL update", size, None, (rl_update, size, config, device)))
-        for name, function in (("plan", planning), ("act", acting)):
+        if hasattr(algo, "Pretrainer"):
+            release = release_pretraining(config, size, args)
+            if release != config:
+                row = ("pretrain", "pre-training update, release batch", size, None)
+                rows.append((*row, pretrain_update, (size, release, device)))
+            rows.append(("pretrain", "pre-training update", size, None, pretrain_update, (size, config, device)))
+        rows.append(("update", "RL update", size, None, rl_update, (size, config, device)))
+        choice = ("plan", planning) if hasattr(algo, "Planner") else ("policy", choosing)
+        for part, name, function in (("plan", *choice), ("act", "act", acting)):
             for E in args.plan_envs:
                 label = f"{name}, {E} env{'s' * (E > 1)}"
-                rows.append((label, size, E, (function, size, config, device, E)))
+                rows.append((part, label, size, E, function, (size, config, device, E)))
+    one_core = 0 if args.env_id == "maze" else 1
     for E in args.step_envs:
-        for threads in sorted({0, 1, 2, os.cpu_count()} if not args.quick else {0, 1}):
+        # One core first, then two threads, all cores, and what the loop has; more threads than members do nothing.
+        counts = {2, loop_threads(args.env_id, E)} | (set() if args.quick else {os.cpu_count()})
+        for threads in [one_core, *sorted(count for count in counts if one_core < count <= E)]:
             label = f"step, {E} env{'s' * (E > 1)}, {threads or 'no'} thread{'s' * (threads != 1)}"
-            rows.append((label, args.env_id, E, (stepping, args.env_id, E, threads)))
-    return rows
+            rows.append(("step", label, args.env_id, E, stepping, (args.env_id, E, threads)))
+    return [row for row in rows if not args.only or row[0] in args.only]
 
 
 def table(rows: list[dict], device: str) -> str:
     """Aligned text; the last columns are the authors' code, with the ratio to it on the same kind of device."""
-    cells = [["", "size", "ms", "+-", "ms/env", "env steps/s", "authors H200", "ratio", "authors CPU", "ratio"]]
+    titles = ["", "size", "ms", "+-", "ms/env", "env steps/s", "vs one core"]
+    cells = [[*titles, "authors H200", "ratio", "authors CPU", "ratio"]]
     for row in rows:
         E, gpu, cpu = row["num_envs"], row["authors_h200_ms"], row["authors_cpu_ms"]
         cells.append([row["name"], row["size"], f"{row['ms']:.3g}", f"{row['iqr_ms']:.2g}" if "iqr_ms" in row else ""])
         cells[-1] += [f"{row['ms'] / E:.3g}" if E and "per_second" not in row else ""]
         cells[-1] += [f"{row['per_second']:,.0f}" if "per_second" in row else ""]
+        cells[-1] += [f"{row['speedup']:.2f}x" if "speedup" in row else ""]
         for authors, same_device in ((gpu, device == "cuda"), (cpu, device == "cpu")):
             ratio = f"{authors / row['ms']:.2g}x" if authors and same_device else ""  # above 1x: faster than theirs
             cells[-1] += [f"{authors:g}" if authors else "", ratio]
@@ -275,27 +351,35 @@ def main(args: Args) -> dict:
     algo, device = load_algorithm(args.algo), torch.device(args.device)
     if args.env_id not in algo.data_tools.TASKS:
         sys.exit(f"error: --env-id {args.env_id} is not built; choose one of {', '.join(algo.data_tools.TASKS)}")
+    torch._dynamo.config.recompile_limit = 64  # the planner has one graph per size and number of environments
     facts, rows, env_only = machine(device), [], {}
+    planned, times_loop = jobs(algo, args, device), args.loop_steps and (not args.only or "loop" in args.only)
+    if not planned and not times_loop:
+        sys.exit("error: nothing to time; give --sizes and --plan-envs or --step-envs for the parts in --only")
 
-    bar = tqdm(jobs(algo, args, device), "timing", unit="row")
-    for name, size, num_envs, (make, *inputs) in bar:
+    bar = tqdm(planned, "timing", unit="row")
+    for _, name, size, num_envs, make, inputs in bar:
         bar.set_postfix_str(f"{name} ({size})")
         rows.append(dict(name=name, size=size, num_envs=num_envs, **measure(make(algo, *inputs), args)))
         if make is stepping:
-            rows[-1]["per_second"] = 1e3 * num_envs / rows[-1]["ms"]
-            env_only.setdefault(num_envs, rows[-1]["per_second"])  # without threads, as in the loop
-    if args.loop_steps:
+            rate, threads = 1e3 * num_envs / rows[-1]["ms"], inputs[-1]
+            rows[-1] |= dict(per_second=rate, num_threads=threads)
+            if num_envs in env_only:
+                rows[-1]["speedup"] = rate / next(iter(env_only[num_envs].values()))  # one core is the first row
+            env_only.setdefault(num_envs, {})[threads] = rate
+    if times_loop:
         print(f"training loop: {args.loop_steps} env steps", file=sys.stderr)
-        rows.append(dict(name="training loop", size=args.env_id, **training_loop(algo, args, device)))
-        if rows[-1]["num_envs"] in env_only:
-            rows[-1]["share_of_env_only_rate"] = rows[-1]["per_second"] / env_only[rows[-1]["num_envs"]]
+        row = dict(name="training loop", size=args.env_id, **training_loop(algo, args, device))
+        env_rate = env_only.get(row["num_envs"], {}).get(loop_threads(args.env_id, row["num_envs"]))
+        rows.append(row | (dict(share_of_env_only_rate=row["per_second"] / env_rate) if env_rate else {}))
     for row in rows:
-        row["authors_h200_ms"], row["authors_cpu_ms"] = AUTHORS.get((row["name"], row["size"]), (None, None))
+        authors = AUTHORS if args.algo.stem == "skimo" else {}
+        row["authors_h200_ms"], row["authors_cpu_ms"] = authors.get((row["name"], row["size"]), (None, None))
 
     hardware = f"{facts['gpu'] or facts['cpu']}, {facts['threads']} CPU threads"
-    print(f"{hardware}, torch {facts['torch']}, commit {facts['commit']}")
+    print(f"{args.algo.name} on {hardware}, torch {facts['torch']}, commit {facts['commit']}")
     print(table(rows, device.type))
-    if args.loop_steps:
+    if times_loop:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in rows[-1]["shares"].items())
         share = rows[-1].get("share_of_env_only_rate")
         print(f"training loop: {shares}" + (f"; {share:.1%} of the env-only rate" if share else ""))
