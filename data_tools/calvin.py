@@ -239,11 +239,7 @@ class _Physics:
         self.joint_target[:, FINGERS] = np.where(is_open, FINGER_OPEN, 0.0)
         self.max_force[:, FINGERS] = np.where(is_open, OPENING_FORCE, MOTOR_FORCE)
         self._run(SUBSTEPS, members)
-        # Bulb and LED are looked at once per step, as in the original. The LED toggles when the button goes down.
-        pressed = self.qpos[:, FIXTURES][:, 2] > BUTTON_THRESHOLD
-        self.led[chosen] ^= (pressed & ~self.pressed)[chosen]
-        self.pressed[chosen] = pressed[chosen]
-        self.bulb[chosen] = self.qpos[chosen, FIXTURES.stop - 1] > SWITCH_THRESHOLD
+        switch_lights(self, chosen)
 
         unstable = np.zeros(len(self.state), dtype=bool)
         unstable[chosen] = ~np.isfinite(self.state).all(axis=1)[chosen]
@@ -280,19 +276,7 @@ class _Physics:
 
     def observations(self):
         """Return the observations (E, 21) float64."""
-        return np.concatenate(
-            [
-                self.tool_position,
-                self.tool_angles,
-                self.qpos[:, FINGERS].sum(axis=1, keepdims=True),
-                self.qpos[:, ARM],
-                self.gripper[:, None],
-                self.qpos[:, FIXTURES],
-                self.bulb[:, None],
-                self.led[:, None],
-            ],
-            axis=1,
-        )
+        return observations(self)
 
     def _arrays(self):
         """Return the arrays (E, ...) that make up the state; motor targets and forces follow from them."""
@@ -300,17 +284,59 @@ class _Physics:
         return (self.state, self.tool_position, self.tool_angles, self.target, self.gripper, *lights)
 
     def get_state(self):
-        """Return the state (E, S + 16) float64."""
-        return np.concatenate([array.reshape(len(self.state), -1) for array in self._arrays()], axis=1)
+        """Return the state (E, S + 16) as nested lists of numbers."""
+        return np.concatenate([array.reshape(len(self.state), -1) for array in self._arrays()], axis=1).tolist()
 
     def set_state(self, state):
-        """Continue from what `get_state` returned."""
+        """Continue from what `get_state` returned. Raises ValueError for a state that is none of this physics."""
+        try:
+            state = np.array(state, dtype=np.float64)
+        except TypeError:
+            raise ValueError("the state is that of another simulator") from None
+        expected = (len(self.state), sum(array[0].size for array in self._arrays()))
+        if state.shape != expected:
+            raise ValueError(
+                f"the state is that of {len(state)} members, this environment has {expected[0]}, "
+                f"or of another version of the scene: shape {state.shape}, expected {expected}"
+            )
+        if not np.isfinite(state).all():
+            raise ValueError("the physics of the state contain NaN or infinity")
         first = 0
         for array in self._arrays():
             size = int(np.prod(array.shape[1:]))
             array[:] = state[:, first : first + size].reshape(array.shape)
             first += size
         self.refresh()
+
+
+def switch_lights(physics, chosen) -> None:
+    """Let button and switch set the lights at the end of a step, of the chosen members (index or slice).
+
+    `physics` has qpos (E, 34) and pressed, led, bulb (E,) bool. Both are looked at once per step, as in the original:
+    the LED toggles when the button goes down, the bulb is on while the switch is beyond the middle.
+    """
+    button, switch = physics.qpos[:, FIXTURES][:, 2:].T
+    pressed = button > BUTTON_THRESHOLD
+    physics.led[chosen] ^= (pressed & ~physics.pressed)[chosen]
+    physics.pressed[chosen] = pressed[chosen]
+    physics.bulb[chosen] = (switch > SWITCH_THRESHOLD)[chosen]
+
+
+def observations(physics) -> np.ndarray:
+    """Return the observations (E, 21) float64 of a physics, this one or that of data_tools.calvin_pybullet."""
+    return np.concatenate(
+        [
+            physics.tool_position,
+            physics.tool_angles,
+            physics.qpos[:, FINGERS].sum(axis=1, keepdims=True),
+            physics.qpos[:, ARM],
+            physics.gripper[:, None],
+            physics.qpos[:, FIXTURES],
+            physics.bulb[:, None],
+            physics.led[:, None],
+        ],
+        axis=1,
+    )
 
 
 def _clip(values, limit):
@@ -399,6 +425,8 @@ class CalvinVectorEnv(VectorEnv):
     with reward 0 and its flags True, until `reset(options={"reset_mask": mask})` with mask (E,) bool.
     `num_threads` threads, the calling one among them, step the physics (None: one per core that this process may use,
     for at least four members each); their number does not change the result.
+    `simulator="pybullet"` runs the original's physics instead, one member after the other: see
+    data_tools.calvin_pybullet for what it needs. `calvin_env_root`: where (None: $CALVIN_ENV_ROOT).
     """
 
     metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 30}
@@ -410,12 +438,16 @@ class CalvinVectorEnv(VectorEnv):
         render_mode: str | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         num_threads: int | None = None,
+        simulator: str = "mujoco",
+        calvin_env_root: str | os.PathLike | None = None,
     ):
-        """Raises ValueError for arguments out of range."""
+        """Raises ValueError for arguments out of range; for PyBullet also DependencyNotInstalled and DataError."""
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
+        if simulator not in ("mujoco", "pybullet"):
+            raise ValueError(f"simulator must be 'mujoco' or 'pybullet', got {simulator!r}")
         if num_threads is None:
             num_threads = max(min(len(os.sched_getaffinity(0)), num_envs // 4), 1)
         self.num_envs = num_envs
@@ -427,7 +459,12 @@ class CalvinVectorEnv(VectorEnv):
         self.single_action_space = ACTION_SPACE
         self.observation_space = gymnasium.vector.utils.batch_space(OBSERVATION_SPACE, num_envs)
         self.action_space = gymnasium.vector.utils.batch_space(ACTION_SPACE, num_envs)
-        self._physics = _Physics(num_envs, num_threads)
+        if simulator == "pybullet":
+            from data_tools.calvin_pybullet import BulletPhysics  # which imports this file
+
+            self._physics = BulletPhysics(num_envs, calvin_env_root)
+        else:
+            self._physics = _Physics(num_envs, num_threads)
         self._rngs = None  # one generator per member, made by the first reset
         self._start = np.zeros((num_envs, 21))  # the first observation of the episode
         self._subtasks = np.zeros(num_envs, dtype=np.int64)  # how many were done
@@ -523,7 +560,7 @@ class CalvinVectorEnv(VectorEnv):
         if self._rngs is None:
             raise gymnasium.error.ResetNeeded("call reset() before get_state()")
         return {
-            "physics": self._physics.get_state().tolist(),
+            "physics": self._physics.get_state(),
             "start": self._start.tolist(),
             "subtasks": self._subtasks.tolist(),
             "steps": self._steps.tolist(),
@@ -537,16 +574,7 @@ class CalvinVectorEnv(VectorEnv):
 
     def set_state(self, state: dict[str, list]) -> np.ndarray:
         """Continue exactly where `get_state` was called; return the observations (E, 21) of that moment."""
-        physics = np.array(state["physics"], dtype=np.float64)
-        expected = self._physics.get_state().shape
-        if physics.shape != expected:
-            raise ValueError(
-                f"the state is that of {len(physics)} members, this environment has {self.num_envs}, "
-                f"or of another version of the scene: shape {physics.shape}, expected {expected}"
-            )
-        if not np.isfinite(physics).all():
-            raise ValueError("the physics of the state contain NaN or infinity")
-        self._physics.set_state(physics)
+        self._physics.set_state(state["physics"])
         self._start = np.array(state["start"], dtype=np.float64)
         self._subtasks = np.array(state["subtasks"], dtype=np.int64)
         self._steps = np.array(state["steps"], dtype=np.int64)
@@ -599,6 +627,7 @@ class CalvinEnv(gymnasium.Env):
     this step did the fourth; `info["unstable"]`: the physics diverged; the episode ends (terminated, reward 0) with the
     last finite observation. The last gripper command outlives an episode, as in the original, unless `reset` gets a
     seed.
+    `simulator="pybullet"`: the original's physics instead of the port's, all else the same (as in CalvinVectorEnv).
     """
 
     metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 30}
@@ -610,13 +639,14 @@ class CalvinEnv(gymnasium.Env):
         max_episode_steps: int = MAX_EPISODE_STEPS,
         render_mode: str | None = None,
         simulator: str = "mujoco",
+        calvin_env_root: str | os.PathLike | None = None,
     ):
-        """Raises ValueError for arguments out of range."""
-        if simulator != "mujoco":
-            raise ValueError(f"simulator must be 'mujoco', got {simulator!r}")
+        """Raises ValueError for arguments out of range; for PyBullet also DependencyNotInstalled and DataError."""
         self.render_mode = render_mode
         # A vector of one: the two cannot differ.
-        self._envs = CalvinVectorEnv(1, max_episode_steps, render_mode, AutoresetMode.DISABLED, num_threads=1)
+        self._envs = CalvinVectorEnv(
+            1, max_episode_steps, render_mode, AutoresetMode.DISABLED, 1, simulator, calvin_env_root
+        )
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         """Start an episode; `options` are not used."""
