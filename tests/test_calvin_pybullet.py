@@ -298,7 +298,7 @@ def test_port_follows_the_original_in_free_motion(checkout):
     env, port = make(checkout)[0], CalvinEnv()
     env.reset(seed=0), port.reset(seed=0)
     rng = np.random.default_rng(0)
-    for step in range(60):
+    for step in range(40):
         if step % 10 == 0:
             action = rng.uniform(-1, 1, 7) * [1, 1, 0.3, 1, 1, 1, 1] + [0, 0, 0.3, 0, 0, 0, 0]
         obs, expected = env.step(action)[0], port.step(action)[0]
@@ -396,18 +396,18 @@ def busy_actions(step, num_envs):
 
 @needs_pybullet
 def test_seeds_time_limit_and_members(checkout):
-    arguments = {"max_episode_steps": 20, "simulator": "pybullet", "calvin_env_root": checkout}
+    arguments = {"max_episode_steps": 12, "simulator": "pybullet", "calvin_env_root": checkout}
     envs = CalvinVectorEnv(2, **arguments, autoreset_mode="SameStep")
     single = [CalvinEnv(**arguments) for _ in range(2)]
     observations, _ = envs.reset(seed=3)
     assert np.array_equal(observations, [env.reset(seed=3 + i)[0] for i, env in enumerate(single)])
-    for step in range(45):
+    for step in range(25):
         actions = busy_actions(step, 2)
         observations, rewards, terminations, truncations, infos = envs.step(actions)
         for i, env in enumerate(single):
             obs, reward, terminated, truncated, _ = env.step(actions[i])
             assert (reward, terminated, truncated) == (rewards[i], terminations[i], truncations[i])
-            assert truncated == ((step + 1) % 20 == 0)
+            assert truncated == ((step + 1) % 12 == 0)
             if truncated:
                 assert np.array_equal(infos["final_obs"][i], obs)
                 obs, _ = env.reset()
@@ -417,19 +417,19 @@ def test_seeds_time_limit_and_members(checkout):
 @needs_pybullet
 def test_state_round_trip_continues_exactly(checkout):
     arguments = {"simulator": "pybullet", "calvin_env_root": checkout}
-    envs = CalvinVectorEnv(2, max_episode_steps=60, **arguments)
+    envs = CalvinVectorEnv(2, max_episode_steps=35, **arguments)
     envs.reset(seed=0)
-    for step in range(50):
+    for step in range(25):
         last_obs = envs.step(busy_actions(step, 2))[0]
     assert envs._physics.worlds[0].client.getContactPoints()
     file = io.BytesIO()
     torch.save(envs.get_state(), file)
-    expected = [envs.step(busy_actions(step, 2)) for step in range(50, 90)]
+    expected = [envs.step(busy_actions(step, 2)) for step in range(25, 45)]
     file.seek(0)
     state = torch.load(file, weights_only=True)
-    other = CalvinVectorEnv(2, max_episode_steps=60, **arguments)
+    other = CalvinVectorEnv(2, max_episode_steps=35, **arguments)
     assert np.array_equal(other.set_state(state), last_obs)
-    for step, result in zip(range(50, 90), expected):
+    for step, result in zip(range(25, 45), expected):
         for left, right in zip(other.step(busy_actions(step, 2))[:4], result):
             assert np.array_equal(left, right)
     with pytest.raises(ValueError, match="2 members"):
@@ -475,16 +475,16 @@ def test_picture_is_the_ports(checkout, monkeypatch):
 
 @needs_checkout
 def test_scripted_expert_earns_the_same_on_the_original():
-    env, port = CalvinVectorEnv(1, autoreset_mode="Disabled", simulator="pybullet"), CalvinVectorEnv(1)
+    env, port = (CalvinVectorEnv(1, autoreset_mode="Disabled", simulator=name) for name in ("pybullet", "mujoco"))
     env.reset(seed=0), port.reset(seed=0)
     script = calvin.calvin_play.expert(calvin._view(port._physics, 0))
-    action, rewards = next(script), []
-    while True:  # the expert sees the port; the original gets the same actions
+    action, rewards, ended = next(script), [], 0
+    while ended <= 5:  # the expert sees the port; the original gets the same actions, and may be a little later
         results = [envs.step(action[None]) for envs in (env, port)]
         rewards.append([result[1][0] for result in results])
-        if results[1][2][0] or results[1][3][0]:
-            break
-        action = script.send(calvin._view(port._physics, 0))
+        ended += bool(results[1][2][0] or results[1][3][0])
+        if not ended:
+            action = script.send(calvin._view(port._physics, 0))
     rewards = np.array(rewards)
     assert (rewards.sum(axis=0) == 400).all()
     assert np.abs(np.flatnonzero(rewards[:, 0]) - np.flatnonzero(rewards[:, 1])).max() <= 5
