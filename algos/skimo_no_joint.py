@@ -619,7 +619,7 @@ class Pretrainer(nn.Module):
         self.target = copy.deepcopy(networks["model"])
         adam = functools.partial(torch.optim.Adam, lr=args.pretrain_lr, eps=1e-7, fused=True)
         self.optimizers = [adam(part.parameters()) for part in networks.values()]  # world model, skills, prior
-        self.loss = torch.compile(pretrain_loss, mode="reduce-overhead") if args.compile else pretrain_loss
+        self.loss = pretrain_loss  # never compiled: torch 2.13's inductor loses the gradient of the skill encoder
 
     def update(self, obs, actions) -> dict:
         """One step on windows obs (B, N*H+1, O), actions (B, N*H, A); returns metrics."""

@@ -44,3 +44,14 @@ def restored_process_state():
     torch.set_num_threads(threads)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def eager_random():
+    """Compiled code, compiled afresh, draws the random numbers of eager code."""
+    import torch._inductor.config
+
+    torch._dynamo.reset()
+    # Not by monkeypatch: putting a value back by setattr deletes the setting for the rest of the process.
+    with torch._inductor.config.patch(fallback_random=True):
+        yield

@@ -1496,7 +1496,7 @@ def test_command_line_from_another_folder(data_dir, tmp_path):
     assert "Traceback" not in result.stderr and "clean evaluation" in result.stdout
     assert list(cwd.iterdir()) == []
     run_dir = only_run(tmp_path / "runs")
-    assert run_dir.name.startswith("maze__skimo__1__")
+    assert run_dir.name.startswith("maze__skimo__scripted__1__")
     files = "args.json checkpoint.pt episodes.csv evaluation.mp4 prediction.png results.json visited.png"
     assert sorted(path.name for path in run_dir.iterdir() if "tfevents" not in path.name) == files.split()
     assert (run_dir / "evaluation.mp4").read_bytes()[4:8] == b"ftyp"
@@ -1560,11 +1560,11 @@ def test_interrupted_program_saves_and_goes_on(data_dir, tmp_path, number):
         assert "pre-training goes on at update" in result.stdout
     else:
         assert f"--resume {run_dir}" in log.read_text()
-        step = final_state(run_dir)["counters"][1]
+        step = final_state(run_dir)["run"]["global_step"]
         assert 0 < step < 100_000
         resumed = [sys.executable, str(SKIMO), "--resume", str(run_dir), "--total-timesteps", str(step + 100)]
         result = finish(resumed, tmp_path)
-        assert final_state(run_dir)["counters"][1] == step + 100
+        assert final_state(run_dir)["run"]["global_step"] == step + 100
     assert result.returncode == 0, result.stderr
     assert "clean evaluation" in result.stdout
 
@@ -1696,11 +1696,7 @@ def few_updates(args, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_compiled_code_gives_the_numbers_of_eager_code(device, monkeypatch):
-    import torch._inductor.config
-
-    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)  # the same random numbers as eager
-    torch._dynamo.reset()
+def test_compiled_code_gives_the_numbers_of_eager_code(device, monkeypatch, eager_random):
     args = tiny_args(
         num_skills=2, pretrain_skills=2, bc_chunks=1, hidden_dim=8, latent_dim=4, cem_iters=1, pretrain_lr_decay=False
     )

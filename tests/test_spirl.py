@@ -784,11 +784,7 @@ def few_updates(args, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_compiled_code_gives_the_numbers_of_eager_code(device, monkeypatch):
-    import torch._inductor.config
-
-    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)  # the same random numbers as eager
-    torch._dynamo.reset()
+def test_compiled_code_gives_the_numbers_of_eager_code(device, monkeypatch, eager_random):
     args = tiny_args(hidden_dim=8, critic_dim=8, pretrain_lr_decay=False, clip_updates=0)
     eager = few_updates(args, device)
     compiled_functions = []

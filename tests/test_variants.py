@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import functools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -603,19 +604,20 @@ def few_updates(algo, args, device):
         batch = [torch.from_numpy(x).float().to(device) for x in batch]
         steps["learner"] = functools.partial(algo.Learner(args, networks).update, *batch)
     for name, step in steps.items():
-        for k in range(2):
-            torch.manual_seed(k)
-            numbers |= {f"{name} {metric} {k}": value.cpu() for metric, value in step().items()}
+        torch.manual_seed(0)
+        numbers |= {f"{name} {metric}": value.cpu() for metric, value in step().items()}
+        owner = step.func.__self__  # the gradients, as Adam's running means have them after one step
+        optimizers = owner.optimizers if isinstance(getattr(owner, "optimizers", None), list) else []
+        optimizers = optimizers or [value for value in vars(owner).values() if isinstance(value, torch.optim.Optimizer)]
+        for i, optimizer in enumerate(optimizers):
+            for j, state in enumerate(optimizer.state.values()):
+                numbers[f"{name} gradient {i} {j}"] = state["exp_avg"].cpu().clone()
     return numbers
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("algo", [skimo_sac, skimo_no_joint, skimo_single_step])
-def test_compiled_losses_give_the_numbers_of_eager_ones(algo, device, monkeypatch):
-    import torch._inductor.config
-
-    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)  # the same random numbers as eager
-    torch._dynamo.reset()
+@pytest.mark.parametrize("algo", [skimo_sac, skimo_single_step])
+def test_compiled_losses_give_the_numbers_of_eager_ones(algo, device, monkeypatch, eager_random):
     sizes = dict(
         num_skills=1,
         pretrain_skills=1,
@@ -628,11 +630,30 @@ def test_compiled_losses_give_the_numbers_of_eager_ones(algo, device, monkeypatc
     args = tiny_args(algo, **sizes)
     eager = few_updates(algo, args, device)
     compiled = few_updates(algo, dataclasses.replace(args, compile=True), device)
-    assert compiled.keys() == eager.keys() and len(eager) >= 10
+    assert compiled.keys() == eager.keys() and sum("gradient" in name for name in eager) >= 20
     for name, value in eager.items():
         torch.testing.assert_close(
             compiled[name], value, atol=1e-3, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+@pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="no C++ compiler")
+@pytest.mark.xfail(
+    reason="torch 2.13's inductor on the CPU gets these gradients wrong, aot_eager does not: not compiled"
+)
+@pytest.mark.parametrize("algo", [skimo_no_joint, skimo_single_step])
+def test_inductor_gives_the_gradients_of_pretraining(algo, eager_random):
+    sizes = dict(num_skills=2, pretrain_skills=2, bc_chunks=1, skill_horizon=2, hidden_dim=8, latent_dim=4)
+    args, gradients = tiny_args(algo, **sizes), []
+    torch.manual_seed(0)
+    networks = algo.make_networks(args, 4, 2, "cpu")
+    window = [torch.from_numpy(x).float() for x in pretraining_batch(args)]
+    for loss in (algo.pretrain_loss, torch.compile(algo.pretrain_loss)):
+        networks.zero_grad()
+        torch.manual_seed(0)
+        loss(*networks.values(), copy.deepcopy(networks["model"]), *window, args)[0].backward()
+        gradients.append([p.grad.clone() for p in networks["skills"].parameters() if p.grad is not None])
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("device", DEVICES)
