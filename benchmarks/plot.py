@@ -292,25 +292,28 @@ def plot_runs(args: Args):
         if not len(episodes):
             print(f"| {label} | 0 | no episode has ended | | | |")
             continue
-        success = (episodes[:, 1] >= BEST[task]).astype(float)
-        if len(success) >= args.window:
-            mean = np.convolve(success, np.ones(args.window) / args.window, "valid")
+        score = episodes[:, 1] / UNIT.get(task, 1.0)  # maze: reached the goal; elsewhere: sub-tasks
+        if len(score) >= args.window:
+            mean = np.convolve(score, np.ones(args.window) / args.window, "valid")
             axes.plot(episodes[args.window - 1 :, 0], mean, color=f"C{index}", lw=1.5, label=label)
         if results:
-            steps, _, evaluated = zip(*results["evaluations"])
-            axes.plot(steps, evaluated, "o", color=f"C{index}", ms=4)
+            steps, evaluated, _ = zip(*results["evaluations"])
+            axes.plot(steps, np.array(evaluated) / UNIT.get(task, 1.0), "o", color=f"C{index}", ms=4)
+        success = (episodes[:, 1] >= BEST[task]).astype(float)
         hundred = np.convolve(success, np.ones(100) / 100, "valid") if len(success) >= 100 else np.zeros(1)
         reached = np.flatnonzero(hundred >= 0.95)
         first = f"{episodes[99 + reached[0], 0]:,.0f}" if len(reached) else "not reached"
-        evaluation = f"{results['evaluations'][-1][2]:.2f}" if results else "unfinished"
+        evaluation = f"{results['evaluations'][-1][1] / UNIT.get(task, 1.0):.2f}" if results else "unfinished"
         print(
-            f"| {label} | {episodes[-1, 0]:,.0f} | {success[-100:].mean():.2f} | {first} | {evaluation} "
+            f"| {label} | {episodes[-1, 0]:,.0f} | {score[-100:].mean():.2f} | {first} | {evaluation} "
             f"| {episodes[-1, 3]:.0f} |"
         )
-    if task == "maze":  # elsewhere the paper counts sub-tasks, not successes
-        for grey, method in (("0.2", "SkiMo"), ("0.6", "SkiMo w/o CEM")):
-            axes.plot(*paper_curves(task)[method].T, "--", color=grey, lw=1.2, label=f"paper: {method}")
-    axes.set(xlabel="env steps", ylabel=f"success, mean of {args.window} training episodes", ylim=(-0.03, 1.03))
+    for grey, method in (("0.2", "SkiMo"), ("0.6", "SkiMo w/o CEM")):
+        axes.plot(*paper_curves(task)[method].T, "--", color=grey, lw=1.2, label=f"paper: {method}")
+    name, best = ("success", 1) if task == "maze" else ("sub-tasks", 4)
+    axes.set(
+        xlabel="env steps", ylabel=f"{name}, mean of {args.window} training episodes", ylim=(-0.03 * best, 1.03 * best)
+    )
     axes.set_xlim(0, max((episodes[-1, 0] for _, _, episodes, _ in runs if len(episodes)), default=1) * 1.15)
     axes.set_title(f"{task} (dots: clean evaluation)")
     axes.grid(alpha=0.3)
