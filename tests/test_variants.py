@@ -639,7 +639,9 @@ def test_compiled_losses_give_the_numbers_of_eager_ones(algo, device, monkeypatc
 
 @pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="no C++ compiler")
 @pytest.mark.xfail(
-    reason="torch 2.13's inductor on the CPU gets these gradients wrong, aot_eager does not: not compiled"
+    torch.__version__.startswith("2.13"),
+    strict=True,  # fails once torch is repaired: then compile the pre-training of both files again
+    reason="inductor of torch 2.13 on the CPU gets these gradients wrong, aot_eager does not; so they are not compiled",
 )
 @pytest.mark.parametrize("algo", [skimo_no_joint, skimo_single_step])
 def test_inductor_gives_the_gradients_of_pretraining(algo, eager_random):
