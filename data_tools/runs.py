@@ -83,6 +83,8 @@ class Run:
         name = f"{args.env_id}__{args.exp_name}__{source}__{args.seed}__{time.time_ns() // 10**6}"
         self.args, self.dir = args, Path(args.resume or Path(args.run_dir) / name)
         self.checkpoint, self.stop = self.dir / "checkpoint.pt", StopSignal()
+        if args.resume and not self.checkpoint.exists():
+            print(f"{self.dir} has no checkpoint yet: RL starts at env step 0", flush=True)
         try:
             self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
         except OSError as error:
