@@ -112,9 +112,14 @@ def _model_path():
     return folder / "kitchen_assets" / "kitchen_env_model.xml"
 
 
+# Pairs of the arm's links that cannot touch in any pose, though their bounding boxes overlap in most: without this list
+# every step of physics compares their meshes.
+APART = ((0, 1), (0, 3), (1, 3), (2, 4), (3, 5))
+
+
 @cache
 def compile_model(legacy_collisions):
-    """Return the compiled kitchen, shared by all threads. It lacks what only shows: same states, 10 % faster."""
+    """Return the compiled kitchen, shared by all threads: the package's motion up to rounding, in 2/3 of the time."""
     spec = mujoco.MjSpec.from_file(str(_model_path()))
     for geom in list(spec.geoms):
         # The robot's pedestal collides in the package's model, but not in the original one.
@@ -122,10 +127,27 @@ def compile_model(legacy_collisions):
         visual = geom.contype == 0 and geom.conaffinity == 0
         if pedestal or (visual and geom.group not in (3, 4, 5)):  # these groups give the bodies their inertia
             spec.delete(geom)
+    for first, second in APART:
+        spec.add_exclude(bodyname1=f"panda0_link{first}", bodyname2=f"panda0_link{second}")
+    # MuJoCo compares bounding boxes of whole bodies before it looks at their geoms. The one of "counters" reaches from
+    # the left of the robot to the right, so that the fingers are always inside. What is on the right moves to the
+    # empty body "counters1", which is at the same place.
+    kept = "type size pos quat fromto group mass density contype conaffinity condim friction solref solimp margin gap"
+    for geom in list(spec.body("counters").geoms):
+        if geom.pos[0] > 0.0:
+            spec.body("counters1").add_geom(**{name: getattr(geom, name) for name in kept.split()})
+            spec.delete(geom)
     model = spec.compile()
     if legacy_collisions:
         model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_NATIVECCD | mujoco.mjtDisableBit.mjDSBL_MULTICCD
     return model
+
+
+STATE = mujoco.mjtState.mjSTATE_INTEGRATION.value  # all that going on depends on
+DIVERGED = [
+    kind.value
+    for kind in (mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC)
+]
 
 
 class Kitchen:
@@ -142,6 +164,7 @@ class Kitchen:
         self.subtasks, self.noise = subtasks, noise
         self.model = compile_model(legacy_collisions)
         self.data = mujoco.MjData(self.model)
+        self._before = np.empty(mujoco.mj_stateSize(self.model, STATE))  # of the last step, to return to
 
     def reset(self, rng):
         """Start an episode whose noise comes from `rng`."""
@@ -154,18 +177,17 @@ class Kitchen:
 
     def step(self, action):
         """Apply one action (9,) float64 in [-1, 1] for 0.08 s and return the reward."""
-        before = self._physics()
+        data = self.data
+        mujoco.mj_getState(self.model, data, self._before, STATE)
         # D4RL integrates the velocity from what it last *observed*: noise enters the motion.
         target = self.observed[:9] + MAX_JOINT_SPEED * STEP_TIME * action
-        self.data.ctrl[:] = np.clip(target, TARGET_LOW, TARGET_HIGH)
-        mujoco.mj_step(self.model, self.data, PHYSICS_STEPS)
+        data.ctrl[:] = np.minimum(np.maximum(target, TARGET_LOW), TARGET_HIGH)  # np.clip takes twice as long
+        mujoco.mj_step(self.model, data, PHYSICS_STEPS)
         self.steps += 1
         # MuJoCo counts a diverged state as a warning and puts the state silently back to zero.
-        bad = (mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC)
-        finite = np.isfinite(self.data.qpos).all() and np.isfinite(self.data.qvel).all()
-        if not finite or any(self.data.warning[kind].number for kind in bad):
+        if data.warning.number[DIVERGED].any() or not (np.isfinite(data.qpos).all() and np.isfinite(data.qvel).all()):
             self.unstable = True
-            self._set_physics(before)
+            self._set_physics(self._before)
             return UNSTABLE_REWARD
         self._observe()
         return self._credit()
@@ -186,14 +208,14 @@ class Kitchen:
         return float(credited)
 
     def _physics(self):
-        """Return MuJoCo's state with all that integrating on depends on, (S,) float64."""
-        state = np.empty(mujoco.mj_stateSize(self.model, mujoco.mjtState.mjSTATE_INTEGRATION))
-        mujoco.mj_getState(self.model, self.data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
+        """Return MuJoCo's state, (S,) float64."""
+        state = np.empty_like(self._before)
+        mujoco.mj_getState(self.model, self.data, state, STATE)
         return state
 
     def _set_physics(self, state):
         mujoco.mj_resetData(self.model, self.data)  # the warnings, too
-        mujoco.mj_setState(self.model, self.data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
+        mujoco.mj_setState(self.model, self.data, state, STATE)
 
     def get_state(self):
         """Return all that the future depends on as plain Python values."""
@@ -476,15 +498,16 @@ class KitchenVectorEnv(VectorEnv):
         actions = _checked_action(actions, (self.num_envs, 9))
         rewards = np.zeros(self.num_envs, dtype=np.float32)
 
-        def step_members(members):
-            for i in members:
+        upcoming = iter(np.flatnonzero(~self._waiting).tolist())  # shared by the threads: each takes the next member
+
+        def step_members(_):
+            for i in upcoming:
                 rewards[i] = self._kitchens[i].step(actions[i])
 
-        running = np.flatnonzero(~self._waiting)
         if self._pool is None:
-            step_members(running)
+            step_members(0)
         else:
-            list(self._pool.map(step_members, np.array_split(running, self._num_threads)))  # list: raise errors here
+            list(self._pool.map(step_members, range(self._num_threads)))  # list: raise errors here
 
         if self.autoreset_mode == AutoresetMode.NEXT_STEP:
             self._start_episodes(self._waiting)
