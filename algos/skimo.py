@@ -29,14 +29,9 @@ E environments, K plan horizon, P plans. Batch first.
 
 import copy
 import functools
-import hashlib
-import json
-import os
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -145,21 +140,21 @@ TASK_DEFAULTS = {
         alpha=1.0, autotune=True, horizon_steps=1_000_000, std_steps=300_000,
     ),
     "kitchen": dict(pretrain_updates=10_000, pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=1e-3),
-    "kitchen-misaligned": dict(
-        pretrain_updates=10_000, pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=1e-3
-    ),
     "calvin": dict(
         hidden_dim=256, num_skills=1, pretrain_skills=1, bc_chunks=1, pretrain_batch_size=256, kl_coef=3e-3, alpha=0.1,
         reward_scale=0.01, total_timesteps=2_000_000,
     ),
 }  # fmt: skip
+TASK_DEFAULTS["kitchen-misaligned"] = TASK_DEFAULTS["kitchen"]
 
-# Arguments that shape a pre-trained model: with data and file version, the key of the cache.
+# Arguments that a pre-trained model and a run must share, all others that shape the model (the key of the cache), and
+# what else must agree before a run goes on
+MODEL_ARGS = "hidden_dim latent_dim skill_dim skill_horizon skill_encoder position_features".split()
 PRETRAIN_ARGS = (
-    "seed pretrain_updates pretrain_batch_size bc_chunks pretrain_lr pretrain_lr_decay bc_coef kl_coef prior_coef "
-    "recon_coef consistency_coef rho pretrain_tau target_update_interval max_grad_norm position_features skill_horizon "
-    "pretrain_skills skill_dim hidden_dim latent_dim skill_encoder"
+    "seed pretrain_updates pretrain_skills pretrain_batch_size bc_chunks pretrain_lr pretrain_lr_decay bc_coef kl_coef "
+    "prior_coef recon_coef consistency_coef rho pretrain_tau target_update_interval max_grad_norm"
 ).split()
+RUN_ARGS = ["num_envs", "num_skills"]
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -168,17 +163,12 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def check_args(args: Args):
     """Refuse values that cannot work, in a sentence that names the flag and the cure."""
-    for name in ("num_envs", "batch_size", "pretrain_batch_size", "eval_episodes", "num_policy_trajs", "num_skills"):
-        if getattr(args, name) < 1:
-            sys.exit(f"error: --{name.replace('_', '-')} {getattr(args, name)} is too small; give at least 1")
     if not 1 <= args.bc_chunks <= args.pretrain_skills:
         sys.exit(f"error: --bc-chunks {args.bc_chunks} must lie between 1 and --pretrain-skills {args.pretrain_skills}")
     if not 1 <= args.num_elites <= args.num_samples + args.num_policy_trajs:
         sys.exit(f"error: --num-elites {args.num_elites} exceeds --num-samples + --num-policy-trajs; lower it")
     if args.plan_start == "policy" and args.num_policy_trajs < 2:
         sys.exit("error: --plan-start policy needs the spread of at least two plans; raise --num-policy-trajs")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("error: --device cuda, but torch finds no CUDA device; use --device cpu")
 
 
 # ------------------------------------------------------------------------------------------------------------ networks
@@ -454,6 +444,7 @@ class Planner:
     def __init__(self, model, task_policy, args: Args, device):
         self.model, self.task_policy, self.args, self.device = model, task_policy, args, device
         self.plan = torch.compile(plan, mode="reduce-overhead", dynamic=False) if args.compile else plan
+        torch._dynamo.config.recompile_limit = 64  # one graph per plan horizon and number of environments
         self.last_mean = None  # (E, K, Z)
 
     def __call__(self, obs, episode_start, global_step: int, explore: bool):
@@ -598,10 +589,10 @@ class ReplayBuffer:
         obs, z, rewards, dones = self.rows[(first + start)[:, None] + steps].split(self.split_sizes, -1)  # (B, N+1, .)
         return obs, z[:, :-1], rewards[:, :-1, 0], dones[:, :-1, 0]
 
-    def state_dict(self) -> dict:
+    def get_state(self) -> dict:
         return dict(rows=self.rows, episodes=self.episodes, running=self.running)
 
-    def load_state_dict(self, state: dict):
+    def set_state(self, state: dict):
         self.rows, self.episodes = state["rows"].to(self.device), state["episodes"].to(self.device)
         self.running = state["running"]
 
@@ -616,32 +607,25 @@ class Pretrainer(nn.Module):
         super().__init__()
         self.args, self.networks, self.num_updates = args, networks, 0
         self.target = copy.deepcopy(networks["model"])
-        self.optimizer = torch.optim.Adam(networks.parameters(), lr=args.pretrain_lr, eps=1e-7, fused=True)
+        self.optimizers = [torch.optim.Adam(networks.parameters(), lr=args.pretrain_lr, eps=1e-7, fused=True)]
         self.loss = torch.compile(pretrain_loss, mode="reduce-overhead") if args.compile else pretrain_loss
 
     def update(self, obs, actions) -> dict:
         """One step on windows obs (B, N*H+1, O), actions (B, N*H, A); returns metrics."""
-        args = self.args
+        args, (optimizer,) = self.args, self.optimizers
         if args.pretrain_lr_decay:  # DEVIATION 3
             decay = max(0.0, 1 - self.num_updates / args.pretrain_updates) ** 0.5
-            self.optimizer.param_groups[0]["lr"] = args.pretrain_lr * min(1.0, (self.num_updates + 1) / 500) * decay
+            optimizer.param_groups[0]["lr"] = args.pretrain_lr * min(1.0, (self.num_updates + 1) / 500) * decay
         torch.compiler.cudagraph_mark_step_begin()
         loss, metrics = self.loss(*self.networks.values(), self.target, obs, actions, args)
-        self.optimizer.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.networks.parameters(), args.max_grad_norm)
-        self.optimizer.step()
+        optimizer.step()
         self.num_updates += 1
         if self.num_updates % args.target_update_interval == 0:
             update_target(self.target, self.networks["model"], args.pretrain_tau)
         return {name: value.clone() for name, value in metrics.items()}  # a CUDA graph overwrites its outputs
-
-    def get_extra_state(self) -> dict:  # part of state_dict()
-        return dict(num_updates=self.num_updates, optimizer=self.optimizer.state_dict())
-
-    def set_extra_state(self, state: dict):
-        self.num_updates = state["num_updates"]
-        self.optimizer.load_state_dict(state["optimizer"])
 
 
 @torch.no_grad()
@@ -650,75 +634,26 @@ def update_target(target, online, tau: float):
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
 
 
-def checkpoint_meta(kind: str, args: Args) -> dict:
-    """What must agree before a checkpoint is used: kind, version of this file, task, the networks' sizes.
+def pretrain(args: Args, run: data_tools.Run) -> nn.ModuleDict:
+    """Phase 1: networks that --pretrained or the cache holds or, first, that are learnt from the offline data.
 
-    The two kitchen tasks share their data, and so their pre-trained models.
+    Pre-training that was interrupted goes on.
     """
-    sizes = ["hidden_dim", "latent_dim", "skill_dim", "skill_horizon", "skill_encoder", "position_features"]
-    env_id = args.env_id if kind == "run" else args.env_id.removesuffix("-misaligned")
-    sizes += ["num_envs", "num_skills"] if kind == "run" else []
-    kind = f"{Path(__file__).stem if kind == 'run' else PRETRAINED} {kind}"
-    return dict(kind=kind, file_version=FILE_VERSION, env_id=env_id) | {name: getattr(args, name) for name in sizes}
-
-
-def find_pretrained(args: Args) -> tuple[Path, str, data_tools.OfflineDataset | None]:
-    """Path of the pre-trained model, name of its data, and the data, to make it from, unless --pretrained names it.
-
-    In the cache a model is found by data, seed, version of this file and every argument that shapes it.
-    """
-    task, published = args.env_id.removesuffix("-misaligned"), Path(__file__).parents[1] / "benchmarks" / "results"
-    if args.pretrained:
-        path = Path(args.pretrained)
-        if args.pretrained == "published":
-            path = published / f"{PRETRAINED}_{task}_pretrained.pt"
-            if not path.exists():
-                sys.exit(f"error: no {path.name} is published; leave --pretrained out")
-        source = data_tools.load_checkpoint(path, checkpoint_meta("pretrained", args), "cpu")["facts"]["data"]["source"]
-        if args.dataset not in ("auto", source):
-            sys.exit(f"error: {path} was pre-trained on {source} data; use --dataset auto or another model")
-        return path, source, None
-    data = data_tools.load_dataset(
-        task, args.data_dir, args.dataset, args.data, args.data_noise, args.allow_pickle, args.accept_any_data
-    )
-    key = json.dumps([data.fingerprint, FILE_VERSION, {name: getattr(args, name) for name in PRETRAIN_ARGS}])
-    name = f"{PRETRAINED}_{task}_{data.source}_{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
-    return data_tools.cache_dir(args.data_dir) / "pretrained" / name, data.source, data
-
-
-def pretrain(args: Args, path: Path, data, run: data_tools.Run, device) -> tuple[nn.ModuleDict, dict]:
-    """Phase 1: networks from the file at path or, first, learnt from the offline data; and facts about them.
-
-    An interrupted pre-training leaves an unfinished file next to path and goes on from it.
-    """
-    envs = data_tools.make_envs(args.env_id, 1)
-    networks = make_networks(args, envs.single_observation_space.shape[0], envs.single_action_space.shape[0], device)
-    envs.close()
-    if data is None or (path.exists() and not args.retrain):
-        state = data_tools.load_checkpoint(path, checkpoint_meta("pretrained", args), device)
-        print(f"pre-trained model: {path}")
-        networks.load_state_dict(state["networks"])
-        return networks, state["facts"]
-
-    train_data, valid_data = data.to(device).split(0.99)
+    torch.manual_seed(args.seed)
+    networks = make_networks(args, *data_tools.env_sizes(args.env_id), run.device)
+    if run.load_pretrained(networks):
+        return networks
+    train_data, valid_data = run.data.to(run.device).split(0.99)
     window = args.pretrain_skills * args.skill_horizon + 1
-    trainer, history, minutes = Pretrainer(args, networks), [], 0.0
-    unfinished = path.with_suffix(".unfinished")
-    if unfinished.exists() and not args.retrain:
-        state = data_tools.load_checkpoint(unfinished, checkpoint_meta("pretraining", args), "cpu")
-        trainer.load_state_dict(state["trainer"])
-        data_tools.set_random_state(state["random"])
-        minutes = state["minutes"]
-        print(f"pre-training goes on at update {trainer.num_updates}: {unfinished}")
-    start_time = time.time() - 60 * minutes
+    trainer, history = Pretrainer(args, networks), []
+    run.restore("pretraining", dict(trainer=trainer))
     bar = tqdm(desc="pre-training", total=args.pretrain_updates, initial=trainer.num_updates, unit="update")
     while trainer.num_updates < args.pretrain_updates:
         history.append(trainer.update(*train_data.sample_windows(args.pretrain_batch_size, window)))
-        update = trainer.num_updates
+        update, stopped = trainer.num_updates, run.stop.requested
         bar.update()
         if update % 100 == 0:
-            metrics = run.log_means("pretrain", history, update)
-            bar.set_postfix({name.removesuffix("_loss"): f"{value:.3g}" for name, value in metrics.items()})
+            run.log_means("pretrain", history, update, bar)
         finished = update == args.pretrain_updates
         if finished or update % args.pretrain_eval_interval == 0:
             with torch.random.fork_rng(), torch.no_grad():
@@ -728,21 +663,15 @@ def pretrain(args: Args, path: Path, data, run: data_tools.Run, device) -> tuple
             returns, _, trace, _ = prior_rollouts(networks, args, args.pretrain_eval_episodes * (4 if finished else 1))
             facts = data_tools.rollout_statistics(args.env_id, returns, trace)
             facts |= {f"valid_{name}": value.item() for name, value in metrics.items()}
-            bar.write(f"update {update}: " + ", ".join(f"{name} {value:.3g}" for name, value in facts.items()))
-            run.log("pretrain", facts, update)
-        minutes = (time.time() - start_time) / 60
-        if not finished and (run.stop.requested or update % 2_500 == 0):
-            state = dict(trainer=trainer.state_dict(), random=data_tools.random_state(), minutes=minutes)
-            data_tools.save_checkpoint(unfinished, state, checkpoint_meta("pretraining", args))
-        if run.stop.requested and not finished:
-            sys.exit("stopped in pre-training; the same command, or --resume with the run folder, goes on from here")
+            run.log("pretrain", facts, update, bar)
+        run.lap("pretrain")
+        if not finished and (stopped or update % 2_500 == 0):
+            run.save("pretraining", dict(trainer=trainer))
+            if stopped:
+                sys.exit("stopped in pre-training; the same command, or --resume with the run folder, goes on")
     bar.close()
-    facts |= dict(minutes=minutes, updates=args.pretrain_updates, seed=args.seed)
-    facts |= dict(data=dict(data.attributes, source=data.source))
-    state = dict(networks=networks.state_dict(), facts=facts)
-    data_tools.save_checkpoint(path, state, checkpoint_meta("pretrained", args))
-    unfinished.unlink(missing_ok=True)
-    return networks, facts
+    run.save_pretrained(networks, facts)
+    return networks
 
 
 # -------------------------------------------------------------------------------------------------------- downstream RL
@@ -765,6 +694,7 @@ class Learner(nn.Module):
         self.model_optimizer = adam(self.model.parameters(), lr=args.learning_rate)
         self.policy_optimizer = adam(self.task_policy.parameters(), lr=args.learning_rate)
         self.alpha_optimizer = adam([self.log_alpha], lr=args.alpha_lr)
+        self.optimizers = self.model_optimizer, self.policy_optimizer, self.alpha_optimizer
         compiled = functools.partial(torch.compile, mode="reduce-overhead") if args.compile else lambda loss: loss
         self.model_loss, self.policy_loss = compiled(model_loss), compiled(policy_loss)
 
@@ -797,152 +727,77 @@ class Learner(nn.Module):
         metrics |= policy_metrics | dict(alpha=alpha)
         return {name: value.clone() for name, value in metrics.items()}  # a CUDA graph overwrites its outputs
 
-    def optimizers(self):
-        return self.model_optimizer, self.policy_optimizer, self.alpha_optimizer
-
-    def get_extra_state(self) -> dict:  # part of state_dict()
-        return dict(num_updates=self.num_updates, optimizers=[o.state_dict() for o in self.optimizers()])
-
-    def set_extra_state(self, state: dict):
-        self.num_updates = state["num_updates"]
-        for optimizer, saved in zip(self.optimizers(), state["optimizers"]):
-            optimizer.load_state_dict(saved)
-
 
 def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
     """Phase 2: online RL over skills, from the pre-trained networks or, with --resume, from the run's checkpoint.
 
-    Returns the results: training episodes, clean evaluations, seconds. Pictures and checkpoint go to the run's folder.
+    Returns the results; they, pictures and checkpoints are in the run's folder.
     """
-    E, max_return = args.num_envs, data_tools.MAX_RETURN[args.env_id]
+    torch.manual_seed(args.seed)  # RL is the same whether the model comes from this run or from a file
     learner = Learner(args, networks)
     planner = Planner(learner.model, learner.task_policy, args, learner.device)
     skills = copy.deepcopy(learner.skills).cpu()  # acts next to the simulator
-    envs = data_tools.make_envs(args.env_id, E)
+    envs = data_tools.make_envs(args.env_id, args.num_envs)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
     rb, history = ReplayBuffer(obs.shape[1], args, learner.device), []
-    # The run's state besides networks, replay and environments
-    s = SimpleNamespace(global_step=0, next_eval=args.eval_interval, seconds=dict(plan=0.0, env=0.0, update=0.0))
-    s.episodes, s.evaluations = [], []  # (env step, return, length, minutes) each; (env step, return, success) each
-    s.obs, s.episode_start = obs, np.ones(E, dtype=bool)
-    s.episodic_return, s.episodic_length = np.zeros(E), np.zeros(E, dtype=np.int64)
-    if run.checkpoint.exists():
-        state = data_tools.load_checkpoint(run.checkpoint, checkpoint_meta("run", args), "cpu")
-        learner.load_state_dict(state["learner"])
-        rb.load_state_dict(state["rb"])
-        envs.set_state(state["envs"])
-        s, planner.last_mean = SimpleNamespace(**state["run"]), state["last_mean"]
-        data_tools.set_random_state(state["random"])
-
-    def save():
-        state = dict(learner=learner.state_dict(), rb=rb.state_dict(), envs=envs.get_state(), run=vars(s))
-        state |= dict(last_mean=planner.last_mean, random=data_tools.random_state())
-        data_tools.save_checkpoint(run.checkpoint, state, checkpoint_meta("run", args))
-
-    def clean_evaluation():
-        returns, lengths = evaluate(learner, args, s.global_step)
-        success = float((returns >= max_return).mean())
-        s.evaluations.append((s.global_step, float(returns.mean()), success))
-        values = dict(episodic_return=returns.mean(), success=success, episodic_length=lengths.mean())
-        run.log("eval", values, s.global_step)
-        bar.write(f"step {s.global_step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
-
-    def lap(part):  # the time since the last lap was spent on this part
-        nonlocal clock
-        clock, last = time.time(), clock
-        s.seconds[part] += clock - last
-
-    run.start_episodes(s.episodes)
-    next_save, clock = s.global_step + args.checkpoint_interval, time.time()
-    bar = tqdm(desc="RL", total=args.total_timesteps, initial=s.global_step, unit="step")
+    parts, ended = dict(learner=learner, rb=rb, envs=envs), np.ones(args.num_envs, dtype=bool)
+    obs, ended, planner.last_mean = run.start_rl(parts, obs=obs, ended=ended, last_mean=None)
     while True:
         # ALGO LOGIC: training. As many updates as all env steps so far are worth, but none in the warm-up.
-        updates_due = int(s.global_step * args.updates_per_step) if s.global_step >= args.warmup_steps else 0
+        updates_due = int(run.global_step * args.updates_per_step) if run.global_step >= args.warmup_steps else 0
         while learner.num_updates < updates_due and len(rb.episodes) > 0 and not run.stop.requested:
             history.append(learner.update(*rb.sample(args.batch_size)))
             if learner.num_updates % 100 == 0:
-                run.log_means("losses", history, s.global_step)
-        lap("update")
-
-        finished = s.global_step >= args.total_timesteps
-        if finished or run.stop.requested or s.global_step >= next_save:
-            save()
-            next_save = s.global_step + args.checkpoint_interval
-        if finished or run.stop.requested:
+                run.log_means("losses", history, run.global_step)
+        run.lap("update")
+        is_over = run.is_over()
+        if is_over or run.save_is_due():
+            run.save("run", parts, obs=obs, ended=ended, last_mean=planner.last_mean)
+        if is_over:
             break
-        if args.eval_interval and s.global_step >= s.next_eval:
-            clean_evaluation()
-            s.next_eval += args.eval_interval
-        clock = time.time()
+        if run.evaluation_is_due():
+            run.log_evaluation(*evaluate(learner, args, run.global_step))
+        run.lap()  # saving and evaluation do not count
 
         # ALGO LOGIC: put action logic here. One skill for every environment at once, then H env steps.
-        if s.global_step < args.warmup_steps:
+        if run.global_step < args.warmup_steps:
             with torch.no_grad():
-                h = learner.model.encoder(torch.from_numpy(s.obs).to(learner.device))  # (E, d)
+                h = learner.model.encoder(torch.from_numpy(obs).to(learner.device))  # (E, d)
                 z = sample(tanh_normal(learner.task_policy(h))).cpu()  # (E, Z), the prior: no update yet
         else:
-            z = planner(s.obs, s.episode_start, s.global_step, explore=True)
-        lap("plan")
-        next_obs, rewards, ended, steps = execute_skill(envs, skills, s.obs, z, np.zeros(E, dtype=bool), args)
-        rb.add(s.obs, z, args.reward_scale * rewards, ended, next_obs)
+            z = planner(obs, ended, run.global_step, explore=True)
+        run.lap("plan")
+        next_obs, rewards, ended, steps = execute_skill(envs, skills, obs, z, np.zeros(len(obs), dtype=bool), args)
+        rb.add(obs, z, args.reward_scale * rewards, ended, next_obs)
         # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
-        s.obs, s.episode_start = next_obs, ended
-        if ended.any():
-            s.obs, _ = envs.reset(options={"reset_mask": ended})
-        lap("env")
-
-        s.global_step += int(steps.sum())
-        bar.update(int(steps.sum()))
-        s.episodic_return, s.episodic_length = s.episodic_return + rewards, s.episodic_length + steps
-        for e in np.flatnonzero(ended):
-            seconds = sum(s.seconds.values())
-            episode = (s.global_step, float(s.episodic_return[e]), int(s.episodic_length[e]), round(seconds / 60, 3))
-            s.episodes.append(episode)
-            last_100 = np.array([episodic_return for _, episodic_return, _, _ in s.episodes[-100:]])
-            values = dict(success=(last_100 >= max_return).mean(), SPS=s.global_step / seconds)
-            run.log_episode(episode, values)
-            run.log("time", {part: share / seconds for part, share in s.seconds.items()}, s.global_step)
-            bar.set_postfix(updates=learner.num_updates, last_100=f"{last_100.mean():.3g}")
-        s.episodic_return, s.episodic_length = s.episodic_return * ~ended, s.episodic_length * ~ended
-    bar.close()
+        obs = envs.reset(options={"reset_mask": ended})[0] if ended.any() else next_obs
+        run.lap("env")
+        run.log_skill(rewards, steps, ended, learner.num_updates)
+    run.bar.close()
     if run.stop.requested:
-        sys.exit(f"stopped at env step {s.global_step}; go on with: python {sys.argv[0]} --resume {run.dir}")
+        sys.exit(f"stopped at env step {run.global_step}; go on with: python {sys.argv[0]} --resume {run.dir}")
 
-    clean_evaluation()
+    run.log_evaluation(*evaluate(learner, args, run.global_step))
     envs.close()
     data_tools.plot_visited(args.env_id, rb.rows[:, : obs.shape[1]].cpu().numpy(), run.dir / "visited.png", run.writer)
     if args.capture_video:
-        evaluate(learner, args, s.global_step, run.dir / "evaluation.mp4")
-    last_100 = np.array([episodic_return for _, episodic_return, _, _ in s.episodes[-100:]])
-    results = dict(env_steps=s.global_step, updates=learner.num_updates, rl_minutes=sum(s.seconds.values()) / 60)
-    results |= dict(last_100_return=float(last_100.mean()) if s.episodes else None, evaluations=s.evaluations)
-    return results | dict(
-        last_100_success=float((last_100 >= max_return).mean()) if s.episodes else 0.0, seconds=s.seconds
-    )
+        evaluate(learner, args, run.global_step, run.dir / "evaluation.mp4")
+    return run.finish(learner.num_updates)
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
 
 
+@data_tools.errors_in_one_line()
 def main(args: Args) -> dict:
     """Both phases; pictures, results.json and a summary. Returns the results."""
     check_args(args)
-    torch.set_num_threads(args.num_threads or os.cpu_count())
-    torch._dynamo.config.recompile_limit = 64  # the planner has one graph per plan horizon and number of environments
-    try:
-        if args.resume and (Path(args.resume) / "checkpoint.pt").exists():  # refused before anything is changed
-            data_tools.load_checkpoint(Path(args.resume) / "checkpoint.pt", checkpoint_meta("run", args), "cpu")
-        path, source, data = find_pretrained(args)
-        run = data_tools.Run(args, source)
-        torch.manual_seed(args.seed)
-        networks, facts = pretrain(args, path, data, run, torch.device(args.device))
-        prediction = open_loop_prediction(networks, args)
-        data_tools.plot_prediction(args.env_id, *prediction, run.dir / "prediction.png", run.writer)
-        torch.manual_seed(args.seed)  # RL is the same whether the model comes from this run or from a file
-        results = train(args, run, networks)
-        return run.finish(results | dict(pretraining=facts))
-    except (data_tools.DataError, OSError) as error:  # OSError: a full disk while logging, say
-        sys.exit(f"error: {error}")
+    run = data_tools.Run(args, FILE_VERSION, MODEL_ARGS, RUN_ARGS)
+    run.find_pretrained(PRETRAINED, PRETRAIN_ARGS)
+    networks = pretrain(args, run)
+    prediction = open_loop_prediction(networks, args)
+    data_tools.plot_prediction(args.env_id, *prediction, run.dir / "prediction.png", run.writer)
+    return train(args, run, networks)
 
 
 if __name__ == "__main__":

@@ -255,9 +255,11 @@ def training_loop(algo, args: Args, device) -> dict:
     for _ in range(2 if args.compile else 1):  # the first run fills the caches of the compiler
         networks = algo.make_networks(config, *DIMS[args.env_id], device)
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):  # no second bar
-            run = algo.data_tools.Run(dataclasses.replace(config, run_dir=folder), "none")
-            results = algo.train(run.args, run, networks)
-            run.writer.close()
+            config = dataclasses.replace(config, run_dir=folder)
+            run = algo.data_tools.Run(config, algo.FILE_VERSION, algo.MODEL_ARGS, algo.RUN_ARGS)
+            run.open("none")
+            with contextlib.redirect_stdout(io.StringIO()):  # its summary
+                results = algo.train(config, run, networks)
     if results["updates"] == 0:
         sys.exit(f"error: --loop-steps {args.loop_steps} ends before the first episode does; give more")
     seconds = 60 * results["rl_minutes"]

@@ -9,6 +9,7 @@ import gymnasium
 from data_tools.dataset import TASKS, DataError, OfflineDataset, cache_dir, load_dataset
 from data_tools.diagnostics import (
     MAX_RETURN,
+    env_sizes,
     make_envs,
     obs_scale,
     plot_prediction,
@@ -17,7 +18,7 @@ from data_tools.diagnostics import (
     rollout_statistics,
 )
 from data_tools.files import load_checkpoint, save_checkpoint, write_atomically
-from data_tools.runs import Run, parse_args, random_state, set_random_state
+from data_tools.runs import Run, errors_in_one_line, parse_args
 
 __all__ = [
     "MAX_RETURN",
@@ -26,6 +27,8 @@ __all__ = [
     "OfflineDataset",
     "Run",
     "cache_dir",
+    "env_sizes",
+    "errors_in_one_line",
     "load_checkpoint",
     "load_dataset",
     "make_envs",
@@ -34,10 +37,8 @@ __all__ = [
     "plot_prediction",
     "plot_visited",
     "position_frequency",
-    "random_state",
     "rollout_statistics",
     "save_checkpoint",
-    "set_random_state",
     "write_atomically",
 ]
 

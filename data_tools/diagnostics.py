@@ -54,6 +54,13 @@ def make_envs(env_id: str, num_envs: int, video: Path | None = None) -> gymnasiu
     return gymnasium.make_vec(TASKS[env_id], num_envs, vectorization_mode="vector_entry_point", **kwargs)
 
 
+def env_sizes(env_id: str) -> tuple[int, int]:
+    """Numbers in an observation and in an action, O and A."""
+    envs = make_envs(env_id, 1)
+    envs.close()
+    return envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+
+
 class VideoRecorder(gymnasium.vector.VectorWrapper):
     """Records the first member's pictures in real time, at most 50 per second; written when closed."""
 

@@ -1,11 +1,14 @@
-"""What every run needs and no method is about: its folder, its logs, the wish to stop, the state of random numbers.
+"""What every run needs and no method is about: its folder, pre-trained model, logs, clock, checkpoints, wish to stop.
 
 A run's folder holds `args.json`, TensorBoard events, `episodes.csv` (one row per training episode), `checkpoint.pt`,
 `results.json` (once finished), pictures and videos. Its name is {task}__{experiment}__{data}__{seed}__{milliseconds}.
 """
 
 import argparse
+import contextlib
 import csv
+import hashlib
+import inspect
 import json
 import os
 import platform
@@ -15,14 +18,19 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 import tyro
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from data_tools.dataset import TASKS
-from data_tools.files import DataError, write_atomically
+from data_tools.dataset import TASKS, cache_dir, load_dataset
+from data_tools.diagnostics import MAX_RETURN
+from data_tools.files import DataError, load_checkpoint, save_checkpoint, write_atomically
 
+PUBLISHED = Path(__file__).resolve().parents[1] / "benchmarks" / "results"  # the pre-trained models that we ship
+CHECKPOINT_VERSION = 2  # raised when older checkpoints of unfinished runs become unusable
 EPISODE_COLUMNS = ("env_step", "episodic_return", "episodic_length", "rl_minutes")
 
 
@@ -47,6 +55,28 @@ def parse_args(Args, task_defaults: dict[str, dict], description: str, argv: lis
     return tyro.cli(Args, args=argv, default=default, description=description)
 
 
+def check_args(args):
+    """Raise DataError for values that no algorithm can work with."""
+    counts = (
+        "num_envs batch_size pretrain_batch_size pretrain_updates eval_episodes num_policy_trajs num_skills".split()
+    )
+    for name in counts:
+        if getattr(args, name, 1) < 1:
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise DataError(f"{flag} is too small; give at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise DataError("--device cuda, but torch finds no CUDA device; use --device cpu")
+
+
+@contextlib.contextmanager
+def errors_in_one_line():
+    """What went wrong with files ends the program with a sentence instead of a traceback."""
+    try:
+        yield
+    except (DataError, OSError) as error:  # OSError: a full disk while logging, say
+        sys.exit(f"error: {error}")
+
+
 def random_state() -> list[torch.Tensor]:
     """State of torch's random numbers, on the CPU and on every CUDA device."""
     return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
@@ -56,6 +86,23 @@ def set_random_state(state: list[torch.Tensor]):
     torch.set_rng_state(state[0])
     if len(state) == 1 + torch.cuda.device_count():  # a run may go on with other devices, then not bit for bit
         torch.cuda.set_rng_state_all(state[1:])
+
+
+def get_state(part) -> dict:
+    """State of a module, with its `optimizers` and `num_updates`, or what the part's own `get_state` returns."""
+    if not isinstance(part, nn.Module):
+        return part.get_state()
+    optimizers = [optimizer.state_dict() for optimizer in part.optimizers]
+    return dict(weights=part.state_dict(), optimizers=optimizers, num_updates=part.num_updates)
+
+
+def set_state(part, state: dict):
+    if not isinstance(part, nn.Module):
+        return part.set_state(state)
+    part.load_state_dict(state["weights"])
+    part.num_updates = state["num_updates"]
+    for optimizer, saved in zip(part.optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
 
 
 class StopSignal:
@@ -73,17 +120,39 @@ class StopSignal:
 
 
 class Run:
-    """The folder of one run, new or that of `args.resume`, and what is written into it.
+    """One run of an algorithm file: its folder, logs, episodes, clock, checkpoints, and the wish to stop.
 
-    `source` names the offline data (part of the folder's name and of the table of arguments).
-    Raises DataError if the folder cannot be written.
+    Made in two steps: the constructor refuses a checkpoint that does not fit, `find_pretrained` finds the model or the
+    data to make it from, and then makes the folder.
+    file_version: of the algorithm file, raised when older models and checkpoints become unusable. model_args and
+    run_args: names of the arguments that must be the same in a pre-trained model and a run, and in a run and its
+    checkpoint. Raises DataError for files that do not fit and folders that cannot be written.
     """
 
-    def __init__(self, args, source: str):
+    SAVED = "global_step next_eval seconds episodes evaluations episodic_return episodic_length".split()
+
+    def __init__(self, args, file_version: int, model_args: list[str], run_args: list[str]):
+        check_args(args)
+        self.args, self.file_version, self.facts = args, file_version, {}
+        self.model_args, self.run_args = model_args, model_args + run_args
+        self.device = torch.device(args.device)
+        torch.set_num_threads(args.num_threads or os.cpu_count())
+        self.global_step, self.next_eval, self.seconds = 0, args.eval_interval, {}
+        self.episodes = []  # (env step, return, length, minutes) of each training episode
+        self.evaluations = []  # (env step, mean return, success) of each clean evaluation
+        self.episodic_return = np.zeros(args.num_envs)  # (E,) of the running episodes
+        self.episodic_length = np.zeros(args.num_envs, dtype=np.int64)  # (E,) env steps
+        self.family, self.paths = "", {}  # kind of checkpoint -> path
+        if args.resume and (Path(args.resume) / "checkpoint.pt").exists():  # refused before anything is changed
+            load_checkpoint(Path(args.resume) / "checkpoint.pt", self.meta("run"), "cpu")
+
+    def open(self, source: str):
+        """Make the run's folder, or take that of --resume; `source` names the offline data."""
+        args = self.args
         name = f"{args.env_id}__{args.exp_name}__{source}__{args.seed}__{time.time_ns() // 10**6}"
-        self.args, self.dir = args, Path(args.resume or Path(args.run_dir) / name)
-        self.checkpoint, self.stop = self.dir / "checkpoint.pt", StopSignal()
-        if args.resume and not self.checkpoint.exists():
+        self.dir, self.stop = Path(args.resume or Path(args.run_dir) / name), StopSignal()
+        self.paths["run"] = self.dir / "checkpoint.pt"
+        if args.resume and not self.paths["run"].exists():
             print(f"{self.dir} has no checkpoint yet: RL starts at env step 0", flush=True)
         try:
             self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
@@ -94,47 +163,199 @@ class Run:
         self.writer = SummaryWriter(self.dir)
         rows = "\n".join(f"|{key}|{value}|" for key, value in {"offline data": source, **asdict(args)}.items())
         self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+        self.clock = time.time()
 
-    def log(self, group: str, values: dict, step: int):
-        """Write scalars to TensorBoard as group/name."""
+    # -------------------------------------------------------------------------------------------- the pre-trained model
+
+    def find_pretrained(self, family: str, pretrain_args: list[str]):
+        """Find the pre-trained model, or the data to make it from, and open the run's folder.
+
+        --pretrained names a file. Else the cache is searched, where a model is found by data, version of the algorithm
+        file, and every argument that shapes it. `family` begins the files' names: methods that share their pre-training
+        share it.
+        """
+        args, self.family, self.data = self.args, family, None
+        task = args.env_id.removesuffix("-misaligned")
+        if args.pretrained:
+            path = PUBLISHED / f"{family}_{task}_pretrained.pt" if args.pretrained == "published" else args.pretrained
+            if args.pretrained == "published" and not path.exists():
+                raise DataError(f"no {path.name} is published; leave --pretrained out")
+            source = load_checkpoint(path, self.meta("pretrained"), "cpu")["facts"]["data"]["source"]
+            if args.dataset not in ("auto", source):
+                raise DataError(f"{path} was pre-trained on {source} data; use --dataset auto or another model")
+        else:
+            self.data = load_dataset(
+                task, args.data_dir, args.dataset, args.data, args.data_noise, args.allow_pickle, args.accept_any_data
+            )
+            shape = {name: getattr(args, name) for name in (*self.model_args, *pretrain_args)}
+            key = json.dumps([self.data.fingerprint, self.file_version, shape])
+            source, key = self.data.source, hashlib.sha256(key.encode()).hexdigest()[:12]
+            path = cache_dir(args.data_dir) / "pretrained" / f"{family}_{task}_{source}_{key}.pt"
+        self.paths |= {"pretrained": Path(path), "pretraining": Path(path).with_suffix(".unfinished")}
+        self.open(source)
+
+    def load_pretrained(self, networks: nn.ModuleDict) -> bool:
+        """Put the pre-trained weights into networks; False where they have to be learnt first."""
+        path, args = self.paths["pretrained"], self.args
+        again = args.retrain and not (args.resume and not self.paths["pretraining"].exists())
+        if self.data is not None and (again or not path.exists()):
+            return False
+        state = load_checkpoint(path, self.meta("pretrained"), self.device)
+        print(f"pre-trained model: {path}")
+        networks.load_state_dict(state["networks"])
+        self.facts = state["facts"]
+        return True
+
+    def save_pretrained(self, networks: nn.ModuleDict, facts: dict):
+        """Put pre-trained networks into the cache, with facts about them."""
+        args = self.args
+        facts |= dict(minutes=self.seconds["pretrain"] / 60, updates=args.pretrain_updates, seed=args.seed)
+        self.facts = facts | dict(data=dict(self.data.attributes, source=self.data.source))
+        state = dict(networks=networks.state_dict(), facts=self.facts)
+        save_checkpoint(self.paths["pretrained"], state, self.meta("pretrained"))
+        self.paths["pretraining"].unlink(missing_ok=True)
+
+    # ------------------------------------------------------------------------------------------------------ checkpoints
+
+    def meta(self, kind: str) -> dict:
+        """What must agree before a checkpoint is used: its kind, the algorithm file's version, task and arguments.
+
+        kind: `run`, `pretrained` or `pretraining`, an unfinished one. The two kitchen tasks share pre-trained models.
+        """
+        args, of_run = self.args, kind == "run"
+        owner = Path(inspect.getfile(type(args))).stem if of_run else self.family
+        facts = dict(kind=f"{owner} {kind}", file_version=self.file_version)
+        facts |= {} if kind == "pretrained" else dict(checkpoint_version=CHECKPOINT_VERSION)
+        facts |= dict(env_id=args.env_id if of_run else args.env_id.removesuffix("-misaligned"))
+        return facts | {name: getattr(args, name) for name in (self.run_args if of_run else self.model_args)}
+
+    def save(self, kind: str, parts: dict, **values):
+        """Write a checkpoint: the state of parts, values (arrays, tensors, numbers), this run's and random numbers."""
+        state = {name: get_state(part) for name, part in parts.items()}
+        state |= dict(values=values, run={name: getattr(self, name) for name in self.SAVED}, random=random_state())
+        save_checkpoint(self.paths[kind], state, self.meta(kind))
+
+    def restore(self, kind: str, parts: dict, **values) -> list:
+        """Go on from what `save` wrote, if there is such a file; returns the values, those given if there is none."""
+        path, args = self.paths[kind], self.args
+        if not path.exists() or (kind == "pretraining" and args.retrain and not args.resume):
+            return list(values.values())
+        state = load_checkpoint(path, self.meta(kind), "cpu")
+        for name, part in parts.items():
+            set_state(part, state[name])
+        vars(self).update(state["run"])
+        set_random_state(state["random"])
+        if kind == "pretraining":
+            print(f"pre-training goes on at update {parts['trainer'].num_updates}: {path}")
+        return [state["values"][name] for name in values]
+
+    # ------------------------------------------------------------------------------------------------------------- logs
+
+    def log(self, group: str, values: dict, step: int, bar=None):
+        """Write scalars to TensorBoard as group/name, and in one line above a progress bar."""
         for name, value in values.items():
             self.writer.add_scalar(f"{group}/{name}", value, step)
+        if bar is not None:
+            bar.write(f"{bar.unit} {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
-    def log_means(self, group: str, history: list[dict], step: int) -> dict[str, float]:
-        """Log each metric's mean over the updates in history, and empty it; one synchronisation with the device."""
+    def log_means(self, group: str, history: list[dict], step: int, bar=None):
+        """Log each metric's mean over the updates in history, and empty it; one synchronisation with the device.
+
+        With a bar, they stand behind it, too.
+        """
         means = torch.stack([torch.stack(list(metrics.values())) for metrics in history]).mean(0).tolist()
-        means = dict(zip(history[0], means))
+        means = dict(zip(history[0], means, strict=True))
         self.log(group, means, step)
         history.clear()
-        return means
+        if bar is not None:
+            bar.set_postfix({name.removesuffix("_loss"): f"{value:.3g}" for name, value in means.items()})
 
-    def start_episodes(self, episodes: list):
-        """Begin episodes.csv with the episodes that a resumed run has had already: (n, 4) rows of EPISODE_COLUMNS."""
+    def lap(self, part: str | None = None):
+        """Count the time since the last lap to this part of the run; to none if it was spent on saving, say."""
+        last, self.clock = self.clock, time.time()
+        if part:
+            self.seconds[part] = self.seconds.get(part, 0.0) + self.clock - last
+
+    # ---------------------------------------------------------------------------------------------------- downstream RL
+
+    def start_rl(self, parts: dict, **values) -> list:
+        """Begin, or go on from the checkpoint; returns what `restore` returns. Opens the bar and episodes.csv."""
+        self.seconds = dict(plan=0.0, env=0.0, update=0.0)
+        values = self.restore("run", parts, **values)
         self._episodes_file = (self.dir / "episodes.csv").open("w", newline="")
         self._episodes = csv.writer(self._episodes_file)
-        self._episodes.writerows([EPISODE_COLUMNS, *episodes])
+        self._episodes.writerows([EPISODE_COLUMNS, *self.episodes])
         self._episodes_file.flush()
+        self.next_save = self.global_step + self.args.checkpoint_interval
+        self.bar = tqdm(desc="RL", total=self.args.total_timesteps, initial=self.global_step, unit="step")
+        self.lap()
+        return values
 
-    def log_episode(self, episode: tuple, values: dict):
-        """Append a row of EPISODE_COLUMNS to episodes.csv; log it and further values under charts/."""
-        self._episodes.writerow(episode)
-        self._episodes_file.flush()
-        step, episodic_return, episodic_length, _ = episode
-        self.log("charts", dict(episodic_return=episodic_return, episodic_length=episodic_length, **values), step)
+    def is_over(self) -> bool:
+        """Whether all env steps are done, or the user asked to stop."""
+        return self.stop.requested or self.global_step >= self.args.total_timesteps
 
-    def finish(self, results: dict) -> dict:
+    def save_is_due(self) -> bool:
+        due = self.global_step >= self.next_save
+        self.next_save += self.args.checkpoint_interval * due
+        return due
+
+    def evaluation_is_due(self) -> bool:
+        due = 0 < self.args.eval_interval and self.global_step >= self.next_eval
+        self.next_eval += self.args.eval_interval * due
+        return due
+
+    def log_evaluation(self, returns, lengths):
+        """Log a clean evaluation: returns (E,), lengths (E,) in env steps."""
+        success = float((returns >= MAX_RETURN[self.args.env_id]).mean())
+        self.evaluations.append((self.global_step, float(returns.mean()), success))
+        values = dict(episodic_return=returns.mean(), success=success, episodic_length=lengths.mean())
+        self.log("eval", values, self.global_step, self.bar)
+
+    def log_skill(self, rewards, steps, ended, updates: int):
+        """Count one skill of E environments: rewards (E,), env steps (E,), which episodes ended (E,) bool.
+
+        Logs the episodes that ended. `updates`: the gradient updates so far, shown behind the bar.
+        """
+        self.global_step += int(steps.sum())
+        self.bar.update(int(steps.sum()))
+        self.episodic_return, self.episodic_length = self.episodic_return + rewards, self.episodic_length + steps
+        seconds = sum(self.seconds.values())
+        for e in np.flatnonzero(ended):
+            episodic_return, episodic_length = float(self.episodic_return[e]), int(self.episodic_length[e])
+            self.episodes.append((self.global_step, episodic_return, episodic_length, round(seconds / 60, 3)))
+            self._episodes.writerow(self.episodes[-1])
+            last_100 = self.last_100()
+            values = dict(episodic_return=episodic_return, episodic_length=episodic_length)
+            values |= dict(success=last_100["last_100_success"], SPS=self.global_step / seconds)
+            self.log("charts", values, self.global_step)
+            self.log("time", {part: share / seconds for part, share in self.seconds.items()}, self.global_step)
+            self.bar.set_postfix(updates=updates, last_100=f"{last_100['last_100_return']:.3g}")
+        if ended.any():
+            self._episodes_file.flush()
+        self.episodic_return, self.episodic_length = self.episodic_return * ~ended, self.episodic_length * ~ended
+
+    def last_100(self) -> dict:
+        """Return and success of the last 100 training episodes (the paper's protocol), None and 0 without one."""
+        returns = np.array([episodic_return for _, episodic_return, _, _ in self.episodes[-100:]])
+        mean = float(returns.mean()) if len(returns) else None
+        success = float((returns >= MAX_RETURN[self.args.env_id]).mean()) if len(returns) else 0.0
+        return dict(last_100_return=mean, last_100_success=success)
+
+    def finish(self, updates: int) -> dict:
         """Write results.json, print the summary; returns all of it."""
-        args = self.args
+        args, facts = self.args, dict(env_steps=self.global_step, updates=updates)
         machine = f"{platform.machine()}, {os.cpu_count()} cores, {args.device}, torch {torch.__version__}"
-        results = results | dict(machine=machine, args=asdict(args))
-        write_atomically(self.dir / "results.json", lambda part: part.write_text(json.dumps(results, indent=1)))
+        facts |= dict(rl_minutes=sum(self.seconds.values()) / 60, seconds=self.seconds) | self.last_100()
+        facts |= dict(evaluations=self.evaluations, pretraining=self.facts, machine=machine, args=asdict(args))
+        write_atomically(self.dir / "results.json", lambda part: part.write_text(json.dumps(facts, indent=1)))
         self._episodes_file.close()
         self.writer.close()
-        _, eval_return, eval_success = results["evaluations"][-1]
+        _, eval_return, eval_success = self.evaluations[-1]
         print(
             f"{args.env_id}: clean evaluation: return {eval_return:.4g}, success {eval_success:.0%}; last 100 training "
-            f"episodes: return {results['last_100_return'] or 0:.4g}, success {results['last_100_success']:.0%}; "
-            f"{results['env_steps']} env steps in {results['rl_minutes']:.1f} min.\n"
+            f"episodes: return {facts['last_100_return'] or 0:.4g}, success {facts['last_100_success']:.0%}; "
+            f"{self.global_step} env steps in {facts['rl_minutes']:.1f} min.\n"
             f"Pictures, episodes.csv, results.json and checkpoint: {self.dir}; curves: tensorboard --logdir {self.dir}"
         )
-        return results
+        return facts

@@ -573,9 +573,9 @@ def test_unfinished_episodes_wait_and_survive_a_checkpoint(tmp_path):
             z = torch.full((1, 3), (100 * k + t) / 1e4)
             rb.add(row, z, np.array([1000 + row[0, 0]]), np.array([t == T - 1]), row + 1)
             assert len(rb.episodes) == before + (t == T - 1)
-            torch.save(rb.state_dict(), tmp_path / "rb.pt")  # as a checkpoint is written and read
+            torch.save(rb.get_state(), tmp_path / "rb.pt")  # as a checkpoint is written and read
             rb = skimo.ReplayBuffer(4, args, torch.device("cpu"))
-            rb.load_state_dict(torch.load(tmp_path / "rb.pt", weights_only=True))
+            rb.set_state(torch.load(tmp_path / "rb.pt", weights_only=True))
     torch.testing.assert_close(rb.rows, whole.rows, atol=0, rtol=0)
     assert torch.equal(rb.episodes, whole.episodes)
 
@@ -989,12 +989,12 @@ def test_policy_loss_reaches_the_policy_only():
 def test_optimizers_are_those_of_the_release():
     args = tiny_args(learning_rate=2e-3, alpha_lr=3e-5)
     learner = skimo.Learner(args, skimo.make_networks(args, 4, 2, "cpu"))
-    rates = [optimizer.param_groups[0]["lr"] for optimizer in learner.optimizers()]
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in learner.optimizers]
     assert rates == [2e-3, 2e-3, 3e-5]
-    for optimizer in learner.optimizers():
+    for optimizer in learner.optimizers:
         group = optimizer.param_groups[0]
         assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.999), 1e-7, 0)
-    sizes = [sum(p.numel() for p in optimizer.param_groups[0]["params"]) for optimizer in learner.optimizers()]
+    sizes = [sum(p.numel() for p in optimizer.param_groups[0]["params"]) for optimizer in learner.optimizers]
     modules = learner.model, learner.task_policy
     assert sizes == [*(sum(p.numel() for p in module.parameters()) for module in modules), 1]
 
@@ -1025,13 +1025,13 @@ def test_pretrainer_follows_its_learning_rate_and_moves_the_target():
     for update in (0, 249, 499, 999, 1999):
         trainer.num_updates = update
         trainer.update(*batch)
-        rates[update] = trainer.optimizer.param_groups[0]["lr"]
+        rates[update] = trainer.optimizers[0].param_groups[0]["lr"]
     expected = {0: 0.01 / 500, 249: 0.005 * math.sqrt(1751 / 2000), 499: 0.01 * math.sqrt(1501 / 2000)}
     assert rates == pytest.approx(expected | {999: 0.01 * math.sqrt(1001 / 2000), 1999: 0.01 * math.sqrt(1 / 2000)})
     args = tiny_args(pretrain_lr_decay=False, pretrain_lr=0.01)
     trainer = skimo.Pretrainer(args, skimo.make_networks(args, 4, 2, "cpu"))
     trainer.update(*batch)
-    assert trainer.optimizer.param_groups[0]["lr"] == 0.01
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.01
 
 
 # -------------------------------------------------------------------------------------------------------- it does learn
@@ -1245,7 +1245,7 @@ def test_resumed_run_equals_an_uninterrupted_one(run, monkeypatch, stop, interru
         assert not (part / "results.json").exists()
         stopped = final_state(part)
         steps, updates = {"in the warm-up": (170, 0), "while planning": (770, 38)}.get(interrupt, (540, 27))
-        assert stopped["learner"]["_extra_state"]["num_updates"] == updates
+        assert stopped["learner"]["num_updates"] == updates
         assert stopped["run"]["global_step"] == steps or interrupt == "between updates"
         Stop.requested = False
         resumed = resume(part)
@@ -1680,7 +1680,7 @@ def few_updates(args, device):
         torch.manual_seed(k)
         for phase, metrics in (("pretrain", pretrainer.update(*window)), ("learner", learner.update(*batch))):
             numbers |= {f"{phase} {name} {k}": value.cpu() for name, value in metrics.items()}
-        for optimizer in (pretrainer.optimizer, *learner.optimizers()[:2]):
+        for optimizer in (*pretrainer.optimizers, *learner.optimizers[:2]):
             for group in optimizer.param_groups:
                 for i, value in enumerate(group["params"]):
                     if k == 0 and value in optimizer.state:

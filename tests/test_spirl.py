@@ -216,25 +216,25 @@ def test_gradient_is_bounded_in_the_first_updates_and_the_rate_decays(monkeypatc
     args = tiny_args(pretrain_updates=1000, clip_updates=3, clip_norm=0.001)
     trainer = spirl.Pretrainer(args, spirl.make_networks(args, 4, 2, "cpu"))
     norms, batch = [], [torch.from_numpy(x).float() for x in pretraining_batch(args)]
-    step = trainer.optimizer.step
+    step = trainer.optimizers[0].step
 
     def measured():
         norms.append(sum(value.grad.square().sum() for value in trainer.networks.parameters()).sqrt().item())
         step()
 
-    monkeypatch.setattr(trainer.optimizer, "step", measured)
+    monkeypatch.setattr(trainer.optimizers[0], "step", measured)
     rates = []
     for _ in range(5):
         trainer.update(*batch)
-        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        rates.append(trainer.optimizers[0].param_groups[0]["lr"])
     assert norms[:3] == pytest.approx([0.001] * 3, rel=1e-3) and min(norms[3:]) > 0.1
     assert rates == pytest.approx([1e-3 * math.sqrt(1 - k / 1000) for k in range(5)])
-    assert isinstance(trainer.optimizer, torch.optim.RAdam)
+    assert isinstance(trainer.optimizers[0], torch.optim.RAdam)
     args = dataclasses.replace(args, pretrain_lr_decay=False)
     trainer = spirl.Pretrainer(args, trainer.networks)
     trainer.num_updates = 500
     trainer.update(*batch)
-    assert trainer.optimizer.param_groups[0]["lr"] == 1e-3
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 1e-3
     defaults = spirl.Args()
     assert (defaults.clip_updates, defaults.clip_norm, defaults.pretrain_lr) == (100, 0.001, 1e-3)
 
@@ -367,8 +367,8 @@ def test_learner_update_moves_what_it_should():
     for now, old, online in zip(learner.target.parameters(), start.target.parameters(), learner.critics.parameters()):
         torch.testing.assert_close(now, 0.9 * old + 0.1 * online.detach(), atol=1e-7, rtol=1e-5)
     assert learner.num_updates == 1 and all(value.requires_grad for value in learner.critics.parameters())
-    assert [o.param_groups[0]["lr"] for o in learner.optimizers()] == [3e-4] * 3
-    assert [o.param_groups[0]["betas"] for o in learner.optimizers()] == [(0.9, 0.999)] * 3
+    assert [o.param_groups[0]["lr"] for o in learner.optimizers] == [3e-4] * 3
+    assert [o.param_groups[0]["betas"] for o in learner.optimizers] == [(0.9, 0.999)] * 3
 
 
 def statistics(module):
@@ -431,7 +431,7 @@ def test_replay_is_a_ring_of_transitions():
     assert torch.equal(rewards, k + torch.where(second, -0.5, 0.5))
     assert torch.equal(dones, ((k % 3 == 0) & ~second).float())
     other = spirl.ReplayBuffer(4, args, torch.device("cpu"))
-    other.load_state_dict(copy.deepcopy(rb.state_dict()))
+    other.set_state(copy.deepcopy(rb.get_state()))
     add(rb, 9), add(other, 9)
     assert torch.equal(rb.rows, other.rows) and rb.added == other.added == 10
 
@@ -588,7 +588,7 @@ def test_resumed_run_equals_an_uninterrupted_one(run, monkeypatch, stop, interru
         with pytest.raises(SystemExit, match="stopped at env step .* go on with: .*--resume"):
             run("--buffer-size 150", "part")
         part = only_run(whole.parents[1] / "part")
-        updates = final_state(part)["learner"]["_extra_state"]["num_updates"]
+        updates = final_state(part)["learner"]["num_updates"]
         assert updates == (51 if interrupt == "between updates" else 0)
         Stop.requested = False
         resumed = spirl.main(spirl.parse_args(["--resume", str(part)]))
@@ -772,13 +772,13 @@ def few_updates(args, device):
         torch.manual_seed(k)
         numbers |= {f"pretrain {name} {k}": value.cpu() for name, value in pretrainer.update(*window).items()}
     numbers |= {f"statistics {name}": value.cpu().float() for name, value in statistics(networks).items()}
-    numbers |= {f"pretrain {name}": value for name, value in optimizer_state(pretrainer.optimizer).items()}
+    numbers |= {f"pretrain {name}": value for name, value in optimizer_state(pretrainer.optimizers[0]).items()}
     learner = spirl.Learner(args, networks)
     for k in range(2):
         torch.manual_seed(k)
         metrics = learner.update(*(x.to(device) for x in float_batch(4)))
         numbers |= {f"learner {name} {k}": value.cpu() for name, value in metrics.items()}
-    for part, optimizer in zip(("critics", "policy"), learner.optimizers()):
+    for part, optimizer in zip(("critics", "policy"), learner.optimizers):
         numbers |= {f"{part} {name}": value for name, value in optimizer_state(optimizer).items()}
     return numbers
 

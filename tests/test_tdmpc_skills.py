@@ -65,13 +65,13 @@ def new_learner(args, double=False, seed=0):
 
 def test_pretraining_is_that_of_spirl():
     names = "Predictor Features SkillModel SkillPrior gaussian draw squash make_networks pretrain_loss prior_rollouts "
-    for name in (names + "Pretrainer checkpoint_meta pretrain").split():
+    for name in (names + "Pretrainer pretrain").split():
         assert inspect.getsource(getattr(tdmpc, name)) == inspect.getsource(getattr(spirl, name)), name
-    for name in ("FILE_VERSION", "PRETRAINED", "PRETRAIN_ARGS"):
+    for name in ("FILE_VERSION", "PRETRAINED", "MODEL_ARGS", "PRETRAIN_ARGS"):
         assert getattr(tdmpc, name) == getattr(spirl, name), name
     for env_id in SIZES:
         ours, theirs = (file.parse_args(["--env-id", env_id]) for file in (tdmpc, spirl))
-        for name in (*spirl.PRETRAIN_ARGS, "total_timesteps", "pretrain_eval_interval"):
+        for name in (*spirl.MODEL_ARGS, *spirl.PRETRAIN_ARGS, "total_timesteps", "pretrain_eval_interval"):
             assert getattr(ours, name) == getattr(theirs, name), name
 
 
@@ -274,7 +274,7 @@ def test_learner_update_moves_what_it_should():
     for module, before in ((learner.skill_prior, start.skill_prior), (learner.skills, start.skills)):
         assert same_weights(module, before) and not module.training
         assert_same(statistics(module), statistics(before))  # BatchNorm
-    rates = [(o.param_groups[0]["lr"], o.param_groups[0]["eps"]) for o in learner.optimizers()]
+    rates = [(o.param_groups[0]["lr"], o.param_groups[0]["eps"]) for o in learner.optimizers]
     assert rates == [(1e-3, 1e-7)] * 2
 
 
@@ -354,7 +354,7 @@ def test_spirl_and_tdmpc_skills_share_the_pretrained_model(run, data_dir, tmp_pa
     assert f"pre-trained model: {model}" in capsys.readouterr().out
     assert list((data_dir / "pretrained").iterdir()) == [model]
     trained = torch.load(model, weights_only=True)["networks"]
-    kept = final_state(run_dir)["learner"]
+    kept = final_state(run_dir)["learner"]["weights"]
     for name, value in trained.items():
         module, rest = name.split(".", 1)
         assert torch.equal(kept[("skills.skills." if module == "skills" else "skill_prior.") + rest], value), name
@@ -533,7 +533,7 @@ def few_updates(args, device):
         torch.manual_seed(k)
         metrics = learner.update(*(x.to(device) for x in float_batch(args, 4)))
         numbers |= {f"learner {name} {k}": value.cpu() for name, value in metrics.items()}
-    for part, optimizer in zip(("model", "policy"), learner.optimizers()):
+    for part, optimizer in zip(("model", "policy"), learner.optimizers):
         numbers |= {f"{part} {name}": value for name, value in optimizer_state(optimizer).items()}
     obs = random_obs(np.random.default_rng(0), 3).astype(np.float32)
     for k in range(2):

@@ -33,6 +33,7 @@ from test_skimo import (
 
 import data_tools
 from algos import skimo, skimo_no_cem, skimo_no_joint, skimo_sac, skimo_single_step
+from data_tools.runs import get_state, set_state
 
 VARIANTS = [skimo_no_cem, skimo_sac, skimo_no_joint, skimo_single_step]
 TASKS = {
@@ -254,9 +255,9 @@ def test_without_joint_training_three_optimizers_clip_apart():
         norms = [value.grad.norm() for value in part.parameters() if value.grad is not None]
         assert torch.stack(norms).norm().item() == pytest.approx(1e-3, rel=1e-2)
         assert not same_weights(part, before)
-    state, other = trainer.state_dict(), skimo_no_joint.Pretrainer(args, start)
-    other.load_state_dict(copy.deepcopy(state))
-    assert_same(other.state_dict(), state)
+    state, other = get_state(trainer), skimo_no_joint.Pretrainer(args, start)
+    set_state(other, copy.deepcopy(state))
+    assert_same(get_state(other), state)
 
 
 # ------------------------------------------------------------------------------------------------- single-step dynamics
@@ -422,8 +423,8 @@ def test_single_step_update_leaves_the_skills_and_their_encoder_alone():
     assert same_weights(learner.skills, start.skills) and same_weights(learner.skill_prior, start.skill_prior)
     assert learner.model.encoder is learner.skills.encoder and learner.model.skill_policy is learner.skills.skill_policy
     other = skimo_single_step.Learner(args, skimo_single_step.make_networks(args, 4, 2, "cpu"))
-    other.load_state_dict(copy.deepcopy(learner.state_dict()))
-    assert_same(other.state_dict(), learner.state_dict())
+    set_state(other, copy.deepcopy(get_state(learner)))
+    assert_same(get_state(other), get_state(learner))
 
 
 def test_single_step_replay_holds_every_env_step():
@@ -585,7 +586,8 @@ def test_removed_arguments_are_gone_and_the_others_keep_their_defaults():
             other = {"exp_name"} | ({"num_skills"} if algo is skimo_sac and task != "calvin" else set())
             assert {name for name in names & base if ours[name] != theirs[name]} == other
             assert set(algo.TASK_DEFAULTS[task]) == set(skimo.TASK_DEFAULTS[task]) - removed.get(algo, set())
-        assert set(algo.PRETRAIN_ARGS) - set(skimo.PRETRAIN_ARGS) == added.get(algo, set())
+        shaping = {*algo.MODEL_ARGS, *algo.PRETRAIN_ARGS}  # a pre-trained model
+        assert shaping - {*skimo.MODEL_ARGS, *skimo.PRETRAIN_ARGS} == added.get(algo, set())
 
 
 # ---------------------------------------------------------------------------------------------------------- compilation
