@@ -11,7 +11,6 @@ Shapes: E members of a vector environment, B trajectories recorded together.
 """
 
 import itertools
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -23,8 +22,7 @@ import gymnasium
 import mujoco
 import numpy as np
 import tyro
-from gymnasium.utils import seeding
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode
 from mujoco.batch import Batch
 from tqdm import tqdm
 
@@ -51,6 +49,7 @@ from data_tools.calvin_scene import (
     scene_model,
 )
 from data_tools.dataset import DataError, OfflineDataset, load_dataset
+from data_tools.vector import MemberVectorEnv, checked_action, num_cores
 
 MAX_EPISODE_STEPS = 360
 SUBTASK_REWARD = 100.0
@@ -380,20 +379,6 @@ def _place_blocks(rng):
             return poses.ravel()
 
 
-def _checked_action(action, shape):
-    """Return the action(s) as a float64 array in [-1, 1]; ValueError if shape or values are wrong."""
-    message = f"expected finite numbers of shape {shape} in [-1, 1] as action"
-    try:
-        array = np.asarray(action, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{message}, got {type(action).__name__}: {error}") from error
-    if array.shape != shape:
-        raise ValueError(f"{message}, got shape {array.shape}")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{message}, got NaN or infinity")
-    return np.clip(array, -1.0, 1.0)
-
-
 # --------------------------------------------------------------------------------------------------------- environments
 
 OBSERVATION_SPACE = gymnasium.spaces.Box(-np.inf, np.inf, (21,), np.float32)
@@ -416,13 +401,10 @@ def subtask_conditions(obs, start) -> np.ndarray:
     )
 
 
-class CalvinVectorEnv(VectorEnv):
-    """E tables stepped together; member i after `reset(seed=s)` equals CalvinEnv after `reset(seed=s + i)`, exactly.
+class CalvinVectorEnv(MemberVectorEnv):
+    """E tables stepped together, each exactly as CalvinEnv: observations (E, 21) float32, actions (E, 7).
 
-    Spaces, rewards and flags as in CalvinEnv, stacked: observations (E, 21) float32, actions (E, 7), rewards (E,)
-    float32. A member that ended is reset as Gymnasium's `autoreset_mode` says: by the next step (NEXT_STEP), by the
-    same step with `info["final_obs"]`, `info["final_info"]` (SAME_STEP), or never (DISABLED): then it stays frozen,
-    with reward 0 and its flags True, until `reset(options={"reset_mask": mask})` with mask (E,) bool.
+    Resets, infos and states: see MemberVectorEnv.
     `num_threads` threads, the calling one among them, step the physics (None: one per core that this process may use,
     for at least four members each); their number does not change the result.
     `simulator="pybullet"` runs the original's physics instead, one member after the other: see
@@ -430,6 +412,8 @@ class CalvinVectorEnv(VectorEnv):
     """
 
     metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 30}
+    saved: ClassVar[dict] = {"start": np.float64, "subtasks": np.int64, **MemberVectorEnv.saved}
+    info_names: ClassVar[dict] = {**MemberVectorEnv.info_names, "num_subtasks": "_subtasks"}
 
     def __init__(
         self,
@@ -442,108 +426,19 @@ class CalvinVectorEnv(VectorEnv):
         calvin_env_root: str | os.PathLike | None = None,
     ):
         """Raises ValueError for arguments out of range; for PyBullet also DependencyNotInstalled and DataError."""
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
-        if render_mode not in (None, "rgb_array"):
-            raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
+        super().__init__(OBSERVATION_SPACE, ACTION_SPACE, num_envs, max_episode_steps, render_mode, autoreset_mode)
         if simulator not in ("mujoco", "pybullet"):
             raise ValueError(f"simulator must be 'mujoco' or 'pybullet', got {simulator!r}")
-        if num_threads is None:
-            num_threads = max(min(len(os.sched_getaffinity(0)), num_envs // 4), 1)
-        self.num_envs = num_envs
-        self.max_episode_steps = max_episode_steps
-        self.render_mode = render_mode
-        self.autoreset_mode = AutoresetMode(autoreset_mode)
-        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
-        self.single_observation_space = OBSERVATION_SPACE
-        self.single_action_space = ACTION_SPACE
-        self.observation_space = gymnasium.vector.utils.batch_space(OBSERVATION_SPACE, num_envs)
-        self.action_space = gymnasium.vector.utils.batch_space(ACTION_SPACE, num_envs)
         if simulator == "pybullet":
             from data_tools.calvin_pybullet import BulletPhysics  # which imports this file
 
             self._physics = BulletPhysics(num_envs, calvin_env_root)
         else:
+            if num_threads is None:
+                num_threads = max(min(num_cores(), num_envs // 4), 1)
             self._physics = _Physics(num_envs, num_threads)
-        self._rngs = None  # one generator per member, made by the first reset
         self._start = np.zeros((num_envs, 21))  # the first observation of the episode
         self._subtasks = np.zeros(num_envs, dtype=np.int64)  # how many were done
-        self._steps = np.zeros(num_envs, dtype=np.int64)
-        self._terminations = np.zeros(num_envs, dtype=bool)
-        self._truncations = np.zeros(num_envs, dtype=bool)
-        self._successes = np.zeros(num_envs, dtype=bool)
-        self._unstable = np.zeros(num_envs, dtype=bool)
-        self._waiting = np.zeros(num_envs, dtype=bool)  # the episode ended and the member was not reset yet
-
-    def reset(
-        self, *, seed: int | list[int | None] | None = None, options: dict | None = None
-    ) -> tuple[np.ndarray, dict]:
-        """Start new episodes, of all members or of those in `options["reset_mask"]` (E,) bool.
-
-        A seed s gives member i the seed s + i; without a seed each member continues its own random stream.
-        """
-        if seed is None or isinstance(seed, int | np.integer):
-            seeds = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
-        else:
-            seeds = list(seed)
-        if len(seeds) != self.num_envs:
-            raise ValueError(f"expected one seed per member ({self.num_envs}), got {len(seeds)}")
-        mask = np.ones(self.num_envs, dtype=bool)
-        if options is not None and "reset_mask" in options:
-            mask = np.asarray(options["reset_mask"])
-            if mask.shape != (self.num_envs,) or mask.dtype != bool or not mask.any():
-                raise ValueError(
-                    f"reset_mask must be boolean with shape ({self.num_envs},) and at least one True, got {mask!r}"
-                )
-        if self._rngs is None and not mask.all():
-            raise gymnasium.error.ResetNeeded("the first reset must start all members, without reset_mask")
-        if self._rngs is None:
-            self._rngs = [None] * self.num_envs
-        for i in np.flatnonzero(mask):
-            if self._rngs[i] is None or seeds[i] is not None:
-                self._rngs[i] = seeding.np_random(seeds[i])[0]
-                self._physics.gripper[i] = 1.0
-        self._start_episodes(mask)
-        return self._observations(), self._infos(mask)
-
-    def step(self, actions) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
-        """Apply one action (E, 7) per member for 1/30 s. Raises ValueError for a wrong shape or NaN."""
-        if self._rngs is None:
-            raise gymnasium.error.ResetNeeded("call reset() before step()")
-        actions = _checked_action(actions, (self.num_envs, 7))
-        running = ~self._waiting
-        unstable = np.zeros(self.num_envs, dtype=bool)
-        if running.any():
-            unstable = self._physics.step(actions, None if running.all() else np.flatnonzero(running))
-        self._steps += running
-        # The next sub-task in the order counts if it holds now, one per step; what was done early counts later if it
-        # still holds then.
-        holds = subtask_conditions(self._physics.observations(), self._start)  # (E, 4)
-        counts = holds[np.arange(self.num_envs), np.minimum(self._subtasks, 3)] & running & ~unstable
-        self._subtasks += counts
-        rewards = np.where(counts, np.float32(SUBTASK_REWARD), np.float32(0.0))
-        # A member that waits keeps its flags (DISABLED) or is reset below (NEXT_STEP).
-        self._successes = np.where(running, counts & (self._subtasks == len(SUBTASKS)), self._successes)
-        self._unstable = np.where(running, unstable, self._unstable)
-        self._terminations = np.where(running, self._successes | unstable, self._terminations)
-        self._truncations = np.where(running, self._steps >= self.max_episode_steps, self._truncations)
-
-        if self.autoreset_mode == AutoresetMode.NEXT_STEP:
-            self._start_episodes(self._waiting)
-        done = self._terminations | self._truncations
-        terminations, truncations = self._terminations.copy(), self._truncations.copy()
-        everyone = np.ones(self.num_envs, dtype=bool)
-        infos = {}
-        self._waiting = done
-        if self.autoreset_mode == AutoresetMode.SAME_STEP and done.any():
-            final_obs = np.full(self.num_envs, None, dtype=object)
-            observations = self._observations()
-            for i in np.flatnonzero(done):
-                final_obs[i] = observations[i]
-            infos = {"final_obs": final_obs, "_final_obs": done.copy()}
-            infos |= {"final_info": self._infos(done), "_final_info": done.copy()}
-            self._start_episodes(done)
-        return self._observations(), rewards, terminations, truncations, infos | self._infos(everyone)
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """Return one frame (400, 400, 3) uint8 per member, or None without a render mode; errors as in CalvinEnv."""
@@ -552,65 +447,34 @@ class CalvinVectorEnv(VectorEnv):
         physics = self._physics
         return tuple(draw(physics.qpos[i], physics.bulb[i], physics.led[i]) for i in range(self.num_envs))
 
-    def get_state(self) -> dict[str, list]:
-        """Return all that the future depends on, as nested lists of plain values (`torch.load(weights_only=True)`).
+    def _seeded(self, member):
+        self._physics.gripper[member] = 1.0
 
-        rng: one JSON string per member (its integers exceed 64 bits).
-        """
-        if self._rngs is None:
-            raise gymnasium.error.ResetNeeded("call reset() before get_state()")
-        return {
-            "physics": self._physics.get_state(),
-            "start": self._start.tolist(),
-            "subtasks": self._subtasks.tolist(),
-            "steps": self._steps.tolist(),
-            "terminations": self._terminations.tolist(),
-            "truncations": self._truncations.tolist(),
-            "successes": self._successes.tolist(),
-            "unstable": self._unstable.tolist(),
-            "waiting": self._waiting.tolist(),
-            "rng": [json.dumps(rng.bit_generator.state) for rng in self._rngs],
-        }
-
-    def set_state(self, state: dict[str, list]) -> np.ndarray:
-        """Continue exactly where `get_state` was called; return the observations (E, 21) of that moment."""
-        self._physics.set_state(state["physics"])
-        self._start = np.array(state["start"], dtype=np.float64)
-        self._subtasks = np.array(state["subtasks"], dtype=np.int64)
-        self._steps = np.array(state["steps"], dtype=np.int64)
-        self._terminations = np.array(state["terminations"], dtype=bool)
-        self._truncations = np.array(state["truncations"], dtype=bool)
-        self._successes = np.array(state["successes"], dtype=bool)
-        self._unstable = np.array(state["unstable"], dtype=bool)
-        self._waiting = np.array(state["waiting"], dtype=bool)
-        self._rngs = [seeding.np_random(0)[0] for _ in range(self.num_envs)]
-        for rng, saved in zip(self._rngs, state["rng"], strict=True):
-            rng.bit_generator.state = json.loads(saved)
-        return self._observations()
-
-    def _start_episodes(self, mask):
-        """Reset the members in mask (E,) bool."""
-        members = np.flatnonzero(mask)
-        if len(members) == 0:
-            return
+    def _begin(self, members):
         self._physics.reset(members, [self._rngs[i] for i in members])
         self._start[members] = self._physics.observations()[members]
         self._subtasks[members] = 0
-        self._steps[members] = 0
-        for flags in (self._terminations, self._truncations, self._successes, self._unstable, self._waiting):
-            flags[members] = False
+
+    def _advance(self, actions, running):
+        unstable = np.zeros(self.num_envs, dtype=bool)
+        if running.any():
+            unstable = self._physics.step(actions, None if running.all() else np.flatnonzero(running))
+        # The next sub-task in the order counts if it holds now, one per step; what was done early counts later if it
+        # still holds then.
+        holds = subtask_conditions(self._physics.observations(), self._start)  # (E, 4)
+        counts = holds[np.arange(self.num_envs), np.minimum(self._subtasks, 3)] & running & ~unstable
+        self._subtasks += counts
+        rewards = np.where(counts, np.float32(SUBTASK_REWARD), np.float32(0.0))
+        return rewards, counts & (self._subtasks == len(SUBTASKS)), unstable
 
     def _observations(self):
         return self._physics.observations().astype(np.float32)  # (E, 21)
 
-    def _infos(self, mask):
-        """Return Gymnasium's vector form of the members' infos: values (E,), and under `_key` whose values count."""
-        infos = {}
-        values = {"is_success": self._successes, "num_subtasks": self._subtasks, "unstable": self._unstable}
-        for key, value in values.items():
-            infos[key] = np.where(mask, value, np.zeros_like(value))
-            infos[f"_{key}"] = mask.copy()
-        return infos
+    def _get_physics(self):
+        return self._physics.get_state()
+
+    def _set_physics(self, state):
+        self._physics.set_state(state)
 
 
 class CalvinEnv(gymnasium.Env):
@@ -660,7 +524,7 @@ class CalvinEnv(gymnasium.Env):
 
     def step(self, action) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Apply one action for 1/30 s. Raises ValueError for an action of wrong shape or with NaN."""
-        action = _checked_action(action, (7,))
+        action = checked_action(action, (7,))
         observations, rewards, terminations, truncations, infos = self._envs.step(action[None])
         flags = bool(terminations[0]), bool(truncations[0])
         return observations[0], float(rewards[0]), *flags, self._info(infos)
@@ -882,7 +746,7 @@ def collect(
             "Recording needs --num-trajectories >= 1, --noise >= 0 and --seed >= 0, "
             f"got {num_trajectories}, {noise} and {seed}."
         )
-    recorder = _Recorder(min(LOCKSTEP, num_trajectories), num_workers or len(os.sched_getaffinity(0)))
+    recorder = _Recorder(min(LOCKSTEP, num_trajectories), num_workers or num_cores())
     kept, skipped, first = {}, [], 0
     total = num_trajectories * calvin_play.TRAJECTORY_STEPS
     with tqdm(total=total, desc="calvin play", unit="step", unit_scale=True, disable=not progress) as bar:

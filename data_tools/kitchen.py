@@ -11,7 +11,6 @@ Shapes: E members of a vector environment, T steps.
 
 import hashlib
 import importlib.util
-import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -22,10 +21,10 @@ from typing import ClassVar
 import gymnasium
 import mujoco
 import numpy as np
-from gymnasium.utils import seeding
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode
 
 from data_tools.dataset import DataError, OfflineDataset
+from data_tools.vector import MemberVectorEnv, check_render_mode, checked_action, num_cores, rng_from_state, rng_state
 
 MAX_EPISODE_STEPS = 280
 PHYSICS_STEPS = 40  # of 0.002 s each, per environment step
@@ -222,7 +221,7 @@ class Kitchen:
         return {
             "physics": self._physics().tolist(),
             "observed": self.observed.tolist(),
-            "rng": json.dumps(self.rng.bit_generator.state),  # its integers exceed 64 bits
+            "rng": rng_state(self.rng),
             "steps": self.steps,
             "num_remaining": len(self.remaining),
             "unstable": self.unstable,
@@ -232,8 +231,7 @@ class Kitchen:
         """Continue where `get_state` was called."""
         self._set_physics(np.array(state["physics"], dtype=np.float64))
         self.observed = np.array(state["observed"], dtype=np.float64)
-        self.rng = seeding.np_random(0)[0]
-        self.rng.bit_generator.state = json.loads(state["rng"])
+        self.rng = rng_from_state(state["rng"])
         self.steps, self.unstable = int(state["steps"]), bool(state["unstable"])
         self.remaining = self.subtasks[len(self.subtasks) - int(state["num_remaining"]) :]
 
@@ -245,20 +243,6 @@ class Kitchen:
             "num_subtasks": len(self.subtasks) - len(self.remaining),
             "subtasks": self.subtasks[: len(self.subtasks) - len(self.remaining)],
         }
-
-
-def _checked_action(action, shape):
-    """Return the action(s) as a float64 array in [-1, 1]; ValueError if shape or values are wrong."""
-    message = f"expected finite numbers of shape {shape} in [-1, 1] as action"
-    try:
-        array = np.asarray(action, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{message}, got {type(action).__name__}: {error}") from error
-    if array.shape != shape:
-        raise ValueError(f"{message}, got shape {array.shape}")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{message}, got NaN or infinity")
-    return np.clip(array, -1.0, 1.0)
 
 
 def _checked_subtasks(task):
@@ -382,8 +366,7 @@ class KitchenEnv(gymnasium.Env):
         legacy_collisions: bool = False,
     ):
         """Raises ValueError for arguments out of range, DataError if the kitchen's model is not the known one."""
-        if render_mode not in (None, "rgb_array"):
-            raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
+        check_render_mode(render_mode)
         subtasks = _checked_subtasks(task)
         self.max_episode_steps = max_episode_steps
         self.render_mode = render_mode
@@ -400,7 +383,7 @@ class KitchenEnv(gymnasium.Env):
     def step(self, action) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Apply one action for 0.08 s. Raises ValueError for an action of wrong shape or with NaN."""
         kitchen = self._kitchen
-        reward = kitchen.step(_checked_action(action, (9,)))
+        reward = kitchen.step(checked_action(action, (9,)))
         terminated = kitchen.unstable or not kitchen.remaining
         return self._observation(), reward, terminated, kitchen.steps >= self.max_episode_steps, kitchen.info()
 
@@ -412,14 +395,10 @@ class KitchenEnv(gymnasium.Env):
         return np.concatenate([self._kitchen.observed, self._goal]).astype(np.float32)
 
 
-class KitchenVectorEnv(VectorEnv):
-    """E kitchens stepped together; member i after `reset(seed=s)` equals KitchenEnv after `reset(seed=s + i)`.
+class KitchenVectorEnv(MemberVectorEnv):
+    """E kitchens stepped together, each as KitchenEnv: observations (E, 30) or (E, 60) float32, actions (E, 9).
 
-    Spaces, rewards and flags as in KitchenEnv, stacked: observations (E, 30) float32, actions (E, 9), rewards (E,)
-    float32, infos in Gymnasium's vector form.
-    A member that ended is reset as Gymnasium's `autoreset_mode` says: by the next step (NEXT_STEP), by the same step
-    with `info["final_obs"]`, `info["final_info"]` (SAME_STEP), or never (DISABLED): then it stays frozen, with reward 0
-    and its flags True, until `reset(options={"reset_mask": mask})` with mask (E,) bool.
+    Resets, infos and states: see MemberVectorEnv.
     `num_threads` threads step the kitchens; None, the default, means one per core. A step takes a millisecond outside
     Python's lock, so that two threads are 1.8 times as fast as one; the result does not depend on their number.
     """
@@ -439,94 +418,13 @@ class KitchenVectorEnv(VectorEnv):
         num_threads: int | None = None,
     ):
         """Raises ValueError for arguments out of range, DataError if the kitchen's model is not the known one."""
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
-        if render_mode not in (None, "rgb_array"):
-            raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
+        space = _observation_space(full_obs)
+        super().__init__(space, ACTION_SPACE, num_envs, max_episode_steps, render_mode, autoreset_mode)
         subtasks = _checked_subtasks(task)
-        self.num_envs = num_envs
-        self.max_episode_steps = max_episode_steps
-        self.render_mode = render_mode
-        self.autoreset_mode = AutoresetMode(autoreset_mode)
-        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
-        self.single_observation_space = _observation_space(full_obs)
-        self.single_action_space = ACTION_SPACE
-        self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, num_envs)
-        self.action_space = gymnasium.vector.utils.batch_space(ACTION_SPACE, num_envs)
         self._goal = goal_of(subtasks) if full_obs else np.zeros(0)
         self._kitchens = [Kitchen(subtasks, noise, legacy_collisions) for _ in range(num_envs)]
-        self._rngs = None  # one generator per member, made by the first reset
-        self._waiting = np.zeros(num_envs, dtype=bool)  # the episode ended and the member was not reset yet
-        num_threads = min(num_cores() if num_threads is None else max(num_threads, 1), num_envs)
-        self._pool = ThreadPoolExecutor(num_threads) if num_threads > 1 else None
-        self._num_threads = num_threads
-
-    def reset(
-        self, *, seed: int | list[int | None] | None = None, options: dict | None = None
-    ) -> tuple[np.ndarray, dict]:
-        """Start new episodes, of all members or of those in `options["reset_mask"]` (E,) bool.
-
-        A seed s gives member i the seed s + i; without a seed each member continues its own random stream.
-        """
-        if seed is None or isinstance(seed, int | np.integer):
-            seeds = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
-        else:
-            seeds = list(seed)
-        if len(seeds) != self.num_envs:
-            raise ValueError(f"expected one seed per member ({self.num_envs}), got {len(seeds)}")
-        mask = np.ones(self.num_envs, dtype=bool)
-        if options is not None and "reset_mask" in options:
-            mask = np.asarray(options["reset_mask"])
-            if mask.shape != (self.num_envs,) or mask.dtype != bool or not mask.any():
-                raise ValueError(
-                    f"reset_mask must be boolean with shape ({self.num_envs},) and at least one True, got {mask!r}"
-                )
-        if self._rngs is None and not mask.all():
-            raise gymnasium.error.ResetNeeded("the first reset must start all members, without reset_mask")
-        if self._rngs is None:
-            self._rngs = [None] * self.num_envs
-        for i in np.flatnonzero(mask):
-            if self._rngs[i] is None or seeds[i] is not None:
-                self._rngs[i] = seeding.np_random(seeds[i])[0]
-        self._start_episodes(mask)
-        return self._observations(), self._infos(mask)
-
-    def step(self, actions) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
-        """Apply one action (E, 9) per member for 0.08 s. Raises ValueError for a wrong shape or NaN."""
-        if self._rngs is None:
-            raise gymnasium.error.ResetNeeded("call reset() before step()")
-        actions = _checked_action(actions, (self.num_envs, 9))
-        rewards = np.zeros(self.num_envs, dtype=np.float32)
-
-        upcoming = iter(np.flatnonzero(~self._waiting).tolist())  # shared by the threads: each takes the next member
-
-        def step_members(_):
-            for i in upcoming:
-                rewards[i] = self._kitchens[i].step(actions[i])
-
-        if self._pool is None:
-            step_members(0)
-        else:
-            list(self._pool.map(step_members, range(self._num_threads)))  # list: raise errors here
-
-        if self.autoreset_mode == AutoresetMode.NEXT_STEP:
-            self._start_episodes(self._waiting)
-        # A member that waits (DISABLED) keeps its flags, since its kitchen stands still.
-        terminations = np.array([kitchen.unstable or not kitchen.remaining for kitchen in self._kitchens])
-        truncations = np.array([kitchen.steps >= self.max_episode_steps for kitchen in self._kitchens])
-        done = terminations | truncations
-        everyone = np.ones(self.num_envs, dtype=bool)
-        infos = {}
-        self._waiting = done.copy()
-        if self.autoreset_mode == AutoresetMode.SAME_STEP and done.any():
-            final_obs = np.full(self.num_envs, None, dtype=object)
-            observations = self._observations()
-            for i in np.flatnonzero(done):
-                final_obs[i] = observations[i]
-            infos = {"final_obs": final_obs, "_final_obs": done.copy()}
-            infos |= {"final_info": self._infos(done), "_final_info": done.copy()}
-            self._start_episodes(done)
-        return self._observations(), rewards, terminations, truncations, infos | self._infos(everyone)
+        self._num_threads = min(num_cores() if num_threads is None else max(num_threads, 1), num_envs)
+        self._pool = ThreadPoolExecutor(self._num_threads) if self._num_threads > 1 else None
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """Return one frame (300, 400, 3) uint8 per member, or None without a render mode; errors as in KitchenEnv."""
@@ -535,9 +433,8 @@ class KitchenVectorEnv(VectorEnv):
         return tuple(draw(kitchen.data.qpos) for kitchen in self._kitchens)
 
     def get_state(self) -> dict[str, list]:
-        """Return all that the future depends on, as nested lists of plain values (`torch.load(weights_only=True)`)."""
-        if self._rngs is None:
-            raise gymnasium.error.ResetNeeded("call reset() before get_state()")
+        """Return all that the future depends on, as in MemberVectorEnv; a kitchen knows its own steps and flags."""
+        self._check_started("get_state()")
         return {"kitchens": [kitchen.get_state() for kitchen in self._kitchens], "waiting": self._waiting.tolist()}
 
     def set_state(self, state: dict[str, list]) -> np.ndarray:
@@ -550,6 +447,10 @@ class KitchenVectorEnv(VectorEnv):
         for kitchen, member in zip(self._kitchens, kitchens, strict=True):
             kitchen.set_state(member)
         self._rngs = [kitchen.rng for kitchen in self._kitchens]
+        self._steps = np.array([kitchen.steps for kitchen in self._kitchens])
+        self._unstable, self._successes = self._flags()
+        self._terminations = self._unstable | self._successes
+        self._truncations = self._steps >= self.max_episode_steps
         self._waiting = np.array(state["waiting"], dtype=bool)
         return self._observations()
 
@@ -558,11 +459,29 @@ class KitchenVectorEnv(VectorEnv):
         if self._pool is not None:
             self._pool.shutdown()
 
-    def _start_episodes(self, mask):
-        """Reset the members in mask (E,) bool, as KitchenEnv.reset does."""
-        for i in np.flatnonzero(mask):
+    def _begin(self, members):
+        for i in members:
             self._kitchens[i].reset(self._rngs[i])
-        self._waiting = self._waiting & ~mask
+
+    def _advance(self, actions, running):
+        rewards = np.zeros(self.num_envs, dtype=np.float32)
+        upcoming = iter(np.flatnonzero(running).tolist())  # shared by the threads: each takes the next member
+
+        def step_members(_):
+            for i in upcoming:
+                rewards[i] = self._kitchens[i].step(actions[i])
+
+        if self._pool is None:
+            step_members(0)
+        else:
+            list(self._pool.map(step_members, range(self._num_threads)))  # list: raise errors here
+        unstable, successes = self._flags()
+        return rewards, successes, unstable
+
+    def _flags(self):
+        """Return which kitchens diverged and which have nothing left to do, (E,) bool each."""
+        unstable = np.array([kitchen.unstable for kitchen in self._kitchens])
+        return unstable, np.array([not kitchen.remaining for kitchen in self._kitchens])
 
     def _observations(self):
         observed = np.stack([kitchen.observed for kitchen in self._kitchens])  # (E, 30)
@@ -570,16 +489,10 @@ class KitchenVectorEnv(VectorEnv):
         return np.concatenate([observed, goals], axis=1).astype(np.float32)
 
     def _infos(self, mask):
-        """Return Gymnasium's vector form of the infos of the members in mask (E,) bool."""
         infos = {}
         for i in np.flatnonzero(mask):
             infos = self._add_info(infos, self._kitchens[i].info(), i)
         return infos
-
-
-def num_cores():
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ------------------------------------------------------------------------------------------------------- demonstrations

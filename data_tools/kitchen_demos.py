@@ -39,8 +39,8 @@ from data_tools.kitchen import (
     Kitchen,
     compile_model,
     elements_complete,
-    num_cores,
 )
+from data_tools.vector import num_cores
 
 NUM_EPISODES = 603  # paper, section 4.1
 GENERATOR = "data_tools.kitchen_demos.collect"

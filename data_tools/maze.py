@@ -10,7 +10,6 @@ Shapes: E members of a vector environment, N point masses, B trajectories of a c
 """
 
 import itertools
-import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,13 +19,13 @@ import gymnasium
 import mujoco
 import numpy as np
 import tyro
-from gymnasium.utils import seeding
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode
 from mujoco.rollout import Rollout
 from numpy.lib.stride_tricks import sliding_window_view
 from tqdm import tqdm
 
 from data_tools.dataset import DataError, OfflineDataset, load_dataset
+from data_tools.vector import MemberVectorEnv, check_render_mode, checked_action
 
 START = (10, 24)  # an episode starts at q = START + U(-2, 2)^2
 GOAL = (18, 8)
@@ -169,20 +168,6 @@ class _Physics:
         self.rollout.close()
 
 
-def _checked_action(action, shape):
-    """Return the action(s) as a float64 array in [-1, 1]; ValueError if shape or values are wrong."""
-    message = f"expected finite numbers of shape {shape} in [-1, 1] as action"
-    try:
-        array = np.asarray(action, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{message}, got {type(action).__name__}: {error}") from error
-    if array.shape != shape:
-        raise ValueError(f"{message}, got shape {array.shape}")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{message}, got NaN or infinity")
-    return np.clip(array, -1.0, 1.0)
-
-
 # ------------------------------------------------------------------------------------------------------------ rendering
 
 PIXELS_PER_CELL = 12  # 504 x 504 frames
@@ -260,8 +245,7 @@ class MazeEnv(gymnasium.Env):
     action_space = ACTION_SPACE
 
     def __init__(self, max_episode_steps: int = MAX_EPISODE_STEPS, render_mode: str | None = None):
-        if render_mode not in (None, "rgb_array"):
-            raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
+        check_render_mode(render_mode)
         self.max_episode_steps = max_episode_steps
         self.render_mode = render_mode
         self._data = mujoco.MjData(_model())
@@ -280,7 +264,7 @@ class MazeEnv(gymnasium.Env):
 
     def step(self, action) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Apply one action for 0.01 s. Raises ValueError for an action of wrong shape or with NaN."""
-        action = _checked_action(action, (2,))
+        action = checked_action(action, (2,))
         data = self._data
         before = data.time, data.qpos.copy(), data.qvel.copy()
         data.qvel[:] = np.clip(data.qvel, -MAX_SPEED, MAX_SPEED)
@@ -306,13 +290,10 @@ class MazeEnv(gymnasium.Env):
         return np.concatenate([self._data.qpos, self._data.qvel]).astype(np.float32)
 
 
-class MazeVectorEnv(VectorEnv):
-    """E mazes stepped together; member i after `reset(seed=s)` equals MazeEnv after `reset(seed=s + i)`, bit for bit.
+class MazeVectorEnv(MemberVectorEnv):
+    """E mazes stepped together, each as MazeEnv, bit for bit: observations (E, 4) float32, actions (E, 2).
 
-    Spaces, rewards and flags as in MazeEnv, stacked: observations (E, 4) float32, actions (E, 2), rewards (E,) float32.
-    A member that ended is reset as Gymnasium's `autoreset_mode` says: by the next step (NEXT_STEP), by the same step
-    with `info["final_obs"]`, `info["final_info"]` (SAME_STEP), or never (DISABLED): then it stays frozen, with reward 0
-    and its flags True, until `reset(options={"reset_mask": mask})` with mask (E,) bool.
+    Resets, infos and states: see MemberVectorEnv.
     `num_threads` threads step the physics; 0, the default, is the calling one: a step takes 7 microseconds, and on two
     cores waking a pool made every E from 8 to 256 slower (64 members: 128,000 steps/s without it, 103,000 with two).
     """
@@ -328,169 +309,51 @@ class MazeVectorEnv(VectorEnv):
         num_threads: int | None = None,
     ):
         """Raises ValueError for arguments out of range."""
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
-        if render_mode not in (None, "rgb_array"):
-            raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
-        self.num_envs = num_envs
-        self.max_episode_steps = max_episode_steps
-        self.render_mode = render_mode
-        self.autoreset_mode = AutoresetMode(autoreset_mode)
-        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
-        self.single_observation_space = OBSERVATION_SPACE
-        self.single_action_space = ACTION_SPACE
-        self.observation_space = gymnasium.vector.utils.batch_space(OBSERVATION_SPACE, num_envs)
-        self.action_space = gymnasium.vector.utils.batch_space(ACTION_SPACE, num_envs)
+        super().__init__(OBSERVATION_SPACE, ACTION_SPACE, num_envs, max_episode_steps, render_mode, autoreset_mode)
         self._physics = _Physics(num_threads or 0)
-        self._rngs = None  # one generator per member, made by the first reset
         self._state = np.zeros((num_envs, 5))  # (time, q_x, q_y, v_x, v_y)
-        self._steps = np.zeros(num_envs, dtype=np.int64)
-        self._terminations = np.zeros(num_envs, dtype=bool)
-        self._truncations = np.zeros(num_envs, dtype=bool)
-        self._successes = np.zeros(num_envs, dtype=bool)
-        self._unstable = np.zeros(num_envs, dtype=bool)
-        self._waiting = np.zeros(num_envs, dtype=bool)  # the episode ended and the member was not reset yet
         self._trails = [[] for _ in range(num_envs)]
-
-    def reset(
-        self, *, seed: int | list[int | None] | None = None, options: dict | None = None
-    ) -> tuple[np.ndarray, dict]:
-        """Start new episodes, of all members or of those in `options["reset_mask"]` (E,) bool.
-
-        A seed s gives member i the seed s + i; without a seed each member continues its own random stream.
-        """
-        if seed is None or isinstance(seed, int | np.integer):
-            seeds = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
-        else:
-            seeds = list(seed)
-        if len(seeds) != self.num_envs:
-            raise ValueError(f"expected one seed per member ({self.num_envs}), got {len(seeds)}")
-        mask = np.ones(self.num_envs, dtype=bool)
-        if options is not None and "reset_mask" in options:
-            mask = np.asarray(options["reset_mask"])
-            if mask.shape != (self.num_envs,) or mask.dtype != bool or not mask.any():
-                raise ValueError(
-                    f"reset_mask must be boolean with shape ({self.num_envs},) and at least one True, got {mask!r}"
-                )
-        if self._rngs is None and not mask.all():
-            raise gymnasium.error.ResetNeeded("the first reset must start all members, without reset_mask")
-        if self._rngs is None:
-            self._rngs = [None] * self.num_envs
-        for i in np.flatnonzero(mask):
-            if self._rngs[i] is None or seeds[i] is not None:
-                self._rngs[i] = seeding.np_random(seeds[i])[0]
-        self._start_episodes(mask)
-        return self._observations(), self._infos(mask)
-
-    def step(self, actions) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
-        """Apply one action (E, 2) per member for 0.01 s. Raises ValueError for a wrong shape or NaN."""
-        if self._rngs is None:
-            raise gymnasium.error.ResetNeeded("call reset() before step()")
-        actions = _checked_action(actions, (self.num_envs, 2))
-        running = ~self._waiting
-        after = self._physics.step(self._state, actions)
-        unstable = running & ~np.isfinite(after).all(axis=1)
-        self._state = np.where((running & ~unstable)[:, None], after, self._state)
-        self._steps += running
-        offset = self._state[:, 1:3] - GOAL
-        successes = running & ~unstable & (np.hypot(offset[:, 0], offset[:, 1]) <= GOAL_RADIUS)
-        rewards = np.where(successes, np.float32(GOAL_REWARD), np.float32(0.0))
-        # A member that waits keeps its flags (DISABLED) or is reset below (NEXT_STEP).
-        self._successes = np.where(running, successes, self._successes)
-        self._unstable = np.where(running, unstable, self._unstable)
-        self._terminations = np.where(running, successes | unstable, self._terminations)
-        self._truncations = np.where(running, self._steps >= self.max_episode_steps, self._truncations)
-        if self.render_mode is not None:
-            for i in np.flatnonzero(running):
-                self._trails[i].append(self._state[i, 1:3].copy())
-
-        if self.autoreset_mode == AutoresetMode.NEXT_STEP:
-            self._start_episodes(self._waiting)
-        done = self._terminations | self._truncations
-        terminations, truncations = self._terminations.copy(), self._truncations.copy()
-        everyone = np.ones(self.num_envs, dtype=bool)
-        infos = {}
-        self._waiting = done
-        if self.autoreset_mode == AutoresetMode.SAME_STEP and done.any():
-            final_obs = np.full(self.num_envs, None, dtype=object)
-            observations = self._observations()
-            for i in np.flatnonzero(done):
-                final_obs[i] = observations[i]
-            infos = {"final_obs": final_obs, "_final_obs": done.copy()}
-            infos |= {"final_info": self._infos(done), "_final_info": done.copy()}
-            self._start_episodes(done)
-        return self._observations(), rewards, terminations, truncations, infos | self._infos(everyone)
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """Return one frame (504, 504, 3) uint8 per member, or None without a render mode."""
         return None if self.render_mode is None else tuple(_draw_frame(trail) for trail in self._trails)
 
-    def get_state(self) -> dict[str, list]:
-        """Return all that the future depends on, as nested lists of plain values (`torch.load(weights_only=True)`).
+    def close_extras(self, **kwargs):
+        """Stop the threads."""
+        self._physics.close()
 
-        physics: E rows (time, q_x, q_y, v_x, v_y); rng: one JSON string per member (its integers exceed 64 bits).
-        """
-        if self._rngs is None:
-            raise gymnasium.error.ResetNeeded("call reset() before get_state()")
-        return {
-            "physics": self._state.tolist(),
-            "steps": self._steps.tolist(),
-            "terminations": self._terminations.tolist(),
-            "truncations": self._truncations.tolist(),
-            "successes": self._successes.tolist(),
-            "unstable": self._unstable.tolist(),
-            "waiting": self._waiting.tolist(),
-            "rng": [json.dumps(rng.bit_generator.state) for rng in self._rngs],
-        }
+    def _begin(self, members):
+        start = np.zeros((len(members), 5))
+        start[:, 1:3] = [START + self._rngs[i].uniform(-2.0, 2.0, 2) for i in members]
+        self._state[members] = self._physics.step(start, np.zeros((len(members), 2)))
+        for i in members:
+            self._trails[i] = [self._state[i, 1:3].copy()]
 
-    def set_state(self, state: dict[str, list]) -> np.ndarray:
-        """Continue exactly where `get_state` was called; return the observations (E, 4) of that moment."""
-        physics = np.array(state["physics"], dtype=np.float64)
+    def _advance(self, actions, running):
+        after = self._physics.step(self._state, actions)
+        unstable = running & ~np.isfinite(after).all(axis=1)
+        self._state = np.where((running & ~unstable)[:, None], after, self._state)
+        offset = self._state[:, 1:3] - GOAL
+        successes = running & ~unstable & (np.hypot(offset[:, 0], offset[:, 1]) <= GOAL_RADIUS)
+        if self.render_mode is not None:
+            for i in np.flatnonzero(running):
+                self._trails[i].append(self._state[i, 1:3].copy())
+        return np.where(successes, np.float32(GOAL_REWARD), np.float32(0.0)), successes, unstable
+
+    def _observations(self):
+        return self._state[:, 1:].astype(np.float32)  # (E, 4)
+
+    def _get_physics(self):
+        return self._state.tolist()
+
+    def _set_physics(self, state):
+        physics = np.array(state, dtype=np.float64)
         if physics.shape != (self.num_envs, 5):
             raise ValueError(f"the state is that of {len(physics)} members, this environment has {self.num_envs}")
         if not np.isfinite(physics).all():
             raise ValueError("the physics of the state contain NaN or infinity")
         self._state = physics
-        self._steps = np.array(state["steps"], dtype=np.int64)
-        self._terminations = np.array(state["terminations"], dtype=bool)
-        self._truncations = np.array(state["truncations"], dtype=bool)
-        self._successes = np.array(state["successes"], dtype=bool)
-        self._unstable = np.array(state["unstable"], dtype=bool)
-        self._waiting = np.array(state["waiting"], dtype=bool)
-        self._rngs = [seeding.np_random(0)[0] for _ in range(self.num_envs)]
-        for rng, saved in zip(self._rngs, state["rng"], strict=True):
-            rng.bit_generator.state = json.loads(saved)
         self._trails = [[position.copy()] for position in self._state[:, 1:3]]
-        return self._observations()
-
-    def close_extras(self, **kwargs):
-        """Stop the threads."""
-        self._physics.close()
-
-    def _start_episodes(self, mask):
-        """Reset the members in mask (E,) bool, as MazeEnv.reset does."""
-        members = np.flatnonzero(mask)
-        if len(members) == 0:
-            return
-        start = np.zeros((len(members), 5))
-        start[:, 1:3] = [START + self._rngs[i].uniform(-2.0, 2.0, 2) for i in members]
-        self._state[members] = self._physics.step(start, np.zeros((len(members), 2)))
-        self._steps[members] = 0
-        for flags in (self._terminations, self._truncations, self._successes, self._unstable, self._waiting):
-            flags[members] = False
-        for i in members:
-            self._trails[i] = [self._state[i, 1:3].copy()]
-
-    def _observations(self):
-        return self._state[:, 1:].astype(np.float32)  # (E, 4)
-
-    def _infos(self, mask):
-        """Return Gymnasium's vector form of the members' infos: values (E,), and under `_key` whose values count."""
-        infos = {}
-        for key, values in (("is_success", self._successes), ("unstable", self._unstable)):
-            infos[key] = values & mask
-            infos[f"_{key}"] = mask.copy()
-        return infos
 
 
 # --------------------------------------------------------------------------------------------------------- offline data
