@@ -1,6 +1,5 @@
-"""The maze against its specification: printed grid, equations of motion, Gymnasium's own vector environment."""
+"""The maze against its specification: printed grid, equations of motion, its offline data."""
 
-import io
 import os
 import subprocess
 import sys
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import data_tools
 from data_tools import maze
@@ -237,37 +235,6 @@ def test_registration_and_env_checker():
     assert flags == [[False] * 2, [False] * 2, [True] * 2]
 
 
-@pytest.mark.parametrize("action", [[0.0, np.nan], [0.0, np.inf], [0.0], 0.0, "left", [[0.0, 0.0]], None])
-def test_bad_actions(action):
-    env = MazeEnv()
-    env.reset(seed=0)
-    with pytest.raises(ValueError, match="expected finite numbers of shape \\(2,\\)"):
-        env.step(action)
-    vector_env = MazeVectorEnv(3)
-    vector_env.reset(seed=0)
-    with pytest.raises(ValueError, match="expected finite numbers of shape \\(3, 2\\)"):
-        vector_env.step([action] * 3 if action != [[0.0, 0.0]] else np.zeros((2, 2)))
-
-
-def test_bad_arguments():
-    for make in (MazeEnv, MazeVectorEnv):
-        with pytest.raises(ValueError, match="render_mode"):
-            make(render_mode="human")
-    with pytest.raises(ValueError, match="num_envs"):
-        MazeVectorEnv(0)
-    env = MazeVectorEnv(2)
-    with pytest.raises(gymnasium.error.ResetNeeded):
-        env.step(np.zeros((2, 2)))
-    with pytest.raises(gymnasium.error.ResetNeeded):
-        env.reset(options={"reset_mask": np.array([True, False])})
-    with pytest.raises(ValueError, match="seed"):
-        env.reset(seed=[1, 2, 3])
-    env.reset(seed=0)
-    for mask in (np.zeros(2, bool), np.ones(3, bool), np.ones(2)):
-        with pytest.raises(ValueError, match="reset_mask"):
-            env.reset(options={"reset_mask": mask})
-
-
 def test_diverged_physics_end_the_episode(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # MuJoCo may write its warnings to a file here
     env = MazeEnv()
@@ -306,65 +273,6 @@ def test_diverged_physics_end_the_episode(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------- vector environment
 
 
-def assert_same(left, right):
-    """Compare what step or reset returned, infos included, bit for bit."""
-    if isinstance(left, dict):
-        assert set(left) == set(right)
-        for key in left:
-            assert_same(left[key], right[key])
-    elif isinstance(left, tuple):
-        assert len(left) == len(right)
-        for a, b in zip(left, right, strict=True):
-            assert_same(a, b)
-    elif left is not None and np.asarray(left).dtype == object:
-        for a, b in zip(left, right, strict=True):
-            assert_same(a, b)
-    else:
-        assert np.array_equal(left, right), (left, right)
-
-
-def near_goal(envs, members):
-    """Put some members 2.3 cells from the goal, moving towards it, so that they arrive after about 6 steps."""
-    vector_env, reference = envs
-    for i in members:
-        vector_env._state[i, 1:] = (GOAL[0], GOAL[1] - 2.3, 0.0, 5.0)
-        place(reference.envs[i].unwrapped, (GOAL[0], GOAL[1] - 2.3), (0.0, 5.0))
-
-
-@pytest.mark.parametrize("mode", list(AutoresetMode))
-def test_vector_env_equals_gymnasiums_vector_of_single_envs(mode):
-    # Terminations (two members), truncations (all, every 150 steps), resets and infos, with later unseeded resets.
-    num_envs = 5
-    vector_env = MazeVectorEnv(num_envs, max_episode_steps=150, autoreset_mode=mode)
-    reference = SyncVectorEnv([lambda: MazeEnv(max_episode_steps=150)] * num_envs, autoreset_mode=mode)
-    assert vector_env.metadata["autoreset_mode"] is mode
-    assert vector_env.observation_space == reference.observation_space
-    assert vector_env.action_space == reference.action_space
-    assert_same(vector_env.reset(seed=7), reference.reset(seed=7))
-    rng = np.random.default_rng(0)
-    ended = 0
-    for step in range(700):
-        if step % 220 == 40:
-            near_goal((vector_env, reference), (1, 3))
-        actions = rng.uniform(-1.2, 1.2, (num_envs, 2)).astype(np.float32)
-        if step % 3:
-            actions[:, 1] = np.sign(actions[:, 1])
-        actions = np.clip(actions, -1, 1)
-        result = vector_env.step(actions)
-        assert_same(result, reference.step(actions))
-        assert result[0].dtype == result[1].dtype == np.float32
-        assert all(result[i].dtype == bool for i in (2, 3))
-        done = result[2] | result[3]
-        ended += done.sum()
-        if mode == AutoresetMode.DISABLED and done.any():
-            reset = vector_env.reset(options={"reset_mask": done})
-            # Gymnasium takes the mask out of the options, hence a dictionary of its own.
-            assert_same(reset, reference.reset(options={"reset_mask": done.copy()}))
-    assert ended > 20
-    assert_same(vector_env.reset(), reference.reset())
-    assert_same(vector_env.reset(seed=[3, None, 4, 5, 6]), reference.reset(seed=[3, None, 4, 5, 6]))
-
-
 def test_member_equals_the_single_env_through_walls():
     # Driven into walls most of the time: contact forces must not depend on the step before (no solver warm start).
     vector_env = MazeVectorEnv(3, num_threads=2)
@@ -377,67 +285,6 @@ def test_member_equals_the_single_env_through_walls():
             actions = np.sign(rng.uniform(-1, 1, (3, 2)))
         obs = vector_env.step(actions)[0]
         assert np.array_equal(obs, [env.step(a)[0] for env, a in zip(singles, actions, strict=True)])
-
-
-@pytest.mark.parametrize("num_threads", [1, 2, 3])
-def test_threads_do_not_change_the_result(num_threads):
-    plain, threaded = MazeVectorEnv(16), MazeVectorEnv(16, num_threads=num_threads)
-    assert_same(plain.reset(seed=0), threaded.reset(seed=0))
-    rng = np.random.default_rng(1)
-    for _ in range(200):
-        actions = np.sign(rng.normal(0.5, 1.0, (16, 2)))
-        assert_same(plain.step(actions), threaded.step(actions))
-    threaded.close()
-
-
-def test_disabled_autoreset_freezes_finished_members():
-    env = MazeVectorEnv(3, autoreset_mode=AutoresetMode.DISABLED)
-    env.reset(seed=0)
-    env._state[1, 1:] = (GOAL[0], GOAL[1] - 1.9, 0.0, 0.0)
-    obs, rewards, terminations, _, infos = env.step(np.zeros((3, 2)))
-    assert rewards.tolist() == [0, 100, 0] and terminations.tolist() == [False, True, False]
-    for _ in range(5):
-        later, rewards, terminations, truncations, infos = env.step(np.ones((3, 2)))
-        assert np.array_equal(later[1], obs[1]) and not np.array_equal(later[0], obs[0])
-        assert rewards.tolist() == [0, 0, 0]
-        assert terminations.tolist() == infos["is_success"].tolist() == [False, True, False]
-        assert not truncations.any()
-    after, _ = env.reset(options={"reset_mask": np.array([False, True, False])})
-    assert np.array_equal(after[[0, 2]], later[[0, 2]])
-    assert np.abs(after[1, :2] - START).max() < 2.1
-    assert not env.step(np.zeros((3, 2)))[2].any()
-
-
-@pytest.mark.parametrize("mode", list(AutoresetMode))
-def test_state_round_trip_continues_exactly(mode):
-    def run(env, first, last):
-        results = []
-        for step in range(first, last):
-            actions = np.random.default_rng(step).uniform(-1, 1, (4, 2))
-            results.append(env.step(actions))
-            done = results[-1][2] | results[-1][3]
-            if mode == AutoresetMode.DISABLED and step % 7 == 0 and done.any():
-                results.append(env.reset(options={"reset_mask": done}))
-        return results
-
-    env = MazeVectorEnv(4, max_episode_steps=20, autoreset_mode=mode)
-    env.reset(seed=3)
-    for cut in (12, 20, 21):  # in an episode, at its end, after it
-        last_obs = run(env, 0, cut)[-1][0]
-        file = io.BytesIO()
-        torch.save(env.get_state(), file)
-        expected = run(env, cut, cut + 90)
-        file.seek(0)
-        other = MazeVectorEnv(4, max_episode_steps=20, autoreset_mode=mode)
-        assert np.array_equal(other.set_state(torch.load(file, weights_only=True)), last_obs)
-        for left, right in zip(expected, run(other, cut, cut + 90), strict=True):
-            assert_same(left, right)
-    with pytest.raises(ValueError, match="4 members"):
-        MazeVectorEnv(2).set_state(env.get_state())
-    with pytest.raises(ValueError, match="NaN"):
-        env.set_state({**env.get_state(), "physics": np.full((4, 5), np.nan)})
-    with pytest.raises(gymnasium.error.ResetNeeded):
-        MazeVectorEnv(2).get_state()
 
 
 # ------------------------------------------------------------------------------------------------------------ rendering

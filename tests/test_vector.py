@@ -1,0 +1,234 @@
+"""What the three vector environments share, on each of them: Gymnasium's rules, single environments, states."""
+
+import io
+from collections.abc import Callable
+from typing import NamedTuple
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from test_calvin import put
+from test_kitchen import place as place_elements
+from test_maze import place as place_mass
+
+from data_tools.calvin import CalvinEnv, CalvinVectorEnv
+from data_tools.kitchen import SUBTASKS, KitchenEnv, KitchenVectorEnv
+from data_tools.maze import GOAL, MazeEnv, MazeVectorEnv
+
+# ------------------------------------------------------------------------------------- how each task is nearly solved
+
+
+def solve_maze(env, member, partly=False):
+    """Put the mass 1.9 cells from the goal or, partly, 2.3 cells from it and on its way: it arrives after 6 steps."""
+    position, velocity = ((GOAL[0], GOAL[1] - 2.3), (0.0, 5.0)) if partly else ((GOAL[0], GOAL[1] - 1.9), (0.0, 0.0))
+    if isinstance(env, MazeEnv):
+        place_mass(env, position, velocity)
+    else:
+        env._state[member, 1:] = (*position, *velocity)
+
+
+def solve_kitchen(env, member, partly=False):
+    """Complete the sub-tasks or, partly, the first and the last."""
+    simulation = env._kitchen if isinstance(env, KitchenEnv) else env._kitchens[member]
+    place_elements(simulation, *(("microwave", "light_switch") if partly else SUBTASKS["kitchen"]))
+
+
+def solve_calvin(env, member, partly=False):
+    """Complete the sub-tasks, which count one by one, or, partly, the first."""
+    if partly:
+        put(env, drawer=0.2, member=member)
+    else:
+        put(env, slide=0.2, drawer=0.2, switch=0.07, member=member)
+        (env._envs if isinstance(env, CalvinEnv) else env)._physics.led[member] = True
+
+
+class Task(NamedTuple):
+    single: type
+    vector: type
+    action_dim: int
+    solve: Callable  # (environment, member, partly): by hand
+    drift: tuple  # added to random actions: into walls, counters, table and blocks
+    start_width: float  # of the observations at the start of an episode
+    steps: int  # of the longest comparison, in which episodes have a twelfth of them
+
+
+TASKS = {
+    "maze": Task(MazeEnv, MazeVectorEnv, 2, solve_maze, (0, 0.6), 4.3, 360),
+    "kitchen": Task(KitchenEnv, KitchenVectorEnv, 9, solve_kitchen, (0, 0.6, 0, 0, 0, 0, 0, 0, 0), 0.03, 60),
+    "calvin": Task(CalvinEnv, CalvinVectorEnv, 7, solve_calvin, (0, 0.3, -0.5, 0, 0, 0, 0), 1e-3, 120),
+}
+
+
+@pytest.fixture(params=TASKS)
+def task(request):
+    return TASKS[request.param]
+
+
+def random_actions(task, num_envs, step):
+    """Actions (E, A) that keep their direction for twelve steps; only those of the maze would go on for ever."""
+    phase = np.random.default_rng(step // 12).uniform(-1, 1, (num_envs, task.action_dim)) + task.drift
+    noise = np.random.default_rng(step).normal(0, 0.2, phase.shape)
+    return np.clip(phase + noise, -1, 1).astype(np.float32)
+
+
+def assert_same(left, right):
+    """Compare what step or reset returned, infos included, bit for bit."""
+    if isinstance(left, dict):
+        assert set(left) == set(right)
+        for key in left:
+            assert_same(left[key], right[key])
+    elif isinstance(left, tuple):
+        assert len(left) == len(right)
+        for a, b in zip(left, right, strict=True):
+            assert_same(a, b)
+    elif left is not None and np.asarray(left).dtype == object:
+        for a, b in zip(left, right, strict=True):
+            assert_same(a, b)
+    else:
+        assert np.array_equal(left, right), (left, right)
+
+
+# --------------------------------------------------------------------------------------------------------------- rules
+
+
+@pytest.mark.parametrize("action", ["nan", "inf", "short", 0.0, "left", "nested", None])
+def test_bad_actions(task, action):
+    single, envs, A = task.single(), task.vector(3), task.action_dim
+    single.reset(seed=0)
+    envs.reset(seed=0)
+    special = {"nan": [0.0] * (A - 1) + [np.nan], "inf": [np.inf] * A, "short": [0.0] * (A - 1), "nested": [[0.0] * A]}
+    action = special.get(action, action)
+    with pytest.raises(ValueError, match=f"expected finite numbers of shape \\({A},\\)"):
+        single.step(action)
+    with pytest.raises(ValueError, match=f"expected finite numbers of shape \\(3, {A}\\)"):
+        envs.step([action] * 3 if action != special["nested"] else np.zeros((2, A)))
+
+
+def test_bad_arguments(task):
+    for make in (task.single, task.vector):
+        with pytest.raises(ValueError, match="render_mode"):
+            make(render_mode="human")
+    with pytest.raises(ValueError, match="num_envs"):
+        task.vector(0)
+    envs = task.vector(2)
+    for too_early in (
+        lambda: envs.step(np.zeros((2, task.action_dim))),
+        lambda: envs.reset(options={"reset_mask": np.array([True, False])}),
+        envs.get_state,
+    ):
+        with pytest.raises(gymnasium.error.ResetNeeded):
+            too_early()
+    with pytest.raises(ValueError, match="seed"):
+        envs.reset(seed=[1, 2, 3])
+    envs.reset(seed=0)
+    for mask in (np.zeros(2, bool), np.ones(3, bool), np.ones(2)):
+        with pytest.raises(ValueError, match="reset_mask"):
+            envs.reset(options={"reset_mask": mask})
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_equals_gymnasiums_vector_of_single_envs(task, mode):
+    # Terminations (two members), truncations (all), resets and infos, with later unseeded resets.
+    num_envs, limit = 4, task.steps // 12 + 5
+    envs = task.vector(num_envs, max_episode_steps=limit, autoreset_mode=mode, num_threads=2)
+    reference = SyncVectorEnv([lambda: task.single(max_episode_steps=limit)] * num_envs, autoreset_mode=mode)
+    assert envs.metadata["autoreset_mode"] is mode
+    assert envs.observation_space == reference.observation_space
+    assert envs.action_space == reference.action_space
+    assert_same(envs.reset(seed=7), reference.reset(seed=7))
+    ended = []
+    for step in range(task.steps):
+        if step in (2, task.steps // 2):
+            for i in (1, 3):
+                for env, member in ((envs, i), (reference.envs[i].unwrapped, 0)):
+                    task.solve(env, member, partly=i == 3)
+        actions = random_actions(task, num_envs, step)
+        result = envs.step(actions)
+        assert_same(result, reference.step(actions))
+        assert result[0].dtype == result[1].dtype == np.float32
+        assert all(result[i].dtype == bool for i in (2, 3))
+        done = result[2] | result[3]
+        ended.append((result[2].sum(), result[3].sum()))
+        if mode == AutoresetMode.DISABLED and done.any():
+            reset = envs.reset(options={"reset_mask": done})
+            # Gymnasium takes the mask out of the options, hence a dictionary of its own.
+            assert_same(reset, reference.reset(options={"reset_mask": done.copy()}))
+    assert (np.sum(ended, axis=0) >= (1, 8)).all()
+    assert_same(envs.reset(), reference.reset())
+    assert_same(envs.reset(seed=[3, None, 4, 5]), reference.reset(seed=[3, None, 4, 5]))
+    envs.close()
+
+
+@pytest.mark.parametrize("num_threads", [2, 3])
+def test_threads_do_not_change_the_result(task, num_threads):
+    plain, threaded = task.vector(9, num_threads=1), task.vector(9, num_threads=num_threads)
+    assert_same(plain.reset(seed=0), threaded.reset(seed=0))
+    for step in range(task.steps // 2):
+        actions = random_actions(task, 9, step)
+        assert_same(plain.step(actions), threaded.step(actions))
+    threaded.close()
+
+
+def test_disabled_autoreset_freezes_finished_members(task):
+    envs = task.vector(3, autoreset_mode=AutoresetMode.DISABLED)
+    first, _ = envs.reset(seed=0)
+    task.solve(envs, 1)
+    actions, total = np.full((3, task.action_dim), 0.2), np.zeros(3)
+    for _ in range(4):  # CALVIN's sub-tasks count one by one
+        obs, rewards, terminations, _, infos = envs.step(actions)
+        total += rewards
+    assert total[1] > 0 and total[[0, 2]].tolist() == [0, 0] and terminations.tolist() == [False, True, False]
+    for _ in range(3):
+        later, rewards, terminations, truncations, infos = envs.step(actions)
+        assert np.array_equal(later[1], obs[1]) and not np.array_equal(later[0], obs[0])
+        assert rewards.tolist() == [0, 0, 0]
+        assert terminations.tolist() == infos["is_success"].tolist() == [False, True, False]
+        assert infos.get("num_subtasks", np.array([0, 4, 0])).tolist() == [0, 4, 0]
+        assert not truncations.any()
+    after, infos = envs.reset(options={"reset_mask": np.array([False, True, False])})
+    assert np.array_equal(after[[0, 2]], later[[0, 2]])
+    assert np.abs(after[1] - first[1]).max() < task.start_width
+    assert infos["_is_success"].tolist() == [False, True, False] and not infos["is_success"].any()
+    assert not envs.step(actions)[2].any()
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_state_round_trip_continues_exactly(task, mode):
+    def run(envs, first, last):
+        results = []
+        for step in range(first, last):
+            results.append(envs.step(random_actions(task, 3, step)))
+            if step == 5:
+                task.solve(envs, 2, partly=True)
+            done = results[-1][2] | results[-1][3]
+            if mode == AutoresetMode.DISABLED and step % 7 == 0 and done.any():
+                results.append(envs.reset(options={"reset_mask": done}))
+        return results
+
+    envs = task.vector(3, max_episode_steps=20, autoreset_mode=mode)
+    envs.reset(seed=3)
+    for cut in (12, 20, 21):  # in an episode, at its end, after it
+        last_obs = run(envs, 0, cut)[-1][0]
+        file = io.BytesIO()
+        torch.save(envs.get_state(), file)
+        expected = run(envs, cut, cut + 30)
+        file.seek(0)
+        other = task.vector(3, max_episode_steps=20, autoreset_mode=mode, num_threads=2)
+        assert np.array_equal(other.set_state(torch.load(file, weights_only=True)), last_obs)
+        for left, right in zip(expected, run(other, cut, cut + 30), strict=True):
+            assert_same(left, right)
+        envs.reset(seed=3)
+
+
+def test_states_are_checked(task):
+    envs = task.vector(3)
+    envs.reset(seed=0)
+    state = envs.get_state()
+    with pytest.raises(ValueError, match="3 members"):
+        task.vector(2).set_state(state)
+    physics = state["kitchens"][1]["physics"] if "kitchens" in state else state["physics"][1]
+    physics[3] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        envs.set_state(state)
