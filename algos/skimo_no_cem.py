@@ -126,7 +126,7 @@ TASK_DEFAULTS = {
     ),
     "kitchen": dict(pretrain_updates=10_000, pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=1e-3),
     "calvin": dict(
-        hidden_dim=256, num_skills=1, pretrain_skills=1, bc_chunks=1, pretrain_batch_size=256, kl_coef=3e-3, alpha=0.1,
+        hidden_dim=256, num_skills=1, pretrain_skills=1, bc_chunks=1, pretrain_batch_size=256, kl_coef=1e-2, alpha=0.1,
         reward_scale=0.01, total_timesteps=2_000_000,
     ),
 }  # fmt: skip
