@@ -113,9 +113,9 @@ class _InverseKinematics:
     PULL = 0.001
     TOLERANCE = 1e-4  # m; an update that starts closer than this is the last
 
-    def __init__(self, num_envs, num_threads):
-        model = arm_model()
-        self.batch = Batch(model, num_envs, num_threads)
+    def __init__(self, num_envs):
+        # One thread: an arm takes 2 microseconds, waking a second thread up to 100.
+        self.batch = Batch(arm_model(), num_envs, 1)
         self.qpos = self.batch.bind("qpos")  # (E, 9), the fingers stay at 0
         self.tool = self.batch.bind("site_xpos")[:, 0]  # (E, 3)
         self.tool_matrix = self.batch.bind("site_xmat").reshape(num_envs, 3, 3)
@@ -190,7 +190,7 @@ class _Physics:
         self.dense_mass = np.empty((num_envs, 9, 9))  # that of the robot
         self.tool = self.batch.bind("site_xpos")[:, model.site("tcp").id]  # (E, 3)
         self.tool_matrix = self.batch.bind("site_xmat")[:, model.site("tcp").id].reshape(num_envs, 3, 3)
-        self.kinematics = _InverseKinematics(num_envs, num_threads)
+        self.kinematics = _InverseKinematics(num_envs)
 
         self.tool_position = np.zeros((num_envs, 3))  # as observed
         self.tool_angles = np.zeros((num_envs, 3))

@@ -153,7 +153,7 @@ def test_forward_kinematics_of_the_models():
     position, matrix, jacobian = forward_kinematics(HOME)
     assert np.allclose(position, (0.02587, -0.23131, 0.57128), atol=1e-5)
     assert np.allclose(calvin.euler_angles(matrix[None])[0], (3.09045, -0.02909, 1.50014), atol=1e-5)
-    solver = calvin._InverseKinematics(1, 1)
+    solver = calvin._InverseKinematics(1)
     solver._linearise(HOME[None], position[None], matrix[None])
     assert np.allclose(solver.jacobian[0].T, jacobian, atol=1e-8)
     assert np.allclose(solver.error, 0, atol=1e-7)
@@ -170,7 +170,7 @@ def test_inverse_kinematics_equals_bullets(dataset):
     position = np.array([pose[0] for pose in poses]) + rng.uniform(-0.03, 0.03, (len(joints), 3))
     angles = calvin.euler_angles(np.array([pose[1] for pose in poses])) + rng.uniform(-0.08, 0.08, (len(joints), 3))
     position[0], angles[0] = poses[0][0], calvin.euler_angles(poses[0][1][None])[0]  # home stays home
-    ours = calvin._InverseKinematics(len(joints), 1).solve(joints, position, angles)
+    ours = calvin._InverseKinematics(len(joints)).solve(joints, position, angles)
     plain = [plain_inverse_kinematics(*row) for row in zip(joints, position, calvin.rotation_matrix(angles))]
     error = np.abs(ours - plain)
     assert error.max() < 0.011 and error.mean() < 0.0016
