@@ -228,9 +228,12 @@ class StateEncoder(nn.Module):
     def scaled(self, obs):  # what the decoder reconstructs
         return obs * self.scale + self.shift  # (..., O)
 
-    def forward(self, obs):
+    def features(self, obs):
         phase = (obs[..., : len(self.frequency), None] * self.frequency).flatten(-2)  # (..., P * F)
-        return self.net(torch.cat([self.scaled(obs), phase.sin(), phase.cos()], -1))  # (..., d)
+        return torch.cat([self.scaled(obs), phase.sin(), phase.cos()], -1)  # (..., O + 2 * P * F)
+
+    def forward(self, obs):
+        return self.net(self.features(obs))  # (..., d)
 
 
 class WorldModel(nn.Module):

@@ -8,9 +8,10 @@ skills, with the KL to the prior in place of the entropy, as in SPiRL. It shows 
 
 Differs from skimo.py in: Args, TASK_DEFAULTS, check_args, Critic, model_loss, critic_loss, policy_loss, plan, Planner,
     act, evaluate, Learner, train
-No planner, no loss on dynamics and reward, windows of one skill downstream. Critics see the scaled observation, not the
-latent state; the prior KL is a cost in their target; the policy loss trains the state encoder as well. The networks are
-SkiMo's so that its pre-trained models fit; D, R and Q of WorldModel lie idle in RL.
+No planner, no loss on dynamics and reward, windows of one skill downstream. Critics see the state encoder's inputs, not
+the latent state (the release's see no sines and cosines: so did ours, and fell from the prior's .25 to 0 in the maze).
+The prior KL is a cost in their target; the policy loss trains the state encoder as well. The networks are SkiMo's so
+that its pre-trained models fit; D, R and Q of WorldModel lie idle in RL.
 Paper: benchmarks/paper_curves.csv, "SkiMo+SAC": a fraction of SkiMo's success on every task.
 
 1. Pre-training: encode chunks of H actions as skills z ~ q; loss = behavioural cloning + KL(q || N(0,1)) (eq. 3)
@@ -207,9 +208,12 @@ class StateEncoder(nn.Module):
     def scaled(self, obs):  # what the decoder reconstructs
         return obs * self.scale + self.shift  # (..., O)
 
-    def forward(self, obs):
+    def features(self, obs):
         phase = (obs[..., : len(self.frequency), None] * self.frequency).flatten(-2)  # (..., P * F)
-        return self.net(torch.cat([self.scaled(obs), phase.sin(), phase.cos()], -1))  # (..., d)
+        return torch.cat([self.scaled(obs), phase.sin(), phase.cos()], -1)  # (..., O + 2 * P * F)
+
+    def forward(self, obs):
+        return self.net(self.features(obs))  # (..., d)
 
 
 class WorldModel(nn.Module):
@@ -265,15 +269,15 @@ class SkillModel(nn.Module):
 
 
 class Critic(nn.Module):
-    """Q_1(s, z) and Q_2(s, z): scaled observations (..., O) and skills (..., Z) -> 2 x (...)."""
+    """Q_1(s, z) and Q_2(s, z): features of observations (..., F) and skills (..., Z) -> 2 x (...)."""
 
-    def __init__(self, obs_dim: int, args: Args):
+    def __init__(self, num_features: int, args: Args):
         super().__init__()
-        sizes = obs_dim + args.skill_dim, args.hidden_dim
+        sizes = num_features + args.skill_dim, args.hidden_dim
         self.qf1, self.qf2 = scalar_head(*sizes), scalar_head(*sizes)
 
-    def forward(self, obs, z):
-        sz = torch.cat([obs, z], -1)
+    def forward(self, features, z):
+        sz = torch.cat([features, z], -1)
         return self.qf1(sz).squeeze(-1), self.qf2(sz).squeeze(-1)
 
 
@@ -339,10 +343,10 @@ def critic_loss(
     with torch.no_grad():
         policy = tanh_normal(task_policy(encoder(next_obs)))  # 2 x (B, 1, Z)
         prior = tanh_normal(skill_prior(prior_encoder(next_obs)))  # 2 x (B, 1, Z)
-        next_value = torch.min(*target(encoder.scaled(next_obs), sample(policy)))  # (B, 1)
+        next_value = torch.min(*target(encoder.features(next_obs), sample(policy)))  # (B, 1)
         next_value = next_value - alpha * kl_divergence(policy, prior).clamp(-100, 100)
         td_target = rewards + (1 - dones) * args.gamma * next_value  # (B, 1)
-    q1, q2 = critic(encoder.scaled(obs), z)  # (B, 1)
+    q1, q2 = critic(encoder.features(obs), z)  # (B, 1)
     # Twice: SkiMo's errors on imagined and on encoded states are the same one where a window has but one skill.
     value_error = 2 * ((q1 - td_target).square() + (q2 - td_target).square())  # (B, 1)
     loss = args.value_coef * value_error.clamp(max=1e5).mean()
@@ -357,7 +361,7 @@ def policy_loss(critic, encoder, task_policy, prior_encoder, skill_prior, obs, a
     Returns the loss and metrics; metrics["prior_kl"] is the mean KL in nats.
     """
     policy = tanh_normal(task_policy(encoder(obs)))  # 2 x (B, 1, Z)
-    q_value = torch.min(*critic(encoder.scaled(obs), sample(policy)))  # (B, 1)
+    q_value = torch.min(*critic(encoder.features(obs), sample(policy)))  # (B, 1)
     with torch.no_grad():
         prior = tanh_normal(skill_prior(prior_encoder(obs)))  # 2 x (B, 1, Z)
     prior_kl = kl_divergence(policy, prior).clamp(-100, 100)  # (B, 1)
@@ -598,7 +602,7 @@ class Learner(nn.Module):
         self.args, self.num_updates = args, 0
         self.encoder, self.skills, self.skill_prior = networks["model"].encoder, networks["skills"], networks["prior"]
         self.device = self.encoder.scale.device
-        self.critic = Critic(len(self.encoder.scale), args).to(self.device)
+        self.critic = Critic(self.encoder.net[0].in_features, args).to(self.device)
         self.task_policy, self.target = copy.deepcopy(self.skill_prior), copy.deepcopy(self.critic)
         self.prior_encoder = copy.deepcopy(self.encoder)  # the frozen prior keeps the E that it was trained with
         for frozen in (self.skills, self.skill_prior, self.prior_encoder, self.target):

@@ -72,14 +72,19 @@ def np_scaled(obs, maze=True):
     return np.concatenate([obs[..., :2] / 40 - 0.5, obs[..., 2:] / 10], -1) if maze else obs
 
 
-def np_encode(encoder, obs, maze=True):
-    """E or E_L: in the maze with sines of both coordinates in all periods, then the cosines."""
+def np_features(obs, maze=True):
+    """Inputs: in the maze with sines of both coordinates in all periods, then the cosines."""
     x = [np_scaled(obs, maze)]
     if maze:
         for wave in (np.sin, np.cos):
             for k in (0, 1):
                 x += [wave(2 * np.pi * obs[..., k, None] / period) for period in (1, 2, 4, 8, 16, 32)]
-    return np_net(encoder.net, np.concatenate(x, -1))
+    return np.concatenate(x, -1)
+
+
+def np_encode(encoder, obs, maze=True):
+    """E or E_L."""
+    return np_net(encoder.net, np_features(obs, maze))
 
 
 def np_tanh_normal(x):

@@ -20,9 +20,9 @@ from test_skimo import (
     has_gradient,
     noisy_copy,
     np_encode,
+    np_features,
     np_kl,
     np_net,
-    np_scaled,
     np_tanh_normal,
     only_run,
     random_obs,
@@ -99,7 +99,7 @@ def test_task_policy_acts_by_samples_or_its_mode(algo):
 def sac_parts(seed=0):
     args = tiny_args(skimo_sac, gamma=0.9, value_coef=0.15)
     networks = double_networks(skimo_sac, args, seed)
-    critic = noisy_copy(skimo_sac.Critic(4, args).double())
+    critic = noisy_copy(skimo_sac.Critic(28, args).double())
     encoder, prior = networks["model"].encoder, networks["prior"]
     parts = dict(critic=critic, target=noisy_copy(critic), encoder=noisy_copy(encoder, 2))
     parts |= dict(task_policy=noisy_copy(prior, 3), prior_encoder=encoder, skill_prior=prior)
@@ -107,7 +107,7 @@ def sac_parts(seed=0):
 
 
 def np_critic(critic, obs, z):
-    sz = np.concatenate([np_scaled(obs), z], -1)
+    sz = np.concatenate([np_features(obs), z], -1)
     return np_net(critic.qf1, sz)[..., 0], np_net(critic.qf2, sz)[..., 0]
 
 
@@ -173,7 +173,7 @@ def test_sac_is_skimo_without_a_model_at_one_skill_per_window():
             return self.critics.q(h, z)
 
     class Encoder:
-        scaled = staticmethod(model.encoder)
+        features = staticmethod(model.encoder)
 
         def __call__(self, obs):
             return model.encoder(obs)
