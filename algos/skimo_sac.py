@@ -298,11 +298,11 @@ def pretrain_loss(model, skills, prior, target, obs, actions, args):
     """
     B, N, H = len(obs), args.pretrain_skills, args.skill_horizon
     chunk_obs, chunk_actions = obs[:, :-1].unflatten(1, (N, H)), actions.unflatten(1, (N, H))  # (B, N, H, O), ... A)
+    chosen = torch.rand(B, N, device=obs.device).topk(args.bc_chunks, 1).indices  # (B, C) chunks, DEVIATION 2
     q = skills.encode_skill(chunk_obs, chunk_actions)  # 2 x (B, N, Z)
     z = sample(q)  # (B, N, Z)
 
-    # eq. 3: behavioural cloning by the skill policy, on some chunks of each window (DEVIATION 2), and KL(q || N(0, 1))
-    chosen = torch.rand(B, N, device=obs.device).topk(args.bc_chunks, 1).indices  # (B, C)
+    # eq. 3: behavioural cloning by the skill policy, on the chosen chunks of each window, and KL(q || N(0, 1))
     row = torch.arange(B, device=obs.device)[:, None]  # (B, 1)
     z_steps = z[row, chosen].unsqueeze(2).expand(-1, -1, H, -1)  # (B, C, H, Z)
     bc_loss = (skills.act(chunk_obs[row, chosen], z_steps) - chunk_actions[row, chosen]).square().mean()

@@ -187,6 +187,7 @@ def test_pretrain_loss_is_eq_3_to_5(skill_encoder):
         model, skills, prior, target, torch.from_numpy(obs), torch.from_numpy(actions), args
     )
     torch.manual_seed(3)
+    torch.rand(len(obs), N)  # the chunks
     noise = torch.randn(len(obs), N, Z, dtype=torch.float64).numpy()
 
     e = np_encode(skills.encoder, obs[:, :-1], maze)  # E_L of every step

@@ -322,6 +322,7 @@ def test_single_step_pretraining_agrees_with_numpy(dynamics_input, re_encode):
     torch.manual_seed(3)
     loss, metrics = skimo_single_step.pretrain_loss(model, skills, prior, target, *tensors(obs, actions), args)
     torch.manual_seed(3)
+    torch.rand(len(obs), N)  # the chunks
     noise = torch.randn(len(obs), N, 3, dtype=torch.float64).numpy()
     h, chunks = np_encode(model.encoder, obs), actions.reshape(len(obs), N, H, 2)
     q = np_tanh_normal(np_net(skills.skill_encoder, np.concatenate([chunks.reshape(len(obs), N, -1), h[:, :-1:H]], -1)))
