@@ -48,7 +48,10 @@ def restored_process_state():
 
 @pytest.fixture
 def eager_random():
-    """Compiled code, compiled afresh, draws the random numbers of eager code."""
+    """Compiled code, compiled afresh, draws the random numbers of eager code.
+
+    With torch before 2.13 the planner draws them in another order: there, leave out what it plans.
+    """
     import torch._inductor.config
 
     torch._dynamo.reset()
