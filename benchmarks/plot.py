@@ -155,13 +155,16 @@ def show(value, low, high) -> str:
 
 
 def time_to_reach(runs: list[Run], target: float) -> tuple[str, str]:
-    """Env steps and RL minutes after which the smoothed training score reaches target: median of the seeds that do."""
+    """Env steps and RL minutes from which on the smoothed training score stays at target: median of the seeds that do.
+
+    Not the first time that it is there: episodes that succeed end first, so that curves begin high and fall.
+    """
     steps, minutes = [], []
     for run in runs:
         curve = smooth(run)
-        reached = np.flatnonzero(curve[:, 1] >= target)
-        if len(reached):
-            steps.append(curve[reached[0], 0])
+        start = np.flatnonzero(np.append(True, curve[:, 1] < target))[-1]  # behind the last point below target
+        if start < len(curve):
+            steps.append(curve[start, 0])
             minutes.append(np.interp(steps[-1], run.training[:, 0], run.training[:, 2]) / 60)
     if not steps:
         return "not reached", "not reached"

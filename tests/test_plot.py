@@ -104,6 +104,18 @@ def test_seeds_are_compared_where_all_of_them_have_values():
     assert steps.tolist() == [0] and values.tolist() == [[0], [0]]
 
 
+def test_a_score_counts_as_reached_from_where_it_stays():
+    steps = 500.0 * np.arange(1, 3001)
+    returns = np.repeat([1.0, 0.0, 1.0], 1000)  # the first successes count for nothing
+    run = plot.Run("maze", "skimo", 1, np.column_stack([steps, returns, steps]), np.zeros((0, 3)))
+    curve = plot.smooth(run)
+    assert curve[:1000, 1].min() > 0.97 > curve[2000, 1]
+    reached = steps[2000:][curve[2000:, 1] >= 0.9][0]
+    assert plot.time_to_reach([run], 0.9) == (f"{reached:,.0f}", f"{reached / 60:,.0f}".replace(",", ""))
+    run.training[2500:, 1] = 0.0
+    assert plot.time_to_reach([run], 0.9) == ("not reached", "not reached")
+
+
 # ---------------------------------------------------------------------------------------------------- figure and tables
 
 
