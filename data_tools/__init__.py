@@ -17,7 +17,7 @@ from data_tools.diagnostics import (
     position_frequency,
     rollout_statistics,
 )
-from data_tools.files import load_checkpoint, save_checkpoint, write_atomically
+from data_tools.files import load_checkpoint, save_checkpoint
 from data_tools.runs import Run, errors_in_one_line, parse_args
 
 __all__ = [
@@ -39,7 +39,6 @@ __all__ = [
     "position_frequency",
     "rollout_statistics",
     "save_checkpoint",
-    "write_atomically",
 ]
 
 # No `max_episode_steps` here: the environments truncate by themselves, so that they behave the same when they are built

@@ -12,7 +12,6 @@ Shapes: E members of a vector environment, B trajectories recorded together.
 
 import itertools
 import os
-import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -49,6 +48,7 @@ from data_tools.calvin_scene import (
     scene_model,
 )
 from data_tools.dataset import DataError, OfflineDataset, load_dataset
+from data_tools.rendering import Painter
 from data_tools.vector import MemberVectorEnv, checked_action, num_cores
 
 MAX_EPISODE_STEPS = 360
@@ -548,52 +548,9 @@ LIT = {"bulb": (1.0, 0.86, 0.25, 1.0), "led": (0.25, 0.95, 0.35, 1.0)}
 DARK_LAMP = (0.86, 0.86, 0.84, 1.0)
 
 
-class _Painter:
-    """Draws the scene from its joint positions. Belongs to the thread that made it."""
-
-    def __init__(self):
-        """Raises DataError where OpenGL is missing."""
-        self.model = display_model()
-        self.data = mujoco.MjData(self.model)
-        height, width, _ = FRAME_SHAPE
-        try:
-            # MuJoCo's own default needs a display; EGL does not.
-            if sys.platform == "linux" and os.environ.get("MUJOCO_GL", "egl").lower() == "egl":
-                from mujoco.egl import GLContext
-            else:
-                from mujoco.gl_context import GLContext
-            self.context = GLContext(width, height)
-            self.context.make_current()
-            self.scene = mujoco.MjvScene(self.model, maxgeom=1000)
-            self.target = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_100)
-            mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.target)
-        except (ImportError, AttributeError, RuntimeError, OSError, mujoco.FatalError) as error:
-            raise DataError(
-                f"Drawing CALVIN needs OpenGL without a display ({error}): install EGL (Debian: libegl1 libgl1), "
-                "or OSMesa (libosmesa6) and set MUJOCO_GL=osmesa."
-            ) from error
-        self.camera = mujoco.MjvCamera()
-        self.camera.distance, self.camera.azimuth, self.camera.elevation = 1.5, 122, -36
-        self.camera.lookat[:] = (-0.02, -0.1, 0.45)
-
-    def __call__(self, qpos, bulb, led):
-        for name, lit in (("bulb", bulb), ("led", led)):
-            self.model.geom(name).rgba = LIT[name] if lit else DARK_LAMP
-        self.data.qpos[:] = qpos
-        mujoco.mj_forward(self.model, self.data)
-        self.context.make_current()
-        frame = np.empty(FRAME_SHAPE, dtype=np.uint8)
-        view = mujoco.MjrRect(0, 0, FRAME_SHAPE[1], FRAME_SHAPE[0])
-        everything = mujoco.mjtCatBit.mjCAT_ALL.value
-        mujoco.mjv_updateScene(self.model, self.data, mujoco.MjvOption(), None, self.camera, everything, self.scene)
-        mujoco.mjr_render(view, self.scene, self.target)
-        mujoco.mjr_readPixels(frame, None, view, self.target)
-        return frame[::-1].copy()  # OpenGL's rows begin at the bottom
-
-
 @cache
 def _painter():
-    return _Painter()
+    return Painter(display_model(), FRAME_SHAPE, lookat=(-0.02, -0.1, 0.45), distance=1.5, azimuth=122, elevation=-36)
 
 
 def draw(qpos, bulb: bool = False, led: bool = False) -> np.ndarray:
@@ -601,7 +558,10 @@ def draw(qpos, bulb: bool = False, led: bool = False) -> np.ndarray:
 
     Always call it from the same thread. Raises DataError where OpenGL is missing.
     """
-    return _painter()(qpos, bulb, led)  # made when first needed, since most runs draw nothing
+    painter = _painter()  # made when first needed, since most runs draw nothing
+    for name, lit in (("bulb", bulb), ("led", led)):
+        painter.model.geom(name).rgba = LIT[name] if lit else DARK_LAMP
+    return painter(qpos)
 
 
 # --------------------------------------------------------------------------------------------------------- offline data

@@ -274,7 +274,6 @@ def _xml(arm_only=False, looks=False):
         <material name="pink" rgba="0.93 0.5 0.68 1" specular="0.4"/>
       </asset>
       <visual>
-        <global offwidth="400" offheight="400"/>
         <quality shadowsize="1024" offsamples="4"/>
         <headlight ambient="0.4 0.4 0.4" diffuse="0.3 0.3 0.3" specular="0.1 0.1 0.1"/>
       </visual>

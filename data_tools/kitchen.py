@@ -11,8 +11,6 @@ Shapes: E members of a vector environment, T steps.
 
 import hashlib
 import importlib.util
-import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -24,6 +22,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from data_tools.dataset import DataError, OfflineDataset
+from data_tools.rendering import Painter
 from data_tools.vector import MemberVectorEnv, check_render_mode, checked_action, num_cores, rng_from_state, rng_state
 
 MAX_EPISODE_STEPS = 280
@@ -260,56 +259,14 @@ def _checked_subtasks(task):
 FRAME_SHAPE = (300, 400, 3)
 
 
-class _Painter:
-    """Draws kitchens from their joint positions, with all the visual geometry. Belongs to the thread that made it."""
-
-    def __init__(self):
-        self.model = mujoco.MjModel.from_xml_path(str(_model_path()))
-        self.data = mujoco.MjData(self.model)
-        height, width, _ = FRAME_SHAPE
-        # The file asks for a 2560 x 1920 buffer: with software OpenGL that takes seconds per picture.
-        self.model.vis.global_.offheight, self.model.vis.global_.offwidth = height, width
-        self.model.vis.quality.shadowsize, self.model.vis.quality.offsamples = 1024, 4
-        # Shadows cost most. Only those of the oven's light are needed: a lid over it is how the model switches it off.
-        oven_light = self.model.light("ovenlight").id
-        self.model.light_castshadow[:] = np.arange(self.model.nlight) == oven_light
-        try:
-            # MuJoCo's own default needs a display; EGL does not.
-            if sys.platform == "linux" and (os.environ.get("MUJOCO_GL") or "egl").lower() == "egl":
-                from mujoco.egl import GLContext
-            else:
-                from mujoco.gl_context import GLContext
-            self.context = GLContext(width, height)
-            self.context.make_current()
-            self.scene = mujoco.MjvScene(self.model, maxgeom=1000)
-            self.target = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_100)
-            mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.target)
-        except (ImportError, AttributeError, RuntimeError, OSError, mujoco.FatalError) as error:
-            raise DataError(
-                f"Drawing the kitchen needs OpenGL without a display ({error}): install EGL (Debian: libegl1 libgl1), "
-                "or OSMesa (libosmesa6) and set MUJOCO_GL=osmesa."
-            ) from error
-        self.camera = mujoco.MjvCamera()
-        self.camera.distance, self.camera.azimuth, self.camera.elevation = 2.2, 70, -35
-        self.camera.lookat[:] = (-0.2, 0.5, 2.0)
-
-    def __call__(self, qpos):
-        """Return the picture (300, 400, 3) uint8 of joint positions (30,)."""
-        self.data.qpos[:] = qpos
-        mujoco.mj_forward(self.model, self.data)
-        self.context.make_current()
-        frame = np.empty(FRAME_SHAPE, dtype=np.uint8)
-        view = mujoco.MjrRect(0, 0, FRAME_SHAPE[1], FRAME_SHAPE[0])
-        everything = mujoco.mjtCatBit.mjCAT_ALL.value
-        mujoco.mjv_updateScene(self.model, self.data, mujoco.MjvOption(), None, self.camera, everything, self.scene)
-        mujoco.mjr_render(view, self.scene, self.target)
-        mujoco.mjr_readPixels(frame, None, view, self.target)
-        return frame[::-1].copy()  # OpenGL's rows begin at the bottom
-
-
 @cache
 def _painter():
-    return _Painter()
+    model = mujoco.MjModel.from_xml_path(str(_model_path()))  # with all the visual geometry
+    # The file asks for so much that software OpenGL takes seconds per picture. Shadows cost most; only those of the
+    # oven's light are needed: a lid over it is how the model switches it off.
+    model.vis.quality.shadowsize, model.vis.quality.offsamples = 1024, 4
+    model.light_castshadow[:] = np.arange(model.nlight) == model.light("ovenlight").id
+    return Painter(model, FRAME_SHAPE, lookat=(-0.2, 0.5, 2.0), distance=2.2, azimuth=70, elevation=-35)
 
 
 def draw(qpos) -> np.ndarray:

@@ -424,7 +424,7 @@ def test_without_opengl_a_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setattr("mujoco.egl.GLContext", fails, raising=False)
     monkeypatch.setattr("mujoco.gl_context.GLContext", fails)
     with pytest.raises(DataError, match="libegl1"):
-        calvin._Painter()
+        calvin._painter.__wrapped__()
 
 
 # ----------------------------------------------------------------------------------------------------------------- play

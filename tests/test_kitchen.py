@@ -409,7 +409,7 @@ def test_missing_opengl_is_explained(monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "egl")
     monkeypatch.setitem(sys.modules, "mujoco.egl", None)  # as if it could not be imported
     with pytest.raises(DataError, match=r"needs OpenGL without a display .*: install EGL \(Debian: libegl1 libgl1\)"):
-        kitchen._Painter()
+        kitchen._painter.__wrapped__()
 
 
 # ------------------------------------------------------------------------------------------------------- demonstrations

@@ -1,0 +1,58 @@
+"""Pictures of MuJoCo models without a display.
+
+Not `mujoco.Renderer`: it takes the display's OpenGL unless MUJOCO_GL was set before mujoco was first imported.
+"""
+
+import os
+import sys
+
+import mujoco
+import numpy as np
+
+from data_tools.files import DataError
+
+
+class Painter:
+    """Draws a model from its joint positions. Belongs to the thread that made it."""
+
+    def __init__(self, model, frame_shape, lookat, distance: float, azimuth: float, elevation: float):
+        """frame_shape: (height, width, 3) in pixels; the camera in metres and degrees.
+
+        Raises DataError where OpenGL is missing.
+        """
+        self.model, self.data, self.frame_shape = model, mujoco.MjData(model), frame_shape
+        height, width, _ = frame_shape
+        model.vis.global_.offheight, model.vis.global_.offwidth = height, width
+        try:
+            # MuJoCo's own default needs a display; EGL does not.
+            if sys.platform == "linux" and (os.environ.get("MUJOCO_GL") or "egl").lower() == "egl":
+                from mujoco.egl import GLContext
+            else:
+                from mujoco.gl_context import GLContext
+            self.context = GLContext(width, height)
+            self.context.make_current()
+            self.scene = mujoco.MjvScene(model, maxgeom=1000)
+            self.target = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
+            mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.target)
+        except (ImportError, AttributeError, RuntimeError, OSError, mujoco.FatalError) as error:
+            raise DataError(
+                f"Drawing needs OpenGL without a display ({error}): install EGL (Debian: libegl1 libgl1), "
+                "or OSMesa (libosmesa6) and set MUJOCO_GL=osmesa."
+            ) from error
+        self.camera = mujoco.MjvCamera()
+        self.camera.distance, self.camera.azimuth, self.camera.elevation = distance, azimuth, elevation
+        self.camera.lookat[:] = lookat
+
+    def __call__(self, qpos) -> np.ndarray:
+        """Return the picture (height, width, 3) uint8 of joint positions (nq,)."""
+        self.data.qpos[:] = qpos
+        mujoco.mj_forward(self.model, self.data)
+        self.context.make_current()
+        height, width, _ = self.frame_shape
+        frame = np.empty(self.frame_shape, dtype=np.uint8)
+        view = mujoco.MjrRect(0, 0, width, height)
+        everything = mujoco.mjtCatBit.mjCAT_ALL.value
+        mujoco.mjv_updateScene(self.model, self.data, mujoco.MjvOption(), None, self.camera, everything, self.scene)
+        mujoco.mjr_render(view, self.scene, self.target)
+        mujoco.mjr_readPixels(frame, None, view, self.target)
+        return frame[::-1].copy()  # OpenGL's rows begin at the bottom
