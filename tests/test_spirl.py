@@ -1,23 +1,36 @@
 """spirl.py against independent NumPy versions, toys with known solutions, interruptions and its own command line."""
 
 import copy
-import csv
 import dataclasses
 import json
 import math
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from test_skimo import (
+    Stop,
+    assert_same,
+    count_calls,
+    csv_rows,
+    final_state,
+    has_gradient,
+    np_kl,
+    only_run,
+    random_obs,
+    same_weights,
+    stop,
+)
 from torch import nn
 
 import data_tools
 import data_tools.maze
 from algos import spirl
+
+__all__ = ["stop"]  # a fixture
 
 # -------------------------------------------------------------------------------------------------------------- helpers
 
@@ -76,12 +89,6 @@ def np_log_prob(x, p):
     return (-0.5 * ((x - p[0]) / p[1]) ** 2 - np.log(p[1]) - 0.5 * np.log(2 * np.pi)).sum(-1)
 
 
-def np_kl(p, q):
-    """KL of diagonal Gaussians by cross-entropy minus entropy, summed over the last axis."""
-    cross_entropy = 0.5 * np.log(2 * np.pi * q[1] ** 2) + (p[1] ** 2 + (p[0] - q[0]) ** 2) / (2 * q[1] ** 2)
-    return (cross_entropy - 0.5 * np.log(2 * np.pi * np.e * p[1] ** 2)).sum(-1)
-
-
 def np_lstm(lstm, x):
     """Last hidden state of a one-layer LSTM: x (B, T, I) -> (B, u); gates in the order i, f, g, o."""
     names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
@@ -102,10 +109,6 @@ def np_prior(prior, obs, maze=True, training=False):
     return np_gaussian(np_net(prior.net, np_features(obs, maze), training))
 
 
-def random_obs(rng, *shape):
-    return np.concatenate([rng.uniform(0, 40, (*shape, 2)), rng.uniform(-5, 5, (*shape, 2))], -1)
-
-
 def noisy_copy(module, seed=1):
     """A copy with other weights and other statistics of BatchNorm."""
     torch.manual_seed(seed)
@@ -122,32 +125,6 @@ def noisy_copy(module, seed=1):
 def double_networks(args, obs_dim=4, action_dim=2, seed=0):
     torch.manual_seed(seed)
     return noisy_copy(spirl.make_networks(args, obs_dim, action_dim, "cpu").double(), seed)
-
-
-def has_gradient(module):
-    return any(value.grad is not None and value.grad.abs().sum() > 0 for value in module.parameters())
-
-
-def same_weights(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
-
-
-def assert_same(a, b, path="state"):
-    """Nested states are equal, bit for bit."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    elif isinstance(a, np.ndarray):
-        np.testing.assert_array_equal(a, b, path)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            assert_same(a[key], b[key], f"{path}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_same(x, y, f"{path}[{i}]")
-    else:
-        assert a == b, path
 
 
 # --------------------------------------------------------------------------------------------------------- pre-training
@@ -492,52 +469,6 @@ def run(short_episodes, data_dir, tmp_path):
         return results, only_run(tmp_path / folder)
 
     return start
-
-
-def only_run(folder):
-    (run_dir,) = Path(folder).iterdir()
-    return run_dir
-
-
-def count_calls(monkeypatch, owner, name, counts=lambda *args, **kwargs: True, at=None, then=None):
-    """Wrap owner.name: the list returned gets an entry per call that counts; call number `at` runs then() as well."""
-    original, calls = getattr(owner, name), []
-
-    def wrapper(*args, **kwargs):
-        if counts(*args, **kwargs):
-            calls.append(args)
-            if len(calls) == at:
-                then()
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, wrapper)
-    return calls
-
-
-class Stop:
-    """In place of StopSignal; all of them stop when `requested` is set on the class."""
-
-    requested = False
-
-
-@pytest.fixture
-def stop(monkeypatch):
-    monkeypatch.setattr(Stop, "requested", False)
-    monkeypatch.setattr(data_tools.runs, "StopSignal", Stop)
-    return lambda: setattr(Stop, "requested", True)
-
-
-def csv_rows(run_dir):
-    with (run_dir / "episodes.csv").open() as file:
-        return [row[:3] for row in csv.reader(file)][1:]
-
-
-def final_state(run_dir):
-    """All that the future of a run depends on, from its checkpoint; clock times left out."""
-    state = data_tools.load_checkpoint(run_dir / "checkpoint.pt", {}, "cpu")
-    run = state["run"]
-    del run["seconds"]
-    return state | dict(run=run | dict(episodes=[row[:3] for row in run["episodes"]]))
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.3])
