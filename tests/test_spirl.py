@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from test_skimo import (
+    DEVICES,
     Stop,
     assert_same,
     count_calls,
@@ -682,10 +683,6 @@ def test_variants_run(run, data_dir, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------- compilation
-
-needs_compiler = pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="no C++ compiler")
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-DEVICES = [pytest.param("cpu", marks=needs_compiler), pytest.param("cuda", marks=needs_cuda)]
 
 
 def optimizer_state(optimizer):
