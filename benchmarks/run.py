@@ -168,6 +168,8 @@ def run_cell(command: list[str], flags: list[str], folder: Path, root: Path, thr
     Returns `episodes` (text of episodes.csv), `results`, `args` and `attempts`, or `problem`, a sentence, with
     `exit_code`. The content and not the path is returned, so that it arrives without a shared file system, too.
     """
+    # ray.cancel comes as SIGINT, which all processes under a background job of a shell script ignore (nohup ... &).
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock, (folder / "log.txt").open("ab") as log:
         # The run inherits the lock, so it is held until the run itself has ended, whatever became of its worker.

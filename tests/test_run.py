@@ -117,7 +117,10 @@ def cluster(module_ray_dir):
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("RAY_TMPDIR", module_ray_dir)
         head = dict(num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20, _system_config=quick)
+        # As in `nohup ... &` of a script: what a background job starts ignores Ctrl-C, and its workers inherit that.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         cluster = Cluster(initialize_head=True, head_node_args=head)
+        signal.signal(signal.SIGINT, handler)
         yield cluster
         cluster.shutdown()
 
