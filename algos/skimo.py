@@ -20,6 +20,7 @@ Deviations from paper and release, marked DEVIATION n below; reasons and measure
 4. E environments act in lockstep; schedules and the ratio of updates to env steps are those of the release.
 5. CEM starts from the task policy's plans, with fewer samples; the exploration noise is the floor of the std.
 6. tau is 0.05: the value spreads back one skill per time constant of the slow copies, and the maze's goal is 90 away.
+7. Kitchens: alpha is 0.05 (release: 0.5), and eq. 7 is on encoded states: on imagined ones Q pulls where no KL holds.
 
 Logged: charts/{episodic_return,episodic_length,success,SPS}, losses/*, pretrain/*, eval/*, time/* shares, pictures/*;
 episodes.csv has a row per training episode (the paper's protocol), results.json the summary.
@@ -132,14 +133,17 @@ class Args:
     skill_encoder: Literal["mlp", "lstm"] = "lstm"  # architecture of q
 
 
-# The release's values where they differ from Args, but for total_timesteps, pre-training (DEVIATION 3) and the maze's
-# std_steps (release: 1,000,000).
+# The release's values where they differ from Args, but for total_timesteps, pre-training (DEVIATION 3), the kitchen's
+# alpha (release: 0.5) and the maze's std_steps (release: 1,000,000).
 TASK_DEFAULTS = {
     "maze": dict(
         latent_dim=128, skill_encoder="mlp", kl_coef=3e-3, total_timesteps=300_000, warmup_steps=50_000, batch_size=128,
         alpha=1.0, autotune=True, horizon_steps=1_000_000, std_steps=300_000,
     ),
-    "kitchen": dict(pretrain_updates=10_000, pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=1e-3),
+    "kitchen": dict(
+        pretrain_updates=10_000, pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=1e-3, alpha=0.05,
+        policy_latents="encoded",  # DEVIATION 7
+    ),
     "calvin": dict(
         hidden_dim=256, num_skills=1, pretrain_skills=1, bc_chunks=1, pretrain_batch_size=256, kl_coef=1e-2, alpha=0.1,
         reward_scale=0.01, total_timesteps=2_000_000,

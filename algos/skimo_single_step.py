@@ -24,7 +24,8 @@ its text: far below SkiMo.
 
 Deviations marked DEVIATION n below are skimo.py's (its header has the reasons): 1. closed-form KL; 2. cloning on
 bc_chunks random chunks; 3. fewer, smaller updates, learning rate schedule, larger KL weight, noisy data, periodic
-features; 4. environments in lockstep; 5. CEM from the policy's plans; 6. tau 0.05. Logged as in skimo.py.
+features; 4. environments in lockstep; 5. CEM from the policy's plans; 6. tau 0.05; 7. kitchens:
+alpha 0.05, eq. 7 on encoded states. Logged as in skimo.py.
 Shapes: B batch, N skills per window, H steps per skill, O observation, A action, Z skill, d latent state,
 E environments, K plan horizon, P plans. Batch first.
 """
@@ -136,14 +137,17 @@ class Args:
     re_encode: bool = False  # predictions start anew from E(s) at each skill of a window, not only at its first
 
 
-# The release's values where they differ from Args, but for total_timesteps, pre-training (DEVIATION 3) and the maze's
-# std_steps (release: 1,000,000).
+# The release's values where they differ from Args, but for total_timesteps, pre-training (DEVIATION 3), the kitchen's
+# alpha (release: 0.5) and the maze's std_steps (release: 1,000,000).
 TASK_DEFAULTS = {
     "maze": dict(
         latent_dim=128, skill_encoder="mlp", kl_coef=3e-3, total_timesteps=300_000, warmup_steps=50_000, batch_size=128,
         alpha=1.0, autotune=True, horizon_steps=1_000_000, std_steps=300_000,
     ),
-    "kitchen": dict(pretrain_updates=10_000, pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=1e-3),
+    "kitchen": dict(
+        pretrain_updates=10_000, pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=1e-3, alpha=0.05,
+        policy_latents="encoded",  # DEVIATION 7
+    ),
     "calvin": dict(
         hidden_dim=256, num_skills=1, pretrain_skills=1, bc_chunks=1, pretrain_batch_size=256, kl_coef=1e-2, alpha=0.1,
         reward_scale=0.01, total_timesteps=2_000_000,

@@ -1621,7 +1621,8 @@ def test_defaults_are_those_of_the_task(monkeypatch):
     assert row("hidden_dim") == [128, 128, 256] and row("latent_dim") == [128, 256, 256]
     assert row("num_skills") == [10, 10, 1] and row("skill_encoder") == ["mlp", "lstm", "lstm"]
     assert row("batch_size") == [128, 256, 256] and row("warmup_steps") == [50_000, 5_000, 5_000]
-    assert row("alpha") == [1, 0.5, 0.1] and row("autotune") == [True, False, False]
+    assert row("alpha") == [1, 0.05, 0.1] and row("autotune") == [True, False, False]
+    assert row("policy_latents") == ["imagined", "encoded", "imagined"]  # calvin: N = 1, no difference
     assert row("horizon_steps") == [1_000_000, 25_000, 25_000]
     assert row("std_steps") == [300_000, 25_000, 25_000] and row("reward_scale") == [1, 1, 0.01]
     for name, value in dict(
