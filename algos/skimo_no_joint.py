@@ -139,7 +139,7 @@ TASK_DEFAULTS = {
         alpha=1.0, autotune=True, horizon_steps=1_000_000, std_steps=300_000,
     ),
     "kitchen": dict(
-        pretrain_updates=10_000, pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=1e-3, alpha=0.05,
+        pretrain_updates=10_000, pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=3e-3, alpha=0.05,
         policy_latents="encoded",  # DEVIATION 7
     ),
     "calvin": dict(

@@ -125,7 +125,7 @@ TASK_DEFAULTS = {
         alpha=1.0, autotune=True,
     ),
     "kitchen": dict(  # alpha: DEVIATION 7
-        pretrain_updates=10_000, pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=1e-3, alpha=0.05,
+        pretrain_updates=10_000, pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=3e-3, alpha=0.05,
     ),
     "calvin": dict(
         hidden_dim=256, num_skills=1, pretrain_skills=1, bc_chunks=1, pretrain_batch_size=256, kl_coef=1e-2, alpha=0.1,
