@@ -99,7 +99,7 @@ class Args:
     autotune: bool = False  # tune alpha so that the prior KL is target_kl
     target_kl: float = 3.0  # nats between task policy and prior
     alpha_lr: float = 3e-4  # learning rate of log alpha
-    policy_latents: Literal["imagined", "h0", "encoded"] = "imagined"  # of eq. 7: paper, release (first state), E(o_t)
+    policy_latents: Literal["imagined", "h0", "encoded"] = "imagined"  # of Q in eq. 7: paper, release (first), E(o_t)
     gamma: float = 0.99  # discount per skill
     rho: float = 0.5  # weight rho^t of the t-th skill of a window
     tau: float = 0.05  # share of the online weights in a target update (release: 0.01)
@@ -363,7 +363,8 @@ def policy_loss(model, task_policy, prior_encoder, skill_prior, obs, h, h_pred, 
     """Task policy: maximise Q, stay close to the frozen prior (SkiMo eq. 7).
 
     obs (B, N+1, O), h and h_pred (B, N+1, d) detached, alpha (); prior_encoder is the E of pre-training, frozen.
-    Returns the loss and metrics; metrics["prior_kl"] is the mean KL in nats.
+    Q is on policy_latents, the KL on encoded states, as in the release. Returns the loss and metrics;
+    metrics["prior_kl"] is the mean KL in nats.
     """
     N = obs.shape[1] - 1
     rho = args.rho ** torch.arange(N, device=obs.device)  # (N,)
