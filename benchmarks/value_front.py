@@ -39,6 +39,7 @@ class Args:
 def values_by_distance(run: Path, algo, num_episodes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Distance to the goal in cells, value, and discounted return (NaN where the goal was not reached), (n,) each.
 
+    Where the ball touches a wall, the nearest cell may be the wall's, at an infinite distance.
     Raises DataError for a folder without a checkpoint, and for a checkpoint of another task or file.
     """
     meta = dict(env_id="maze", kind=f"{Path(algo.__file__).stem} run")
@@ -67,7 +68,7 @@ def values_by_distance(run: Path, algo, num_episodes: int) -> tuple[np.ndarray, 
 def main(args: Args):
     distance, value, returns = values_by_distance(args.run, importlib.import_module(args.algo), args.episodes)
     print("| cells | states | value | to be had |\n|---|---|---|---|")
-    for low in range(0, int(distance.max()) + 1, args.bin):
+    for low in range(0, int(distance[np.isfinite(distance)].max()) + 1, args.bin):
         chosen = (low <= distance) & (distance < low + args.bin)
         if chosen.any():
             reached = returns[chosen & ~np.isnan(returns)]

@@ -31,6 +31,7 @@ def run(tmp_path):
     distance = maze.geodesic_distance(layout, maze.GOAL)
     far = np.argwhere(distance == 30)[0]
     near = np.argwhere(distance == 1)[0]
+    wall = np.argwhere(np.isinf(distance))[0]
 
     def episode(*steps):  # the last row holds the final observation
         rows = torch.zeros(len(steps), 4 + args.skill_dim + 2)
@@ -39,7 +40,7 @@ def run(tmp_path):
         return rows
 
     first = episode((near, 100.0), (near, 0.0))  # not among the last two
-    second = episode((far, 0.0), (near, 0.0), (near, 100.0), (near, 0.0))
+    second = episode((far, 0.0), (wall, 0.0), (near, 100.0), (near, 0.0))
     third = episode((far, 0.0), (far, 0.0))  # does not reach the goal
     rb = dict(rows=torch.cat([first, second, third]), episodes=torch.tensor([[0, 1], [2, 3], [6, 1]]))
     state = dict(learner=dict(weights=learner.state_dict()), rb=rb)
@@ -50,7 +51,7 @@ def run(tmp_path):
 
 def test_distances_values_and_discounted_returns(run):
     distance, value, returns = value_front.values_by_distance(run, skimo, num_episodes=2)
-    assert distance.tolist() == [30, 1, 1, 30]
+    assert distance.tolist() == [30, np.inf, 1, 30]
     assert np.allclose(value, 7.0)  # the smaller critic
     assert np.allclose(returns, [25.0, 50.0, 100.0, np.nan], equal_nan=True)
 
@@ -61,7 +62,7 @@ def test_command_prints_the_table(run):
     assert printed == [
         "| cells | states | value | to be had |",
         "|---|---|---|---|",
-        "| 0-4 | 2 | 7.0 | 75.0 |",
+        "| 0-4 | 1 | 7.0 | 100.0 |",
         "| 28-32 | 2 | 7.0 | 25.0 |",
     ]
     refused = subprocess.run([*command, "--algo", "skimo_no_cem"], capture_output=True, text=True, timeout=120)
