@@ -31,7 +31,10 @@ start = skimo.Args(**json.loads((run / "args.json").read_text()))
 state = data_tools.load_checkpoint(run / "checkpoint.pt", dict(kind="skimo run", env_id="kitchen"), "cpu")
 rb = skimo.ReplayBuffer(30, start, torch.device("cpu"))
 rb.set_state(state["rb"])
-source = inspect.getsource(skimo.policy_loss).replace("task_policy(h[:, :-1])", "task_policy(latents)")
+source = inspect.getsource(skimo.policy_loss)
+if "task_policy(h[:, :-1])" not in source:
+    sys.exit("error: policy_loss is not the one that this script was written for; check out the commit of the results")
+source = source.replace("task_policy(h[:, :-1])", "task_policy(latents)")
 same = dict(vars(skimo))
 exec(source, same)
 
