@@ -315,7 +315,8 @@ def pretrain_loss(model, skills, prior, target, obs, actions, args):
 
     # eq. 3: behavioural cloning by the skill policy, on the chosen chunks of each window, and KL(q || N(0, 1))
     row = torch.arange(B, device=obs.device)[:, None]  # (B, 1)
-    z_steps = z[row, chosen].unsqueeze(2).expand(-1, -1, H, -1)  # (B, C, H, Z)
+    z_chosen = nn.functional.one_hot(chosen, N).float() @ z  # (B, C, Z): compiled, z[row, chosen] loses its gradient
+    z_steps = z_chosen.unsqueeze(2).expand(-1, -1, H, -1)  # (B, C, H, Z)
     bc_loss = (skills.act(chunk_obs[row, chosen], z_steps) - chunk_actions[row, chosen]).square().mean()
     kl_loss = kl_divergence(q, (torch.zeros_like(q[0]), torch.ones_like(q[1]))).clamp(-100, 100).mean()
 
@@ -617,7 +618,7 @@ class Pretrainer(nn.Module):
         self.target = copy.deepcopy(networks["model"])
         adam = functools.partial(torch.optim.Adam, lr=args.pretrain_lr, eps=1e-7, fused=True)
         self.optimizers = [adam(part.parameters()) for part in networks.values()]  # world model, skills, prior
-        self.loss = pretrain_loss  # never compiled: torch 2.13's inductor loses the gradient of the skill encoder
+        self.loss = torch.compile(pretrain_loss, mode="reduce-overhead") if args.compile else pretrain_loss
 
     def update(self, obs, actions) -> dict:
         """One step on windows obs (B, N*H+1, O), actions (B, N*H, A); returns metrics."""

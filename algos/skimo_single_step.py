@@ -6,7 +6,7 @@ plan of K skills takes K * H predictions, and each of them adds its error: what 
     python algos/skimo_single_step.py --env-id maze    # data, pre-training (cached), RL, evaluation, pictures
 
 Differs from skimo.py in: PRETRAINED, Args, MODEL_ARGS, PRETRAIN_ARGS, skill_action, WorldModel, SkillModel,
-    make_networks, predict_steps, pretrain_loss, model_loss, ReplayBuffer, Pretrainer, Learner, train
+    make_networks, predict_steps, pretrain_loss, model_loss, ReplayBuffer, Learner, train
 The paper says no more, so this reading is ours: D1(h, a) takes actions, which the skill policy chooses on predicted
 states, D(h, z) = H times {a = mode of pi_L(h, z), h = D1(h, a)}. So pi_L and the world model share one encoder E,
 frozen in RL: so is pi_L, which would misread states that move. R and Q still look at skills. D1 learns from real
@@ -348,7 +348,8 @@ def pretrain_loss(model, skills, prior, target, obs, actions, args):
 
     # eq. 3: behavioural cloning by the skill policy, on the chosen chunks of each window, and KL(q || N(0, 1))
     row = torch.arange(B, device=obs.device)[:, None]  # (B, 1)
-    z_steps = z[row, chosen].unsqueeze(2).expand(-1, -1, H, -1)  # (B, C, H, Z)
+    z_chosen = nn.functional.one_hot(chosen, N).float() @ z  # (B, C, Z): compiled, z[row, chosen] loses its gradient
+    z_steps = z_chosen.unsqueeze(2).expand(-1, -1, H, -1)  # (B, C, H, Z)
     bc_loss = (skills.act(chunk_obs[row, chosen], z_steps) - chunk_actions[row, chosen]).square().mean()
     kl_loss = kl_divergence(q, (torch.zeros_like(q[0]), torch.ones_like(q[1]))).clamp(-100, 100).mean()
 
@@ -654,9 +655,7 @@ class Pretrainer(nn.Module):
         self.args, self.networks, self.num_updates = args, networks, 0
         self.target = copy.deepcopy(networks["model"])
         self.optimizers = [torch.optim.Adam(networks.parameters(), lr=args.pretrain_lr, eps=1e-7, fused=True)]
-        self.loss = (
-            pretrain_loss  # never compiled: torch 2.13's inductor gets gradients wrong, see tests/test_variants.py
-        )
+        self.loss = torch.compile(pretrain_loss, mode="reduce-overhead") if args.compile else pretrain_loss
 
     def update(self, obs, actions) -> dict:
         """One step on windows obs (B, N*H+1, O), actions (B, N*H, A); returns metrics."""

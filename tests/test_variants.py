@@ -619,7 +619,7 @@ def few_updates(algo, args, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("algo", [skimo_sac, skimo_single_step])
+@pytest.mark.parametrize("algo", [skimo_sac, skimo_single_step, skimo_no_joint])
 def test_compiled_losses_give_the_numbers_of_eager_ones(algo, device, monkeypatch, eager_random):
     sizes = dict(
         num_skills=1,
@@ -641,11 +641,6 @@ def test_compiled_losses_give_the_numbers_of_eager_ones(algo, device, monkeypatc
 
 
 @pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="no C++ compiler")
-@pytest.mark.xfail(
-    torch.__version__.startswith("2.13"),
-    strict=True,  # fails once torch is repaired: then compile the pre-training of both files again
-    reason="inductor of torch 2.13 on the CPU gets these gradients wrong, aot_eager does not; so they are not compiled",
-)
 @pytest.mark.parametrize("algo", [skimo_no_joint, skimo_single_step])
 def test_inductor_gives_the_gradients_of_pretraining(algo, eager_random):
     sizes = dict(num_skills=2, pretrain_skills=2, bc_chunks=1, skill_horizon=2, hidden_dim=8, latent_dim=4)
