@@ -20,6 +20,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from scipy.stats import bootstrap, trim_mean
 
 PAPER_CURVES = Path(__file__).resolve().parent / "paper_curves.csv"
@@ -238,6 +239,7 @@ def plot_grid(args: Args, files: list[Path]):
         for row, kind in enumerate(("training, with exploration (paper's protocol)", "clean evaluation")):
             best = BEST[task] / UNIT.get(task, 1.0)
             axes[row, column].set(xlim=(0, 1.05 * max(end, 1)), ylim=(-0.03 * best, 1.03 * best), xlabel="env steps")
+            axes[row, column].xaxis.set_major_formatter(EngFormatter(sep=""))  # 100k
             axes[row, column].set_title(f"{task}: {kind}", fontsize=9)
             axes[row, column].set_ylabel("success" if task == "maze" else "sub-tasks")
             axes[row, column].grid(alpha=0.3)
@@ -318,6 +320,7 @@ def plot_runs(args: Args):
         xlabel="env steps", ylabel=f"{name}, mean of {args.window} training episodes", ylim=(-0.03 * best, 1.03 * best)
     )
     axes.set_xlim(0, max((episodes[-1, 0] for _, _, episodes, _ in runs if len(episodes)), default=1) * 1.15)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_title(f"{task} (dots: clean evaluation)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
