@@ -153,8 +153,8 @@ def plot_visited(env_id: str, obs: np.ndarray, path: Path, writer=None):
         maze.draw_maze(axes)
         points = axes.scatter(obs[:, 1], obs[:, 0], c=colour, s=1.5, cmap="viridis", linewidths=0)
     else:
-        centred = obs - obs.mean(0)
-        plane = centred @ np.linalg.svd(centred[:: max(1, len(obs) // 5000)], full_matrices=False)[2][:2].T
+        centred = obs - obs.mean(0) if len(obs) else obs  # none if the run was shorter than an episode
+        plane = centred @ np.linalg.eigh(centred.T @ centred)[1][:, :-3:-1]  # along the two principal axes
         points = axes.scatter(plane[:, 0], plane[:, 1], c=colour, s=1.5, cmap="viridis", linewidths=0)
     figure.colorbar(points, ax=axes, label="% of training")
     axes.set_title("states visited in training")

@@ -72,6 +72,26 @@ def test_pictures_are_written(tmp_path):
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in tmp_path.iterdir())
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("env_id", ["maze", "kitchen"])
+@pytest.mark.parametrize("rows", [0, 1, 50])
+def test_visited_states_are_drawn_however_few_they_are(env_id, rows, tmp_path):
+    data_tools.plot_visited(env_id, np.random.default_rng(0).random((rows, 30), np.float32), tmp_path / "visited.png")
+    assert (tmp_path / "visited.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_states_of_many_numbers_are_drawn_along_their_principal_axes(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    axes, _ = np.linalg.qr(rng.normal(size=(30, 30)))
+    factors = rng.normal(size=(5000, 30)) * ([5.0, 2.0] + [0.01] * 28)  # (rows, O)
+    drawn = []
+    monkeypatch.setattr(data_tools.diagnostics, "save_figure", lambda figure, *args: drawn.append(figure))
+    data_tools.plot_visited("kitchen", (factors @ axes.T + 3).astype(np.float32), tmp_path / "visited.png")
+    plane = drawn[0].axes[0].collections[0].get_offsets()  # (rows, 2)
+    for k in range(2):
+        assert abs(np.corrcoef(plane[:, k], factors[:, k])[0, 1]) > 0.99
+
+
 def test_members_freeze_until_their_reset():
     envs = data_tools.make_envs("maze", 2)
     envs.reset(seed=0)
