@@ -315,7 +315,7 @@ def pretrain_loss(model, skills, prior, target, obs, actions, args):
 
     # eq. 3: behavioural cloning by the skill policy, on the chosen chunks of each window, and KL(q || N(0, 1))
     row = torch.arange(B, device=obs.device)[:, None]  # (B, 1)
-    z_chosen = nn.functional.one_hot(chosen, N).float() @ z  # (B, C, Z): compiled, z[row, chosen] loses its gradient
+    z_chosen = nn.functional.one_hot(chosen, N).to(z) @ z  # (B, C, Z): compiled, z[row, chosen] loses its gradient
     z_steps = z_chosen.unsqueeze(2).expand(-1, -1, H, -1)  # (B, C, H, Z)
     bc_loss = (skills.act(chunk_obs[row, chosen], z_steps) - chunk_actions[row, chosen]).square().mean()
     kl_loss = kl_divergence(q, (torch.zeros_like(q[0]), torch.ones_like(q[1]))).clamp(-100, 100).mean()
