@@ -38,7 +38,6 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data_tools, from any working directory
 import data_tools
@@ -151,8 +150,7 @@ TASK_DEFAULTS = {
 }  # fmt: skip
 TASK_DEFAULTS["kitchen-misaligned"] = TASK_DEFAULTS["kitchen"]
 
-# Arguments that a pre-trained model and a run must share, all others that shape the model (the key of the cache), and
-# what else must agree before a run goes on
+# What a pre-trained model and a run must share, what else shapes the model (key of the cache) and a run that goes on
 MODEL_ARGS = "hidden_dim latent_dim skill_dim skill_horizon skill_encoder position_features".split()
 PRETRAIN_ARGS = (
     "seed pretrain_updates pretrain_skills pretrain_batch_size bc_chunks pretrain_lr pretrain_lr_decay bc_coef kl_coef "
@@ -160,24 +158,10 @@ PRETRAIN_ARGS = (
 ).split()
 RUN_ARGS = ["num_envs", "num_skills"]
 
-
-def parse_args(argv: list[str] | None = None) -> Args:
-    return data_tools.parse_args(Args, TASK_DEFAULTS, __doc__.split("\n")[0], argv)
-
-
-def check_args(args: Args):
-    """Refuse values that cannot work, in a sentence that names the flag and the cure."""
-    if not 1 <= args.bc_chunks <= args.pretrain_skills:
-        sys.exit(f"error: --bc-chunks {args.bc_chunks} must lie between 1 and --pretrain-skills {args.pretrain_skills}")
-    if not 1 <= args.num_elites <= args.num_samples + args.num_policy_trajs:
-        sys.exit(f"error: --num-elites {args.num_elites} exceeds --num-samples + --num-policy-trajs; lower it")
-    if args.plan_start == "policy" and args.num_policy_trajs < 2:
-        sys.exit("error: --plan-start policy needs the spread of at least two plans; raise --num-policy-trajs")
+parse_args = functools.partial(data_tools.parse_args, Args, TASK_DEFAULTS, __doc__)  # list of words -> Args
 
 
 # ------------------------------------------------------------------------------------------------------------ networks
-
-
 def mlp(*sizes: int) -> nn.Sequential:
     """Linear layers with orthogonal weights, ELU between them, linear output."""
     layers = []
@@ -300,8 +284,6 @@ def make_networks(args: Args, obs_dim: int, action_dim: int, device) -> nn.Modul
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
-
-
 def pretrain_loss(model, skills, prior, target, obs, actions, args):
     """Joint loss of skills and skill dynamics on windows of the offline data (SkiMo eq. 3-5).
 
@@ -314,8 +296,8 @@ def pretrain_loss(model, skills, prior, target, obs, actions, args):
     z = sample(q)  # (B, N, Z)
 
     # eq. 3: behavioural cloning by the skill policy, on the chosen chunks of each window, and KL(q || N(0, 1))
-    row = torch.arange(B, device=obs.device)[:, None]  # (B, 1)
-    z_steps = z[row, chosen].unsqueeze(2).expand(-1, -1, H, -1)  # (B, C, H, Z)
+    row = torch.arange(B, device=obs.device)[:, None]  # (B, 1); compiled, z[row, chosen] would lose its gradient
+    z_steps = (nn.functional.one_hot(chosen, N).to(z) @ z).unsqueeze(2).expand(-1, -1, H, -1)  # (B, C, H, Z)
     bc_loss = (skills.act(chunk_obs[row, chosen], z_steps) - chunk_actions[row, chosen]).square().mean()
     kl_loss = kl_divergence(q, (torch.zeros_like(q[0]), torch.ones_like(q[1]))).clamp(-100, 100).mean()
 
@@ -396,8 +378,6 @@ def policy_loss(model, task_policy, prior_encoder, skill_prior, obs, h, h_pred, 
 
 
 # -------------------------------------------------------------------------------------------------- planner and acting
-
-
 @torch.no_grad()
 def plan(model, task_policy, obs, mean, std_floor, noise_scale, args):
     """CEM over sequences of K skills in the skill dynamics, for all environments at once (SkiMo, section 3.4).
@@ -474,7 +454,7 @@ class Planner:
 
 
 @torch.no_grad()
-def execute_skill(envs, skills, obs, z, ended, args: Args, trace: list | None = None):
+def execute_skill(envs, skills, obs, z, ended, args: Args, trace: list):
     """H env steps of the skill policy with skills z (E, Z), on the CPU next to the simulator.
 
     obs (E, O); ended (E,) bool: members that wait for their reset. Returns next_obs (E, O), the rewards' sum (E,),
@@ -483,8 +463,7 @@ def execute_skill(envs, skills, obs, z, ended, args: Args, trace: list | None = 
     rewards, steps = np.zeros(len(obs), dtype=np.float32), np.zeros(len(obs), dtype=np.int64)
     for _ in range(args.skill_horizon):
         action = skills.act(torch.from_numpy(obs), z).numpy()  # (E, A)
-        if trace is not None:
-            trace.append((obs, action, ended))
+        trace.append((obs, action, ended))
         obs, reward, terminations, truncations, _ = envs.step(action)
         rewards += np.where(ended, 0.0, reward)
         steps += ~ended
@@ -492,26 +471,6 @@ def execute_skill(envs, skills, obs, z, ended, args: Args, trace: list | None = 
         if ended.all():
             break
     return obs, rewards, ended, steps
-
-
-@torch.no_grad()
-def rollout(envs, skills, choose_skill, args: Args, seed: int, max_skills: int | None = None):
-    """One episode, at most max_skills long, in every environment, with skills z = choose_skill(obs, episode_start).
-
-    Returns returns (E,), lengths in env steps (E,), the trace of execute_skill closed by the last observation, and the
-    skills (E, skills, Z). The random state outside is left as it was.
-    """
-    skills, trace, zs = copy.deepcopy(skills).cpu(), [], []
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        obs, _ = envs.reset(seed=seed)
-        ended, returns, lengths = np.zeros(len(obs), dtype=bool), 0.0, 0
-        while not ended.all() and len(zs) != max_skills:
-            zs.append(choose_skill(obs, np.full(len(obs), not zs)))
-            obs, rewards, ended, steps = execute_skill(envs, skills, obs, zs[-1], ended, args, trace)
-            returns, lengths = returns + rewards.astype(np.float64), lengths + steps
-    envs.close()
-    return returns, lengths, [*trace, (obs, trace[-1][1], ended)], torch.stack(zs, 1)
 
 
 def evaluate(learner, args: Args, global_step: int, video: Path | None = None):
@@ -522,18 +481,18 @@ def evaluate(learner, args: Args, global_step: int, video: Path | None = None):
     envs = data_tools.make_envs(args.env_id, 1 if video else args.eval_episodes, video)
     planner = Planner(learner.model, learner.task_policy, args, learner.device)
     choose_skill = functools.partial(planner, global_step=global_step, explore=False)
-    return rollout(envs, learner.skills, choose_skill, args, 10_000 + args.seed)[:2]
+    return data_tools.rollout(execute_skill, envs, learner.skills, choose_skill, args, 10_000 + args.seed)[:2]
 
 
 def prior_rollouts(networks, args: Args, num_episodes: int, max_skills: int | None = None):
-    """Episodes with skills from the prior, what a fresh task policy explores; returns what `rollout` returns."""
+    """Episodes with skills from the prior, what a fresh task policy explores; returns what data_tools.rollout does."""
     cpu = copy.deepcopy(networks).cpu()
 
     def choose_skill(obs, episode_start):
         return sample(tanh_normal(cpu["prior"](cpu["model"].encoder(torch.from_numpy(obs)))))  # (E, Z)
 
     envs = data_tools.make_envs(args.env_id, num_episodes)
-    return rollout(envs, cpu["skills"], choose_skill, args, args.seed, max_skills)
+    return data_tools.rollout(execute_skill, envs, cpu["skills"], choose_skill, args, args.seed, max_skills)
 
 
 @torch.no_grad()
@@ -553,8 +512,6 @@ def open_loop_prediction(networks, args: Args, num_skills: int = 50):
 
 
 # -------------------------------------------------------------------------------------------------------------- replay
-
-
 class ReplayBuffer:
     """Finished episodes of at least N skills, back to back in flat tensors on the device; nothing is ever dropped.
 
@@ -562,7 +519,7 @@ class ReplayBuffer:
     """
 
     def __init__(self, obs_dim: int, args: Args, device):
-        self.num_skills, self.device = args.num_skills, device
+        self.num_skills = args.num_skills
         self.split_sizes = [obs_dim, args.skill_dim, 1, 1]
         self.rows = torch.zeros(0, sum(self.split_sizes), device=device)  # obs, z, reward, done
         self.episodes = torch.zeros(0, 2, dtype=torch.long, device=device)  # first row, skills
@@ -580,9 +537,9 @@ class ReplayBuffer:
             running.append(rows[e])
             if ended[e]:
                 if len(running) >= self.num_skills:
-                    episode = torch.tensor([[len(self.rows), len(running)]], device=self.device)
+                    episode = torch.tensor([[len(self.rows), len(running)]], device=self.rows.device)
                     self.episodes = torch.cat([self.episodes, episode])
-                    self.rows = torch.cat([self.rows, torch.stack([*running, last[e]]).to(self.device)])
+                    self.rows = torch.cat([self.rows, torch.stack([*running, last[e]]).to(self.rows.device)])
                 running.clear()
 
     def sample(self, batch_size: int):
@@ -590,24 +547,15 @@ class ReplayBuffer:
 
         Episodes are uniform; the start is min(uniform{0..T-1}, T-N), so that the last window is drawn more often.
         """
-        index = torch.randint(len(self.episodes), (batch_size,), device=self.device)  # (B,)
+        index = torch.randint(len(self.episodes), (batch_size,), device=self.rows.device)  # (B,)
         first, T = self.episodes[index].unbind(1)
-        start = (torch.rand(batch_size, device=self.device) * T).long().minimum(T - self.num_skills)
-        steps = torch.arange(self.num_skills + 1, device=self.device)
+        start = (torch.rand(batch_size, device=self.rows.device) * T).long().minimum(T - self.num_skills)
+        steps = torch.arange(self.num_skills + 1, device=self.rows.device)
         obs, z, rewards, dones = self.rows[(first + start)[:, None] + steps].split(self.split_sizes, -1)  # (B, N+1, .)
         return obs, z[:, :-1], rewards[:, :-1, 0], dones[:, :-1, 0]
 
-    def get_state(self) -> dict:
-        return dict(rows=self.rows, episodes=self.episodes, running=self.running)
-
-    def set_state(self, state: dict):
-        self.rows, self.episodes = state["rows"].to(self.device), state["episodes"].to(self.device)
-        self.running = state["running"]
-
 
 # --------------------------------------------------------------------------------------------------------- pre-training
-
-
 class Pretrainer(nn.Module):
     """The networks of pre-training with their slow copy and optimizer, and one gradient step."""
 
@@ -633,7 +581,7 @@ class Pretrainer(nn.Module):
         self.num_updates += 1
         if self.num_updates % args.target_update_interval == 0:
             update_target(self.target, self.networks["model"], args.pretrain_tau)
-        return {name: value.clone() for name, value in metrics.items()}  # a CUDA graph overwrites its outputs
+        return metrics
 
 
 @torch.no_grad()
@@ -643,25 +591,17 @@ def update_target(target, online, tau: float):
 
 
 def pretrain(args: Args, run: data_tools.Run) -> nn.ModuleDict:
-    """Phase 1: networks that --pretrained or the cache holds or, first, that are learnt from the offline data.
-
-    Pre-training that was interrupted goes on.
-    """
+    """Phase 1: networks that --pretrained or the cache holds or, first, that are learnt from the offline data."""
     torch.manual_seed(args.seed)
     networks = make_networks(args, *data_tools.env_sizes(args.env_id), run.device)
     if run.load_pretrained(networks):
         return networks
     train_data, valid_data = run.data.to(run.device).split(0.99)
     window = args.pretrain_skills * args.skill_horizon + 1
-    trainer, history = Pretrainer(args, networks), []
-    run.restore("pretraining", dict(trainer=trainer))
-    bar = tqdm(desc="pre-training", total=args.pretrain_updates, initial=trainer.num_updates, unit="update")
-    while trainer.num_updates < args.pretrain_updates:
-        history.append(trainer.update(*train_data.sample_windows(args.pretrain_batch_size, window)))
-        update, stopped = trainer.num_updates, run.stop.requested
-        bar.update()
-        if update % 100 == 0:
-            run.log_means("pretrain", history, update, bar)
+    trainer = Pretrainer(args, networks)
+    for update in run.pretraining(trainer):  # goes on where it was interrupted
+        batch = train_data.sample_windows(args.pretrain_batch_size, window)
+        run.log_update("pretrain", trainer.update(*batch), update)
         finished = update == args.pretrain_updates
         if finished or update % args.pretrain_eval_interval == 0:
             with torch.random.fork_rng(), torch.no_grad():
@@ -669,22 +609,12 @@ def pretrain(args: Args, run: data_tools.Run) -> nn.ModuleDict:
                 batch = valid_data.sample_windows(args.pretrain_batch_size, window)
                 _, metrics = pretrain_loss(*networks.values(), trainer.target, *batch, args)
             returns, _, trace, _ = prior_rollouts(networks, args, args.pretrain_eval_episodes * (4 if finished else 1))
-            facts = data_tools.rollout_statistics(args.env_id, returns, trace)
-            facts |= {f"valid_{name}": value.item() for name, value in metrics.items()}
-            run.log("pretrain", facts, update, bar)
-        run.lap("pretrain")
-        if not finished and (stopped or update % 2_500 == 0):
-            run.save("pretraining", dict(trainer=trainer))
-            if stopped:
-                sys.exit("stopped in pre-training; the same command, or --resume with the run folder, goes on")
-    bar.close()
+            facts = run.log_validation(metrics, returns, trace, update)
     run.save_pretrained(networks, facts)
     return networks
 
 
 # -------------------------------------------------------------------------------------------------------- downstream RL
-
-
 class Learner(nn.Module):
     """Everything that downstream RL trains, the frozen prior and skills, and one gradient step."""
 
@@ -732,8 +662,7 @@ class Learner(nn.Module):
         self.num_updates += 1
         if self.num_updates % args.target_update_interval == 0:
             update_target(self.target, model, args.tau)
-        metrics |= policy_metrics | dict(alpha=alpha)
-        return {name: value.clone() for name, value in metrics.items()}  # a CUDA graph overwrites its outputs
+        return metrics | policy_metrics | dict(alpha=alpha)
 
 
 def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
@@ -747,25 +676,19 @@ def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
     skills = copy.deepcopy(learner.skills).cpu()  # acts next to the simulator
     envs = data_tools.make_envs(args.env_id, args.num_envs)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
-    rb, history = ReplayBuffer(obs.shape[1], args, learner.device), []
+    rb = ReplayBuffer(obs.shape[1], args, learner.device)
     parts, ended = dict(learner=learner, rb=rb, envs=envs), np.ones(args.num_envs, dtype=bool)
     obs, ended, planner.last_mean = run.start_rl(parts, obs=obs, ended=ended, last_mean=None)
     while True:
         # ALGO LOGIC: training. As many updates as all env steps so far are worth, but none in the warm-up.
         updates_due = int(run.global_step * args.updates_per_step) if run.global_step >= args.warmup_steps else 0
         while learner.num_updates < updates_due and len(rb.episodes) > 0 and not run.stop.requested:
-            history.append(learner.update(*rb.sample(args.batch_size)))
-            if learner.num_updates % 100 == 0:
-                run.log_means("losses", history, run.global_step)
+            run.log_update("losses", learner.update(*rb.sample(args.batch_size)), run.global_step)
         run.lap("update")
-        is_over = run.is_over()
-        if is_over or run.save_is_due():
-            run.save("run", parts, obs=obs, ended=ended, last_mean=planner.last_mean)
-        if is_over:
+        if not run.goes_on(parts, obs=obs, ended=ended, last_mean=planner.last_mean):
             break
         if run.evaluation_is_due():
             run.log_evaluation(*evaluate(learner, args, run.global_step))
-        run.lap()  # saving and evaluation do not count
 
         # ALGO LOGIC: put action logic here. One skill for every environment at once, then H env steps.
         if run.global_step < args.warmup_steps:
@@ -775,15 +698,12 @@ def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
         else:
             z = planner(obs, ended, run.global_step, explore=True)
         run.lap("plan")
-        next_obs, rewards, ended, steps = execute_skill(envs, skills, obs, z, np.zeros(len(obs), dtype=bool), args)
+        next_obs, rewards, ended, steps = execute_skill(envs, skills, obs, z, np.zeros(len(obs), dtype=bool), args, [])
         rb.add(obs, z, args.reward_scale * rewards, ended, next_obs)
         # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
         obs = envs.reset(options={"reset_mask": ended})[0] if ended.any() else next_obs
         run.lap("env")
         run.log_skill(rewards, steps, ended, learner.num_updates)
-    run.bar.close()
-    if run.stop.requested:
-        sys.exit(f"stopped at env step {run.global_step}; go on with: python {sys.argv[0]} --resume {run.dir}")
 
     run.log_evaluation(*evaluate(learner, args, run.global_step))
     envs.close()
@@ -794,12 +714,9 @@ def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
-
-
 @data_tools.errors_in_one_line()
 def main(args: Args) -> dict:
     """Both phases; pictures, results.json and a summary. Returns the results."""
-    check_args(args)
     run = data_tools.Run(args, FILE_VERSION, MODEL_ARGS, RUN_ARGS)
     run.find_pretrained(PRETRAINED, PRETRAIN_ARGS)
     networks = pretrain(args, run)

@@ -5,27 +5,15 @@ plan of K skills takes K * H predictions, and each of them adds its error: what 
 
     python algos/skimo_single_step.py --env-id maze    # data, pre-training (cached), RL, evaluation, pictures
 
-Differs from skimo.py in: PRETRAINED, Args, MODEL_ARGS, PRETRAIN_ARGS, skill_action, WorldModel, SkillModel,
-    make_networks, predict_steps, pretrain_loss, model_loss, ReplayBuffer, Learner, train
+Differs from skimo.py in: PRETRAINED, Args, MODEL_ARGS, WorldModel, SkillModel, make_networks, predict_steps,
+    pretrain_loss, model_loss, ReplayBuffer, Learner, train
 The paper says no more, so this reading is ours: D1(h, a) takes actions, which the skill policy chooses on predicted
 states, D(h, z) = H times {a = mode of pi_L(h, z), h = D1(h, a)}. So pi_L and the world model share one encoder E,
 frozen in RL: so is pi_L, which would misread states that move. R and Q still look at skills. D1 learns from real
-actions, which the replay holds: consistency at each env step, weight rho^(t/H)/H, rolled out through the window
-(--re-encode: from E(s) at each skill). --dynamics-input skill: D1(h, z) H times, without pi_L, as an undocumented
-flag of the release has it, whose planner, however, predicts one env step per skill. No curve of the paper shows it;
-its text: far below SkiMo.
-
-1. Pre-training: skills z ~ q of chunks of H actions; loss = behavioural cloning + KL(q || N(0,1)) (eq. 3)
-   + reconstruction + consistency of h_{t+1} = D1(h_t, a_t) (in place of eq. 4) + prior KL(q || p(h)) (eq. 5)
-2. Downstream RL (the task policy pi starts as the prior p), repeat:
-   act: plan skills by CEM with D, R, Q; run the first one for H steps with the frozen skill policy pi_L
-   model update: consistency of D1, reward and TD losses on windows of N skills (eq. 6)
-   policy update: maximise Q(h, z) - alpha KL(pi(h) || p(h)) (eq. 7); tune alpha; move the slow target copy
-
-Deviations marked DEVIATION n below are skimo.py's (its header has the reasons): 1. closed-form KL; 2. cloning on
-bc_chunks random chunks; 3. fewer, smaller updates, learning rate schedule, larger KL weight, noisy data, periodic
-features; 4. environments in lockstep; 5. CEM from the policy's plans; 6. tau 0.05; 7. kitchens:
-alpha 0.05, eq. 7 on encoded states. Logged as in skimo.py.
+actions, which the replay holds: consistency at each env step, weight rho^(t/H)/H, rolled out through the window.
+All else is skimo.py's: the consistency of h_{t+1} = D1(h_t, a_t) stands in place of eq. 4 and of its part in eq. 6.
+Variant, --dynamics-input skill: D1(h, z) H times, without pi_L. Paper: no curve; its text: far below SkiMo.
+Deviations marked DEVIATION n below are skimo.py's, whose header has the reasons. Logged as in skimo.py.
 Shapes: B batch, N skills per window, H steps per skill, O observation, A action, Z skill, d latent state,
 E environments, K plan horizon, P plans. Batch first.
 """
@@ -40,7 +28,6 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data_tools, from any working directory
 import data_tools
@@ -134,7 +121,6 @@ class Args:
     latent_dim: int = 256  # d: size of a latent state
     skill_encoder: Literal["mlp", "lstm"] = "lstm"  # architecture of q
     dynamics_input: Literal["action", "skill"] = "action"  # D1(h, a), a by the skill policy, or D1(h, z)
-    re_encode: bool = False  # predictions start anew from E(s) at each skill of a window, not only at its first
 
 
 # The release's values where they differ from Args, but for total_timesteps, pre-training (DEVIATION 3), the kitchen's
@@ -155,33 +141,18 @@ TASK_DEFAULTS = {
 }  # fmt: skip
 TASK_DEFAULTS["kitchen-misaligned"] = TASK_DEFAULTS["kitchen"]
 
-# Arguments that a pre-trained model and a run must share, all others that shape the model (the key of the cache), and
-# what else must agree before a run goes on
+# What a pre-trained model and a run must share, what else shapes the model (key of the cache) and a run that goes on
 MODEL_ARGS = "hidden_dim latent_dim skill_dim skill_horizon skill_encoder position_features dynamics_input".split()
 PRETRAIN_ARGS = (
     "seed pretrain_updates pretrain_skills pretrain_batch_size bc_chunks pretrain_lr pretrain_lr_decay bc_coef kl_coef "
-    "prior_coef recon_coef consistency_coef rho pretrain_tau target_update_interval max_grad_norm re_encode"
+    "prior_coef recon_coef consistency_coef rho pretrain_tau target_update_interval max_grad_norm"
 ).split()
 RUN_ARGS = ["num_envs", "num_skills"]
 
-
-def parse_args(argv: list[str] | None = None) -> Args:
-    return data_tools.parse_args(Args, TASK_DEFAULTS, __doc__.split("\n")[0], argv)
-
-
-def check_args(args: Args):
-    """Refuse values that cannot work, in a sentence that names the flag and the cure."""
-    if not 1 <= args.bc_chunks <= args.pretrain_skills:
-        sys.exit(f"error: --bc-chunks {args.bc_chunks} must lie between 1 and --pretrain-skills {args.pretrain_skills}")
-    if not 1 <= args.num_elites <= args.num_samples + args.num_policy_trajs:
-        sys.exit(f"error: --num-elites {args.num_elites} exceeds --num-samples + --num-policy-trajs; lower it")
-    if args.plan_start == "policy" and args.num_policy_trajs < 2:
-        sys.exit("error: --plan-start policy needs the spread of at least two plans; raise --num-policy-trajs")
+parse_args = functools.partial(data_tools.parse_args, Args, TASK_DEFAULTS, __doc__)  # list of words -> Args
 
 
 # ------------------------------------------------------------------------------------------------------------ networks
-
-
 def mlp(*sizes: int) -> nn.Sequential:
     """Linear layers with orthogonal weights, ELU between them, linear output."""
     layers = []
@@ -244,12 +215,6 @@ class StateEncoder(nn.Module):
         return self.net(self.features(obs))  # (..., d)
 
 
-def skill_action(skill_policy, h, z):
-    """Mode of pi_L: latent states (..., d) and skills (..., Z) -> actions (..., A) in (-1, 1)."""
-    mean, _ = tanh_normal(skill_policy(torch.cat([h, z], -1)))
-    return torch.tanh(mean)
-
-
 class WorldModel(nn.Module):
     """One-step dynamics D1, reward R, critics Q, observation decoder; state encoder E and pi_L belong to `skills`."""
 
@@ -268,7 +233,8 @@ class WorldModel(nn.Module):
     def next(self, h, z):
         """The latent state after the whole skill: H times the skill policy's action and D1; h (..., d), z (..., Z)."""
         for _ in range(self.skill_horizon):
-            h = self.step(h, skill_action(self.skill_policy, h, z) if self.takes_actions else z)
+            mean, _ = tanh_normal(self.skill_policy(torch.cat([h, z], -1)))  # (..., A)
+            h = self.step(h, torch.tanh(mean) if self.takes_actions else z)
         return h  # (..., d)
 
     def reward(self, h, z):  # R(h, z)
@@ -305,7 +271,8 @@ class SkillModel(nn.Module):
 
     def act(self, obs, z):
         """Mode of pi_L: observations (..., O) and skills (..., Z) -> actions (..., A) in (-1, 1)."""
-        return skill_action(self.skill_policy, self.encoder(obs), z)
+        mean, _ = tanh_normal(self.skill_policy(torch.cat([self.encoder(obs), z], -1)))
+        return torch.tanh(mean)
 
 
 def make_networks(args: Args, obs_dim: int, action_dim: int, device) -> nn.ModuleDict:
@@ -317,22 +284,19 @@ def make_networks(args: Args, obs_dim: int, action_dim: int, device) -> nn.Modul
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
+def predict_steps(model, h, actions, z, args):
+    """Roll out D1 from h (B, d) through windows of actions (B, N, H, A), or of the skills z (B, N, Z).
 
-
-def predict_steps(model, h, inputs, args):
-    """Roll out D1 from h[:, 0] through the whole window or, with --re-encode, through each skill from its own h[:, i].
-
-    h (B, N+1, d) at the skills' boundaries, inputs (B, N, H, A or Z) of D1. Returns the states after each env step
-    (B, N, H, d) and, of the same shape without d, the weights rho^(t/H)/H of their errors, t = 0..N*H-1, B = 1.
+    Returns the states after each env step (B, N, H, d) and the weights rho^(t/H)/H of their errors (N, H).
     """
-    N, H = inputs.shape[1:3]
-    state, steps = (h[:, :-1], inputs) if args.re_encode else (h[:, :1], inputs.flatten(1, 2)[:, None])
+    N, H = actions.shape[1:3]
+    inputs = actions if args.dynamics_input == "action" else z.unsqueeze(2).expand(-1, -1, H, -1)
     h_pred = []
-    for t in range(steps.shape[2]):
-        state = model.step(state, steps[:, :, t])  # (B, N, d) if re-encoded, else (B, 1, d)
-        h_pred.append(state)
+    for x in inputs.flatten(1, 2).unbind(1):  # N * H times (B, A) or (B, Z)
+        h = model.step(h, x)
+        h_pred.append(h)
     weight = args.rho ** (torch.arange(N * H, device=h.device) / H) / H  # (N*H,)
-    return torch.stack(h_pred, 2).reshape(len(h), N, H, -1), weight.view(1, N, H)
+    return torch.stack(h_pred, 1).unflatten(1, (N, H)), weight.view(N, H)
 
 
 def pretrain_loss(model, skills, prior, target, obs, actions, args):
@@ -347,9 +311,8 @@ def pretrain_loss(model, skills, prior, target, obs, actions, args):
     z = sample(q)  # (B, N, Z)
 
     # eq. 3: behavioural cloning by the skill policy, on the chosen chunks of each window, and KL(q || N(0, 1))
-    row = torch.arange(B, device=obs.device)[:, None]  # (B, 1)
-    z_chosen = nn.functional.one_hot(chosen, N).to(z) @ z  # (B, C, Z): compiled, z[row, chosen] loses its gradient
-    z_steps = z_chosen.unsqueeze(2).expand(-1, -1, H, -1)  # (B, C, H, Z)
+    row = torch.arange(B, device=obs.device)[:, None]  # (B, 1); compiled, z[row, chosen] would lose its gradient
+    z_steps = (nn.functional.one_hot(chosen, N).to(z) @ z).unsqueeze(2).expand(-1, -1, H, -1)  # (B, C, H, Z)
     bc_loss = (skills.act(chunk_obs[row, chosen], z_steps) - chunk_actions[row, chosen]).square().mean()
     kl_loss = kl_divergence(q, (torch.zeros_like(q[0]), torch.ones_like(q[1]))).clamp(-100, 100).mean()
 
@@ -362,8 +325,7 @@ def pretrain_loss(model, skills, prior, target, obs, actions, args):
     # In place of eq. 4: h_{t+1} = D1(h_t, a_t), rolled out through time, agrees with the slow encoder at every env step
     with torch.no_grad():
         h_target = target.encoder(obs[:, 1:]).unflatten(1, (N, H))  # (B, N, H, d)
-    inputs = chunk_actions if args.dynamics_input == "action" else z.unsqueeze(2).expand(-1, -1, H, -1)
-    h_pred, weight = predict_steps(model, h, inputs, args)  # (B, N, H, d)
+    h_pred, weight = predict_steps(model, h[:, 0], chunk_actions, z, args)  # (B, N, H, d), (N, H)
     consistency = (weight * (h_pred - h_target).square().mean(-1)).sum((1, 2))  # (B,)
     consistency_loss = consistency.clamp(max=1e4).mean()
 
@@ -390,8 +352,7 @@ def model_loss(model, target, task_policy, obs, actions, z, rewards, dones, step
         h, h_target = h_steps[:, ::H], h_steps[:, 1:].unflatten(1, (N, H))  # (B, N+1, d), (B, N, H, d)
         next_z = sample(tanh_normal(task_policy(h[:, 1:])))  # (B, N, Z)
         td_target = rewards + (1 - dones) * args.gamma * torch.min(*target.q(h[:, 1:], next_z))  # (B, N)
-    inputs = actions if args.dynamics_input == "action" else z.unsqueeze(2).expand(-1, -1, H, -1)
-    h_pred, weight = predict_steps(model, h, inputs, args)  # (B, N, H, d)
+    h_pred, weight = predict_steps(model, h[:, 0], actions, z, args)  # (B, N, H, d), (N, H)
     weight = weight * (torch.arange(H, device=obs.device) < steps[..., None])  # (B, N, H): nothing after an early end
     consistency = (weight * (h_pred - h_target).square().mean(-1)).sum((1, 2))  # (B,)
     h_pred = torch.cat([h[:, :1], h_pred[:, :, -1]], 1)  # (B, N+1, d)
@@ -430,8 +391,6 @@ def policy_loss(model, task_policy, prior_encoder, skill_prior, obs, h, h_pred, 
 
 
 # -------------------------------------------------------------------------------------------------- planner and acting
-
-
 @torch.no_grad()
 def plan(model, task_policy, obs, mean, std_floor, noise_scale, args):
     """CEM over sequences of K skills in the skill dynamics, for all environments at once (SkiMo, section 3.4).
@@ -508,7 +467,7 @@ class Planner:
 
 
 @torch.no_grad()
-def execute_skill(envs, skills, obs, z, ended, args: Args, trace: list | None = None):
+def execute_skill(envs, skills, obs, z, ended, args: Args, trace: list):
     """H env steps of the skill policy with skills z (E, Z), on the CPU next to the simulator.
 
     obs (E, O); ended (E,) bool: members that wait for their reset. Returns next_obs (E, O), the rewards' sum (E,),
@@ -517,8 +476,7 @@ def execute_skill(envs, skills, obs, z, ended, args: Args, trace: list | None = 
     rewards, steps = np.zeros(len(obs), dtype=np.float32), np.zeros(len(obs), dtype=np.int64)
     for _ in range(args.skill_horizon):
         action = skills.act(torch.from_numpy(obs), z).numpy()  # (E, A)
-        if trace is not None:
-            trace.append((obs, action, ended))
+        trace.append((obs, action, ended))
         obs, reward, terminations, truncations, _ = envs.step(action)
         rewards += np.where(ended, 0.0, reward)
         steps += ~ended
@@ -526,26 +484,6 @@ def execute_skill(envs, skills, obs, z, ended, args: Args, trace: list | None = 
         if ended.all():
             break
     return obs, rewards, ended, steps
-
-
-@torch.no_grad()
-def rollout(envs, skills, choose_skill, args: Args, seed: int, max_skills: int | None = None):
-    """One episode, at most max_skills long, in every environment, with skills z = choose_skill(obs, episode_start).
-
-    Returns returns (E,), lengths in env steps (E,), the trace of execute_skill closed by the last observation, and the
-    skills (E, skills, Z). The random state outside is left as it was.
-    """
-    skills, trace, zs = copy.deepcopy(skills).cpu(), [], []
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        obs, _ = envs.reset(seed=seed)
-        ended, returns, lengths = np.zeros(len(obs), dtype=bool), 0.0, 0
-        while not ended.all() and len(zs) != max_skills:
-            zs.append(choose_skill(obs, np.full(len(obs), not zs)))
-            obs, rewards, ended, steps = execute_skill(envs, skills, obs, zs[-1], ended, args, trace)
-            returns, lengths = returns + rewards.astype(np.float64), lengths + steps
-    envs.close()
-    return returns, lengths, [*trace, (obs, trace[-1][1], ended)], torch.stack(zs, 1)
 
 
 def evaluate(learner, args: Args, global_step: int, video: Path | None = None):
@@ -556,18 +494,18 @@ def evaluate(learner, args: Args, global_step: int, video: Path | None = None):
     envs = data_tools.make_envs(args.env_id, 1 if video else args.eval_episodes, video)
     planner = Planner(learner.model, learner.task_policy, args, learner.device)
     choose_skill = functools.partial(planner, global_step=global_step, explore=False)
-    return rollout(envs, learner.skills, choose_skill, args, 10_000 + args.seed)[:2]
+    return data_tools.rollout(execute_skill, envs, learner.skills, choose_skill, args, 10_000 + args.seed)[:2]
 
 
 def prior_rollouts(networks, args: Args, num_episodes: int, max_skills: int | None = None):
-    """Episodes with skills from the prior, what a fresh task policy explores; returns what `rollout` returns."""
+    """Episodes with skills from the prior, what a fresh task policy explores; returns what data_tools.rollout does."""
     cpu = copy.deepcopy(networks).cpu()
 
     def choose_skill(obs, episode_start):
         return sample(tanh_normal(cpu["prior"](cpu["model"].encoder(torch.from_numpy(obs)))))  # (E, Z)
 
     envs = data_tools.make_envs(args.env_id, num_episodes)
-    return rollout(envs, cpu["skills"], choose_skill, args, args.seed, max_skills)
+    return data_tools.rollout(execute_skill, envs, cpu["skills"], choose_skill, args, args.seed, max_skills)
 
 
 @torch.no_grad()
@@ -587,8 +525,6 @@ def open_loop_prediction(networks, args: Args, num_skills: int = 50):
 
 
 # -------------------------------------------------------------------------------------------------------------- replay
-
-
 class ReplayBuffer:
     """Finished episodes of at least N skills, back to back in flat tensors on the device; nothing is ever dropped.
 
@@ -596,7 +532,7 @@ class ReplayBuffer:
     """
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args, device):
-        self.num_skills, self.skill_horizon, self.device = args.num_skills, args.skill_horizon, device
+        self.num_skills, self.skill_horizon = args.num_skills, args.skill_horizon
         self.split_sizes = [args.skill_horizon * obs_dim, args.skill_horizon * action_dim, args.skill_dim, 1, 1, 1]
         self.rows = torch.zeros(0, sum(self.split_sizes), device=device)  # H obs, H actions, z, reward, done, env steps
         self.episodes = torch.zeros(0, 2, dtype=torch.long, device=device)  # first row, skills
@@ -616,9 +552,9 @@ class ReplayBuffer:
             running.append(rows[e])
             if ended[e]:
                 if len(running) >= self.num_skills:
-                    episode = torch.tensor([[len(self.rows), len(running)]], device=self.device)
+                    episode = torch.tensor([[len(self.rows), len(running)]], device=self.rows.device)
                     self.episodes = torch.cat([self.episodes, episode])
-                    self.rows = torch.cat([self.rows, torch.stack([*running, last[e]]).to(self.device)])
+                    self.rows = torch.cat([self.rows, torch.stack([*running, last[e]]).to(self.rows.device)])
                 running.clear()
 
     def sample(self, batch_size: int):
@@ -626,27 +562,18 @@ class ReplayBuffer:
 
         Episodes are uniform; the start is min(uniform{0..T-1}, T-N), so that the last window is drawn more often.
         """
-        index = torch.randint(len(self.episodes), (batch_size,), device=self.device)  # (B,)
+        index = torch.randint(len(self.episodes), (batch_size,), device=self.rows.device)  # (B,)
         first, T = self.episodes[index].unbind(1)
-        start = (torch.rand(batch_size, device=self.device) * T).long().minimum(T - self.num_skills)
-        rows = self.rows[(first + start)[:, None] + torch.arange(self.num_skills + 1, device=self.device)]
+        start = (torch.rand(batch_size, device=self.rows.device) * T).long().minimum(T - self.num_skills)
+        rows = self.rows[(first + start)[:, None] + torch.arange(self.num_skills + 1, device=self.rows.device)]
         obs, actions, *others = rows.split(self.split_sizes, -1)  # (B, N+1, .)
         obs = obs.unflatten(-1, (self.skill_horizon, -1)).flatten(1, 2)[:, : self.num_skills * self.skill_horizon + 1]
         z, rewards, dones, steps = (x[:, :-1] for x in others)
         actions = actions[:, :-1].unflatten(-1, (self.skill_horizon, -1))
         return obs, actions, z, rewards[..., 0], dones[..., 0], steps[..., 0]
 
-    def get_state(self) -> dict:
-        return dict(rows=self.rows, episodes=self.episodes, running=self.running)
-
-    def set_state(self, state: dict):
-        self.rows, self.episodes = state["rows"].to(self.device), state["episodes"].to(self.device)
-        self.running = state["running"]
-
 
 # --------------------------------------------------------------------------------------------------------- pre-training
-
-
 class Pretrainer(nn.Module):
     """The networks of pre-training with their slow copy and optimizer, and one gradient step."""
 
@@ -672,7 +599,7 @@ class Pretrainer(nn.Module):
         self.num_updates += 1
         if self.num_updates % args.target_update_interval == 0:
             update_target(self.target, self.networks["model"], args.pretrain_tau)
-        return {name: value.clone() for name, value in metrics.items()}  # a CUDA graph overwrites its outputs
+        return metrics
 
 
 @torch.no_grad()
@@ -682,25 +609,17 @@ def update_target(target, online, tau: float):
 
 
 def pretrain(args: Args, run: data_tools.Run) -> nn.ModuleDict:
-    """Phase 1: networks that --pretrained or the cache holds or, first, that are learnt from the offline data.
-
-    Pre-training that was interrupted goes on.
-    """
+    """Phase 1: networks that --pretrained or the cache holds or, first, that are learnt from the offline data."""
     torch.manual_seed(args.seed)
     networks = make_networks(args, *data_tools.env_sizes(args.env_id), run.device)
     if run.load_pretrained(networks):
         return networks
     train_data, valid_data = run.data.to(run.device).split(0.99)
     window = args.pretrain_skills * args.skill_horizon + 1
-    trainer, history = Pretrainer(args, networks), []
-    run.restore("pretraining", dict(trainer=trainer))
-    bar = tqdm(desc="pre-training", total=args.pretrain_updates, initial=trainer.num_updates, unit="update")
-    while trainer.num_updates < args.pretrain_updates:
-        history.append(trainer.update(*train_data.sample_windows(args.pretrain_batch_size, window)))
-        update, stopped = trainer.num_updates, run.stop.requested
-        bar.update()
-        if update % 100 == 0:
-            run.log_means("pretrain", history, update, bar)
+    trainer = Pretrainer(args, networks)
+    for update in run.pretraining(trainer):  # goes on where it was interrupted
+        batch = train_data.sample_windows(args.pretrain_batch_size, window)
+        run.log_update("pretrain", trainer.update(*batch), update)
         finished = update == args.pretrain_updates
         if finished or update % args.pretrain_eval_interval == 0:
             with torch.random.fork_rng(), torch.no_grad():
@@ -708,22 +627,12 @@ def pretrain(args: Args, run: data_tools.Run) -> nn.ModuleDict:
                 batch = valid_data.sample_windows(args.pretrain_batch_size, window)
                 _, metrics = pretrain_loss(*networks.values(), trainer.target, *batch, args)
             returns, _, trace, _ = prior_rollouts(networks, args, args.pretrain_eval_episodes * (4 if finished else 1))
-            facts = data_tools.rollout_statistics(args.env_id, returns, trace)
-            facts |= {f"valid_{name}": value.item() for name, value in metrics.items()}
-            run.log("pretrain", facts, update, bar)
-        run.lap("pretrain")
-        if not finished and (stopped or update % 2_500 == 0):
-            run.save("pretraining", dict(trainer=trainer))
-            if stopped:
-                sys.exit("stopped in pre-training; the same command, or --resume with the run folder, goes on")
-    bar.close()
+            facts = run.log_validation(metrics, returns, trace, update)
     run.save_pretrained(networks, facts)
     return networks
 
 
 # -------------------------------------------------------------------------------------------------------- downstream RL
-
-
 class Learner(nn.Module):
     """Everything that downstream RL trains, the frozen prior and skills, and one gradient step."""
 
@@ -737,8 +646,7 @@ class Learner(nn.Module):
         self.device = next(self.model.parameters()).device
         self.log_alpha = nn.Parameter(torch.tensor(args.alpha, device=self.device).log())
         adam = functools.partial(torch.optim.Adam, eps=1e-7, fused=True)
-        trained = [value for value in self.model.parameters() if value.requires_grad]
-        self.model_optimizer = adam(trained, lr=args.learning_rate)
+        self.model_optimizer = adam(self.model.parameters(), lr=args.learning_rate)
         self.policy_optimizer = adam(self.task_policy.parameters(), lr=args.learning_rate)
         self.alpha_optimizer = adam([self.log_alpha], lr=args.alpha_lr)
         self.optimizers = self.model_optimizer, self.policy_optimizer, self.alpha_optimizer
@@ -774,8 +682,7 @@ class Learner(nn.Module):
         self.num_updates += 1
         if self.num_updates % args.target_update_interval == 0:
             update_target(self.target, model, args.tau)
-        metrics |= policy_metrics | dict(alpha=alpha)
-        return {name: value.clone() for name, value in metrics.items()}  # a CUDA graph overwrites its outputs
+        return metrics | policy_metrics | dict(alpha=alpha)
 
 
 def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
@@ -789,25 +696,19 @@ def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
     skills = copy.deepcopy(learner.skills).cpu()  # acts next to the simulator
     envs = data_tools.make_envs(args.env_id, args.num_envs)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
-    rb, history = ReplayBuffer(obs.shape[1], envs.single_action_space.shape[0], args, learner.device), []
+    rb = ReplayBuffer(obs.shape[1], envs.single_action_space.shape[0], args, learner.device)
     parts, ended = dict(learner=learner, rb=rb, envs=envs), np.ones(args.num_envs, dtype=bool)
     obs, ended, planner.last_mean = run.start_rl(parts, obs=obs, ended=ended, last_mean=None)
     while True:
         # ALGO LOGIC: training. As many updates as all env steps so far are worth, but none in the warm-up.
         updates_due = int(run.global_step * args.updates_per_step) if run.global_step >= args.warmup_steps else 0
         while learner.num_updates < updates_due and len(rb.episodes) > 0 and not run.stop.requested:
-            history.append(learner.update(*rb.sample(args.batch_size)))
-            if learner.num_updates % 100 == 0:
-                run.log_means("losses", history, run.global_step)
+            run.log_update("losses", learner.update(*rb.sample(args.batch_size)), run.global_step)
         run.lap("update")
-        is_over = run.is_over()
-        if is_over or run.save_is_due():
-            run.save("run", parts, obs=obs, ended=ended, last_mean=planner.last_mean)
-        if is_over:
+        if not run.goes_on(parts, obs=obs, ended=ended, last_mean=planner.last_mean):
             break
         if run.evaluation_is_due():
             run.log_evaluation(*evaluate(learner, args, run.global_step))
-        run.lap()  # saving and evaluation do not count
 
         # ALGO LOGIC: put action logic here. One skill for every environment at once, then H env steps.
         if run.global_step < args.warmup_steps:
@@ -817,16 +718,13 @@ def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
         else:
             z = planner(obs, ended, run.global_step, explore=True)
         run.lap("plan")
-        trace, none = [], np.zeros(len(obs), dtype=bool)  # (obs, action, ended) of every env step
-        next_obs, rewards, ended, steps = execute_skill(envs, skills, obs, z, none, args, trace)
+        none_ended, trace = np.zeros(len(obs), dtype=bool), []  # (obs, action, ended) of every env step
+        next_obs, rewards, ended, steps = execute_skill(envs, skills, obs, z, none_ended, args, trace)
         rb.add(trace, z, args.reward_scale * rewards, ended, steps, next_obs)
         # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
         obs = envs.reset(options={"reset_mask": ended})[0] if ended.any() else next_obs
         run.lap("env")
         run.log_skill(rewards, steps, ended, learner.num_updates)
-    run.bar.close()
-    if run.stop.requested:
-        sys.exit(f"stopped at env step {run.global_step}; go on with: python {sys.argv[0]} --resume {run.dir}")
 
     run.log_evaluation(*evaluate(learner, args, run.global_step))
     envs.close()
@@ -837,12 +735,9 @@ def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
-
-
 @data_tools.errors_in_one_line()
 def main(args: Args) -> dict:
     """Both phases; pictures, results.json and a summary. Returns the results."""
-    check_args(args)
     run = data_tools.Run(args, FILE_VERSION, MODEL_ARGS, RUN_ARGS)
     run.find_pretrained(PRETRAINED, PRETRAIN_ARGS)
     networks = pretrain(args, run)

@@ -21,7 +21,7 @@ Deviations from the release, marked DEVIATION n below
 5. Kitchen: 30 observations, not 60; the others are a constant goal. CALVIN's pre-training, not released: as kitchen's.
 
 Differs from skimo.py in: Args, FILE_VERSION, PRETRAINED, TASK_DEFAULTS, MODEL_ARGS, PRETRAIN_ARGS, RUN_ARGS,
-check_args, SkillModel, make_networks, pretrain_loss, policy_loss, evaluate, prior_rollouts, ReplayBuffer, Pretrainer,
+SkillModel, make_networks, pretrain_loss, policy_loss, evaluate, prior_rollouts, ReplayBuffer, Pretrainer,
 pretrain, Learner, train, main.
 Logged: as skimo.py. Shapes: B batch, H steps per skill, O observation, F inputs, A action, Z skill, E environments.
 """
@@ -36,7 +36,6 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data_tools, from any working directory
 import data_tools
@@ -114,30 +113,17 @@ TASK_DEFAULTS = {
     "calvin": dict(total_timesteps=2_000_000),  # DEVIATION 5
 }
 
-# Arguments that a pre-trained model and a run must share, all others that shape the model (the key of the cache), and
-# what else must agree before a run goes on
+# What a pre-trained model and a run must share, what else shapes the model (key of the cache) and a run that goes on
 MODEL_ARGS = "hidden_dim skill_dim skill_horizon position_features".split()
 PRETRAIN_ARGS = (
     "seed pretrain_updates pretrain_batch_size pretrain_lr pretrain_lr_decay clip_updates clip_norm kl_coef"
 ).split()
 RUN_ARGS = ["num_envs", "critic_dim", "critic_blocks"]
 
-
-def parse_args(argv: list[str] | None = None) -> Args:
-    return data_tools.parse_args(Args, TASK_DEFAULTS, __doc__.split("\n")[0], argv)
-
-
-def check_args(args: Args):
-    """Refuse values that cannot work, in a sentence that names the flag and the cure."""
-    if args.warmup_skills < 1:
-        sys.exit(f"error: --warmup-skills {args.warmup_skills} is too small; give at least 1")
-    if args.buffer_size < args.num_envs:
-        sys.exit(f"error: --buffer-size {args.buffer_size} is smaller than --num-envs {args.num_envs}; raise it")
+parse_args = functools.partial(data_tools.parse_args, Args, TASK_DEFAULTS, __doc__)  # list of words -> Args
 
 
 # ------------------------------------------------------------------------------------------------------------ networks
-
-
 class Predictor(nn.Sequential):
     """Linear, LeakyReLU; num_blocks x (Linear, BatchNorm, LeakyReLU); Linear: (..., in_dim) -> (..., out_dim)."""
 
@@ -257,8 +243,6 @@ def make_networks(args: Args, obs_dim: int, action_dim: int, device) -> nn.Modul
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
-
-
 def pretrain_loss(skills, prior, obs, actions, args):
     """Skills by behavioural cloning and KL(q || N(0,1)), the prior by the likelihood of their samples (SPiRL eq. 1, 2).
 
@@ -308,10 +292,8 @@ def policy_loss(critics, task_policy, skill_prior, obs, alpha, args):
 
 
 # -------------------------------------------------------------------------------------------------------------- acting
-
-
 @torch.no_grad()
-def execute_skill(envs, skills, obs, z, ended, args: Args, trace: list | None = None):
+def execute_skill(envs, skills, obs, z, ended, args: Args, trace: list):
     """H env steps of the skill policy with skills z (E, Z), on the CPU next to the simulator.
 
     obs (E, O); ended (E,) bool: members that wait for their reset. Returns next_obs (E, O), the rewards' sum (E,),
@@ -320,8 +302,7 @@ def execute_skill(envs, skills, obs, z, ended, args: Args, trace: list | None = 
     rewards, steps = np.zeros(len(obs), dtype=np.float32), np.zeros(len(obs), dtype=np.int64)
     for _ in range(args.skill_horizon):
         action = skills.act(torch.from_numpy(obs), z).numpy()  # (E, A)
-        if trace is not None:
-            trace.append((obs, action, ended))
+        trace.append((obs, action, ended))
         obs, reward, terminations, truncations, _ = envs.step(action)
         rewards += np.where(ended, 0.0, reward)
         steps += ~ended
@@ -329,26 +310,6 @@ def execute_skill(envs, skills, obs, z, ended, args: Args, trace: list | None = 
         if ended.all():
             break
     return obs, rewards, ended, steps
-
-
-@torch.no_grad()
-def rollout(envs, skills, choose_skill, args: Args, seed: int, max_skills: int | None = None):
-    """One episode, at most max_skills long, in every environment, with skills z = choose_skill(obs, episode_start).
-
-    Returns returns (E,), lengths in env steps (E,), the trace of execute_skill closed by the last observation, and the
-    skills (E, skills, Z). The random state outside is left as it was.
-    """
-    skills, trace, zs = copy.deepcopy(skills).cpu(), [], []
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        obs, _ = envs.reset(seed=seed)
-        ended, returns, lengths = np.zeros(len(obs), dtype=bool), 0.0, 0
-        while not ended.all() and len(zs) != max_skills:
-            zs.append(choose_skill(obs, np.full(len(obs), not zs)))
-            obs, rewards, ended, steps = execute_skill(envs, skills, obs, zs[-1], ended, args, trace)
-            returns, lengths = returns + rewards.astype(np.float64), lengths + steps
-    envs.close()
-    return returns, lengths, [*trace, (obs, trace[-1][1], ended)], torch.stack(zs, 1)
 
 
 def evaluate(learner, args: Args, video: Path | None = None):
@@ -362,24 +323,22 @@ def evaluate(learner, args: Args, video: Path | None = None):
     def choose_skill(obs, episode_start):
         return squash(policy(torch.from_numpy(obs))[0])  # (E, Z)
 
-    return rollout(envs, learner.skills, choose_skill, args, 10_000 + args.seed)[:2]
+    return data_tools.rollout(execute_skill, envs, learner.skills, choose_skill, args, 10_000 + args.seed)[:2]
 
 
 def prior_rollouts(networks, args: Args, num_episodes: int):
-    """Episodes with skills from the prior, what a fresh task policy explores; returns what `rollout` returns."""
+    """Episodes with skills from the prior, what a fresh task policy explores; returns what data_tools.rollout does."""
     cpu = copy.deepcopy(networks).cpu().eval()
 
     def choose_skill(obs, episode_start):
         return squash(draw(cpu["prior"](torch.from_numpy(obs))))  # (E, Z)
 
     envs = data_tools.make_envs(args.env_id, num_episodes)
-    returns, lengths, trace, z = rollout(envs, cpu["skills"], choose_skill, args, args.seed)
+    returns, lengths, trace, z = data_tools.rollout(execute_skill, envs, cpu["skills"], choose_skill, args, args.seed)
     return returns, lengths, [(obs, action.clip(-1, 1), ended) for obs, action, ended in trace], z  # as environments do
 
 
 # -------------------------------------------------------------------------------------------------------------- replay
-
-
 class ReplayBuffer:
     """The last buffer_size transitions over one skill, as rows of a ring on the device."""
 
@@ -417,8 +376,6 @@ class ReplayBuffer:
 
 
 # --------------------------------------------------------------------------------------------------------- pre-training
-
-
 class Pretrainer(nn.Module):
     """The networks of pre-training with their optimizer, and one gradient step."""
 
@@ -442,7 +399,7 @@ class Pretrainer(nn.Module):
             nn.utils.clip_grad_norm_(self.networks.parameters(), args.clip_norm)
         optimizer.step()
         self.num_updates += 1
-        return {name: value.clone() for name, value in metrics.items()}  # a CUDA graph overwrites its outputs
+        return metrics
 
 
 @torch.no_grad()
@@ -454,8 +411,7 @@ def update_target(target, online, tau: float):
 def pretrain(args: Args, run: data_tools.Run) -> nn.ModuleDict:
     """Phase 1: networks that --pretrained or the cache holds or, first, that are learnt from the offline data.
 
-    Pre-training that was interrupted goes on. BatchNorm's statistics move in pre-training only: the networks are
-    returned in evaluation mode.
+    They are in evaluation mode: BatchNorm's statistics move in pre-training only.
     """
     torch.manual_seed(args.seed)
     networks = make_networks(args, *data_tools.env_sizes(args.env_id), run.device)
@@ -463,15 +419,10 @@ def pretrain(args: Args, run: data_tools.Run) -> nn.ModuleDict:
         return networks.eval()
     train_data, valid_data = run.data.to(run.device).split(0.99)
     window = args.skill_horizon + 1
-    trainer, history = Pretrainer(args, networks), []
-    run.restore("pretraining", dict(trainer=trainer))
-    bar = tqdm(desc="pre-training", total=args.pretrain_updates, initial=trainer.num_updates, unit="update")
-    while trainer.num_updates < args.pretrain_updates:
-        history.append(trainer.update(*train_data.sample_windows(args.pretrain_batch_size, window)))
-        update, stopped = trainer.num_updates, run.stop.requested
-        bar.update()
-        if update % 100 == 0:
-            run.log_means("pretrain", history, update, bar)
+    trainer = Pretrainer(args, networks)
+    for update in run.pretraining(trainer):  # goes on where it was interrupted
+        batch = train_data.sample_windows(args.pretrain_batch_size, window)
+        run.log_update("pretrain", trainer.update(*batch), update)
         finished = update == args.pretrain_updates
         if finished or update % args.pretrain_eval_interval == 0:
             networks.eval()
@@ -481,22 +432,12 @@ def pretrain(args: Args, run: data_tools.Run) -> nn.ModuleDict:
                 _, metrics = pretrain_loss(*networks.values(), *batch, args)
             networks.train()
             returns, _, trace, _ = prior_rollouts(networks, args, args.pretrain_eval_episodes * (4 if finished else 1))
-            facts = data_tools.rollout_statistics(args.env_id, returns, trace)
-            facts |= {f"valid_{name}": value.item() for name, value in metrics.items()}
-            run.log("pretrain", facts, update, bar)
-        run.lap("pretrain")
-        if not finished and (stopped or update % 10_000 == 0):
-            run.save("pretraining", dict(trainer=trainer))
-            if stopped:
-                sys.exit("stopped in pre-training; the same command, or --resume with the run folder, goes on")
-    bar.close()
+            facts = run.log_validation(metrics, returns, trace, update)
     run.save_pretrained(networks, facts)
     return networks.eval()
 
 
 # -------------------------------------------------------------------------------------------------------- downstream RL
-
-
 class Learner(nn.Module):
     """Everything that downstream RL trains, the frozen prior and skills, and one gradient step of everything.
 
@@ -545,8 +486,7 @@ class Learner(nn.Module):
         self.alpha_optimizer.step()
         update_target(self.target, self.critics, args.tau)
         self.num_updates += 1
-        metrics |= policy_metrics | dict(alpha=alpha)
-        return {name: value.clone() for name, value in metrics.items()}  # a CUDA graph overwrites its outputs
+        return metrics | policy_metrics | dict(alpha=alpha)
 
 
 def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
@@ -559,40 +499,31 @@ def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
     skills = copy.deepcopy(learner.skills).cpu()  # acts next to the simulator
     envs = data_tools.make_envs(args.env_id, args.num_envs)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
-    rb, history = ReplayBuffer(obs.shape[1], args, learner.device), []
+    rb = ReplayBuffer(obs.shape[1], args, learner.device)
     parts = dict(learner=learner, rb=rb, envs=envs)
     (obs,) = run.start_rl(parts, obs=obs)
     while True:
         # ALGO LOGIC: training. One update per skill that followed the warm-up (DEVIATION 4).
         updates_due = int((rb.added - args.warmup_skills) * args.updates_per_skill)
         while learner.num_updates < updates_due and not run.stop.requested:
-            history.append(learner.update(*rb.sample(args.batch_size)))
-            if learner.num_updates % 100 == 0:
-                run.log_means("losses", history, run.global_step)
+            run.log_update("losses", learner.update(*rb.sample(args.batch_size)), run.global_step)
         run.lap("update")
-        is_over = run.is_over()
-        if is_over or run.save_is_due():
-            run.save("run", parts, obs=obs)
-        if is_over:
+        if not run.goes_on(parts, obs=obs):
             break
         if run.evaluation_is_due():
             run.log_evaluation(*evaluate(learner, args))
-        run.lap()  # saving and evaluation do not count
 
         # ALGO LOGIC: put action logic here. One skill for every environment at once, then H env steps. In the warm-up
         # the task policy is still the prior.
         with torch.no_grad():
             z = squash(draw(learner.task_policy(torch.from_numpy(obs).to(learner.device)))).cpu()  # (E, Z)
         run.lap("plan")
-        next_obs, rewards, ended, steps = execute_skill(envs, skills, obs, z, np.zeros(len(obs), dtype=bool), args)
+        next_obs, rewards, ended, steps = execute_skill(envs, skills, obs, z, np.zeros(len(obs), dtype=bool), args, [])
         rb.add(obs, z, args.reward_scale * rewards, ended, next_obs)
         # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
         obs = envs.reset(options={"reset_mask": ended})[0] if ended.any() else next_obs
         run.lap("env")
         run.log_skill(rewards, steps, ended, learner.num_updates)
-    run.bar.close()
-    if run.stop.requested:
-        sys.exit(f"stopped at env step {run.global_step}; go on with: python {sys.argv[0]} --resume {run.dir}")
 
     run.log_evaluation(*evaluate(learner, args))
     envs.close()
@@ -604,12 +535,9 @@ def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
-
-
 @data_tools.errors_in_one_line()
 def main(args: Args) -> dict:
     """Both phases; picture, results.json and a summary. Returns the results."""
-    check_args(args)
     run = data_tools.Run(args, FILE_VERSION, MODEL_ARGS, RUN_ARGS)
     run.find_pretrained(PRETRAINED, PRETRAIN_ARGS)
     networks = pretrain(args, run)

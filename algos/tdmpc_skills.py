@@ -20,9 +20,8 @@ Deviations from the release, marked DEVIATION n below
 3. Sines and cosines of positions and joint angles as inputs, the maze scaled, as in skimo.py.
 4. E environments in lockstep. Windows of 5 transitions (release: 5 stored items, 4 transitions); true ends are used.
 5. Kitchen, CALVIN: as in spirl.py. Maze: warm-up with skills of the prior (release: random low-level actions).
-
 Differs from skimo.py in: Args, FILE_VERSION, PRETRAINED, TASK_DEFAULTS, MODEL_ARGS, PRETRAIN_ARGS, RUN_ARGS,
-check_args, scalar_head, WorldModel, SkillModel, make_networks, pretrain_loss, model_loss, policy_loss, plan,
+scalar_head, WorldModel, SkillModel, make_networks, pretrain_loss, model_loss, policy_loss, plan,
 prior_rollouts, open_loop_prediction, Pretrainer, pretrain, Learner, train, main.
 """
 
@@ -37,7 +36,6 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data_tools, from any working directory
 import data_tools
@@ -133,30 +131,17 @@ TASK_DEFAULTS = {
     "calvin": dict(total_timesteps=2_000_000),
 }
 
-# Arguments that a pre-trained model and a run must share, all others that shape the model (the key of the cache), and
-# what else must agree before a run goes on
+# What a pre-trained model and a run must share, what else shapes the model (key of the cache) and a run that goes on
 MODEL_ARGS = "hidden_dim skill_dim skill_horizon position_features".split()
 PRETRAIN_ARGS = (
     "seed pretrain_updates pretrain_batch_size pretrain_lr pretrain_lr_decay clip_updates clip_norm kl_coef"
 ).split()
 RUN_ARGS = ["num_envs", "num_skills", "model_dim", "latent_dim", "release_defects"]
 
-
-def parse_args(argv: list[str] | None = None) -> Args:
-    return data_tools.parse_args(Args, TASK_DEFAULTS, __doc__.split("\n")[0], argv)
-
-
-def check_args(args: Args):
-    """Refuse values that cannot work, in a sentence that names the flag and the cure."""
-    if not 1 <= args.num_elites <= args.num_samples + args.num_policy_trajs:
-        sys.exit(f"error: --num-elites {args.num_elites} exceeds --num-samples + --num-policy-trajs; lower it")
-    if args.policy_std <= 1e-4:
-        sys.exit(f"error: --policy-std {args.policy_std} is too small; give more than 1e-4")
+parse_args = functools.partial(data_tools.parse_args, Args, TASK_DEFAULTS, __doc__)  # list of words -> Args
 
 
 # ------------------------------------------------------------------------------------------------------------ networks
-
-
 def mlp(*sizes: int) -> nn.Sequential:
     """Linear layers with orthogonal weights, ELU between them, linear output."""
     layers = []
@@ -306,17 +291,6 @@ def make_networks(args: Args, obs_dim: int, action_dim: int, device) -> nn.Modul
     return nn.ModuleDict(networks).to(device)
 
 
-class UnitSkills(nn.Module):
-    """The skill policy, commanded by u in (-1, 1) for the skill z = 2 u."""
-
-    def __init__(self, skills: SkillModel):
-        super().__init__()
-        self.skills = skills
-
-    def act(self, obs, u):  # (..., O), (..., Z) -> (..., A)
-        return self.skills.act(obs, 2 * u)
-
-
 class WorldModel(nn.Module):
     """State encoder E, skill dynamics D, reward R, critics Q of TD-MPC."""
 
@@ -324,8 +298,7 @@ class WorldModel(nn.Module):
         super().__init__()
         u, d, dz = args.model_dim, args.latent_dim, args.latent_dim + args.skill_dim
         features = Features(obs_dim, args)
-        scale, shift = data_tools.obs_scale(args.env_id, obs_dim)  # scaled, also without position features
-        features.scale, features.shift = torch.tensor(scale), torch.tensor(shift)
+        features.scale, features.shift = map(torch.tensor, data_tools.obs_scale(args.env_id, obs_dim))  # always
         self.encoder = nn.Sequential(features, *mlp(features.size, 256, d))
         self.dynamics = mlp(dz, u, u, d)
         self.reward_model, self.qf1, self.qf2 = scalar_head(dz, u), scalar_head(dz, u), scalar_head(dz, u)
@@ -341,22 +314,13 @@ class WorldModel(nn.Module):
         return self.qf1(hu).squeeze(-1), self.qf2(hu).squeeze(-1)  # 2 x (...)
 
 
-class TaskPolicy(nn.Module):
+def make_task_policy(args: Args) -> nn.Sequential:
     """pi(u | h), of fixed std: latent states (..., d) -> input of tanh_normal (..., 2 * Z)."""
-
-    def __init__(self, args: Args):
-        super().__init__()
-        self.log_std = math.log(args.policy_std - 1e-4)
-        self.net = mlp(args.latent_dim, args.model_dim, args.model_dim, args.skill_dim)
-
-    def forward(self, h):
-        mean = self.net(h)
-        return torch.cat([mean, torch.full_like(mean, self.log_std)], -1)
+    append_log_std = nn.ConstantPad1d((0, args.skill_dim), math.log(args.policy_std - 1e-4))
+    return nn.Sequential(*mlp(args.latent_dim, args.model_dim, args.model_dim, args.skill_dim), append_log_std)
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
-
-
 def pretrain_loss(skills, prior, obs, actions, args):
     """Skills by behavioural cloning and KL(q || N(0,1)), the prior by the likelihood of their samples (SPiRL eq. 1, 2).
 
@@ -414,22 +378,18 @@ def policy_loss(model, task_policy, skill_prior, obs, h_pred, args):
     rho = args.rho ** torch.arange(N + 1, device=obs.device)  # (N+1,)
     pi = tanh_normal(task_policy(h_pred))  # 2 x (B, N+1, Z)
     q_value = torch.min(*model.q(h_pred, sample(pi)))  # (B, N+1)
-    with torch.no_grad():
-        prior = skill_prior(obs)  # 2 x (B, N+1, Z)
-    prior_kl = squashed_kl(pi, prior).clamp(-100, 100)  # (B, N+1)
+    prior_kl = squashed_kl(pi, skill_prior(obs)).clamp(-100, 100)  # (B, N+1), the prior is frozen
     loss = (args.alpha * prior_kl - rho * q_value).sum(1).mean() / N
     return loss, dict(policy_loss=loss.detach(), policy_q=q_value.detach().mean(), prior_kl=prior_kl.detach().mean())
 
 
 # -------------------------------------------------------------------------------------------------- planner and acting
-
-
 @torch.no_grad()
 def plan(model, task_policy, obs, mean, std_floor, noise_scale, args):
     """CEM over sequences of K skills in the skill dynamics, for all environments at once (SkiMo, section 3.4).
 
     obs (E, O); mean (E, K, Z): zeros or the last plan, moved on; std_floor (): least std of the sampled skills;
-    noise_scale (): 1 to explore, 0 to evaluate. Returns the first skill (E, Z) and the fitted mean (E, K, Z).
+    noise_scale (): 1 to explore, 0 to evaluate. Returns the first skill z = 2 u (E, Z) and the fitted mean (E, K, Z).
     """
     E, K, Z = mean.shape
     h0 = model.encoder(obs)  # (E, d)
@@ -466,7 +426,7 @@ def plan(model, task_policy, obs, mean, std_floor, noise_scale, args):
     picked = (weight[..., 0, 0] / torch.empty_like(elite_value).exponential_()).argmax(1)  # (E,)
     first_skill = elites[torch.arange(E, device=obs.device), picked, 0]  # (E, Z)
     first_skill = first_skill + noise_scale * std[:, 0] * torch.randn_like(first_skill)
-    return first_skill.clamp(-0.999, 0.999), mean
+    return 2 * first_skill.clamp(-0.999, 0.999), mean
 
 
 class Planner:
@@ -497,7 +457,7 @@ class Planner:
 
 
 @torch.no_grad()
-def execute_skill(envs, skills, obs, z, ended, args: Args, trace: list | None = None):
+def execute_skill(envs, skills, obs, z, ended, args: Args, trace: list):
     """H env steps of the skill policy with skills z (E, Z), on the CPU next to the simulator.
 
     obs (E, O); ended (E,) bool: members that wait for their reset. Returns next_obs (E, O), the rewards' sum (E,),
@@ -506,8 +466,7 @@ def execute_skill(envs, skills, obs, z, ended, args: Args, trace: list | None = 
     rewards, steps = np.zeros(len(obs), dtype=np.float32), np.zeros(len(obs), dtype=np.int64)
     for _ in range(args.skill_horizon):
         action = skills.act(torch.from_numpy(obs), z).numpy()  # (E, A)
-        if trace is not None:
-            trace.append((obs, action, ended))
+        trace.append((obs, action, ended))
         obs, reward, terminations, truncations, _ = envs.step(action)
         rewards += np.where(ended, 0.0, reward)
         steps += ~ended
@@ -515,26 +474,6 @@ def execute_skill(envs, skills, obs, z, ended, args: Args, trace: list | None = 
         if ended.all():
             break
     return obs, rewards, ended, steps
-
-
-@torch.no_grad()
-def rollout(envs, skills, choose_skill, args: Args, seed: int, max_skills: int | None = None):
-    """One episode, at most max_skills long, in every environment, with skills z = choose_skill(obs, episode_start).
-
-    Returns returns (E,), lengths in env steps (E,), the trace of execute_skill closed by the last observation, and the
-    skills (E, skills, Z). The random state outside is left as it was.
-    """
-    skills, trace, zs = copy.deepcopy(skills).cpu(), [], []
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        obs, _ = envs.reset(seed=seed)
-        ended, returns, lengths = np.zeros(len(obs), dtype=bool), 0.0, 0
-        while not ended.all() and len(zs) != max_skills:
-            zs.append(choose_skill(obs, np.full(len(obs), not zs)))
-            obs, rewards, ended, steps = execute_skill(envs, skills, obs, zs[-1], ended, args, trace)
-            returns, lengths = returns + rewards.astype(np.float64), lengths + steps
-    envs.close()
-    return returns, lengths, [*trace, (obs, trace[-1][1], ended)], torch.stack(zs, 1)
 
 
 def evaluate(learner, args: Args, global_step: int, video: Path | None = None):
@@ -545,18 +484,18 @@ def evaluate(learner, args: Args, global_step: int, video: Path | None = None):
     envs = data_tools.make_envs(args.env_id, 1 if video else args.eval_episodes, video)
     planner = Planner(learner.model, learner.task_policy, args, learner.device)
     choose_skill = functools.partial(planner, global_step=global_step, explore=False)
-    return rollout(envs, learner.skills, choose_skill, args, 10_000 + args.seed)[:2]
+    return data_tools.rollout(execute_skill, envs, learner.skills, choose_skill, args, 10_000 + args.seed)[:2]
 
 
 def prior_rollouts(networks, args: Args, num_episodes: int):
-    """Episodes with skills from the prior, what a fresh task policy explores; returns what `rollout` returns."""
+    """Episodes with skills from the prior, what a fresh task policy explores; returns what data_tools.rollout does."""
     cpu = copy.deepcopy(networks).cpu().eval()
 
     def choose_skill(obs, episode_start):
         return squash(draw(cpu["prior"](torch.from_numpy(obs))))  # (E, Z)
 
     envs = data_tools.make_envs(args.env_id, num_episodes)
-    returns, lengths, trace, z = rollout(envs, cpu["skills"], choose_skill, args, args.seed)
+    returns, lengths, trace, z = data_tools.rollout(execute_skill, envs, cpu["skills"], choose_skill, args, args.seed)
     return returns, lengths, [(obs, action.clip(-1, 1), ended) for obs, action, ended in trace], z  # as environments do
 
 
@@ -567,24 +506,19 @@ def open_loop_prediction(learner, rb, args: Args, num_skills: int = 50):
     TD-MPC has no decoder: latent states are read by the linear map that fits the visited states best.
     Returns observations at the skills' boundaries, real and predicted, each (num_skills + 1, O) (SkiMo, fig. 10).
     """
-    envs = data_tools.make_envs(args.env_id, 1)
-    _, _, trace, u = rollout(envs, learner.skills, learner.sample_prior, args, args.seed, num_skills)
+    envs, prior = data_tools.make_envs(args.env_id, 1), learner.sample_prior
+    _, _, trace, z = data_tools.rollout(execute_skill, envs, learner.skills, prior, args, args.seed, num_skills)
     real = np.concatenate([*(obs for obs, _, _ in trace[: -1 : args.skill_horizon]), trace[-1][0]])
     model, visited = copy.deepcopy(learner.model).cpu(), rb.rows[-10_000:, : real.shape[1]].cpu()
-    h = [model.encoder(torch.from_numpy(real[:1]))]
+    h, u = [model.encoder(torch.from_numpy(real[:1]))], z if args.release_defects else z / 2  # defect (b)
     for t in range(u.shape[1]):
-        h.append(model.next(h[-1], (2 * u if args.release_defects else u)[:, t]))
-
-    def affine(h):
-        return nn.functional.pad(h, (0, 1), value=1.0)
-
+        h.append(model.next(h[-1], u[:, t]))
+    affine = functools.partial(nn.functional.pad, pad=(0, 1), value=1.0)  # h -> (h, 1)
     readout = torch.linalg.lstsq(affine(model.encoder(visited)), visited, driver="gelsd").solution  # (d + 1, O)
     return real, (affine(torch.cat(h)) @ readout).numpy()
 
 
 # -------------------------------------------------------------------------------------------------------------- replay
-
-
 class ReplayBuffer:
     """Finished episodes of at least N skills, back to back in flat tensors on the device; nothing is ever dropped.
 
@@ -592,7 +526,7 @@ class ReplayBuffer:
     """
 
     def __init__(self, obs_dim: int, args: Args, device):
-        self.num_skills, self.device = args.num_skills, device
+        self.num_skills = args.num_skills
         self.split_sizes = [obs_dim, args.skill_dim, 1, 1]
         self.rows = torch.zeros(0, sum(self.split_sizes), device=device)  # obs, z, reward, done
         self.episodes = torch.zeros(0, 2, dtype=torch.long, device=device)  # first row, skills
@@ -610,9 +544,9 @@ class ReplayBuffer:
             running.append(rows[e])
             if ended[e]:
                 if len(running) >= self.num_skills:
-                    episode = torch.tensor([[len(self.rows), len(running)]], device=self.device)
+                    episode = torch.tensor([[len(self.rows), len(running)]], device=self.rows.device)
                     self.episodes = torch.cat([self.episodes, episode])
-                    self.rows = torch.cat([self.rows, torch.stack([*running, last[e]]).to(self.device)])
+                    self.rows = torch.cat([self.rows, torch.stack([*running, last[e]]).to(self.rows.device)])
                 running.clear()
 
     def sample(self, batch_size: int):
@@ -620,24 +554,15 @@ class ReplayBuffer:
 
         Episodes are uniform; the start is min(uniform{0..T-1}, T-N), so that the last window is drawn more often.
         """
-        index = torch.randint(len(self.episodes), (batch_size,), device=self.device)  # (B,)
+        index = torch.randint(len(self.episodes), (batch_size,), device=self.rows.device)  # (B,)
         first, T = self.episodes[index].unbind(1)
-        start = (torch.rand(batch_size, device=self.device) * T).long().minimum(T - self.num_skills)
-        steps = torch.arange(self.num_skills + 1, device=self.device)
+        start = (torch.rand(batch_size, device=self.rows.device) * T).long().minimum(T - self.num_skills)
+        steps = torch.arange(self.num_skills + 1, device=self.rows.device)
         obs, z, rewards, dones = self.rows[(first + start)[:, None] + steps].split(self.split_sizes, -1)  # (B, N+1, .)
         return obs, z[:, :-1], rewards[:, :-1, 0], dones[:, :-1, 0]
 
-    def get_state(self) -> dict:
-        return dict(rows=self.rows, episodes=self.episodes, running=self.running)
-
-    def set_state(self, state: dict):
-        self.rows, self.episodes = state["rows"].to(self.device), state["episodes"].to(self.device)
-        self.running = state["running"]
-
 
 # --------------------------------------------------------------------------------------------------------- pre-training
-
-
 class Pretrainer(nn.Module):
     """The networks of pre-training with their optimizer, and one gradient step."""
 
@@ -661,7 +586,7 @@ class Pretrainer(nn.Module):
             nn.utils.clip_grad_norm_(self.networks.parameters(), args.clip_norm)
         optimizer.step()
         self.num_updates += 1
-        return {name: value.clone() for name, value in metrics.items()}  # a CUDA graph overwrites its outputs
+        return metrics
 
 
 @torch.no_grad()
@@ -673,8 +598,7 @@ def update_target(target, online, tau: float):
 def pretrain(args: Args, run: data_tools.Run) -> nn.ModuleDict:
     """Phase 1: networks that --pretrained or the cache holds or, first, that are learnt from the offline data.
 
-    Pre-training that was interrupted goes on. BatchNorm's statistics move in pre-training only: the networks are
-    returned in evaluation mode.
+    They are in evaluation mode: BatchNorm's statistics move in pre-training only.
     """
     torch.manual_seed(args.seed)
     networks = make_networks(args, *data_tools.env_sizes(args.env_id), run.device)
@@ -682,15 +606,10 @@ def pretrain(args: Args, run: data_tools.Run) -> nn.ModuleDict:
         return networks.eval()
     train_data, valid_data = run.data.to(run.device).split(0.99)
     window = args.skill_horizon + 1
-    trainer, history = Pretrainer(args, networks), []
-    run.restore("pretraining", dict(trainer=trainer))
-    bar = tqdm(desc="pre-training", total=args.pretrain_updates, initial=trainer.num_updates, unit="update")
-    while trainer.num_updates < args.pretrain_updates:
-        history.append(trainer.update(*train_data.sample_windows(args.pretrain_batch_size, window)))
-        update, stopped = trainer.num_updates, run.stop.requested
-        bar.update()
-        if update % 100 == 0:
-            run.log_means("pretrain", history, update, bar)
+    trainer = Pretrainer(args, networks)
+    for update in run.pretraining(trainer):  # goes on where it was interrupted
+        batch = train_data.sample_windows(args.pretrain_batch_size, window)
+        run.log_update("pretrain", trainer.update(*batch), update)
         finished = update == args.pretrain_updates
         if finished or update % args.pretrain_eval_interval == 0:
             networks.eval()
@@ -700,32 +619,22 @@ def pretrain(args: Args, run: data_tools.Run) -> nn.ModuleDict:
                 _, metrics = pretrain_loss(*networks.values(), *batch, args)
             networks.train()
             returns, _, trace, _ = prior_rollouts(networks, args, args.pretrain_eval_episodes * (4 if finished else 1))
-            facts = data_tools.rollout_statistics(args.env_id, returns, trace)
-            facts |= {f"valid_{name}": value.item() for name, value in metrics.items()}
-            run.log("pretrain", facts, update, bar)
-        run.lap("pretrain")
-        if not finished and (stopped or update % 10_000 == 0):
-            run.save("pretraining", dict(trainer=trainer))
-            if stopped:
-                sys.exit("stopped in pre-training; the same command, or --resume with the run folder, goes on")
-    bar.close()
+            facts = run.log_validation(metrics, returns, trace, update)
     run.save_pretrained(networks, facts)
     return networks.eval()
 
 
 # -------------------------------------------------------------------------------------------------------- downstream RL
-
-
 class Learner(nn.Module):
     """Everything that downstream RL trains, the frozen prior and skills, and one gradient step."""
 
     def __init__(self, args: Args, networks: nn.ModuleDict):
         super().__init__()
         self.args, self.num_updates = args, 0
-        self.skills, self.skill_prior = UnitSkills(networks["skills"]), networks["prior"]
+        self.skills, self.skill_prior = networks["skills"], networks["prior"]
         self.device = self.skill_prior.features.scale.device
         self.model = WorldModel(len(self.skill_prior.features.scale), args).to(self.device)
-        self.task_policy, self.target = TaskPolicy(args).to(self.device), copy.deepcopy(self.model)
+        self.task_policy, self.target = make_task_policy(args).to(self.device), copy.deepcopy(self.model)
         self.eval()  # BatchNorm keeps the statistics of pre-training
         for frozen in (self.skills, self.skill_prior, self.target):
             frozen.requires_grad_(False)
@@ -742,9 +651,9 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def sample_prior(self, obs, episode_start=None):
-        """Skills u (E, Z), on the CPU, of the prior: obs (E, O) NumPy; as spirl.py explores at first."""
+        """Skills z = 2 u (E, Z), on the CPU, of the prior: obs (E, O) NumPy; as spirl.py explores at first."""
         obs = self.prior_input(torch.from_numpy(obs).to(self.device))
-        return torch.tanh(draw(self.skill_prior(obs))).cpu()
+        return squash(draw(self.skill_prior(obs))).cpu()
 
     def update(self, obs, u, rewards, dones) -> dict:
         """One step of model, task policy and target on windows from the replay buffer; returns metrics."""
@@ -768,8 +677,7 @@ class Learner(nn.Module):
         self.num_updates += 1
         if self.num_updates % args.target_update_interval == 0:
             update_target(self.target, model, args.tau)
-        metrics |= policy_metrics
-        return {name: value.clone() for name, value in metrics.items()}  # a CUDA graph overwrites its outputs
+        return metrics | policy_metrics
 
 
 def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
@@ -783,50 +691,39 @@ def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
     skills = copy.deepcopy(learner.skills).cpu()  # acts next to the simulator
     envs = data_tools.make_envs(args.env_id, args.num_envs)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
-    rb, history = ReplayBuffer(obs.shape[1], args, learner.device), []
+    rb = ReplayBuffer(obs.shape[1], args, learner.device)
     parts, ended = dict(learner=learner, rb=rb, envs=envs), np.ones(args.num_envs, dtype=bool)
-    last = dict(z=torch.zeros(args.num_envs, args.skill_dim), rewards=np.zeros(args.num_envs, np.float32))  # defect (a)
+    last = torch.zeros(args.num_envs, args.skill_dim), np.zeros(args.num_envs, np.float32)  # z, rewards: defect (a)
     obs, ended, planner.last_mean, last = run.start_rl(parts, obs=obs, ended=ended, last_mean=None, last=last)
     while True:
         # ALGO LOGIC: training. As many updates as all env steps so far are worth, but none in the warm-up.
         updates_due = int(run.global_step * args.updates_per_step) if run.global_step >= args.warmup_steps else 0
         while learner.num_updates < updates_due and len(rb.episodes) > 0 and not run.stop.requested:
-            history.append(learner.update(*rb.sample(args.batch_size)))
-            if learner.num_updates % 100 == 0:
-                run.log_means("losses", history, run.global_step)
+            run.log_update("losses", learner.update(*rb.sample(args.batch_size)), run.global_step)
         run.lap("update")
-        is_over = run.is_over()
-        if is_over or run.save_is_due():
-            run.save("run", parts, obs=obs, ended=ended, last_mean=planner.last_mean, last=last)
-        if is_over:
-            break
         planner_step = 0 if args.release_defects else run.global_step  # defect (c)
+        if not run.goes_on(parts, obs=obs, ended=ended, last_mean=planner.last_mean, last=last):
+            break
         if run.evaluation_is_due():
             run.log_evaluation(*evaluate(learner, args, planner_step))
-        run.lap()  # saving and evaluation do not count
 
         # ALGO LOGIC: put action logic here. One skill for every environment at once, then H env steps.
         if run.global_step < args.warmup_steps:
-            u = learner.sample_prior(obs)  # (E, Z), DEVIATION 5
+            z = learner.sample_prior(obs)  # (E, Z), DEVIATION 5
         else:
-            u = planner(obs, ended, planner_step, explore=True)
+            z = planner(obs, ended, planner_step, explore=True)
         run.lap("plan")
-        next_obs, rewards, ended, steps = execute_skill(envs, skills, obs, u, np.zeros(len(obs), dtype=bool), args)
-        stored = dict(z=u, rewards=args.reward_scale * rewards)
+        next_obs, rewards, ended, steps = execute_skill(envs, skills, obs, z, np.zeros(len(obs), dtype=bool), args, [])
+        stored = z / 2, args.reward_scale * rewards  # u
         if args.release_defects:  # (a) what led into obs instead of what follows, (b) at the scale of z
             keep = np.float32(~ended)
-            now = dict(z=2 * u * torch.from_numpy(keep)[:, None], rewards=stored["rewards"] * keep)
-            stored, last = last, now
-        rb.add(obs, **stored, ended=ended, next_obs=next_obs)
+            stored, last = last, (z * torch.from_numpy(keep)[:, None], stored[1] * keep)
+        rb.add(obs, *stored, ended, next_obs)
         # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
         obs = envs.reset(options={"reset_mask": ended})[0] if ended.any() else next_obs
         run.lap("env")
         run.log_skill(rewards, steps, ended, learner.num_updates)
-    run.bar.close()
-    if run.stop.requested:
-        sys.exit(f"stopped at env step {run.global_step}; go on with: python {sys.argv[0]} --resume {run.dir}")
 
-    planner_step = 0 if args.release_defects else run.global_step
     run.log_evaluation(*evaluate(learner, args, planner_step))
     envs.close()
     if len(rb.episodes) > 0:
@@ -839,12 +736,9 @@ def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
-
-
 @data_tools.errors_in_one_line()
 def main(args: Args) -> dict:
     """Both phases; pictures, results.json and a summary. Returns the results."""
-    check_args(args)
     run = data_tools.Run(args, FILE_VERSION, MODEL_ARGS, RUN_ARGS)
     run.find_pretrained(PRETRAINED, PRETRAIN_ARGS)
     networks = pretrain(args, run)

@@ -15,6 +15,7 @@ from data_tools.diagnostics import (
     plot_prediction,
     plot_visited,
     position_frequency,
+    rollout,
     rollout_statistics,
 )
 from data_tools.files import load_checkpoint, save_checkpoint
@@ -37,6 +38,7 @@ __all__ = [
     "plot_prediction",
     "plot_visited",
     "position_frequency",
+    "rollout",
     "rollout_statistics",
     "save_checkpoint",
 ]

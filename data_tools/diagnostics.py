@@ -4,6 +4,7 @@ Pictures are written as PNG and, with a TensorBoard writer, logged under `pictur
 curves of the observation's entries.
 """
 
+import copy
 from pathlib import Path
 
 import gymnasium
@@ -84,6 +85,26 @@ class VideoRecorder(gymnasium.vector.VectorWrapper):
             write_atomically(self.path, lambda part: imageio.mimwrite(part, self.frames, **options))
             self.frames = []
         return super().close(**kwargs)
+
+
+@torch.no_grad()
+def rollout(execute_skill, envs, skills, choose_skill, args, seed: int, max_skills: int | None = None):
+    """One episode, at most max_skills long, in every environment, with skills z = choose_skill(obs, episode_start).
+
+    Returns returns (E,), lengths in env steps (E,), the trace of execute_skill closed by the last observation, and the
+    skills (E, skills, Z). The random state outside is left as it was.
+    """
+    skills, trace, zs = copy.deepcopy(skills).cpu(), [], []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        obs, _ = envs.reset(seed=seed)
+        ended, returns, lengths = np.zeros(len(obs), dtype=bool), 0.0, 0
+        while not ended.all() and len(zs) != max_skills:
+            zs.append(choose_skill(obs, np.full(len(obs), not zs)))
+            obs, rewards, ended, steps = execute_skill(envs, skills, obs, zs[-1], ended, args, trace)
+            returns, lengths = returns + rewards.astype(np.float64), lengths + steps
+    envs.close()
+    return returns, lengths, [*trace, (obs, trace[-1][1], ended)], torch.stack(zs, 1)
 
 
 def rollout_statistics(env_id: str, returns: np.ndarray, trace: list) -> dict[str, float]:

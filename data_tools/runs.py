@@ -26,18 +26,19 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from data_tools.dataset import TASKS, cache_dir, load_dataset
-from data_tools.diagnostics import MAX_RETURN
+from data_tools.diagnostics import MAX_RETURN, rollout_statistics
 from data_tools.files import DataError, load_checkpoint, save_checkpoint, write_atomically
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "benchmarks" / "results"  # the pre-trained models that we ship
-CHECKPOINT_VERSION = 2  # raised when older checkpoints of unfinished runs become unusable
+CHECKPOINT_VERSION = 3  # raised when older checkpoints of unfinished runs become unusable
 EPISODE_COLUMNS = ("env_step", "episodic_return", "episodic_length", "rl_minutes")
 
 
-def parse_args(Args, task_defaults: dict[str, dict], description: str, argv: list[str] | None = None):
+def parse_args(Args, task_defaults: dict[str, dict], doc: str, argv: list[str] | None = None):
     """Command line -> Args, whose defaults are those of the chosen --env-id, or of the run that --resume names.
 
-    So `--help` shows the values of the task. Exits with one sentence for an unknown task or a folder without a run.
+    So `--help` shows the values of the task, and the first line of doc. Exits with one sentence for an unknown task or
+    a folder without a run.
     """
     argv = sys.argv[1:] if argv is None else argv
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -52,18 +53,28 @@ def parse_args(Args, task_defaults: dict[str, dict], description: str, argv: lis
             default = Args(**json.loads((Path(chosen.resume) / "args.json").read_text()))
         except (OSError, ValueError, TypeError) as error:
             sys.exit(f"error: --resume {chosen.resume} is no run folder of this file ({error}); check the path")
-    return tyro.cli(Args, args=argv, default=default, description=description)
+    return tyro.cli(Args, args=argv, default=default, description=doc.split("\n")[0])
 
 
 def check_args(args):
-    """Raise DataError for values that no algorithm can work with."""
-    counts = (
-        "num_envs batch_size pretrain_batch_size pretrain_updates eval_episodes num_policy_trajs num_skills".split()
-    )
-    for name in counts:
-        if getattr(args, name, 1) < 1:
-            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            raise DataError(f"{flag} is too small; give at least 1")
+    """Raise DataError for values that cannot work, of those arguments that the algorithm has."""
+    given = vars(args)
+    counts = "num_envs batch_size pretrain_batch_size pretrain_updates eval_episodes num_skills warmup_skills bc_chunks"
+    least = dict.fromkeys(counts.split(), 1) | dict(num_policy_trajs=1, num_elites=1)
+    if given.get("plan_start") == "policy":
+        least["num_policy_trajs"] = 2  # for their spread
+    for name, value in least.items():
+        if given.get(name, value) < value:
+            raise DataError(f"--{name.replace('_', '-')} {given[name]} is too small; give at least {value}")
+    if given.get("policy_std", 1.0) <= 1e-4:
+        raise DataError(f"--policy-std {args.policy_std} is too small; give more than 1e-4")
+    if "num_elites" in given and args.num_elites > args.num_samples + args.num_policy_trajs:
+        raise DataError(f"--num-elites {args.num_elites} exceeds --num-samples + --num-policy-trajs; lower it")
+    if "bc_chunks" in given and args.bc_chunks > args.pretrain_skills:
+        raise DataError(f"--bc-chunks {args.bc_chunks} exceeds --pretrain-skills {args.pretrain_skills}; lower it")
+    if "buffer_size" in given and args.buffer_size < args.num_envs:
+        message = f"--buffer-size {args.buffer_size} is smaller than --num-envs {args.num_envs}; raise it"
+        raise DataError(message)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise DataError("--device cuda, but torch finds no CUDA device; use --device cpu")
 
@@ -89,16 +100,21 @@ def set_random_state(state: list[torch.Tensor]):
 
 
 def get_state(part) -> dict:
-    """State of a module, with its `optimizers` and `num_updates`, or what the part's own `get_state` returns."""
+    """State of a module, with its `optimizers` and `num_updates`; of others their own `get_state()`, or attributes."""
     if not isinstance(part, nn.Module):
-        return part.get_state()
+        return part.get_state() if hasattr(part, "get_state") else dict(vars(part))
     optimizers = [optimizer.state_dict() for optimizer in part.optimizers]
     return dict(weights=part.state_dict(), optimizers=optimizers, num_updates=part.num_updates)
 
 
 def set_state(part, state: dict):
+    """Go on from what `get_state` returned; a part's tensors stay on their device."""
     if not isinstance(part, nn.Module):
-        return part.set_state(state)
+        if hasattr(part, "set_state"):
+            return part.set_state(state)
+        for name, value in state.items():
+            setattr(part, name, value.to(vars(part)[name].device) if isinstance(value, torch.Tensor) else value)
+        return None
     part.load_state_dict(state["weights"])
     part.num_updates = state["num_updates"]
     for optimizer, saved in zip(part.optimizers, state["optimizers"], strict=True):
@@ -142,6 +158,7 @@ class Run:
         self.evaluations = []  # (env step, mean return, success) of each clean evaluation
         self.episodic_return = np.zeros(args.num_envs)  # (E,) of the running episodes
         self.episodic_length = np.zeros(args.num_envs, dtype=np.int64)  # (E,) env steps
+        self.history = {}  # group -> metrics of the updates since they were last logged
         self.family, self.paths = "", {}  # kind of checkpoint -> path
         if args.resume and (Path(args.resume) / "checkpoint.pt").exists():  # refused before anything is changed
             load_checkpoint(Path(args.resume) / "checkpoint.pt", self.meta("run"), "cpu")
@@ -206,6 +223,13 @@ class Run:
         self.facts = state["facts"]
         return True
 
+    def log_validation(self, metrics: dict, returns, trace, step: int) -> dict:
+        """Log losses on held-out data (scalars on the device) and the prior's roll-outs; returns all facts."""
+        facts = rollout_statistics(self.args.env_id, returns, trace)
+        facts |= {f"valid_{name}": value.item() for name, value in metrics.items()}
+        self.log("pretrain", facts, step, self.bar)
+        return facts
+
     def save_pretrained(self, networks: nn.ModuleDict, facts: dict):
         """Put pre-trained networks into the cache, with facts about them."""
         args = self.args
@@ -214,6 +238,25 @@ class Run:
         state = dict(networks=networks.state_dict(), facts=self.facts)
         save_checkpoint(self.paths["pretrained"], state, self.meta("pretrained"))
         self.paths["pretraining"].unlink(missing_ok=True)
+
+    def pretraining(self, trainer):
+        """Iterate over the numbers of the gradient updates, from where an interrupted pre-training was saved.
+
+        Saves `trainer` every 2,500 updates; ends the program, after saving, when the user asked to stop.
+        """
+        self.restore("pretraining", dict(trainer=trainer))
+        first, last = trainer.num_updates + 1, self.args.pretrain_updates
+        self.bar = tqdm(desc="pre-training", total=last, initial=trainer.num_updates, unit="update")
+        for update in range(first, last + 1):
+            yield update
+            self.bar.update()
+            self.lap("pretrain")
+            stopped = self.stop.requested
+            if update < last and (stopped or update % 2_500 == 0):
+                self.save("pretraining", dict(trainer=trainer))
+                if stopped:
+                    sys.exit("stopped in pre-training; the same command, or --resume with the run folder, goes on")
+        self.bar.close()
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
@@ -258,17 +301,19 @@ class Run:
         if bar is not None:
             bar.write(f"{bar.unit} {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
-    def log_means(self, group: str, history: list[dict], step: int, bar=None):
-        """Log each metric's mean over the updates in history, and empty it; one synchronisation with the device.
+    def log_update(self, group: str, metrics: dict, step: int):
+        """Log each metric's mean (scalars on the device) over 100 updates; one synchronisation with the device for all.
 
-        With a bar, they stand behind it, too.
+        In pre-training they stand behind the bar, too.
         """
-        means = torch.stack([torch.stack(list(metrics.values())) for metrics in history]).mean(0).tolist()
-        means = dict(zip(history[0], means, strict=True))
-        self.log(group, means, step)
-        history.clear()
-        if bar is not None:
-            bar.set_postfix({name.removesuffix("_loss"): f"{value:.3g}" for name, value in means.items()})
+        history = self.history.setdefault(group, [])
+        history.append(torch.stack(list(metrics.values())))  # a copy: a CUDA graph overwrites its outputs
+        if len(history) == 100:
+            means = dict(zip(metrics, torch.stack(history).mean(0).tolist(), strict=True))
+            self.log(group, means, step)
+            history.clear()
+            if group == "pretrain":
+                self.bar.set_postfix({name.removesuffix("_loss"): f"{value:.3g}" for name, value in means.items()})
 
     def lap(self, part: str | None = None):
         """Count the time since the last lap to this part of the run; to none if it was spent on saving, say."""
@@ -291,14 +336,22 @@ class Run:
         self.lap()
         return values
 
-    def is_over(self) -> bool:
-        """Whether all env steps are done, or the user asked to stop."""
-        return self.stop.requested or self.global_step >= self.args.total_timesteps
+    def goes_on(self, parts: dict, **values) -> bool:
+        """Whether env steps are left to do. Saves (see `save`) when it is time to and at the end.
 
-    def save_is_due(self) -> bool:
-        due = self.global_step >= self.next_save
-        self.next_save += self.args.checkpoint_interval * due
-        return due
+        Ends the program, after saving, when the user asked to stop.
+        """
+        stopped = self.stop.requested
+        is_over = stopped or self.global_step >= self.args.total_timesteps
+        if is_over or self.global_step >= self.next_save:
+            self.save("run", parts, **values)
+            self.next_save += self.args.checkpoint_interval
+        if is_over:
+            self.bar.close()
+        if stopped:
+            sys.exit(f"stopped at env step {self.global_step}; go on with: python {sys.argv[0]} --resume {self.dir}")
+        self.lap()  # saving does not count
+        return not is_over
 
     def evaluation_is_due(self) -> bool:
         due = 0 < self.args.eval_interval and self.global_step >= self.next_eval
@@ -311,6 +364,7 @@ class Run:
         self.evaluations.append((self.global_step, float(returns.mean()), success))
         values = dict(episodic_return=returns.mean(), success=success, episodic_length=lengths.mean())
         self.log("eval", values, self.global_step, self.bar)
+        self.lap()  # evaluation does not count
 
     def log_skill(self, rewards, steps, ended, updates: int):
         """Count one skill of E environments: rewards (E,), env steps (E,), which episodes ended (E,) bool.

@@ -97,7 +97,7 @@ VARIANTS = ["skimo_no_cem.py", "skimo_sac.py", "skimo_no_joint.py", "skimo_singl
         ("kl_divergence", "- 0.5).sum(-1)", "- 0.6).sum(-1)"),  # an equation
         ("update_target", "@torch.no_grad()\ndef update_target", "def update_target"),  # a decorator
         ("sample", '"""One reparameterised', '"""A reparameterised'),  # a docstring
-        ("mlp", "networks\n\n\ndef mlp(", "networks\n\n\n# builds\ndef mlp("),  # a comment in front
+        ("mlp", "networks\ndef mlp(", "networks\n# builds\ndef mlp("),  # a comment in front
         ("FILE_VERSION", "FILE_VERSION = ", "FILE_VERSION = 1 + "),  # a constant
         ("__main__", "    main(parse_args())", "    main(parse_args([]))"),
     ],

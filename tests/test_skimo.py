@@ -29,6 +29,7 @@ import data_tools.calvin
 import data_tools.kitchen
 import data_tools.maze
 from algos import skimo
+from data_tools.runs import get_state, set_state
 
 # -------------------------------------------------------------------------------------------------------------- helpers
 
@@ -579,9 +580,9 @@ def test_unfinished_episodes_wait_and_survive_a_checkpoint(tmp_path):
             z = torch.full((1, 3), (100 * k + t) / 1e4)
             rb.add(row, z, np.array([1000 + row[0, 0]]), np.array([t == T - 1]), row + 1)
             assert len(rb.episodes) == before + (t == T - 1)
-            torch.save(rb.get_state(), tmp_path / "rb.pt")  # as a checkpoint is written and read
+            torch.save(get_state(rb), tmp_path / "rb.pt")  # as a checkpoint is written and read
             rb = skimo.ReplayBuffer(4, args, torch.device("cpu"))
-            rb.set_state(torch.load(tmp_path / "rb.pt", weights_only=True))
+            set_state(rb, torch.load(tmp_path / "rb.pt", weights_only=True))
     torch.testing.assert_close(rb.rows, whole.rows, atol=0, rtol=0)
     assert torch.equal(rb.episodes, whole.episodes)
 
@@ -868,12 +869,12 @@ def test_execute_skill_sums_rewards_and_counts_steps_until_the_end():
     action = np.tanh(np_tanh_normal(np_net(skills.skill_policy, np_input(skills, trace[1][0], z)))[0])
     np.testing.assert_allclose(trace[1][1], action, atol=1e-5)
     np.testing.assert_array_equal(trace[1][1], envs.actions[1])
-    obs, rewards, ended, steps = skimo.execute_skill(envs, skills, obs, z, ended, args)  # who waits earns nothing
+    obs, rewards, ended, steps = skimo.execute_skill(envs, skills, obs, z, ended, args, [])  # who waits earns nothing
     assert rewards.tolist() == [0, 10, 0, 20] and steps.tolist() == [0, 5, 0, 5]
 
     envs = FakeEnvs([2, 3])
     obs, _ = envs.reset()
-    skimo.execute_skill(envs, skills, obs, z[:2], np.zeros(2, dtype=bool), args)
+    skimo.execute_skill(envs, skills, obs, z[:2], np.zeros(2, dtype=bool), args, [])
     assert len(envs.actions) == 3  # nobody is left
 
 
@@ -891,18 +892,21 @@ def test_rollout_returns_whole_episodes_and_leaves_the_random_state_alone():
         return torch.rand(2, 3)
 
     envs, before = FakeEnvs([7, 12]), torch.get_rng_state()
-    returns, lengths, trace, z = skimo.rollout(envs, networks["skills"], choose_skill, args, seed=4)
+
+    def rollout(envs, *rest, **named):
+        return skimo.data_tools.rollout(
+            skimo.execute_skill, envs, networks["skills"], choose_skill, args, *rest, **named
+        )
+
+    returns, lengths, trace, z = rollout(envs, seed=4)
     assert torch.equal(torch.get_rng_state(), before)
     assert returns.tolist() == [7, 24] and lengths.tolist() == [7, 12] and envs.closed
     assert len(trace) == 13 and trace[-1][0][:, 0].tolist() == [7, 12] and trace[-1][2].all()
     assert z.shape == (2, 3, 3) and starts == [[True, True], [False, False], [False, False]]
-    again = skimo.rollout(FakeEnvs([7, 12]), networks["skills"], choose_skill, args, seed=4)[3]
+    again = rollout(FakeEnvs([7, 12]), seed=4)[3]
     assert torch.equal(z, again)
-    assert not torch.equal(z, skimo.rollout(FakeEnvs([7, 12]), networks["skills"], choose_skill, args, seed=5)[3])
-    assert (
-        skimo.rollout(FakeEnvs([70, 70]), networks["skills"], choose_skill, args, 4, max_skills=2)[1].tolist()
-        == [10] * 2
-    )
+    assert not torch.equal(z, rollout(FakeEnvs([7, 12]), seed=5)[3])
+    assert rollout(FakeEnvs([70, 70]), seed=4, max_skills=2)[1].tolist() == [10] * 2
 
 
 @pytest.fixture
@@ -1243,8 +1247,8 @@ def test_resumed_run_equals_an_uninterrupted_one(run, monkeypatch, stop, interru
         if interrupt == "between updates":
             count_calls(monkeypatch, skimo.Learner, "update", at=27, then=stop)
         else:
-            acting = dict(counts=lambda *args: len(args) == 6, at=17 if interrupt == "in the warm-up" else 77)
-            count_calls(monkeypatch, skimo, "execute_skill", **acting, then=stop)
+            at = 17 if interrupt == "in the warm-up" else 77
+            count_calls(monkeypatch, skimo.ReplayBuffer, "add", at=at, then=stop)
         with pytest.raises(SystemExit, match="stopped at env step .* go on with: .*--resume"):
             run("", "part")
         part = only_run(whole.parents[1] / "part")

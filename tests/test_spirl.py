@@ -476,19 +476,18 @@ def run(short_episodes, data_dir, tmp_path):
 def test_updates_keep_step_with_the_skills(run, monkeypatch, ratio):
     """1,200 env steps are 240 skills of 5 steps, 120 in each of two environments; 80 are warm-up."""
     order = []
-    for owner, name in ((spirl.Learner, "update"), (spirl, "execute_skill")):
+    for owner, name in ((spirl.Learner, "update"), (spirl.ReplayBuffer, "add")):
         original = getattr(owner, name)
 
         def noted(*args, original=original, name=name, **kwargs):
-            if len(args) != 7:  # evaluations pass a trace
-                order.append(name)
+            order.append(name)
             return original(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, noted)
     results, run_dir = run(f"--updates-per-skill {ratio}")
     assert results["env_steps"] == 1200 and results["updates"] == int((240 - 80) * ratio)
     if ratio == 1.0:  # the warm-up, then two updates after every two skills
-        assert order == ["execute_skill"] * 40 + ["execute_skill", "update", "update"] * 80
+        assert order == ["add"] * 40 + ["add", "update", "update"] * 80
     assert csv_rows(run_dir) == [[str(180 * k), "0.0", "90"] for k in range(1, 7) for _ in range(2)]
     assert [step for step, _, _ in results["evaluations"]] == [500, 1000, 1200]
     assert json.loads((run_dir / "results.json").read_text())["pretraining"]["updates"] == 6
@@ -515,8 +514,7 @@ def test_resumed_run_equals_an_uninterrupted_one(run, monkeypatch, stop, interru
         if interrupt == "between updates":
             count_calls(monkeypatch, spirl.Learner, "update", at=51, then=stop)
         else:
-            acting = dict(counts=lambda *args: len(args) == 6, at=17)
-            count_calls(monkeypatch, spirl, "execute_skill", **acting, then=stop)
+            count_calls(monkeypatch, spirl.ReplayBuffer, "add", at=17, then=stop)
         with pytest.raises(SystemExit, match="stopped at env step .* go on with: .*--resume"):
             run("--buffer-size 150", "part")
         part = only_run(whole.parents[1] / "part")

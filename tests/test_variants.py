@@ -263,14 +263,13 @@ def test_without_joint_training_three_optimizers_clip_apart():
 # ------------------------------------------------------------------------------------------------- single-step dynamics
 
 
-def np_roll_out(model, h, inputs, re_encode):
+def np_roll_out(model, h, inputs):
     """One env step after the other, window by window: h (B, N+1, d), inputs (B, N, H, I) -> (B, N, H, d)."""
     B, N, H = inputs.shape[:3]
     h_pred = np.zeros((B, N, H, h.shape[-1]))
     for b in range(B):
         state = h[b, 0]
         for i in range(N):
-            state = h[b, i] if re_encode else state
             for k in range(H):
                 state = np_net(model.dynamics, np.concatenate([state, inputs[b, i, k]]))
                 h_pred[b, i, k] = state
@@ -285,12 +284,10 @@ def np_action(model, h, z):
     return np.tanh(np_tanh_normal(np_net(model.skill_policy, np.concatenate([h, z], -1)))[0])
 
 
-SINGLE_STEP = pytest.mark.parametrize(
-    ("dynamics_input", "re_encode"), [("action", False), ("action", True), ("skill", False)]
-)
+SINGLE_STEP = pytest.mark.parametrize("dynamics_input", ["action", "skill"])
 
 
-@pytest.mark.parametrize("dynamics_input", ["action", "skill"])
+@SINGLE_STEP
 def test_a_skill_is_imagined_by_single_steps(dynamics_input):
     args = tiny_args(skimo_single_step, dynamics_input=dynamics_input)
     networks = double_networks(skimo_single_step, args)
@@ -310,10 +307,8 @@ def test_a_skill_is_imagined_by_single_steps(dynamics_input):
 
 
 @SINGLE_STEP
-def test_single_step_pretraining_agrees_with_numpy(dynamics_input, re_encode):
-    args = tiny_args(
-        skimo_single_step, dynamics_input=dynamics_input, re_encode=re_encode, rho=0.6, consistency_coef=2.3
-    )
+def test_single_step_pretraining_agrees_with_numpy(dynamics_input):
+    args = tiny_args(skimo_single_step, dynamics_input=dynamics_input, rho=0.6, consistency_coef=2.3)
     N, H = args.num_skills, args.skill_horizon
     networks = double_networks(skimo_single_step, args)
     model, skills, prior = networks["model"], networks["skills"], networks["prior"]
@@ -328,7 +323,7 @@ def test_single_step_pretraining_agrees_with_numpy(dynamics_input, re_encode):
     q = np_tanh_normal(np_net(skills.skill_encoder, np.concatenate([chunks.reshape(len(obs), N, -1), h[:, :-1:H]], -1)))
     z = np.tanh(q[0] + q[1] * noise)
     inputs = chunks if dynamics_input == "action" else np.repeat(z[:, :, None], H, 2)
-    h_pred = np_roll_out(model, h[:, ::H], inputs, re_encode)
+    h_pred = np_roll_out(model, h[:, ::H], inputs)
     h_target = np_encode(target.encoder, obs[:, 1:]).reshape(h_pred.shape)
     consistency = (np_weight(N, H, 0.6) * np.square(h_pred - h_target).mean(-1)).sum((1, 2)).mean()
     assert metrics["consistency_loss"].item() == pytest.approx(consistency, rel=1e-5)
@@ -364,9 +359,9 @@ def single_step_batch(args, B=5):
 
 
 @SINGLE_STEP
-def test_single_step_model_loss_agrees_with_numpy(dynamics_input, re_encode):
+def test_single_step_model_loss_agrees_with_numpy(dynamics_input):
     coefs = dict(gamma=0.9, rho=0.6, consistency_coef=1.9, reward_coef=0.35, value_coef=0.15)
-    args = tiny_args(skimo_single_step, dynamics_input=dynamics_input, re_encode=re_encode, **coefs)
+    args = tiny_args(skimo_single_step, dynamics_input=dynamics_input, **coefs)
     N, H = args.num_skills, args.skill_horizon
     networks = double_networks(skimo_single_step, args)
     model, policy = networks["model"], networks["prior"]
@@ -381,7 +376,7 @@ def test_single_step_model_loss_agrees_with_numpy(dynamics_input, re_encode):
     h_steps = np_encode(model.encoder, obs)
     h = h_steps[:, ::H]
     inputs = actions if dynamics_input == "action" else np.repeat(z[:, :, None], H, 2)
-    h_pred = np_roll_out(model, h, inputs, re_encode)
+    h_pred = np_roll_out(model, h, inputs)
     error = np.square(h_pred - h_steps[:, 1:].reshape(h_pred.shape)).mean(-1)
     consistency = np.zeros(len(obs))
     for b, i, k in np.ndindex(*error.shape):
@@ -567,7 +562,7 @@ def test_resumed_run_equals_an_uninterrupted_one(algo, run):
     assert resumed["evaluations"][-1] == tuple(results["evaluations"][-1])
 
 
-@pytest.mark.parametrize("flags", ["--dynamics-input skill --re-encode --skill-encoder lstm", "--policy-latents h0"])
+@pytest.mark.parametrize("flags", ["--dynamics-input skill --skill-encoder lstm", "--policy-latents h0"])
 def test_flags_of_single_step_run(run, flags):
     results, _ = run(skimo_single_step, flags=flags)
     assert results["updates"] == 8
@@ -577,7 +572,7 @@ def test_removed_arguments_are_gone_and_the_others_keep_their_defaults():
     planner = "num_samples num_policy_trajs num_elites cem_iters temperature momentum plan_start plan_std explore_std "
     planner = set(f"{planner} explore_std_end std_steps horizon_steps".split())
     removed = {skimo_no_cem: planner, skimo_sac: planner | {"policy_latents", "reward_coef"}}
-    added = {skimo_single_step: {"dynamics_input", "re_encode"}}
+    added = {skimo_single_step: {"dynamics_input"}}
     for algo in VARIANTS:
         names = {field.name for field in dataclasses.fields(algo.Args)}
         base = {field.name for field in dataclasses.fields(skimo.Args)}
