@@ -10,12 +10,11 @@ Differs from skimo.py in: PRETRAINED, Args, MODEL_ARGS, WorldModel, SkillModel, 
 The paper says no more, so this reading is ours: D1(h, a) takes actions, which the skill policy chooses on predicted
 states, D(h, z) = H times {a = mode of pi_L(h, z), h = D1(h, a)}. So pi_L and the world model share one encoder E,
 frozen in RL: so is pi_L, which would misread states that move. R and Q still look at skills. D1 learns from real
-actions, which the replay holds: consistency at each env step, weight rho^(t/H)/H, rolled out through the window.
+actions, which the replay holds: consistency at each env step, weight rho^(t/H)/H, rolled out through the window, in
+RL without gradients from a skill to the one before: over N * H = 100 steps they exceeded float32.
 All else is skimo.py's: the consistency of h_{t+1} = D1(h_t, a_t) stands in place of eq. 4 and of its part in eq. 6.
 Variant, --dynamics-input skill: D1(h, z) H times, without pi_L. Paper: no curve; its text: far below SkiMo.
-Deviations marked DEVIATION n below are skimo.py's, whose header has the reasons. Logged as in skimo.py.
-Shapes: B batch, N skills per window, H steps per skill, O observation, A action, Z skill, d latent state,
-E environments, K plan horizon, P plans. Batch first.
+Deviations marked DEVIATION n below are skimo.py's; for reasons, the letters of shapes and what is logged see there.
 """
 
 import copy
@@ -284,16 +283,17 @@ def make_networks(args: Args, obs_dim: int, action_dim: int, device) -> nn.Modul
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
-def predict_steps(model, h, actions, z, args):
+def predict_steps(model, h, actions, z, args, truncate: bool = False):
     """Roll out D1 from h (B, d) through windows of actions (B, N, H, A), or of the skills z (B, N, Z).
 
-    Returns the states after each env step (B, N, H, d) and the weights rho^(t/H)/H of their errors (N, H).
+    truncate: no gradients from a skill to the one before. Returns the states after each env step (B, N, H, d) and the
+    weights rho^(t/H)/H of their errors (N, H).
     """
     N, H = actions.shape[1:3]
     inputs = actions if args.dynamics_input == "action" else z.unsqueeze(2).expand(-1, -1, H, -1)
     h_pred = []
-    for x in inputs.flatten(1, 2).unbind(1):  # N * H times (B, A) or (B, Z)
-        h = model.step(h, x)
+    for t, x in enumerate(inputs.flatten(1, 2).unbind(1)):  # N * H times (B, A) or (B, Z)
+        h = model.step(h.detach() if truncate and t % H == 0 else h, x)
         h_pred.append(h)
     weight = args.rho ** (torch.arange(N * H, device=h.device) / H) / H  # (N*H,)
     return torch.stack(h_pred, 1).unflatten(1, (N, H)), weight.view(N, H)
@@ -352,7 +352,7 @@ def model_loss(model, target, task_policy, obs, actions, z, rewards, dones, step
         h, h_target = h_steps[:, ::H], h_steps[:, 1:].unflatten(1, (N, H))  # (B, N+1, d), (B, N, H, d)
         next_z = sample(tanh_normal(task_policy(h[:, 1:])))  # (B, N, Z)
         td_target = rewards + (1 - dones) * args.gamma * torch.min(*target.q(h[:, 1:], next_z))  # (B, N)
-    h_pred, weight = predict_steps(model, h[:, 0], actions, z, args)  # (B, N, H, d), (N, H)
+    h_pred, weight = predict_steps(model, h[:, 0], actions, z, args, truncate=True)  # (B, N, H, d), (N, H)
     weight = weight * (torch.arange(H, device=obs.device) < steps[..., None])  # (B, N, H): nothing after an early end
     consistency = (weight * (h_pred - h_target).square().mean(-1)).sum((1, 2))  # (B,)
     h_pred = torch.cat([h[:, :1], h_pred[:, :, -1]], 1)  # (B, N+1, d)

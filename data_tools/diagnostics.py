@@ -91,8 +91,9 @@ class VideoRecorder(gymnasium.vector.VectorWrapper):
 def rollout(execute_skill, envs, skills, choose_skill, args, seed: int, max_skills: int | None = None):
     """One episode, at most max_skills long, in every environment, with skills z = choose_skill(obs, episode_start).
 
-    Returns returns (E,), lengths in env steps (E,), the trace of execute_skill closed by the last observation, and the
-    skills (E, skills, Z). The random state outside is left as it was.
+    execute_skill is the algorithm file's own. Returns returns (E,), lengths in env steps (E,), the trace of
+    execute_skill closed by the last observation, and the skills (E, skills, Z). The random state outside is left as it
+    was, the environments are closed.
     """
     skills, trace, zs = copy.deepcopy(skills).cpu(), [], []
     with torch.random.fork_rng():

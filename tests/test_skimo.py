@@ -1190,6 +1190,17 @@ def count_calls(monkeypatch, owner, name, counts=lambda *args, **kwargs: True, a
     return calls
 
 
+def test_logged_losses_are_means_over_100_updates_of_copies():
+    run, logged = object.__new__(data_tools.Run), []
+    run.history, run.log = {}, lambda *facts: logged.append(facts)
+    value = torch.zeros(())
+    for update in range(250):
+        value.fill_(update)  # in place, as a CUDA graph does
+        run.log_update("losses", dict(a=value, b=-value), 10 * update)
+        run.log_update("pretrain", dict(c=value), update) if update < 50 else None  # another group, never full
+    assert logged == [("losses", dict(a=49.5, b=-49.5), 990), ("losses", dict(a=149.5, b=-149.5), 1990)]
+
+
 class Stop:
     """In place of StopSignal; all of them stop when `requested` is set on the class."""
 
