@@ -358,6 +358,22 @@ def single_step_batch(args, B=5):
     return obs, actions, z, rewards, dones, steps
 
 
+def test_gradients_of_single_steps_stay_within_a_skill_where_they_are_truncated():
+    args = tiny_args(skimo_single_step)
+    model = double_networks(skimo_single_step, args)["model"]
+    _, actions, z, *_ = tensors(*single_step_batch(args))
+    h, states = torch.randn(len(z), 8, dtype=torch.float64, requires_grad=True), []
+    actions.requires_grad_(True)
+    for truncate in (False, True):
+        h_pred, _ = skimo_single_step.predict_steps(model, h, actions, z, args, truncate)
+        to_h, to_actions = torch.autograd.grad(h_pred[:, 1].sum(), (h, actions), allow_unused=True)
+        assert (to_h is None) == truncate
+        assert (to_actions[:, 0] == 0).all() == truncate  # of the skill before
+        assert (to_actions[:, 1] != 0).any() and (to_actions[:, 2:] == 0).all()
+        states.append(h_pred)
+    assert torch.equal(*states)
+
+
 @SINGLE_STEP
 def test_single_step_model_loss_agrees_with_numpy(dynamics_input):
     coefs = dict(gamma=0.9, rho=0.6, consistency_coef=1.9, reward_coef=0.35, value_coef=0.15)
