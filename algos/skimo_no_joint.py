@@ -410,7 +410,7 @@ def plan(model, task_policy, obs, mean, std_floor, noise_scale, args):
         last_z = sample(tanh_normal(task_policy(h)))
         value = value + args.gamma**K * torch.min(*model.q(h, last_z))  # (E, P)
 
-        elite_value, elite_index = value.topk(args.num_elites, 1)  # (E, elites)
+        elite_value, elite_index = value.nan_to_num(-1e6).topk(args.num_elites, 1)  # (E, elites); NaN: h overflowed
         elites = plans.gather(1, elite_index[..., None, None].expand(-1, -1, K, Z))  # (E, elites, K, Z)
         weight = torch.softmax(args.temperature * elite_value, 1)[..., None, None]  # (E, elites, 1, 1)
         elite_mean = (weight * elites).sum(1)  # (E, K, Z)

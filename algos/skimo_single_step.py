@@ -10,8 +10,8 @@ Differs from skimo.py in: PRETRAINED, Args, MODEL_ARGS, WorldModel, SkillModel, 
 The paper says no more, so this reading is ours: D1(h, a) takes actions, which the skill policy chooses on predicted
 states, D(h, z) = H times {a = mode of pi_L(h, z), h = D1(h, a)}. So pi_L and the world model share one encoder E,
 frozen in RL: so is pi_L, which would misread states that move. R and Q still look at skills. D1 learns from real
-actions, which the replay holds: consistency at each env step, weight rho^(t/H)/H, rolled out through the window, in
-RL without gradients from a skill to the one before: over N * H = 100 steps they exceeded float32.
+actions, which the replay holds: consistency at each env step, weight rho^(t/H)/H, rolled out through the window; in RL
+from E(s) at each skill, because over all N * H = 100 steps states and gradients grew beyond float32.
 All else is skimo.py's: the consistency of h_{t+1} = D1(h_t, a_t) stands in place of eq. 4 and of its part in eq. 6.
 Variant, --dynamics-input skill: D1(h, z) H times, without pi_L. Paper: no curve; its text: far below SkiMo.
 Deviations marked DEVIATION n below are skimo.py's; for reasons, the letters of shapes and what is logged see there.
@@ -283,20 +283,20 @@ def make_networks(args: Args, obs_dim: int, action_dim: int, device) -> nn.Modul
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
-def predict_steps(model, h, actions, z, args, truncate: bool = False):
-    """Roll out D1 from h (B, d) through windows of actions (B, N, H, A), or of the skills z (B, N, Z).
+def predict_steps(model, h, actions, z, args):
+    """Roll out D1 from h through windows of actions (B, N, H, A), or of the skills z (B, N, Z).
 
-    truncate: no gradients from a skill to the one before. Returns the states after each env step (B, N, H, d) and the
-    weights rho^(t/H)/H of their errors (N, H).
+    h (B, 1, d) is where the window starts or, (B, N, d), where each of its skills does. Returns the states after each
+    env step (B, N, H, d) and the weights rho^(t/H)/H of their errors (N, H).
     """
     N, H = actions.shape[1:3]
     inputs = actions if args.dynamics_input == "action" else z.unsqueeze(2).expand(-1, -1, H, -1)
     h_pred = []
-    for t, x in enumerate(inputs.flatten(1, 2).unbind(1)):  # N * H times (B, A) or (B, Z)
-        h = model.step(h.detach() if truncate and t % H == 0 else h, x)
+    for x in inputs.reshape(len(h), h.shape[1], -1, inputs.shape[-1]).unbind(2):  # (B, 1 or N, A or Z) of each step
+        h = model.step(h, x)
         h_pred.append(h)
     weight = args.rho ** (torch.arange(N * H, device=h.device) / H) / H  # (N*H,)
-    return torch.stack(h_pred, 1).unflatten(1, (N, H)), weight.view(N, H)
+    return torch.stack(h_pred, 2).reshape(len(h), N, H, -1), weight.view(N, H)
 
 
 def pretrain_loss(model, skills, prior, target, obs, actions, args):
@@ -325,7 +325,7 @@ def pretrain_loss(model, skills, prior, target, obs, actions, args):
     # In place of eq. 4: h_{t+1} = D1(h_t, a_t), rolled out through time, agrees with the slow encoder at every env step
     with torch.no_grad():
         h_target = target.encoder(obs[:, 1:]).unflatten(1, (N, H))  # (B, N, H, d)
-    h_pred, weight = predict_steps(model, h[:, 0], chunk_actions, z, args)  # (B, N, H, d), (N, H)
+    h_pred, weight = predict_steps(model, h[:, :1], chunk_actions, z, args)  # (B, N, H, d), (N, H)
     consistency = (weight * (h_pred - h_target).square().mean(-1)).sum((1, 2))  # (B,)
     consistency_loss = consistency.clamp(max=1e4).mean()
 
@@ -344,7 +344,7 @@ def model_loss(model, target, task_policy, obs, actions, z, rewards, dones, step
 
     obs (B, N*H+1, O), actions (B, N, H, A), z (B, N, Z), rewards, dones and steps, the env steps that a skill lasted,
     (B, N). Returns the loss, metrics, and detached latents at the skills' boundaries for the policy: h = E(o) and
-    h_pred of the roll-out with real actions, both (B, N+1, d).
+    h_pred, where the skill before leads by D1 and its real actions, both (B, N+1, d).
     """
     N, H = actions.shape[1:3]
     with torch.no_grad():  # E is frozen, so that its states need no slow copy
@@ -352,7 +352,7 @@ def model_loss(model, target, task_policy, obs, actions, z, rewards, dones, step
         h, h_target = h_steps[:, ::H], h_steps[:, 1:].unflatten(1, (N, H))  # (B, N+1, d), (B, N, H, d)
         next_z = sample(tanh_normal(task_policy(h[:, 1:])))  # (B, N, Z)
         td_target = rewards + (1 - dones) * args.gamma * torch.min(*target.q(h[:, 1:], next_z))  # (B, N)
-    h_pred, weight = predict_steps(model, h[:, 0], actions, z, args, truncate=True)  # (B, N, H, d), (N, H)
+    h_pred, weight = predict_steps(model, h[:, :-1], actions, z, args)  # (B, N, H, d), (N, H)
     weight = weight * (torch.arange(H, device=obs.device) < steps[..., None])  # (B, N, H): nothing after an early end
     consistency = (weight * (h_pred - h_target).square().mean(-1)).sum((1, 2))  # (B,)
     h_pred = torch.cat([h[:, :1], h_pred[:, :, -1]], 1)  # (B, N+1, d)
@@ -423,7 +423,7 @@ def plan(model, task_policy, obs, mean, std_floor, noise_scale, args):
         last_z = sample(tanh_normal(task_policy(h)))
         value = value + args.gamma**K * torch.min(*model.q(h, last_z))  # (E, P)
 
-        elite_value, elite_index = value.topk(args.num_elites, 1)  # (E, elites)
+        elite_value, elite_index = value.nan_to_num(-1e6).topk(args.num_elites, 1)  # (E, elites); NaN: h overflowed
         elites = plans.gather(1, elite_index[..., None, None].expand(-1, -1, K, Z))  # (E, elites, K, Z)
         weight = torch.softmax(args.temperature * elite_value, 1)[..., None, None]  # (E, elites, 1, 1)
         elite_mean = (weight * elites).sum(1)  # (E, K, Z)
