@@ -664,6 +664,20 @@ def test_each_environment_gets_its_own_plan():
     torch.testing.assert_close(first, -obs, atol=0.2, rtol=0)
 
 
+def test_plans_whose_states_overflow_are_never_elite():
+    def reward(h, z):  # best at 0.5, beyond it the model breaks
+        value = -20 * (z - 0.5).square().sum(-1)
+        return torch.where((z > 0.6).any(-1), torch.full_like(value, torch.nan), value)
+
+    args = tiny_args(num_samples=2000, num_policy_trajs=10, num_elites=50, cem_iters=10, skill_dim=2)
+    torch.manual_seed(0)
+    scalars = torch.tensor(0.01), torch.tensor(0.0)
+    policy = gaussian_policy(0.0, 0.0)
+    first, mean = skimo.plan(Stub(reward), policy, torch.zeros(2, 2), torch.zeros(2, 1, 2), *scalars, args)
+    torch.testing.assert_close(mean, torch.full((2, 1, 2), 0.5), atol=0.08, rtol=0)
+    assert first.isfinite().all()
+
+
 def test_plans_stay_inside_the_skills_range():
     def reward(h, z):
         return 100 * z.sum(-1)  # the further the better
