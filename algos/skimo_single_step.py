@@ -10,8 +10,8 @@ Differs from skimo.py in: PRETRAINED, Args, MODEL_ARGS, WorldModel, SkillModel, 
 The paper says no more, so this reading is ours: D1(h, a) takes actions, which the skill policy chooses on predicted
 states, D(h, z) = H times {a = mode of pi_L(h, z), h = D1(h, a)}. So pi_L and the world model share one encoder E,
 frozen in RL: so is pi_L, which would misread states that move. R and Q still look at skills. D1 learns from real
-actions, which the replay holds: consistency at each env step, weight rho^(t/H)/H, rolled out through the window; in RL
-from E(s) at each skill, because over all N * H = 100 steps states and gradients grew beyond float32.
+actions, which the replay holds: consistency at each env step, weight rho^(t/H)/H, rolled out through the window, but
+in RL from E(s) at each skill, because over N * H = 100 steps states and gradients grew beyond float32.
 All else is skimo.py's: the consistency of h_{t+1} = D1(h_t, a_t) stands in place of eq. 4 and of its part in eq. 6.
 Variant, --dynamics-input skill: D1(h, z) H times, without pi_L. Paper: no curve; its text: far below SkiMo.
 Deviations marked DEVIATION n below are skimo.py's; for reasons, the letters of shapes and what is logged see there.
