@@ -11,10 +11,11 @@ The paper says no more, so this reading is ours: D1(h, a) takes actions, which t
 states, D(h, z) = H times {a = mode of pi_L(h, z), h = D1(h, a)}. So pi_L and the world model share one encoder E,
 frozen in RL: so is pi_L, which would misread states that move. R and Q still look at skills. D1 learns from real
 actions, which the replay holds: consistency at each env step, weight rho^(t/H)/H, rolled out through the window, but
-in RL from E(s) at each skill, because over N * H = 100 steps states and gradients grew beyond float32.
-All else is skimo.py's: the consistency of h_{t+1} = D1(h_t, a_t) stands in place of eq. 4 and of its part in eq. 6.
-Variant, --dynamics-input skill: D1(h, z) H times, without pi_L. Paper: no curve; its text: far below SkiMo.
-Deviations marked DEVIATION n below are skimo.py's; for reasons, the letters of shapes and what is logged see there.
+in RL from E(s) at each skill, because over N * H = 100 steps states and gradients grew beyond float32. It stands in
+place of eq. 4 and of its part in eq. 6; all else, and what is marked DEVIATION n below, is skimo.py's. Variant:
+--dynamics-input skill, D1(h, z) H times without pi_L. Paper: no curve; its text: clearly worse than SkiMo.
+Shapes: B batch, N skills per window, H steps per skill, O observation, A action, Z skill, d latent state,
+E environments, K plan horizon, P plans. Batch first.
 """
 
 import copy
@@ -295,8 +296,8 @@ def predict_steps(model, h, actions, z, args):
     for x in inputs.reshape(len(h), h.shape[1], -1, inputs.shape[-1]).unbind(2):  # (B, 1 or N, A or Z) of each step
         h = model.step(h, x)
         h_pred.append(h)
-    weight = args.rho ** (torch.arange(N * H, device=h.device) / H) / H  # (N*H,)
-    return torch.stack(h_pred, 2).reshape(len(h), N, H, -1), weight.view(N, H)
+    weight = args.rho ** (torch.arange(N * H, device=h.device).view(N, H) / H) / H  # (N, H)
+    return torch.stack(h_pred, 2).reshape(len(h), N, H, -1), weight
 
 
 def pretrain_loss(model, skills, prior, target, obs, actions, args):
@@ -568,9 +569,8 @@ class ReplayBuffer:
         rows = self.rows[(first + start)[:, None] + torch.arange(self.num_skills + 1, device=self.rows.device)]
         obs, actions, *others = rows.split(self.split_sizes, -1)  # (B, N+1, .)
         obs = obs.unflatten(-1, (self.skill_horizon, -1)).flatten(1, 2)[:, : self.num_skills * self.skill_horizon + 1]
-        z, rewards, dones, steps = (x[:, :-1] for x in others)
-        actions = actions[:, :-1].unflatten(-1, (self.skill_horizon, -1))
-        return obs, actions, z, rewards[..., 0], dones[..., 0], steps[..., 0]
+        actions, z, rewards, dones, steps = (x[:, :-1] for x in (actions, *others))
+        return obs, actions.unflatten(-1, (self.skill_horizon, -1)), z, rewards[..., 0], dones[..., 0], steps[..., 0]
 
 
 # --------------------------------------------------------------------------------------------------------- pre-training

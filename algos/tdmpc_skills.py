@@ -23,6 +23,7 @@ Deviations from the release, marked DEVIATION n below
 Differs from skimo.py in: Args, FILE_VERSION, PRETRAINED, TASK_DEFAULTS, MODEL_ARGS, PRETRAIN_ARGS, RUN_ARGS,
 scalar_head, WorldModel, SkillModel, make_networks, pretrain_loss, model_loss, policy_loss, plan,
 prior_rollouts, open_loop_prediction, Pretrainer, pretrain, Learner, train, main.
+Shapes: B batch, N skills per window, H steps per skill, O, A, Z, d sizes of observation, action, skill, latent state.
 """
 
 import copy
