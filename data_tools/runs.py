@@ -304,7 +304,7 @@ class Run:
     def log_update(self, group: str, metrics: dict, step: int):
         """Log each metric's mean (scalars on the device) over 100 updates; one synchronisation with the device for all.
 
-        In pre-training they stand behind the bar, too.
+        In pre-training they stand behind the bar, too. Raises DataError when one is NaN or infinite.
         """
         history = self.history.setdefault(group, [])
         history.append(torch.stack(list(metrics.values())))  # a copy: a CUDA graph overwrites its outputs
@@ -312,6 +312,10 @@ class Run:
             means = dict(zip(metrics, torch.stack(history).mean(0).tolist(), strict=True))
             self.log(group, means, step)
             history.clear()
+            if not np.isfinite(list(means.values())).all():  # later it would only show in actions
+                wrong = next(name for name, value in means.items() if not np.isfinite(value))
+                message = f"{group}/{wrong} is no number any more: lower the learning rate"
+                raise DataError(f"{message}; --resume {self.dir} goes on from the last checkpoint")
             if group == "pretrain":
                 self.bar.set_postfix({name.removesuffix("_loss"): f"{value:.3g}" for name, value in means.items()})
 

@@ -1215,6 +1215,16 @@ def test_logged_losses_are_means_over_100_updates_of_copies():
     assert logged == [("losses", dict(a=49.5, b=-49.5), 990), ("losses", dict(a=149.5, b=-149.5), 1990)]
 
 
+def test_losses_that_are_no_numbers_end_the_run_with_a_sentence(tmp_path):
+    run = object.__new__(data_tools.Run)
+    run.history, run.log, run.dir = {}, lambda *facts: None, tmp_path
+    metrics = dict(a=torch.tensor(1.0), b=torch.tensor(torch.nan))
+    for _ in range(99):
+        run.log_update("losses", metrics, 0)
+    with pytest.raises(data_tools.DataError, match="losses/b is no number .* --resume "):
+        run.log_update("losses", metrics, 0)
+
+
 class Stop:
     """In place of StopSignal; all of them stop when `requested` is set on the class."""
 
