@@ -480,7 +480,7 @@ class Pretrainer(nn.Module):
         self.args, self.networks, self.num_updates = args, networks, 0
         self.target = copy.deepcopy(networks["model"])
         self.optimizers = [torch.optim.Adam(networks.parameters(), lr=args.pretrain_lr, eps=1e-7, fused=True)]
-        self.loss = torch.compile(pretrain_loss, mode="reduce-overhead") if args.compile else pretrain_loss
+        self.loss = torch.compile(pretrain_loss, mode="reduce-overhead", dynamic=False, disable=not args.compile)
 
     def update(self, obs, actions) -> dict:
         """One step on windows obs (B, N*H+1, O), actions (B, N*H, A); returns metrics."""
@@ -551,7 +551,7 @@ class Learner(nn.Module):
         self.policy_optimizer = adam(self.policy_parameters, lr=args.learning_rate)
         self.alpha_optimizer = adam([self.log_alpha], lr=args.alpha_lr)
         self.optimizers = self.critic_optimizer, self.policy_optimizer, self.alpha_optimizer
-        compiled = functools.partial(torch.compile, mode="reduce-overhead") if args.compile else lambda loss: loss
+        compiled = functools.partial(torch.compile, mode="reduce-overhead", dynamic=False, disable=not args.compile)
         self.critic_loss, self.policy_loss = compiled(critic_loss), compiled(policy_loss)
 
     def update(self, obs, z, rewards, dones) -> dict:

@@ -445,7 +445,7 @@ class Planner:
 
     def __init__(self, model, task_policy, args: Args, device):
         self.model, self.task_policy, self.args, self.device = model, task_policy, args, device
-        self.plan = torch.compile(plan, mode="reduce-overhead", dynamic=False) if args.compile else plan
+        self.plan = torch.compile(plan, mode="reduce-overhead", dynamic=False, disable=not args.compile)
         torch._dynamo.config.recompile_limit = 64  # one graph per plan horizon and number of environments
         self.last_mean = None  # (E, K, Z)
 
@@ -582,7 +582,7 @@ class Pretrainer(nn.Module):
         self.args, self.networks, self.num_updates = args, networks, 0
         self.target = copy.deepcopy(networks["model"])
         self.optimizers = [torch.optim.Adam(networks.parameters(), lr=args.pretrain_lr, eps=1e-7, fused=True)]
-        self.loss = torch.compile(pretrain_loss, mode="reduce-overhead") if args.compile else pretrain_loss
+        self.loss = torch.compile(pretrain_loss, mode="reduce-overhead", dynamic=False, disable=not args.compile)
 
     def update(self, obs, actions) -> dict:
         """One step on windows obs (B, N*H+1, O), actions (B, N*H, A); returns metrics."""
@@ -650,7 +650,7 @@ class Learner(nn.Module):
         self.policy_optimizer = adam(self.task_policy.parameters(), lr=args.learning_rate)
         self.alpha_optimizer = adam([self.log_alpha], lr=args.alpha_lr)
         self.optimizers = self.model_optimizer, self.policy_optimizer, self.alpha_optimizer
-        compiled = functools.partial(torch.compile, mode="reduce-overhead") if args.compile else lambda loss: loss
+        compiled = functools.partial(torch.compile, mode="reduce-overhead", dynamic=False, disable=not args.compile)
         self.model_loss, self.policy_loss = compiled(model_loss), compiled(policy_loss)
 
     def update(self, obs, actions, z, rewards, dones, steps) -> dict:

@@ -383,7 +383,7 @@ class Pretrainer(nn.Module):
         super().__init__()
         self.args, self.networks, self.num_updates = args, networks.train(), 0
         self.optimizers = [torch.optim.RAdam(networks.parameters(), lr=args.pretrain_lr)]
-        self.loss = torch.compile(pretrain_loss, mode="reduce-overhead") if args.compile else pretrain_loss
+        self.loss = torch.compile(pretrain_loss, mode="reduce-overhead", dynamic=False, disable=not args.compile)
 
     def update(self, obs, actions) -> dict:
         """One step on windows obs (B, H+1, O), actions (B, H, A); returns metrics."""
@@ -461,7 +461,7 @@ class Learner(nn.Module):
         self.policy_optimizer = adam(self.task_policy.parameters())
         self.alpha_optimizer = adam([self.log_alpha])
         self.optimizers = self.critic_optimizer, self.policy_optimizer, self.alpha_optimizer
-        compiled = functools.partial(torch.compile, mode="reduce-overhead") if args.compile else lambda loss: loss
+        compiled = functools.partial(torch.compile, mode="reduce-overhead", dynamic=False, disable=not args.compile)
         self.critic_loss, self.policy_loss = compiled(critic_loss), compiled(policy_loss)
 
     def update(self, obs, z, rewards, dones, next_obs) -> dict:

@@ -435,7 +435,7 @@ class Planner:
 
     def __init__(self, model, task_policy, args: Args, device):
         self.model, self.task_policy, self.args, self.device = model, task_policy, args, device
-        self.plan = torch.compile(plan, mode="reduce-overhead", dynamic=False) if args.compile else plan
+        self.plan = torch.compile(plan, mode="reduce-overhead", dynamic=False, disable=not args.compile)
         torch._dynamo.config.recompile_limit = 64  # one graph per plan horizon and number of environments
         self.last_mean = None  # (E, K, Z)
 
@@ -571,7 +571,7 @@ class Pretrainer(nn.Module):
         super().__init__()
         self.args, self.networks, self.num_updates = args, networks.train(), 0
         self.optimizers = [torch.optim.RAdam(networks.parameters(), lr=args.pretrain_lr)]
-        self.loss = torch.compile(pretrain_loss, mode="reduce-overhead") if args.compile else pretrain_loss
+        self.loss = torch.compile(pretrain_loss, mode="reduce-overhead", dynamic=False, disable=not args.compile)
 
     def update(self, obs, actions) -> dict:
         """One step on windows obs (B, H+1, O), actions (B, H, A); returns metrics."""
@@ -642,7 +642,7 @@ class Learner(nn.Module):
         adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, eps=1e-7, fused=True)
         self.model_optimizer, self.policy_optimizer = adam(self.model.parameters()), adam(self.task_policy.parameters())
         self.optimizers = self.model_optimizer, self.policy_optimizer
-        compiled = functools.partial(torch.compile, mode="reduce-overhead") if args.compile else lambda loss: loss
+        compiled = functools.partial(torch.compile, mode="reduce-overhead", dynamic=False, disable=not args.compile)
         self.model_loss, self.policy_loss = compiled(model_loss), compiled(policy_loss)
 
     def prior_input(self, obs):

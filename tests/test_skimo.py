@@ -1760,3 +1760,16 @@ def test_compiled_code_gives_the_numbers_of_eager_code(device, monkeypatch, eage
             compiled[name], value, atol=1e-3, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
         )
     assert eager["learner reward_loss 0"] != eager["learner reward_loss 1"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_loss_serves_another_size_in_the_same_process(device, eager_random):
+    """benchmarks/speed.py does that; left to itself, dynamo then looks for symbolic shapes and fails in the LSTM."""
+    for B, N in ((6, 4), (3, 2)):
+        losses, window = {}, (torch.rand(B, 5 * N + 1, 30, device=device), torch.rand(B, 5 * N, 9, device=device))
+        for compiled in (True, False):
+            args = tiny_args(env_id="kitchen", skill_encoder="lstm", pretrain_skills=N, bc_chunks=N, compile=compiled)
+            torch.manual_seed(0)
+            pretrainer = skimo.Pretrainer(args, skimo.make_networks(args, 30, 9, device))
+            losses[compiled] = {name: value.cpu() for name, value in pretrainer.update(*window).items()}
+        torch.testing.assert_close(losses[True], losses[False], atol=1e-3, rtol=1e-3)
