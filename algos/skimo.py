@@ -495,22 +495,6 @@ def prior_rollouts(networks, args: Args, num_episodes: int, max_skills: int | No
     return data_tools.rollout(execute_skill, envs, cpu["skills"], choose_skill, args, args.seed, max_skills)
 
 
-@torch.no_grad()
-def open_loop_prediction(networks, args: Args, num_skills: int = 50):
-    """50 skills of the prior in the simulator, and what the skill dynamics foretells from the first state alone.
-
-    Returns observations at the skills' boundaries, real and predicted, each (num_skills + 1, O) (paper, fig. 10).
-    """
-    _, _, trace, z = prior_rollouts(networks, args, 1, num_skills)
-    real = np.concatenate([*(obs for obs, _, _ in trace[: -1 : args.skill_horizon]), trace[-1][0]])
-    model = copy.deepcopy(networks["model"]).cpu()
-    h = [model.encoder(torch.from_numpy(real[:1]))]
-    for t in range(z.shape[1]):
-        h.append(model.next(h[-1], z[:, t]))
-    scaled, _ = model.decode(torch.cat(h))  # (num_skills + 1, O)
-    return real, ((scaled - model.encoder.shift) / model.encoder.scale).numpy()
-
-
 # -------------------------------------------------------------------------------------------------------------- replay
 class ReplayBuffer:
     """Finished episodes of at least N skills, back to back in flat tensors on the device; nothing is ever dropped.
@@ -720,7 +704,8 @@ def main(args: Args) -> dict:
     run = data_tools.Run(args, FILE_VERSION, MODEL_ARGS, RUN_ARGS)
     run.find_pretrained(PRETRAINED, PRETRAIN_ARGS)
     networks = pretrain(args, run)
-    prediction = open_loop_prediction(networks, args)
+    _, _, trace, z = prior_rollouts(networks, args, 1 + args.pretrain_eval_episodes, max_skills=50)
+    prediction = data_tools.open_loop_prediction(networks["model"], trace, z, args.skill_horizon)
     data_tools.plot_prediction(args.env_id, *prediction, run.dir / "prediction.png", run.writer)
     return train(args, run, networks)
 

@@ -22,7 +22,7 @@ Deviations from the release, marked DEVIATION n below
 5. Kitchen, CALVIN: as in spirl.py. Maze: warm-up with skills of the prior (release: random low-level actions).
 Differs from skimo.py in: Args, FILE_VERSION, PRETRAINED, TASK_DEFAULTS, MODEL_ARGS, PRETRAIN_ARGS, RUN_ARGS,
 scalar_head, WorldModel, SkillModel, make_networks, pretrain_loss, model_loss, policy_loss, plan,
-prior_rollouts, open_loop_prediction, Pretrainer, pretrain, Learner, train, main.
+prior_rollouts, Pretrainer, pretrain, Learner, train, main.
 Shapes: B batch, N skills per window, H steps per skill, O, A, Z, d sizes of observation, action, skill, latent state.
 """
 
@@ -500,25 +500,6 @@ def prior_rollouts(networks, args: Args, num_episodes: int):
     return returns, lengths, [(obs, action.clip(-1, 1), ended) for obs, action, ended in trace], z  # as environments do
 
 
-@torch.no_grad()
-def open_loop_prediction(learner, rb, args: Args, num_skills: int = 50):
-    """50 skills of the prior in the simulator, and what the skill dynamics foretells from the first state alone.
-
-    TD-MPC has no decoder: latent states are read by the linear map that fits the visited states best.
-    Returns observations at the skills' boundaries, real and predicted, each (num_skills + 1, O) (SkiMo, fig. 10).
-    """
-    envs, prior = data_tools.make_envs(args.env_id, 1), learner.sample_prior
-    _, _, trace, z = data_tools.rollout(execute_skill, envs, learner.skills, prior, args, args.seed, num_skills)
-    real = np.concatenate([*(obs for obs, _, _ in trace[: -1 : args.skill_horizon]), trace[-1][0]])
-    model, visited = copy.deepcopy(learner.model).cpu(), rb.rows[-10_000:, : real.shape[1]].cpu()
-    h, u = [model.encoder(torch.from_numpy(real[:1]))], z if args.release_defects else z / 2  # defect (b)
-    for t in range(u.shape[1]):
-        h.append(model.next(h[-1], u[:, t]))
-    affine = functools.partial(nn.functional.pad, pad=(0, 1), value=1.0)  # h -> (h, 1)
-    readout = torch.linalg.lstsq(affine(model.encoder(visited)), visited, driver="gelsd").solution  # (d + 1, O)
-    return real, (affine(torch.cat(h)) @ readout).numpy()
-
-
 # -------------------------------------------------------------------------------------------------------------- replay
 class ReplayBuffer:
     """Finished episodes of at least N skills, back to back in flat tensors on the device; nothing is ever dropped.
@@ -727,9 +708,11 @@ def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
 
     run.log_evaluation(*evaluate(learner, args, planner_step))
     envs.close()
-    if len(rb.episodes) > 0:
-        prediction = open_loop_prediction(learner, rb, args)
-        data_tools.plot_prediction(args.env_id, *prediction, run.dir / "prediction.png", run.writer)
+    envs, prior = data_tools.make_envs(args.env_id, 1 + args.pretrain_eval_episodes), learner.sample_prior
+    _, _, trace, z = data_tools.rollout(execute_skill, envs, learner.skills, prior, args, args.seed, max_skills=50)
+    u = z if args.release_defects else z / 2  # defect (b)
+    prediction = data_tools.open_loop_prediction(learner.model, trace, u, args.skill_horizon)
+    data_tools.plot_prediction(args.env_id, *prediction, run.dir / "prediction.png", run.writer)
     data_tools.plot_visited(args.env_id, rb.rows[:, : obs.shape[1]].cpu().numpy(), run.dir / "visited.png", run.writer)
     if args.capture_video:
         evaluate(learner, args, planner_step, run.dir / "evaluation.mp4")

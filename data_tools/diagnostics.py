@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from data_tools.dataset import TASKS
 from data_tools.files import write_atomically
@@ -96,7 +97,8 @@ def rollout(execute_skill, envs, skills, choose_skill, args, seed: int, max_skil
     was, the environments are closed.
     """
     skills, trace, zs = copy.deepcopy(skills).cpu(), [], []
-    with torch.random.fork_rng():
+    bar = tqdm(desc="roll-outs", total=max_skills, unit="skill", leave=False, disable=max_skills is None)
+    with torch.random.fork_rng(), bar:
         torch.manual_seed(seed)
         obs, _ = envs.reset(seed=seed)
         ended, returns, lengths = np.zeros(len(obs), dtype=bool), 0.0, 0
@@ -104,8 +106,30 @@ def rollout(execute_skill, envs, skills, choose_skill, args, seed: int, max_skil
             zs.append(choose_skill(obs, np.full(len(obs), not zs)))
             obs, rewards, ended, steps = execute_skill(envs, skills, obs, zs[-1], ended, args, trace)
             returns, lengths = returns + rewards.astype(np.float64), lengths + steps
+            bar.update()
     envs.close()
     return returns, lengths, [*trace, (obs, trace[-1][1], ended)], torch.stack(zs, 1)
+
+
+@torch.no_grad()
+def open_loop_prediction(model, trace: list, z, skill_horizon: int):
+    """The first of several roll-outs, and what the dynamics foretells from its first state alone (paper, fig. 10).
+
+    model has encoder (..., O) -> (..., d) and next (..., d), (..., Z) -> (..., d); trace and z (E, skills, Z) are what
+    `rollout` returns. A predicted latent state is read as the state of the *other* roll-outs whose encoding is nearest:
+    decoders are trained on encoded states only and misread what lies beside them. Returns observations at the
+    boundaries of the first roll-out's skills, real and predicted, each (skills + 1, O).
+    """
+    model = copy.deepcopy(model).cpu()
+    obs, _, ended = (np.stack(part) for part in zip(*trace))  # (T+1, E, O), ..., (T+1, E)
+    steps = int((~ended[:-1, 0]).sum())  # of the first roll-out
+    real = obs[np.minimum(np.arange(0, steps + skill_horizon, skill_horizon), steps), 0]  # (skills + 1, O)
+    h = [model.encoder(torch.from_numpy(real[:1]))]
+    for t in range(len(real) - 1):
+        h.append(model.next(h[-1], z[:1, t]))
+    visited = obs[:, 1:][~ended[:, 1:]]  # (states, O)
+    nearest = torch.cdist(torch.cat(h), model.encoder(torch.from_numpy(visited))).argmin(1)
+    return real, visited[nearest.numpy()]
 
 
 def rollout_statistics(env_id: str, returns: np.ndarray, trace: list) -> dict[str, float]:

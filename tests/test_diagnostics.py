@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import data_tools
 
@@ -62,6 +63,40 @@ def test_lateral_offset_is_measured_across_the_motion_of_running_members():
     ended = np.broadcast_to([False, False, True], positions.shape[:2])
     statistics = data_tools.rollout_statistics("maze", np.zeros(3), trace_of(positions, velocities, ended=ended))
     assert statistics["lateral"] == pytest.approx(0.05, abs=1e-5)
+
+
+class ShiftedDynamics(torch.nn.Module):
+    """Latent states are twice the observation; a skill moves the observation by z, and by a drift of its own."""
+
+    def __init__(self, drift: float):
+        super().__init__()
+        self.drift = drift
+
+    def encoder(self, obs):
+        return 2 * obs
+
+    def next(self, h, z):
+        return h + 2 * (z + self.drift)
+
+
+@pytest.mark.parametrize("drift", [0.0, 1.0])
+def test_open_loop_prediction_is_read_from_the_other_roll_outs(drift):
+    """Member 0 goes through 0, 3, 6 and ends at 7, in the midst of its third skill; the others have been everywhere."""
+    H, T = 3, 10
+    first = np.minimum(np.arange(T + 1), 7)
+    others = np.random.default_rng(0).permutation(np.arange(-5, 28)).reshape(3, T + 1).T  # each whole number once
+    obs = np.column_stack([first, others])[..., None].astype(np.float32)  # (T+1, 4, 1)
+    ended = np.zeros((T + 1, 4), dtype=bool)
+    ended[7:, 0] = True
+    ended[5:, 1] = True  # what this one shows after its end was not visited
+    trace = [(obs[t], np.zeros((4, 2)), ended[t]) for t in range(T + 1)]
+    z = torch.full((4, 4, 1), 50.0)
+    z[0, :3, 0] = torch.tensor([3.0, 3.0, 1.2])
+    real, predicted = data_tools.open_loop_prediction(ShiftedDynamics(drift), trace, z, H)
+    assert real.dtype == np.float32 and real[:, 0].tolist() == [0, 3, 6, 7]
+    visited = obs[:, 1:][~ended[:, 1:]]
+    expected = np.cumsum([0, 3 + drift, 3 + drift, 1.2 + drift])  # from the first state alone
+    assert predicted[:, 0].tolist() == [float(min(visited[:, 0], key=lambda x, y=y: abs(x - y))) for y in expected]
 
 
 def test_pictures_are_written(tmp_path):
