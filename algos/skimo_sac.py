@@ -619,8 +619,8 @@ def main(args: Args) -> dict:
     run.find_pretrained(PRETRAINED, PRETRAIN_ARGS)
     networks = pretrain(args, run)
     _, _, trace, z = prior_rollouts(networks, args, 1 + args.pretrain_eval_episodes, max_skills=50)
-    prediction = data_tools.open_loop_prediction(networks["model"], trace, z, args.skill_horizon)
-    data_tools.plot_prediction(args.env_id, *prediction, run.dir / "prediction.png", run.writer)
+    paths = data_tools.open_loop_prediction(networks["model"], trace, z, args.skill_horizon)
+    data_tools.plot_prediction(args.env_id, paths, run.dir / "prediction.png", run.writer)
     return train(args, run, networks)
 
 

@@ -711,8 +711,8 @@ def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
     envs, prior = data_tools.make_envs(args.env_id, 1 + args.pretrain_eval_episodes), learner.sample_prior
     _, _, trace, z = data_tools.rollout(execute_skill, envs, learner.skills, prior, args, args.seed, max_skills=50)
     u = z if args.release_defects else z / 2  # defect (b)
-    prediction = data_tools.open_loop_prediction(learner.model, trace, u, args.skill_horizon)
-    data_tools.plot_prediction(args.env_id, *prediction, run.dir / "prediction.png", run.writer)
+    paths = data_tools.open_loop_prediction(learner.model, trace, u, args.skill_horizon)
+    data_tools.plot_prediction(args.env_id, paths, run.dir / "prediction.png", run.writer)
     data_tools.plot_visited(args.env_id, rb.rows[:, : obs.shape[1]].cpu().numpy(), run.dir / "visited.png", run.writer)
     if args.capture_video:
         evaluate(learner, args, planner_step, run.dir / "evaluation.mp4")

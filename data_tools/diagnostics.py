@@ -5,6 +5,7 @@ curves of the observation's entries.
 """
 
 import copy
+import math
 from pathlib import Path
 
 import gymnasium
@@ -112,24 +113,27 @@ def rollout(execute_skill, envs, skills, choose_skill, args, seed: int, max_skil
 
 
 @torch.no_grad()
-def open_loop_prediction(model, trace: list, z, skill_horizon: int):
-    """The first of several roll-outs, and what the dynamics foretells from its first state alone (paper, fig. 10).
+def open_loop_prediction(model, trace: list, z, skill_horizon: int, num_paths: int = 4) -> list:
+    """The first of E roll-outs, and what the dynamics foretells of each from its first state alone (paper, fig. 10).
 
     model has encoder (..., O) -> (..., d) and next (..., d), (..., Z) -> (..., d); trace and z (E, skills, Z) are what
     `rollout` returns. A predicted latent state is read as the state of the *other* roll-outs whose encoding is nearest:
-    decoders are trained on encoded states only and misread what lies beside them. Returns observations at the
-    boundaries of the first roll-out's skills, real and predicted, each (skills + 1, O).
+    decoders are trained on encoded states only and misread what lies beside them. Returns, for each path, observations
+    at the boundaries of its skills, real and predicted, each (skills + 1, O).
     """
-    model = copy.deepcopy(model).cpu()
+    model, paths = copy.deepcopy(model).cpu(), []
     obs, _, ended = (np.stack(part) for part in zip(*trace))  # (T+1, E, O), ..., (T+1, E)
-    steps = int((~ended[:-1, 0]).sum())  # of the first roll-out
-    real = obs[np.minimum(np.arange(0, steps + skill_horizon, skill_horizon), steps), 0]  # (skills + 1, O)
-    h = [model.encoder(torch.from_numpy(real[:1]))]
-    for t in range(len(real) - 1):
-        h.append(model.next(h[-1], z[:1, t]))
-    visited = obs[:, 1:][~ended[:, 1:]]  # (states, O)
-    nearest = torch.cdist(torch.cat(h), model.encoder(torch.from_numpy(visited))).argmin(1)
-    return real, visited[nearest.numpy()]
+    encoded = model.encoder(torch.from_numpy(obs))  # (T+1, E, d)
+    for e in range(min(num_paths, len(z))):
+        steps = int((~ended[:-1, e]).sum())
+        real = obs[np.minimum(np.arange(0, steps + skill_horizon, skill_horizon), steps), e]  # (skills + 1, O)
+        h = [encoded[0, e][None]]
+        for t in range(len(real) - 1):
+            h.append(model.next(h[-1], z[e, t][None]))
+        others = ~ended & (np.arange(len(z)) != e)  # (T+1, E)
+        nearest = torch.cdist(torch.cat(h), encoded[torch.from_numpy(others)]).argmin(1)
+        paths.append((real, obs[others][nearest.numpy()]))
+    return paths
 
 
 def rollout_statistics(env_id: str, returns: np.ndarray, trace: list) -> dict[str, float]:
@@ -207,23 +211,28 @@ def plot_visited(env_id: str, obs: np.ndarray, path: Path, writer=None):
     save_figure(figure, path, writer)
 
 
-def plot_prediction(env_id: str, real: np.ndarray, predicted: np.ndarray, path: Path, writer=None):
-    """Open-loop prediction of skill after skill against the simulator, each (skills + 1, O) (paper, fig. 10)."""
-    figure = Figure(figsize=(6, 6))
-    axes = figure.subplots()
-    if env_id == "maze":
-        from data_tools import maze
+def plot_prediction(env_id: str, paths: list, path: Path, writer=None):
+    """Open-loop predictions of skill after skill against the simulator (paper, fig. 10).
 
-        maze.draw_maze(axes)
-        axes.plot(real[:, 1], real[:, 0], "o-", ms=3, lw=1.5, color="tab:blue", label="simulator")
-        axes.plot(
-            predicted[:, 1], predicted[:, 0], "x--", ms=4, lw=1, color="tab:red", label="predicted from the start"
-        )
-    else:
-        for k in range(real.shape[1]):
-            axes.plot(real[:, k], color=f"C{k % 10}", lw=1)
-            axes.plot(predicted[:, k], "--", color=f"C{k % 10}", lw=1)
-    axes.set_title(f"open-loop prediction over {len(real) - 1} skills")
-    if env_id == "maze":
-        axes.legend(loc="lower right")
+    paths: of each, observations real and predicted, both (skills + 1, O).
+    """
+    columns = math.ceil(len(paths) ** 0.5)
+    figure = Figure(figsize=(5 * columns, 5.2 * math.ceil(len(paths) / columns)), layout="tight")
+    all_axes = figure.subplots(math.ceil(len(paths) / columns), columns, squeeze=False).flat
+    for axes, (real, predicted) in zip(all_axes, paths):
+        title = f"{len(real) - 1} skills from the first state alone"
+        if env_id == "maze":
+            from data_tools import maze
+
+            maze.draw_maze(axes)
+            axes.plot(real[:, 1], real[:, 0], "o-", ms=3, lw=1.5, color="tab:blue", label="simulator")
+            axes.plot(predicted[:, 1], predicted[:, 0], "x--", ms=4, lw=1, color="tab:red", label="predicted")
+            axes.legend(loc="lower right")
+            distance = np.linalg.norm((predicted - real)[1:, :2], axis=1)  # cells
+            title += f": median {np.median(distance):.1f} cells off"
+        else:
+            for k in range(real.shape[1]):
+                axes.plot(real[:, k], color=f"C{k % 10}", lw=1)
+                axes.plot(predicted[:, k], "--", color=f"C{k % 10}", lw=1)
+        axes.set_title(title, fontsize="medium")
     save_figure(figure, path, writer)

@@ -92,9 +92,12 @@ def test_open_loop_prediction_is_read_from_the_other_roll_outs(drift):
     trace = [(obs[t], np.zeros((4, 2)), ended[t]) for t in range(T + 1)]
     z = torch.full((4, 4, 1), 50.0)
     z[0, :3, 0] = torch.tensor([3.0, 3.0, 1.2])
-    real, predicted = data_tools.open_loop_prediction(ShiftedDynamics(drift), trace, z, H)
+    before = obs.copy()
+    paths = data_tools.open_loop_prediction(ShiftedDynamics(drift), trace, z, H)
+    assert len(paths) == 4 and [len(real) for real, _ in paths] == [4, 3, 5, 5] and np.array_equal(obs, before)
+    real, predicted = paths[0]
     assert real.dtype == np.float32 and real[:, 0].tolist() == [0, 3, 6, 7]
-    visited = obs[:, 1:][~ended[:, 1:]]
+    visited = obs[:, 1:][~ended[:, 1:]]  # of the others
     expected = np.cumsum([0, 3 + drift, 3 + drift, 1.2 + drift])  # from the first state alone
     assert predicted[:, 0].tolist() == [float(min(visited[:, 0], key=lambda x, y=y: abs(x - y))) for y in expected]
 
@@ -102,8 +105,9 @@ def test_open_loop_prediction_is_read_from_the_other_roll_outs(drift):
 def test_pictures_are_written(tmp_path):
     obs = np.random.default_rng(0).uniform(1, 40, (51, 4)).astype(np.float32)
     data_tools.plot_visited("maze", obs, tmp_path / "visited.png")
-    data_tools.plot_prediction("maze", obs, obs + 1, tmp_path / "prediction.png")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["prediction.png", "visited.png"]
+    data_tools.plot_prediction("maze", [(obs, obs + 1)] * 3, tmp_path / "prediction.png")
+    data_tools.plot_prediction("kitchen", [(obs, obs + 1)], tmp_path / "kitchen.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kitchen.png", "prediction.png", "visited.png"]
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in tmp_path.iterdir())
 
 

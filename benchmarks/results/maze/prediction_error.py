@@ -23,7 +23,7 @@ distances = {"nearest encoding of a visited state": [], "decoder": [], "visited 
 for e in range(101):
     order = np.r_[e, np.delete(np.arange(101), e)]  # each roll-out once as the first
     turned = [(obs[order], action, ended[order]) for obs, action, ended in trace]
-    real, nearest = skimo.data_tools.open_loop_prediction(model, turned, z[order], args.skill_horizon)
+    ((real, nearest),) = skimo.data_tools.open_loop_prediction(model, turned, z[order], args.skill_horizon, 1)
     if len(real) < 51:
         continue  # reached the goal
     with torch.no_grad():
