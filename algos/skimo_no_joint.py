@@ -22,6 +22,7 @@ Deviations from paper and release, marked DEVIATION n below, are skimo.py's (its
 KL; 2. behavioural cloning on bc_chunks random chunks; 3. fewer, smaller updates with a learning rate schedule,
 larger KL weight, noisy data, periodic features; 4. environments in lockstep; 5. CEM from the policy's plans;
 6. tau 0.05; 7. kitchens: alpha 0.05, eq. 7 on encoded states. Logged as in skimo.py.
+Score: maze, last 100 training episodes that reach the goal, at 200,000 env steps: .01 / .02 / .00 (seeds 1-3).
 Shapes: B batch, N skills per window, H steps per skill, O observation, A action, Z skill, d latent state,
 E environments, K plan horizon, P plans. Batch first.
 """

@@ -23,6 +23,7 @@ Deviations from the release, marked DEVIATION n below
 Differs from skimo.py in: Args, FILE_VERSION, PRETRAINED, TASK_DEFAULTS, MODEL_ARGS, PRETRAIN_ARGS, RUN_ARGS,
 SkillModel, make_networks, pretrain_loss, policy_loss, evaluate, prior_rollouts, ReplayBuffer, Pretrainer,
 pretrain, Learner, train, main.
+Score: maze, last 100 training episodes that reach the goal, at 300,000 env steps: .16 / .27 / .05 (seeds 1-3).
 Logged: as skimo.py. Shapes: B batch, H steps per skill, O observation, F inputs, A action, Z skill, E environments.
 """
 
