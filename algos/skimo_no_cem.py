@@ -510,7 +510,7 @@ def pretrain(args: Args, run: data_tools.Run) -> nn.ModuleDict:
         run.log_update("pretrain", trainer.update(*batch), update)
         finished = update == args.pretrain_updates
         if finished or update % args.pretrain_eval_interval == 0:
-            with torch.random.fork_rng(), torch.no_grad():
+            with data_tools.fork_rng(), torch.no_grad():
                 torch.manual_seed(args.seed)
                 batch = valid_data.sample_windows(args.pretrain_batch_size, window)
                 _, metrics = pretrain_loss(*networks.values(), trainer.target, *batch, args)

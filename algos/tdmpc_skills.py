@@ -596,7 +596,7 @@ def pretrain(args: Args, run: data_tools.Run) -> nn.ModuleDict:
         finished = update == args.pretrain_updates
         if finished or update % args.pretrain_eval_interval == 0:
             networks.eval()
-            with torch.random.fork_rng(), torch.no_grad():
+            with data_tools.fork_rng(), torch.no_grad():
                 torch.manual_seed(args.seed)
                 batch = valid_data.sample_windows(args.pretrain_batch_size, window)
                 _, metrics = pretrain_loss(*networks.values(), *batch, args)

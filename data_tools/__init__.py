@@ -10,6 +10,7 @@ from data_tools.dataset import TASKS, DataError, OfflineDataset, cache_dir, load
 from data_tools.diagnostics import (
     MAX_RETURN,
     env_sizes,
+    fork_rng,
     make_envs,
     obs_scale,
     open_loop_prediction,
@@ -31,6 +32,7 @@ __all__ = [
     "cache_dir",
     "env_sizes",
     "errors_in_one_line",
+    "fork_rng",
     "load_checkpoint",
     "load_dataset",
     "make_envs",

@@ -89,6 +89,16 @@ class VideoRecorder(gymnasium.vector.VectorWrapper):
         return super().close(**kwargs)
 
 
+def cuda_devices() -> list[int]:
+    """The GPU that this process uses, if any: torch's defaults for random states would occupy all of the machine's."""
+    return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+
+
+def fork_rng():
+    """Context that leaves torch's random state as it was, on the CPU and on the GPU of this process."""
+    return torch.random.fork_rng(cuda_devices())
+
+
 @torch.no_grad()
 def rollout(execute_skill, envs, skills, choose_skill, args, seed: int, max_skills: int | None = None):
     """One episode, at most max_skills long, in every environment, with skills z = choose_skill(obs, episode_start).
@@ -99,7 +109,7 @@ def rollout(execute_skill, envs, skills, choose_skill, args, seed: int, max_skil
     """
     skills, trace, zs = copy.deepcopy(skills).cpu(), [], []
     bar = tqdm(desc="roll-outs", total=max_skills, unit="skill", leave=False, disable=max_skills is None)
-    with torch.random.fork_rng(), bar:
+    with fork_rng(), bar:
         torch.manual_seed(seed)
         obs, _ = envs.reset(seed=seed)
         ended, returns, lengths = np.zeros(len(obs), dtype=bool), 0.0, 0

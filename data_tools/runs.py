@@ -26,7 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from data_tools.dataset import TASKS, cache_dir, load_dataset
-from data_tools.diagnostics import MAX_RETURN, rollout_statistics
+from data_tools.diagnostics import MAX_RETURN, cuda_devices, rollout_statistics
 from data_tools.files import DataError, load_checkpoint, save_checkpoint, write_atomically
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "benchmarks" / "results"  # the pre-trained models that we ship
@@ -59,8 +59,8 @@ def parse_args(Args, task_defaults: dict[str, dict], doc: str, argv: list[str] |
 def check_args(args):
     """Raise DataError for values that cannot work, of those arguments that the algorithm has."""
     given = vars(args)
-    counts = "num_envs batch_size pretrain_batch_size pretrain_updates eval_episodes num_skills warmup_skills bc_chunks"
-    least = dict.fromkeys(counts.split(), 1) | dict(num_policy_trajs=1, num_elites=1)
+    counts = "num_envs batch_size pretrain_batch_size pretrain_updates pretrain_eval_episodes eval_episodes num_skills"
+    least = dict.fromkeys([*counts.split(), "warmup_skills", "bc_chunks"], 1) | dict(num_policy_trajs=1, num_elites=1)
     if given.get("plan_start") == "policy":
         least["num_policy_trajs"] = 2  # for their spread
     for name, value in least.items():
@@ -81,22 +81,27 @@ def check_args(args):
 
 @contextlib.contextmanager
 def errors_in_one_line():
-    """What went wrong with files ends the program with a sentence instead of a traceback."""
+    """What went wrong with files or the compiler ends the program with a sentence instead of a traceback."""
     try:
         yield
     except (DataError, OSError) as error:  # OSError: a full disk while logging, say
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if not isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
+            raise
+        reason = str(error).split("\n")[0]
+        sys.exit(f"error: torch.compile failed ({reason}); install a C++ compiler or use --no-compile")
 
 
 def random_state() -> list[torch.Tensor]:
-    """State of torch's random numbers, on the CPU and on every CUDA device."""
-    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    """State of torch's random numbers, on the CPU and on the GPU of this process."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in cuda_devices())]
 
 
 def set_random_state(state: list[torch.Tensor]):
     torch.set_rng_state(state[0])
-    if len(state) == 1 + torch.cuda.device_count():  # a run may go on with other devices, then not bit for bit
-        torch.cuda.set_rng_state_all(state[1:])
+    for device, value in zip(cuda_devices(), state[1:]):  # a run may go on without a GPU, then not bit for bit
+        torch.cuda.set_rng_state(value, device)
 
 
 def get_state(part) -> dict:

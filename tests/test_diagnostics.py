@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import data_tools
+from data_tools import runs
 
 ROOT = Path(__file__).resolve().parents[1]
 HALF_CELL = 0.2  # the free space of cell c is centred at q = c - 0.2
@@ -190,3 +191,39 @@ def test_plot_refuses_what_is_no_run_or_another_task(tmp_path):
         result = plot(run, other, "--out", tmp_path / "curves.png")
         assert result.returncode == 1 and result.stderr.startswith("error: ") and "Traceback" not in result.stderr
     assert not (tmp_path / "curves.png").exists()
+
+
+def test_random_states_are_those_of_the_cpu_and_of_this_process_gpu_alone(monkeypatch):
+    """On a machine with eight GPUs; torch's own defaults would start up all of them."""
+    states, forked = {3: torch.arange(3)}, []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device="cuda": states[device])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device="cuda": states.update({device: state}))
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: forked.append(devices))
+    data_tools.fork_rng()
+    assert forked == [[3]]
+    torch.manual_seed(0)
+    saved, expected = runs.random_state(), torch.rand(2)
+    assert len(saved) == 2
+    states[3] = torch.zeros(3)
+    runs.set_random_state(saved)
+    assert torch.equal(torch.rand(2), expected) and states.keys() == {3} and states[3].tolist() == [0, 1, 2]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)  # --device cpu, or a machine without a GPU
+    data_tools.fork_rng()
+    assert forked == [[3], []] and len(runs.random_state()) == 1
+    runs.set_random_state(saved)
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_compiler_that_fails_is_one_sentence_and_other_errors_stay_what_they_are():
+    function = torch.compile(lambda x: x.sin() + 1)
+    missing = torch._inductor.config.patch({"cpp.cxx": (None, "/nonexistent/g++"), "force_disable_caches": True})
+    with missing, pytest.raises(SystemExit) as stopped, data_tools.errors_in_one_line():
+        function(torch.ones(7))
+    sentence = str(stopped.value)
+    assert sentence.startswith("error: torch.compile failed") and sentence.count("\n") == 0
+    assert "--no-compile" in sentence and "/nonexistent/g++" in sentence
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), data_tools.errors_in_one_line():
+        torch.ones(2, 3) @ torch.ones(2, 3)

@@ -1430,6 +1430,7 @@ def refused(capsys, call, *words):
         ("--num-elites 21", ["--num-elites", "--num-samples"]),
         ("--num-envs 0", ["--num-envs"]),
         ("--batch-size 0", ["--batch-size"]),
+        ("--pretrain-eval-episodes 0", ["--pretrain-eval-episodes"]),
         ("--pretrained missing.pt", ["missing.pt", "does not exist"]),
         ("--pretrain-skills 200 --skill-horizon 10", ["rows", "shorter"]),
     ],
