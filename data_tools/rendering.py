@@ -3,6 +3,7 @@
 Not `mujoco.Renderer`: it takes the display's OpenGL unless MUJOCO_GL was set before mujoco was first imported.
 """
 
+import contextlib
 import os
 import sys
 
@@ -23,6 +24,10 @@ class Painter:
         self.model, self.data, self.frame_shape = model, mujoco.MjData(model), frame_shape
         height, width, _ = frame_shape
         model.vis.global_.offheight, model.vis.global_.offwidth = height, width
+        # CUDA builds of torch bring Triton, which crashes Python (seen: Triton 3.7, Python 3.13) when torch imports it
+        # after Mesa's software renderer; before it, it does not.
+        with contextlib.suppress(ImportError):
+            import triton  # noqa: F401
         try:
             # MuJoCo's own default needs a display; EGL does not.
             if sys.platform == "linux" and (os.environ.get("MUJOCO_GL") or "egl").lower() == "egl":

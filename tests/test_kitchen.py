@@ -1,5 +1,6 @@
 """The kitchen against its specification and a real demonstration."""
 
+import importlib.util
 import itertools
 import os
 import subprocess
@@ -410,6 +411,16 @@ def test_missing_opengl_is_explained(monkeypatch):
     monkeypatch.setitem(sys.modules, "mujoco.egl", None)  # as if it could not be imported
     with pytest.raises(DataError, match=r"needs OpenGL without a display .*: install EGL \(Debian: libegl1 libgl1\)"):
         kitchen._painter.__wrapped__()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="torch without Triton, as on CPUs")
+def test_torch_can_load_its_compiler_after_a_picture():
+    """CUDA builds of torch: Triton, imported after Mesa's renderer, once ended Python with a segmentation fault."""
+    code = "from data_tools import kitchen; env = kitchen.KitchenEnv(render_mode='rgb_array')"
+    code += "; env.reset(); env.render(); import torch._dynamo"
+    root = Path(__file__).resolve().parents[1]
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-500:]
 
 
 # ------------------------------------------------------------------------------------------------------- demonstrations
