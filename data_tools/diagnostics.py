@@ -244,5 +244,6 @@ def plot_prediction(env_id: str, paths: list, path: Path, writer=None):
             for k in range(real.shape[1]):
                 axes.plot(real[:, k], color=f"C{k % 10}", lw=1)
                 axes.plot(predicted[:, k], "--", color=f"C{k % 10}", lw=1)
+            title += ": simulator (solid), predicted (dashed)"
         axes.set_title(title, fontsize="medium")
     save_figure(figure, path, writer)

@@ -90,7 +90,7 @@ def errors_in_one_line():
         if not isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
             raise
         reason = str(error).split("\n")[0]
-        sys.exit(f"error: torch.compile failed ({reason}); install a C++ compiler or use --no-compile")
+        sys.exit(f"error: torch.compile failed ({reason}); use --no-compile or, if missing, install a C++ compiler")
 
 
 def random_state() -> list[torch.Tensor]:
