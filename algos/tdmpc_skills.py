@@ -436,8 +436,7 @@ class Planner:
 
     def __init__(self, model, task_policy, args: Args, device):
         self.model, self.task_policy, self.args, self.device = model, task_policy, args, device
-        self.plan = torch.compile(plan, mode="reduce-overhead", dynamic=False, disable=not args.compile)
-        torch._dynamo.config.recompile_limit = 64  # one graph per plan horizon and number of environments
+        self.compiled_plan = torch.compile(plan, mode="reduce-overhead", dynamic=False, disable=not args.compile)
         self.last_mean = None  # (E, K, Z)
 
     def __call__(self, obs, episode_start, global_step: int, explore: bool):
@@ -453,7 +452,9 @@ class Planner:
         std_floor, noise_scale = torch.tensor([std_floor, float(explore)], device=self.device)
         torch.compiler.cudagraph_mark_step_begin()
         obs = torch.from_numpy(obs).to(self.device)
-        z, mean = self.plan(self.model, self.task_policy, obs, mean, std_floor, noise_scale, args)
+        # Each horizon and number of environments would be compiled anew, for a minute or so: only what stays is.
+        plan_skills = self.compiled_plan if explore and plan_horizon == args.num_skills else plan
+        z, mean = plan_skills(self.model, self.task_policy, obs, mean, std_floor, noise_scale, args)
         self.last_mean = mean.clone()  # a CUDA graph overwrites its outputs
         return z.cpu()
 

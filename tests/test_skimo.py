@@ -801,28 +801,43 @@ class PlannerLog:
         return torch.zeros(len(obs), args.skill_dim), 100.0 * len(self.calls) + steps.expand_as(mean)
 
 
-def logged_planner(**changes):
+def logged_planner(monkeypatch, **changes):
+    """A planner, and the log of its plans."""
     args = tiny_args(**(dict(num_skills=10, horizon_steps=25_000, std_steps=50_000) | changes))
     planner = skimo.Planner(None, None, args, torch.device("cpu"))
-    planner.plan = PlannerLog()
-    return planner
+    planner.compiled_plan = PlannerLog()
+    monkeypatch.setattr(skimo, "plan", planner.compiled_plan)
+    return planner, planner.compiled_plan.calls
 
 
-def test_planner_follows_its_schedules():
-    planner = logged_planner()
+def test_planner_follows_its_schedules(monkeypatch):
+    planner, calls = logged_planner(monkeypatch)
     obs, start = np.zeros((2, 4), dtype=np.float32), np.ones(2, dtype=bool)
     for step in (0, 2777, 2778, 12_500, 24_999, 25_000, 50_000, 10**6):
         planner(obs, start, step, explore=True)
-    assert [call.mean.shape[1] for call in planner.plan.calls] == [1, 1, 2, 5, 9, 10, 10, 10]
+    assert [call.mean.shape[1] for call in calls] == [1, 1, 2, 5, 9, 10, 10, 10]
     floors = [0.5, 0.4727854, 0.4727756, 0.3775, 0.2550098, 0.255, 0.01, 0.01]
-    assert [call.std_floor for call in planner.plan.calls] == pytest.approx(floors, rel=1e-5)
+    assert [call.std_floor for call in calls] == pytest.approx(floors, rel=1e-5)
     planner(obs, start, 0, explore=False)
-    assert [call.noise for call in planner.plan.calls] == [1.0] * 8 + [0.0]
+    assert [call.noise for call in calls] == [1.0] * 8 + [0.0]
 
 
-def test_planner_starts_from_its_last_plan_moved_on_by_one_skill():
-    planner = logged_planner()
-    obs, calls = np.zeros((2, 4), dtype=np.float32), planner.plan.calls
+def test_only_the_longest_plans_of_training_are_compiled(monkeypatch):
+    """Compiling takes minutes for every horizon and number of environments; a horizon that grows is soon gone."""
+    planner, calls = logged_planner(monkeypatch)
+    planner.compiled_plan = PlannerLog()
+    obs, start = np.zeros((2, 4), dtype=np.float32), np.ones(2, dtype=bool)
+    for step, explore in ((0, True), (24_999, True), (25_000, False)):
+        planner(obs, start, step, explore)
+    assert (len(calls), len(planner.compiled_plan.calls)) == (3, 0)
+    for step in (25_000, 10**6):
+        planner(obs, start, step, explore=True)
+    assert (len(calls), len(planner.compiled_plan.calls)) == (3, 2)
+
+
+def test_planner_starts_from_its_last_plan_moved_on_by_one_skill(monkeypatch):
+    planner, calls = logged_planner(monkeypatch)
+    obs = np.zeros((2, 4), dtype=np.float32)
     planner(obs, np.ones(2, dtype=bool), 6000, True)  # K = 3
     assert not calls[0].mean.any()
     planner(obs, np.array([False, True]), 6010, True)
@@ -832,10 +847,10 @@ def test_planner_starts_from_its_last_plan_moved_on_by_one_skill():
     assert calls[2].mean[:, :, 1].tolist() == [[202, 203, 0]] * 2
     planner(obs, np.array([False, False]), 9000, True)  # K = 4
     assert calls[3].mean.shape[1] == 4 and not calls[3].mean.any()
-    planner = logged_planner(num_skills=1)
+    planner, calls = logged_planner(monkeypatch, num_skills=1)
     for _ in range(2):
         planner(obs, np.array([False, False]), 10**6, True)
-    assert not planner.plan.calls[1].mean.any()
+    assert not calls[1].mean.any()
 
 
 # ------------------------------------------------------------------------------------------------- acting and roll-outs
