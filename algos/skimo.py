@@ -16,9 +16,9 @@ data; then plan over skills in that model (CEM) while a task policy, a reward an
 Deviations from paper and release, marked DEVIATION n below; reasons and measurements are in the README
 1. KL divergences in closed form (both sides are tanh of Gaussians) instead of 100 samples.
 2. The skill policy is trained on bc_chunks random chunks of a window instead of all N: the same gradient on average.
-3. Fewer, smaller updates, learning rate warmed up and decayed, larger KL weight, noisy data, periodic features.
-4. E environments act in lockstep; schedules and the ratio of updates to env steps are those of the release.
-5. CEM starts from the task policy's plans, with fewer samples; the exploration noise is the floor of the std.
+3. Fewer, smaller updates (kitchens: 5 skills), learning rate schedule, larger KL weight, noisy data, periodic features.
+4. E environments act in lockstep; updates per env step and the growth of the plans are those of the release.
+5. CEM starts from the task policy's plans, with fewer samples; noise is the least std, .05 to .01 (release: .5 to .01).
 6. tau is 0.05: the value spreads back one skill per time constant of the slow copies, and the maze's goal is 90 away.
 7. Kitchens: alpha is 0.05 (release: 0.5), and eq. 7 is on encoded states: on imagined ones Q pulls where no KL holds.
 
@@ -53,8 +53,8 @@ class Args:
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
     seed: int = 1  # of networks, sampling and environments
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and plan
-    num_threads: int = 0  # CPU threads of torch (0: one per core)
-    compile: bool = torch.cuda.is_available()  # torch.compile, with CUDA graphs, of losses and planner
+    num_threads: int = 0  # CPU threads of torch (0: one per core that may be used)
+    compile: bool = torch.cuda.is_available()  # torch.compile, with CUDA graphs, of losses and longest plans
     run_dir: str = "runs"  # folder in which the run makes its own folder
     resume: str | None = None  # run folder to go on with; its arguments become the defaults
     checkpoint_interval: int = 50_000  # env steps between checkpoints
@@ -142,7 +142,7 @@ TASK_DEFAULTS = {
     ),
     "kitchen": dict(
         pretrain_updates=10_000, pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=3e-3, alpha=0.05,
-        policy_latents="encoded",  # DEVIATION 7
+        policy_latents="encoded",  # this and alpha: DEVIATION 7
     ),
     "calvin": dict(
         hidden_dim=256, num_skills=1, pretrain_skills=1, bc_chunks=1, pretrain_batch_size=256, kl_coef=1e-2, alpha=0.1,
@@ -383,8 +383,8 @@ def policy_loss(model, task_policy, prior_encoder, skill_prior, obs, h, h_pred, 
 def plan(model, task_policy, obs, mean, std_floor, noise_scale, args):
     """CEM over sequences of K skills in the skill dynamics, for all environments at once (SkiMo, section 3.4).
 
-    obs (E, O); mean (E, K, Z): zeros or the last plan, moved on; std_floor (): least std of the sampled skills;
-    noise_scale (): 1 to explore, 0 to evaluate. Returns the first skill (E, Z) and the fitted mean (E, K, Z).
+    obs (E, O); mean (E, K, Z): zeros or the last plan, moved on (for plan_start wide); std_floor (): least std of
+    samples; noise_scale (): 1 to explore, 0 to evaluate. Returns the first skill (E, Z) and the fitted mean (E, K, Z).
     """
     E, K, Z = mean.shape
     h0 = model.encoder(obs)  # (E, d)
@@ -428,7 +428,7 @@ def plan(model, task_policy, obs, mean, std_floor, noise_scale, args):
 
 
 class Planner:
-    """Plans for E environments at once, by the schedules; starts from the last plan, moved on by one skill."""
+    """Plans for E environments at once, by the schedules; gives `plan` the last one, moved on by one skill."""
 
     def __init__(self, model, task_policy, args: Args, device):
         self.model, self.task_policy, self.args, self.device = model, task_policy, args, device
@@ -647,7 +647,7 @@ class Learner(nn.Module):
             self.alpha_optimizer.step()
         self.num_updates += 1
         if self.num_updates % args.target_update_interval == 0:
-            update_target(self.target, model, args.tau)
+            update_target(self.target, model, args.tau)  # DEVIATION 6
         return metrics | policy_metrics | dict(alpha=alpha)
 
 
@@ -676,7 +676,7 @@ def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
         if run.evaluation_is_due():
             run.log_evaluation(*evaluate(learner, args, run.global_step))
 
-        # ALGO LOGIC: put action logic here. One skill for every environment at once, then H env steps.
+        # ALGO LOGIC: put action logic here. One skill for all environments at once, then H env steps (DEVIATION 4).
         if run.global_step < args.warmup_steps:
             with torch.no_grad():
                 h = learner.model.encoder(torch.from_numpy(obs).to(learner.device))  # (E, d)

@@ -20,7 +20,7 @@ still the prior. Pre-training is the same, so the cache's models serve both file
 
 Deviations from paper and release, marked DEVIATION n below, with skimo.py's numbers (its header has the reasons):
 1. closed-form KL; 2. behavioural cloning on bc_chunks random chunks; 3. fewer, smaller updates with a learning rate
-schedule, larger KL weight, noisy data, periodic features; 4. environments in lockstep; 6. tau 0.05;
+schedule, kitchens 5 skills, larger KL weight, noisy data, periodic features; 4. environments in lockstep; 6. tau 0.05;
 7. kitchens: alpha 0.05, eq. 7 on encoded states.
 
 Logged as in skimo.py: charts/*, losses/*, pretrain/*, eval/*, time/*, pictures/*, episodes.csv, results.json.
@@ -53,7 +53,7 @@ class Args:
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
     seed: int = 1  # of networks, sampling and environments
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and act
-    num_threads: int = 0  # CPU threads of torch (0: one per core)
+    num_threads: int = 0  # CPU threads of torch (0: one per core that may be used)
     compile: bool = torch.cuda.is_available()  # torch.compile, with CUDA graphs, of the losses
     run_dir: str = "runs"  # folder in which the run makes its own folder
     resume: str | None = None  # run folder to go on with; its arguments become the defaults
@@ -128,7 +128,7 @@ TASK_DEFAULTS = {
     ),
     "kitchen": dict(
         pretrain_updates=10_000, pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=3e-3, alpha=0.05,
-        policy_latents="encoded",  # DEVIATION 7
+        policy_latents="encoded",  # this and alpha: DEVIATION 7
     ),
     "calvin": dict(
         hidden_dim=256, num_skills=1, pretrain_skills=1, bc_chunks=1, pretrain_batch_size=256, kl_coef=1e-2, alpha=0.1,
@@ -567,7 +567,7 @@ class Learner(nn.Module):
             self.alpha_optimizer.step()
         self.num_updates += 1
         if self.num_updates % args.target_update_interval == 0:
-            update_target(self.target, model, args.tau)
+            update_target(self.target, model, args.tau)  # DEVIATION 6
         return metrics | policy_metrics | dict(alpha=alpha)
 
 
@@ -595,7 +595,7 @@ def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
         if run.evaluation_is_due():
             run.log_evaluation(*evaluate(learner, args))
 
-        # ALGO LOGIC: put action logic here. One skill for every environment at once, then H env steps.
+        # ALGO LOGIC: put action logic here. One skill for all environments at once, then H env steps (DEVIATION 4).
         z = act(learner.model.encoder, learner.task_policy, obs, explore=True)  # (E, Z), the prior's in the warm-up
         run.lap("plan")
         next_obs, rewards, ended, steps = execute_skill(envs, skills, obs, z, np.zeros(len(obs), dtype=bool), args, [])

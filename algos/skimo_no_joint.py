@@ -20,8 +20,8 @@ but in the kitchen a little more than SkiMo, in the mis-aligned one a little les
 
 Deviations from paper and release, marked DEVIATION n below, are skimo.py's (its header has the reasons): 1. closed-form
 KL; 2. behavioural cloning on bc_chunks random chunks; 3. fewer, smaller updates with a learning rate schedule,
-larger KL weight, noisy data, periodic features; 4. environments in lockstep; 5. CEM from the policy's plans;
-6. tau 0.05; 7. kitchens: alpha 0.05, eq. 7 on encoded states. Logged as in skimo.py.
+kitchens 5 skills, larger KL weight, noisy data, periodic features; 4. environments in lockstep; 5. CEM from the
+policy's plans, less noise; 6. tau 0.05; 7. kitchens: alpha 0.05, eq. 7 on encoded states. Logged as in skimo.py.
 Score: maze, last 100 training episodes that reach the goal, at 200,000 env steps: .01 / .02 / .00 (seeds 1-3).
 Shapes: B batch, N skills per window, H steps per skill, O observation, A action, Z skill, d latent state,
 E environments, K plan horizon, P plans. Batch first.
@@ -51,8 +51,8 @@ class Args:
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
     seed: int = 1  # of networks, sampling and environments
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and plan
-    num_threads: int = 0  # CPU threads of torch (0: one per core)
-    compile: bool = torch.cuda.is_available()  # torch.compile, with CUDA graphs, of losses and planner
+    num_threads: int = 0  # CPU threads of torch (0: one per core that may be used)
+    compile: bool = torch.cuda.is_available()  # torch.compile, with CUDA graphs, of losses and longest plans
     run_dir: str = "runs"  # folder in which the run makes its own folder
     resume: str | None = None  # run folder to go on with; its arguments become the defaults
     checkpoint_interval: int = 50_000  # env steps between checkpoints
@@ -140,7 +140,7 @@ TASK_DEFAULTS = {
     ),
     "kitchen": dict(
         pretrain_updates=10_000, pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=3e-3, alpha=0.05,
-        policy_latents="encoded",  # DEVIATION 7
+        policy_latents="encoded",  # this and alpha: DEVIATION 7
     ),
     "calvin": dict(
         hidden_dim=256, num_skills=1, pretrain_skills=1, bc_chunks=1, pretrain_batch_size=256, kl_coef=1e-2, alpha=0.1,
@@ -383,8 +383,8 @@ def policy_loss(model, task_policy, prior_encoder, skill_prior, obs, h, h_pred, 
 def plan(model, task_policy, obs, mean, std_floor, noise_scale, args):
     """CEM over sequences of K skills in the skill dynamics, for all environments at once (SkiMo, section 3.4).
 
-    obs (E, O); mean (E, K, Z): zeros or the last plan, moved on; std_floor (): least std of the sampled skills;
-    noise_scale (): 1 to explore, 0 to evaluate. Returns the first skill (E, Z) and the fitted mean (E, K, Z).
+    obs (E, O); mean (E, K, Z): zeros or the last plan, moved on (for plan_start wide); std_floor (): least std of
+    samples; noise_scale (): 1 to explore, 0 to evaluate. Returns the first skill (E, Z) and the fitted mean (E, K, Z).
     """
     E, K, Z = mean.shape
     h0 = model.encoder(obs)  # (E, d)
@@ -428,7 +428,7 @@ def plan(model, task_policy, obs, mean, std_floor, noise_scale, args):
 
 
 class Planner:
-    """Plans for E environments at once, by the schedules; starts from the last plan, moved on by one skill."""
+    """Plans for E environments at once, by the schedules; gives `plan` the last one, moved on by one skill."""
 
     def __init__(self, model, task_policy, args: Args, device):
         self.model, self.task_policy, self.args, self.device = model, task_policy, args, device
@@ -650,7 +650,7 @@ class Learner(nn.Module):
             self.alpha_optimizer.step()
         self.num_updates += 1
         if self.num_updates % args.target_update_interval == 0:
-            update_target(self.target, model, args.tau)
+            update_target(self.target, model, args.tau)  # DEVIATION 6
         return metrics | policy_metrics | dict(alpha=alpha)
 
 
@@ -679,7 +679,7 @@ def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
         if run.evaluation_is_due():
             run.log_evaluation(*evaluate(learner, args, run.global_step))
 
-        # ALGO LOGIC: put action logic here. One skill for every environment at once, then H env steps.
+        # ALGO LOGIC: put action logic here. One skill for all environments at once, then H env steps (DEVIATION 4).
         if run.global_step < args.warmup_steps:
             with torch.no_grad():
                 h = learner.model.encoder(torch.from_numpy(obs).to(learner.device))  # (E, d)

@@ -51,7 +51,7 @@ class Args:
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
     seed: int = 1  # of networks, sampling and environments
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn
-    num_threads: int = 0  # CPU threads of torch (0: one per core)
+    num_threads: int = 0  # CPU threads of torch (0: one per core that may be used)
     compile: bool = torch.cuda.is_available()  # torch.compile, with CUDA graphs, of the losses
     run_dir: str = "runs"  # folder in which the run makes its own folder
     resume: str | None = None  # run folder to go on with; its arguments become the defaults
@@ -119,7 +119,7 @@ MODEL_ARGS = "hidden_dim skill_dim skill_horizon position_features".split()
 PRETRAIN_ARGS = (
     "seed pretrain_updates pretrain_batch_size pretrain_lr pretrain_lr_decay clip_updates clip_norm kl_coef"
 ).split()
-RUN_ARGS = ["num_envs", "critic_dim", "critic_blocks"]
+RUN_ARGS = ["num_envs", "critic_dim", "critic_blocks", "buffer_size"]
 
 parse_args = functools.partial(data_tools.parse_args, Args, TASK_DEFAULTS, __doc__)  # list of words -> Args
 
@@ -514,7 +514,7 @@ def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
         if run.evaluation_is_due():
             run.log_evaluation(*evaluate(learner, args))
 
-        # ALGO LOGIC: put action logic here. One skill for every environment at once, then H env steps. In the warm-up
+        # ALGO LOGIC: put action logic here. One skill for all environments at once, then H env steps. In the warm-up
         # the task policy is still the prior.
         with torch.no_grad():
             z = squash(draw(learner.task_policy(torch.from_numpy(obs).to(learner.device)))).cpu()  # (E, Z)

@@ -52,8 +52,8 @@ class Args:
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
     seed: int = 1  # of networks, sampling and environments
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and plan
-    num_threads: int = 0  # CPU threads of torch (0: one per core)
-    compile: bool = torch.cuda.is_available()  # torch.compile, with CUDA graphs, of losses and planner
+    num_threads: int = 0  # CPU threads of torch (0: one per core that may be used)
+    compile: bool = torch.cuda.is_available()  # torch.compile, with CUDA graphs, of losses and longest plans
     run_dir: str = "runs"  # folder in which the run makes its own folder
     resume: str | None = None  # run folder to go on with; its arguments become the defaults
     checkpoint_interval: int = 50_000  # env steps between checkpoints
@@ -432,7 +432,7 @@ def plan(model, task_policy, obs, mean, std_floor, noise_scale, args):
 
 
 class Planner:
-    """Plans for E environments at once, by the schedules; starts from the last plan, moved on by one skill."""
+    """Plans for E environments at once, by the schedules; gives `plan` the last one, moved on by one skill."""
 
     def __init__(self, model, task_policy, args: Args, device):
         self.model, self.task_policy, self.args, self.device = model, task_policy, args, device
@@ -691,7 +691,7 @@ def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
         if run.evaluation_is_due():
             run.log_evaluation(*evaluate(learner, args, planner_step))
 
-        # ALGO LOGIC: put action logic here. One skill for every environment at once, then H env steps.
+        # ALGO LOGIC: put action logic here. One skill for all environments at once, then H env steps (DEVIATION 4).
         if run.global_step < args.warmup_steps:
             z = learner.sample_prior(obs)  # (E, Z), DEVIATION 5
         else:

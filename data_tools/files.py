@@ -18,6 +18,10 @@ class DataError(Exception):
     """A file or data set that cannot be used or made; the message is one sentence that names it and the cure."""
 
 
+class NotFiniteError(DataError, ValueError):
+    """Learning has diverged: a number that counts is NaN or infinite."""
+
+
 def write_atomically(path, write: Callable[[Path], None]) -> None:
     """Call `write(temporary path)` in the folder of `path`, then rename; on failure nothing is left behind.
 
@@ -31,6 +35,8 @@ def write_atomically(path, write: Callable[[Path], None]) -> None:
         with open(part, "rb") as file:
             os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
         os.replace(part, path)
+    except (torch.AcceleratorError, torch.OutOfMemoryError):  # of the GPU, which met it while the file was written
+        raise
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"cannot write {path} ({reason}); free some space or choose another folder") from error

@@ -10,7 +10,6 @@ import csv
 import hashlib
 import inspect
 import json
-import os
 import platform
 import signal
 import sys
@@ -27,7 +26,8 @@ from tqdm import tqdm
 
 from data_tools.dataset import TASKS, cache_dir, load_dataset
 from data_tools.diagnostics import MAX_RETURN, cuda_devices, rollout_statistics
-from data_tools.files import DataError, load_checkpoint, save_checkpoint, write_atomically
+from data_tools.files import DataError, NotFiniteError, load_checkpoint, save_checkpoint, write_atomically
+from data_tools.vector import num_cores
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "benchmarks" / "results"  # the pre-trained models that we ship
 CHECKPOINT_VERSION = 3  # raised when older checkpoints of unfinished runs become unusable
@@ -44,6 +44,7 @@ def parse_args(Args, task_defaults: dict[str, dict], doc: str, argv: list[str] |
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--env-id", "--env_id", default="maze")
     first.add_argument("--resume")
+    first.add_argument("--device")
     chosen, _ = first.parse_known_args(argv)
     if chosen.env_id not in TASKS:
         sys.exit(f"error: --env-id {chosen.env_id} is no task; choose one of {', '.join(TASKS)}")
@@ -53,6 +54,8 @@ def parse_args(Args, task_defaults: dict[str, dict], doc: str, argv: list[str] |
             default = Args(**json.loads((Path(chosen.resume) / "args.json").read_text()))
         except (OSError, ValueError, TypeError) as error:
             sys.exit(f"error: --resume {chosen.resume} is no run folder of this file ({error}); check the path")
+    if chosen.device:
+        default.compile = chosen.device == "cuda"
     return tyro.cli(Args, args=argv, default=default, description=doc.split("\n")[0])
 
 
@@ -150,14 +153,15 @@ class Run:
     checkpoint. Raises DataError for files that do not fit and folders that cannot be written.
     """
 
-    SAVED = "global_step next_eval seconds episodes evaluations episodic_return episodic_length".split()
+    SAVED = dict(run="global_step next_eval seconds episodes evaluations episodic_return episodic_length".split())
+    SAVED["pretraining"] = ["seconds"]  # runs with other arguments of RL may go on with it
 
     def __init__(self, args, file_version: int, model_args: list[str], run_args: list[str]):
         check_args(args)
         self.args, self.file_version, self.facts = args, file_version, {}
         self.model_args, self.run_args = model_args, model_args + run_args
         self.device = torch.device(args.device)
-        torch.set_num_threads(args.num_threads or os.cpu_count())
+        torch.set_num_threads(args.num_threads or num_cores())
         self.global_step, self.next_eval, self.seconds = 0, args.eval_interval, {}
         self.episodes = []  # (env step, return, length, minutes) of each training episode
         self.evaluations = []  # (env step, mean return, success) of each clean evaluation
@@ -278,10 +282,22 @@ class Run:
         return facts | {name: getattr(args, name) for name in (self.run_args if of_run else self.model_args)}
 
     def save(self, kind: str, parts: dict, **values):
-        """Write a checkpoint: the state of parts, values (arrays, tensors, numbers), this run's and random numbers."""
+        """Write a checkpoint: the state of parts, values (arrays, tensors, numbers), this run's and random numbers.
+
+        Raises NotFiniteError when a weight is NaN or infinite; the checkpoint before stays.
+        """
+        for module in (part for part in parts.values() if isinstance(part, nn.Module)):
+            for name, weight in module.state_dict().items():
+                if not weight.isfinite().all():
+                    raise self.diverged(f"weight {name}")
         state = {name: get_state(part) for name, part in parts.items()}
-        state |= dict(values=values, run={name: getattr(self, name) for name in self.SAVED}, random=random_state())
+        run = {name: getattr(self, name) for name in self.SAVED[kind]}
+        state |= dict(values=values, run=run, random=random_state())
         save_checkpoint(self.paths[kind], state, self.meta(kind))
+
+    def diverged(self, what: str) -> NotFiniteError:
+        message = f"{what} is no number any more: lower the learning rate"
+        return NotFiniteError(f"{message}; --resume {self.dir} goes on from the last checkpoint")
 
     def restore(self, kind: str, parts: dict, **values) -> list:
         """Go on from what `save` wrote, if there is such a file; returns the values, those given if there is none."""
@@ -291,7 +307,7 @@ class Run:
         state = load_checkpoint(path, self.meta(kind), "cpu")
         for name, part in parts.items():
             set_state(part, state[name])
-        vars(self).update(state["run"])
+        vars(self).update({name: state["run"][name] for name in self.SAVED[kind]})
         set_random_state(state["random"])
         if kind == "pretraining":
             print(f"pre-training goes on at update {parts['trainer'].num_updates}: {path}")
@@ -309,7 +325,7 @@ class Run:
     def log_update(self, group: str, metrics: dict, step: int):
         """Log each metric's mean (scalars on the device) over 100 updates; one synchronisation with the device for all.
 
-        In pre-training they stand behind the bar, too. Raises DataError when one is NaN or infinite.
+        In pre-training they stand behind the bar, too. Raises NotFiniteError when one is NaN or infinite.
         """
         history = self.history.setdefault(group, [])
         history.append(torch.stack(list(metrics.values())))  # a copy: a CUDA graph overwrites its outputs
@@ -319,13 +335,14 @@ class Run:
             history.clear()
             if not np.isfinite(list(means.values())).all():  # later it would only show in actions
                 wrong = next(name for name, value in means.items() if not np.isfinite(value))
-                message = f"{group}/{wrong} is no number any more: lower the learning rate"
-                raise DataError(f"{message}; --resume {self.dir} goes on from the last checkpoint")
+                raise self.diverged(f"{group}/{wrong}")
             if group == "pretrain":
                 self.bar.set_postfix({name.removesuffix("_loss"): f"{value:.3g}" for name, value in means.items()})
 
     def lap(self, part: str | None = None):
         """Count the time since the last lap to this part of the run; to none if it was spent on saving, say."""
+        if part == "update" and self.device.type == "cuda":  # a GPU works behind; in RL the planner would wait for it
+            torch.cuda.synchronize(self.device)
         last, self.clock = self.clock, time.time()
         if part:
             self.seconds[part] = self.seconds.get(part, 0.0) + self.clock - last
@@ -408,7 +425,7 @@ class Run:
     def finish(self, updates: int) -> dict:
         """Write results.json, print the summary; returns all of it."""
         args, facts = self.args, dict(env_steps=self.global_step, updates=updates)
-        machine = f"{platform.machine()}, {os.cpu_count()} cores, {args.device}, torch {torch.__version__}"
+        machine = f"{platform.machine()}, {num_cores()} cores, {args.device}, torch {torch.__version__}"
         facts |= dict(rl_minutes=sum(self.seconds.values()) / 60, seconds=self.seconds) | self.last_100()
         facts |= dict(evaluations=self.evaluations, pretraining=self.facts, machine=machine, args=asdict(args))
         write_atomically(self.dir / "results.json", lambda part: part.write_text(json.dumps(facts, indent=1)))

@@ -13,6 +13,8 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
+from data_tools.files import NotFiniteError
+
 FLAGS = ("terminations", "truncations", "successes", "unstable", "waiting")
 
 
@@ -186,7 +188,7 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
 
 
 def checked_action(action, shape) -> np.ndarray:
-    """Return the action(s) as a float64 array in [-1, 1]; ValueError if shape or values are wrong."""
+    """Return the action(s) as a float64 array in [-1, 1]; ValueError if the shape is wrong, NotFiniteError for NaN."""
     message = f"expected finite numbers of shape {shape} in [-1, 1] as action"
     try:
         array = np.asarray(action, dtype=np.float64)
@@ -195,7 +197,8 @@ def checked_action(action, shape) -> np.ndarray:
     if array.shape != shape:
         raise ValueError(f"{message}, got shape {array.shape}")
     if not np.isfinite(array).all():
-        raise ValueError(f"{message}, got NaN or infinity")
+        cure = "if a network made it, lower its learning rate and go on from the last checkpoint (--resume)"
+        raise NotFiniteError(f"{message}, got NaN or infinity; {cure}")
     return np.clip(array, -1.0, 1.0)
 
 

@@ -217,6 +217,27 @@ def test_random_states_are_those_of_the_cpu_and_of_this_process_gpu_alone(monkey
     assert torch.equal(torch.rand(2), expected)
 
 
+def test_updates_of_a_gpu_count_as_updates(monkeypatch):
+    """A GPU works behind the program: without waiting for it the planner, which has to, would get the updates' time."""
+    run, waits = object.__new__(data_tools.Run), []
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    for device, expected in (("cpu", []), ("cuda:1", [torch.device("cuda:1")])):
+        run.device, run.clock, run.seconds = torch.device(device), 0.0, {}
+        for part in ("update", "plan", "env", "pretrain", None):
+            run.lap(part)
+        assert waits == expected and run.seconds.keys() == {"update", "plan", "env", "pretrain"}
+
+
+def test_errors_of_the_gpu_are_not_taken_for_a_full_disk(tmp_path):
+    def write(part):
+        raise error
+
+    for error in (torch.AcceleratorError("illegal memory access"), torch.OutOfMemoryError("of the GPU")):
+        with pytest.raises(type(error)):
+            data_tools.files.write_atomically(tmp_path / "file", write)
+    assert not list(tmp_path.iterdir())
+
+
 def test_compiler_that_fails_is_one_sentence_and_other_errors_stay_what_they_are():
     function = torch.compile(lambda x: x.sin() + 1)
     missing = torch._inductor.config.patch({"cpp.cxx": (None, "/nonexistent/g++"), "force_disable_caches": True})

@@ -1240,6 +1240,20 @@ def test_losses_that_are_no_numbers_end_the_run_with_a_sentence(tmp_path):
         run.log_update("losses", metrics, 0)
 
 
+@pytest.mark.parametrize("saves", [True, False])
+def test_learning_that_diverges_is_one_sentence_and_keeps_the_checkpoint(run, capsys, monkeypatch, tmp_path, saves):
+    def poison():
+        updates[-1][0].task_policy[0].weight.data[0, 0] = torch.nan
+
+    updates = count_calls(monkeypatch, skimo.Learner, "update", at=27, then=poison)  # at 540 env steps
+    message = "is no number any more" if saves else "expected finite numbers of shape (2, 2)"
+    flags = f"--eval-interval 0 --checkpoint-interval {10 if saves else 500}"
+    refused(capsys, lambda: run(flags), message, "lower", "learning rate", "--resume")
+    kept = final_state(only_run(tmp_path / "runs"))
+    assert all(weight.isfinite().all() for weight in kept["learner"]["weights"].values())
+    assert kept["run"]["global_step"] == (530 if saves else 500)
+
+
 class Stop:
     """In place of StopSignal; all of them stop when `requested` is set on the class."""
 
@@ -1377,6 +1391,17 @@ def test_interrupted_pretraining_goes_on_bit_for_bit(by, run, data_dir, tmp_path
         final_state(only_run(tmp_path / ("rest" if by == "the same command" else "part"))),
         final_state(only_run(tmp_path / "whole")),
     )
+
+
+def test_interrupted_pretraining_serves_runs_with_other_arguments(run, tmp_path, monkeypatch, stop):
+    """Its file is found by what shapes the model; it knows nothing of the environments and of when to evaluate."""
+    calls = count_calls(monkeypatch, skimo.Pretrainer, "update", at=3, then=stop)
+    with pytest.raises(SystemExit, match="stopped in pre-training"):
+        run("--total-timesteps 600 --eval-interval 0", "part")
+    Stop.requested = False
+    results, _ = run("--total-timesteps 600 --num-envs 3 --eval-interval 300", "rest")
+    assert len(calls) == 6 and results["seconds"]["env"] > 0
+    assert [step for step, _, _ in results["evaluations"]] == [300, 600]
 
 
 # ----------------------------------------------------------------------------------------------------- the other tasks
@@ -1663,6 +1688,16 @@ def test_kill_while_writing_keeps_the_old_checkpoint(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------------- command line
+
+
+def test_compilation_follows_the_device(monkeypatch, tmp_path):
+    monkeypatch.setattr(skimo.Args, "compile", True)  # as on a machine with a GPU
+    monkeypatch.setattr(skimo.Args, "device", "cuda")
+    (tmp_path / "args.json").write_text(json.dumps(dict(device="cuda", compile=True)))
+    for flags, value in {"--device cuda": True, "--device cpu": False, "--device cpu --compile": True}.items():
+        for more in ("", f"--resume {tmp_path}"):
+            assert skimo.parse_args([*flags.split(), *more.split()]).compile is value
+    assert skimo.parse_args(["--device", "cuda", "--no-compile"]).compile is False
 
 
 def test_defaults_are_those_of_the_task(monkeypatch):
