@@ -1766,14 +1766,18 @@ DEVICES = [pytest.param("cpu", marks=needs_compiler), pytest.param("cuda", marks
 
 
 def few_updates(args, device):
-    """Two steps of pre-training, RL and planner; returns all numbers on the way and the gradients' running means."""
+    """Four rounds of pre-training, RL and planner; returns all numbers and the gradients' running means of the first.
+
+    Four, as a CUDA graph is warmed up in the first, recorded in the second, and only replayed from then on.
+    """
     torch.manual_seed(0)
     networks = skimo.make_networks(args, 4, 2, device)
     pretrainer, learner = skimo.Pretrainer(args, copy.deepcopy(networks)), skimo.Learner(args, networks)
     planner = skimo.Planner(learner.model, learner.task_policy, args, learner.device)
     window = [torch.from_numpy(x).float().to(device) for x in pretraining_batch(args)]
     batch, numbers = [x.to(device) for x in float_batch(args, 4)], {}
-    for k in range(2):
+    obs = random_obs(np.random.default_rng(0), 3).astype(np.float32)
+    for k in range(4):
         torch.manual_seed(k)
         for phase, metrics in (("pretrain", pretrainer.update(*window)), ("learner", learner.update(*batch))):
             numbers |= {f"{phase} {name} {k}": value.cpu() for name, value in metrics.items()}
@@ -1784,8 +1788,6 @@ def few_updates(args, device):
                         numbers[f"gradient {len(group['params'])} {i}"] = (
                             optimizer.state[value]["exp_avg"].cpu().clone()
                         )
-    obs = random_obs(np.random.default_rng(0), 3).astype(np.float32)
-    for k in range(2):
         torch.manual_seed(k)
         numbers[f"skill {k}"] = planner(obs, np.array([False, True, False]), 10**6, explore=True)
         numbers[f"plan {k}"] = planner.last_mean.cpu().clone()

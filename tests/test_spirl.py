@@ -691,18 +691,18 @@ def optimizer_state(optimizer):
 
 
 def few_updates(args, device):
-    """Two steps of pre-training and RL; returns all numbers on the way and the gradients' running means."""
+    """Four steps of each phase (two, and a CUDA graph is never replayed); returns numbers and gradients' running means."""
     torch.manual_seed(0)
     networks = spirl.make_networks(args, 4, 2, device)
     pretrainer, numbers = spirl.Pretrainer(args, networks), {}
     window = [torch.from_numpy(x).float().to(device) for x in pretraining_batch(args)]
-    for k in range(2):
+    for k in range(4):
         torch.manual_seed(k)
         numbers |= {f"pretrain {name} {k}": value.cpu() for name, value in pretrainer.update(*window).items()}
     numbers |= {f"statistics {name}": value.cpu().float() for name, value in statistics(networks).items()}
     numbers |= {f"pretrain {name}": value for name, value in optimizer_state(pretrainer.optimizers[0]).items()}
     learner = spirl.Learner(args, networks)
-    for k in range(2):
+    for k in range(4):
         torch.manual_seed(k)
         metrics = learner.update(*(x.to(device) for x in float_batch(4)))
         numbers |= {f"learner {name} {k}": value.cpu() for name, value in metrics.items()}
