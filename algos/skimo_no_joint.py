@@ -143,8 +143,8 @@ TASK_DEFAULTS = {
         policy_latents="encoded",  # this and alpha: DEVIATION 7
     ),
     "calvin": dict(
-        hidden_dim=256, num_skills=1, pretrain_skills=1, bc_chunks=1, pretrain_batch_size=256, kl_coef=1e-2, alpha=0.1,
-        reward_scale=0.01, total_timesteps=2_000_000,
+        hidden_dim=256, num_skills=1, pretrain_updates=10_000, pretrain_skills=1, bc_chunks=1, pretrain_batch_size=256,
+        kl_coef=1e-2, alpha=0.1, reward_scale=0.01, total_timesteps=2_000_000,
     ),
 }  # fmt: skip
 TASK_DEFAULTS["kitchen-misaligned"] = TASK_DEFAULTS["kitchen"]
@@ -662,12 +662,12 @@ def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
     torch.manual_seed(args.seed)  # RL is the same whether the model comes from this run or from a file
     learner = Learner(args, networks)
     planner = Planner(learner.model, learner.task_policy, args, learner.device)
-    skills = copy.deepcopy(learner.skills).cpu()  # acts next to the simulator
     envs = data_tools.make_envs(args.env_id, args.num_envs)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
     rb = ReplayBuffer(obs.shape[1], args, learner.device)
     parts, ended = dict(learner=learner, rb=rb, envs=envs), np.ones(args.num_envs, dtype=bool)
     obs, ended, planner.last_mean = run.start_rl(parts, obs=obs, ended=ended, last_mean=None)
+    skills = copy.deepcopy(learner.skills).cpu()  # acts next to the simulator
     while True:
         # ALGO LOGIC: training. As many updates as all env steps so far are worth, but none in the warm-up.
         updates_due = int(run.global_step * args.updates_per_step) if run.global_step >= args.warmup_steps else 0
@@ -709,9 +709,10 @@ def main(args: Args) -> dict:
     run = data_tools.Run(args, FILE_VERSION, MODEL_ARGS, RUN_ARGS)
     run.find_pretrained(PRETRAINED, PRETRAIN_ARGS)
     networks = pretrain(args, run)
-    _, _, trace, z = prior_rollouts(networks, args, 1 + args.pretrain_eval_episodes, max_skills=50)
-    paths = data_tools.open_loop_prediction(networks["model"], trace, z, args.skill_horizon)
-    data_tools.plot_prediction(args.env_id, paths, run.dir / "prediction.png", run.writer)
+    if not run.resumed:
+        _, _, trace, z = prior_rollouts(networks, args, 1 + args.pretrain_eval_episodes, max_skills=50)
+        paths = data_tools.open_loop_prediction(networks["model"], trace, z, args.skill_horizon)
+        data_tools.plot_prediction(args.env_id, paths, run.dir / "prediction.png", run.writer)
     return train(args, run, networks)
 
 

@@ -128,8 +128,8 @@ TASK_DEFAULTS = {
         pretrain_updates=10_000, pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=3e-3, alpha=0.05,
     ),
     "calvin": dict(
-        hidden_dim=256, num_skills=1, pretrain_skills=1, bc_chunks=1, pretrain_batch_size=256, kl_coef=1e-2, alpha=0.1,
-        reward_scale=0.01, total_timesteps=2_000_000,
+        hidden_dim=256, num_skills=1, pretrain_updates=10_000, pretrain_skills=1, bc_chunks=1, pretrain_batch_size=256,
+        kl_coef=1e-2, alpha=0.1, reward_scale=0.01, total_timesteps=2_000_000,
     ),
 }  # fmt: skip
 TASK_DEFAULTS["kitchen-misaligned"] = TASK_DEFAULTS["kitchen"]
@@ -577,12 +577,12 @@ def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
     """
     torch.manual_seed(args.seed)  # RL is the same whether the model comes from this run or from a file
     learner = Learner(args, networks)
-    skills = copy.deepcopy(learner.skills).cpu()  # acts next to the simulator
     envs = data_tools.make_envs(args.env_id, args.num_envs)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
     rb = ReplayBuffer(obs.shape[1], args, learner.device)
     parts = dict(learner=learner, rb=rb, envs=envs)
     (obs,) = run.start_rl(parts, obs=obs)
+    skills = copy.deepcopy(learner.skills).cpu()  # acts next to the simulator
     while True:
         # ALGO LOGIC: training. As many updates as all env steps so far are worth, but none in the warm-up.
         updates_due = int(run.global_step * args.updates_per_step) if run.global_step >= args.warmup_steps else 0
@@ -619,9 +619,10 @@ def main(args: Args) -> dict:
     run = data_tools.Run(args, FILE_VERSION, MODEL_ARGS, RUN_ARGS)
     run.find_pretrained(PRETRAINED, PRETRAIN_ARGS)
     networks = pretrain(args, run)
-    _, _, trace, z = prior_rollouts(networks, args, 1 + args.pretrain_eval_episodes, max_skills=50)
-    paths = data_tools.open_loop_prediction(networks["model"], trace, z, args.skill_horizon)
-    data_tools.plot_prediction(args.env_id, paths, run.dir / "prediction.png", run.writer)
+    if not run.resumed:
+        _, _, trace, z = prior_rollouts(networks, args, 1 + args.pretrain_eval_episodes, max_skills=50)
+        paths = data_tools.open_loop_prediction(networks["model"], trace, z, args.skill_horizon)
+        data_tools.plot_prediction(args.env_id, paths, run.dir / "prediction.png", run.writer)
     return train(args, run, networks)
 
 

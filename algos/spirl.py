@@ -497,12 +497,12 @@ def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
     """
     torch.manual_seed(args.seed)  # RL is the same whether the model comes from this run or from a file
     learner = Learner(args, networks)
-    skills = copy.deepcopy(learner.skills).cpu()  # acts next to the simulator
     envs = data_tools.make_envs(args.env_id, args.num_envs)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
     rb = ReplayBuffer(obs.shape[1], args, learner.device)
     parts = dict(learner=learner, rb=rb, envs=envs)
     (obs,) = run.start_rl(parts, obs=obs)
+    skills = copy.deepcopy(learner.skills).cpu()  # acts next to the simulator
     while True:
         # ALGO LOGIC: training. One update per skill that followed the warm-up (DEVIATION 4).
         updates_due = int((rb.added - args.warmup_skills) * args.updates_per_skill)

@@ -672,13 +672,13 @@ def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
     torch.manual_seed(args.seed)  # RL is the same whether the model comes from this run or from a file
     learner = Learner(args, networks)
     planner = Planner(learner.model, learner.task_policy, args, learner.device)
-    skills = copy.deepcopy(learner.skills).cpu()  # acts next to the simulator
     envs = data_tools.make_envs(args.env_id, args.num_envs)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
     rb = ReplayBuffer(obs.shape[1], args, learner.device)
     parts, ended = dict(learner=learner, rb=rb, envs=envs), np.ones(args.num_envs, dtype=bool)
     last = torch.zeros(args.num_envs, args.skill_dim), np.zeros(args.num_envs, np.float32)  # z, rewards: defect (a)
     obs, ended, planner.last_mean, last = run.start_rl(parts, obs=obs, ended=ended, last_mean=None, last=last)
+    skills = copy.deepcopy(learner.skills).cpu()  # acts next to the simulator
     while True:
         # ALGO LOGIC: training. As many updates as all env steps so far are worth, but none in the warm-up.
         updates_due = int(run.global_step * args.updates_per_step) if run.global_step >= args.warmup_steps else 0

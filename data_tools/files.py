@@ -1,5 +1,6 @@
 """Files that are whole or not there at all: atomic writing, and checkpoints that are checked before they are used."""
 
+import contextlib
 import os
 import pickle
 import uuid
@@ -22,10 +23,11 @@ class NotFiniteError(DataError, ValueError):
     """Learning has diverged: a number that counts is NaN or infinite."""
 
 
-def write_atomically(path, write: Callable[[Path], None]) -> None:
+def write_atomically(path, write: Callable[[Path], None], flag: str = "") -> None:
     """Call `write(temporary path)` in the folder of `path`, then rename; on failure nothing is left behind.
 
     Raises DataError when the disk is full or the folder cannot be written; an older file at `path` stays as it was.
+    `flag`: that names the folder.
     """
     path = Path(path)
     part = path.with_name(f"part_{uuid.uuid4().hex}_{path.name}")  # keeps the suffix, which tells writers the format
@@ -39,9 +41,11 @@ def write_atomically(path, write: Callable[[Path], None]) -> None:
         raise
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"cannot write {path} ({reason}); free some space or choose another folder") from error
+        message = f"cannot write {path} ({reason}); free some space or choose another {flag or 'folder'}"
+        raise DataError(message) from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # renamed, or never begun
+            part.unlink()
 
 
 def save_checkpoint(path, state: dict, meta: dict) -> None:
@@ -60,11 +64,13 @@ def load_checkpoint(path, meta: dict, device) -> dict:
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist; check the path") from error
     except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise DataError(f"{path} is damaged or no checkpoint; delete it or give another file") from error
+        raise DataError(f"{path} is damaged or no checkpoint; give another file (in the cache: delete it)") from error
     stored = state.get("meta") if isinstance(state, dict) else None
     if not isinstance(stored, dict):
         raise DataError(f"{path} is no checkpoint of this project; give another file")
     for name, value in meta.items():
         if stored.get(name) != value:
-            raise DataError(f"{path} has {name} {stored.get(name)!r} but this run needs {value!r}; give another file")
+            is_argument = name not in ("kind", "file_version", "checkpoint_version", "env_id")
+            cure = f"leave --{name.replace('_', '-')} as it was" if is_argument else "give another file"
+            raise DataError(f"{path} has {name} {stored.get(name)!r} but this run needs {value!r}; {cure}")
     return state

@@ -557,6 +557,6 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args))
+        main(tyro.cli(Args, prog="python -m data_tools.maze"))
     except DataError as error:
         raise SystemExit(f"error: {error}") from None

@@ -29,8 +29,15 @@ from data_tools.diagnostics import MAX_RETURN, cuda_devices, rollout_statistics
 from data_tools.files import DataError, NotFiniteError, load_checkpoint, save_checkpoint, write_atomically
 from data_tools.vector import num_cores
 
+MAX_STEPS = {"maze": 2000, "kitchen": 280, "kitchen-misaligned": 280, "calvin": 360}  # env steps of an episode
+AT_LEAST_ONE = """num_envs batch_size pretrain_batch_size pretrain_updates pretrain_eval_episodes pretrain_eval_interval
+    eval_episodes checkpoint_interval num_skills pretrain_skills skill_horizon skill_dim hidden_dim latent_dim model_dim
+    critic_dim warmup_skills bc_chunks num_samples num_policy_trajs num_elites cem_iters
+    target_update_interval""".split()
 PUBLISHED = Path(__file__).resolve().parents[1] / "benchmarks" / "results"  # the pre-trained models that we ship
-CHECKPOINT_VERSION = 3  # raised when older checkpoints of unfinished runs become unusable
+FIXED_BY_PRETRAINING = """seed pretrained retrain data dataset data_noise pretrain_updates pretrain_skills bc_chunks
+    pretrain_batch_size pretrain_lr pretrain_lr_decay bc_coef kl_coef prior_coef recon_coef pretrain_tau""".split()
+CHECKPOINT_VERSION = 4  # raised when older checkpoints of unfinished runs become unusable
 EPISODE_COLUMNS = ("env_step", "episodic_return", "episodic_length", "rl_minutes")
 
 
@@ -62,13 +69,22 @@ def parse_args(Args, task_defaults: dict[str, dict], doc: str, argv: list[str] |
 def check_args(args):
     """Raise DataError for values that cannot work, of those arguments that the algorithm has."""
     given = vars(args)
-    counts = "num_envs batch_size pretrain_batch_size pretrain_updates pretrain_eval_episodes eval_episodes num_skills"
-    least = dict.fromkeys([*counts.split(), "warmup_skills", "bc_chunks"], 1) | dict(num_policy_trajs=1, num_elites=1)
+    least = {name: 0 for name, value in given.items() if type(value) in (int, float)}
+    least |= dict.fromkeys(AT_LEAST_ONE, 1) | dict(alpha=1e-6)  # alpha is tuned as a logarithm
     if given.get("plan_start") == "policy":
         least["num_policy_trajs"] = 2  # for their spread
     for name, value in least.items():
-        if given.get(name, value) < value:
-            raise DataError(f"--{name.replace('_', '-')} {given[name]} is too small; give at least {value}")
+        if not value <= given.get(name, value) < float("inf"):  # NaN is neither
+            raise DataError(f"--{name.replace('_', '-')} {given[name]} does not work; give at least {value}")
+    for name in ("tau", "pretrain_tau", "gamma", "rho", "momentum"):
+        if given.get(name, 0) > 1:
+            raise DataError(f"--{name.replace('_', '-')} {given[name]} is too large; give at most 1")
+    steps, limit = given.get("num_skills", 1) * args.skill_horizon, MAX_STEPS[args.env_id]
+    if steps > limit:
+        flags = "--num-skills or --skill-horizon" if "num_skills" in given else "--skill-horizon"
+        raise DataError(f"windows have {steps} env steps, episodes {limit}: lower {flags}")
+    if args.pretrained and (args.retrain or args.data):
+        raise DataError("--pretrained starts from a model: leave --retrain and --data out")
     if given.get("policy_std", 1.0) <= 1e-4:
         raise DataError(f"--policy-std {args.policy_std} is too small; give more than 1e-4")
     if "num_elites" in given and args.num_elites > args.num_samples + args.num_policy_trajs:
@@ -87,13 +103,21 @@ def errors_in_one_line():
     """What went wrong with files or the compiler ends the program with a sentence instead of a traceback."""
     try:
         yield
+    except KeyboardInterrupt:  # before Run.open, from where on StopSignal takes it
+        sentence = "stopped before there was anything to save; the same command begins again"
     except (DataError, OSError) as error:  # OSError: a full disk while logging, say
-        sys.exit(f"error: {error}")
+        sentence = f"error: {error}"
     except RuntimeError as error:
         if not isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
             raise
         reason = str(error).split("\n")[0]
-        sys.exit(f"error: torch.compile failed ({reason}); use --no-compile or, if missing, install a C++ compiler")
+        cure = "use --no-compile or, if missing, install a C++ compiler"
+        sentence = f"error: torch.compile failed ({reason}); {cure}"
+    else:
+        return
+    for bar in list(getattr(tqdm, "_instances", ())):  # else they would be drawn once more, behind the sentence
+        bar.close()
+    sys.exit(sentence)
 
 
 def random_state() -> list[torch.Tensor]:
@@ -153,7 +177,7 @@ class Run:
     checkpoint. Raises DataError for files that do not fit and folders that cannot be written.
     """
 
-    SAVED = dict(run="global_step next_eval seconds episodes evaluations episodic_return episodic_length".split())
+    SAVED = dict(run="facts global_step next_eval seconds episodes evaluations episodic_return episodic_length".split())
     SAVED["pretraining"] = ["seconds"]  # runs with other arguments of RL may go on with it
 
     def __init__(self, args, file_version: int, model_args: list[str], run_args: list[str]):
@@ -169,8 +193,10 @@ class Run:
         self.episodic_length = np.zeros(args.num_envs, dtype=np.int64)  # (E,) env steps
         self.history = {}  # group -> metrics of the updates since they were last logged
         self.family, self.paths = "", {}  # kind of checkpoint -> path
-        if args.resume and (Path(args.resume) / "checkpoint.pt").exists():  # refused before anything is changed
-            load_checkpoint(Path(args.resume) / "checkpoint.pt", self.meta("run"), "cpu")
+        self.resumed = bool(args.resume) and (Path(args.resume) / "checkpoint.pt").exists()
+        if self.resumed:  # refused before anything is changed
+            state = load_checkpoint(Path(args.resume) / "checkpoint.pt", self.meta("run"), "cpu")
+            self.facts = state["run"]["facts"]
 
     def open(self, source: str):
         """Make the run's folder, or take that of --resume; `source` names the offline data."""
@@ -198,9 +224,17 @@ class Run:
 
         --pretrained names a file. Else the cache is searched, where a model is found by data, version of the algorithm
         file, and every argument that shapes it. `family` begins the files' names: methods that share their pre-training
-        share it.
+        share it. A run that goes on in RL needs neither, its checkpoint holds all networks.
         """
         args, self.family, self.data = self.args, family, None
+        if self.resumed:
+            begun = json.loads((Path(args.resume) / "args.json").read_text())
+            for name, value in begun.items():
+                if name in FIXED_BY_PRETRAINING and getattr(args, name) != value:
+                    flag = f"--{name.replace('_', '-')}"
+                    raise DataError(f"{flag} cannot change with --resume: leave it out, or begin a new run")
+            self.open(self.facts["data"]["source"])
+            return
         task = args.env_id.removesuffix("-misaligned")
         if args.pretrained:
             path = PUBLISHED / f"{family}_{task}_pretrained.pt" if args.pretrained == "published" else args.pretrained
@@ -221,10 +255,17 @@ class Run:
         self.open(source)
 
     def load_pretrained(self, networks: nn.ModuleDict) -> bool:
-        """Put the pre-trained weights into networks; False where they have to be learnt first."""
+        """Put the pre-trained weights into networks; False where they have to be learnt first.
+
+        With a checkpoint of RL the networks wait for its weights. Raises DataError where no model could be written.
+        """
+        if self.resumed:
+            return True
         path, args = self.paths["pretrained"], self.args
         again = args.retrain and not (args.resume and not self.paths["pretraining"].exists())
         if self.data is not None and (again or not path.exists()):
+            write_atomically(path.with_name("can_be_written"), lambda part: part.touch(), "--data-dir")
+            path.with_name("can_be_written").unlink(missing_ok=True)  # another run may try, too
             return False
         state = load_checkpoint(path, self.meta("pretrained"), self.device)
         print(f"pre-trained model: {path}")
@@ -264,7 +305,8 @@ class Run:
             if update < last and (stopped or update % 2_500 == 0):
                 self.save("pretraining", dict(trainer=trainer))
                 if stopped:
-                    sys.exit("stopped in pre-training; the same command, or --resume with the run folder, goes on")
+                    self.bar.close()
+                    sys.exit(f"stopped in pre-training; the same command, or --resume {self.dir}, goes on")
         self.bar.close()
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
@@ -353,6 +395,8 @@ class Run:
         """Begin, or go on from the checkpoint; returns what `restore` returns. Opens the bar and episodes.csv."""
         self.seconds = dict(plan=0.0, env=0.0, update=0.0)
         values = self.restore("run", parts, **values)
+        if not self.resumed and (self.dir / "episodes.csv").exists():  # of a run whose checkpoint is gone
+            (self.dir / "episodes.csv").replace(self.dir / "episodes_before.csv")
         self._episodes_file = (self.dir / "episodes.csv").open("w", newline="")
         self._episodes = csv.writer(self._episodes_file)
         self._episodes.writerows([EPISODE_COLUMNS, *self.episodes])

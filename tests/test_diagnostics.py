@@ -217,6 +217,12 @@ def test_random_states_are_those_of_the_cpu_and_of_this_process_gpu_alone(monkey
     assert torch.equal(torch.rand(2), expected)
 
 
+def test_ctrl_c_before_the_run_is_one_sentence():
+    with pytest.raises(SystemExit, match="^stopped before .* the same command begins again$"):
+        with data_tools.errors_in_one_line():
+            raise KeyboardInterrupt
+
+
 def test_updates_of_a_gpu_count_as_updates(monkeypatch):
     """A GPU works behind the program: without waiting for it the planner, which has to, would get the updates' time."""
     run, waits = object.__new__(data_tools.Run), []

@@ -1298,14 +1298,20 @@ def final_state(run_dir):
     state = data_tools.load_checkpoint(run_dir / "checkpoint.pt", {}, "cpu")
     run = state["run"]
     del run["seconds"]
+    run["facts"].pop("minutes", None)
     return state | dict(run=run | dict(episodes=[row[:3] for row in run["episodes"]]))
 
 
 @pytest.mark.parametrize("interrupt", ["in the warm-up", "while planning", "between updates", "by its length"])
 def test_resumed_run_equals_an_uninterrupted_one(run, monkeypatch, stop, interrupt):
     results, whole = run("", "whole")
+
+    def no_data(*args):  # the checkpoint holds all networks
+        raise AssertionError
+
     if interrupt == "by its length":
         _, part = run("--total-timesteps 600", "part")
+        monkeypatch.setattr(data_tools.runs, "load_dataset", no_data)
         resumed = resume(part, "--total-timesteps 1200")
     else:
         if interrupt == "between updates":
@@ -1322,6 +1328,7 @@ def test_resumed_run_equals_an_uninterrupted_one(run, monkeypatch, stop, interru
         assert stopped["learner"]["num_updates"] == updates
         assert stopped["run"]["global_step"] == steps or interrupt == "between updates"
         Stop.requested = False
+        monkeypatch.setattr(data_tools.runs, "load_dataset", no_data)
         resumed = resume(part)
     a, b = final_state(whole), final_state(part)
     if interrupt == "by its length":
@@ -1468,9 +1475,19 @@ def refused(capsys, call, *words):
         ("--resume nowhere", ["nowhere", "no run folder"]),
         ("--bc-chunks 4", ["--bc-chunks", "--pretrain-skills"]),
         ("--num-elites 21", ["--num-elites", "--num-samples"]),
-        ("--num-envs 0", ["--num-envs"]),
+        ("--num-envs 0", ["--num-envs 0 does not work; give at least 1"]),
         ("--batch-size 0", ["--batch-size"]),
         ("--pretrain-eval-episodes 0", ["--pretrain-eval-episodes"]),
+        ("--cem-iters 0", ["--cem-iters"]),
+        ("--hidden-dim -1", ["--hidden-dim"]),
+        ("--seed -1", ["--seed -1 does not work; give at least 0"]),
+        ("--alpha 0", ["--alpha"]),
+        ("--learning-rate -1", ["--learning-rate"]),
+        ("--updates-per-step nan", ["--updates-per-step"]),
+        ("--reward-scale inf", ["--reward-scale"]),
+        ("--tau 2", ["--tau 2.0 is too large"]),
+        ("--num-skills 401", ["2005 env steps", "--num-skills", "--skill-horizon"]),
+        ("--pretrained published --retrain", ["--pretrained", "--retrain"]),
         ("--pretrained missing.pt", ["missing.pt", "does not exist"]),
         ("--pretrain-skills 200 --skill-horizon 10", ["rows", "shorter"]),
     ],
@@ -1536,6 +1553,28 @@ def test_places_that_cannot_be_written_are_refused(run, capsys, tmp_path):
     (tmp_path / "file").write_text("")
     refused(capsys, lambda: run("", "file/runs"), "--run-dir")
     refused(capsys, lambda: run("", data=tmp_path / "file" / "data"), "--data-dir")
+
+
+def test_model_that_could_not_be_written_is_not_begun(run, capsys, monkeypatch, data_dir):
+    (data_dir / "pretrained").write_text("no folder")
+    updates = count_calls(monkeypatch, skimo.Pretrainer, "update")
+    refused(capsys, run, "cannot write", "--data-dir")
+    assert not updates
+
+
+def test_resumed_run_keeps_its_model_and_an_old_log(run, capsys):
+    _, run_dir = run("--total-timesteps 400")
+    for flags, word in (
+        ("--seed 7", "--seed"),
+        ("--pretrained published", "--pretrained"),
+        ("--kl-coef 1", "--kl-coef"),
+    ):
+        refused(capsys, lambda flags=flags: resume(run_dir, flags), word, "--resume")
+    before = csv_rows(run_dir)
+    (run_dir / "checkpoint.pt").unlink()
+    resume(run_dir)
+    assert csv_rows(run_dir) == before
+    assert (run_dir / "episodes_before.csv").read_text().count("\n") == 1 + len(before)
 
 
 def test_full_disk_keeps_the_old_checkpoint(run, capsys, monkeypatch, tmp_path):

@@ -560,7 +560,7 @@ def test_interrupted_pretraining_goes_on_bit_for_bit(run, data_dir, tmp_path, ti
         ("--buffer-size 1", ["--buffer-size", "--num-envs"]),
         ("--warmup-skills 0", ["--warmup-skills"]),
         ("--pretrained missing.pt", ["missing.pt", "does not exist"]),
-        ("--skill-horizon 5000", ["rows", "shorter"]),
+        ("--skill-horizon 5000", ["5000 env steps", "lower --skill-horizon"]),
     ],
 )
 def test_senseless_flags_are_refused_with_a_sentence(run, flags, words):
@@ -691,7 +691,7 @@ def optimizer_state(optimizer):
 
 
 def few_updates(args, device):
-    """Four steps of each phase (two, and a CUDA graph is never replayed); returns numbers and gradients' running means."""
+    """Four steps of each phase (two, and a CUDA graph is never replayed); returns all numbers, and gradients' means."""
     torch.manual_seed(0)
     networks = spirl.make_networks(args, 4, 2, device)
     pretrainer, numbers = spirl.Pretrainer(args, networks), {}
