@@ -13,7 +13,7 @@ data; then plan over skills in that model (CEM) while a task policy, a reward an
    model update: consistency, reward and TD losses on windows of N skills (eq. 6)
    policy update: maximise Q(h, z) - alpha KL(pi(h) || p(h)) (eq. 7); tune alpha; move the slow target copy
 
-Deviations from paper and release, marked DEVIATION n below; reasons and measurements are in the README
+Deviations from paper and release, marked DEVIATION n below; measured in README.md and benchmarks/FINDINGS.md
 1. KL divergences in closed form (both sides are tanh of Gaussians) instead of 100 samples.
 2. The skill policy is trained on bc_chunks random chunks of a window instead of all N: the same gradient on average.
 3. Fewer, smaller updates (kitchens: 5 skills), learning rate schedule, larger KL weight, noisy data, periodic features.
@@ -65,7 +65,7 @@ class Args:
     # Offline data
     data_dir: str | None = None  # folder of data and pre-trained models (None: $SKIMO_DATA_DIR, else the user's cache)
     dataset: Literal["auto", "d4rl", "scripted"] = "auto"  # auto: D4RL's file (kitchen) if it can be had, else scripted
-    data: str | None = None  # other offline data: an HDF5 file or a folder (README, "Data")
+    data: str | None = None  # other offline data: an HDF5 file or a folder (README, "Your own data")
     data_noise: float | None = None  # size of the disturbances in scripted data (None: the task's)
     allow_pickle: bool = False  # let --data be a pickle of the SkiMo release, read without running its code
     accept_any_data: bool = False  # take D4RL's file although its checksum differs

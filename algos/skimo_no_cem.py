@@ -18,7 +18,7 @@ still the prior. Pre-training is the same, so the cache's models serve both file
    model update: consistency, reward and TD losses on windows of N skills (eq. 6)
    policy update: maximise Q(h, z) - alpha KL(pi(h) || p(h)) (eq. 7); tune alpha; move the slow target copy
 
-Deviations from paper and release, marked DEVIATION n below, with skimo.py's numbers (its header has the reasons):
+Deviations from paper and release, marked DEVIATION n below, with skimo.py's numbers (its header says more):
 1. closed-form KL; 2. behavioural cloning on bc_chunks random chunks; 3. fewer, smaller updates with a learning rate
 schedule, kitchens 5 skills, larger KL weight, noisy data, periodic features; 4. environments in lockstep; 6. tau 0.05;
 7. kitchens: alpha 0.05, eq. 7 on encoded states.
@@ -65,7 +65,7 @@ class Args:
     # Offline data
     data_dir: str | None = None  # folder of data and pre-trained models (None: $SKIMO_DATA_DIR, else the user's cache)
     dataset: Literal["auto", "d4rl", "scripted"] = "auto"  # auto: D4RL's file (kitchen) if it can be had, else scripted
-    data: str | None = None  # other offline data: an HDF5 file or a folder (README, "Data")
+    data: str | None = None  # other offline data: an HDF5 file or a folder (README, "Your own data")
     data_noise: float | None = None  # size of the disturbances in scripted data (None: the task's)
     allow_pickle: bool = False  # let --data be a pickle of the SkiMo release, read without running its code
     accept_any_data: bool = False  # take D4RL's file although its checksum differs

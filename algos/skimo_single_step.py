@@ -55,7 +55,7 @@ class Args:
     # Offline data
     data_dir: str | None = None  # folder of data and pre-trained models (None: $SKIMO_DATA_DIR, else the user's cache)
     dataset: Literal["auto", "d4rl", "scripted"] = "auto"  # auto: D4RL's file (kitchen) if it can be had, else scripted
-    data: str | None = None  # other offline data: an HDF5 file or a folder (README, "Data")
+    data: str | None = None  # other offline data: an HDF5 file or a folder (README, "Your own data")
     data_noise: float | None = None  # size of the disturbances in scripted data (None: the task's)
     allow_pickle: bool = False  # let --data be a pickle of the SkiMo release, read without running its code
     accept_any_data: bool = False  # take D4RL's file although its checksum differs
