@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import csv
 import hashlib
+import importlib
 import inspect
 import json
 import platform
@@ -29,14 +30,11 @@ from data_tools.diagnostics import MAX_RETURN, cuda_devices, rollout_statistics
 from data_tools.files import DataError, NotFiniteError, load_checkpoint, save_checkpoint, write_atomically
 from data_tools.vector import num_cores
 
-MAX_STEPS = {"maze": 2000, "kitchen": 280, "kitchen-misaligned": 280, "calvin": 360}  # env steps of an episode
 AT_LEAST_ONE = """num_envs batch_size pretrain_batch_size pretrain_updates pretrain_eval_episodes pretrain_eval_interval
     eval_episodes checkpoint_interval num_skills pretrain_skills skill_horizon skill_dim hidden_dim latent_dim model_dim
     critic_dim warmup_skills bc_chunks num_samples num_policy_trajs num_elites cem_iters
     target_update_interval""".split()
 PUBLISHED = Path(__file__).resolve().parents[1] / "benchmarks" / "results"  # the pre-trained models that we ship
-FIXED_BY_PRETRAINING = """seed pretrained retrain data dataset data_noise pretrain_updates pretrain_skills bc_chunks
-    pretrain_batch_size pretrain_lr pretrain_lr_decay bc_coef kl_coef prior_coef recon_coef pretrain_tau""".split()
 CHECKPOINT_VERSION = 4  # raised when older checkpoints of unfinished runs become unusable
 EPISODE_COLUMNS = ("env_step", "episodic_return", "episodic_length", "rl_minutes")
 
@@ -79,7 +77,8 @@ def check_args(args):
     for name in ("tau", "pretrain_tau", "gamma", "rho", "momentum"):
         if given.get(name, 0) > 1:
             raise DataError(f"--{name.replace('_', '-')} {given[name]} is too large; give at most 1")
-    steps, limit = given.get("num_skills", 1) * args.skill_horizon, MAX_STEPS[args.env_id]
+    task = importlib.import_module(f"data_tools.{args.env_id.removesuffix('-misaligned')}")
+    steps, limit = given.get("num_skills", 1) * args.skill_horizon, task.MAX_EPISODE_STEPS
     if steps > limit:
         flags = "--num-skills or --skill-horizon" if "num_skills" in given else "--skill-horizon"
         raise DataError(f"windows have {steps} env steps, episodes {limit}: lower {flags}")
@@ -229,8 +228,8 @@ class Run:
         args, self.family, self.data = self.args, family, None
         if self.resumed:
             begun = json.loads((Path(args.resume) / "args.json").read_text())
-            for name, value in begun.items():
-                if name in FIXED_BY_PRETRAINING and getattr(args, name) != value:
+            for name in (*pretrain_args, "pretrained", "retrain", "data", "dataset", "data_noise"):
+                if getattr(args, name) != begun[name]:
                     flag = f"--{name.replace('_', '-')}"
                     raise DataError(f"{flag} cannot change with --resume: leave it out, or begin a new run")
             self.open(self.facts["data"]["source"])

@@ -1729,9 +1729,7 @@ def test_kill_while_writing_keeps_the_old_checkpoint(tmp_path):
 # --------------------------------------------------------------------------------------------------------- command line
 
 
-def test_compilation_follows_the_device(monkeypatch, tmp_path):
-    monkeypatch.setattr(skimo.Args, "compile", True)  # as on a machine with a GPU
-    monkeypatch.setattr(skimo.Args, "device", "cuda")
+def test_compilation_follows_the_device(tmp_path):
     (tmp_path / "args.json").write_text(json.dumps(dict(device="cuda", compile=True)))
     for flags, value in {"--device cuda": True, "--device cpu": False, "--device cpu --compile": True}.items():
         for more in ("", f"--resume {tmp_path}"):
