@@ -1,0 +1,134 @@
+"""Golden runs: every algorithm file, tiny, through both phases; prints a hash of each thing that must not change.
+
+    python tests/golden.py                     # all files and cases, about two minutes on one core
+    python tests/golden.py skimo spirl         # these files only
+
+Run it before and after a change that should change nothing: weights, replay, random state and episodes are compared
+bit for bit. A line that differs has to be explained in the commit. Hashes hold for one machine and one torch version.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = """--device cpu --seed 3 --hidden-dim 16 --skill-dim 3 --num-envs 4 --batch-size 16 --eval-episodes 2
+    --pretrain-batch-size 8 --pretrain-updates 60 --pretrain-eval-interval 30 --pretrain-eval-episodes 2"""
+SKIMO = "--latent-dim 8 --num-skills 3 --pretrain-skills 3 --bc-chunks 2"
+PLANNER = "--num-samples 16 --num-policy-trajs 4 --num-elites 6 --cem-iters 2"
+SPIRL = "--critic-dim 16 --critic-blocks 1 --warmup-skills 120 --updates-per-skill 0.2 --buffer-size 4000"
+TDMPC = "--model-dim 16 --latent-dim 8 --num-skills 3 --updates-per-step 0.05"
+FLAGS = {
+    "skimo": f"{SKIMO} {PLANNER} --horizon-steps 8000",
+    "skimo_no_cem": SKIMO,
+    "skimo_no_joint": f"{SKIMO} {PLANNER} --horizon-steps 8000",
+    "skimo_sac": SKIMO.replace("--num-skills 3", "--num-skills 1"),
+    "skimo_single_step": f"{SKIMO} {PLANNER} --horizon-steps 8000",
+    "spirl": SPIRL,
+    "tdmpc_skills": f"{TDMPC} {PLANNER} --horizon-steps 8000",
+}
+# Kitchen: LSTM, fixed alpha, encoded states. Its 280-step episodes are made of random data, which suffices here.
+TASKS = {
+    "maze": "--env-id maze --total-timesteps 10000 --warmup-steps 8000 --updates-per-step 0.01",
+    "kitchen": "--env-id kitchen --total-timesteps 3000 --warmup-steps 1200 --updates-per-step 0.01",
+}
+
+
+def make_data(path: Path, obs_dim: int, action_dim: int):
+    """Random episodes of 120 steps in D4RL's layout."""
+    import h5py
+
+    rng = np.random.default_rng(0)
+    rows = 20 * 120
+    observations = rng.normal(size=(rows, obs_dim))
+    if obs_dim == 4:  # data of the maze have to lie between its walls
+        observations[:, :2] = rng.uniform(0.8, 1.2, (rows, 2))
+    with h5py.File(path, "w") as file:
+        file["observations"] = observations.astype(np.float32)
+        file["actions"] = rng.uniform(-1, 1, (rows, action_dim)).astype(np.float32)
+        file["terminals"] = np.zeros(rows, dtype=bool)
+        file["timeouts"] = np.arange(1, rows + 1) % 120 == 0
+        file["rewards"] = np.zeros(rows, dtype=np.float32)
+
+
+def hash_of(values) -> str:
+    """Hash of tensors, arrays and plain values, in order."""
+    digest = hashlib.sha256()
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            value = value.detach().cpu().numpy()
+        digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
+    return digest.hexdigest()[:12]
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Weights, optimizers, replay and random state of a checkpoint, in the layout of this or of the older files."""
+    older = [np._core.multiarray._reconstruct, np.ndarray, np.dtype]
+    older += [type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64, np.bool_)]
+    with torch.serialization.safe_globals(older):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    if "learner" in state:
+        weights = state["learner"]["weights"]
+        optimizers = state["learner"]["optimizers"]
+        random = state["random"][0]
+    else:
+        weights = state["agent"]
+        optimizers = [value for value in state.values() if isinstance(value, dict) and "param_groups" in value]
+        random = state["rng"][0]
+    moments = [m for o in optimizers for p in o["state"].values() for m in (p["exp_avg"], p["exp_avg_sq"])]
+    rb = state["rb"]
+    if "rows" in rb:
+        rows = rb["rows"]
+    else:  # a tensor for each column, in the order in which rows held them
+        columns = [value for value in rb.values() if isinstance(value, torch.Tensor) and value.is_floating_point()]
+        rows = torch.cat([column.reshape(len(column), -1) for column in columns], 1)
+    return dict(weights=[weights[name] for name in sorted(weights)], optimizers=moments, replay=[rows], random=[random])
+
+
+def golden(algo: str, task: str, folder: Path, script: Path) -> dict[str, str]:
+    """Run one file on one task; returns name -> hash."""
+    data = folder / f"{task}.hdf5"
+    if not data.exists():
+        make_data(data, *{"maze": (4, 2), "kitchen": (30, 9)}[task])
+    flags = f"{TINY} {FLAGS[algo]} {TASKS[task]}"
+    if algo == "spirl":  # counts skills, not env steps
+        words = flags.split()
+        for flag in ("--warmup-steps", "--updates-per-step"):
+            at = words.index(flag)
+            del words[at : at + 2]
+        flags = " ".join(words)
+    runs = folder / f"{algo}_{task}"
+    command = [sys.executable, script, *flags.split(), "--data", data, "--data-dir", folder / algo, "--run-dir", runs]
+    environment = os.environ | dict(OMP_NUM_THREADS="1")
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(f"{algo} on {task} failed:\n{done.stderr[-3000:]}")
+    (run,) = runs.iterdir()
+    facts = read_checkpoint(run / "checkpoint.pt")
+    with (run / "episodes.csv").open() as file:
+        facts["episodes"] = [row[:3] for row in csv.reader(file)]  # without the minutes
+    results = json.loads((run / "results.json").read_text())
+    facts["evaluations"] = results["evaluations"]
+    return {name: hash_of(values) for name, values in facts.items()}
+
+
+def main():
+    algos = sys.argv[1:] or list(FLAGS)
+    with tempfile.TemporaryDirectory() as folder:
+        for algo in algos:
+            script = Path(os.environ.get("GOLDEN_ALGOS", ROOT / "algos")) / f"{algo}.py"
+            for task in TASKS:
+                hashes = golden(algo, task, Path(folder), script)
+                print(f"{algo:18} {task:8}", *(f"{name} {value}" for name, value in hashes.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
