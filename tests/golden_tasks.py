@@ -21,7 +21,11 @@ import numpy as np
 import data_tools  # noqa: F401 (registers the tasks)
 
 GYM_IDS = ("skimo/Maze-v0", "skimo/Kitchen-v0", "skimo/KitchenMisaligned-v0", "skimo/Calvin-v0")
-COLLECTORS = {"data_tools.maze": 20, "data_tools.kitchen_demos": 2, "data_tools.calvin": 3}  # trajectories
+COLLECTORS = {
+    "data_tools.scripted.maze": 20,
+    "data_tools.scripted.kitchen": 2,
+    "data_tools.scripted.calvin": 3,
+}  # number
 
 
 def digest(*parts) -> str:
