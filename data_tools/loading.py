@@ -33,10 +33,8 @@ def load(
         except Unreachable as error:
             if dataset == "d4rl":
                 raise
-            print(
-                f"NOTE: {str(error).removeprefix('error: ')}\nNOTE: goes on with SCRIPTED demonstrations instead of D4RL's",
-                flush=True,
-            )
+            reason = str(error).removeprefix("error: ")
+            print(f"NOTE: {reason}\nNOTE: goes on with SCRIPTED demonstrations instead of D4RL's", flush=True)
     if task.collect is None:
         raise DataError(f"{env_id} has no scripted data: give a file with --data PATH.")
     noise = task.noise if noise is None else noise
