@@ -1,64 +1,119 @@
-"""Tasks and offline data of SkiMo (https://arxiv.org/abs/2207.07560); the import registers the tasks with Gymnasium.
+"""Tasks and offline data of SkiMo (https://arxiv.org/abs/2207.07560). All facts about a task are in TASKS, below.
 
-`gymnasium.make("skimo/Maze-v0")` gives one environment,
-`gymnasium.make_vec("skimo/Maze-v0", num_envs=E, vectorization_mode="vector_entry_point")` gives E stepped together.
+A task of your own is one file with a vector environment and a function that makes data, and one entry in TASKS: see
+tasks/vector.py, tests/toy_walk.py and tests/test_own_task.py. The import also registers the tasks with Gymnasium:
+`gymnasium.make("skimo/KitchenMisaligned-v0")` gives one environment, `make_envs` several stepped together.
 """
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 
 import gymnasium
 
-from data_tools.dataset import TASKS, DataError, OfflineDataset, cache_dir, load_dataset
-from data_tools.diagnostics import (
-    MAX_RETURN,
-    env_sizes,
-    fork_rng,
-    make_envs,
-    obs_scale,
-    open_loop_prediction,
-    plot_prediction,
-    plot_visited,
-    position_frequency,
-    rollout,
-    rollout_statistics,
+from data_tools.dataset import OfflineDataset
+from data_tools.files import DataError, cache_dir, imported
+from data_tools.loading import load
+from data_tools.tasks.vector import SingleEnv, VideoRecorder
+
+__all__ = ["TASKS", "DataError", "OfflineDataset", "Task", "cache_dir", "env_sizes", "load_dataset", "make_envs"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """All facts about a task. A "module:name" is imported when it is needed, so that importing data_tools is quick."""
+
+    envs: str  # "module:Class" of the vector environment, a MemberVectorEnv
+    max_return: float  # of an episode in which everything was done
+    env_kwargs: dict = field(default_factory=dict)  # of the vector environment
+    obs_scale: tuple[float, ...] | None = None  # (O,): networks see obs * obs_scale + obs_shift; None: obs as it is
+    obs_shift: tuple[float, ...] | None = None
+    data: str | None = None  # name of the offline data, in file names; None: the task's own
+    collect: str | None = None  # "module:function" of (noise, seed, progress) that makes scripted data
+    noise: float = 0.0  # size of the disturbances in scripted data
+    download: str | None = None  # "module:function" of (folder, progress): the path of published data, fetched once
+    data_obs_dim: int | None = None  # numbers in the observations of data that append something, which is cut off
+    statistics: str | None = None  # "module:function" of (returns, obs, actions, ended) of roll-outs
+    draw_map: str | None = None  # "module:function" of (axes): a map, on which an observation is at (obs[1], obs[0])
+
+
+KITCHEN = Task(
+    envs="data_tools.tasks.kitchen:KitchenVectorEnv",
+    env_kwargs={"task": "kitchen"},
+    max_return=4.0,
+    data="kitchen",
+    collect="data_tools.scripted.kitchen:collect",
+    noise=0.05,
+    download="data_tools.formats.d4rl:fetch_kitchen",
+    data_obs_dim=60,  # the goal, which is constant
+    statistics="data_tools.tasks.kitchen:rollout_statistics",
 )
-from data_tools.files import load_checkpoint, save_checkpoint
-from data_tools.runs import Run, errors_in_one_line, parse_args
+TASKS = {
+    "maze": Task(
+        envs="data_tools.tasks.maze:MazeVectorEnv",
+        max_return=100.0,
+        obs_scale=(1 / 40, 1 / 40, 1 / 10, 1 / 10),
+        obs_shift=(-0.5, -0.5, 0.0, 0.0),
+        collect="data_tools.scripted.maze:collect",
+        noise=0.5,
+        statistics="data_tools.tasks.maze:rollout_statistics",
+        draw_map="data_tools.tasks.maze:draw_maze",
+    ),
+    "kitchen": KITCHEN,
+    "kitchen-misaligned": replace(KITCHEN, env_kwargs={"task": "kitchen-misaligned"}),
+    "calvin": Task(
+        envs="data_tools.tasks.calvin:CalvinVectorEnv",
+        max_return=400.0,
+        collect="data_tools.scripted.calvin:collect",
+        noise=0.25,
+        data_obs_dim=39,  # with the blocks
+        statistics="data_tools.tasks.calvin:rollout_statistics",
+    ),
+}
 
-__all__ = [
-    "MAX_RETURN",
-    "TASKS",
-    "DataError",
-    "OfflineDataset",
-    "Run",
-    "cache_dir",
-    "env_sizes",
-    "errors_in_one_line",
-    "fork_rng",
-    "load_checkpoint",
-    "load_dataset",
-    "make_envs",
-    "obs_scale",
-    "open_loop_prediction",
-    "parse_args",
-    "plot_prediction",
-    "plot_visited",
-    "position_frequency",
-    "rollout",
-    "rollout_statistics",
-    "save_checkpoint",
-]
 
-# No `max_episode_steps` here: the environments truncate by themselves, so that they behave the same when they are built
-# without `gymnasium.make`, and `make` adds no second time limit around them.
-for task, name in {"maze": "maze:Maze", "calvin": "calvin:Calvin"}.items():
+def find_task(env_id: str) -> Task:
+    """Return the entry of a task. Raises DataError for an unknown one."""
+    if env_id not in TASKS:
+        raise DataError(f"there is no task {env_id!r}; known tasks: {', '.join(TASKS)}.")
+    return TASKS[env_id]
+
+
+def make_envs(env_id: str, num_envs: int, video: Path | None = None) -> gymnasium.vector.VectorEnv:
+    """E environments of a task stepped as one; a member freezes when its episode ends, until it is reset by mask.
+
+    With `video`, the first member's episode is recorded into that MP4 file when the environments are closed.
+    """
+    task = find_task(env_id)
+    arguments = {**task.env_kwargs, "autoreset_mode": gymnasium.vector.AutoresetMode.DISABLED}
+    if video is None:
+        return imported(task.envs)(num_envs, **arguments)
+    return VideoRecorder(imported(task.envs)(num_envs, **arguments, render_mode="rgb_array"), video)
+
+
+def env_sizes(env_id: str) -> tuple[int, int]:
+    """Numbers in an observation and in an action, O and A."""
+    envs = make_envs(env_id, 1)
+    envs.close()
+    return envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+
+
+def load_dataset(env_id: str, data_dir=None, dataset="auto", data=None, **options) -> OfflineDataset:
+    """Return the offline data of a task. Raises DataError.
+
+    data: a file or folder in one of the formats of data_tools.formats; else
+    dataset "scripted": made on first use, then kept in `cache_dir(data_dir)`; "d4rl": the published file, from the
+    cache or the network; "auto": the published file where there is one and it can be had, else scripted.
+    options: noise (size of the disturbances in scripted data), seed, device, progress; see loading.py.
+    """
+    return load(find_task(env_id), env_id, env_sizes(env_id), data_dir, dataset, data, **options)
+
+
+for name, task in TASKS.items():  # as skimo/Maze-v0, skimo/KitchenMisaligned-v0, ...
+    # The environments truncate by themselves: with `max_episode_steps` here, `make` would add a second time limit.
     gymnasium.register(
-        id=TASKS[task],
-        entry_point=f"data_tools.{name}Env",
-        vector_entry_point=f"data_tools.{name}VectorEnv",
-    )
-for task in ("kitchen", "kitchen-misaligned"):
-    gymnasium.register(
-        id=TASKS[task],
-        entry_point="data_tools.kitchen:KitchenEnv",
-        vector_entry_point="data_tools.kitchen:KitchenVectorEnv",
-        kwargs={"task": task},
+        id=f"skimo/{name.title().replace('-', '')}-v0",
+        entry_point=partial(SingleEnv, task.envs),
+        vector_entry_point=task.envs,
+        kwargs=task.env_kwargs,
     )

@@ -7,25 +7,20 @@ Shapes: R rows, M episodes, B batch, O observation, A action.
 
 import copy
 import hashlib
-import importlib
 import io
-import os
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
 import numpy as np
-import platformdirs
 import torch
 from filelock import FileLock
 
-from data_tools.files import DataError, write_atomically
+from data_tools.files import CURE, DataError, check_regular, reading, write_atomically
 
-TASKS = {  # short name -> Gymnasium id
-    "maze": "skimo/Maze-v0",
-    "kitchen": "skimo/Kitchen-v0",
-    "kitchen-misaligned": "skimo/KitchenMisaligned-v0",
-    "calvin": "skimo/Calvin-v0",
-}
+KEYS = ("observations", "actions", "terminals", "timeouts")
+LARGEST = 1e6  # an observation or action beyond this is damage
+MAX_BYTES = 2**34  # of all arrays of a file; all real ones are below 2**30
 
 
 class OfflineDataset:
@@ -41,7 +36,7 @@ class OfflineDataset:
         """Take array-likes of the shapes above. Raises DataError, which calls the data `name`, if they do not fit."""
         arrays = {"observations": observations, "actions": actions, "terminals": terminals, "timeouts": timeouts}
         arrays = {key: np.asarray(value) for key, value in arrays.items()}
-        _check(arrays, name)
+        check_arrays(arrays, name)
         observations = np.ascontiguousarray(arrays["observations"], dtype=np.float32)  # (R, O)
         actions = np.ascontiguousarray(arrays["actions"], dtype=np.float32)  # (R, A)
         terminals = arrays["terminals"].astype(bool)  # (R,)
@@ -75,7 +70,7 @@ class OfflineDataset:
 
     @property
     def source(self) -> str:
-        """Return the short name of where the data come from: scripted, d4rl, minari, ..."""
+        """Return the short name of where the data come from: scripted, d4rl, skimo-release, calvin, hdf5, ..."""
         return str(self.attributes.get("source", "scripted"))
 
     @property
@@ -89,6 +84,13 @@ class OfflineDataset:
         for key in ("observations", "actions", "terminals", "timeouts", "episode_starts", "episode_lengths"):
             setattr(moved, key, getattr(self, key).to(device))
         return moved
+
+    def narrowed(self, obs_dim: int) -> "OfflineDataset":
+        """Return the data with the first `obs_dim` numbers of each observation; the fingerprint stays the file's."""
+        narrowed = copy.copy(self)
+        narrowed._windows = {}
+        narrowed.observations = self.observations[:, :obs_dim].contiguous()
+        return narrowed
 
     def split(self, fraction: float = 0.99) -> tuple["OfflineDataset", "OfflineDataset"]:
         """Return (train, validation): the first `fraction` of the episodes in file order, and the rest.
@@ -159,41 +161,56 @@ class OfflineDataset:
     @classmethod
     def load(cls, path, device="cpu") -> "OfflineDataset":
         """Read a D4RL file (`rewards` are not needed). Raises DataError if it is missing, damaged or does not fit."""
-        path = Path(path)
-        cure = "delete it, so that it is made again, or give other data"
-        if not path.is_file():
-            raise DataError(f"{path} does not exist: check the path.")
-        try:
-            with h5py.File(path, "r") as file:
-                attributes = {key: _plain(value) for key, value in file.attrs.items()}
-                keys = ("observations", "actions", "terminals", "timeouts")
-                missing = [key for key in keys if not isinstance(file.get(key), h5py.Dataset)]
-                if missing:
-                    raise DataError(f"{path} has no {', '.join(missing)}: {cure}.")
-                arrays = [file[key][()] for key in keys]
-        except PermissionError as error:
-            raise DataError(f"{path} may not be read: change its permissions or use another --data-dir.") from error
-        except (OSError, RuntimeError, KeyError) as error:  # what h5py raises for files that are cut or overwritten
-            raise DataError(f"{path} is not a complete HDF5 file: {cure}.") from error
-        return cls(*arrays, attributes=attributes, device=device, name=str(path))
+        arrays, attributes = read_hdf5(path)
+        return cls(**arrays, attributes=attributes, device=device, name=str(path))
 
 
-def _check(arrays, name):
-    """Raise DataError unless the four arrays (by key) belong together and hold finite numbers."""
-    cure = "delete it, so that it is made again, or give other data"
+def read_hdf5(path) -> tuple[dict[str, np.ndarray], dict]:
+    """Return the arrays (by KEYS) and the attributes of a file in D4RL's layout, as they are: unchecked.
+
+    Raises DataError if the file is missing, damaged, or of another layout.
+    """
+    path = Path(path)
+    check_regular(path)
+    with reading(path), h5py.File(path, "r") as file:
+        attributes = {key: _plain(value) for key, value in file.attrs.items()}
+        missing = [key for key in KEYS if not isinstance(file.get(key), h5py.Dataset)]
+        if missing:
+            raise DataError(f"{path} has no {', '.join(missing)}: {CURE}.")
+        size = sum(file[key].nbytes for key in KEYS)
+        if size > MAX_BYTES:  # a damaged header; reading would fill the memory with nothing
+            raise DataError(f"{path} is too large, it announces {size:,} bytes of data: {CURE}.")
+        return {key: np.asarray(file[key][()]) for key in KEYS}, attributes
+
+
+def check_arrays(arrays: dict[str, np.ndarray], name: str) -> None:
+    """Raise DataError, which calls the data `name`, unless the arrays (by KEYS) can be offline data.
+
+    This is the one place where values are checked, whatever file or script they come from.
+    """
+
+    def require(condition, problem):
+        if not condition:
+            raise DataError(f"{name}: {problem}: {CURE}.")
+
     for key, array in arrays.items():
-        if array.dtype.kind not in "biuf":
-            raise DataError(f"{name}: {key} are not numbers ({array.dtype}): {cure}.")
         dimensions = 2 if key in ("observations", "actions") else 1
-        if array.ndim != dimensions:
-            raise DataError(f"{name}: {key} have shape {array.shape}, expected {dimensions} dimension(s): {cure}.")
-        if not np.isfinite(array).all():
-            raise DataError(f"{name}: {key} contain NaN or infinity: {cure}.")
+        require(array.ndim == dimensions, f"{key} have shape {array.shape}, expected {dimensions} dimension(s)")
+        require(array.size > 0, f"{key} are empty, shape {array.shape}")
     lengths = {key: len(array) for key, array in arrays.items()}
-    if len(set(lengths.values())) != 1:
-        raise DataError(f"{name}: the numbers of rows disagree, {lengths}: {cure}.")
-    if any(array.size == 0 for array in arrays.values()):
-        raise DataError(f"{name} is empty: {cure}.")
+    require(len(set(lengths.values())) == 1, f"the numbers of rows disagree, {lengths}")
+    for key in ("observations", "actions"):
+        array = arrays[key]
+        require(array.dtype.kind == "f", f"{key} are {array.dtype}, expected floating-point numbers")
+        bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
+        require(len(bad) == 0, f"{key} contain NaN or infinity in {len(bad):,} rows, first in row {bad[:1]}")
+        largest = np.abs(array).max()
+        require(largest <= LARGEST, f"{key} reach {largest:.3g}, which cannot be")
+        require(largest > 0, f"{key} are all zero")
+    for key in ("terminals", "timeouts"):
+        require(
+            np.isin(arrays[key], (0, 1)).all(), f"{key} are {arrays[key].dtype}, expected True and False, or 1 and 0"
+        )
 
 
 def _plain(value):
@@ -205,63 +222,12 @@ def _plain(value):
     return value
 
 
-def cache_dir(data_dir=None) -> Path:
-    """Return the folder of the data files: `data_dir`, else $SKIMO_DATA_DIR, else the user's cache folder."""
-    return Path(data_dir or os.environ.get("SKIMO_DATA_DIR") or platformdirs.user_cache_dir("skimo")).expanduser()
+def made_once(path, make: Callable[[], OfflineDataset]) -> OfflineDataset:
+    """Read the data file `path`, after `make()` has made the data if need be.
 
-
-NOISE = {"maze": 0.5, "kitchen": 0.05, "calvin": 0.25}  # of scripted data: the size of their disturbances by task
-
-
-def load_dataset(
-    task: str,
-    data_dir=None,
-    dataset: str = "auto",
-    data=None,
-    noise: float | None = None,
-    allow_pickle: bool = False,
-    accept_any_data: bool = False,
-    seed: int = 0,
-    device="cpu",
-    progress: bool = True,
-) -> OfflineDataset:
-    """Return the offline data of `task`: maze, kitchen (of both kitchen tasks) or calvin.
-
-    data: a file or folder in one of the formats of data_tools.sources; else
-    dataset "scripted": made on first use, then kept in `cache_dir(data_dir)`; "d4rl", kitchen only: D4RL's file, from
-    the cache or the network; "auto": D4RL's file where there is one and it can be had, else scripted.
-    noise is the size of the disturbances in scripted data (None: NOISE[task]), seed their random seed. Processes that
-    start together make the file once: one collects, the others wait for it. Raises DataError.
+    Processes that start together make them once: one does, the others wait for it. Raises DataError.
     """
-    if task not in NOISE:
-        raise DataError(f"There are no data for task {task!r}; known tasks: {', '.join(NOISE)}.")
-    if data is not None:
-        from data_tools import sources  # builds on this module
-
-        return sources.read_data(task, data, allow_pickle=allow_pickle, accept_any_file=accept_any_data).to(device)
-    if dataset == "d4rl" and task != "kitchen":
-        raise DataError(f"D4RL has no data for {task}: use --dataset auto or scripted.")
-    if dataset != "scripted" and task == "kitchen":
-        from data_tools import sources
-
-        try:
-            path = sources.fetch_d4rl_kitchen(cache_dir(data_dir), accept_any_file=accept_any_data, progress=progress)
-            return sources.read_data(task, path, accept_any_file=accept_any_data).to(device)
-        except sources.Unreachable as error:
-            if dataset == "d4rl":
-                raise
-            print(f"NOTE: {error}\nNOTE: goes on with SCRIPTED demonstrations instead of D4RL's", flush=True)
-    scripted = _scripted(task, cache_dir(data_dir), NOISE[task] if noise is None else noise, seed, progress)
-    if task == "kitchen":
-        scripted.observations = scripted.observations[
-            :, :30
-        ].contiguous()  # without the constant goal, as SkiMo uses it
-    return scripted.to(device)
-
-
-def _scripted(task: str, folder: Path, noise: float, seed: int, progress: bool) -> OfflineDataset:
-    """Read scripted data, after making them if need be."""
-    path = folder / f"{task}_noise{float(noise)}_seed{seed}_v1.hdf5"
+    path = Path(path)
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -276,10 +242,8 @@ def _scripted(task: str, folder: Path, noise: float, seed: int, progress: bool) 
             if not path.exists():  # nobody else made it while we waited
                 for leftover in path.parent.glob(f"part_*_{path.name}"):  # of a process that was killed while writing
                     leftover.unlink(missing_ok=True)
-                # Imported here because the tasks' modules build on this one, and reading a file needs no simulator.
-                collect = importlib.import_module(f"data_tools.{task}").collect
-                print(f"Collecting the {task} data (noise {noise}, seed {seed}), once, into {path}", flush=True)
-                collect(noise=noise, seed=seed, progress=progress).save(path)
+                print(f"Making the data, once: {path}", flush=True)
+                make().save(path)
         finally:
             lock.release()
     return OfflineDataset.load(path)

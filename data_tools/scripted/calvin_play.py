@@ -1,7 +1,7 @@
 """Scripted play on the CALVIN table: behaviours as way-points of the tool's target pose, and who chooses among them.
 
 Everything that acts is a Python generator: it is sent a `View` after each step and yields the next action (7,), so that
-many of them can be stepped together. Units: metres and radians in the table's frame; actions as in data_tools.calvin.
+many of them can be stepped together. Units: metres and radians in the table's frame; actions as in tasks/calvin.py.
 """
 
 from collections.abc import Generator
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_tools.calvin_scene import (
+from data_tools.tasks.calvin_scene import (
     ANGLE_SCALE,
     BLOCK_NAMES,
     DRAWER_RANGE,

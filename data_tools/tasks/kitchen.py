@@ -5,8 +5,6 @@ https://arxiv.org/abs/1910.11956) on current MuJoCo. Model and meshes come from 
 environment class differs (noise, observation, order of sub-tasks) and is not used.
 Units: radians, metres, seconds; one environment step is 0.08 s. World frame: x right, y towards the wall, z up.
 Shapes: E members of a vector environment, T steps.
-
-    python -m data_tools.kitchen --help        # make scripted demonstrations, print their statistics (kitchen_demos.py)
 """
 
 import hashlib
@@ -16,14 +14,14 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
-import gymnasium
 import mujoco
 import numpy as np
+import torch
 from gymnasium.vector import AutoresetMode
 
-from data_tools.dataset import DataError, OfflineDataset
-from data_tools.rendering import Painter
-from data_tools.vector import MemberVectorEnv, check_render_mode, checked_action, num_cores, rng_from_state, rng_state
+from data_tools.files import DataError
+from data_tools.tasks.rendering import Painter
+from data_tools.tasks.vector import MemberVectorEnv, rng_from_state, rng_state
 
 MAX_EPISODE_STEPS = 280
 PHYSICS_STEPS = 40  # of 0.002 s each, per environment step
@@ -72,11 +70,11 @@ def elements_complete(obs) -> dict[str, np.ndarray]:
     }
 
 
-def subtask_statistics(obs, ended) -> dict[str, float]:
+def rollout_statistics(returns, obs, actions, ended) -> dict[str, float]:
     """Return the share of E episodes in which each element was complete at some time, and `any_order`: how many were.
 
     obs (T+1, E, 30 or 60); ended (T+1, E) bool tells which members had ended before the step, so that the first such
-    row holds an episode's last observation and the rows after it do not count.
+    row holds an episode's last observation and the rows after it do not count. Returns and actions are not used.
     """
     ended = np.asarray(ended)
     counts = np.ones_like(ended)
@@ -277,13 +275,7 @@ def draw(qpos) -> np.ndarray:
     return _painter()(qpos)  # made when first needed, since most runs draw nothing
 
 
-# --------------------------------------------------------------------------------------------------------- environments
-
-ACTION_SPACE = gymnasium.spaces.Box(-1.0, 1.0, (9,), np.float32)
-
-
-def _observation_space(full_obs):
-    return gymnasium.spaces.Box(-np.inf, np.inf, (60 if full_obs else 30,), np.float32)
+# ---------------------------------------------------------------------------------------------------------- environment
 
 
 def goal_of(subtasks):
@@ -295,11 +287,12 @@ def goal_of(subtasks):
     return goal
 
 
-class KitchenEnv(gymnasium.Env):
-    """One kitchen: do four sub-tasks in the given order within 280 steps of 0.08 s.
+class KitchenVectorEnv(MemberVectorEnv):
+    """E kitchens: do four sub-tasks in the given order within 280 steps of 0.08 s. Resets, infos: see MemberVectorEnv.
 
     Observation (30,) float32: joint positions of robot (9) and objects (21), with noise; with `full_obs` (60,), D4RL's
     goal block appended. Action (9,) in [-1, 1], clipped: joint velocities / 2 rad/s, fingers / 2 m/s.
+    Every episode starts in the same state; the seed is that of the noise.
     Reward: the number of sub-tasks credited by this step. The next one (then the one after it, and so on) is credited
     as soon as its element is complete, even if it was moved there earlier; it may be undone later. The episode ends
     when none is left (terminated) or after `max_episode_steps` (truncated).
@@ -308,56 +301,9 @@ class KitchenEnv(gymnasium.Env):
     `task`: a key of SUBTASKS, or the names of the elements in order. `noise`: 0.1 is D4RL's, 0 switches it off.
     `legacy_collisions` switches off native and multi-contact collision detection, which D4RL's MuJoCo 2.0 did not have;
     demonstrations succeed equally often either way.
-    """
-
-    metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 12.5}
-    action_space = ACTION_SPACE
-
-    def __init__(
-        self,
-        task: str | tuple[str, ...] = "kitchen",
-        full_obs: bool = False,
-        noise: float = NOISE,
-        max_episode_steps: int = MAX_EPISODE_STEPS,
-        render_mode: str | None = None,
-        legacy_collisions: bool = False,
-    ):
-        """Raises ValueError for arguments out of range, DataError if the kitchen's model is not the known one."""
-        check_render_mode(render_mode)
-        subtasks = _checked_subtasks(task)
-        self.max_episode_steps = max_episode_steps
-        self.render_mode = render_mode
-        self.observation_space = _observation_space(full_obs)
-        self._goal = goal_of(subtasks) if full_obs else np.zeros(0)
-        self._kitchen = Kitchen(subtasks, noise, legacy_collisions)
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        """Start an episode, always in the same state; the seed is that of the noise. `options` are not used."""
-        super().reset(seed=seed)
-        self._kitchen.reset(self.np_random)
-        return self._observation(), self._kitchen.info()
-
-    def step(self, action) -> tuple[np.ndarray, float, bool, bool, dict]:
-        """Apply one action for 0.08 s. Raises ValueError for an action of wrong shape or with NaN."""
-        kitchen = self._kitchen
-        reward = kitchen.step(checked_action(action, (9,)))
-        terminated = kitchen.unstable or not kitchen.remaining
-        return self._observation(), reward, terminated, kitchen.steps >= self.max_episode_steps, kitchen.info()
-
-    def render(self) -> np.ndarray | None:
-        """Return (300, 400, 3) uint8, or None without a render mode. Raises DataError where OpenGL is missing."""
-        return None if self.render_mode is None else draw(self._kitchen.data.qpos)
-
-    def _observation(self):
-        return np.concatenate([self._kitchen.observed, self._goal]).astype(np.float32)
-
-
-class KitchenVectorEnv(MemberVectorEnv):
-    """E kitchens stepped together, each as KitchenEnv: observations (E, 30) or (E, 60) float32, actions (E, 9).
-
-    Resets, infos and states: see MemberVectorEnv.
-    `num_threads` threads step the kitchens; None, the default, means one per core. A step takes a millisecond outside
-    Python's lock, so that two threads are 1.8 times as fast as one; the result does not depend on their number.
+    `num_threads` threads step the kitchens; None, the default, means as many as torch has, so that runs side by side do
+    not fight. A step takes a millisecond outside Python's lock, so that two threads are 1.8 times as fast as one; the
+    result does not depend on their number.
     """
 
     metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 12.5}
@@ -375,24 +321,51 @@ class KitchenVectorEnv(MemberVectorEnv):
         num_threads: int | None = None,
     ):
         """Raises ValueError for arguments out of range, DataError if the kitchen's model is not the known one."""
-        space = _observation_space(full_obs)
-        super().__init__(space, ACTION_SPACE, num_envs, max_episode_steps, render_mode, autoreset_mode)
+        super().__init__(num_envs, 60 if full_obs else 30, 9, max_episode_steps, render_mode, autoreset_mode)
         subtasks = _checked_subtasks(task)
-        self._goal = goal_of(subtasks) if full_obs else np.zeros(0)
-        self._kitchens = [Kitchen(subtasks, noise, legacy_collisions) for _ in range(num_envs)]
-        self._num_threads = min(num_cores() if num_threads is None else max(num_threads, 1), num_envs)
-        self._pool = ThreadPoolExecutor(self._num_threads) if self._num_threads > 1 else None
+        self.goal = goal_of(subtasks) if full_obs else np.zeros(0)
+        self.kitchens = [Kitchen(subtasks, noise, legacy_collisions) for _ in range(num_envs)]
+        self.num_threads = min(torch.get_num_threads() if num_threads is None else max(num_threads, 1), num_envs)
+        self.pool = ThreadPoolExecutor(self.num_threads) if self.num_threads > 1 else None
 
-    def render(self) -> tuple[np.ndarray, ...] | None:
-        """Return one frame (300, 400, 3) uint8 per member, or None without a render mode; errors as in KitchenEnv."""
-        if self.render_mode is None:
-            return None
-        return tuple(draw(kitchen.data.qpos) for kitchen in self._kitchens)
+    def begin(self, members):
+        for i in members:
+            self.kitchens[i].reset(self.rngs[i])
+
+    def advance(self, actions, running):
+        rewards = np.zeros(self.num_envs, dtype=np.float32)
+        upcoming = iter(np.flatnonzero(running).tolist())  # shared by the threads: each takes the next member
+
+        def step_members(_):
+            for i in upcoming:
+                rewards[i] = self.kitchens[i].step(actions[i])
+
+        if self.pool is None:
+            step_members(0)
+        else:
+            list(self.pool.map(step_members, range(self.num_threads)))  # list: raise errors here
+        self._read_flags()
+        return rewards, self.successes
+
+    def observations(self):
+        observed = np.stack([kitchen.observed for kitchen in self.kitchens])  # (E, 30)
+        goals = np.broadcast_to(self.goal, (self.num_envs, len(self.goal)))
+        return np.concatenate([observed, goals], axis=1).astype(np.float32)
+
+    def draw(self, member):
+        """Return (300, 400, 3) uint8."""
+        return draw(self.kitchens[member].data.qpos)
+
+    def infos(self, mask):
+        infos = {}
+        for i in np.flatnonzero(mask):
+            infos = self._add_info(infos, self.kitchens[i].info(), i)
+        return infos
 
     def get_state(self) -> dict[str, list]:
         """Return all that the future depends on, as in MemberVectorEnv; a kitchen knows its own steps and flags."""
         self._check_started("get_state()")
-        return {"kitchens": [kitchen.get_state() for kitchen in self._kitchens], "waiting": self._waiting.tolist()}
+        return {"kitchens": [kitchen.get_state() for kitchen in self.kitchens], "waiting": self.waiting.tolist()}
 
     def set_state(self, state: dict[str, list]) -> np.ndarray:
         """Continue exactly where `get_state` was called; return the observations (E, 30 or 60) of that moment."""
@@ -401,70 +374,22 @@ class KitchenVectorEnv(MemberVectorEnv):
             raise ValueError(f"the state is that of {len(kitchens)} members, this environment has {self.num_envs}")
         if not all(np.isfinite(member["physics"]).all() for member in kitchens):
             raise ValueError("the physics of the state contain NaN or infinity")
-        for kitchen, member in zip(self._kitchens, kitchens, strict=True):
+        for kitchen, member in zip(self.kitchens, kitchens, strict=True):
             kitchen.set_state(member)
-        self._rngs = [kitchen.rng for kitchen in self._kitchens]
-        self._steps = np.array([kitchen.steps for kitchen in self._kitchens])
-        self._unstable, self._successes = self._flags()
-        self._terminations = self._unstable | self._successes
-        self._truncations = self._steps >= self.max_episode_steps
-        self._waiting = np.array(state["waiting"], dtype=bool)
-        return self._observations()
+        self.rngs = [kitchen.rng for kitchen in self.kitchens]
+        self.steps = np.array([kitchen.steps for kitchen in self.kitchens])
+        self._read_flags()
+        self.terminations = self.unstable | self.successes
+        self.truncations = self.steps >= self.max_episode_steps
+        self.waiting = np.array(state["waiting"], dtype=bool)
+        return self.observations()
 
     def close_extras(self, **kwargs):
         """Stop the threads."""
-        if self._pool is not None:
-            self._pool.shutdown()
+        if self.pool is not None:
+            self.pool.shutdown()
 
-    def _begin(self, members):
-        for i in members:
-            self._kitchens[i].reset(self._rngs[i])
-
-    def _advance(self, actions, running):
-        rewards = np.zeros(self.num_envs, dtype=np.float32)
-        upcoming = iter(np.flatnonzero(running).tolist())  # shared by the threads: each takes the next member
-
-        def step_members(_):
-            for i in upcoming:
-                rewards[i] = self._kitchens[i].step(actions[i])
-
-        if self._pool is None:
-            step_members(0)
-        else:
-            list(self._pool.map(step_members, range(self._num_threads)))  # list: raise errors here
-        unstable, successes = self._flags()
-        return rewards, successes, unstable
-
-    def _flags(self):
-        """Return which kitchens diverged and which have nothing left to do, (E,) bool each."""
-        unstable = np.array([kitchen.unstable for kitchen in self._kitchens])
-        return unstable, np.array([not kitchen.remaining for kitchen in self._kitchens])
-
-    def _observations(self):
-        observed = np.stack([kitchen.observed for kitchen in self._kitchens])  # (E, 30)
-        goals = np.broadcast_to(self._goal, (self.num_envs, len(self._goal)))
-        return np.concatenate([observed, goals], axis=1).astype(np.float32)
-
-    def _infos(self, mask):
-        infos = {}
-        for i in np.flatnonzero(mask):
-            infos = self._add_info(infos, self._kitchens[i].info(), i)
-        return infos
-
-
-# ------------------------------------------------------------------------------------------------------- demonstrations
-
-
-def collect(
-    num_episodes: int = 603, noise: float = 0.05, seed: int = 0, num_workers: int | None = None, progress: bool = True
-) -> OfflineDataset:
-    """Make scripted demonstrations: `data_tools.kitchen_demos.collect`, which builds on this module."""
-    from data_tools import kitchen_demos
-
-    return kitchen_demos.collect(num_episodes, noise, seed, num_workers, progress)
-
-
-if __name__ == "__main__":
-    from data_tools import kitchen_demos
-
-    kitchen_demos.main()
+    def _read_flags(self):
+        """Copy which kitchens diverged and which have nothing left to do."""
+        self.unstable = np.array([kitchen.unstable for kitchen in self.kitchens])
+        self.successes = np.array([not kitchen.remaining for kitchen in self.kitchens])

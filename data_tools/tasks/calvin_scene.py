@@ -305,3 +305,64 @@ def arm_model() -> mujoco.MjModel:
 def display_model() -> mujoco.MjModel:
     """Return a fresh copy of the scene with more to see, for pictures: its states are those of `scene_model`."""
     return mujoco.MjModel.from_xml_string(_xml(looks=True))
+
+
+# ------------------------------------------------------------------------ what the port and PyBullet (if used) share
+
+BUTTON_THRESHOLD = BUTTON_RANGE / 2  # m
+SWITCH_THRESHOLD = SWITCH_RANGE / 2  # m
+
+
+@cache
+def _placement():
+    """Return an MjData to try out places of blocks, and the blocks' bodies."""
+    return mujoco.MjData(scene_model()), [scene_model().body(name).id for name in BLOCK_NAMES]
+
+
+def place_blocks(rng) -> np.ndarray:
+    """Draw the poses of the three blocks, (21,): on random surfaces, again until no two touch each other."""
+    model, (data, bodies) = scene_model(), _placement()
+    poses = np.zeros((3, 7))
+    while True:
+        for pose in poses:
+            low, high = SURFACES[rng.integers(len(SURFACES))]
+            pose[:2] = rng.uniform(low, high)
+            pose[2] = BLOCK_HEIGHT
+            half_yaw = rng.uniform(-np.pi, np.pi) / 2
+            pose[3], pose[6] = np.cos(half_yaw), np.sin(half_yaw)
+        data.qpos[BLOCKS] = poses.ravel()
+        mujoco.mj_kinematics(model, data)
+        mujoco.mj_collision(model, data)
+        touching = np.isin(model.geom_bodyid[data.contact.geom], bodies).all(axis=1)
+        if not touching.any():
+            return poses.ravel()
+
+
+def switch_lights(physics, chosen) -> None:
+    """Let button and switch set the lights at the end of a step, of the chosen members (index or slice).
+
+    `physics` has qpos (E, 34) and pressed, led, bulb (E,) bool. Both are looked at once per step, as in the original:
+    the LED toggles when the button goes down, the bulb is on while the switch is beyond the middle.
+    """
+    button, switch = physics.qpos[:, FIXTURES][:, 2:].T
+    pressed = button > BUTTON_THRESHOLD
+    physics.led[chosen] ^= (pressed & ~physics.pressed)[chosen]
+    physics.pressed[chosen] = pressed[chosen]
+    physics.bulb[chosen] = (switch > SWITCH_THRESHOLD)[chosen]
+
+
+def observations(physics) -> np.ndarray:
+    """Return the observations (E, 21) float64 of a physics: MuJoCo's (calvin.py) or Bullet's (calvin_pybullet.py)."""
+    return np.concatenate(
+        [
+            physics.tool_position,
+            physics.tool_angles,
+            physics.qpos[:, FINGERS].sum(axis=1, keepdims=True),
+            physics.qpos[:, ARM],
+            physics.gripper[:, None],
+            physics.qpos[:, FIXTURES],
+            physics.bulb[:, None],
+            physics.led[:, None],
+        ],
+        axis=1,
+    )

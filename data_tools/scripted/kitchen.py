@@ -4,10 +4,10 @@ The paper learns from 603 episodes of people's tele-operation (D4RL's kitchen-mi
 that file cannot be had: the sets of sub-tasks that people demonstrated, in D4RL's layout, with variation in plan, pace,
 way-points and actions. They lack people's detours, other grasps and idle stretches, and do the slide cabinet before the
 hinge cabinet, which people do the other way round; label results as "scripted data".
-Units and frame as in kitchen.py. Shapes: T steps; a position (3,) is that of the tip of the hand.
+Units and frame as in tasks/kitchen.py. Shapes: T steps; a position (3,) is that of the tip of the hand.
 
-    python -m data_tools.kitchen --help               # make the demonstrations, print their statistics
-    python -m data_tools.kitchen --expert 100         # and the returns of the scripted expert on both tasks
+    python -m data_tools.scripted.kitchen --help               # make the demonstrations, print their statistics
+    python -m data_tools.scripted.kitchen --expert 100         # and the returns of the scripted expert on both tasks
 """
 
 import os
@@ -24,10 +24,10 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from data_tools import kitchen
-from data_tools.dataset import DataError, OfflineDataset, load_dataset
-from data_tools.files import write_atomically
-from data_tools.kitchen import (
+from data_tools import load_dataset
+from data_tools.dataset import OfflineDataset
+from data_tools.files import DataError, write_atomically
+from data_tools.tasks.kitchen import (
     ELEMENTS,
     INITIAL_QPOS,
     MAX_EPISODE_STEPS,
@@ -37,13 +37,16 @@ from data_tools.kitchen import (
     TARGET_HIGH,
     TARGET_LOW,
     Kitchen,
+    KitchenVectorEnv,
     compile_model,
+    draw,
     elements_complete,
+    goal_of,
 )
-from data_tools.vector import num_cores
+from data_tools.tasks.vector import num_cores
 
 NUM_EPISODES = 603  # paper, section 4.1
-GENERATOR = "data_tools.kitchen_demos.collect"
+GENERATOR = "data_tools.scripted.kitchen"
 
 # The planned sets of sub-tasks of the real demonstrations (folders of relay-policy-learning's tele-operation logs), in
 # an order that the script can do: an open hinge door is in the arm's way, hence last, though people did it before the
@@ -433,9 +436,9 @@ def _make_episodes(num_episodes, noise, seed, num_workers, progress):
 
     # Threads would wait for Python's lock half of the time. Plain processes rather than multiprocessing: those would
     # copy a process with running threads (fork) or run the caller's script again (spawn).
-    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", "from data_tools.kitchen_demos import _worker; _worker()"]
+    command = [sys.executable, "-c", "from data_tools.scripted.kitchen import _worker; _worker()"]
     workers = []
 
     def follow(first):
@@ -488,13 +491,13 @@ def collect(
     terminals[last_rows[done]] = True
     timeouts[last_rows[~done]] = True
     observations = np.concatenate([obs[:-1] for obs, _, _ in episodes])  # (R, 30)
-    goals = np.broadcast_to(kitchen.goal_of(SUBTASKS["kitchen"]), observations.shape)
+    goals = np.broadcast_to(goal_of(SUBTASKS["kitchen"]), observations.shape)
     return OfflineDataset(
         observations=np.concatenate([observations, goals], axis=1),
         actions=np.concatenate([actions for _, actions, _ in episodes]),
         terminals=terminals,
         timeouts=timeouts,
-        attributes={"generator": GENERATOR, "version": 1, "seed": seed, "noise": float(noise)},
+        attributes={"source": "scripted", "generator": GENERATOR, "version": 1, "seed": seed, "noise": float(noise)},
     )
 
 
@@ -522,7 +525,7 @@ def statistics(dataset: OfflineDataset) -> dict[str, float]:
     figures |= {f"has {name}": float(done.mean()) for name, done in has.items()}
     for task, names in SUBTASKS.items():
         figures[f"all of {task}"] = int(np.logical_and.reduce([has[name] for name in names]).sum())
-    if dataset.attributes.get("generator") == GENERATOR:
+    if "data_tools" in str(dataset.attributes.get("generator")):  # also files of older versions
         plans = [plan(dataset.attributes["seed"], i)[0] for i in range(len(starts))]
         for name, done in has.items():
             planned = np.array([name in names for names in plans])
@@ -543,8 +546,8 @@ def record(dataset: OfflineDataset, episode: int, path) -> None:
 
     start, length = int(dataset.episode_starts[episode]), int(dataset.episode_lengths[episode])
     observations = dataset.observations[start : start + length, :30].cpu().numpy()
-    frames = [kitchen.draw(obs) for obs in tqdm(observations, desc="pictures", unit="step")]
-    fps = kitchen.KitchenEnv.metadata["render_fps"]
+    frames = [draw(obs) for obs in tqdm(observations, desc="pictures", unit="step")]
+    fps = KitchenVectorEnv.metadata["render_fps"]
     write_atomically(path, lambda part: imageio.mimwrite(part, frames, fps=fps, macro_block_size=1))
 
 
@@ -570,7 +573,7 @@ class Args:
     """record the first episode into this MP4 file"""
 
 
-def run(args: Args) -> None:
+def main(args: Args) -> None:
     """Do what the command line asks for. Raises DataError."""
     if args.out is not None:
         dataset = collect(args.num_episodes, args.noise, args.seed, args.num_workers)
@@ -595,13 +598,5 @@ def run(args: Args) -> None:
         print(f"Wrote {args.video}")
 
 
-def main() -> None:
-    """The command line: `python -m data_tools.kitchen`."""
-    try:
-        run(tyro.cli(Args, prog="python -m data_tools.kitchen"))
-    except DataError as error:
-        raise SystemExit(f"error: {error}") from None
-
-
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Args, prog="python -m data_tools.scripted.kitchen"))

@@ -4,7 +4,7 @@
 
 drives PyBullet directly with the URDF files and meshes of a checkout of the simulator's repository, which the user
 brings: PATH, or the environment variable CALVIN_ENV_ROOT. All else (rules, rewards, lights, where the blocks start,
-seeds, pictures) is that of data_tools.calvin. What is done in which order follows the original: scene D, loading,
+seeds, pictures) is that of data_tools.tasks.calvin. What is done in which order follows the original: scene D, loading,
 reset, inverse kinematics, motors. One difference: the original lets time run while it looks for places of the blocks.
 Units and frames as in data_tools.calvin; E members, one PyBullet server in this process for each.
 """
@@ -19,17 +19,9 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 
-from data_tools.calvin import (
-    JOINT_HIGH,
-    JOINT_LOW,
-    MOTOR_FORCE,
-    OPENING_FORCE,
-    SUBSTEPS,
-    _place_blocks,
-    observations,
-    switch_lights,
-)
-from data_tools.calvin_scene import (
+from data_tools.files import DataError
+from data_tools.tasks.calvin_arm import JOINT_HIGH, JOINT_LOW, MOTOR_FORCE, OPENING_FORCE, SUBSTEPS
+from data_tools.tasks.calvin_scene import (
     ANGLE_SCALE,
     ARM,
     BLOCKS,
@@ -39,8 +31,10 @@ from data_tools.calvin_scene import (
     HOME,
     POSITION_SCALE,
     TIME_STEP,
+    observations,
+    place_blocks,
+    switch_lights,
 )
-from data_tools.dataset import DataError
 
 REPOSITORY = "https://github.com/mees/calvin_env"
 PYBULLET = "pybullet==3.2.7"  # the version that was measured
@@ -218,7 +212,7 @@ class _World:
         return np.array([*position, *self.client.getEulerFromQuaternion(quaternion)])
 
     def qpos(self):
-        """Return the positions (34,) of all joints and blocks, as data_tools.calvin_scene orders them."""
+        """Return the positions (34,) of all joints and blocks, as data_tools.tasks.calvin_scene orders them."""
         qpos = np.empty(34)
         for body, joints, entries in (
             (self.robot, self.arm, ARM),
@@ -248,7 +242,7 @@ class _World:
 
 
 class BulletPhysics:
-    """Robot, table, blocks, button and lights of E members; has what the environments use of MuJoCo's `_Physics`."""
+    """Robot, table, blocks, button and lights of E members; has what the environments use of MuJoCo's `Physics`."""
 
     def __init__(self, num_envs, root=None):
         """Raises DependencyNotInstalled without PyBullet, DataError without the checkout `root` (_data_folder)."""
@@ -266,7 +260,7 @@ class BulletPhysics:
     def reset(self, members, rngs):
         """Put the members (n,) int into a start state, with the lights off and the blocks drawn from rngs (n)."""
         for i, rng in zip(members, rngs, strict=True):
-            self.target[i] = self.worlds[i].reset(_place_blocks(rng))
+            self.target[i] = self.worlds[i].reset(place_blocks(rng))
             self._read(i)
             self.pressed[i] = self.led[i] = self.bulb[i] = False
 

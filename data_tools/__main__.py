@@ -1,0 +1,32 @@
+"""Read data of any known format and write them as one HDF5 file, which loads in seconds (--data FILE).
+
+python -m data_tools --env-id calvin --data task_D_D --out calvin.hdf5    # 611,099 small files, read once
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+import data_tools
+
+
+@dataclass
+class Args:
+    """Read data of any known format and write them as one HDF5 file, which loads in seconds (--data FILE)."""
+
+    env_id: str
+    """task: maze, kitchen, kitchen-misaligned, calvin or one of your own"""
+    data: Path
+    """file or folder to read"""
+    out: Path
+    """HDF5 file to write"""
+
+
+def main(args: Args) -> None:
+    data_tools.load_dataset(args.env_id, data=args.data).save(args.out)
+    print(f"Wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, prog="python -m data_tools"))

@@ -1,0 +1,382 @@
+"""The offline data of CALVIN: play recorded by scripts (calvin_play.py) on the table of data_tools.tasks.calvin.
+
+Shapes: E trajectories recorded together, T steps.
+
+    python -m data_tools.scripted.calvin --help                  # record the play data, print their statistics
+    python -m data_tools.scripted.calvin --plot play.png         # and draw the scene and some of the data
+    python -m data_tools.scripted.calvin --expert 100            # how many of 100 episodes the scripted expert solves
+"""
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from gymnasium.vector import AutoresetMode
+from tqdm import tqdm
+
+from data_tools import load_dataset
+from data_tools.dataset import OfflineDataset
+from data_tools.files import DataError
+from data_tools.scripted import calvin_play
+from data_tools.tasks.calvin import (
+    BULB,
+    DRAWER,
+    LED,
+    SLIDE,
+    SUBTASK_REWARD,
+    SUBTASKS,
+    SWITCH,
+    CalvinVectorEnv,
+    Physics,
+    draw,
+)
+from data_tools.tasks.calvin_scene import BLOCKS
+from data_tools.tasks.vector import num_cores
+
+GENERATOR = "data_tools.scripted.calvin"
+NUM_TRAJECTORIES = 1239  # paper, section 4.1
+GRIPPER = 14  # of the observation
+LOCKSTEP = 32  # trajectories recorded together
+NOISE = 0.25  # of the default data, in units of action
+MAX_SKIPPED = 100  # attempts, and as many as trajectories
+
+
+def view_of(physics, member):
+    """Return what a script sees of a member."""
+    blocks = physics.qpos[member, BLOCKS].reshape(3, 7).copy()
+    return calvin_play.View(physics.observations()[member], physics.target[member].copy(), blocks)
+
+
+def _generator(seed, attempt):
+    # A stream of its own for each attempt: the data do not depend on what else is recorded.
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(attempt,)))
+
+
+class _Recorder:
+    """Records attempts at a trajectory, up to E at a time; an attempt depends on seed, noise and its number alone."""
+
+    def __init__(self, num_envs, num_threads):
+        self.physics = Physics(num_envs, num_threads)
+
+    def _begin(self, member, rng):
+        """Put a member into the start state of an attempt."""
+        fixtures, led = calvin_play.draw_fixtures(rng)
+        self.physics.gripper[member] = calvin_play.OPEN
+        self.physics.reset(np.array([member]), [rng], fixtures[None])
+        self.physics.led[member] = led
+
+    def record(self, seed, attempts, noise, bar=None):
+        """Yield (attempt, obs (490, 21), actions (490, 7)) of the attempts (iterable of int), in any order.
+
+        An attempt whose physics diverge gives (attempt, None, None). `bar` counts the steps.
+        """
+        physics, waiting = self.physics, iter(attempts)
+        num_envs = len(physics.state)
+        current = [None] * num_envs  # the attempt of each member
+        scripts, rows = [None] * num_envs, [None] * num_envs
+        actions = np.zeros((num_envs, 7))
+        free = list(range(num_envs))
+        while True:
+            for member in free:
+                current[member] = next(waiting, None)
+                if current[member] is not None:
+                    rng = _generator(seed, current[member])
+                    self._begin(member, rng)
+                    rows[member] = []
+                    view = view_of(physics, member)
+                    scripts[member] = self._script(view, rng, noise, rows[member])
+                    actions[member] = next(scripts[member])
+            running = np.array([member for member in range(num_envs) if current[member] is not None], dtype=int)
+            if len(running) == 0:
+                return
+            unstable = physics.step(actions, running if len(running) < num_envs else None)
+            observations = physics.observations()
+            if bar is not None:
+                bar.update(sum(len(rows[member]) > 0 for member in running))
+            free = []
+            for member in running:
+                if unstable[member] or len(rows[member]) == calvin_play.TRAJECTORY_STEPS:
+                    attempt, recorded = current[member], rows[member]
+                    free.append(int(member))
+                    if unstable[member]:
+                        yield attempt, None, None
+                    else:
+                        yield attempt, np.stack([row[0] for row in recorded]), np.stack([row[1] for row in recorded])
+                    continue
+                blocks = physics.qpos[member, BLOCKS].reshape(3, 7).copy()
+                view = calvin_play.View(observations[member], physics.target[member].copy(), blocks)
+                actions[member] = scripts[member].send(view)
+
+    def _script(self, view, rng, noise, rows):
+        """Play, and append (observation, action) to rows once the warm-up is over."""
+        view = yield from calvin_play.warm_up(view, rng)
+        player = calvin_play.play(view, rng, noise)
+        action = next(player)
+        while True:
+            # Applied as stored (float32), so that the file can be replayed.
+            action = action.astype(np.float32)
+            rows.append((view.obs.astype(np.float32), action))
+            view = yield action
+            action = player.send(view)
+
+    def replay(self, seed, attempt, actions):
+        """Return obs (T + 1, 21) float32 of actions (T, 7) from the start state of an attempt (with one member)."""
+        rng = _generator(seed, attempt)
+        self._begin(0, rng)
+        warm_up = calvin_play.warm_up(view_of(self.physics, 0), rng)
+        try:
+            action = next(warm_up)
+            while True:
+                self.physics.step(action[None])
+                action = warm_up.send(view_of(self.physics, 0))
+        except StopIteration:
+            pass
+        observations = [self.physics.observations()[0]]
+        for action in actions:
+            self.physics.step(np.asarray(action, dtype=np.float64)[None])
+            observations.append(self.physics.observations()[0])
+        return np.stack(observations).astype(np.float32)
+
+
+def transitions(obs) -> list[tuple[int, int]]:
+    """Return when sub-tasks happen in a trajectory obs (T, 21): (row, index of the sub-task), in order.
+
+    A drawer opens beyond 0.12, a slider moves left beyond 0.15, bulb and LED light up.
+    """
+    holds = np.stack([obs[:, DRAWER] > 0.12, obs[:, BULB] > 0.5, obs[:, SLIDE] > 0.15, obs[:, LED] > 0.5], axis=1)
+    rows, subtasks = np.nonzero(holds[1:] & ~holds[:-1])
+    return list(zip((rows + 1).tolist(), subtasks.tolist(), strict=True))
+
+
+def _does_the_task(obs):
+    """Return whether the four sub-tasks happen in their order, whatever else happens in between."""
+    done = 0
+    for _, subtask in transitions(obs):
+        done += done < len(SUBTASKS) and subtask == done
+    return done == len(SUBTASKS)
+
+
+def collect(
+    num_trajectories: int = NUM_TRAJECTORIES,
+    noise: float = NOISE,
+    seed: int = 0,
+    num_workers: int | None = None,
+    progress: bool = True,
+) -> OfflineDataset:
+    """Record scripted play: trajectories of 490 steps, each of about a dozen behaviours in random order.
+
+    `noise` is the greatest standard deviation of the disturbances of an action (calvin_play.follow); each behaviour has
+    its own, uniform from 0. `num_workers` threads step the physics (None: one per core that this process may use); the
+    result depends on `num_trajectories`, `noise` and `seed` only. The data must not contain the task: an attempt in
+    which the four sub-tasks happen in their order is left out, and the next one takes its place.
+    `attributes["skipped"]` lists the attempts left out. Raises DataError for arguments without meaning.
+    """
+    if num_trajectories < 1 or not 0.0 <= noise < np.inf or seed < 0:
+        raise DataError(
+            "Recording needs --num-trajectories >= 1, --noise >= 0 and --seed >= 0, "
+            f"got {num_trajectories}, {noise} and {seed}."
+        )
+    recorder = _Recorder(min(LOCKSTEP, num_trajectories), num_workers or num_cores())
+    kept, skipped, first = {}, [], 0
+    total = num_trajectories * calvin_play.TRAJECTORY_STEPS
+    with tqdm(total=total, desc="calvin play", unit="step", unit_scale=True, disable=not progress) as bar:
+        while len(kept) < num_trajectories:
+            missing = num_trajectories - len(kept)
+            for attempt, observations, actions in recorder.record(seed, range(first, first + missing), noise, bar):
+                if observations is None or _does_the_task(observations):
+                    skipped.append(attempt)
+                    bar.total += calvin_play.TRAJECTORY_STEPS  # another takes its place
+                else:
+                    kept[attempt] = (observations, actions)
+            first += missing
+            if len(skipped) > MAX_SKIPPED + num_trajectories:
+                raise DataError(f"Recording with noise {noise} fails too often: use less --noise.")
+    trajectories = [kept[attempt] for attempt in sorted(kept)]
+    timeouts = np.zeros((num_trajectories, calvin_play.TRAJECTORY_STEPS), dtype=bool)
+    timeouts[:, -1] = True
+    return OfflineDataset(
+        observations=np.concatenate([observations for observations, _ in trajectories]),
+        actions=np.concatenate([actions for _, actions in trajectories]),
+        terminals=np.zeros(timeouts.size, dtype=bool),
+        timeouts=timeouts.ravel(),
+        attributes={
+            "source": "scripted",
+            "generator": GENERATOR,
+            "version": 1,
+            "seed": seed,
+            "noise": float(noise),
+            "skipped": sorted(skipped),
+        },
+    )
+
+
+def replay(dataset: OfflineDataset, trajectory: int) -> np.ndarray:
+    """Apply the actions of a trajectory of a complete data set from its start state; return obs (T + 1, 21) float32.
+
+    The first T rows equal the recorded ones bit for bit. The start state is not in the file (observations leave out
+    blocks, speeds and target pose): it follows from the seed. Raises DataError for data that `collect` did not make.
+    """
+    attributes = dataset.attributes
+    if "skipped" not in attributes:
+        raise DataError(f"{dataset!r} was not recorded by data_tools.scripted.calvin and cannot be replayed.")
+    if not 0 <= trajectory < len(dataset.episode_starts):
+        raise DataError(f"{dataset!r} has no trajectory {trajectory}.")
+    kept = (attempt for attempt in itertools.count() if attempt not in attributes["skipped"])
+    attempt = next(itertools.islice(kept, trajectory, None))
+    start, length = int(dataset.episode_starts[trajectory]), int(dataset.episode_lengths[trajectory])
+    actions = dataset.actions[start : start + length].cpu().numpy()
+    return _Recorder(1, 1).replay(attributes["seed"], attempt, actions)
+
+
+# Means and standard deviations of the real data: published as constants of a public evaluation script.
+REAL_DATA = {
+    "x": (0, 0.04, 0.15), "y": (1, -0.12, 0.11), "z": (2, 0.51, 0.063), "roll": (3, 1.08, 2.88),
+    "pitch": (4, -0.08, 0.13), "yaw": (5, 1.58, 0.38), "width": (6, 0.055, 0.030),
+    "joint 1": (7, -0.74, 0.33), "joint 2": (8, 1.02, 0.17), "joint 3": (9, 1.79, 0.24), "joint 4": (10, -2.10, 0.38),
+    "joint 5": (11, -0.99, 0.20), "joint 6": (12, 1.79, 0.16), "joint 7": (13, 0.59, 0.35),
+    "gripper": (GRIPPER, 0.10, 1.0), "slide": (SLIDE, 0.151, 0.126), "drawer": (DRAWER, 0.120, 0.097),
+    "switch": (SWITCH, 0.042, 0.042), "bulb": (BULB, 0.49, 0.50), "led": (LED, 0.47, 0.50),
+}  # fmt: skip
+
+
+def statistics(dataset: OfflineDataset) -> dict[str, float]:
+    """Return the figures by which play data are compared.
+
+    `mean NAME` and `std NAME` of the entries of an observation; `NAME` how often a sub-task happens per trajectory;
+    `NAME then NEXT` the share of pairs of successive sub-tasks, or of their opposites, that are these two;
+    `task` the number of trajectories in which the four sub-tasks happen in their order.
+    """
+    observations = dataset.observations.cpu().numpy()
+    starts, lengths = dataset.episode_starts.tolist(), dataset.episode_lengths.tolist()
+    figures = {"trajectories": len(lengths), "rows": len(observations), "mean length": float(np.mean(lengths))}
+    for name, (entry, _, _) in REAL_DATA.items():
+        values = observations[:, entry].astype(np.float64)
+        figures |= {f"mean {name}": float(values.mean()), f"std {name}": float(values.std())}
+    count, pairs, num_pairs, in_order = np.zeros(4), np.zeros(3), 0, 0
+    for start, length in zip(starts, lengths, strict=True):
+        obs = observations[start : start + length]
+        done = transitions(obs)
+        count += np.bincount([subtask for _, subtask in done], minlength=4)
+        # Opposites (closing the drawer, ...) are numbered 4 to 7.
+        mirrored = obs.copy()
+        mirrored[:, [DRAWER, SLIDE, BULB, LED]] *= -1
+        mirrored[:, [DRAWER, SLIDE, BULB, LED]] += [2 * 0.12, 2 * 0.15, 1, 1]
+        everything = sorted(done + [(row, subtask + 4) for row, subtask in transitions(mirrored)])
+        order = [subtask for _, subtask in everything]
+        num_pairs += max(len(order) - 1, 0)
+        pairs += [sum(pair == (k, k + 1) for pair in itertools.pairwise(order)) for k in range(3)]
+        in_order += _does_the_task(obs)
+    figures |= {name: float(number) for name, number in zip(SUBTASKS, count / len(lengths), strict=True)}
+    for k in range(3):
+        figures[f"{SUBTASKS[k]} then {SUBTASKS[k + 1]}"] = float(pairs[k] / max(num_pairs, 1))
+    return figures | {"task": in_order}
+
+
+def run_expert(num_episodes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Let the scripted expert play episodes with seeds seed, seed + 1, ...; return (returns (N,), lengths (N,))."""
+    envs = CalvinVectorEnv(num_episodes, autoreset_mode=AutoresetMode.DISABLED)
+    envs.reset(seed=seed)
+    scripts = [calvin_play.expert(view_of(envs.physics, i)) for i in range(num_episodes)]
+    actions = np.stack([next(script) for script in scripts])
+    returns, lengths = np.zeros(num_episodes), np.zeros(num_episodes, dtype=int)
+    running = np.ones(num_episodes, dtype=bool)
+    while running.any():
+        _, rewards, terminations, truncations, _ = envs.step(actions)
+        returns += rewards
+        lengths += running
+        running = ~(terminations | truncations)
+        for i in np.flatnonzero(running):
+            actions[i] = scripts[i].send(view_of(envs.physics, i))
+    envs.close()
+    return returns, lengths
+
+
+def plot_play(dataset: OfflineDataset, path, num_trajectories: int = 40) -> None:
+    """Draw the scene and the tool's paths, from above and from the side, into the image file `path`.
+
+    Raises DataError where OpenGL is missing.
+    """
+    from matplotlib.figure import Figure  # only plots need matplotlib; no pyplot, so no display either
+
+    physics = Physics(1, 1)
+    physics.reset(np.array([0]), [np.random.default_rng(0)], np.array([[0.14, 0.1, 0.0, 0.05]]))
+    scene = draw(physics.qpos[0], bulb=True, led=True)
+    figure = Figure(figsize=(14, 5), layout="constrained")
+    picture, above, side = figure.subplots(1, 3, width_ratios=(1, 1.35, 1))
+    picture.imshow(scene)
+    picture.set(xticks=[], yticks=[], title="the scene")
+    starts, lengths = dataset.episode_starts.tolist(), dataset.episode_lengths.tolist()
+    chosen = np.unique(np.linspace(0, len(starts) - 1, num_trajectories).astype(int))
+    positions = dataset.observations[:, :3].cpu().numpy()
+    for i in chosen:
+        x, y, z = positions[starts[i] : starts[i] + lengths[i]].T
+        above.plot(x, y, linewidth=0.7, alpha=0.6)
+        side.plot(y, z, linewidth=0.7, alpha=0.6)
+    table = {"color": "0.75", "zorder": 0}
+    above.fill_between([-0.44, 0.44], -0.18, 0.18, **table)
+    side.fill_between([-0.18, 0.18], 0.30, 0.44, **table)
+    side.plot([0.02, 0.14], [0.44, 0.648], color="0.6", linewidth=4, zorder=0)  # the slanted front
+    marks = {"drawer": (0.18, -0.21, 0.36), "switch": (0.3, 0.03, 0.55), "slider": (0.04, 0.0, 0.53)}
+    for name, (x, y, z) in (marks | {"button": (-0.12, -0.12, 0.47)}).items():
+        for axes, place in ((above, (x, y)), (side, (y, z))):
+            axes.plot(*place, "o", color="black", markersize=4)
+            axes.annotate(name, place, textcoords="offset points", xytext=(5, 5), fontweight="bold")
+    above.set(title=f"tool, {len(chosen)} of {len(starts)} trajectories, from above", xlabel="x (m)", ylabel="y (m)")
+    side.set(title="from the side", xlabel="y (m)", ylabel="z (m)")
+    above.set_aspect("equal")
+    side.set_aspect("equal")
+    figure.savefig(path, dpi=110)
+
+
+@dataclass
+class Args:
+    """Record the play data of CALVIN, unless they are there already, and print their statistics."""
+
+    num_trajectories: int = NUM_TRAJECTORIES
+    """trajectories to record (paper: 1,239); any other number needs --out"""
+    noise: float = NOISE
+    """greatest standard deviation of the disturbances of an action"""
+    seed: int = 0
+    """random seed"""
+    data_dir: str | None = None
+    """folder of the data files (default: $SKIMO_DATA_DIR, else the user's cache folder)"""
+    out: Path | None = None
+    """write to this file instead of the data folder, recording anew"""
+    plot: Path | None = None
+    """draw the scene and some of the tool's paths into this image file"""
+    expert: int = 0
+    """instead of all that, count how many of this many episodes the scripted expert solves"""
+
+
+def main(args: Args) -> None:
+    if args.expert > 0:
+        returns, lengths = run_expert(args.expert, args.seed)
+        solved = returns == SUBTASK_REWARD * len(SUBTASKS)
+        print(f"{solved.sum()} of {args.expert} episodes earn 400; mean length {lengths.mean():.0f} steps")
+        return
+    if args.out is not None:
+        dataset = collect(args.num_trajectories, args.noise, args.seed)
+        dataset.save(args.out)
+        print(f"Wrote {args.out}")
+    elif args.num_trajectories != NUM_TRAJECTORIES:
+        raise DataError("--num-trajectories other than 1239 needs --out: the data folder holds complete data only.")
+    else:
+        dataset = load_dataset("calvin", args.data_dir, noise=args.noise, seed=args.seed)
+    figures = statistics(dataset)
+    print(f"{'entry':>20}  {'mean':>7} {'(real)':>8}  {'std':>6} {'(real)':>7}")
+    for name, (_, mean, std) in REAL_DATA.items():
+        ours = figures.pop(f"mean {name}"), figures.pop(f"std {name}")
+        print(f"{name:>20}  {ours[0]:7.3f} {f'({mean:.3g})':>8}  {ours[1]:6.3f} {f'({std:.3g})':>7}")
+    units = dict.fromkeys(SUBTASKS, "per trajectory") | {"task": "trajectories in which all four happen in order"}
+    for name, value in figures.items():
+        unit = units.get(name, "of pairs of successive sub-tasks" if " then " in name else "")
+        print(f"{name:>20}  {f'{value:,}' if isinstance(value, int) else f'{value:.4f}'} {unit}".rstrip())
+    if args.plot is not None:
+        plot_play(dataset, args.plot)
+        print(f"Wrote {args.plot}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, prog="python -m data_tools.scripted.calvin"))

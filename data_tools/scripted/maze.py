@@ -1,0 +1,223 @@
+"""The maze's offline data: trajectories between random cells, by a planner and a way-point controller.
+
+Rules and numbers are those of SPiRL's public script. Shapes: B trajectories of a chunk, T steps, W way-points.
+
+    python -m data_tools.scripted.maze --help                     # collect the data, print their statistics
+    python -m data_tools.scripted.maze --plot trajectories.png    # and draw some of them
+"""
+
+import itertools
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from data_tools import load_dataset
+from data_tools.dataset import OfflineDataset
+from data_tools.files import DataError
+from data_tools.tasks.maze import Physics, draw_maze, geodesic_distance, make_layout
+
+NUM_TRAJECTORIES = 3046  # paper, section 4.1
+GENERATOR = "data_tools.scripted.maze"
+MAX_TRAJECTORY_STEPS = 500  # cap of the public collector when it also records images, as for the published data
+MIN_TRAJECTORY_STEPS = 50  # shorter (or equal) ones are dropped
+MAX_WAYPOINTS = 100
+MOVES = np.array([(0, 0), (0, -1), (0, 1), (-1, 0), (1, 0)])  # the planner's actions; the first of equals is taken
+CHUNK = 128  # trajectories simulated together
+
+
+@cache
+def _policy(goal):
+    """Return the planner's move (index into MOVES) in each cell on the way to cell `goal`, (42, 42) int.
+
+    SPiRL's script runs 200 Q-iterations (discount 0.99, reward 1 in the goal cell). Values then depend on the path
+    length alone, exactly, so their greedy policy is the first move that shortens the path; no-op if there is none.
+    """
+    layout = make_layout()
+    distance = geodesic_distance(layout, goal)
+    after = []  # distance after each move; bumping into a wall keeps the place
+    for row, column in MOVES:
+        blocked = np.roll(layout, (-row, -column), axis=(0, 1))
+        after.append(np.where(blocked, distance, np.roll(distance, (-row, -column), axis=(0, 1))))
+    return np.argmin(after, axis=0)
+
+
+def _plan(seed, attempt):
+    """Draw start and way-points of one trajectory: state (5,), way-points (W, 2), generator for its action noise."""
+    # A stream of its own for each attempt: the data do not depend on chunks, threads or the number of trajectories.
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(attempt,)))
+    free = np.argwhere(~make_layout())
+    start, goal = free[rng.integers(len(free), size=2)]
+    state = np.zeros(5)
+    state[1:3] = start + rng.uniform(-0.1, 0.1, 2)
+    state[3:5] = rng.normal(0.0, 0.1, 2)
+    cell, cells = start, []
+    while len(cells) < MAX_WAYPOINTS and tuple(cell) != tuple(goal):
+        cell = cell + MOVES[_policy(tuple(goal))[tuple(cell)]]
+        cells.append(cell)
+    waypoints = np.array(cells, dtype=np.float64).reshape(-1, 2)
+    # Half of the time towards the centre of the free space, which is at c - 0.2; the goal cell itself is not shifted.
+    shift = 0.2 * rng.uniform(0.0, 1.0, waypoints.shape)
+    shift[np.all(waypoints == goal, axis=1)] = 0.0
+    return state, waypoints - shift, rng
+
+
+def _simulate(physics, seed, attempts, noise):
+    """Follow the way-points of the given attempts together; return [(obs (T, 4), actions (T, 2), reached), ...]."""
+    plans = [_plan(seed, attempt) for attempt in attempts]
+    size = len(plans)
+    state = np.stack([plan[0] for plan in plans])  # (B, 5)
+    num_waypoints = np.array([len(plan[1]) for plan in plans])
+    waypoints = np.zeros((size, MAX_WAYPOINTS, 2))
+    for i, plan in enumerate(plans):
+        waypoints[i, : num_waypoints[i]] = plan[1]
+    noises = noise * np.stack([plan[2].normal(size=(MAX_TRAJECTORY_STEPS, 2)) for plan in plans])
+
+    observations = np.zeros((size, MAX_TRAJECTORY_STEPS, 4), dtype=np.float32)
+    actions = np.zeros((size, MAX_TRAJECTORY_STEPS, 2), dtype=np.float32)
+    lengths = np.full(size, MAX_TRAJECTORY_STEPS)
+    reached = num_waypoints == 0  # started in the goal cell: an empty trajectory
+    lengths[reached] = 0
+    current = np.zeros(size, dtype=int)
+    for t in range(MAX_TRAJECTORY_STEPS + 1):
+        # The public script also asks for a move of less than 0.1 in the last step, which holds at any legal speed.
+        near = np.square(waypoints[np.arange(size), current] - state[:, 1:3]).sum(axis=1) < 0.1**2
+        arrived = near & (current == num_waypoints - 1) & ~reached
+        reached |= arrived
+        lengths[arrived] = t
+        current += near & ~reached
+        running = np.flatnonzero(~reached)
+        if t == MAX_TRAJECTORY_STEPS or len(running) == 0:
+            break
+        position, velocity = state[running, 1:3], state[running, 3:5]
+        action = np.clip(10.0 * (waypoints[running, current[running]] - position) - velocity, -1.0, 1.0)
+        action = np.clip(action + noises[running, t], -1.0, 1.0)
+        # Two decimals as in SPiRL's public roll-outs; applied as stored (float32), so that the file can be replayed.
+        actions[running, t] = np.round(action, 2)
+        observations[running, t] = state[running, 1:]
+        state[running] = physics.step(state[running], actions[running, t])
+    return [(observations[i, :n], actions[i, :n], bool(reached[i])) for i, n in enumerate(lengths)]
+
+
+def collect(
+    num_trajectories: int = NUM_TRAJECTORIES,
+    noise: float = 0.5,
+    seed: int = 0,
+    num_workers: int | None = None,
+    progress: bool = True,
+) -> OfflineDataset:
+    """Collect trajectories between random cells with a planner and a way-point controller (SPiRL's script).
+
+    `noise` is the standard deviation of Gaussian action noise (then clipped); without it the data show no recovery and
+    skills learned from them drift into walls. `num_workers` threads step the physics (None: the calling one, as fast as
+    two); the result depends on `num_trajectories`, `noise` and `seed` only. A trajectory has 51..500 steps; its last
+    row has `terminals` if it reached its goal, else `timeouts`. Raises DataError for arguments without meaning.
+    """
+    if num_trajectories < 1 or not 0.0 <= noise < np.inf or seed < 0:
+        raise DataError(
+            "Collecting needs --num-trajectories >= 1, --noise >= 0 and --seed >= 0, "
+            f"got {num_trajectories}, {noise} and {seed}."
+        )
+    # Chunks in lockstep, not processes: 3,046 trajectories take 15 s on one core, and a script that calls this needs no
+    # `__main__` guard and may already have started torch's threads.
+    physics = Physics(0 if num_workers is None or num_workers <= 1 else num_workers)
+    kept = []
+    with tqdm(total=num_trajectories, desc="maze trajectories", unit="traj", disable=not progress) as bar:
+        for first in itertools.count(step=CHUNK):
+            for trajectory in _simulate(physics, seed, range(first, first + CHUNK), noise):
+                if len(trajectory[1]) > MIN_TRAJECTORY_STEPS and len(kept) < num_trajectories:
+                    kept.append(trajectory)
+                    bar.update()
+            if len(kept) == num_trajectories:
+                break
+    physics.close()
+
+    last_rows = np.cumsum([len(actions) for _, actions, _ in kept]) - 1
+    reached = np.array([reached for _, _, reached in kept])
+    terminals, timeouts = np.zeros((2, last_rows[-1] + 1), dtype=bool)
+    terminals[last_rows[reached]] = True
+    timeouts[last_rows[~reached]] = True
+    return OfflineDataset(
+        observations=np.concatenate([observations for observations, _, _ in kept]),
+        actions=np.concatenate([actions for _, actions, _ in kept]),
+        terminals=terminals,
+        timeouts=timeouts,
+        attributes={"source": "scripted", "generator": GENERATOR, "version": 1, "seed": seed, "noise": float(noise)},
+    )
+
+
+def statistics(dataset: OfflineDataset) -> dict[str, float]:
+    """Return the figures by which maze data are compared: lengths in steps, speed in cells / s, shares in [0, 1]."""
+    lengths = dataset.episode_lengths.cpu().numpy()
+    actions = dataset.actions.cpu().numpy()
+    velocity = dataset.observations[:, 2:].cpu().numpy()
+    return {
+        "trajectories": len(lengths),
+        "rows": int(lengths.sum()),
+        "mean length": float(lengths.mean()),
+        "shortest": int(lengths.min()),
+        "share at cap": float((lengths == MAX_TRAJECTORY_STEPS).mean()),
+        "mean |a|": float(np.abs(actions).mean()),
+        "saturated share": float((np.abs(actions) >= 0.995).mean()),
+        "mean speed": float(np.hypot(velocity[:, 0], velocity[:, 1]).mean()),
+    }
+
+
+def plot_trajectories(dataset: OfflineDataset, path, num_trajectories: int = 60) -> None:
+    """Draw evenly chosen trajectories into the image file `path`."""
+    from matplotlib.figure import Figure  # only plots need matplotlib; no pyplot, so no display either
+
+    figure = Figure(figsize=(8, 8.6), layout="constrained")
+    ax = figure.subplots()
+    draw_maze(ax)
+    starts, lengths = dataset.episode_starts.tolist(), dataset.episode_lengths.tolist()
+    chosen = np.unique(np.linspace(0, len(starts) - 1, num_trajectories).astype(int))
+    positions = dataset.observations[:, :2].cpu().numpy()
+    for i in chosen:
+        rows = positions[starts[i] : starts[i] + lengths[i]]
+        (line,) = ax.plot(rows[:, 1], rows[:, 0], linewidth=1.2, alpha=0.8)
+        ax.plot(rows[0, 1], rows[0, 0], ".", color=line.get_color(), markersize=7)
+    ax.set_title(f"{len(chosen)} of {len(starts)} maze trajectories (dots: starts)")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+@dataclass
+class Args:
+    """Collect the offline maze data, unless they are there already, and print their statistics."""
+
+    num_trajectories: int = NUM_TRAJECTORIES
+    """trajectories to collect (paper: 3,046); any other number needs --out"""
+    noise: float = 0.5
+    """standard deviation of the action noise"""
+    seed: int = 0
+    """random seed"""
+    data_dir: str | None = None
+    """folder of the data files (default: $SKIMO_DATA_DIR, else the user's cache folder)"""
+    out: Path | None = None
+    """write to this file instead of the data folder, collecting anew"""
+    plot: Path | None = None
+    """draw some trajectories into this image file"""
+
+
+def main(args: Args) -> None:
+    if args.out is not None:
+        dataset = collect(args.num_trajectories, args.noise, args.seed)
+        dataset.save(args.out)
+        print(f"Wrote {args.out}")
+    elif args.num_trajectories != NUM_TRAJECTORIES:
+        raise DataError("--num-trajectories other than 3046 needs --out: the data folder holds complete data only.")
+    else:
+        dataset = load_dataset("maze", args.data_dir, noise=args.noise, seed=args.seed)
+    for key, value in statistics(dataset).items():
+        print(f"{key:>16}  {value:,}" if isinstance(value, int) else f"{key:>16}  {value:.3f}")
+    if args.plot is not None:
+        plot_trajectories(dataset, args.plot)
+        print(f"Wrote {args.plot}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, prog="python -m data_tools.scripted.maze"))

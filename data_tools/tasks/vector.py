@@ -1,0 +1,319 @@
+"""What all vector environments share: seeds, ends of episodes, resets, infos, states, pictures.
+
+Shapes: E members of a vector environment, n of them; O numbers in an observation, A in an action.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import ClassVar
+
+import gymnasium
+import numpy as np
+from gymnasium.utils import seeding
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space
+
+from data_tools.files import NotFiniteError, imported, write_atomically
+
+FLAGS = ("terminations", "truncations", "successes", "unstable", "waiting")
+
+
+class MemberVectorEnv(gymnasium.vector.VectorEnv):
+    """E environments stepped together; member i after `reset(seed=s)` equals a single one after `reset(seed=s + i)`.
+
+    Observations (E, O) float32, actions (E, A) in [-1, 1], rewards (E,) float32; infos in Gymnasium's vector form:
+    `is_success`, `unstable` (the physics diverged) and those of the environment, (E,) each.
+    A member that ended is reset as Gymnasium's `autoreset_mode` says: by the next step (NEXT_STEP), by the same step
+    with `info["final_obs"]`, `info["final_info"]` (SAME_STEP), or never (DISABLED): then it stays frozen, with reward 0
+    and its flags True, until `reset(options={"reset_mask": mask})` with mask (E,) bool.
+
+    To make an environment of your own, write three methods: `begin`, `advance`, `observations`. Keep what changes in
+    arrays with one row per member and name them in `saved`. `draw` is needed for videos only. tests/toy_walk.py is an
+    example of 20 lines.
+    """
+
+    metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 30}
+    # Attributes that make up the state, arrays (E, ...), and their types. An environment adds its own.
+    saved: ClassVar[dict] = {"steps": np.int64, **dict.fromkeys(FLAGS, bool)}
+    # Names of the infos, and the attributes (E,) that hold their values.
+    info_names: ClassVar[dict] = {"is_success": "successes", "unstable": "unstable"}
+
+    def __init__(
+        self,
+        num_envs: int,
+        obs_dim: int,
+        action_dim: int,
+        max_episode_steps: int,
+        render_mode: str | None = None,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+    ):
+        """Raises ValueError for arguments out of range."""
+        if num_envs < 1:
+            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+        if render_mode not in (None, "rgb_array"):
+            raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
+        self.num_envs = num_envs
+        self.max_episode_steps = max_episode_steps
+        self.render_mode = render_mode
+        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
+        self.single_observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
+        self.single_action_space = gymnasium.spaces.Box(-1.0, 1.0, (action_dim,), np.float32)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.rngs = None  # one generator per member, made by the first reset
+        self.steps = np.zeros(num_envs, dtype=np.int64)  # of the episode so far
+        self.terminations = np.zeros(num_envs, dtype=bool)
+        self.truncations = np.zeros(num_envs, dtype=bool)
+        self.successes = np.zeros(num_envs, dtype=bool)
+        self.unstable = np.zeros(num_envs, dtype=bool)
+        self.waiting = np.zeros(num_envs, dtype=bool)  # the episode ended and the member was not reset yet
+
+    # -------------------------------------------------------------------------------- what an environment has to write
+
+    def begin(self, members: np.ndarray) -> None:
+        """Put members (n,) int into a start state. What is random comes from their generators, self.rngs[member]."""
+        raise NotImplementedError
+
+    def advance(self, actions: np.ndarray, running: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Apply actions (E, A) float64 in [-1, 1] to the running members, (E,) bool; leave the others as they are.
+
+        Returns rewards (E,) and which members reached their goal in this step, (E,) bool, which ends their episodes;
+        0 and False for those that do not run. An episode that cannot go on (the physics diverged) is ended by
+        setting `self.unstable[member] = True`.
+        """
+        raise NotImplementedError
+
+    def observations(self) -> np.ndarray:
+        """Return what the members observe now, (E, O) float32."""
+        raise NotImplementedError
+
+    # ---------------------------------------------------------------------------------------- what it may write as well
+
+    def seeded(self, member: int) -> None:
+        """Forget what outlives an episode, because the member got a seed."""
+
+    def draw(self, member: int) -> np.ndarray:
+        """Return a picture of a member, (height, width, 3) uint8. Raises DataError where OpenGL is missing."""
+        raise NotImplementedError(f"{type(self).__name__} has no pictures: write its method draw(member)")
+
+    # ----------------------------------------------------------------------------------- Gymnasium's vector environment
+
+    def reset(
+        self, *, seed: int | list[int | None] | None = None, options: dict | None = None
+    ) -> tuple[np.ndarray, dict]:
+        """Start new episodes, of all members or of those in `options["reset_mask"]` (E,) bool.
+
+        A seed s gives member i the seed s + i; without a seed each member continues its own random stream.
+        """
+        if seed is None or isinstance(seed, int | np.integer):
+            seeds = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
+        else:
+            seeds = list(seed)
+        if len(seeds) != self.num_envs:
+            raise ValueError(f"expected one seed per member ({self.num_envs}), got {len(seeds)}")
+        mask = np.ones(self.num_envs, dtype=bool)
+        if options is not None and "reset_mask" in options:
+            mask = np.asarray(options["reset_mask"])
+            if mask.shape != (self.num_envs,) or mask.dtype != bool or not mask.any():
+                raise ValueError(
+                    f"reset_mask must be boolean with shape ({self.num_envs},) and at least one True, got {mask!r}"
+                )
+        if self.rngs is None and not mask.all():
+            raise gymnasium.error.ResetNeeded("the first reset must start all members, without reset_mask")
+        if self.rngs is None:
+            self.rngs = [None] * self.num_envs
+        for i in np.flatnonzero(mask):
+            if self.rngs[i] is None or seeds[i] is not None:
+                self.rngs[i] = seeding.np_random(seeds[i])[0]
+                self.seeded(i)
+        self._start_episodes(mask)
+        return self.observations(), self.infos(mask)
+
+    def step(self, actions) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
+        """Apply one action (E, A) per member. Raises ValueError for a wrong shape, NotFiniteError for NaN."""
+        self._check_started("step()")
+        actions = checked_action(actions, self.action_space.shape)
+        running = ~self.waiting
+        rewards, successes = self.advance(actions, running)
+        self.steps += running
+        # A member that waits keeps its flags (DISABLED) or is reset below (NEXT_STEP).
+        self.successes = np.where(running, successes, self.successes)
+        self.terminations = np.where(running, successes | self.unstable, self.terminations)
+        self.truncations = np.where(running, self.steps >= self.max_episode_steps, self.truncations)
+
+        if self.autoreset_mode == AutoresetMode.NEXT_STEP:
+            self._start_episodes(self.waiting)
+        done = self.terminations | self.truncations
+        terminations, truncations = self.terminations.copy(), self.truncations.copy()
+        everyone = np.ones(self.num_envs, dtype=bool)
+        infos = {}
+        self.waiting = done
+        if self.autoreset_mode == AutoresetMode.SAME_STEP and done.any():
+            final_obs = np.full(self.num_envs, None, dtype=object)
+            observations = self.observations()
+            for i in np.flatnonzero(done):
+                final_obs[i] = observations[i]
+            infos = {"final_obs": final_obs, "_final_obs": done.copy()}
+            infos |= {"final_info": self.infos(done), "_final_info": done.copy()}
+            self._start_episodes(done)
+        rewards = np.asarray(rewards, dtype=np.float32)
+        return self.observations(), rewards, terminations, truncations, infos | self.infos(everyone)
+
+    def render(self) -> tuple[np.ndarray, ...] | None:
+        """Return one picture per member, or None without a render mode. Raises DataError where OpenGL is missing."""
+        if self.render_mode is None:
+            return None
+        return tuple(self.draw(member) for member in range(self.num_envs))
+
+    def infos(self, mask) -> dict:
+        """Return Gymnasium's vector form of the members' infos: values (E,), and under `_key` whose values count."""
+        infos = {}
+        for key, attribute in self.info_names.items():
+            values = getattr(self, attribute)
+            infos[key] = np.where(mask, values, np.zeros_like(values))
+            infos[f"_{key}"] = mask.copy()
+        return infos
+
+    def get_state(self) -> dict[str, list]:
+        """Return all that the future depends on, as nested lists of plain values (`torch.load(weights_only=True)`).
+
+        rng: one JSON string per member (its integers exceed 64 bits).
+        """
+        self._check_started("get_state()")
+        state = {name: getattr(self, name).tolist() for name in self.saved}
+        return {**state, "rng": [rng_state(rng) for rng in self.rngs]}
+
+    def set_state(self, state: dict[str, list]) -> np.ndarray:
+        """Continue exactly where `get_state` was called; return the observations (E, O) of that moment.
+
+        Raises ValueError for a state of another environment, or with NaN.
+        """
+        arrays = {name: np.array(state[name], dtype=dtype) for name, dtype in self.saved.items()}
+        for name, array in arrays.items():
+            expected = getattr(self, name).shape
+            if array.shape != expected:
+                raise ValueError(
+                    f"the state is that of {len(array)} members, this environment has {self.num_envs}, "
+                    f"or of another task: {name} has shape {array.shape}, expected {expected}"
+                )
+            if not np.isfinite(array).all():
+                raise ValueError(f"{name} of the state contains NaN or infinity")
+        for name, array in arrays.items():
+            setattr(self, name, array)
+        self.rngs = [rng_from_state(saved) for saved in state["rng"]]
+        return self.observations()
+
+    def _check_started(self, what):
+        if self.rngs is None:
+            raise gymnasium.error.ResetNeeded(f"call reset() before {what}")
+
+    def _start_episodes(self, mask):
+        """Reset the members in mask (E,) bool."""
+        members = np.flatnonzero(mask)
+        if len(members) == 0:
+            return
+        self.begin(members)
+        self.steps[members] = 0
+        for name in FLAGS:
+            getattr(self, name)[members] = False
+
+
+class SingleEnv(gymnasium.Env):
+    """One environment of any task: a vector of one, without the first axis. See the vector's class for the rest."""
+
+    def __init__(self, vector_class: type[MemberVectorEnv] | str, **arguments):
+        """`vector_class`: or "module:Class"; arguments are those of the class, but for num_envs and autoreset_mode."""
+        if isinstance(vector_class, str):
+            vector_class = imported(vector_class)
+        self.envs = vector_class(num_envs=1, autoreset_mode=AutoresetMode.DISABLED, **arguments)
+        self.metadata = vector_class.metadata
+        self.render_mode = self.envs.render_mode
+        self.observation_space = self.envs.single_observation_space
+        self.action_space = self.envs.single_action_space
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        """Start an episode; `options` are not used."""
+        observations, infos = self.envs.reset(seed=seed)
+        self.np_random = self.envs.rngs[0]  # where Gymnasium looks for it
+        return observations[0], self._info(infos)
+
+    def step(self, action) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """Apply one action (A,). Raises ValueError for a wrong shape, NotFiniteError for NaN."""
+        action = checked_action(action, self.action_space.shape)
+        observations, rewards, terminations, truncations, infos = self.envs.step(action[None])
+        ended = bool(terminations[0]), bool(truncations[0])
+        return observations[0], float(rewards[0]), *ended, self._info(infos)
+
+    def render(self) -> np.ndarray | None:
+        """Return a picture (height, width, 3) uint8, or None without a render mode."""
+        frames = self.envs.render()
+        return None if frames is None else frames[0]
+
+    def close(self):
+        self.envs.close()
+
+    def _info(self, infos):
+        """Return the infos of the one member as plain Python values."""
+        values = {key: value[0] for key, value in infos.items() if not key.startswith("_")}
+        return {key: value.item() if isinstance(value, np.generic) else value for key, value in values.items()}
+
+
+class VideoRecorder(gymnasium.vector.VectorWrapper):
+    """Records the first member's pictures in real time, at most 50 per second; written when closed."""
+
+    def __init__(self, envs: MemberVectorEnv, path):
+        super().__init__(envs)
+        self.path = Path(path)
+        self.frames = []
+        self.steps = 0
+        self.every = max(1, round(self.metadata["render_fps"] / 50))  # steps per picture
+
+    def step(self, actions):
+        result = self.env.step(actions)
+        if self.steps % self.every == 0:
+            self.frames.append(self.env.draw(0))
+        self.steps += 1
+        return result
+
+    def close(self, **kwargs):
+        import imageio.v2 as imageio  # ffmpeg is started only for videos
+
+        if self.frames:
+            fps = self.metadata["render_fps"] / self.every
+            write_atomically(self.path, lambda part: imageio.mimwrite(part, self.frames, fps=fps, macro_block_size=1))
+            self.frames = []
+        return super().close(**kwargs)
+
+
+def checked_action(action, shape) -> np.ndarray:
+    """Return the action(s) as a float64 array in [-1, 1]; ValueError if the shape is wrong, NotFiniteError for NaN."""
+    message = f"expected finite numbers of shape {shape} in [-1, 1] as action"
+    try:
+        array = np.asarray(action, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{message}, got {type(action).__name__}: {error}") from error
+    if array.shape != shape:
+        raise ValueError(f"{message}, got shape {array.shape}")
+    if not np.isfinite(array).all():
+        cure = "if a network made it, lower its learning rate and go on from the last checkpoint (--resume)"
+        raise NotFiniteError(f"{message}, got NaN or infinity; {cure}")
+    return np.clip(array, -1.0, 1.0)
+
+
+def rng_state(rng) -> str:
+    """Return the state of a generator as JSON."""
+    return json.dumps(rng.bit_generator.state)
+
+
+def rng_from_state(state: str) -> np.random.Generator:
+    """Return a generator that continues where `rng_state` was called."""
+    rng = seeding.np_random(0)[0]
+    rng.bit_generator.state = json.loads(state)
+    return rng
+
+
+def num_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,140 @@
+"""Roll-out statistics against traces with known answers; pictures are really drawn."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data_tools
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import pictures
+
+HALF_CELL = 0.2  # the free space of cell c is centred at q = c - 0.2
+
+
+def trace_of(positions, velocities=None, actions=None, ended=None):
+    """Trace of E members from positions (T+1, E, 2); velocities, actions default to 0, ended to never."""
+    positions = np.asarray(positions, dtype=np.float32)
+    velocities = np.zeros_like(positions) if velocities is None else np.asarray(velocities, dtype=np.float32)
+    actions = np.zeros_like(positions) if actions is None else np.asarray(actions, dtype=np.float32)
+    ended = np.zeros(positions.shape[:2], dtype=bool) if ended is None else ended
+    return list(zip(np.concatenate([positions, velocities], -1), actions, ended))
+
+
+def test_goal_approach_and_cells_of_known_paths():
+    # Member 0 stays in the start cell (34 cells away); member 1 walks four cells down the column from (18, 8)'s row.
+    start, path = np.full((5, 2), [10, 24.0]), np.array([[18, 12], [18, 11], [18, 10], [18, 9], [18, 8.0]])
+    trace = trace_of(np.stack([start, path], 1) - HALF_CELL)
+    statistics = pictures.rollout_statistics("maze", np.array([0.0, 100.0]), trace)
+    assert statistics["prior_return"] == 50.0 and statistics["goal"] == 0.5
+    assert statistics["approach_10"] == pytest.approx(3.4) and statistics["approach_50"] == 17.0
+    assert statistics["cells"] == 3.0  # one and five
+
+
+def test_wall_contacts_are_the_steps_that_deviate_from_free_flight():
+    envs = data_tools.make_envs("maze", 4)
+    obs, _ = envs.reset(seed=3)
+    state = envs.get_state()
+    # Members 0 and 1 in the open, 2 and 3 touching the outer wall beyond row 1 and pressing against it
+    state["physics"] = [[0, 22.5, 20, 0, 0], [0, 22.5, 25, 0, 0], [0, 0.45, 6, 0, 0], [0, 0.45, 8, 0, 0]]
+    obs, trace = envs.set_state(state), []
+    for _ in range(30):
+        action = np.array([[0.3, 0], [0, 0.2], [-1, 0], [-1, 0]], dtype=np.float32)
+        trace.append((obs, action, np.zeros(4, dtype=bool)))
+        obs, *_ = envs.step(action)
+    trace.append((obs, action, np.zeros(4, dtype=bool)))
+    envs.close()
+    open_space = [(o[:2], a[:2], e[:2]) for o, a, e in trace]
+    against_wall = [(o[2:], a[2:], e[2:]) for o, a, e in trace]
+    assert pictures.rollout_statistics("maze", np.zeros(2), open_space)["wall"] == 0.0
+    assert pictures.rollout_statistics("maze", np.zeros(2), against_wall)["wall"] > 0.6  # the first steps fly up to it
+
+
+def test_lateral_offset_is_measured_across_the_motion_of_running_members():
+    # Fast along the first axis, 0.05 left and right of the line; the last member has ended and does not count.
+    columns = np.array([20 - 0.1 + 0.05, 20 - 0.1 - 0.05, 20 + 0.3])
+    positions = np.stack([np.stack([np.full(3, row), columns], -1) for row in (22.0, 22.4, 22.8)])
+    velocities = np.broadcast_to([4.0, 0.0], positions.shape)
+    ended = np.broadcast_to([False, False, True], positions.shape[:2])
+    statistics = pictures.rollout_statistics("maze", np.zeros(3), trace_of(positions, velocities, ended=ended))
+    assert statistics["lateral"] == pytest.approx(0.05, abs=1e-5)
+
+
+class ShiftedDynamics(torch.nn.Module):
+    """Latent states are twice the observation; a skill moves the observation by z, and by a drift of its own."""
+
+    def __init__(self, drift: float):
+        super().__init__()
+        self.drift = drift
+
+    def encoder(self, obs):
+        return 2 * obs
+
+    def next(self, h, z):
+        return h + 2 * (z + self.drift)
+
+
+@pytest.mark.parametrize("drift", [0.0, 1.0])
+def test_open_loop_prediction_is_read_from_the_other_roll_outs(drift):
+    """Member 0 goes through 0, 3, 6 and ends at 7, in the midst of its third skill; the others have been everywhere."""
+    H, T = 3, 10
+    first = np.minimum(np.arange(T + 1), 7)
+    others = np.random.default_rng(0).permutation(np.arange(-5, 28)).reshape(3, T + 1).T  # each whole number once
+    obs = np.column_stack([first, others])[..., None].astype(np.float32)  # (T+1, 4, 1)
+    ended = np.zeros((T + 1, 4), dtype=bool)
+    ended[7:, 0] = True
+    ended[5:, 1] = True  # what this one shows after its end was not visited
+    trace = [(obs[t], np.zeros((4, 2)), ended[t]) for t in range(T + 1)]
+    z = torch.full((4, 4, 1), 50.0)
+    z[0, :3, 0] = torch.tensor([3.0, 3.0, 1.2])
+    before = obs.copy()
+    paths = pictures.open_loop_prediction(ShiftedDynamics(drift), trace, z, H)
+    assert len(paths) == 4 and [len(real) for real, _ in paths] == [4, 3, 5, 5] and np.array_equal(obs, before)
+    real, predicted = paths[0]
+    assert real.dtype == np.float32 and real[:, 0].tolist() == [0, 3, 6, 7]
+    visited = obs[:, 1:][~ended[:, 1:]]  # of the others
+    expected = np.cumsum([0, 3 + drift, 3 + drift, 1.2 + drift])  # from the first state alone
+    assert predicted[:, 0].tolist() == [float(min(visited[:, 0], key=lambda x, y=y: abs(x - y))) for y in expected]
+
+
+def test_pictures_are_written(tmp_path):
+    obs = np.random.default_rng(0).uniform(1, 40, (51, 4)).astype(np.float32)
+    pictures.plot_visited("maze", obs, tmp_path / "visited.png")
+    pictures.plot_prediction("maze", [(obs, obs + 1)] * 3, tmp_path / "prediction.png")
+    pictures.plot_prediction("kitchen", [(obs, obs + 1)], tmp_path / "kitchen.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kitchen.png", "prediction.png", "visited.png"]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("env_id", ["maze", "kitchen"])
+@pytest.mark.parametrize("rows", [0, 1, 50])
+def test_visited_states_are_drawn_however_few_they_are(env_id, rows, tmp_path):
+    pictures.plot_visited(env_id, np.random.default_rng(0).random((rows, 30), np.float32), tmp_path / "visited.png")
+    assert (tmp_path / "visited.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_states_of_many_numbers_are_drawn_along_their_principal_axes(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    axes, _ = np.linalg.qr(rng.normal(size=(30, 30)))
+    factors = rng.normal(size=(5000, 30)) * ([5.0, 2.0] + [0.01] * 28)  # (rows, O)
+    drawn = []
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, *args: drawn.append(figure))
+    pictures.plot_visited("kitchen", (factors @ axes.T + 3).astype(np.float32), tmp_path / "visited.png")
+    plane = drawn[0].axes[0].collections[0].get_offsets()  # (rows, 2)
+    for k in range(2):
+        assert abs(np.corrcoef(plane[:, k], factors[:, k])[0, 1]) > 0.99
+
+
+def test_a_task_without_statistics_or_map_has_returns_and_curves(tmp_path, monkeypatch):
+    monkeypatch.setitem(data_tools.TASKS, "own", data_tools.Task(envs="nowhere:Env", max_return=1.0))
+    trace = trace_of(np.zeros((3, 2, 2)))
+    assert pictures.rollout_statistics("own", np.array([1.0, 3.0]), trace) == {"prior_return": 2.0}
+    obs = np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32)
+    pictures.plot_visited("own", obs, tmp_path / "visited.png")
+    pictures.plot_prediction("own", [(obs, obs)], tmp_path / "prediction.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prediction.png", "visited.png"]
