@@ -791,15 +791,17 @@ def save(path: Path, parts: dict, **values):
 
 @contextlib.contextmanager
 def reading(path: Path):
-    """A file that is missing, damaged, or of a program with other sizes ends this one with a sentence."""
+    """A file that is missing, damaged or of other sizes ends the program with a sentence."""
     try:
         yield
+    except FileNotFoundError:
+        sys.exit(f"error: {path} does not exist; check the path")
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         sys.exit(f"error: {path} is damaged or does not fit ({type(error).__name__}: {reason}); give another file")
 
 
-def load(path: Path, parts: dict, strict: bool = True) -> dict:
+def load(path: Path, parts: dict) -> dict:
     """Put what `save` wrote into parts; returns everything. Raises an error if a single bit is wrong."""
     if zipfile.ZipFile(path).testzip() is not None:
         raise ValueError("its checksum is wrong")
