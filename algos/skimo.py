@@ -1187,7 +1187,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if given.published:
         defaults |= PUBLISHED.get(env_id, RELEASE)
     if given.evaluate == "published":
-        given.evaluate = str(SHIPPED / "agents" / f"{PRETRAINED}_{env_id}.pt")
+        given.evaluate = str(SHIPPED / "agents" / f"{Path(__file__).stem}_{env_id}.pt")
     if given.evaluate:
         with reading(given.evaluate):
             defaults = load(given.evaluate, {})["args"]
@@ -1196,10 +1196,11 @@ def parse_args(argv: list[str] | None = None) -> Args:
         path = Path(given.resume) / "args.json"
         with reading(path):
             defaults = json.loads(path.read_text())
-            kinds = {field.name: type(field.default) for field in fields(Args)}
-            wrong = [name for name, value in defaults.items() if type(value) not in (kinds[name], str, type(None))]
-            if wrong:
-                raise ValueError(f"{wrong[0]} has a wrong type")
+            expected = {field.name: field.default for field in fields(Args)}
+            for name, value in defaults.items():
+                kinds = (str, type(None)) if expected[name] is None else (type(expected[name]),)
+                if type(value) not in kinds:
+                    raise ValueError(f"{name} is {value!r}")
     if given.device:
         defaults["compile"] = given.device == "cuda"
     with reading(given.resume or given.evaluate or "the defaults"):
@@ -1246,9 +1247,9 @@ def main(args: Args) -> dict:
     try:
         run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
         write_json(run_dir / "args.json", asdict(args))
+        writer = SummaryWriter(run_dir)
     except OSError as error:
         sys.exit(f"error: {run_dir} cannot be written ({error.strerror}); choose another folder with --run-dir")
-    writer = SummaryWriter(run_dir)
     rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
     stop = stop_at_signals()
@@ -1262,6 +1263,11 @@ def main(args: Args) -> dict:
                 facts = load(path, dict(networks=networks))["facts"]
             print(f"pre-trained model: {path}")
         results = train(args, networks, facts, run_dir, writer, stop)
+    except OSError as error:  # a full disk while logging, say
+        sys.exit(f"error: {error}; mend it and go on with --resume {run_dir}")
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).split("\n")[0]
+        sys.exit(f"error: torch.compile failed ({reason}); use --no-compile or install a C++ compiler")
     finally:
         writer.close()
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {args.device}, torch {torch.__version__}"
