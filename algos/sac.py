@@ -116,7 +116,7 @@ def relu_mlp(*sizes: int) -> nn.Sequential:
 
 
 class Inputs(nn.Module):
-    """Observations (..., O), scaled, with sines and cosines of positions -> inputs of the networks (..., F), F = size."""
+    """Observations (..., O), scaled, with sines and cosines of positions -> inputs (..., F) of networks, F = size."""
 
     def __init__(self, obs_dim: int, args: Args):
         super().__init__()
