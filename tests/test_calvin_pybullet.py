@@ -254,8 +254,8 @@ def test_episodes_start_from_the_same_state(any_checkout):
     for entry, value in ((SLIDE, 0.2), (DRAWER, 0.2), (SWITCH, 0.08), (BUTTON, 0.02)):
         put(world, entry, value)
     for step in range(30):
-        obs = env.step(-busy_actions(step, 1)[0])[0]
-    assert obs[BULB] == 1 and world.client.getContactPoints()
+        env.step(-busy_actions(step, 1)[0])
+    assert world.client.getContactPoints()
     assert np.array_equal(episode(), first)
     env.step([0, 0, 0, 0, 0, 0, -1])
     obs, _ = env.reset()
@@ -274,7 +274,7 @@ def test_another_user_of_the_server_is_one_sentence(checkout):
         with pytest.raises(DataError, match="it has 7 bodies instead of 6.*: run the environment in a process of its"):
             use()
     world.client.disconnect()
-    with pytest.raises(DataError, match="changed the PyBullet server .*[Nn]ot connected"):
+    with pytest.raises(DataError, match="changed the PyBullet server .*Not connected"):
         env.step(REST)
 
 

@@ -103,7 +103,9 @@ class _World:
 
     def load(self):
         """Empty the server and load everything."""
-        client, bullet, data = self.client, self.bullet, self.data
+        client = self.client
+        bullet = self.bullet
+        data = self.data
         client.resetSimulation()
         client.setTimeStep(TIME_STEP)
         client.setPhysicsEngineParameter(deterministicOverlappingPairs=1)
@@ -111,7 +113,9 @@ class _World:
         client.setAdditionalSearchPath(str(data))
         self.robot = self._load(data / ROBOT_FILE, basePosition=ROBOT_BASE, useFixedBase=True)
         joints = self._joints(self.robot, data / ROBOT_FILE, (*ARM_JOINTS, *FINGER_JOINTS, TOOL_JOINT))
-        self.arm, self.fingers, self.tool = joints[:7], joints[7:9], joints[9]
+        self.arm = joints[:7]
+        self.fingers = joints[7:9]
+        self.tool = joints[9]
         constraint = client.createConstraint(
             self.robot,
             self.fingers[0],
@@ -310,7 +314,8 @@ class BulletPhysics:
         scale = np.repeat([POSITION_SCALE, ANGLE_SCALE], 3)
         unstable = np.zeros(len(self.worlds), dtype=bool)
         for i in np.flatnonzero(stepped):
-            target, gripper = self.target[i] + scale * actions[i, :6], 1.0 if actions[i, 6] >= 0 else -1.0
+            target = self.target[i] + scale * actions[i, :6]
+            gripper = 1.0 if actions[i, 6] >= 0 else -1.0
             self.worlds[i].step(target, gripper > 0)
             unstable[i] = not self._read(i)
             if unstable[i]:
