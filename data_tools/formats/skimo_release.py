@@ -38,6 +38,8 @@ def read(path) -> tuple[dict[str, np.ndarray], dict]:
             raise ValueError("a list of dict(obs, actions, dones) was expected")
         episodes = [_episode(f"trajectory {number}", entry) for number, entry in enumerate(content)]
         kept = [episode for episode in episodes if episode is not None and len(episode["actions"])]
+        if not kept:
+            raise ValueError("it has no episodes")
         arrays = {key: np.concatenate([episode[key] for episode in kept]) for key in KEYS}
     attributes = {"description": "archive of the SkiMo release", "source": "skimo-release"}
     dropped = sum(episode is None for episode in episodes)

@@ -6,7 +6,7 @@ drives PyBullet directly with the URDF files and meshes of a checkout of the sim
 brings: PATH, or the environment variable CALVIN_ENV_ROOT. All else (rules, rewards, lights, where the blocks start,
 seeds, pictures) is that of data_tools.tasks.calvin. What is done in which order follows the original: scene D, loading,
 reset, inverse kinematics, motors. One difference: the original lets time run while it looks for places of the blocks.
-Units and frames as in data_tools.calvin; E members, one PyBullet server in this process for each.
+Units and frames as in calvin.py; E members, one PyBullet server in this process for each.
 """
 
 import base64
@@ -268,7 +268,8 @@ class _World:
         """Return all that PyBullet needs to continue, as text."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "world.bullet")
-            self.client.saveBullet(str(path))
+            with self._owned():
+                self.client.saveBullet(str(path))
             return base64.b64encode(zlib.compress(path.read_bytes(), level=1)).decode()
 
     def set_state(self, text):
