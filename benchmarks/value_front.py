@@ -22,7 +22,7 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "algos")]
 import data_tools
-from data_tools import maze
+from data_tools.tasks import maze
 
 OBS_DIM, ACTION_DIM = 4, 2
 
@@ -77,7 +77,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except data_tools.DataError as error:
-        sys.exit(f"error: {error}")
+    main(tyro.cli(Args))

@@ -13,7 +13,7 @@ import torch
 import data_tools
 from algos import skimo
 from benchmarks import value_front
-from data_tools import maze
+from data_tools.tasks import maze
 
 ROOT = Path(__file__).resolve().parents[1]
 
