@@ -33,7 +33,7 @@ def read(path) -> tuple[dict[str, np.ndarray], dict]:
     """
     with reading(path, "fetch or copy it again"):
         with opened(path) as file:
-            content = _ArrayUnpickler(file).load()
+            content = _unpickled(path, file)
         if not isinstance(content, list) or not content:
             raise ValueError("a list of dict(obs, actions, dones) was expected")
         episodes = [_episode(f"trajectory {number}", entry) for number, entry in enumerate(content)]
@@ -44,6 +44,16 @@ def read(path) -> tuple[dict[str, np.ndarray], dict]:
     if dropped:
         attributes["note"] = f"{dropped} episode(s) with fewer states than steps left out"
     return arrays, attributes
+
+
+def _unpickled(path, file):
+    try:
+        return _ArrayUnpickler(file).load()
+    except _Refused as error:
+        raise DataError(
+            f"{path} asks for {error}, which is neither a NumPy array nor a plain value; nothing of it was run. "
+            "Do not use this file."
+        ) from None
 
 
 def _episode(where, entry):
@@ -66,11 +76,8 @@ def _episode(where, entry):
     return dict(zip(KEYS, (observations[:steps], actions, terminals, timeouts)))
 
 
-def _refused(what):
-    return DataError(
-        f"the pickle asks for {what}, which is neither a NumPy array nor a plain value; nothing of it was run. "
-        "Do not use this file."
-    )
+class _Refused(pickle.UnpicklingError):
+    """A pickle asks for something that is not on the list."""
 
 
 class _DType:
@@ -78,7 +85,7 @@ class _DType:
 
     def __init__(self, code, *_):
         if not isinstance(code, str) or not re.fullmatch(r"[biuf]\d{1,2}", code):
-            raise _refused(f"an array of {code!r}")
+            raise _Refused(f"an array of {code!r}")
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state):
@@ -117,7 +124,7 @@ def _scalar(dtype, content):
 def _latin1(text, encoding):
     """Stand for codecs.encode, by which old protocols write bytes."""
     if encoding != "latin1":
-        raise _refused(f"the codec {encoding!r}")
+        raise _Refused(f"the codec {encoding!r}")
     return text.encode("latin1")
 
 
@@ -139,7 +146,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         if (module, name) not in ADMITTED:
-            raise _refused(f"{module}.{name}")
+            raise _Refused(f"{module}.{name}")
         return ADMITTED[module, name]
 
 
