@@ -914,7 +914,8 @@ def pretrain(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop
         bar.update()
 
         finished = updates == args.pretrain_updates
-        saving = stop.is_set() or updates % 2_500 == 0
+        stopping = stop.is_set()
+        saving = stopping or updates % 2_500 == 0
         if finished or saving or updates % 100 == 0:
             check_finite(metrics)
             log(writer, "pretrain", metrics, updates)
@@ -935,7 +936,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop
 
         if saving and not finished:
             save(unfinished, parts, updates=updates, seconds=time.time() - start_time)
-        if stop.is_set() and not finished:
+        if stopping and not finished:
             bar.close()
             sys.exit("stopped in pre-training; the same command goes on")
     bar.close()
