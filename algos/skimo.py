@@ -772,11 +772,11 @@ def save(path: Path, parts: dict, **values):
 
     The file is renamed when it is whole, so that a crash while writing leaves the one of before.
     """
+    part = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same pre-trained model
     state = {name: part.state_dict() for name, part in parts.items()}
     rng = [torch.get_rng_state()]
     if torch.cuda.is_initialized():
         rng.append(torch.cuda.get_rng_state())
-    part = path.with_suffix(".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(dict(state, **values, rng=rng), part)
