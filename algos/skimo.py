@@ -747,7 +747,7 @@ def stop_at_signals() -> threading.Event:
 
     def ask(number, frame):
         stop.set()
-        tqdm.write("stopping: saves first (once more: stops at once)")
+        os.write(2, b"\nstopping: saves first (once more: stops at once)\n")  # print may not interrupt a print
         signal.signal(number, signal.SIG_DFL)
 
     signal.signal(signal.SIGINT, ask)
