@@ -1187,7 +1187,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if given.published:
         defaults |= PUBLISHED.get(env_id, RELEASE)
     if given.evaluate == "published":
-        given.evaluate = str(SHIPPED / "agents" / f"{PRETRAINED}_{env_id}.pt")
+        given.evaluate = str(SHIPPED / "agents" / f"{Args.exp_name}_{env_id}.pt")
     if given.evaluate:
         with reading(given.evaluate):
             defaults = load(given.evaluate, {})["args"]
