@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Literal
 
 # OpenMP's threads wait 3,000 turns for work before they sleep: beside busy programs torch's default, about a hundred
-# times that, makes an update three times slower (measured in benchmarks/README.md). Must be set before torch is loaded.
+# times that, makes an update three times slower (table in algos/README.md). Must be set before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
