@@ -317,7 +317,7 @@ class SkillModel(nn.Module):
         self.lstm = None
         if args.skill_encoder == "lstm":
             self.lstm = nn.LSTM(action_dim + d, 128, batch_first=True)
-            self.skill_encoder = mlp(128, 2 * Z)
+            self.skill_encoder = nn.Sequential(nn.Linear(128, 2 * Z))  # PyTorch's own weights, as in the release
         else:
             self.skill_encoder = mlp(chunk + d, u, u, u, u, 2 * Z)
 
