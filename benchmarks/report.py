@@ -9,6 +9,7 @@ data of the pre-training. studies/NAME/VARIANT/seedN.* are comparisons of settin
 scores are computed stands in scores.py; plot.py draws the curves.
 """
 
+import csv
 import json
 import sys
 import textwrap
@@ -327,6 +328,27 @@ def study_rows(study: Path, facts: dict, cells) -> list[list[str]]:
     return rows
 
 
+def pretraining_row(path: Path) -> list[str] | None:
+    """Of a log of pre-training: what roll-outs of the prior did at each validation."""
+    with path.open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get("prior_return")]
+    if not rows:
+        return None
+    unit = TASKS[path.parent.name.removesuffix("_pretraining")].unit
+
+    def series(name: str, unit: float = 1.0, digits: int = 2) -> str:
+        return " / ".join(f"{float(row[name]) / unit:.{digits}f}" for row in rows) if rows[0].get(name) else "–"
+
+    updates = " / ".join(f"{int(row['update']):,}" for row in rows)
+    return [
+        f"`{path.name}`",
+        updates,
+        series("prior_return", unit),
+        series("any_order"),
+        series("valid_kl_loss", digits=1),
+    ]
+
+
 def studies_section(folder: Path, cells) -> str:
     text = STUDIES
     header = [name for name in RESULT_HEADER if not name.startswith("paper")]
@@ -340,6 +362,11 @@ def studies_section(folder: Path, cells) -> str:
             commit = file.get("commit", "in the JSON")
             files.append([f"`{name}`", f"`{file['command']}`", commit, file["machine"], file.get("note", "")])
         text += table(["file", "command", "commit", "machine", "note"], files) if files else ""
+        if path.parent.name.endswith("_pretraining"):
+            header_of_logs = ["file", "updates", "prior alone", "in any order", "KL(q, N(0,1)), nats"]
+            text += "\n" + table(header_of_logs, [pretraining_row(log) for log in sorted(path.parent.glob("*.csv"))])
+        for log in sorted(path.parent.glob("*.txt")):
+            text += f"\n`{log.name}`:\n\n```\n{log.read_text().rstrip()}\n```\n"
     return text
 
 
