@@ -1,96 +1,126 @@
 """SkiMo + SAC: SkiMo's skills, model-free RL (ablation of Shi, Lim & Lee, CoRL 2022), https://arxiv.org/abs/2207.07560
 
-Idea: skills, prior and state encoder are pre-trained as in SkiMo, skill dynamics included, but RL has no model: SAC on
-skills, with the KL to the prior in place of the entropy, as in SPiRL. It shows what planning in the model is worth.
+Idea: pre-training is SkiMo's, skill dynamics included, but RL uses no model: SAC on skills, with the KL to the prior in
+place of the entropy, as in SPiRL. It shows what the model is worth.
 
-    python algos/skimo_sac.py --env-id maze                         # as skimo.py, with its pre-trained model
-    python algos/skimo_sac.py --env-id maze --pretrained published  # start at RL, from skimo.py's published model
+    python algos/skimo_sac.py --env-id maze             # as skimo.py, with the same pre-trained model
+    python algos/skimo_sac.py --env-id maze --published # with every value of the authors' release
 
-Differs from skimo.py in: Args, TASK_DEFAULTS, Critic, model_loss, critic_loss, policy_loss, plan, Planner,
-    act, evaluate, Learner, train
-No planner, no loss on dynamics and reward, windows of one skill downstream. Critics see the state encoder's inputs, not
-the latent state (the release's see no sines and cosines: so did ours, and fell from the prior's .25 to 0 in the maze).
-The prior KL is a cost in their target; the policy loss trains the state encoder as well. The networks are SkiMo's so
-that its pre-trained models fit; D, R and Q of WorldModel lie idle in RL.
+Differs from skimo.py in: Args, TASK_DEFAULTS, RELEASE, PUBLISHED, Critic, model_loss, critic_loss, policy_loss, plan,
+    Planner, Agent, train, evaluate, check_args
+Critics see the observation as the state encoder does, not the latent state; D, R and Q of WorldModel lie idle in RL.
 Paper: benchmarks/paper_curves.csv, "SkiMo+SAC": a fraction of SkiMo's success on every task.
 
-1. Pre-training: encode chunks of H actions as skills z ~ q; loss = behavioural cloning + KL(q || N(0,1)) (eq. 3)
+1. Pre-training: encode chunks of H actions as skills z ~ q. Loss = behavioural cloning + KL(q || N(0,1)) (eq. 3)
    + reconstruction + consistency of h_{i+1} = D(h_i, z_i) (eq. 4) + prior KL(q || p(h_i)) (eq. 5)
-2. Downstream RL (the task policy pi starts as the prior p), repeat:
+2. Downstream RL. The task policy pi starts as the prior p. Repeat:
    act: run a skill z ~ pi(E(s)) for H steps with the frozen skill policy pi_L
    critic update: Q(s, z) -> r + gamma (min Q'(s', z') - alpha KL(pi(E(s')) || p(s'))), z' ~ pi(E(s'))
    policy update of pi and E: maximise Q(s, z) - alpha KL(pi(E(s)) || p(s)); tune alpha; move the slow critics
 
-Deviations from paper and release, marked DEVIATION n below, with skimo.py's numbers (its header says more):
-1. closed-form KL; 2. behavioural cloning on bc_chunks random chunks; 3. fewer, smaller updates with a learning rate
-schedule, kitchens 5 skills, larger KL weight, noisy data, periodic features; 4. environments in lockstep; 6. tau 0.05;
-7. kitchens: alpha 0.05. Logged as in skimo.py. Score: maze, last 100 training episodes at 300,000 env steps: 1.00 each.
+Differences from the release, marked DEVIATION n below, with the numbers of skimo.py (its header says more):
+1. KL divergences are exact.  2. The skill policy is trained on random chunks.  3. Pre-training is shorter, with sines
+and cosines as inputs: of the critics, too, which without them fell from the prior's .25 to 0 in the maze.
+4. E environments act side by side.  6. The slow critics are faster.  7. Kitchen: alpha is 0.05.
+--published takes the release's side of 2, 3, 4, 6 and 7.
+Checked against the release with the same weights, batches and noise: losses, gradients and updates are equal to
+rounding (5e-7) in double precision.
+
+A run's folder is like skimo.py's.
+Score: maze, share of the last 100 training episodes that reach the goal after 300,000 env steps: 1.00 / 1.00 / 1.00.
 Shapes: B batch, N skills per window, H steps per skill, O observation, A action, Z skill, d latent state,
-E environments. Batch first.
+E environments, C chunks, F inputs of the state encoder.
 """
 
+import argparse
+import ast
+import contextlib
 import copy
+import csv
 import functools
+import hashlib
+import inspect
+import json
+import os
+import platform
+import signal
 import sys
-from dataclasses import dataclass
+import threading
+import time
+import zipfile
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+# OpenMP's threads wait 3,000 turns for work before they sleep: beside busy programs torch's default, about a hundred
+# times that, makes an update three times slower (measured in benchmarks/README.md). Must be set before torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
 import numpy as np
 import torch
+import tyro
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data_tools, from any working directory
-import data_tools
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data_tools  # tasks and offline data, nothing else
 
-FILE_VERSION = 2  # raised when a change makes older checkpoints or pre-trained models unusable
-PRETRAINED = "skimo"  # name of the pre-trained models; files with the same pre-training share them
+PRETRAINED = "skimo"  # begins the names of pre-trained models; algorithms with the same pre-training share them
+SHIPPED = Path(__file__).resolve().parents[1] / "benchmarks" / "results"  # models and agents that come with the code
 
 
 @dataclass
 class Args:
-    env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned or calvin
-    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
+    env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned, calvin or one of your own
+    published: bool = False  # take every value of the paper's release for this task
+    exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # of networks, sampling and environments
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and act
-    num_threads: int = 0  # CPU threads of torch (0: one per core that may be used)
-    compile: bool = torch.cuda.is_available()  # torch.compile, with CUDA graphs, of the losses
-    run_dir: str = "runs"  # folder in which the run makes its own folder
-    resume: str | None = None  # run folder to go on with; its arguments become the defaults
+    compile: bool = torch.cuda.is_available()  # torch.compile losses, with CUDA graphs
+    run_dir: str = "runs"  # folder of the run folders
+    resume: str | None = None  # run folder to go on with, with its arguments
+    evaluate: str | None = None  # only evaluate this checkpoint, or `published` for the agent that we ship
     checkpoint_interval: int = 50_000  # env steps between checkpoints
-    eval_interval: int = 100_000  # env steps between clean evaluations (0: only at the end)
-    eval_episodes: int = 20  # episodes of a clean evaluation (no exploration noise)
-    capture_video: bool = False  # record one evaluation episode as MP4 at the end
+    eval_interval: int = 100_000  # env steps between evaluations (0: only at the end)
+    eval_episodes: int = 20  # episodes of an evaluation, without exploration noise
+    capture_video: bool = False  # record an evaluation episode as MP4 at the end
+    data_dir: str | None = None  # folder of offline data and pre-trained models (None: the user's cache)
+    dataset: Literal["auto", "d4rl", "scripted"] = "auto"  # auto: D4RL's data if they can be had, else scripted
+    data: str | None = None  # offline data of your own instead: a file or a folder
+    pretrained: str | None = None  # start RL from this model: a path, or `published` for the one that we ship
+    pretrain_eval_interval: int = 3_000  # updates between validations with roll-outs of the prior
+    pretrain_eval_episodes: int = 100  # roll-outs in a validation; four times as many at the end
 
-    # Offline data
-    data_dir: str | None = None  # folder of data and pre-trained models (None: $SKIMO_DATA_DIR, else the user's cache)
-    dataset: Literal["auto", "d4rl", "scripted"] = "auto"  # auto: D4RL's file (kitchen) if it can be had, else scripted
-    data: str | None = None  # other offline data: an HDF5 file or a folder (README, "Your own data")
-    data_noise: float | None = None  # size of the disturbances in scripted data (None: the task's)
-    allow_pickle: bool = False  # let --data be a pickle of the SkiMo release, read without running its code
-    accept_any_data: bool = False  # take D4RL's file although its checksum differs
+    # Model
+    skill_horizon: int = 10  # H: env steps per skill
+    skill_dim: int = 10  # Z: size of a skill
+    hidden_dim: int = 128  # width of hidden layers
+    latent_dim: int = 256  # d: size of a latent state
+    skill_encoder: Literal["mlp", "lstm"] = "lstm"  # architecture of q
+    position_features: bool = True  # sines and cosines of positions as inputs (release: none)
 
     # Pre-training
-    pretrained: str | None = None  # start at RL from this model: a path, or `published` for benchmarks/results
-    retrain: bool = False  # pre-train again although the cache holds this model
-    pretrain_updates: int = 12_000  # gradient updates (release: 700,000 in the maze, 425,000 elsewhere)
+    pretrain_updates: int = 12_000  # gradient updates
     pretrain_skills: int = 10  # skills per window (release: num_skills)
     pretrain_batch_size: int = 128  # windows per update (release: 512)
     bc_chunks: int = 4  # chunks of each window that the skill policy is trained on (release: all)
     pretrain_lr: float = 1e-3  # peak learning rate
-    pretrain_lr_decay: bool = True  # 500 updates of warm-up, then sqrt(1 - progress) (release: constant rate)
+    pretrain_lr_decay: bool = True  # warm-up, then decay to zero (release: constant)
+    pretrain_tau: float = 0.01  # share of the online weights in a target update of pre-training
     bc_coef: float = 2.0  # weight of the skill policy's squared error
-    kl_coef: float = 1e-4  # weight of KL(q || N(0,1)) (release: 1e-4)
+    kl_coef: float = 1e-4  # weight of KL(q || N(0,1))
     prior_coef: float = 1.0  # weight of KL(q || p)
     recon_coef: float = 1.0  # weight of the observation's log-likelihood
-    pretrain_tau: float = 0.01  # tau of pre-training
-    position_features: bool = True  # sines and cosines of positions and joint angles as inputs (release: none)
-    pretrain_eval_interval: int = 3_000  # updates between validations with roll-outs of the prior
-    pretrain_eval_episodes: int = 100  # roll-outs in a validation; four times as many at the end
+    consistency_coef: float = 2.0  # weight of the latent consistency
+    rho: float = 0.5  # weight rho^t of the t-th skill of a window
+    target_update_interval: int = 2  # updates between target updates, in both phases
+    max_grad_norm: float = 100.0  # bound of the gradient's norm, in both phases
 
     # Downstream RL
     total_timesteps: int = 1_000_000  # env steps, warm-up included
-    num_envs: int = 8  # environments in lockstep
+    num_envs: int = 8  # environments side by side
+    num_skills: Literal[1] = 1  # N: skills per window; without a model nothing needs more
     warmup_steps: int = 5_000  # env steps with skills from the prior, before updates start
     batch_size: int = 256  # skills per update
     updates_per_step: float = 10 / 500  # gradient updates per env step, the warm-up's included
@@ -100,49 +130,48 @@ class Args:
     target_kl: float = 3.0  # nats between task policy and prior
     alpha_lr: float = 3e-4  # learning rate of log alpha
     gamma: float = 0.99  # discount per skill
-    rho: float = 0.5  # weight rho^t of the t-th skill of a window
     tau: float = 0.05  # share of the online weights in a target update (release: 0.01)
-    target_update_interval: int = 2  # updates between target updates
-    consistency_coef: float = 2.0  # weight of the latent consistency in pre-training
     value_coef: float = 0.1  # weight of the TD loss
     reward_scale: float = 1.0  # factor on the task's reward
-    max_grad_norm: float = 100.0  # bound of the gradient's global norm
-
-    # Model
-    skill_horizon: int = 10  # H: env steps per skill
-    num_skills: Literal[1] = 1  # N: skills per window of RL, which needs no sequences without a model
-    skill_dim: int = 10  # Z: size of a skill
-    hidden_dim: int = 128  # width of hidden layers
-    latent_dim: int = 256  # d: size of a latent state
-    skill_encoder: Literal["mlp", "lstm"] = "lstm"  # architecture of q
 
 
-# The release's values where they differ from Args, but for total_timesteps, pre-training (DEVIATION 3) and the
-# kitchen's alpha (release: 0.5).
+# The release's values where they differ from Args. Our own are the pre-training (DEVIATION 3), the kitchen's alpha
+# (DEVIATION 7), and the maze's total_timesteps; --published has the release's.
 TASK_DEFAULTS = {
     "maze": dict(
-        latent_dim=128, skill_encoder="mlp", kl_coef=3e-3, total_timesteps=300_000, warmup_steps=50_000, batch_size=128,
-        alpha=1.0, autotune=True,
+        latent_dim=128, skill_encoder="mlp", kl_coef=3e-3, total_timesteps=300_000, warmup_steps=50_000,
+        batch_size=128, alpha=1.0, autotune=True,
     ),
-    "kitchen": dict(  # alpha: DEVIATION 7
-        pretrain_updates=10_000, pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=3e-3, alpha=0.05,
+    "kitchen": dict(
+        pretrain_updates=10_000, pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=3e-3,
+        alpha=0.05,
     ),
     "calvin": dict(
-        hidden_dim=256, num_skills=1, pretrain_updates=10_000, pretrain_skills=1, bc_chunks=1, pretrain_batch_size=256,
-        kl_coef=1e-2, alpha=0.1, reward_scale=0.01, total_timesteps=2_000_000,
+        hidden_dim=256, pretrain_updates=10_000, pretrain_skills=1, bc_chunks=1,
+        pretrain_batch_size=256, kl_coef=1e-2, alpha=0.1, reward_scale=0.01, total_timesteps=2_000_000,
     ),
 }  # fmt: skip
 TASK_DEFAULTS["kitchen-misaligned"] = TASK_DEFAULTS["kitchen"]
 
-# What a pre-trained model and a run must share, what else shapes the model (key of the cache) and a run that goes on
-MODEL_ARGS = "hidden_dim latent_dim skill_dim skill_horizon skill_encoder position_features".split()
-PRETRAIN_ARGS = (
-    "seed pretrain_updates pretrain_skills pretrain_batch_size bc_chunks pretrain_lr pretrain_lr_decay bc_coef kl_coef "
-    "prior_coef recon_coef consistency_coef rho pretrain_tau target_update_interval max_grad_norm"
-).split()
-RUN_ARGS = ["num_envs", "num_skills"]
+# --published: what changes to give the release's values, on all tasks and on each.
+RELEASE = dict(
+    position_features=False, pretrain_updates=425_000, pretrain_skills=10, pretrain_batch_size=512, bc_chunks=10,
+    pretrain_lr_decay=False, kl_coef=1e-4, num_envs=1, tau=0.01,
+)  # fmt: skip
+PUBLISHED = {
+    "maze": dict(RELEASE, pretrain_updates=700_000, total_timesteps=2_000_000),
+    "kitchen": dict(RELEASE, alpha=0.5),
+    "calvin": dict(RELEASE, pretrain_skills=1, bc_chunks=1),
+}
+PUBLISHED["kitchen-misaligned"] = PUBLISHED["kitchen"]
 
-parse_args = functools.partial(data_tools.parse_args, Args, TASK_DEFAULTS, __doc__)  # list of words -> Args
+# DEVIATION 3: periods of the sines and cosines of an observation's first P entries, (P, F).
+POSITION_PERIODS = {
+    "maze": np.outer([1.0] * 2, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]),  # position, in cells
+    "kitchen": np.outer([1.0] * 7 + [0.1] * 2, [0.25, 0.5, 1.0, 2.0, 4.0]),  # arm joints in rad, fingers in m
+    "calvin": np.outer([0.25] * 3 + [1.0] * 11, [0.25, 0.5, 1.0, 2.0, 4.0]),  # tool in m; angles, grip, joints in rad
+}
+POSITION_PERIODS["kitchen-misaligned"] = POSITION_PERIODS["kitchen"]
 
 
 # ------------------------------------------------------------------------------------------------------------ networks
@@ -150,26 +179,31 @@ def mlp(*sizes: int) -> nn.Sequential:
     """Linear layers with orthogonal weights, ELU between them, linear output."""
     layers = []
     for in_dim, out_dim in zip(sizes[:-1], sizes[1:]):
-        layers += [nn.Linear(in_dim, out_dim), nn.ELU()]
-        nn.init.orthogonal_(layers[-2].weight)
-        nn.init.zeros_(layers[-2].bias)
+        linear = nn.Linear(in_dim, out_dim)
+        nn.init.orthogonal_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.ELU()]
     return nn.Sequential(*layers[:-1])
 
 
 def scalar_head(in_dim: int, u: int) -> nn.Sequential:
     """Reward and Q: a normalised first layer, then an MLP of width u whose output starts near 0."""
-    head = nn.Sequential(nn.Linear(in_dim, u), nn.LayerNorm(u), nn.Tanh(), *mlp(u, u, u, u, 1))
+    first = [nn.Linear(in_dim, u), nn.LayerNorm(u), nn.Tanh()]
+    head = nn.Sequential(*first, *mlp(u, u, u, u, 1))
     nn.init.orthogonal_(head[-1].weight, 0.01)
     return head
 
 
-def tanh_normal(x):
-    """Network output (..., 2 * Z) -> mean and std (..., Z) of the Gaussian whose tanh is the variable."""
+def gaussian_parameters(x):
+    """Network output (..., 2 * Z) -> mean and std (..., Z) of the Gaussian whose tanh is the variable.
+
+    The mean stays within +-5, where tanh is saturated, and the std within e^-10 to e^2, as in the release.
+    """
     mean, log_std = x.chunk(2, -1)
     return 5 * torch.tanh(mean / 5), log_std.clamp(-10, 2).exp() + 1e-4
 
 
-def sample(distribution):
+def sample_skill(distribution):
     """One reparameterised sample of tanh(N(mean, std)); distribution is (mean, std), each (..., Z)."""
     mean, std = distribution
     return torch.tanh(mean + std * torch.randn_like(mean))
@@ -177,31 +211,38 @@ def sample(distribution):
 
 def kl_divergence(p, q):
     """KL(p || q) of Gaussians (mean, std), each (..., Z) -> (...) in nats; a common tanh leaves it as it is."""
-    (mean_p, std_p), (mean_q, std_q) = p, q  # DEVIATION 1
-    return ((std_q / std_p).log() + (std_p**2 + (mean_p - mean_q) ** 2) / (2 * std_q**2) - 0.5).sum(-1)
+    mean_p, std_p = p
+    mean_q, std_q = q
+    square = std_p**2 + (mean_p - mean_q) ** 2
+    kl = (std_q / std_p).log() + square / (2 * std_q**2) - 0.5  # DEVIATION 1
+    return kl.sum(-1)
 
 
 class StateEncoder(nn.Module):
     """Raw observations (..., O) -> latent states (..., d).
 
-    DEVIATION 3: sines and cosines of positions and joint angles are inputs, too. What matters, a wall of the maze or a
-    centimetre at a handle, is a fortieth of the input's range or less, which a plain MLP needs very long to resolve.
+    DEVIATION 3: sines and cosines of positions are inputs as well. What matters, a wall of the maze or a centimetre at
+    a handle, is less than a fortieth of the input's range, and a plain MLP needs very long to resolve that.
     """
 
     def __init__(self, obs_dim: int, args: Args):
         super().__init__()
-        scale, shift = data_tools.obs_scale(args.env_id, obs_dim)
-        frequency = data_tools.position_frequency(args.env_id) if args.position_features else np.zeros((0, 0))
-        self.register_buffer("scale", torch.tensor(scale))
-        self.register_buffer("shift", torch.tensor(shift))
-        self.register_buffer("frequency", torch.tensor(frequency, dtype=torch.float32))  # (P, F)
-        self.net = mlp(obs_dim + 2 * frequency.size, args.hidden_dim, args.latent_dim)
+        task = data_tools.TASKS[args.env_id]
+        periods = np.zeros((0, 0))
+        if args.position_features:
+            periods = POSITION_PERIODS.get(args.env_id, periods)
+        frequency = torch.tensor(2 * np.pi / periods, dtype=torch.float32)
+        self.register_buffer("scale", torch.tensor(task.obs_scale or [1.0] * obs_dim))  # (O,)
+        self.register_buffer("shift", torch.tensor(task.obs_shift or [0.0] * obs_dim))  # (O,)
+        self.register_buffer("frequency", frequency)  # (P, F)
+        self.net = mlp(obs_dim + 2 * periods.size, args.hidden_dim, args.latent_dim)
 
     def scaled(self, obs):  # what the decoder reconstructs
         return obs * self.scale + self.shift  # (..., O)
 
     def features(self, obs):
-        phase = (obs[..., : len(self.frequency), None] * self.frequency).flatten(-2)  # (..., P * F)
+        position = obs[..., : len(self.frequency), None]  # (..., P, 1)
+        phase = (position * self.frequency).flatten(-2)  # (..., P * F)
         return torch.cat([self.scaled(obs), phase.sin(), phase.cos()], -1)  # (..., O + 2 * P * F)
 
     def forward(self, obs):
@@ -213,16 +254,20 @@ class WorldModel(nn.Module):
 
     def __init__(self, obs_dim: int, args: Args):
         super().__init__()
-        u, d, dz = args.hidden_dim, args.latent_dim, args.latent_dim + args.skill_dim
+        u = args.hidden_dim
+        d = args.latent_dim
+        dz = d + args.skill_dim
         self.encoder = StateEncoder(obs_dim, args)
         self.dynamics = mlp(dz, u, u, u, u, d)
-        self.reward_model, self.qf1, self.qf2 = scalar_head(dz, u), scalar_head(dz, u), scalar_head(dz, u)
+        self.reward_model = scalar_head(dz, u)
+        self.qf1 = scalar_head(dz, u)
+        self.qf2 = scalar_head(dz, u)
         self.decoder = mlp(d, u, u, 2 * obs_dim)
 
     def next(self, h, z):  # D(h, z): the latent state after the whole skill
         return self.dynamics(torch.cat([h, z], -1))  # (..., d)
 
-    def reward(self, h, z):  # R(h, z)
+    def reward(self, h, z):  # R(h, z): the sum of rewards during the skill
         return self.reward_model(torch.cat([h, z], -1)).squeeze(-1)  # (...)
 
     def q(self, h, z):  # Q_1(h, z), Q_2(h, z)
@@ -240,23 +285,34 @@ class SkillModel(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        u, d, Z, self.uses_lstm = args.hidden_dim, args.latent_dim, args.skill_dim, args.skill_encoder == "lstm"
+        u = args.hidden_dim
+        d = args.latent_dim
+        Z = args.skill_dim
+        chunk = args.skill_horizon * action_dim
         self.encoder = StateEncoder(obs_dim, args)
         self.skill_policy = mlp(d + Z, u, u, u, u, 2 * action_dim)
-        self.lstm = nn.LSTM(action_dim + d, 128, batch_first=True) if self.uses_lstm else None
-        sizes = (128,) if self.uses_lstm else (args.skill_horizon * action_dim + d, u, u, u, u)
-        self.skill_encoder = mlp(*sizes, 2 * Z)
+        self.lstm = None
+        if args.skill_encoder == "lstm":
+            self.lstm = nn.LSTM(action_dim + d, 128, batch_first=True)
+            self.skill_encoder = mlp(128, 2 * Z)
+        else:
+            self.skill_encoder = mlp(chunk + d, u, u, u, u, 2 * Z)
 
     def encode_skill(self, obs, actions):
         """q: chunks of observations (B, N, H, O) and actions (B, N, H, A) -> mean and std, 2 x (B, N, Z)."""
-        if self.uses_lstm:
-            steps = torch.cat([actions, self.encoder(obs)], -1).flatten(0, 1)  # (B * N, H, A + d)
-            return tanh_normal(self.skill_encoder(self.lstm(steps)[0][:, -1]).unflatten(0, actions.shape[:2]))
-        return tanh_normal(self.skill_encoder(torch.cat([actions.flatten(2), self.encoder(obs[:, :, 0])], -1)))
+        if self.lstm is None:
+            first = self.encoder(obs[:, :, 0])  # (B, N, d)
+            x = torch.cat([actions.flatten(2), first], -1)  # (B, N, H * A + d)
+        else:
+            steps = torch.cat([actions, self.encoder(obs)], -1)  # (B, N, H, A + d)
+            outputs, _ = self.lstm(steps.flatten(0, 1))  # (B * N, H, 128)
+            x = outputs[:, -1].unflatten(0, actions.shape[:2])  # (B, N, 128)
+        return gaussian_parameters(self.skill_encoder(x))
 
     def act(self, obs, z):
         """Mode of pi_L: observations (..., O) and skills (..., Z) -> actions (..., A) in (-1, 1)."""
-        mean, _ = tanh_normal(self.skill_policy(torch.cat([self.encoder(obs), z], -1)))
+        x = torch.cat([self.encoder(obs), z], -1)
+        mean, _ = gaussian_parameters(self.skill_policy(x))
         return torch.tanh(mean)
 
 
@@ -265,19 +321,24 @@ class Critic(nn.Module):
 
     def __init__(self, num_features: int, args: Args):
         super().__init__()
-        sizes = num_features + args.skill_dim, args.hidden_dim
-        self.qf1, self.qf2 = scalar_head(*sizes), scalar_head(*sizes)
+        u = args.hidden_dim
+        sz = num_features + args.skill_dim
+        self.qf1 = scalar_head(sz, u)
+        self.qf2 = scalar_head(sz, u)
 
     def forward(self, features, z):
         sz = torch.cat([features, z], -1)
         return self.qf1(sz).squeeze(-1), self.qf2(sz).squeeze(-1)
 
 
-def make_networks(args: Args, obs_dim: int, action_dim: int, device) -> nn.ModuleDict:
+def make_networks(args: Args, obs_dim: int, action_dim: int) -> nn.ModuleDict:
     """The networks of pre-training: world model, skills, and the prior p(z | h), (..., d) -> (..., 2 * Z)."""
-    prior = mlp(args.latent_dim, *[args.hidden_dim] * 4, 2 * args.skill_dim)
-    networks = dict(model=WorldModel(obs_dim, args), skills=SkillModel(obs_dim, action_dim, args), prior=prior)
-    return nn.ModuleDict(networks).to(device)
+    hidden = [args.hidden_dim] * 4
+    prior = mlp(args.latent_dim, *hidden, 2 * args.skill_dim)
+    model = WorldModel(obs_dim, args)
+    skills = SkillModel(obs_dim, action_dim, args)
+    networks = nn.ModuleDict(dict(model=model, skills=skills, prior=prior))
+    return networks.to(args.device)
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
@@ -286,58 +347,85 @@ def pretrain_loss(model, skills, prior, target, obs, actions, args):
 
     obs (B, N*H+1, O) raw, actions (B, N*H, A); target is the slow copy of model. Returns the loss and metrics, scalars.
     """
-    B, N, H = len(obs), args.pretrain_skills, args.skill_horizon
-    chunk_obs, chunk_actions = obs[:, :-1].unflatten(1, (N, H)), actions.unflatten(1, (N, H))  # (B, N, H, O), ... A)
-    chosen = torch.rand(B, N, device=obs.device).topk(args.bc_chunks, 1).indices  # (B, C) chunks, DEVIATION 2
-    q = skills.encode_skill(chunk_obs, chunk_actions)  # 2 x (B, N, Z)
-    z = sample(q)  # (B, N, Z)
+    B = len(obs)
+    N = args.pretrain_skills
+    H = args.skill_horizon
+    chunk_obs = obs[:, :-1].unflatten(1, (N, H))  # (B, N, H, O)
+    chunk_actions = actions.unflatten(1, (N, H))  # (B, N, H, A)
+    order = torch.rand(B, N, device=obs.device)
+    chosen = order.topk(args.bc_chunks, 1).indices  # (B, C), DEVIATION 2
+    q_mean, q_std = skills.encode_skill(chunk_obs, chunk_actions)  # (B, N, Z)
+    z = sample_skill((q_mean, q_std))  # (B, N, Z)
 
-    # eq. 3: behavioural cloning by the skill policy, on the chosen chunks of each window, and KL(q || N(0, 1))
-    row = torch.arange(B, device=obs.device)[:, None]  # (B, 1); compiled, z[row, chosen] would lose its gradient
-    z_steps = (nn.functional.one_hot(chosen, N).to(z) @ z).unsqueeze(2).expand(-1, -1, H, -1)  # (B, C, H, Z)
-    bc_loss = (skills.act(chunk_obs[row, chosen], z_steps) - chunk_actions[row, chosen]).square().mean()
-    kl_loss = kl_divergence(q, (torch.zeros_like(q[0]), torch.ones_like(q[1]))).clamp(-100, 100).mean()
+    # Eq. 3, behavioural cloning: a skill has to hold all that is needed to repeat its actions.
+    # z[row, chosen] as a product, because torch.compile (2.13) loses the gradient of the indexing.
+    row = torch.arange(B, device=obs.device)[:, None]  # (B, 1)
+    select = nn.functional.one_hot(chosen, N).to(z)  # (B, C, N)
+    z_chosen = select @ z  # (B, C, Z)
+    z_steps = z_chosen[:, :, None].expand(-1, -1, H, -1)  # (B, C, H, Z)
+    predicted = skills.act(chunk_obs[row, chosen], z_steps)  # (B, C, H, A)
+    bc_loss = (predicted - chunk_actions[row, chosen]).square().mean()
 
-    # Reconstruction: Gaussian likelihood of the scaled states at skill boundaries
+    # Eq. 3, KL to N(0, 1): keeps skills close together, so that those between two of them mean something as well.
+    normal = torch.zeros_like(q_mean), torch.ones_like(q_std)
+    kl_loss = kl_divergence((q_mean, q_std), normal).clamp(-100, 100).mean()
+
+    # Reconstruction of the states where skills begin and end: latent states must not forget the observation.
     skill_obs = obs[:, ::H]  # (B, N+1, O)
     h = model.encoder(skill_obs)  # (B, N+1, d)
-    likelihood = torch.distributions.Normal(*model.decode(h), validate_args=False)
-    recon_loss = -likelihood.log_prob(model.encoder.scaled(skill_obs)).sum(-1).mean()
+    mean, std = model.decode(h)
+    likelihood = torch.distributions.Normal(mean, std, validate_args=False)
+    log_prob = likelihood.log_prob(model.encoder.scaled(skill_obs))  # (B, N+1, O)
+    recon_loss = -log_prob.sum(-1).mean()
 
-    # eq. 4: h_{i+1} = D(h_i, z_i), rolled out from h_0 through time, agrees with the slow encoder
+    # Eq. 4: h_{i+1} = D(h_i, z_i), rolled out from h_0, agrees with the slow encoder. The gradient reaches q through z:
+    # skills become such that the model can predict where they lead.
     with torch.no_grad():
         h_target = target.encoder(skill_obs)  # (B, N+1, d)
-    h_pred, consistency = h[:, 0], 0.0
+    h_pred = h[:, 0]  # (B, d)
+    consistency = 0.0
     for i in range(N):
-        h_pred = model.next(h_pred, z[:, i])  # (B, d)
-        consistency = consistency + args.rho**i * (h_pred - h_target[:, i + 1]).square().mean(-1)  # (B,)
+        h_pred = model.next(h_pred, z[:, i])
+        error = (h_pred - h_target[:, i + 1]).square().mean(-1)  # (B,)
+        consistency = consistency + args.rho**i * error
     consistency_loss = consistency.clamp(max=1e4).mean()
 
-    # eq. 5: the prior p(z | h) follows q; its gradient reaches the state encoder, not q
-    prior_loss = kl_divergence((q[0].detach(), q[1].detach()), tanh_normal(prior(h[:, :-1]))).mean()
+    # Eq. 5: the prior says which skills people choose in a state. Its gradient reaches the state encoder, not q.
+    p = gaussian_parameters(prior(h[:, :-1]))  # 2 x (B, N, Z)
+    prior_loss = kl_divergence((q_mean.detach(), q_std.detach()), p).mean()
 
-    loss = args.bc_coef * bc_loss + args.kl_coef * kl_loss + args.prior_coef * prior_loss
-    loss = loss + (args.recon_coef * recon_loss + args.consistency_coef * consistency_loss) / N
-    metrics = dict(bc_loss=bc_loss, kl_loss=kl_loss, prior_loss=prior_loss)
-    metrics |= dict(recon_loss=recon_loss, consistency_loss=consistency_loss)
+    skill_loss = args.bc_coef * bc_loss + args.kl_coef * kl_loss + args.prior_coef * prior_loss
+    model_loss = args.recon_coef * recon_loss + args.consistency_coef * consistency_loss
+    loss = skill_loss + model_loss / N
+    metrics = dict(
+        bc_loss=bc_loss,
+        kl_loss=kl_loss,
+        prior_loss=prior_loss,
+        recon_loss=recon_loss,
+        consistency_loss=consistency_loss,
+    )
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
 def critic_loss(
     critic, target, encoder, task_policy, prior_encoder, skill_prior, obs, z, rewards, dones, next_obs, alpha, args
 ):
-    """Critics on single skills from the replay buffer; in the target, the next state's prior KL is a cost.
+    """Critics on single skills from the replay buffer: soft TD loss, with the KL to the prior for the entropy.
 
     obs and next_obs (B, 1, O), z (B, 1, Z), rewards and dones (B, 1), alpha (). Returns the loss and metrics.
     """
+    # Value of the next state under the task policy. Leaving the prior there is a cost, so that Q counts future KL.
     with torch.no_grad():
-        policy = tanh_normal(task_policy(encoder(next_obs)))  # 2 x (B, 1, Z)
-        prior = tanh_normal(skill_prior(prior_encoder(next_obs)))  # 2 x (B, 1, Z)
-        next_value = torch.min(*target(encoder.features(next_obs), sample(policy)))  # (B, 1)
-        next_value = next_value - alpha * kl_divergence(policy, prior).clamp(-100, 100)
+        pi = gaussian_parameters(task_policy(encoder(next_obs)))  # 2 x (B, 1, Z)
+        prior = gaussian_parameters(skill_prior(prior_encoder(next_obs)))  # 2 x (B, 1, Z)
+        next_z = sample_skill(pi)  # (B, 1, Z)
+        next_q = torch.min(*target(encoder.features(next_obs), next_z))  # (B, 1)
+        next_kl = kl_divergence(pi, prior).clamp(-100, 100)  # (B, 1)
+        next_value = next_q - alpha * next_kl
         td_target = rewards + (1 - dones) * args.gamma * next_value  # (B, 1)
+
+    # Twice, as in the release: SkiMo's errors on imagined and on encoded states are the same in windows of one skill.
     q1, q2 = critic(encoder.features(obs), z)  # (B, 1)
-    # Twice: SkiMo's errors on imagined and on encoded states are the same one where a window has but one skill.
     value_error = 2 * ((q1 - td_target).square() + (q2 - td_target).square())  # (B, 1)
     loss = args.value_coef * value_error.clamp(max=1e5).mean()
     metrics = dict(value_loss=value_error, td_target=td_target, q_value=q1)
@@ -347,38 +435,36 @@ def critic_loss(
 def policy_loss(critic, encoder, task_policy, prior_encoder, skill_prior, obs, alpha, args):
     """Task policy and state encoder: maximise Q, stay close to the frozen prior (SkiMo eq. 7, without a model).
 
-    obs (B, 1, O), alpha (); prior_encoder is the E of pre-training, frozen.
-    Returns the loss and metrics; metrics["prior_kl"] is the mean KL in nats.
+    obs (B, 1, O), alpha (); prior_encoder is the E of pre-training, frozen. Returns the loss and metrics;
+    metrics["prior_kl"] is the mean KL in nats.
     """
-    policy = tanh_normal(task_policy(encoder(obs)))  # 2 x (B, 1, Z)
-    q_value = torch.min(*critic(encoder.features(obs), sample(policy)))  # (B, 1)
+    # Maximise Q: choose the skills that the critics like best.
+    pi = gaussian_parameters(task_policy(encoder(obs)))  # 2 x (B, 1, Z)
+    z = sample_skill(pi)  # (B, 1, Z)
+    q_value = torch.min(*critic(encoder.features(obs), z))  # (B, 1)
+
+    # Stay close to the prior: the task is solved by skills that people use.
     with torch.no_grad():
-        prior = tanh_normal(skill_prior(prior_encoder(obs)))  # 2 x (B, 1, Z)
-    prior_kl = kl_divergence(policy, prior).clamp(-100, 100)  # (B, 1)
+        prior = gaussian_parameters(skill_prior(prior_encoder(obs)))  # 2 x (B, 1, Z)
+    prior_kl = kl_divergence(pi, prior).clamp(-100, 100)  # (B, 1)
+
     loss = (alpha * prior_kl - q_value).mean()
-    return loss, dict(policy_loss=loss.detach(), policy_q=q_value.detach().mean(), prior_kl=prior_kl.detach().mean())
+    metrics = dict(policy_loss=loss, policy_q=q_value, prior_kl=prior_kl)
+    return loss, {name: value.detach().mean() for name, value in metrics.items()}
 
 
 # -------------------------------------------------------------------------------------------------------------- acting
 @torch.no_grad()
-def act(encoder, task_policy, obs, explore: bool):
-    """Skills of the task policy, samples to explore or else its mode: obs (E, O) NumPy -> z (E, Z) on the CPU."""
-    h = encoder(torch.from_numpy(obs).to(encoder.scale.device))  # (E, d)
-    distribution = tanh_normal(task_policy(h))  # 2 x (E, Z)
-    return (sample(distribution) if explore else torch.tanh(distribution[0])).cpu()
-
-
-@torch.no_grad()
-def execute_skill(envs, skills, obs, z, ended, args: Args, trace: list):
+def execute_skill(envs, skills, obs, z, ended, args: Args):
     """H env steps of the skill policy with skills z (E, Z), on the CPU next to the simulator.
 
-    obs (E, O); ended (E,) bool: members that wait for their reset. Returns next_obs (E, O), the rewards' sum (E,),
-    the new ended (E,) and the env steps taken (E,). Each step's (obs, action, ended) is appended to trace.
+    obs (E, O); ended (E,) bool: environments that wait for their reset. Returns next_obs (E, O), the rewards' sum (E,),
+    the new ended (E,) and the env steps taken (E,).
     """
-    rewards, steps = np.zeros(len(obs), dtype=np.float32), np.zeros(len(obs), dtype=np.int64)
+    rewards = np.zeros(len(obs), dtype=np.float32)
+    steps = np.zeros(len(obs), dtype=np.int64)
     for _ in range(args.skill_horizon):
         action = skills.act(torch.from_numpy(obs), z).numpy()  # (E, A)
-        trace.append((obs, action, ended))
         obs, reward, terminations, truncations, _ = envs.step(action)
         rewards += np.where(ended, 0.0, reward)
         steps += ~ended
@@ -388,28 +474,43 @@ def execute_skill(envs, skills, obs, z, ended, args: Args, trace: list):
     return obs, rewards, ended, steps
 
 
-def evaluate(learner, args: Args, video: Path | None = None):
-    """Clean evaluation: the task policy's mode, one episode in each of eval_episodes environments.
+def rollout(choose_skill, skills, num_episodes: int, args: Args, seed: int, video: Path | None = None):
+    """An episode in each of num_episodes environments, with skills z (E, Z) = choose_skill(obs (E, O)), on the CPU.
 
-    Returns returns (E,) and lengths in env steps (E,). With video, one episode is rendered into that MP4 instead.
+    Returns returns (E,) and lengths in env steps (E,). The random numbers of training stay as they were.
     """
-    envs = data_tools.make_envs(args.env_id, 1 if video else args.eval_episodes, video)
+    envs = data_tools.make_envs(args.env_id, num_episodes, video)
+    returns = np.zeros(num_episodes)
+    lengths = np.zeros(num_episodes, dtype=np.int64)
+    ended = np.zeros(num_episodes, dtype=bool)
+    with kept_random_state(args):
+        torch.manual_seed(seed)
+        obs, _ = envs.reset(seed=seed)
+        while not ended.all():
+            z = choose_skill(obs)
+            obs, rewards, ended, steps = execute_skill(envs, skills, obs, z, ended, args)
+            returns += rewards
+            lengths += steps
+    envs.close()
+    return returns, lengths
 
-    def choose_skill(obs, episode_start):
-        return act(learner.encoder, learner.task_policy, obs, explore=False)  # (E, Z)
 
-    return data_tools.rollout(execute_skill, envs, learner.skills, choose_skill, args, 10_000 + args.seed)[:2]
-
-
-def prior_rollouts(networks, args: Args, num_episodes: int, max_skills: int | None = None):
-    """Episodes with skills from the prior, what a fresh task policy explores; returns what data_tools.rollout does."""
+def prior_rollouts(networks, args: Args, num_episodes: int):
+    """Returns (E,) of episodes with skills from the prior: what a fresh task policy explores."""
     cpu = copy.deepcopy(networks).cpu()
 
-    def choose_skill(obs, episode_start):
-        return sample(tanh_normal(cpu["prior"](cpu["model"].encoder(torch.from_numpy(obs)))))  # (E, Z)
+    @torch.no_grad()
+    def choose_skill(obs):
+        h = cpu["model"].encoder(torch.from_numpy(obs))  # (E, d)
+        return sample_skill(gaussian_parameters(cpu["prior"](h)))  # (E, Z)
 
-    envs = data_tools.make_envs(args.env_id, num_episodes)
-    return data_tools.rollout(execute_skill, envs, cpu["skills"], choose_skill, args, args.seed, max_skills)
+    return rollout(choose_skill, cpu["skills"], num_episodes, args, args.seed)[0]
+
+
+def success(returns, args: Args) -> float:
+    """Share of episodes in which everything was done."""
+    best = data_tools.TASKS[args.env_id].max_return
+    return float((np.asarray(returns) >= best).mean()) if len(returns) else 0.0
 
 
 # -------------------------------------------------------------------------------------------------------------- replay
@@ -419,11 +520,16 @@ class ReplayBuffer:
     An episode of T skills takes T + 1 rows; the last one holds its final observation.
     """
 
-    def __init__(self, obs_dim: int, args: Args, device):
+    def __init__(self, obs_dim: int, args: Args):
         self.num_skills = args.num_skills
-        self.split_sizes = [obs_dim, args.skill_dim, 1, 1]
-        self.rows = torch.zeros(0, sum(self.split_sizes), device=device)  # obs, z, reward, done
-        self.episodes = torch.zeros(0, 2, dtype=torch.long, device=device)  # first row, skills
+        self.device = args.device
+        self.columns = dict(
+            obs=torch.zeros(0, obs_dim, device=args.device),
+            z=torch.zeros(0, args.skill_dim, device=args.device),
+            rewards=torch.zeros(0, device=args.device),
+            dones=torch.zeros(0, device=args.device),
+        )
+        self.episodes = torch.zeros(0, 2, dtype=torch.long, device=args.device)  # first row, skills
         self.running = [[] for _ in range(args.num_envs)]  # rows of the unfinished episodes
 
     def add(self, obs, z, rewards, ended, next_obs):
@@ -431,58 +537,160 @@ class ReplayBuffer:
 
         A time-out is stored as a true end, as in the release.
         """
-        rewards, dones = torch.from_numpy(rewards)[:, None], torch.from_numpy(ended).float()[:, None]
-        rows = torch.cat([torch.from_numpy(obs), z, rewards, dones], 1)  # (E, O + Z + 2)
-        last = torch.cat([torch.from_numpy(next_obs), torch.zeros_like(rows[:, obs.shape[1] :])], 1)
+        obs = torch.from_numpy(obs)
+        next_obs = torch.from_numpy(next_obs)
+        rewards = torch.from_numpy(rewards)
+        dones = torch.from_numpy(ended).float()
         for e, running in enumerate(self.running):
-            running.append(rows[e])
+            running.append((obs[e], z[e], rewards[e], dones[e]))
             if ended[e]:
                 if len(running) >= self.num_skills:
-                    episode = torch.tensor([[len(self.rows), len(running)]], device=self.rows.device)
-                    self.episodes = torch.cat([self.episodes, episode])
-                    self.rows = torch.cat([self.rows, torch.stack([*running, last[e]]).to(self.rows.device)])
-                running.clear()
+                    self.add_episode(running, next_obs[e])
+                self.running[e] = []
+
+    def add_episode(self, rows: list, last_obs):
+        """Rows (obs, z, reward, done) of an episode and its final observation (O,) go to the device."""
+        zeros = torch.zeros(())
+        first = len(self.columns["obs"])
+        episode = torch.tensor([[first, len(rows)]], device=self.device)
+        self.episodes = torch.cat([self.episodes, episode])
+        rows = [*rows, (last_obs, torch.zeros_like(rows[0][1]), zeros, zeros)]
+        for name, values in zip(self.columns, zip(*rows)):
+            new = torch.stack(values).to(self.device)
+            self.columns[name] = torch.cat([self.columns[name], new])
 
     def sample(self, batch_size: int):
         """Windows of N skills: obs (B, N+1, O), z (B, N, Z), rewards and dones (B, N).
 
         Episodes are uniform; the start is min(uniform{0..T-1}, T-N), so that the last window is drawn more often.
         """
-        index = torch.randint(len(self.episodes), (batch_size,), device=self.rows.device)  # (B,)
-        first, T = self.episodes[index].unbind(1)
-        start = (torch.rand(batch_size, device=self.rows.device) * T).long().minimum(T - self.num_skills)
-        steps = torch.arange(self.num_skills + 1, device=self.rows.device)
-        obs, z, rewards, dones = self.rows[(first + start)[:, None] + steps].split(self.split_sizes, -1)  # (B, N+1, .)
-        return obs, z[:, :-1], rewards[:, :-1, 0], dones[:, :-1, 0]
+        N = self.num_skills
+        index = torch.randint(len(self.episodes), (batch_size,), device=self.device)  # (B,)
+        first, T = self.episodes[index].unbind(1)  # (B,)
+        start = (torch.rand(batch_size, device=self.device) * T).long()
+        start = first + start.minimum(T - N)  # (B,)
+        rows = start[:, None] + torch.arange(N + 1, device=self.device)  # (B, N+1)
+        obs, z, rewards, dones = (column[rows] for column in self.columns.values())
+        return obs, z[:, :-1], rewards[:, :-1], dones[:, :-1]
+
+    def state_dict(self) -> dict:
+        return dict(self.columns, episodes=self.episodes, running=self.running)
+
+    def load_state_dict(self, state: dict):
+        self.running = state["running"]
+        self.episodes = state["episodes"].to(self.device)
+        self.columns = {name: state[name].to(self.device) for name in self.columns}
+
+
+# --------------------------------------------------------------------------------------------------- logs, checkpoints
+def kept_random_state(args: Args):
+    """Context that leaves torch's random numbers as they were, also those of the GPU that is used."""
+    return torch.random.fork_rng([torch.cuda.current_device()] if args.device == "cuda" else [])
+
+
+def log(writer: SummaryWriter, group: str, values: dict, step: int):
+    """Scalars to TensorBoard as group/name."""
+    for name, value in values.items():
+        writer.add_scalar(f"{group}/{name}", value, step)
+
+
+def stop_at_signals() -> threading.Event:
+    """Ctrl-C or SIGTERM asks for a stop where everything can be saved; the second time the program ends at once."""
+    stop = threading.Event()
+
+    def ask(number, frame):
+        stop.set()
+        tqdm.write("stopping: saves first (once more: stops at once)")
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, ask)
+    signal.signal(signal.SIGTERM, ask)
+    return stop
+
+
+def write_json(path: Path, values: dict):
+    """Values as JSON. The file is renamed when it is whole, so that a crash never leaves half of it."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(values, indent=1))
+    part.replace(path)
+
+
+def passed(interval: int, step: int, new_steps: int) -> bool:
+    """Whether the last new_steps reached or passed a multiple of interval (0: never)."""
+    return interval > 0 and step // interval > (step - new_steps) // interval
+
+
+def save(path: Path, parts: dict, **values):
+    """Write the state of modules, optimizers and replay, plain values, and torch's random numbers.
+
+    The file is renamed when it is whole, so that a crash while writing leaves the one of before.
+    """
+    state = {name: part.state_dict() for name, part in parts.items()}
+    rng = [torch.get_rng_state()]
+    if torch.cuda.is_initialized():
+        rng.append(torch.cuda.get_rng_state())
+    part = path.with_suffix(".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(dict(state, **values, rng=rng), part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        part.unlink(missing_ok=True)
+        reason = str(error).split("\n")[0]
+        sys.exit(f"error: cannot write {path} ({reason}); free some space or choose another folder")
+
+
+@contextlib.contextmanager
+def reading(path: Path):
+    """A file that is missing, damaged or of other sizes ends the program with a sentence."""
+    try:
+        yield
+    except FileNotFoundError:
+        sys.exit(f"error: {path} does not exist; check the path")
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        sys.exit(f"error: {path} is damaged or does not fit ({type(error).__name__}: {reason}); give another file")
+
+
+def load(path: Path, parts: dict) -> dict:
+    """Put what `save` wrote into parts; returns everything. Raises an error if a single bit is wrong."""
+    if zipfile.ZipFile(path).testzip() is not None:
+        raise ValueError("its checksum is wrong")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+        if isinstance(part, nn.Module):
+            for key, value in part.state_dict().items():
+                if not value.isfinite().all():
+                    raise ValueError(f"{key} is not finite")
+        if isinstance(part, torch.optim.Optimizer):
+            for weight, moments in part.state.items():
+                if moments["exp_avg"].shape != weight.shape:
+                    raise ValueError("an optimizer's state has another shape")
+    return state
+
+
+def set_random_state(rng: list):
+    """Go on with the random numbers of a checkpoint; without its GPU not bit for bit."""
+    torch.set_rng_state(rng[0])
+    if torch.cuda.is_available() and len(rng) > 1:
+        torch.cuda.set_rng_state(rng[1])
 
 
 # --------------------------------------------------------------------------------------------------------- pre-training
-class Pretrainer(nn.Module):
-    """The networks of pre-training with their slow copy and optimizer, and one gradient step."""
+def clip_gradients(module, args: Args):
+    """Bound the gradient's norm; returns it, ()."""
+    return nn.utils.clip_grad_norm_(module.parameters(), args.max_grad_norm)
 
-    def __init__(self, args: Args, networks: nn.ModuleDict):
-        super().__init__()
-        self.args, self.networks, self.num_updates = args, networks, 0
-        self.target = copy.deepcopy(networks["model"])
-        self.optimizers = [torch.optim.Adam(networks.parameters(), lr=args.pretrain_lr, eps=1e-7, fused=True)]
-        self.loss = torch.compile(pretrain_loss, mode="reduce-overhead", dynamic=False, disable=not args.compile)
 
-    def update(self, obs, actions) -> dict:
-        """One step on windows obs (B, N*H+1, O), actions (B, N*H, A); returns metrics."""
-        args, (optimizer,) = self.args, self.optimizers
-        if args.pretrain_lr_decay:  # DEVIATION 3
-            decay = max(0.0, 1 - self.num_updates / args.pretrain_updates) ** 0.5
-            optimizer.param_groups[0]["lr"] = args.pretrain_lr * min(1.0, (self.num_updates + 1) / 500) * decay
-        torch.compiler.cudagraph_mark_step_begin()
-        loss, metrics = self.loss(*self.networks.values(), self.target, obs, actions, args)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.networks.parameters(), args.max_grad_norm)
-        optimizer.step()
-        self.num_updates += 1
-        if self.num_updates % args.target_update_interval == 0:
-            update_target(self.target, self.networks["model"], args.pretrain_tau)
-        return metrics
+def check_finite(metrics: dict):
+    """End the program before NaN gets into a checkpoint. After a NaN all gradients are NaN, so one look now and then
+    finds it; a look at every update would make the CPU wait for the GPU.
+    """
+    if not metrics["grad_norm"].isfinite():
+        sys.exit("error: the gradient is no number any more: lower the learning rate; the last checkpoint is kept")
 
 
 @torch.no_grad()
@@ -491,139 +699,426 @@ def update_target(target, online, tau: float):
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
 
 
-def pretrain(args: Args, run: data_tools.Run) -> nn.ModuleDict:
-    """Phase 1: networks that --pretrained or the cache holds or, first, that are learnt from the offline data."""
-    torch.manual_seed(args.seed)
-    networks = make_networks(args, *data_tools.env_sizes(args.env_id), run.device)
-    if run.load_pretrained(networks):
-        return networks
-    train_data, valid_data = run.data.to(run.device).split(0.99)
+def pretrain_lr(updates: int, args: Args) -> float:
+    """500 updates of warm-up, then down to zero as sqrt(1 - progress) (DEVIATION 3)."""
+    if not args.pretrain_lr_decay:
+        return args.pretrain_lr
+    decay = (1 - updates / args.pretrain_updates) ** 0.5
+    return args.pretrain_lr * min(1.0, (updates + 1) / 500) * decay
+
+
+def find_pretrained(args: Args):
+    """Returns the file of the pre-trained model and, where it has to be trained first, the offline data or else None.
+
+    A model is found again by the data, the seed, the arguments under `# Model` and `# Pre-training`, and the code that
+    makes it: whoever changes one of them gets a new one.
+    """
+    task = data_tools.TASKS[args.env_id].data or args.env_id  # both kitchens share their data
+    if args.pretrained == "published":
+        return SHIPPED / f"{PRETRAINED}_{task}_pretrained.pt", None
+    if args.pretrained:
+        return Path(args.pretrained), None
+    data = data_tools.load_dataset(args.env_id, args.data_dir, args.dataset, args.data)
+    names = [field.name for field in fields(Args)]
+    names = names[names.index("skill_horizon") : names.index("max_grad_norm") + 1]
+    code = "".join(inspect.getsource(part) for part in (WorldModel, SkillModel, pretrain_loss))
+    made_from = [data.fingerprint, args.seed, ast.dump(ast.parse(code))]
+    made_from += [[name, getattr(args, name)] for name in names]
+    key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
+    path = data_tools.cache_dir(args.data_dir) / "pretrained" / f"{PRETRAINED}_{task}_{key}.pt"
+    return path, None if path.exists() else data
+
+
+def pretrain(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop: threading.Event):
+    """Phase 1: learn skills, skill dynamics and prior from the offline data; writes them to path."""
+    train_data, valid_data = data.to(args.device).split(0.99)
     window = args.pretrain_skills * args.skill_horizon + 1
-    trainer = Pretrainer(args, networks)
-    for update in run.pretraining(trainer):  # goes on where it was interrupted
-        batch = train_data.sample_windows(args.pretrain_batch_size, window)
-        run.log_update("pretrain", trainer.update(*batch), update)
-        finished = update == args.pretrain_updates
-        if finished or update % args.pretrain_eval_interval == 0:
-            with data_tools.fork_rng(), torch.no_grad():
-                torch.manual_seed(args.seed)
-                batch = valid_data.sample_windows(args.pretrain_batch_size, window)
-                _, metrics = pretrain_loss(*networks.values(), trainer.target, *batch, args)
-            returns, _, trace, _ = prior_rollouts(networks, args, args.pretrain_eval_episodes * (4 if finished else 1))
-            facts = run.log_validation(metrics, returns, trace, update)
-    run.save_pretrained(networks, facts)
-    return networks
+    target = copy.deepcopy(networks["model"])
+    optimizer = torch.optim.Adam(networks.parameters(), lr=args.pretrain_lr, eps=1e-7, fused=True)
+    loss_fn = torch.compile(pretrain_loss, mode="reduce-overhead", dynamic=False, disable=not args.compile)
+    updates = 0
+    seconds = 0.0  # of earlier commands
+
+    parts = dict(networks=networks, target=target, optimizer=optimizer)
+    unfinished = path.with_suffix(".unfinished")
+    if unfinished.exists():  # go on where an earlier command was stopped
+        with reading(unfinished):
+            state = load(unfinished, parts)
+            updates = int(state["updates"])
+            seconds = float(state["seconds"])
+            set_random_state(state["rng"])
+        print(f"pre-training goes on at update {updates}: {unfinished}")
+    start_time = time.time() - seconds
+    save(unfinished, parts, updates=updates, seconds=seconds)  # a folder that cannot be written is noticed now
+    bar = tqdm(desc="pre-training", total=args.pretrain_updates, initial=updates, unit="update")
+
+    while updates < args.pretrain_updates:
+        optimizer.param_groups[0]["lr"] = pretrain_lr(updates, args)
+        obs, actions = train_data.sample_windows(args.pretrain_batch_size, window)
+        torch.compiler.cudagraph_mark_step_begin()
+        loss, metrics = loss_fn(*networks.values(), target, obs, actions, args)
+        optimizer.zero_grad()
+        loss.backward()
+        metrics["grad_norm"] = clip_gradients(networks, args)
+        optimizer.step()
+        updates += 1
+        if updates % args.target_update_interval == 0:
+            update_target(target, networks["model"], args.pretrain_tau)
+        bar.update()
+
+        finished = updates == args.pretrain_updates
+        saving = stop.is_set() or updates % 2_500 == 0
+        if finished or saving or updates % 100 == 0:
+            check_finite(metrics)
+            log(writer, "pretrain", metrics, updates)
+            bar.set_postfix({name: f"{value:.3g}" for name, value in metrics.items()})
+
+        # Losses do not tell whether skills are any good: let the prior act in the task
+        if finished or updates % args.pretrain_eval_interval == 0:
+            num_episodes = args.pretrain_eval_episodes * (4 if finished else 1)
+            returns = prior_rollouts(networks, args, num_episodes)
+            facts = dict(prior_return=float(returns.mean()), prior_success=success(returns, args))
+            with kept_random_state(args), torch.no_grad():
+                obs, actions = valid_data.sample_windows(args.pretrain_batch_size, window)
+                _, metrics = pretrain_loss(*networks.values(), target, obs, actions, args)
+            facts |= {f"valid_{name}": float(value) for name, value in metrics.items()}
+            log(writer, "pretrain", facts, updates)
+            words = ", ".join(f"{name} {value:.3g}" for name, value in facts.items())
+            bar.write(f"update {updates}: {words}")
+
+        if saving and not finished:
+            save(unfinished, parts, updates=updates, seconds=time.time() - start_time)
+        if stop.is_set() and not finished:
+            bar.close()
+            sys.exit("stopped in pre-training; the same command goes on")
+    bar.close()
+    facts |= dict(updates=updates, minutes=(time.time() - start_time) / 60, data=data.source)
+    save(path, dict(networks=networks), facts=facts)
+    unfinished.unlink(missing_ok=True)
 
 
 # -------------------------------------------------------------------------------------------------------- downstream RL
-class Learner(nn.Module):
-    """Everything that downstream RL trains, the frozen prior and skills, and one gradient step."""
+class Agent(nn.Module):
+    """What downstream RL trains, the frozen prior and skills, and one gradient step."""
 
     def __init__(self, args: Args, networks: nn.ModuleDict):
         super().__init__()
-        self.args, self.num_updates = args, 0
-        self.encoder, self.skills, self.skill_prior = networks["model"].encoder, networks["skills"], networks["prior"]
-        self.device = self.encoder.scale.device
-        self.critic = Critic(self.encoder.net[0].in_features, args).to(self.device)
-        self.task_policy, self.target = copy.deepcopy(self.skill_prior), copy.deepcopy(self.critic)
+        self.args = args
+        self.encoder = networks["model"].encoder
+        self.skills = networks["skills"]
+        self.skill_prior = networks["prior"]
+        self.critic = Critic(self.encoder.net[0].in_features, args).to(args.device)
+        self.task_policy = copy.deepcopy(self.skill_prior)
+        self.target = copy.deepcopy(self.critic)
         self.prior_encoder = copy.deepcopy(self.encoder)  # the frozen prior keeps the E that it was trained with
         for frozen in (self.skills, self.skill_prior, self.prior_encoder, self.target):
             frozen.requires_grad_(False)
-        self.log_alpha = nn.Parameter(torch.tensor(args.alpha, device=self.device).log())
+        self.log_alpha = nn.Parameter(torch.tensor(args.alpha, device=args.device).log())
         adam = functools.partial(torch.optim.Adam, eps=1e-7, fused=True)
+        policy_parameters = [*self.task_policy.parameters(), *self.encoder.parameters()]
         self.critic_optimizer = adam(self.critic.parameters(), lr=args.learning_rate)
-        self.policy_parameters = [*self.task_policy.parameters(), *self.encoder.parameters()]
-        self.policy_optimizer = adam(self.policy_parameters, lr=args.learning_rate)
+        self.policy_optimizer = adam(policy_parameters, lr=args.learning_rate)
         self.alpha_optimizer = adam([self.log_alpha], lr=args.alpha_lr)
-        self.optimizers = self.critic_optimizer, self.policy_optimizer, self.alpha_optimizer
         compiled = functools.partial(torch.compile, mode="reduce-overhead", dynamic=False, disable=not args.compile)
-        self.critic_loss, self.policy_loss = compiled(critic_loss), compiled(policy_loss)
+        self.critic_loss = compiled(critic_loss)
+        self.policy_loss = compiled(policy_loss)
+
+    @torch.no_grad()
+    def sample_policy(self, obs):
+        """Skills of the task policy, in the warm-up still the prior: obs (E, O) NumPy -> z (E, Z) on the CPU."""
+        h = self.encoder(torch.from_numpy(obs).to(self.args.device))  # (E, d)
+        return sample_skill(gaussian_parameters(self.task_policy(h))).cpu()
+
+    @torch.no_grad()
+    def policy_mode(self, obs):
+        """The mode of the task policy, for evaluations: obs (E, O) NumPy -> z (E, Z) on the CPU."""
+        h = self.encoder(torch.from_numpy(obs).to(self.args.device))  # (E, d)
+        mean, _ = gaussian_parameters(self.task_policy(h))
+        return torch.tanh(mean).cpu()
 
     def update(self, obs, z, rewards, dones) -> dict:
-        """One step of critics, task policy, alpha and target on windows of one skill; returns metrics."""
-        args, critic, alpha = self.args, self.critic, self.log_alpha.exp().detach()
+        """One step of critics, task policy and alpha on single skills from the replay buffer; returns metrics."""
+        args = self.args
+        critic = self.critic
+        alpha = self.log_alpha.exp().detach()
         policy = self.encoder, self.task_policy, self.prior_encoder, self.skill_prior
         obs, next_obs = obs.split(1, 1)  # (B, 1, O)
-        torch.compiler.cudagraph_mark_step_begin()
         batch = obs, z, rewards, dones, next_obs
+        torch.compiler.cudagraph_mark_step_begin()
         loss, metrics = self.critic_loss(critic, self.target, *policy, *batch, alpha, args)
         self.critic_optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
+        critic_norm = clip_gradients(critic, args)
         self.critic_optimizer.step()
 
         critic.requires_grad_(False)  # its weights need no gradient of the policy loss
         loss, policy_metrics = self.policy_loss(critic, *policy, obs, alpha, args)
         self.policy_optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.policy_parameters, args.max_grad_norm)
+        policy_norm = clip_gradients(nn.ModuleList([self.task_policy, self.encoder]), args)
         self.policy_optimizer.step()
         critic.requires_grad_(True)
 
         if args.autotune:  # alpha rises while the KL exceeds its target
+            excess = policy_metrics["prior_kl"] - args.target_kl
             self.alpha_optimizer.zero_grad()
-            (self.log_alpha.exp() * (args.target_kl - policy_metrics["prior_kl"])).backward()
+            (-self.log_alpha.exp() * excess).backward()
             self.alpha_optimizer.step()
-        self.num_updates += 1
-        if self.num_updates % args.target_update_interval == 0:
-            update_target(self.target, critic, args.tau)  # DEVIATION 6
-        return metrics | policy_metrics | dict(alpha=alpha)
+        return dict(metrics, **policy_metrics, alpha=alpha, grad_norm=critic_norm + policy_norm)
 
 
-def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
-    """Phase 2: online RL over skills, from the pre-trained networks or, with --resume, from the run's checkpoint.
+def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, writer, stop: threading.Event) -> dict:
+    """Phase 2: online RL over skills, from pre-trained networks or, where there is one, from the run's checkpoint.
 
-    Returns the results; they, pictures and checkpoints are in the run's folder.
+    facts about the pre-training go into the results, which are returned.
     """
-    torch.manual_seed(args.seed)  # RL is the same whether the model comes from this run or from a file
-    learner = Learner(args, networks)
+    torch.manual_seed(args.seed)  # RL is the same whether the model was trained just now or comes from a file
+    agent = Agent(args, networks)
     envs = data_tools.make_envs(args.env_id, args.num_envs)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
-    rb = ReplayBuffer(obs.shape[1], args, learner.device)
-    parts = dict(learner=learner, rb=rb, envs=envs)
-    (obs,) = run.start_rl(parts, obs=obs)
-    skills = copy.deepcopy(learner.skills).cpu()  # acts next to the simulator
-    while True:
-        # ALGO LOGIC: training. As many updates as all env steps so far are worth, but none in the warm-up.
-        updates_due = int(run.global_step * args.updates_per_step) if run.global_step >= args.warmup_steps else 0
-        while learner.num_updates < updates_due and len(rb.episodes) > 0 and not run.stop.requested:
-            run.log_update("losses", learner.update(*rb.sample(args.batch_size)), run.global_step)
-        run.lap("update")
-        if not run.goes_on(parts, obs=obs):
-            break
-        if run.evaluation_is_due():
-            run.log_evaluation(*evaluate(learner, args))
+    rb = ReplayBuffer(obs.shape[1], args)
+    global_step = 0
+    gradient_step = 0
+    running_return = np.zeros(args.num_envs)  # (E,) of the episodes that have not ended yet
+    running_length = np.zeros(args.num_envs, dtype=np.int64)  # (E,)
+    episodes = []  # (env step, return, length, minutes) of those that have
+    evaluations = []  # (env step, mean return, success)
+    seconds = 0.0  # of earlier commands
 
-        # ALGO LOGIC: put action logic here. One skill for all environments at once, then H env steps (DEVIATION 4).
-        z = act(learner.encoder, learner.task_policy, obs, explore=True)  # (E, Z), the prior's in the warm-up
-        run.lap("plan")
-        next_obs, rewards, ended, steps = execute_skill(envs, skills, obs, z, np.zeros(len(obs), dtype=bool), args, [])
+    parts = dict(agent=agent, rb=rb)
+    parts |= dict(critic=agent.critic_optimizer, policy=agent.policy_optimizer, alpha=agent.alpha_optimizer)
+    checkpoint = run_dir / "checkpoint.pt"
+    if checkpoint.exists():
+        with reading(checkpoint):
+            state = load(checkpoint, parts)
+            obs = envs.set_state(state["envs"])
+            global_step = int(state["global_step"])
+            gradient_step = int(state["gradient_step"])
+            running_return = state["running_return"].numpy()
+            running_length = state["running_length"].numpy()
+            episodes = list(state["episodes"])
+            evaluations = list(state["evaluations"])
+            facts = dict(state["facts"])
+            seconds = float(state["seconds"])
+            set_random_state(state["rng"])
+    start_time = time.time() - seconds
+
+    skills = copy.deepcopy(agent.skills).cpu()  # acts next to the simulator
+    nobody = np.zeros(args.num_envs, dtype=bool)
+    episodes_file = (run_dir / "episodes.csv").open("w", buffering=1, newline="")  # written line by line
+    episodes_csv = csv.writer(episodes_file)
+    episodes_csv.writerow(("env_step", "episodic_return", "episodic_length", "rl_minutes"))
+    episodes_csv.writerows(episodes)
+    bar = tqdm(desc="RL", total=args.total_timesteps, initial=global_step, unit="step")
+    stopping = global_step >= args.total_timesteps
+    while not stopping:
+        # ALGO LOGIC: put action logic here. One skill for all environments at once, then H env steps (DEVIATION 4)
+        z = agent.sample_policy(obs)  # (E, Z)
+        next_obs, rewards, ended, steps = execute_skill(envs, skills, obs, z, nobody, args)
         rb.add(obs, z, args.reward_scale * rewards, ended, next_obs)
         # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
-        obs = envs.reset(options={"reset_mask": ended})[0] if ended.any() else next_obs
-        run.lap("env")
-        run.log_skill(rewards, steps, ended, learner.num_updates)
+        obs = next_obs
+        if ended.any():
+            obs, _ = envs.reset(options=dict(reset_mask=ended))
 
-    run.log_evaluation(*evaluate(learner, args))
+        # TRY NOT TO MODIFY: record the episodes that ended
+        new_steps = int(steps.sum())
+        global_step += new_steps
+        running_return += rewards
+        running_length += steps
+        for e in np.flatnonzero(ended):
+            seconds = time.time() - start_time
+            row = (global_step, float(running_return[e]), int(running_length[e]), round(seconds / 60, 3))
+            episodes.append(row)
+            episodes_csv.writerow(row)
+            last_100 = np.array([row[1] for row in episodes[-100:]])  # the paper shows training episodes
+            writer.add_scalar("charts/episodic_return", row[1], global_step)
+            writer.add_scalar("charts/episodic_length", row[2], global_step)
+            writer.add_scalar("charts/success", success(last_100, args), global_step)
+            writer.add_scalar("charts/SPS", global_step / seconds, global_step)
+            bar.set_postfix(updates=gradient_step, last_100=f"{last_100.mean():.3g}")
+        running_return[ended] = 0
+        running_length[ended] = 0
+        bar.update(new_steps)
+
+        # ALGO LOGIC: training. As many updates as all env steps so far are worth, but none in the warm-up
+        updates_due = 0
+        if global_step >= args.warmup_steps and len(rb.episodes) > 0:
+            updates_due = int(global_step * args.updates_per_step)
+        while gradient_step < updates_due:
+            metrics = agent.update(*rb.sample(args.batch_size))
+            gradient_step += 1
+            if gradient_step % args.target_update_interval == 0:
+                update_target(agent.target, agent.critic, args.tau)  # DEVIATION 6
+            if gradient_step % 100 == 0:
+                log(writer, "losses", metrics, global_step)
+            if gradient_step == updates_due:
+                check_finite(metrics)  # the planner waits for the device anyway
+
+        # Evaluate without exploration noise
+        finished = global_step >= args.total_timesteps
+        if finished or passed(args.eval_interval, global_step, new_steps):
+            returns, lengths = rollout(agent.policy_mode, skills, args.eval_episodes, args, 10_000 + args.seed)
+            evaluations.append((global_step, float(returns.mean()), success(returns, args)))
+            writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
+            writer.add_scalar("eval/episodic_length", lengths.mean(), global_step)
+            writer.add_scalar("eval/success", success(returns, args), global_step)
+            bar.write(f"env step {global_step}: evaluation {returns.mean():.4g}, success {success(returns, args):.0%}")
+
+        # Save all that the future of the run depends on
+        stopping = finished or stop.is_set()
+        if stopping or passed(args.checkpoint_interval, global_step, new_steps):
+            save(
+                checkpoint,
+                parts,
+                args=asdict(args),
+                envs=envs.get_state(),
+                global_step=global_step,
+                gradient_step=gradient_step,
+                running_return=torch.from_numpy(running_return),
+                running_length=torch.from_numpy(running_length),
+                episodes=episodes,
+                evaluations=evaluations,
+                facts=facts,
+                seconds=time.time() - start_time,
+            )
+
+    bar.close()
     envs.close()
-    data_tools.plot_visited(args.env_id, rb.rows[:, : obs.shape[1]].cpu().numpy(), run.dir / "visited.png", run.writer)
+    episodes_file.close()
+    if global_step < args.total_timesteps:
+        sys.exit(f"stopped at env step {global_step}; go on with: python {sys.argv[0]} --resume {run_dir}")
     if args.capture_video:
-        evaluate(learner, args, run.dir / "evaluation.mp4")
-    return run.finish(learner.num_updates)
+        rollout(agent.policy_mode, skills, 1, args, 10_000 + args.seed, run_dir / "evaluation.mp4")
+    last_100 = [row[1] for row in episodes[-100:]]
+    return dict(
+        env_steps=global_step,
+        updates=gradient_step,
+        rl_minutes=(time.time() - start_time) / 60,
+        last_100_return=float(np.mean(last_100)) if last_100 else None,
+        last_100_success=success(last_100, args),
+        evaluations=evaluations,
+        pretraining=facts,
+    )
+
+
+def evaluate(args: Args):
+    """--evaluate: episodes of a trained agent without exploration noise; needs neither data nor training."""
+    networks = make_networks(args, *data_tools.env_sizes(args.env_id))
+    agent = Agent(args, networks)
+    path = Path(args.evaluate)
+    with reading(path):
+        load(path, dict(agent=agent))
+    skills = copy.deepcopy(agent.skills).cpu()
+    returns, lengths = rollout(agent.policy_mode, skills, args.eval_episodes, args, 10_000 + args.seed)
+    words = f"return {returns.mean():.4g}, success {success(returns, args):.0%}, {lengths.mean():.0f} env steps"
+    print(f"{args.env_id}: {args.eval_episodes} episodes of {path}: {words} on average")
+    if args.capture_video:
+        video = Path(args.run_dir) / f"{args.env_id}__{args.exp_name}__evaluation.mp4"
+        rollout(agent.policy_mode, skills, 1, args, 10_000 + args.seed, video)
+        print(f"video: {video}")
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
-@data_tools.errors_in_one_line()
+# With --resume all other flags stay as they were.
+MAY_CHANGE = "resume device compile checkpoint_interval eval_interval eval_episodes capture_video total_timesteps"
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Command line -> Args, whose defaults are those of the task, of --published, or of the run or agent given."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--env-id", choices=list(data_tools.TASKS), default="maze")
+    first.add_argument("--published", action="store_true")
+    first.add_argument("--device")
+    first.add_argument("--resume")
+    first.add_argument("--evaluate")
+    given, _ = first.parse_known_args(argv)
+
+    env_id = given.env_id
+    defaults = dict(env_id=env_id, **TASK_DEFAULTS.get(env_id, {}))
+    if given.published:
+        defaults |= PUBLISHED.get(env_id, RELEASE)
+    if given.evaluate == "published":
+        given.evaluate = str(SHIPPED / "agents" / f"{Args.exp_name}_{env_id}.pt")
+    if given.evaluate:
+        with reading(given.evaluate):
+            defaults = load(given.evaluate, {})["args"]
+            defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile)
+    if given.resume:
+        path = Path(given.resume) / "args.json"
+        with reading(path):
+            defaults = json.loads(path.read_text())
+            kinds = {field.name: type(field.default) for field in fields(Args)}
+            wrong = [name for name, value in defaults.items() if type(value) not in (kinds[name], str, type(None))]
+            if wrong:
+                raise ValueError(f"{wrong[0]} has a wrong type")
+    if given.device:
+        defaults["compile"] = given.device == "cuda"
+    with reading(given.resume or given.evaluate or "the defaults"):
+        default = Args(**defaults)
+    args = tyro.cli(Args, args=argv, default=default, description=__doc__.split("\n")[0])
+    args.evaluate = given.evaluate
+    for name, value in asdict(args).items():
+        if given.resume and name not in MAY_CHANGE.split() and value != defaults[name]:
+            sys.exit(f"error: --{name.replace('_', '-')} cannot change with --resume: leave it out, or begin a new run")
+    return args
+
+
+def check_args(args: Args):
+    """End the program with a sentence where arguments cannot work."""
+    for name, value in asdict(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        if type(value) in (int, float) and not 0 <= value < float("inf"):
+            sys.exit(f"error: {flag} {value} does not work; give a number that is not negative")
+        if type(value) is int and value == 0 and name not in ("seed", "eval_interval", "warmup_steps"):
+            sys.exit(f"error: {flag} 0 does not work; give at least 1")
+    if args.bc_chunks > args.pretrain_skills:
+        sys.exit("error: --bc-chunks exceeds --pretrain-skills; lower it")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: torch finds no CUDA device; use --device cpu")
+
+
 def main(args: Args) -> dict:
-    """Both phases; pictures, results.json and a summary. Returns the results."""
-    run = data_tools.Run(args, FILE_VERSION, MODEL_ARGS, RUN_ARGS)
-    run.find_pretrained(PRETRAINED, PRETRAIN_ARGS)
-    networks = pretrain(args, run)
-    if not run.resumed:
-        _, _, trace, z = prior_rollouts(networks, args, 1 + args.pretrain_eval_episodes, max_skills=50)
-        paths = data_tools.open_loop_prediction(networks["model"], trace, z, args.skill_horizon)
-        data_tools.plot_prediction(args.env_id, paths, run.dir / "prediction.png", run.writer)
-    return train(args, run, networks)
+    """Both phases of a run; returns its results."""
+    check_args(args)
+    torch.set_num_threads(min(torch.get_num_threads(), 8))  # more do not help networks of this size
+    if args.evaluate:
+        return evaluate(args)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: sys.exit("stopped before there was anything to save"))
+    torch.manual_seed(args.seed)
+    networks = make_networks(args, *data_tools.env_sizes(args.env_id))
+
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
+    run_dir = Path(args.resume or f"{args.run_dir}/{run_name}")
+    resumed = (run_dir / "checkpoint.pt").exists()  # it holds all networks
+    path, data = (None, None) if resumed else find_pretrained(args)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+        write_json(run_dir / "args.json", asdict(args))
+    except OSError as error:
+        sys.exit(f"error: {run_dir} cannot be written ({error.strerror}); choose another folder with --run-dir")
+    writer = SummaryWriter(run_dir)
+    rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+    stop = stop_at_signals()
+
+    facts = {}
+    try:
+        if data is not None:
+            pretrain(args, networks, path, data, writer, stop)
+        if not resumed:
+            with reading(path):
+                facts = load(path, dict(networks=networks))["facts"]
+            print(f"pre-trained model: {path}")
+        results = train(args, networks, facts, run_dir, writer, stop)
+    finally:
+        writer.close()
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {args.device}, torch {torch.__version__}"
+    results |= dict(machine=machine, args=asdict(args))
+    write_json(run_dir / "results.json", results)
+    print(f"finished: {run_dir}; curves: tensorboard --logdir {run_dir}")
+    return results
 
 
 if __name__ == "__main__":

@@ -1,30 +1,156 @@
-"""Pictures and statistics of a trained model's roll-outs: visited states, open-loop prediction, sub-tasks.
+"""Pictures and statistics of a run: where it has been, what its model predicts, what its policy does in the task.
 
-Pictures are written as PNG and, with a TensorBoard writer, logged under `pictures/`. Tasks with a map get it, the
-others curves of the observation's entries. Shapes: E roll-outs of T steps, O observation, A action, Z skill, d latent.
-A trace is what roll-outs leave: one (obs (E, O), action (E, A), ended (E,) bool) per env step, `ended` telling which
-members had finished before the step; the last entry holds the final observation.
+    python benchmarks/pictures.py runs/FOLDER                     # of a run or a checkpoint
+    python benchmarks/pictures.py --pretrained MODEL.pt --env-id kitchen --algo skimo
+
+Acts in the task for some episodes and prints their statistics: sub-tasks of kitchen and CALVIN, goal share of the maze.
+Of a run acts the task policy, without a planner; of a pre-trained model, the prior. Writes into the run's folder, or
+next to the model:
+
+  visited.png     states that the run has visited, early to late (paper, fig. 9); not of a pre-trained model
+  prediction.png  what the world model predicts from the first state alone, skill after skill (paper, fig. 10); only of
+                  files with a world model. Beside its error stands that of the guess that everything stays as it is.
+  statistics.json what was printed
+
+Shapes: E roll-outs of T steps, O observation, A action, Z skill, d latent. A trace is what roll-outs leave: arrays obs
+(T+1, E, O), actions (T+1, E, A), of which the last row means nothing, and ended (T+1, E), which members had finished
+before the step.
 """
 
 import copy
+import importlib.util
+import json
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
-import matplotlib.image
+import gymnasium
 import numpy as np
 import torch
+import tyro
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 from data_tools import TASKS
 from data_tools.files import imported, write_atomically
 
 
+@dataclass
+class Args:
+    run: tyro.conf.Positional[Path | None] = None  # run folder or checkpoint
+    pretrained: Path | None = None  # a pre-trained model instead
+    algo: str | None = None  # the file that made it, without .py (None: what the run's --exp-name says, else skimo)
+    env_id: str = "maze"  # task, with --pretrained
+    episodes: int = 100  # roll-outs for the statistics
+    paths: int = 4  # roll-outs in prediction.png
+    seed: int = 1  # of the roll-outs
+
+
+# ----------------------------------------------------------------------------------------------- what the files give us
+def load_algorithm(name: str):
+    """Import an algorithm file."""
+    path = ROOT / "algos" / f"{name}.py"
+    if not path.is_file():
+        known = ", ".join(sorted(path.stem for path in path.parent.glob("*.py")))
+        sys.exit(f"error: --algo {name} is no file in algos/; there are: {known}")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_run(path: Path, name: str | None):
+    """A run's folder or checkpoint -> (algorithm file, its arguments, its agent on the CPU, observations visited)."""
+    checkpoint = path if path.is_file() else path / "checkpoint.pt"
+    first = load_algorithm(name or "skimo")
+    with first.reading(checkpoint):
+        args = first.load(checkpoint, {})["args"]
+    if name is None and (ROOT / "algos" / f"{args['exp_name']}.py").is_file():
+        name = args["exp_name"]
+    algo = load_algorithm(name or "skimo")
+    with algo.reading(checkpoint):
+        args = algo.Args(**args | dict(device="cpu", compile=False))
+        agent = algo.Agent(args, algo.make_networks(args, *algo.data_tools.env_sizes(args.env_id)))
+        replay = algo.load(checkpoint, dict(agent=agent))["rb"]
+        obs = replay["obs"].numpy()
+    if obs.ndim == 3:  # files that store all env steps of a skill: where the skill begins
+        obs = obs[:, 0]
+    return algo, args, agent, obs
+
+
+def load_pretrained(path: Path, name: str | None, env_id: str):
+    """A pre-trained model -> (algorithm file, arguments, a fresh agent on the CPU, whose task policy is the prior)."""
+    algo = load_algorithm(name or "skimo")
+    args = algo.Args(env_id=env_id, **algo.TASK_DEFAULTS.get(env_id, {}))
+    args.device = "cpu"
+    args.compile = False
+    networks = algo.make_networks(args, *algo.data_tools.env_sizes(env_id))
+    with algo.reading(path):
+        algo.load(path, dict(networks=networks))
+    return algo, args, algo.Agent(args, networks)
+
+
+# ------------------------------------------------------------------------------------------------------------ roll-outs
+class Recorder(gymnasium.vector.VectorWrapper):
+    """Keeps the trace of a vector environment."""
+
+    def __init__(self, envs):
+        super().__init__(envs)
+        self.trace = []
+        self.obs = None
+        self.ended = np.zeros(envs.num_envs, dtype=bool)
+
+    def reset(self, **inputs):
+        self.obs, infos = self.env.reset(**inputs)
+        return self.obs, infos
+
+    def step(self, actions):
+        self.trace.append((self.obs, actions, self.ended))
+        self.obs, rewards, terminations, truncations, infos = self.env.step(actions)
+        self.ended = terminations | truncations
+        return self.obs, rewards, terminations, truncations, infos
+
+    def arrays(self):
+        """The trace as arrays, with the last observations."""
+        last = self.obs, np.zeros_like(self.trace[0][1]), self.ended
+        obs, actions, ended = zip(*self.trace, last)
+        return np.stack(obs), np.stack(actions), np.stack(ended)
+
+
+def traced_rollout(algo, agent, args, num_episodes: int, seed: int):
+    """The file's own roll-out with the task policy. Returns returns (E,), skills (E, T / H, Z) and the trace."""
+    recorders = []
+    skills = []
+
+    def make_envs(*inputs):
+        recorders.append(Recorder(make(*inputs)))
+        return recorders[0]
+
+    def choose_skill(obs):
+        skills.append(agent.sample_policy(obs))
+        return skills[-1]
+
+    make = algo.data_tools.make_envs
+    with mock.patch.object(algo.data_tools, "make_envs", make_envs):
+        returns, _ = algo.rollout(choose_skill, agent.skills, num_episodes, args, seed)
+    return returns, torch.stack(skills, 1), recorders[0].arrays()
+
+
+def rollout_statistics(env_id: str, returns, trace) -> dict[str, float]:
+    """Mean return of E roll-outs, returns (E,), and the task's own statistics of them (TASKS[env_id].statistics)."""
+    figures = {"mean_return": float(returns.mean()), "success": float((returns >= TASKS[env_id].max_return).mean())}
+    statistics = TASKS[env_id].statistics
+    return figures | (imported(statistics)(returns, *trace) if statistics else {})
+
+
 @torch.no_grad()
-def open_loop_prediction(model, trace: list, z, skill_horizon: int, num_paths: int = 4) -> list:
-    """The first of E roll-outs, and what the dynamics foretells of each from its first state alone (paper, fig. 10).
+def open_loop_prediction(model, trace, z, skill_horizon: int, num_paths: int) -> list:
+    """The first of E roll-outs, and what the dynamics predicts for each from its first state alone (paper, fig. 10).
 
     model has encoder (..., O) -> (..., d) and next (..., d), (..., Z) -> (..., d); z (E, skills, Z) are the skills of
     the trace. A predicted latent state is read as the state of the *other* roll-outs whose encoding is nearest:
@@ -32,9 +158,9 @@ def open_loop_prediction(model, trace: list, z, skill_horizon: int, num_paths: i
     at the boundaries of its skills, real and predicted, each (skills + 1, O).
     """
     model = copy.deepcopy(model).cpu()
-    paths = []
-    obs, _, ended = (np.stack(part) for part in zip(*trace))  # (T+1, E, O), ..., (T+1, E)
+    obs, _, ended = trace  # (T+1, E, O), (T+1, E)
     encoded = model.encoder(torch.from_numpy(obs))  # (T+1, E, d)
+    paths = []
     for e in range(min(num_paths, len(z))):
         steps = int((~ended[:-1, e]).sum())
         real = obs[np.minimum(np.arange(0, steps + skill_horizon, skill_horizon), steps), e]  # (skills + 1, O)
@@ -47,24 +173,28 @@ def open_loop_prediction(model, trace: list, z, skill_horizon: int, num_paths: i
     return paths
 
 
-def rollout_statistics(env_id: str, returns: np.ndarray, trace: list) -> dict[str, float]:
-    """Mean return of E roll-outs, returns (E,), and the task's own statistics of them (TASKS[env_id].statistics)."""
-    figures = {"prior_return": float(returns.mean())}
-    statistics = TASKS[env_id].statistics
-    if statistics is None:
-        return figures
-    obs, actions, ended = (np.stack(part) for part in zip(*trace))  # (T+1, E, O), (T+1, E, A), (T+1, E)
-    return figures | imported(statistics)(returns, obs, actions, ended)
+def prediction_errors(env_id: str, real, predicted) -> tuple[float, float]:
+    """Median distance of a path from the prediction, and from the guess that everything stays where it began.
+
+    Distances in cells where the task has a map, else in standard deviations of the path's own entries.
+    """
+    if TASKS[env_id].draw_map is not None:
+        real, predicted = real[:, :2], predicted[:, :2]
+        scale = 1.0
+    else:
+        scale = real.std(0) + 1e-6
+    distance = np.linalg.norm((predicted - real)[1:] / scale, axis=1)
+    yardstick = np.linalg.norm((real[:1] - real)[1:] / scale, axis=1)
+    return float(np.median(distance)), float(np.median(yardstick))
 
 
-def save_figure(figure: Figure, path: Path, writer=None):
-    """Write a figure as PNG, atomically, and log it under pictures/NAME. Raises DataError if it cannot be written."""
+# ------------------------------------------------------------------------------------------------------------- pictures
+def save_figure(figure: Figure, path: Path):
+    """Write a figure as PNG, atomically."""
     write_atomically(path, lambda part: figure.savefig(part, dpi=110, bbox_inches="tight"))
-    if writer is not None:
-        writer.add_image(f"pictures/{path.stem}", matplotlib.image.imread(path)[..., :3], dataformats="HWC")
 
 
-def plot_visited(env_id: str, obs: np.ndarray, path: Path, writer=None):
+def plot_visited(env_id: str, obs: np.ndarray, path: Path):
     """States visited in training, early to late, obs (n, O) in the order of collection (paper, fig. 9)."""
     figure = Figure(figsize=(7, 6))
     axes = figure.subplots()
@@ -80,10 +210,10 @@ def plot_visited(env_id: str, obs: np.ndarray, path: Path, writer=None):
     points = axes.scatter(across, down, c=colour, s=1.5, cmap="viridis", linewidths=0)
     figure.colorbar(points, ax=axes, label="% of training")
     axes.set_title("states visited in training")
-    save_figure(figure, path, writer)
+    save_figure(figure, path)
 
 
-def plot_prediction(env_id: str, paths: list, path: Path, writer=None):
+def plot_prediction(env_id: str, paths: list, path: Path):
     """Open-loop predictions of skill after skill against the simulator (paper, fig. 10).
 
     paths: of each, observations real and predicted, both (skills + 1, O).
@@ -93,18 +223,60 @@ def plot_prediction(env_id: str, paths: list, path: Path, writer=None):
     figure = Figure(figsize=(5 * columns, 5.2 * rows), layout="tight")
     draw_map = TASKS[env_id].draw_map
     for axes, (real, predicted) in zip(figure.subplots(rows, columns, squeeze=False).flat, paths):
-        title = f"{len(real) - 1} skills from the first state alone"
+        error, yardstick = prediction_errors(env_id, real, predicted)
         if draw_map is not None:
             imported(draw_map)(axes)
             axes.plot(real[:, 1], real[:, 0], "o-", ms=3, lw=1.5, color="tab:blue", label="simulator")
             axes.plot(predicted[:, 1], predicted[:, 0], "x--", ms=4, lw=1, color="tab:red", label="predicted")
             axes.legend(loc="lower right")
-            distance = np.linalg.norm((predicted - real)[1:, :2], axis=1)  # cells
-            title += f": median {np.median(distance):.1f} cells off"
+            unit = "cells off"
         else:
             for k in range(real.shape[1]):
                 axes.plot(real[:, k], color=f"C{k % 10}", lw=1)
                 axes.plot(predicted[:, k], "--", color=f"C{k % 10}", lw=1)
-            title += ": simulator (solid), predicted (dashed)"
-        axes.set_title(title, fontsize="medium")
-    save_figure(figure, path, writer)
+            unit = "std off; solid: simulator, dashed: predicted"
+        title = f"{len(real) - 1} skills from the first state alone\nmedian {error:.1f} {unit}"
+        axes.set_title(f"{title}\n(it stays where it is: {yardstick:.1f})", fontsize="medium")
+    save_figure(figure, path)
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+def main(args: Args) -> dict:
+    """Roll-outs, statistics, pictures; returns the statistics."""
+    if (args.run is None) == (args.pretrained is None):
+        sys.exit("error: give a run's folder or checkpoint, or --pretrained MODEL")
+    if args.episodes < 2 or args.paths < 1:
+        sys.exit("error: --episodes needs at least 2 and --paths at least 1")
+    if args.env_id not in TASKS:
+        sys.exit(f"error: --env-id {args.env_id} is no task; choose one of {', '.join(TASKS)}")
+    written = []
+    if args.run is not None:
+        algo, config, agent, visited = load_run(args.run, args.algo)
+        folder = args.run if args.run.is_dir() else args.run.parent
+        plot_visited(config.env_id, visited, folder / "visited.png")
+        written.append("visited.png")
+    else:
+        algo, config, agent = load_pretrained(args.pretrained, args.algo, args.env_id)
+        folder = args.pretrained.parent
+
+    who = "task policy" if args.run is not None else "prior"
+    print(f"{config.env_id}: {args.episodes} episodes with skills of the {who}", flush=True)
+    returns, z, trace = traced_rollout(algo, agent, config, args.episodes, args.seed)
+    statistics = rollout_statistics(config.env_id, returns, trace)
+    model = getattr(agent, "model", None)
+    if hasattr(model, "encoder") and hasattr(model, "next"):
+        paths = open_loop_prediction(model, trace, z, config.skill_horizon, args.episodes)
+        errors = np.array([prediction_errors(config.env_id, *path) for path in paths])
+        statistics["prediction_error"], statistics["stays_where_it_is"] = np.median(errors, axis=0).tolist()
+        plot_prediction(config.env_id, paths[: args.paths], folder / "prediction.png")
+        written.append("prediction.png")
+    for name, value in statistics.items():
+        print(f"  {name:20} {value:.3g}")
+    write_atomically(folder / "statistics.json", lambda part: Path(part).write_text(json.dumps(statistics, indent=1)))
+    written.append("statistics.json")
+    print(f"written to {folder}: {', '.join(written)}")
+    return statistics
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

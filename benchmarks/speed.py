@@ -1,19 +1,21 @@
-"""How fast an algorithm file is: its real updates, planner, acting, environments and whole training loop.
+"""How fast algorithm files are: their real updates, planner, acting, environments and whole training loop.
 
-    python benchmarks/speed.py                          # all sizes; needs no data and no pre-trained model
-    python benchmarks/speed.py --sizes kitchen --device cuda --out h200.json
-    python benchmarks/speed.py --algo algos/spirl.py    # any file of algos/: what it has is timed
-    python benchmarks/speed.py --only step --env-id kitchen --step-envs 8       # environments alone, in seconds
+    python benchmarks/speed.py                                    # skimo.py at the maze's sizes; needs no data
+    python benchmarks/speed.py --algos skimo spirl --sizes kitchen --modes eager compiled
+    python benchmarks/speed.py --only step --env-id kitchen       # environments alone, in seconds
 
-Every row is the median of repeated calls after a warm-up, with CUDA synchronisation (torch.utils.benchmark). Networks
-and data are random and have the shapes of the task. Updates draw their batch from data set or replay buffer on the
-device, as in a run. Skills come from the planner with K = N or, in files without one, from the task policy. The loop is
-`train` itself on random networks: all schedules of the real run shrunk to `--loop-steps`, so that plan lengths and
-updates have the mix of the real run. tdmpc_skills.py makes 50 times as many updates as the others: give it fewer.
+Networks and data are random and have the shapes of the task. Pre-training is the file's own loop, with its sampling,
+logs and target updates. An RL update draws its batch from the file's replay buffer. Skills come from the planner with
+K = N or, in files without one, from the task policy. The training loop is `train` itself on random networks: all
+schedules of the real run are shrunk to --loop-steps, so that plan lengths and updates have the mix of the real run.
+Every number is the median of repeated calls after a warm-up, with CUDA synchronisation. The authors' numbers stand
+beside ours where both compute the same. Threads are torch's: OMP_NUM_THREADS sets them.
 """
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import importlib.util
 import inspect
 import io
@@ -24,10 +26,12 @@ import platform
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 import gymnasium
 import numpy as np
@@ -39,75 +43,109 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 # Entries of an observation and of an action
 DIMS = {"maze": (4, 2), "kitchen": (30, 9), "kitchen-misaligned": (30, 9), "calvin": (21, 7)}
+RELEASE = ", release's sizes"  # ends the name of a row with the batch or the planner of the authors' release
 
-# skimo.py in the authors' code, ms per call, measured at the kitchen's sizes: (on an H200, on two CPU cores).
+# The authors' code at the kitchen's sizes, ms per call: (on an H200, on two CPU cores).
 AUTHORS = {
-    ("pre-training update, release batch", "kitchen"): (74.0, None),
-    ("RL update", "kitchen"): (196.0, 252.0),
-    ("plan, 1 env", "kitchen"): (46.9, None),
+    "pre-training update" + RELEASE: (74.0, None),
+    "RL update": (196.0, 252.0),
+    "plan, 1 env" + RELEASE: (46.9, None),
 }
 
 
 @dataclass
 class Args:
-    env_id: str = "maze"  # the task whose environments are stepped and on which the loop runs
-    sizes: tuple[Literal["maze", "kitchen", "calvin"], ...] = (
-        "maze",
-        "kitchen",
-        "calvin",
-    )  # sizes of networks and batches
-    algo: Path = ROOT / "algos" / "skimo.py"  # the algorithm file
+    algos: tuple[str, ...] = ("skimo",)  # names of files in algos/, without .py
+    sizes: tuple[Literal["maze", "kitchen", "calvin"], ...] = ("maze",)  # sizes of networks and batches
+    modes: tuple[Literal["eager", "compiled"], ...] = (
+        ("eager", "compiled") if torch.cuda.is_available() else ("eager",)
+    )  # compiled: torch.compile, with CUDA graphs
     only: tuple[Literal["pretrain", "update", "plan", "act", "step", "loop"], ...] = ()  # what to time (empty: all)
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and plan
-    num_threads: int = 0  # CPU threads of torch (0: one per core)
-    compile: bool = torch.cuda.is_available()  # torch.compile, with CUDA graphs
-    plan_envs: tuple[int, ...] = (1, 16, 64)  # environments planned and acted for in one call
-    step_envs: tuple[int, ...] = (1, 8, 16, 64)  # environments stepped together
-    loop_steps: int = 20_000  # env steps of the whole training loop (0: leave it out)
+    env_id: str = "maze"  # the task whose environments are stepped and on which the loop runs
+    plan_envs: tuple[int, ...] = (1, 8, 64)  # environments planned and acted for in one call
+    step_envs: tuple[int, ...] = (1, 8, 64)  # environments stepped together
+    loop_steps: int = 20_000  # env steps of the whole training loop
     min_seconds: float = 2.0  # least measuring time of a row, and at least five calls
-    quick: bool = False  # a check that everything runs: tiny batches, maze only; the numbers mean nothing
+    quick: bool = False  # a check that everything runs: tiny batches; the numbers mean nothing
     out: Path = Path("runs/speed.json")  # where the JSON goes
 
 
-def load_algorithm(path: Path):
-    """Import an algorithm file by its path."""
-    if not path.is_file():
-        sys.exit(f"error: --algo {path} does not exist; give an algorithm file such as algos/skimo.py")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+def check_args(args: Args):
+    """End the program with a sentence where arguments cannot work."""
+    for name in args.algos:
+        if not (ROOT / "algos" / f"{name}.py").is_file():
+            known = ", ".join(sorted(path.stem for path in (ROOT / "algos").glob("*.py")))
+            sys.exit(f"error: --algos {name} is no file in algos/; there are: {known}")
+    if args.env_id not in DIMS:
+        sys.exit(f"error: --env-id {args.env_id} is no task; choose one of {', '.join(DIMS)}")
+    for name in ("plan_envs", "step_envs"):
+        if min(getattr(args, name), default=1) < 1:
+            sys.exit(f"error: --{name.replace('_', '-')} needs numbers of at least 1")
+    if args.loop_steps < 1:
+        sys.exit(f"error: --loop-steps {args.loop_steps} does not work; give at least 1")
+    if not 0 < args.min_seconds < math.inf:
+        sys.exit(f"error: --min-seconds {args.min_seconds} does not work; give more than 0")
+    if not args.algos or not args.modes:
+        sys.exit("error: nothing to time; give at least one of --algos and of --modes")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: torch finds no CUDA device; use --device cpu")
+
+
+def load_algorithm(name: str):
+    """Import an algorithm file."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "algos" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
 
-def size_args(algo, size: str, args: Args):
+def size_args(algo, size: str, mode: str, args: Args):
     """The algorithm's own arguments at the sizes of a task."""
     result = algo.Args(env_id=size, **algo.TASK_DEFAULTS[size])
-    result = dataclasses.replace(result, compile=args.compile, device=args.device)
+    result = dataclasses.replace(result, compile=mode == "compiled", device=args.device)
     if args.quick:
         small = dict(pretrain_batch_size=8, batch_size=8, num_samples=16, num_policy_trajs=4, num_elites=4, cem_iters=1)
         small |= dict(updates_per_step=0.02, updates_per_skill=0.2, num_skills=min(3, getattr(result, "num_skills", 1)))
-        result = dataclasses.replace(result, **{name: small[name] for name in small if hasattr(result, name)})
+        result = replaced(result, small)
     return result
 
 
-def release_pretraining(config, size: str, args: Args):
-    """The same arguments with the release's batch: N skills and all chunks for SkiMo, one skill for SPiRL."""
-    if not hasattr(config, "pretrain_skills"):
-        return config if args.quick else dataclasses.replace(config, pretrain_batch_size=128)
-    N = 1 if size == "calvin" else 10
-    batch_size = config.pretrain_batch_size if args.quick else 512
-    return dataclasses.replace(config, pretrain_batch_size=batch_size, pretrain_skills=N, bc_chunks=N)
+def release_args(algo, config, size: str, args: Args):
+    """The same arguments with the release's batch of pre-training and its planner."""
+    names = "pretrain_batch_size pretrain_skills bc_chunks num_samples num_elites cem_iters"
+    values = algo.PUBLISHED[size]
+    values = {name: values[name] for name in names.split() if name in values}
+    if args.quick:
+        values |= dict(pretrain_batch_size=8, num_samples=16, num_elites=4)
+    return replaced(config, values)
 
 
+def replaced(config, values: dict):
+    """Arguments with those of the values that they have."""
+    return dataclasses.replace(config, **{name: value for name, value in values.items() if hasattr(config, name)})
+
+
+# ----------------------------------------------------------------------------------------------- random networks, data
 def random_obs(size: str, *shape: int):
     """Observations (*shape, O) in the range of the task."""
     obs = torch.rand(*shape, DIMS[size][0])
     return obs * torch.tensor([40.0, 40.0, 10.0, 10.0]) if size == "maze" else obs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is timed: each function returns a callable; `measure` calls it again and again.
+def random_actions(size: str, *shape: int):
+    """Actions (*shape, A) in [-1, 1]."""
+    return torch.rand(*shape, DIMS[size][1]) * 2 - 1
+
+
+def make_networks(algo, size: str, config):
+    torch.manual_seed(0)
+    return algo.make_networks(config, *DIMS[size])
+
+
+def make_agent(algo, size: str, config):
+    return algo.Agent(config, make_networks(algo, size, config))
 
 
 def call_by_name(function, **inputs):
@@ -115,74 +153,67 @@ def call_by_name(function, **inputs):
     return function(**{name: inputs[name] for name in inspect.signature(function).parameters})
 
 
-def random_dataset(algo, size, window: int, device):
+def random_dataset(algo, size: str, window: int):
     """Offline data of 32 episodes, each twice as long as a window."""
     rows = 32 * 2 * window
-    obs, actions = random_obs(size, rows).numpy(), (torch.rand(rows, DIMS[size][1]) * 2 - 1).numpy()
+    obs = random_obs(size, rows).numpy()
+    actions = random_actions(size, rows).numpy()
     timeouts = np.arange(1, rows + 1) % (2 * window) == 0
-    return algo.data_tools.OfflineDataset(obs, actions, np.zeros_like(timeouts), timeouts, device=device)
+    return algo.data_tools.OfflineDataset(obs, actions, np.zeros_like(timeouts), timeouts)
 
 
-def filled_replay(algo, size, config, device):
+def filled_replay(algo, size: str, config):
     """The file's own replay buffer with an episode of every environment, twice as long as a window."""
-    (obs_dim, action_dim), E, H = DIMS[size], config.num_envs, config.skill_horizon
-    rb = call_by_name(algo.ReplayBuffer, obs_dim=obs_dim, action_dim=action_dim, args=config, device=device)
-    T = 2 * getattr(config, "num_skills", 10)
+    E = config.num_envs
+    H = config.skill_horizon
+    T = 2 * getattr(config, "num_skills", 10)  # skills per episode
+    rb = call_by_name(algo.ReplayBuffer, obs_dim=DIMS[size][0], action_dim=DIMS[size][1], args=config)
+    stores_env_steps = "actions" in inspect.signature(rb.add).parameters
     for t in range(T):
-        obs, next_obs = random_obs(size, 2, E).numpy()  # (E, O)
-        z, actions = torch.rand(E, config.skill_dim) * 2 - 1, (torch.rand(E, action_dim) * 2 - 1).numpy()
-        ended, rewards = np.full(E, t == T - 1), np.random.default_rng(t).random(E, dtype=np.float32)
-        skill = dict(obs=obs, z=z, rewards=rewards, ended=ended, next_obs=next_obs)
-        trace = [(obs, actions, np.zeros(E, dtype=bool))] * H
-        call_by_name(rb.add, **skill, trace=trace, steps=np.full(E, H))
+        call_by_name(
+            rb.add,
+            obs=(random_obs(size, E, H) if stores_env_steps else random_obs(size, E)).numpy(),
+            actions=random_actions(size, E, H).numpy(),
+            z=torch.rand(E, config.skill_dim) * 2 - 1,
+            rewards=torch.rand(E).numpy(),
+            ended=np.full(E, t == T - 1),
+            steps=np.full(E, H),
+            next_obs=random_obs(size, E).numpy(),
+        )
     return rb
 
 
-def make_learner(algo, size, config, device):
-    return algo.Learner(config, algo.make_networks(config, *DIMS[size], device))
+# ------------------------------------------------------------------------------------------------------ what is timed
+# Each function returns a callable; `measure` calls it again and again.
 
 
-def pretrain_update(algo, size, config, device):
-    """One gradient step of pre-training on a batch of windows: of one skill, where a file has no --pretrain-skills."""
-    trainer = algo.Pretrainer(config, algo.make_networks(config, *DIMS[size], device))
-    window = getattr(config, "pretrain_skills", 1) * config.skill_horizon + 1
-    data = random_dataset(algo, size, window, device)
-    return lambda: trainer.update(*data.sample_windows(config.pretrain_batch_size, window))
-
-
-def rl_update(algo, size, config, device):
+def rl_update(algo, size: str, config):
     """One gradient step of everything that RL trains, on a batch from the replay buffer."""
-    learner, rb = make_learner(algo, size, config, device), filled_replay(algo, size, config, device)
-    return lambda: learner.update(*rb.sample(config.batch_size))
+    agent = make_agent(algo, size, config)
+    rb = filled_replay(algo, size, config)
+    return lambda: agent.update(*rb.sample(config.batch_size))
 
 
-def planning(algo, size, config, device, num_envs: int):
+def planning(algo, size: str, config, num_envs: int):
     """The planner with K = N, observations on the CPU in, skills on the CPU out."""
-    learner = make_learner(algo, size, config, device)
-    planner = algo.Planner(learner.model, learner.task_policy, config, device)
-    obs, episode_start = random_obs(size, num_envs).numpy(), np.zeros(num_envs, dtype=bool)
+    planner = algo.Planner(make_agent(algo, size, config), config, explore=True)
+    obs = random_obs(size, num_envs).numpy()
     step = max(config.horizon_steps, config.std_steps)
-    return lambda: planner(obs, episode_start, step, explore=True)
+    return lambda: planner(obs, step)
 
 
-def choosing(algo, size, config, device, num_envs: int):
+def choosing(algo, size: str, config, num_envs: int):
     """Skills by the task policy alone, observations on the CPU in, skills on the CPU out."""
-    learner, obs = make_learner(algo, size, config, device), random_obs(size, num_envs).numpy()
-    if hasattr(algo, "act"):
-        encoder = learner.model.encoder if hasattr(learner, "model") else learner.encoder
-        return lambda: algo.act(encoder, learner.task_policy, obs, explore=True)
-
-    @torch.no_grad()
-    def draw():  # the policy of spirl.py takes observations; these lines are in its `train`
-        return algo.squash(algo.draw(learner.task_policy(torch.from_numpy(obs).to(device)))).cpu()
-
-    return draw
+    agent = make_agent(algo, size, config)
+    obs = random_obs(size, num_envs).numpy()
+    return lambda: agent.sample_policy(obs)
 
 
-def acting(algo, size, config, device, num_envs: int):
+def acting(algo, size: str, config, num_envs: int):
     """The skill policy for one env step, on the CPU as in the loop."""
-    skills = make_learner(algo, size, config, torch.device("cpu")).skills
-    obs, z = random_obs(size, num_envs).numpy(), torch.rand(num_envs, config.skill_dim) * 2 - 1
+    skills = copy.deepcopy(make_networks(algo, size, config)["skills"]).cpu()
+    obs = random_obs(size, num_envs).numpy()
+    z = torch.rand(num_envs, config.skill_dim) * 2 - 1
 
     @torch.no_grad()
     def act():
@@ -191,13 +222,13 @@ def acting(algo, size, config, device, num_envs: int):
     return act
 
 
-def stepping(algo, env_id, num_envs: int, num_threads: int):
+def stepping(env_id: str, num_envs: int, num_threads: int):
     """One step of E environments under random actions, nothing else; members that end are reset.
 
     num_threads 0 is the maze without threads.
     """
     envs = gymnasium.make_vec(
-        algo.data_tools.TASKS[env_id],
+        f"skimo/{env_id.title().replace('-', '')}-v0",
         num_envs,
         vectorization_mode="vector_entry_point",
         autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED,
@@ -214,15 +245,20 @@ def stepping(algo, env_id, num_envs: int, num_threads: int):
         _, _, terminations, truncations, _ = envs.step(actions[count % len(actions)])
         ended = terminations | truncations
         if ended.any():
-            envs.reset(options={"reset_mask": ended})
+            envs.reset(options=dict(reset_mask=ended))
 
     return step
+
+
+def synchronize(args: Args):
+    if args.device == "cuda":
+        torch.cuda.synchronize()
 
 
 def measure(call, args: Args) -> dict:
     """Warm up, then time repeated calls: median and inter-quartile range in ms, and how many calls that took."""
     metrics = call()  # compiles, fills caches
-    for _ in range(3):
+    for _ in range(3):  # records CUDA graphs
         call()
     synchronize(args)
     start = time.perf_counter()
@@ -237,94 +273,229 @@ def measure(call, args: Args) -> dict:
     return dict(ms=1e3 * result.median, iqr_ms=1e3 * result.iqr, calls=calls)
 
 
-def synchronize(args: Args):
-    if args.device == "cuda":
-        torch.cuda.synchronize()
+class Enough(Exception):
+    """The loop of pre-training was timed long enough."""
 
 
-def training_loop(algo, args: Args, device) -> dict:
+class TimedData:
+    """Offline data for `pretrain` that take the time from batch to batch, and stop the loop in the end."""
+
+    def __init__(self, data, args: Args):
+        self.data = data
+        self.args = args
+        self.calls = 0
+        self.block = 1  # updates between two looks at the clock, which wait for the device
+        self.next = 5  # the call at which the next look is due; the first updates compile and record CUDA graphs
+        self.start = 0.0
+        self.times = []  # seconds per update of each block
+
+    def to(self, device):
+        self.data = self.data.to(device)
+        return self
+
+    def split(self, fraction):
+        return self, self
+
+    def sample_windows(self, batch_size, length):
+        self.calls += 1
+        if self.calls == self.next:
+            self.look()
+        return self.data.sample_windows(batch_size, length)
+
+    def look(self):
+        synchronize(self.args)
+        now = time.perf_counter()
+        if self.calls > 6:
+            self.times.append((now - self.start) / self.block)
+        elif self.calls == 6:
+            self.block = max(1, int(0.05 / (now - self.start)))
+        if sum(self.times) * self.block >= self.args.min_seconds and len(self.times) >= (1 if self.args.quick else 5):
+            raise Enough
+        self.start = now
+        self.next = self.calls + self.block
+
+
+def time_pretraining(algo, size: str, config, args: Args) -> dict:
+    """Median and inter-quartile range of an update in the file's own loop, in ms."""
+    config = dataclasses.replace(config, pretrain_eval_interval=10**9)
+    window = getattr(config, "pretrain_skills", 1) * config.skill_horizon + 1
+    data = TimedData(random_dataset(algo, size, window), args)
+    networks = make_networks(algo, size, config)
+    with tempfile.TemporaryDirectory() as folder, silence(), contextlib.suppress(Enough):
+        with algo.SummaryWriter(folder) as writer:
+            algo.pretrain(config, networks, Path(folder) / "model.pt", data, writer, threading.Event())
+    first, median, third = 1e3 * np.quantile(data.times, [0.25, 0.5, 0.75])
+    return dict(ms=median, iqr_ms=third - first, calls=data.block * len(data.times))
+
+
+@contextlib.contextmanager
+def silence():
+    """Without the bars and summaries of the algorithm files."""
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def time_training(algo, env_id: str, config, args: Args) -> dict:
     """`train` in miniature: env steps/s and the shares of time, without compilation and the final evaluation."""
-    config = size_args(algo, args.env_id, args)
     factor = args.loop_steps / config.total_timesteps
     schedules = ("total_timesteps", "warmup_steps", "warmup_skills", "horizon_steps", "std_steps")
     scaled = {name: int(factor * getattr(config, name)) for name in schedules if hasattr(config, name)}
-    config = dataclasses.replace(config, **scaled)
-    config = dataclasses.replace(config, eval_interval=0, eval_episodes=1, checkpoint_interval=10**9)
+    config = dataclasses.replace(config, **scaled, eval_interval=0, checkpoint_interval=10**9)
     if args.quick:
         config = dataclasses.replace(config, num_envs=1)
-    for _ in range(2 if args.compile else 1):  # the first run fills the caches of the compiler
-        networks = algo.make_networks(config, *DIMS[args.env_id], device)
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):  # no second bar
-            config = dataclasses.replace(config, run_dir=folder)
-            run = algo.data_tools.Run(config, algo.FILE_VERSION, algo.MODEL_ARGS, algo.RUN_ARGS)
-            run.open("none")
-            with contextlib.redirect_stdout(io.StringIO()):  # its summary
-                results = algo.train(config, run, networks)
+    for _ in range(2 if config.compile else 1):  # the first run fills the caches of the compiler
+        seconds = dict(env=0.0, choose=0.0, update=0.0)
+        networks = make_networks(algo, env_id, config)
+        chooser = (algo.Planner, "__call__") if hasattr(algo, "Planner") else (algo.Agent, "sample_policy")
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            silence(),
+            timed(algo, "execute_skill", "env", seconds, args),
+            timed(*chooser, "choose", seconds, args),
+            timed(algo.Agent, "update", "update", seconds, args),
+            mock.patch.object(algo, "rollout", return_value=(np.zeros(1), np.zeros(1))),  # the final evaluation
+            algo.SummaryWriter(folder) as writer,
+        ):
+            results = algo.train(config, networks, {}, Path(folder), writer, threading.Event())
     if results["updates"] == 0:
         sys.exit(f"error: --loop-steps {args.loop_steps} ends before the first episode does; give more")
-    seconds = 60 * results["rl_minutes"]
-    shares = {name: value / seconds for name, value in results["seconds"].items()}
-    rate = results["env_steps"] / seconds
-    return dict(ms=1e3 / rate, calls=results["env_steps"], per_second=rate, num_envs=config.num_envs, shares=shares)
+    total = 60 * results["rl_minutes"]
+    rate = results["env_steps"] / total
+    shares = {name: value / total for name, value in seconds.items()}
+    return dict(ms=1e3 / rate, calls=results["env_steps"], per_second=rate, shares=shares)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def timed(owner, name: str, label: str, seconds: dict, args: Args):
+    """Context in which the time of a function is added to seconds[label]."""
+    function = getattr(owner, name)
+
+    def wrapper(*inputs, **named):
+        start = time.perf_counter()
+        result = function(*inputs, **named)
+        synchronize(args)
+        seconds[label] += time.perf_counter() - start
+        return result
+
+    return mock.patch.object(owner, name, wrapper)
+
+
+# ------------------------------------------------------------------------------------------------------------ the rows
+def algorithm_rows(algo, size: str, mode: str, args: Args) -> list:
+    """(part, name, environments per call or None, function that gives the numbers) of one file at one size.
+
+    Pre-training is timed in the file that it belongs to, the release's sizes in skimo.py.
+    """
+    config = size_args(algo, size, mode, args)
+    release = release_args(algo, config, size, args)
+    rows = []
+
+    def pretraining(config):
+        return lambda: time_pretraining(algo, size, config, args)
+
+    def repeated(make, config, *inputs):
+        return lambda: measure(make(algo, size, config, *inputs), args)
+
+    if algo.__name__ == "skimo":
+        rows.append(("pretrain", "pre-training update" + RELEASE, None, pretraining(release)))
+    if algo.PRETRAINED == algo.__name__:
+        rows.append(("pretrain", "pre-training update", None, pretraining(config)))
+    rows.append(("update", "RL update", None, repeated(rl_update, config)))
+    name, make = ("plan", planning) if hasattr(algo, "Planner") else ("policy", choosing)
+    if algo.__name__ == "skimo":
+        rows.append(("plan", "plan, 1 env" + RELEASE, 1, repeated(make, release, 1)))
+    for E in args.plan_envs:
+        rows.append(("plan", f"{name}, {E} env{'s' * (E > 1)}", E, repeated(make, config, E)))
+    if mode == "eager":  # never compiled
+        for E in args.plan_envs:
+            rows.append(("act", f"act, {E} env{'s' * (E > 1)}", E, repeated(acting, config, E)))
+    return rows
 
 
 def loop_threads(env_id: str, num_envs: int) -> int:
-    """Threads that step the environments in `train`, where `data_tools.make_envs` makes them; 0 in the maze."""
+    """Threads that step the environments in `train`; 0 in the maze."""
     return 0 if env_id == "maze" else min(torch.get_num_threads(), num_envs)
 
 
-def jobs(algo, args: Args, device) -> list:
-    """All rows as (part, name, size, environments per call or None, function that gives the callable and its inputs).
+def time_stepping(args: Args, num_envs: int, num_threads: int) -> dict:
+    return measure(stepping(args.env_id, num_envs, num_threads), args)
 
-    What the file does not have is left out, and so is the release's batch where it is our default.
-    """
+
+def step_rows(args: Args) -> list:
+    """(name, environments, threads, function that gives the numbers); one core comes first."""
     rows = []
-    for size in args.sizes:
-        config = size_args(algo, size, args)
-        if hasattr(algo, "Pretrainer"):
-            release = release_pretraining(config, size, args)
-            if release != config:
-                row = ("pretrain", "pre-training update, release batch", size, None)
-                rows.append((*row, pretrain_update, (size, release, device)))
-            rows.append(("pretrain", "pre-training update", size, None, pretrain_update, (size, config, device)))
-        rows.append(("update", "RL update", size, None, rl_update, (size, config, device)))
-        choice = ("plan", planning) if hasattr(algo, "Planner") else ("policy", choosing)
-        for part, name, function in (("plan", *choice), ("act", "act", acting)):
-            for E in args.plan_envs:
-                label = f"{name}, {E} env{'s' * (E > 1)}"
-                rows.append((part, label, size, E, function, (size, config, device, E)))
-    one_core = 0 if args.env_id == "maze" else 1
     for E in args.step_envs:
-        # One core first, then two threads, all cores, and what the loop has; more threads than members do nothing.
+        one_core = 0 if args.env_id == "maze" else 1
         counts = {2, loop_threads(args.env_id, E)} | (set() if args.quick else {os.cpu_count()})
         for threads in [one_core, *sorted(count for count in counts if one_core < count <= E)]:
-            label = f"step, {E} env{'s' * (E > 1)}, {threads or 'no'} thread{'s' * (threads != 1)}"
-            rows.append(("step", label, args.env_id, E, stepping, (args.env_id, E, threads)))
-    return [row for row in rows if not args.only or row[0] in args.only]
+            name = f"step, {E} env{'s' * (E > 1)}, {threads or 'no'} thread{'s' * (threads != 1)}"
+            rows.append((name, E, threads, functools.partial(time_stepping, args, E, threads)))
+    return rows
 
 
+def time_everything(args: Args):
+    """Yields all rows: environments, then each file in each mode at each size, then its training loop."""
+    wanted = args.only or ("pretrain", "update", "plan", "act", "step", "loop")
+    algos = [load_algorithm(name) for name in dict.fromkeys(args.algos)]
+    bar = tqdm(desc="timing", unit="row")
+
+    def timed_row(algo: str, name: str, size: str, mode: str, num_envs, make, **facts) -> dict:
+        bar.set_postfix_str(f"{algo} {name} ({size}, {mode})")
+        torch.manual_seed(0)
+        row = dict(algo=algo, name=name, size=size, mode=mode, num_envs=num_envs, **make(), **facts)
+        gpu, cpu = AUTHORS.get(name, (None, None)) if (algo, size) == ("skimo", "kitchen") else (None, None)
+        bar.update()
+        return dict(row, authors_h200_ms=gpu, authors_cpu_ms=cpu)
+
+    if "step" in wanted:
+        first = {}  # env steps per second on one core
+        for name, E, threads, make in step_rows(args):
+            row = timed_row("environment", name, args.env_id, "eager", E, make, num_threads=threads)
+            row["per_second"] = 1e3 * E / row["ms"]
+            row["speedup"] = row["per_second"] / first.setdefault(E, row["per_second"])
+            yield row
+    for algo in algos:
+        for mode in dict.fromkeys(args.modes):
+            for size in dict.fromkeys(args.sizes):
+                torch._dynamo.reset()  # a graph for each size; with many of them dynamo would stop to compile
+                for part, name, E, make in algorithm_rows(algo, size, mode, args):
+                    if part in wanted:
+                        yield timed_row(algo.__name__, name, size, mode, E, make)
+            if "loop" in wanted:
+                yield timed_row(*training_row(algo, mode, args))
+    bar.close()
+
+
+def training_row(algo, mode: str, args: Args):
+    config = size_args(algo, args.env_id, mode, args)
+    make = functools.partial(time_training, algo, args.env_id, config, args)
+    return algo.__name__, "training loop", args.env_id, mode, config.num_envs, make
+
+
+# ---------------------------------------------------------------------------------------------------------- the report
 def table(rows: list[dict], device: str) -> str:
-    """Aligned text; the last columns are the authors' code, with the ratio to it on the same kind of device."""
-    titles = ["", "size", "ms", "+-", "ms/env", "env steps/s", "vs one core"]
-    cells = [[*titles, "authors H200", "ratio", "authors CPU", "ratio"]]
+    """Aligned text, eager and compiled side by side; the last columns are the authors' code and the ratio to it."""
+    lines = [["file", "", "size", "eager ms", "+-", "compiled ms", "+-", "env steps/s", "authors ms", "ratio"]]
+    found = {}
     for row in rows:
-        E, gpu, cpu = row["num_envs"], row["authors_h200_ms"], row["authors_cpu_ms"]
-        cells.append([row["name"], row["size"], f"{row['ms']:.3g}", f"{row['iqr_ms']:.2g}" if "iqr_ms" in row else ""])
-        cells[-1] += [f"{row['ms'] / E:.3g}" if E and "per_second" not in row else ""]
-        cells[-1] += [f"{row['per_second']:,.0f}" if "per_second" in row else ""]
-        cells[-1] += [f"{row['speedup']:.2f}x" if "speedup" in row else ""]
-        for authors, same_device in ((gpu, device == "cuda"), (cpu, device == "cpu")):
-            ratio = f"{authors / row['ms']:.2g}x" if authors and same_device else ""  # above 1x: faster than theirs
-            cells[-1] += [f"{authors:g}" if authors else "", ratio]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    aligned = [[text.ljust(w) if i < 2 else text.rjust(w) for i, (text, w) in enumerate(zip(c, widths))] for c in cells]
+        found.setdefault((row["algo"], row["name"], row["size"]), {})[row["mode"]] = row
+    for (algo, name, size), modes in found.items():
+        line = [algo, name, size]
+        for mode in ("eager", "compiled"):
+            row = modes.get(mode, {})
+            line.append(f"{row['ms']:.3g}" if row else "")
+            line.append(f"{row['iqr_ms']:.2g}" if "iqr_ms" in row else "")
+        best = min(modes.values(), key=lambda row: row["ms"])
+        authors = best["authors_h200_ms" if device == "cuda" else "authors_cpu_ms"]
+        line.append(f"{best['per_second']:,.0f}" if "per_second" in best else "")
+        line.append(f"{authors:g}" if authors else "")
+        line.append(f"{authors / best['ms']:.2g}x" if authors else "")  # above 1x: faster than theirs
+        lines.append(line)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    aligned = [[text.ljust(w) if i < 3 else text.rjust(w) for i, (text, w) in enumerate(zip(c, widths))] for c in lines]
     return "\n".join("  ".join(line).rstrip() for line in aligned)
 
 
-def machine(device) -> dict:
+def machine(args: Args) -> dict:
     """What the numbers depend on."""
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):  # Linux only
@@ -334,64 +505,41 @@ def machine(device) -> dict:
     with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
         command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
+    gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
     facts = dict(cpu=cpu, cores=os.cpu_count(), gpu=gpu, load=os.getloadavg(), system=platform.platform())
-    facts |= dict(python=platform.python_version(), torch=torch.__version__, device=device.type)
+    facts |= dict(python=platform.python_version(), torch=torch.__version__, device=args.device)
     return facts | dict(threads=torch.get_num_threads(), commit=commit, date=time.strftime("%Y-%m-%d %H:%M:%S"))
+
+
+def write_json(path: Path, values: dict):
+    """Values as JSON, in a file that is whole at any time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(values, indent=1, default=str) + "\n")
+    part.replace(path)
 
 
 def main(args: Args) -> dict:
     """Time everything, print the table, write the JSON; returns what it holds."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("error: --device cuda, but torch finds no CUDA device; use --device cpu")
+    check_args(args)
     if args.quick:
-        quick = dict(sizes=("maze",), plan_envs=(1, 2), step_envs=(1, 2), loop_steps=2_200, min_seconds=0.02)
-        # One thread: on a busy machine two would wait for each other far longer than such tiny batches take.
-        args = dataclasses.replace(args, **quick, num_threads=args.num_threads or 1)
-    torch.set_num_threads(args.num_threads or os.cpu_count())
-    torch.manual_seed(0)
-    algo, device = load_algorithm(args.algo), torch.device(args.device)
-    if args.env_id not in algo.data_tools.TASKS:
-        sys.exit(f"error: --env-id {args.env_id} is not built; choose one of {', '.join(algo.data_tools.TASKS)}")
-    torch._dynamo.config.recompile_limit = 64  # the planner has one graph per size and number of environments
-    facts, rows, env_only = machine(device), [], {}
-    planned, times_loop = jobs(algo, args, device), args.loop_steps and (not args.only or "loop" in args.only)
-    if not planned and not times_loop:
+        args = dataclasses.replace(args, plan_envs=(1, 2), step_envs=(1, 2), loop_steps=2_200, min_seconds=0.02)
+    facts = machine(args)
+    rows = []
+    for row in time_everything(args):
+        rows.append(row)
+        write_json(args.out, dict(machine=facts, args=asdict(args), rows=rows))  # so far: some compile for minutes
+    if not rows:
         sys.exit("error: nothing to time; give --sizes and --plan-envs or --step-envs for the parts in --only")
-
-    bar = tqdm(planned, "timing", unit="row")
-    for _, name, size, num_envs, make, inputs in bar:
-        bar.set_postfix_str(f"{name} ({size})")
-        rows.append(dict(name=name, size=size, num_envs=num_envs, **measure(make(algo, *inputs), args)))
-        if make is stepping:
-            rate, threads = 1e3 * num_envs / rows[-1]["ms"], inputs[-1]
-            rows[-1] |= dict(per_second=rate, num_threads=threads)
-            if num_envs in env_only:
-                rows[-1]["speedup"] = rate / next(iter(env_only[num_envs].values()))  # one core is the first row
-            env_only.setdefault(num_envs, {})[threads] = rate
-    if times_loop:
-        print(f"training loop: {args.loop_steps} env steps", file=sys.stderr)
-        row = dict(name="training loop", size=args.env_id, **training_loop(algo, args, device))
-        env_rate = env_only.get(row["num_envs"], {}).get(loop_threads(args.env_id, row["num_envs"]))
-        rows.append(row | (dict(share_of_env_only_rate=row["per_second"] / env_rate) if env_rate else {}))
+    print(f"{facts['gpu'] or facts['cpu']}, {facts['threads']} CPU threads, load {facts['load'][0]:.1f} of", end=" ")
+    print(f"{facts['cores']} cores, torch {facts['torch']}, commit {facts['commit']}")
+    print(table(rows, args.device))
     for row in rows:
-        authors = AUTHORS if args.algo.stem == "skimo" else {}
-        row["authors_h200_ms"], row["authors_cpu_ms"] = authors.get((row["name"], row["size"]), (None, None))
-
-    hardware = f"{facts['gpu'] or facts['cpu']}, {facts['threads']} CPU threads"
-    print(f"{args.algo.name} on {hardware}, torch {facts['torch']}, commit {facts['commit']}")
-    print(table(rows, device.type))
-    if times_loop:
-        shares = ", ".join(f"{name} {share:.0%}" for name, share in rows[-1]["shares"].items())
-        share = rows[-1].get("share_of_env_only_rate")
-        print(f"training loop: {shares}" + (f"; {share:.1%} of the env-only rate" if share else ""))
-    result = dict(machine=facts, args=asdict(args), rows=rows)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    part = args.out.with_name(args.out.name + ".part")
-    part.write_text(json.dumps(result, indent=1, default=str) + "\n")
-    os.replace(part, args.out)
+        if "shares" in row:
+            shares = ", ".join(f"{name} {share:.0%}" for name, share in row["shares"].items())
+            print(f"training loop of {row['algo']}, {row['mode']}: {shares}")
     print(f"written: {args.out}")
-    return result
+    return dict(machine=facts, args=asdict(args), rows=rows)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Prints a Markdown table. Beyond the front the value is 0 and the policy still th
 """
 
 import importlib
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,8 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "algos")]
-import data_tools
-from data_tools import maze
-
-OBS_DIM, ACTION_DIM = 4, 2
+from data_tools import env_sizes
+from data_tools.tasks import maze
 
 
 @dataclass
@@ -40,32 +37,37 @@ def values_by_distance(run: Path, algo, num_episodes: int) -> tuple[np.ndarray, 
     """Distance to the goal in cells, value, and discounted return (NaN where the goal was not reached), (n,) each.
 
     Where the ball touches a wall, the nearest cell may be the wall's, at an infinite distance.
-    Raises DataError for a folder without a checkpoint, and for a checkpoint of another task or file.
     """
-    meta = dict(env_id="maze", kind=f"{Path(algo.__file__).stem} run")
-    state = data_tools.load_checkpoint(run / "checkpoint.pt", meta, "cpu")
-    args = algo.Args(**json.loads((run / "args.json").read_text()) | dict(device="cpu", compile=False))
-    learner = algo.Learner(args, algo.make_networks(args, OBS_DIM, ACTION_DIM, "cpu"))
-    learner.load_state_dict(state["learner"]["weights"])
-    obs, _, rewards, _ = state["rb"]["rows"].split([OBS_DIM, args.skill_dim, 1, 1], 1)
-    chosen, returns = [], []
-    for first, num_skills in state["rb"]["episodes"][-num_episodes:].tolist():
-        reward = rewards[first : first + num_skills, 0].tolist()
+    checkpoint = run / "checkpoint.pt"
+    with algo.reading(checkpoint):
+        args = algo.load(checkpoint, {})["args"]
+        if args["env_id"] != "maze":
+            raise ValueError(f"it is a run of {args['env_id']}, not of the maze")
+        args = algo.Args(**args | dict(device="cpu", compile=False))
+        agent = algo.Agent(args, algo.make_networks(args, *env_sizes("maze")))
+        replay = algo.load(checkpoint, dict(agent=agent))["rb"]
+    chosen = []
+    returns = []
+    for first, num_skills in replay["episodes"][-num_episodes:].tolist():
+        reward = replay["rewards"][first : first + num_skills].tolist()
         ahead = [0.0]
         for r in reversed(reward):
             ahead.append(r + args.gamma * ahead[-1])
         returns += ahead[:0:-1] if sum(reward) > 0 else [np.nan] * num_skills
         chosen += range(first, first + num_skills)
-    obs = obs[chosen]  # (n, O)
-    h = learner.model.encoder(obs)  # (n, d)
+    obs = replay["obs"][chosen]  # (n, O)
+    h = agent.model.encoder(obs)  # (n, d)
     torch.manual_seed(0)
-    value = torch.min(*learner.model.q(h, algo.sample(algo.tanh_normal(learner.task_policy(h)))))  # (n,)
+    z = algo.sample_skill(algo.gaussian_parameters(agent.task_policy(h)))  # (n, Z)
+    value = torch.min(*agent.model.q(h, z))  # (n,)
     cells = maze.cell_of(obs.numpy())  # (n, 2)
     distance = maze.geodesic_distance(maze.make_layout(), maze.GOAL)[cells[:, 0], cells[:, 1]]  # (n,)
     return distance, value.numpy(), np.array(returns)
 
 
 def main(args: Args):
+    if args.episodes < 1 or args.bin < 1:
+        sys.exit("error: --episodes and --bin need numbers of at least 1")
     distance, value, returns = values_by_distance(args.run, importlib.import_module(args.algo), args.episodes)
     print("| cells | states | value | to be had |\n|---|---|---|---|")
     for low in range(0, int(distance[np.isfinite(distance)].max()) + 1, args.bin):
@@ -77,7 +79,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except data_tools.DataError as error:
-        sys.exit(f"error: {error}")
+    main(tyro.cli(Args, description=__doc__))

@@ -1,8 +1,7 @@
 """Tasks and offline data of SkiMo (https://arxiv.org/abs/2207.07560). All facts about a task are in TASKS, below.
 
-A task of your own is one file with a vector environment and a function that makes data, and one entry in TASKS: see
-tasks/vector.py, tests/toy_walk.py and tests/test_own_task.py. The import also registers the tasks with Gymnasium:
-`gymnasium.make("skimo/KitchenMisaligned-v0")` gives one environment, `make_envs` several stepped together.
+A task of your own is one new file (copy tests/toy_walk.py) and one new entry in TASKS. The import registers the tasks
+with Gymnasium, too: `gymnasium.make("skimo/KitchenMisaligned-v0")` gives one environment, `make_envs` several.
 """
 
 from dataclasses import dataclass, field, replace
@@ -37,17 +36,6 @@ class Task:
     draw_map: str | None = None  # "module:function" of (axes): a map, on which an observation is at (obs[1], obs[0])
 
 
-KITCHEN = Task(
-    envs="data_tools.tasks.kitchen:KitchenVectorEnv",
-    env_kwargs={"task": "kitchen"},
-    max_return=4.0,
-    data="kitchen",
-    collect="data_tools.scripted.kitchen:collect",
-    noise=0.05,
-    download="data_tools.formats.d4rl:fetch_kitchen",
-    data_obs_dim=60,  # the goal, which is constant
-    statistics="data_tools.tasks.kitchen:rollout_statistics",
-)
 TASKS = {
     "maze": Task(
         envs="data_tools.tasks.maze:MazeVectorEnv",
@@ -59,8 +47,17 @@ TASKS = {
         statistics="data_tools.tasks.maze:rollout_statistics",
         draw_map="data_tools.tasks.maze:draw_maze",
     ),
-    "kitchen": KITCHEN,
-    "kitchen-misaligned": replace(KITCHEN, env_kwargs={"task": "kitchen-misaligned"}),
+    "kitchen": Task(
+        envs="data_tools.tasks.kitchen:KitchenVectorEnv",
+        env_kwargs={"task": "kitchen"},
+        max_return=4.0,
+        data="kitchen",
+        collect="data_tools.scripted.kitchen:collect",
+        noise=0.05,
+        download="data_tools.formats.d4rl:fetch_kitchen",
+        data_obs_dim=60,  # with the goal, which is constant
+        statistics="data_tools.tasks.kitchen:rollout_statistics",
+    ),
     "calvin": Task(
         envs="data_tools.tasks.calvin:CalvinVectorEnv",
         max_return=400.0,
@@ -70,6 +67,7 @@ TASKS = {
         statistics="data_tools.tasks.calvin:rollout_statistics",
     ),
 }
+TASKS["kitchen-misaligned"] = replace(TASKS["kitchen"], env_kwargs={"task": "kitchen-misaligned"})
 
 
 def find_task(env_id: str) -> Task:
@@ -98,15 +96,18 @@ def env_sizes(env_id: str) -> tuple[int, int]:
     return envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
 
 
-def load_dataset(env_id: str, data_dir=None, dataset="auto", data=None, **options) -> OfflineDataset:
+def load_dataset(
+    env_id: str, data_dir=None, dataset="auto", data=None, noise=None, seed=0, device="cpu", progress=True
+) -> OfflineDataset:
     """Return the offline data of a task. Raises DataError.
 
     data: a file or folder in one of the formats of data_tools.formats; else
     dataset "scripted": made on first use, then kept in `cache_dir(data_dir)`; "d4rl": the published file, from the
     cache or the network; "auto": the published file where there is one and it can be had, else scripted.
-    options: noise (size of the disturbances in scripted data), seed, device, progress; see loading.py.
+    noise: size of the disturbances in scripted data (None: the task's), seed: their random seed; progress: show bars.
     """
-    return load(find_task(env_id), env_id, env_sizes(env_id), data_dir, dataset, data, **options)
+    task = find_task(env_id)
+    return load(task, env_id, env_sizes(env_id), data_dir, dataset, data, noise, seed, device, progress)
 
 
 for name, task in TASKS.items():  # as skimo/Maze-v0, skimo/KitchenMisaligned-v0, ...

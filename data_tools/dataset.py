@@ -202,8 +202,8 @@ def check_arrays(arrays: dict[str, np.ndarray], name: str) -> None:
     for key in ("observations", "actions"):
         array = arrays[key]
         require(array.dtype.kind == "f", f"{key} are {array.dtype}, expected floating-point numbers")
-        bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
-        require(len(bad) == 0, f"{key} contain NaN or infinity in {len(bad):,} rows, first in row {bad[:1]}")
+        finite = np.isfinite(array).all(axis=1)
+        require(finite.all(), f"{key} contain NaN or infinity, first in row {finite.argmin():,}")
         largest = np.abs(array).max()
         require(largest <= LARGEST, f"{key} reach {largest:.3g}, which cannot be")
         require(largest > 0, f"{key} are all zero")

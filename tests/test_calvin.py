@@ -1,5 +1,6 @@
 """CALVIN against measurements of the original (PyBullet) and against a plain NumPy inverse kinematics."""
 
+import functools
 import itertools
 import os
 import subprocess
@@ -15,26 +16,33 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 import data_tools
-from data_tools import calvin, calvin_play
-from data_tools.calvin import CalvinEnv, CalvinVectorEnv, collect
-from data_tools.calvin_scene import (
+from data_tools import DataError
+from data_tools.scripted import calvin as scripted
+from data_tools.scripted import calvin_play
+from data_tools.scripted.calvin import collect
+from data_tools.tasks import calvin, calvin_arm
+from data_tools.tasks.calvin import CalvinVectorEnv
+from data_tools.tasks.calvin_scene import (
     ARM,
+    BLOCK_NAMES,
     BLOCKS,
     FIXTURES,
     HOME,
     SURFACES,
     SWITCH_ORIGIN,
+    place_blocks,
     scene_model,
 )
-from data_tools.dataset import DataError
+from data_tools.tasks.vector import SingleEnv
 
 SLIDE, DRAWER, BUTTON, SWITCH, BULB, LED = range(15, 21)  # of the observation
 REST = np.array([0.0, 0, 0, 0, 0, 0, 1])  # an action that keeps the target pose, gripper open
+CalvinEnv = functools.partial(SingleEnv, CalvinVectorEnv)
 
 
 def make_physics(num_envs=1, fixtures=(0.0, 0.0, 0.0, 0.0)):
     """Tables at rest, with slide, drawer, button and switch where `fixtures` says."""
-    physics = calvin._Physics(num_envs, 1)
+    physics = calvin.Physics(num_envs, 1)
     rngs = [np.random.default_rng(i) for i in range(num_envs)]
     physics.reset(np.arange(num_envs), rngs, np.tile(fixtures, (num_envs, 1)))
     return physics
@@ -42,7 +50,7 @@ def make_physics(num_envs=1, fixtures=(0.0, 0.0, 0.0, 0.0)):
 
 def put(env, slide=None, drawer=None, switch=None, member=0):
     """Move parts of a table by hand, at rest."""
-    physics = env._envs._physics if isinstance(env, CalvinEnv) else env._physics
+    physics = (env.envs if isinstance(env, SingleEnv) else env).physics
     for index, value in ((0, slide), (1, drawer), (3, switch)):
         if value is not None:
             physics.qpos[member, FIXTURES.start + index] = value
@@ -146,19 +154,19 @@ def plain_inverse_kinematics(q, position, matrix):
         q = q + change * min(1.0, np.pi / 4 / np.abs(change).max())
         if np.linalg.norm(error[:3]) < 1e-4:
             break
-    return np.clip(q, calvin.JOINT_LOW, calvin.JOINT_HIGH)
+    return np.clip(q, calvin_arm.JOINT_LOW, calvin_arm.JOINT_HIGH)
 
 
 def test_forward_kinematics_of_the_models():
     position, matrix, jacobian = forward_kinematics(HOME)
     assert np.allclose(position, (0.02587, -0.23131, 0.57128), atol=1e-5)
-    assert np.allclose(calvin.euler_angles(matrix[None])[0], (3.09045, -0.02909, 1.50014), atol=1e-5)
-    solver = calvin._InverseKinematics(1)
+    assert np.allclose(calvin_arm.euler_angles(matrix[None])[0], (3.09045, -0.02909, 1.50014), atol=1e-5)
+    solver = calvin_arm.InverseKinematics(1)
     solver._linearise(HOME[None], position[None], matrix[None])
     assert np.allclose(solver.jacobian[0].T, jacobian, atol=1e-8)
     assert np.allclose(solver.error, 0, atol=1e-7)
     angles = np.random.default_rng(0).uniform([-3, -1.5, -3], [3, 1.5, 3], (50, 3))
-    assert np.allclose(calvin.euler_angles(calvin.rotation_matrix(angles)), angles)
+    assert np.allclose(calvin_arm.euler_angles(calvin_arm.rotation_matrix(angles)), angles)
 
 
 def test_inverse_kinematics_equals_bullets(dataset):
@@ -168,10 +176,10 @@ def test_inverse_kinematics_equals_bullets(dataset):
     joints = np.concatenate([[HOME], joints[rng.integers(len(joints), size=150)]])
     poses = [forward_kinematics(q) for q in joints]
     position = np.array([pose[0] for pose in poses]) + rng.uniform(-0.03, 0.03, (len(joints), 3))
-    angles = calvin.euler_angles(np.array([pose[1] for pose in poses])) + rng.uniform(-0.08, 0.08, (len(joints), 3))
-    position[0], angles[0] = poses[0][0], calvin.euler_angles(poses[0][1][None])[0]  # home stays home
-    ours = calvin._InverseKinematics(len(joints)).solve(joints, position, angles)
-    plain = [plain_inverse_kinematics(*row) for row in zip(joints, position, calvin.rotation_matrix(angles))]
+    angles = calvin_arm.euler_angles(np.array([pose[1] for pose in poses])) + rng.uniform(-0.08, 0.08, (len(joints), 3))
+    position[0], angles[0] = poses[0][0], calvin_arm.euler_angles(poses[0][1][None])[0]  # home stays home
+    ours = calvin_arm.InverseKinematics(len(joints)).solve(joints, position, angles)
+    plain = [plain_inverse_kinematics(*row) for row in zip(joints, position, calvin_arm.rotation_matrix(angles))]
     error = np.abs(ours - plain)
     assert error.max() < 0.011 and error.mean() < 0.0016
     assert np.allclose(ours[0], HOME, atol=1e-6)
@@ -180,7 +188,7 @@ def test_inverse_kinematics_equals_bullets(dataset):
 def test_target_pose_is_a_state_of_its_own():
     env = CalvinEnv()
     env.reset(seed=0)
-    target = env._envs._physics.target[0]
+    target = env.envs.physics.target[0]
     start = target.copy()
     for action in ([1, 0, 0, 0, 0, 0, 1], [0, -0.5, 2.0, 1, 0, -1, 1]):  # clipped to [-1, 1]
         env.step(action)
@@ -198,7 +206,7 @@ def test_tool_pose_is_observed_one_step_of_physics_late():
         obs = env.step([1, 0, 0, 0, 0, 0, 1])[0]
     now = forward_kinematics(obs[7:14].astype(np.float64))[0]
     ahead = now[0] - obs[0]
-    physics = env._envs._physics
+    physics = env.envs.physics
     before = forward_kinematics(physics.qpos[0, ARM] - physics.qvel[0, ARM] / 240)[0]
     assert ahead > 5e-4 and np.allclose(before, obs[:3], atol=1e-5)
 
@@ -267,10 +275,10 @@ def test_blocks_are_placed_on_their_surfaces():
     model, data = scene_model(), mujoco.MjData(scene_model())
     counts = np.zeros((3, 3), dtype=int)
     rng = np.random.default_rng(0)
-    blocks = [model.body(name).id for name in calvin.BLOCK_NAMES]
+    blocks = [model.body(name).id for name in BLOCK_NAMES]
     yaws = []
     for _ in range(150):
-        data.qpos[BLOCKS] = calvin._place_blocks(rng)
+        data.qpos[BLOCKS] = place_blocks(rng)
         mujoco.mj_forward(model, data)
         poses = data.qpos[BLOCKS].reshape(3, 7)
         assert np.all(poses[:, 2] == 0.46)
@@ -298,7 +306,7 @@ def test_reward_counts_the_subtasks_in_their_order():
         return reward, info["num_subtasks"], terminated, info["is_success"]
 
     put(env, slide=0.2)
-    env._envs._physics.led[0] = True
+    env.envs.physics.led[0] = True
     assert step() == (0.0, 0, False, False)  # third and fourth too early
     put(env, drawer=0.115)
     assert step() == (0.0, 0, False, False)
@@ -308,9 +316,9 @@ def test_reward_counts_the_subtasks_in_their_order():
     put(env, drawer=0.0, switch=0.06)  # the drawer may be closed again
     assert step() == (100.0, 2, False, False)
     assert step() == (100.0, 3, False, False)  # what was done early counts now, one per step
-    env._envs._physics.led[0] = False
+    env.envs.physics.led[0] = False
     assert step() == (0.0, 3, False, False)  # unless it was undone
-    env._envs._physics.led[0] = True
+    env.envs.physics.led[0] = True
     assert step() == (100.0, 4, True, True)
 
 
@@ -326,7 +334,7 @@ def test_conditions_are_relative_to_the_start():
 
 
 def test_expert_solves_the_task():
-    returns, lengths = calvin.run_expert(6, seed=20)
+    returns, lengths = scripted.run_expert(6, seed=20)
     assert (returns == 400).all() and (lengths < 260).all()
 
 
@@ -334,17 +342,17 @@ def test_lights_and_buttons_start_anew_but_the_gripper_command_stays():
     env = CalvinEnv()
     first, _ = env.reset(seed=5)
     put(env, slide=0.2, drawer=0.2, switch=0.08)
-    env._envs._physics.led[0] = env._envs._physics.pressed[0] = True
+    env.envs.physics.led[0] = env.envs.physics.pressed[0] = True
     env.step([0, 0, 0, 0, 0, 0, -1])
     obs, _ = env.reset()
     assert np.allclose(obs[SLIDE:], 0, atol=1e-4) and obs[6] == first[6] and obs[14] == -1
-    assert not env._envs._physics.pressed[0]
+    assert not env.envs.physics.pressed[0]
     assert np.array_equal(env.reset(seed=5)[0], first)
 
 
 def test_time_limit_is_a_truncation():
     env = gymnasium.make("skimo/Calvin-v0")
-    assert "TimeLimit" not in str(env) and env.unwrapped._envs.max_episode_steps == 360
+    assert "TimeLimit" not in str(env) and env.unwrapped.envs.max_episode_steps == 360
     env = gymnasium.make("skimo/Calvin-v0", max_episode_steps=4)
     env.reset(seed=0)
     assert [env.step(REST)[2:4] for _ in range(4)] == [(False, False)] * 3 + [(False, True)]
@@ -355,7 +363,7 @@ def test_time_limit_is_a_truncation():
 
 def test_env_checker():
     with pytest.warns(UserWarning, match="infinity"):  # the observation is bounded by physics, not by the space
-        check_env(gymnasium.make(data_tools.TASKS["calvin"]).unwrapped)
+        check_env(gymnasium.make("skimo/Calvin-v0").unwrapped)
 
 
 def test_unknown_simulator():
@@ -368,15 +376,15 @@ def test_diverged_physics_end_the_episode(tmp_path, monkeypatch):
     env, healthy = CalvinVectorEnv(3, autoreset_mode="NextStep"), CalvinVectorEnv(3)
     before, _ = env.reset(seed=0)
     healthy.reset(seed=0)
-    run = env._physics._run
+    run = env.physics._run
 
     def diverge(substeps, members=None):
         run(substeps, members)
-        env._physics.qvel[1, 3] = np.nan
+        env.physics.qvel[1, 3] = np.nan
 
     actions = np.full((3, 7), 0.3)
     with monkeypatch.context() as patch:
-        patch.setattr(env._physics, "_run", diverge)
+        patch.setattr(env.physics, "_run", diverge)
         obs, rewards, terminations, truncations, infos = env.step(actions)
     expected = healthy.step(actions)[0]
     assert np.array_equal(obs, [expected[0], before[1], expected[2]])
@@ -404,7 +412,7 @@ def test_frames_show_arm_and_lights():
     env.reset(seed=0)
     frame = env.render()
     assert frame.shape == (400, 400, 3) and frame.dtype == np.uint8 and frame.std() > 20
-    physics = env.unwrapped._envs._physics
+    physics = env.unwrapped.envs.physics
     physics.led[0] = physics.bulb[0] = True
     changed = np.abs(env.render().astype(int) - frame).max(axis=2) > 20
     assert 0.0005 < changed.mean() < 0.05
@@ -447,7 +455,7 @@ def test_behaviours_do_what_they_are_called(behaviour, fixtures, holds):
     rngs = [np.random.default_rng(i) for i in range(8)]
 
     def script(member):
-        view = calvin._view(physics, member)
+        view = scripted.view_of(physics, member)
         waypoints = calvin_play.retreat(view) + getattr(calvin_play, behaviour)(view, rngs[member])
         yield from calvin_play.follow(view, waypoints, 0.8, 0.1, rngs[member])
 
@@ -457,7 +465,7 @@ def test_behaviours_do_what_they_are_called(behaviour, fixtures, holds):
         physics.step(actions)
         for member, each in enumerate(scripts):
             try:
-                actions[member] = each.send(calvin._view(physics, member))
+                actions[member] = each.send(scripted.view_of(physics, member))
             except StopIteration:
                 actions[member, :6] = 0.0
                 scripts[member] = itertools.repeat(None)  # finished
@@ -500,13 +508,13 @@ def test_recorded_play(dataset):
 def test_replaying_the_actions_reproduces_the_states(dataset):
     for trajectory in (0, 7, 23):
         rows = slice(490 * trajectory, 490 * (trajectory + 1))
-        obs = calvin.replay(dataset, trajectory)
+        obs = scripted.replay(dataset, trajectory)
         assert obs.shape == (491, 21)
         assert np.array_equal(obs[:-1], dataset.observations[rows].numpy())
     with pytest.raises(DataError, match="no trajectory 24"):
-        calvin.replay(dataset, 24)
+        scripted.replay(dataset, 24)
     with pytest.raises(DataError, match="cannot be replayed"):
-        calvin.replay(data_tools.OfflineDataset(np.zeros((2, 21)), np.zeros((2, 7)), [0, 0], [0, 1]), 0)
+        scripted.replay(data_tools.OfflineDataset(np.ones((2, 21)), np.ones((2, 7)), [0, 0], [0, 1]), 0)
 
 
 def test_recording_depends_on_the_seed_alone(dataset):
@@ -522,30 +530,30 @@ def test_recording_depends_on_the_seed_alone(dataset):
 
 def test_attempts_that_do_the_task_are_left_out(dataset, monkeypatch):
     unwanted = dataset.observations[490].numpy()  # the first row of the second attempt
-    monkeypatch.setattr(calvin, "_does_the_task", lambda obs: np.array_equal(obs[0], unwanted))
+    monkeypatch.setattr(scripted, "_does_the_task", lambda obs: np.array_equal(obs[0], unwanted))
     fewer = collect(2, progress=False)
     assert fewer.attributes["skipped"] == [1]
     assert torch.equal(fewer.observations[490:], dataset.observations[980:1470])
-    assert np.array_equal(calvin.replay(fewer, 1)[:-1], fewer.observations[490:].numpy())
+    assert np.array_equal(scripted.replay(fewer, 1)[:-1], fewer.observations[490:].numpy())
 
 
 def test_transitions():
     obs = np.zeros((60, 21))
     for row, entry, value in ((10, DRAWER, 0.2), (20, BULB, 1.0), (30, SLIDE, 0.25), (40, LED, 1.0)):
         obs[row:, entry] = value
-    assert calvin.transitions(obs) == [(10, 0), (20, 1), (30, 2), (40, 3)]
-    assert calvin._does_the_task(obs)
-    assert not calvin._does_the_task(obs[15:])  # the drawer is open from the start
-    assert not calvin._does_the_task(obs[:35])
+    assert scripted.transitions(obs) == [(10, 0), (20, 1), (30, 2), (40, 3)]
+    assert scripted._does_the_task(obs)
+    assert not scripted._does_the_task(obs[15:])  # the drawer is open from the start
+    assert not scripted._does_the_task(obs[:35])
     swapped = obs.copy()
     swapped[5:, LED] = 1.0
-    assert calvin.transitions(swapped)[0] == (5, 3) and not calvin._does_the_task(swapped)
+    assert scripted.transitions(swapped)[0] == (5, 3) and not scripted._does_the_task(swapped)
     swapped[50, LED] = 0.0  # off and on again, at its turn
-    assert calvin._does_the_task(swapped)
-    two = calvin.OfflineDataset(
-        np.concatenate([obs, swapped]), np.zeros((120, 7)), np.zeros(120), np.tile(np.arange(60) == 59, 2)
+    assert scripted._does_the_task(swapped)
+    two = data_tools.OfflineDataset(
+        np.concatenate([obs, swapped]), np.ones((120, 7)), np.zeros(120), np.tile(np.arange(60) == 59, 2)
     )
-    figures = calvin.statistics(two)
+    figures = scripted.statistics(two)
     assert [figures[name] for name in calvin.SUBTASKS] == [1, 1, 1, 1.5]
     assert figures["task"] == 2
     # Pairs: 3 in the first; LED-drawer, drawer-bulb, bulb-slider, slider-LED off, LED off-on in the second.
@@ -554,10 +562,10 @@ def test_transitions():
 
 
 def test_statistics_resemble_the_real_data(dataset):
-    figures = calvin.statistics(dataset)
+    figures = scripted.statistics(dataset)
     assert figures["trajectories"] == 24 and figures["rows"] == 24 * 490 and figures["task"] == 0
     tolerance = {"x": 0.12, "y": 0.08, "z": 0.05, "pitch": 0.1, "yaw": 0.2, "width": 0.02, "gripper": 0.4, "roll": 1.2}
-    for name, (_, mean, std) in calvin.REAL_DATA.items():
+    for name, (_, mean, std) in scripted.REAL_DATA.items():
         if name in ("bulb", "led"):  # 24 starts decide these
             continue
         assert figures[f"mean {name}"] == pytest.approx(mean, abs=tolerance.get(name, 0.35 * std + 0.12)), name
@@ -565,7 +573,7 @@ def test_statistics_resemble_the_real_data(dataset):
     assert all(0.05 < figures[name] < 1.0 for name in calvin.SUBTASKS)  # rare, but there
 
 
-def test_subtask_statistics():
+def test_rollout_statistics():
     obs = np.zeros((5, 3, 21), dtype=np.float32)
     obs[2:, 0, DRAWER] = 0.2
     obs[3:, 0, LED] = 1
@@ -575,7 +583,7 @@ def test_subtask_statistics():
     obs[4, 2, BULB] = 1  # after the end of the third episode
     ended = np.zeros((5, 3), dtype=bool)
     ended[3:, 2] = True
-    assert calvin.subtask_statistics(obs, ended) == {
+    assert calvin.rollout_statistics(None, obs, None, ended) == {
         "drawer": pytest.approx(2 / 3),
         "bulb": 0.0,
         "slider": pytest.approx(1 / 3),
@@ -593,14 +601,14 @@ def environment():
 
 
 def test_command_line(tmp_path):
-    command = [sys.executable, "-m", "data_tools.calvin"]
+    command = [sys.executable, "-m", "data_tools.scripted.calvin"]
     out = tmp_path / "few.hdf5"
     arguments = ["--num-trajectories", "2", "--out", str(out)]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True, env=environment())
     assert "(real)" in done.stdout and "drawer then bulb" in done.stdout and "all four happen in order" in done.stdout
     loaded = data_tools.OfflineDataset.load(out)
     assert len(loaded.episode_starts) == 2
-    assert np.array_equal(calvin.replay(loaded, 1)[:-1], loaded.observations[490:].numpy())  # from the file
+    assert np.array_equal(scripted.replay(loaded, 1)[:-1], loaded.observations[490:].numpy())  # from the file
     refused = subprocess.run([*command, "--num-trajectories", "2"], capture_output=True, text=True, env=environment())
     assert refused.returncode == 1 and "needs --out" in refused.stderr and "Traceback" not in refused.stderr
     expert = subprocess.run([*command, "--expert", "2"], capture_output=True, text=True, check=True, env=environment())
@@ -609,6 +617,6 @@ def test_command_line(tmp_path):
 
 def test_plot(dataset, tmp_path):
     needs_opengl()
-    calvin.plot_play(dataset, tmp_path / "play.png")
+    scripted.plot_play(dataset, tmp_path / "play.png")
     image = matplotlib.image.imread(tmp_path / "play.png")
     assert image.shape[0] > 400 and image.std() > 0.05

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -13,9 +14,10 @@ import pytest
 import torch
 
 import data_tools
-from data_tools import DataError, OfflineDataset, cache_dir, load_dataset, sources
-from data_tools import kitchen as kitchen_module
-from data_tools import maze as maze_module
+from data_tools import DataError, OfflineDataset, cache_dir, load_dataset
+from data_tools.files import Unreachable
+from data_tools.formats import d4rl
+from data_tools.scripted import kitchen, maze
 
 LENGTHS = [5, 12, 3, 30, 12]  # the last episode has no flag at its end
 REPOSITORY = Path(data_tools.__file__).parents[1]
@@ -39,6 +41,12 @@ def make_arrays(lengths=tuple(LENGTHS)):
 
 def make_dataset():
     return OfflineDataset(**make_arrays(), attributes={"seed": 3, "noise": 0.5, "generator": "hand"})
+
+
+def maze_data():
+    """Two episodes of the maze's sizes."""
+    rng = np.random.default_rng(0)
+    return OfflineDataset(rng.normal(size=(20, 4)), rng.normal(size=(20, 2)), np.zeros(20), np.arange(20) % 10 == 9)
 
 
 def write(path, arrays):
@@ -179,8 +187,8 @@ def broken(**changes):
     return {key: value for key, value in {**make_arrays(), **changes}.items() if value is not None}
 
 
-NAN_ROW, INF_ROW = np.zeros((62, 2), np.float32), np.zeros((62, 3), np.float32)
-NAN_ROW[7, 1], INF_ROW[7, 1] = np.nan, np.inf
+NAN_ROW, INF_ROW, HUGE_ROW = np.ones((62, 2)), np.ones((62, 3)), np.ones((62, 3))
+NAN_ROW[7, 1], INF_ROW[7, 1], HUGE_ROW[7, 1] = np.nan, np.inf, 1e38
 
 
 @pytest.mark.parametrize(
@@ -188,15 +196,24 @@ NAN_ROW[7, 1], INF_ROW[7, 1] = np.nan, np.inf
     [
         (broken(actions=None), "has no actions"),
         (broken(terminals=None, timeouts=None), "has no terminals, timeouts"),
-        (broken(observations=NAN_ROW), "observations contain NaN or infinity"),
+        (broken(observations=NAN_ROW), "observations contain NaN or infinity, first in row 7"),
         (broken(actions=INF_ROW), "actions contain NaN or infinity"),
         (broken(actions=np.zeros((61, 3))), "numbers of rows disagree"),
         (broken(timeouts=np.zeros(63)), "numbers of rows disagree"),
         (broken(observations=np.zeros(62)), r"observations have shape \(62,\)"),
         (broken(terminals=np.zeros((62, 1))), r"terminals have shape \(62, 1\)"),
-        (broken(actions=np.zeros((62, 0))), "is empty"),
-        ({key: value[:0] for key, value in make_arrays().items()}, "is empty"),
-        (broken(actions=np.full((62, 3), b"left")), "are not numbers"),
+        (broken(actions=np.zeros((62, 0))), r"actions are empty, shape \(62, 0\)"),
+        ({key: value[:0] for key, value in make_arrays().items()}, "are empty"),
+        (broken(actions=np.full((62, 3), b"left")), r"actions are \|S4, expected floating-point numbers"),
+        (broken(actions=HUGE_ROW), r"actions reach 1e\+38, which cannot be"),
+        (broken(observations=np.ones((62, 2), int)), "observations are int64, expected floating-point numbers"),
+        (broken(actions=np.ones((62, 3), bool)), "actions are bool, expected floating-point numbers"),
+        (broken(observations=np.zeros((62, 2))), "observations are all zero"),
+        (broken(actions=np.zeros((62, 3))), "actions are all zero"),
+        (broken(terminals=np.full(62, 0.5)), "terminals are float64, expected True and False, or 1 and 0"),
+        (broken(timeouts=np.full(62, b"x")), "timeouts are .S1, expected True and False"),
+        (broken(actions=h5py.Empty("f4")), r"actions have shape \(\)"),
+        (broken(actions=np.float32(1.0)), r"actions have shape \(\), expected 2 dimension"),
     ],
 )
 def test_bad_content(tmp_path, arrays, message):
@@ -211,24 +228,49 @@ def test_bad_files(tmp_path):
     path = tmp_path / "data.hdf5"
     with pytest.raises(DataError, match=r"data\.hdf5 does not exist: check"):
         OfflineDataset.load(path)
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(DataError, match="is not a regular file"):
         OfflineDataset.load(tmp_path)
+    os.mkfifo(tmp_path / "pipe")  # reading it would wait for ever
+    with pytest.raises(DataError, match="pipe is not a regular file: check"):
+        OfflineDataset.load(tmp_path / "pipe")
     OfflineDataset(**make_arrays((400,) * 5)).save(path)
     image = path.read_bytes()
     for damaged in (b"", b"not HDF5 at all", image[: len(image) // 2], image[:-10]):
         path.write_bytes(damaged)
-        with pytest.raises(DataError, match=r"data\.hdf5 is not a complete HDF5 file: delete it, so that"):
+        with pytest.raises(DataError, match=r"data\.hdf5 is damaged or not what it should be .*: delete it, so that"):
             OfflineDataset.load(path)
-    # A flipped byte in the compressed data.
-    with h5py.File(tmp_path / "x.hdf5", "w") as file:
-        file.create_dataset("observations", data=np.random.default_rng(0).normal(size=(500, 2)), compression="gzip")
-        offset = file["observations"].id.get_chunk_info(0).byte_offset
-        for key, shape in (("actions", (500, 2)), ("terminals", 500), ("timeouts", 500)):
-            file[key] = np.zeros(shape)
-    image = bytearray((tmp_path / "x.hdf5").read_bytes())
-    image[offset : offset + 200] = bytes(200)
-    path.write_bytes(image)
-    with pytest.raises(DataError, match="not a complete HDF5 file"):
+
+
+def test_flipped_bits_in_our_own_files_are_noticed(tmp_path):
+    """Compressed arrays have a checksum, so that no bit of a value can change unnoticed."""
+    path = tmp_path / "data.hdf5"
+    rng = np.random.default_rng(0)
+    OfflineDataset(rng.normal(size=(500, 4)), rng.normal(size=(500, 2)), *np.zeros((2, 500), bool)).save(path)
+    with h5py.File(path) as file:
+        chunks = [file[key].id.get_chunk_info(0) for key in ("observations", "actions", "terminals", "timeouts")]
+    image, fingerprint = path.read_bytes(), OfflineDataset.load(path).fingerprint
+    noticed = unchanged = 0
+    for chunk in chunks:
+        for position in rng.integers(chunk.byte_offset, chunk.byte_offset + chunk.size, size=5):
+            damaged = bytearray(image)
+            damaged[position] ^= 1 << rng.integers(8)
+            path.write_bytes(damaged)
+            try:
+                unchanged += OfflineDataset.load(path).fingerprint == fingerprint  # a bit that means nothing
+            except DataError as error:
+                assert "data.hdf5 is damaged" in str(error) and "delete it, so that" in str(error)
+                noticed += 1
+    assert noticed + unchanged == 20 and noticed >= 15
+
+
+def test_a_file_that_announces_more_than_any_memory_holds(tmp_path):
+    path = tmp_path / "huge.hdf5"
+    with h5py.File(path, "w") as file:
+        for key in ("observations", "actions"):
+            file.create_dataset(key, (10**12, 4), "f4", chunks=(1000, 4))
+        for key in ("terminals", "timeouts"):
+            file.create_dataset(key, (10**12,), bool, chunks=(1000,))
+    with pytest.raises(DataError, match="huge.hdf5 is too large"):
         OfflineDataset.load(path)
 
 
@@ -305,23 +347,23 @@ def test_load_dataset_makes_the_file_once(tmp_path, monkeypatch, capsys):
 
     def collect(noise, seed, progress):
         calls.append((noise, seed))
-        return make_dataset()
+        return maze_data()
 
-    monkeypatch.setattr(maze_module, "collect", collect)
+    monkeypatch.setattr(maze, "collect", collect)
     leftover = tmp_path / "part_0123_maze_noise0.5_seed0_v1.hdf5"  # of a process that was killed
     leftover.write_bytes(b"half a file")
     first = load_dataset("maze", tmp_path, progress=False)
     assert str(tmp_path / "maze_noise0.5_seed0_v1.hdf5") in capsys.readouterr().out
     again = load_dataset("maze", tmp_path, progress=False)
     assert capsys.readouterr().out == ""
-    assert calls == [(0.5, 0)] and first.fingerprint == again.fingerprint == make_dataset().fingerprint
+    assert calls == [(0.5, 0)] and first.fingerprint == again.fingerprint == maze_data().fingerprint
     assert not leftover.exists()
     load_dataset("maze", tmp_path, noise=0, seed=2, progress=False)
     assert calls[1:] == [(0, 2)] and (tmp_path / "maze_noise0.0_seed2_v1.hdf5").exists()
 
 
 def test_load_dataset_errors(tmp_path):
-    with pytest.raises(DataError, match="'kitten'; known tasks: maze"):
+    with pytest.raises(DataError, match="no task 'kitten'; known tasks: maze"):
         load_dataset("kitten", tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="--data-dir or SKIMO_DATA_DIR"):
@@ -335,7 +377,8 @@ def test_load_dataset_errors(tmp_path):
 def test_processes_that_start_together_collect_once(tmp_path):
     code = """
         import time
-        from data_tools import load_dataset, maze
+        from data_tools import load_dataset
+        from data_tools.scripted import maze
         collect = maze.collect
 
         def few(noise, seed, progress):
@@ -358,11 +401,11 @@ def test_load_dataset_after_a_failed_collection_starts_again(tmp_path, monkeypat
     def interrupted(noise, seed, progress):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(maze_module, "collect", interrupted)
+    monkeypatch.setattr(maze, "collect", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load_dataset("maze", tmp_path, progress=False)
-    monkeypatch.setattr(maze_module, "collect", lambda noise, seed, progress: make_dataset())
-    assert load_dataset("maze", tmp_path, progress=False).fingerprint == make_dataset().fingerprint
+    monkeypatch.setattr(maze, "collect", lambda noise, seed, progress: maze_data())
+    assert load_dataset("maze", tmp_path, progress=False).fingerprint == maze_data().fingerprint
 
 
 # -------------------------------------------------------------------------------------------------------------- sources
@@ -382,23 +425,25 @@ def offline(monkeypatch):
     """D4RL's host cannot be reached; the scripted generator makes three episodes. Returns the downloads tried."""
     tried = []
 
-    def fetch(data_dir, accept_any_file=False, progress=True):
-        tried.append(data_dir)
-        raise sources.Unreachable("the host of D4RL's data cannot be reached: try later")
+    def fetch(folder, progress=True):
+        tried.append(folder)
+        raise Unreachable("the host of D4RL's data cannot be reached: try later")
 
-    monkeypatch.setattr(sources, "fetch_d4rl_kitchen", fetch)
-    monkeypatch.setattr(kitchen_module, "collect", lambda noise, seed, progress: kitchen_data(seed))
+    monkeypatch.setattr(d4rl, "fetch_kitchen", fetch)
+    monkeypatch.setattr(kitchen, "collect", lambda noise, seed, progress: kitchen_data(seed))
     return tried
 
 
-def test_auto_falls_back_to_scripted_data_and_says_so(tmp_path, offline, capsys):
-    dataset = load_dataset("kitchen", tmp_path, progress=False)
+@pytest.mark.parametrize("env_id", ["kitchen", "kitchen-misaligned"])
+def test_auto_falls_back_to_scripted_data_and_says_so(env_id, tmp_path, offline, capsys):
+    dataset = load_dataset(env_id, tmp_path, progress=False)
     printed = capsys.readouterr().out
     assert "NOTE: the host of D4RL's data cannot be reached" in printed and "SCRIPTED" in printed
     assert dataset.source == "scripted" and dataset.observations.shape == (90, 30)  # the constant goal is cut
     assert torch.equal(dataset.observations, kitchen_data().observations[:, :30])
-    assert offline == [tmp_path]
-    load_dataset("kitchen", tmp_path, "scripted", progress=False)
+    assert dataset.fingerprint == kitchen_data().fingerprint  # that of the file
+    assert offline == [tmp_path] and (tmp_path / "kitchen_noise0.05_seed0_v1.hdf5").exists()
+    load_dataset(env_id, tmp_path, "scripted", progress=False)
     assert offline == [tmp_path] and "NOTE" not in capsys.readouterr().out  # no network for scripted data
 
 
@@ -407,22 +452,35 @@ def test_d4rl_never_falls_back(tmp_path, offline):
         load_dataset("kitchen", tmp_path, "d4rl")
     with pytest.raises(DataError, match="no data for calvin"):
         load_dataset("calvin", tmp_path, "d4rl")
+    with pytest.raises(DataError, match="--dataset minari is unknown"):
+        load_dataset("kitchen", tmp_path, "minari")
 
 
 def test_a_damaged_download_is_an_error_under_auto_too(tmp_path, monkeypatch):
-    def fetch(data_dir, accept_any_file=False, progress=True):
-        raise DataError("the checksum differs")
-
-    monkeypatch.setattr(sources, "fetch_d4rl_kitchen", fetch)
-    with pytest.raises(DataError, match="checksum"):
+    (tmp_path / d4rl.KITCHEN_URL.rpartition("/")[2]).write_bytes(b"half of it")
+    with pytest.raises(DataError, match="light-v0.hdf5 is not D4RL's published file .*: delete it, or move it"):
         load_dataset("kitchen", tmp_path)
 
 
 def test_data_of_the_users_own(tmp_path, offline):
     path = tmp_path / "mine.hdf5"
     kitchen_data(3).save(path)
-    with pytest.raises(DataError, match="--accept-any-data"):
-        load_dataset("kitchen", tmp_path, data=path)
-    dataset = load_dataset("kitchen", tmp_path, data=path, accept_any_data=True, progress=False)
+    dataset = load_dataset("kitchen", tmp_path, data=path, progress=False)
     assert torch.equal(dataset.observations, kitchen_data(3).observations[:, :30])
-    assert dataset.source not in ("scripted", "d4rl") and offline == []
+    assert dataset.source == "hdf5" and offline == []
+
+
+def test_scripted_data_of_other_sizes_are_refused(tmp_path):
+    make_dataset().save(tmp_path / "maze_noise0.5_seed0_v1.hdf5")  # 2 and 3 numbers
+    with pytest.raises(DataError, match=r"v1.hdf5 has \(2, 3\) numbers .* maze \(4, 2\): delete the file"):
+        load_dataset("maze", tmp_path)
+
+
+def test_an_error_ends_a_program_in_one_sentence(tmp_path):
+    process = python(f"from data_tools import OfflineDataset; OfflineDataset.load({str(tmp_path / 'x')!r})")
+    output, errors = process.communicate()
+    assert (process.returncode, output) == (
+        1,
+        "",
+    ) and errors == f"error: {tmp_path / 'x'} does not exist: check the path.\n"
+    assert str(pickle.loads(pickle.dumps(DataError("no disk")))) == "error: no disk"

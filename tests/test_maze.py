@@ -1,5 +1,6 @@
 """The maze against its specification: printed grid, equations of motion, its offline data."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -13,9 +14,11 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 import data_tools
-from data_tools import maze
-from data_tools.dataset import DataError
-from data_tools.maze import GOAL, START, MazeEnv, MazeVectorEnv, cell_of, collect, geodesic_distance, make_layout
+from data_tools import DataError
+from data_tools.scripted import maze as scripted
+from data_tools.scripted.maze import collect
+from data_tools.tasks.maze import GOAL, START, MazeVectorEnv, Physics, cell_of, geodesic_distance, make_layout
+from data_tools.tasks.vector import SingleEnv
 
 # The maze as printed in the specification, written down independently of the generator.
 GRID = """
@@ -67,10 +70,12 @@ MASS = 1000 * 4 / 3 * np.pi * 0.1**3  # kg
 TIME_STEP = 0.01  # s
 
 
+MazeEnv = functools.partial(SingleEnv, MazeVectorEnv)
+
+
 def place(env, position, velocity=(0.0, 0.0)):
-    """Put a MazeEnv's point mass somewhere in the middle of an episode."""
-    env._data.qpos[:] = position
-    env._data.qvel[:] = velocity
+    """Put a single environment's point mass somewhere in the middle of an episode."""
+    env.envs.physics[0, 1:] = (*position, *velocity)
 
 
 # ------------------------------------------------------------------------------------------------------------- geometry
@@ -127,13 +132,13 @@ def test_free_flight_follows_the_equation_of_motion():
     place(env, (22.8, 17.8))  # a hall without walls around
     rng = np.random.default_rng(0)
     for _ in range(60):
-        q, v = env._data.qpos.copy(), env._data.qvel.copy()
+        q, v = env.envs.physics[0, 1:3].copy(), env.envs.physics[0, 3:].copy()
         action = rng.uniform(-1, 1, 2)
         env.step(action)
         v_next = np.clip(v, -5, 5)
         v_next = v_next + TIME_STEP * (100 * action - v_next) / (MASS + TIME_STEP)
-        assert np.allclose(env._data.qvel, v_next, atol=1e-9)
-        assert np.allclose(env._data.qpos, q + TIME_STEP * v_next, atol=1e-9)
+        assert np.allclose(env.envs.physics[0, 3:], v_next, atol=1e-9)
+        assert np.allclose(env.envs.physics[0, 1:3], q + TIME_STEP * v_next, atol=1e-9)
 
 
 def test_actions_are_clipped_and_speed_is_limited():
@@ -148,17 +153,16 @@ def test_actions_are_clipped_and_speed_is_limited():
 
 
 def test_a_wall_stops_the_mass_at_its_radius():
-    env = MazeEnv()
-    env.reset(seed=0)
-    place(env, (18.8, 5.0))  # wall cell (18, 10) begins at q_y = 9.3; the goal does not matter here
+    physics, state = Physics(0), np.array([[0.0, 18.8, 5.0, 0.0, 0.0]])  # wall cell (18, 10) begins at q_y = 9.3
     for _ in range(300):
-        obs, *_ = env.step((0.0, 1.0))
-    assert obs[1] == pytest.approx(9.3 - 0.1, abs=0.02)  # contacts are a little soft
-    assert obs[3] == pytest.approx(0.0, abs=0.05)
-    assert obs[0] == pytest.approx(18.8, abs=1e-3)  # no friction, no push sideways
+        state = physics.step(state, [[0.0, 1.0]])
+    _, row, column, _, speed = state[0]
+    assert column == pytest.approx(9.3 - 0.1, abs=0.02)  # contacts are a little soft
+    assert speed == pytest.approx(0.0, abs=0.05)
+    assert row == pytest.approx(18.8, abs=1e-3)  # no friction, no push sideways
     for _ in range(200):
-        obs, *_ = env.step((1.0, 1.0))
-    assert obs[0] > 18.9 and obs[1] < 9.31  # slides along walls, never through
+        state = physics.step(state, [[1.0, 1.0]])
+    assert state[0, 1] > 18.9 and state[0, 2] < 9.31  # slides along walls, never through
 
 
 def test_a_start_inside_a_wall_can_be_left():
@@ -222,7 +226,7 @@ def test_time_limit_is_a_truncation(vector):
 
 
 def test_registration_and_env_checker():
-    env = gymnasium.make(data_tools.TASKS["maze"])
+    env = gymnasium.make("skimo/Maze-v0")
     assert "TimeLimit" not in str(env)
     with pytest.warns(UserWarning, match="infinity"):  # positions and speeds are bounded by physics, not by the space
         check_env(env.unwrapped)
@@ -237,29 +241,14 @@ def test_registration_and_env_checker():
 
 def test_diverged_physics_end_the_episode(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # MuJoCo may write its warnings to a file here
-    env = MazeEnv()
-    before, _ = env.reset(seed=0)
-    mj_step = maze.mujoco.mj_step
-
-    def diverge(model, data):
-        data.qvel[0] = np.nan
-        mj_step(model, data)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(maze.mujoco, "mj_step", diverge)
-        obs, reward, terminated, truncated, info = env.step((0.0, 0.0))
-    assert np.array_equal(obs, before)
-    assert (reward, terminated, truncated, info) == (0.0, True, False, {"is_success": False, "unstable": True})
-    assert np.isfinite(env.reset()[0]).all() and not env.step((0.0, 0.0))[2]
-
     vector_env, healthy = MazeVectorEnv(3), MazeVectorEnv(3)
     before, _ = vector_env.reset(seed=0)
     healthy.reset(seed=0)
-    step = vector_env._physics.step
+    step = vector_env.simulator.step
     actions = np.full((3, 2), 0.5)
     with monkeypatch.context() as patch:
         nan_first = np.array([[0, 0, 0, np.nan, 0], [0] * 5, [0] * 5])
-        patch.setattr(vector_env._physics, "step", lambda state, action: step(state + nan_first, action))
+        patch.setattr(vector_env.simulator, "step", lambda state, action: step(state + nan_first, action))
         obs, rewards, terminations, truncations, infos = vector_env.step(actions)
     expected = healthy.step(actions)[0]
     assert np.array_equal(obs, [before[0], *expected[1:]])
@@ -337,7 +326,7 @@ def q_iteration(goal):
 @pytest.mark.parametrize("goal", [(18, 8), (1, 1), (40, 40), (3, 16), (16, 20)])
 def test_policy_equals_q_iteration(goal):
     free = ~make_layout()
-    assert np.array_equal(maze._policy(goal)[free], q_iteration(goal)[free])
+    assert np.array_equal(scripted._policy(goal)[free], q_iteration(goal)[free])
 
 
 @pytest.fixture(scope="module")
@@ -347,11 +336,11 @@ def dataset():
 
 def test_collected_data_have_the_known_statistics(dataset):
     # Standard error of the mean length of 300 trajectories: 88 / sqrt(300) = 5.
-    noisy = maze.statistics(dataset)
+    noisy = scripted.statistics(dataset)
     assert noisy["trajectories"] == 300
     assert noisy["mean length"] == pytest.approx(469, abs=15)
     assert noisy["mean |a|"] == pytest.approx(0.637, abs=0.01)
-    plain = maze.statistics(collect(300, noise=0.0, seed=1, progress=False))
+    plain = scripted.statistics(collect(300, noise=0.0, seed=1, progress=False))
     assert plain["mean length"] == pytest.approx(464, abs=15)
     assert plain["mean |a|"] == pytest.approx(0.571, abs=0.01)
     assert plain["saturated share"] == pytest.approx(0.45, abs=0.015)
@@ -376,16 +365,15 @@ def test_trajectories_are_what_they_claim(dataset):
     assert np.abs(observations[starts, :2] - first).max() <= 0.1 + 1e-6  # centre index of a cell + U(-0.1, 0.1)
     assert not layout[first[:, 0], first[:, 1]].any()
     # Successive rows belong together: replaying the stored actions from the first row meets all the others.
-    env = MazeEnv()
-    env.reset(seed=0)
+    physics = Physics(0)
     for start in starts[:10]:
-        place(env, observations[start, :2], observations[start, 2:])
+        state = np.concatenate([[0.0], observations[start]])[None]
         for row in range(start, start + 50):  # every trajectory has more than 50 rows
-            assert np.allclose(env.step(actions[row])[0], observations[row + 1], atol=1e-3)
+            state = physics.step(state, actions[row : row + 1])
+            assert np.allclose(state[0, 1:], observations[row + 1], atol=1e-3)
     # A terminal means arrival: one step later the mass is within 0.1 of the centre index of a free cell.
     for end in ends[terminals[ends]]:
-        place(env, observations[end, :2], observations[end, 2:])
-        position = env.step(actions[end])[0][:2]
+        position = physics.step(np.concatenate([[0.0], observations[end]])[None], actions[end : end + 1])[0, 1:3]
         assert np.linalg.norm(position - np.rint(position)) < 0.1 + 1e-3
 
 
@@ -404,7 +392,7 @@ def test_collect_runs_from_a_script_without_main_guard(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import torch; torch.randn(300, 300) @ torch.randn(300, 300)\n"
-        "from data_tools.maze import collect\n"
+        "from data_tools.scripted.maze import collect\n"
         "print('once', len(collect(5, num_workers=2, progress=False).episode_starts))\n"
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, env=environment())
@@ -417,7 +405,7 @@ def environment():
 
 
 def test_command_line(tmp_path):
-    command = [sys.executable, "-m", "data_tools.maze"]
+    command = [sys.executable, "-m", "data_tools.scripted.maze"]
     out, plot = tmp_path / "few.hdf5", tmp_path / "few.png"
     arguments = ["--num-trajectories", "12", "--noise", "0", "--out", str(out), "--plot", str(plot)]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True, env=environment())

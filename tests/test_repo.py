@@ -28,7 +28,9 @@ def test_requirements_are_exact_pins():
 
 def test_every_import_is_required():
     imports = r"^\s*(?:import|from) ([a-zA-Z0-9_]+)"
-    files = [path for folder in ("algos", "benchmarks", "data_tools", "tests") for path in (ROOT / folder).glob("*.py")]
+    files = [
+        path for folder in ("algos", "benchmarks", "data_tools", "tests") for path in (ROOT / folder).rglob("*.py")
+    ]
     found = {name for path in files for name in re.findall(imports, path.read_text(), re.MULTILINE)}
     own = {"data_tools", "algos", "benchmarks", "tests", *(path.stem for path in files)}
     own |= {"triton"}  # a part of torch's CUDA builds, imported only if it is there

@@ -1,7 +1,10 @@
 """What the three vector environments share, on each of them: Gymnasium's rules, single environments, states."""
 
 import io
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import gymnasium
@@ -11,28 +14,30 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from test_calvin import put
 from test_kitchen import place as place_elements
-from test_maze import place as place_mass
 
-from data_tools.calvin import CalvinEnv, CalvinVectorEnv
-from data_tools.kitchen import SUBTASKS, KitchenEnv, KitchenVectorEnv
-from data_tools.maze import GOAL, MazeEnv, MazeVectorEnv
+import data_tools
+from data_tools.tasks.calvin import CalvinVectorEnv
+from data_tools.tasks.kitchen import SUBTASKS, KitchenVectorEnv
+from data_tools.tasks.maze import GOAL, MazeVectorEnv
+from data_tools.tasks.vector import SingleEnv
 
 # ------------------------------------------------------------------------------------- how each task is nearly solved
+
+
+def vector_of(env):
+    """Return the vector of one in a single environment, or the vector itself."""
+    return env.envs if isinstance(env, SingleEnv) else env
 
 
 def solve_maze(env, member, partly=False):
     """Put the mass 1.9 cells from the goal or, partly, 2.3 cells from it and on its way: it arrives after 6 steps."""
     position, velocity = ((GOAL[0], GOAL[1] - 2.3), (0.0, 5.0)) if partly else ((GOAL[0], GOAL[1] - 1.9), (0.0, 0.0))
-    if isinstance(env, MazeEnv):
-        place_mass(env, position, velocity)
-    else:
-        env._state[member, 1:] = (*position, *velocity)
+    vector_of(env).physics[member, 1:] = (*position, *velocity)
 
 
 def solve_kitchen(env, member, partly=False):
     """Complete the sub-tasks or, partly, the first and the last."""
-    simulation = env._kitchen if isinstance(env, KitchenEnv) else env._kitchens[member]
-    place_elements(simulation, *(("microwave", "light_switch") if partly else SUBTASKS["kitchen"]))
+    place_elements(vector_of(env).kitchens[member], *(("microwave", "light_switch") if partly else SUBTASKS["kitchen"]))
 
 
 def solve_calvin(env, member, partly=False):
@@ -41,11 +46,10 @@ def solve_calvin(env, member, partly=False):
         put(env, drawer=0.2, member=member)
     else:
         put(env, slide=0.2, drawer=0.2, switch=0.07, member=member)
-        (env._envs if isinstance(env, CalvinEnv) else env)._physics.led[member] = True
+        vector_of(env).physics.led[member] = True
 
 
 class Task(NamedTuple):
-    single: type
     vector: type
     action_dim: int
     solve: Callable  # (environment, member, partly): by hand
@@ -53,11 +57,14 @@ class Task(NamedTuple):
     start_width: float  # of the observations at the start of an episode
     steps: int  # of the longest comparison, in which episodes have a twelfth of them
 
+    def single(self, **arguments):
+        return SingleEnv(self.vector, **arguments)
+
 
 TASKS = {
-    "maze": Task(MazeEnv, MazeVectorEnv, 2, solve_maze, (0, 0.6), 4.3, 360),
-    "kitchen": Task(KitchenEnv, KitchenVectorEnv, 9, solve_kitchen, (0, 0.6, 0, 0, 0, 0, 0, 0, 0), 0.03, 60),
-    "calvin": Task(CalvinEnv, CalvinVectorEnv, 7, solve_calvin, (0, 0.3, -0.5, 0, 0, 0, 0), 1e-3, 120),
+    "maze": Task(MazeVectorEnv, 2, solve_maze, (0, 0.6), 4.3, 360),
+    "kitchen": Task(KitchenVectorEnv, 9, solve_kitchen, (0, 0.6, 0, 0, 0, 0, 0, 0, 0), 0.03, 60),
+    "calvin": Task(CalvinVectorEnv, 7, solve_calvin, (0, 0.3, -0.5, 0, 0, 0, 0), 1e-3, 120),
 }
 
 
@@ -232,3 +239,23 @@ def test_states_are_checked(task):
     physics[3] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
         envs.set_state(state)
+
+
+def test_a_video_is_recorded_when_the_environments_close(tmp_path):
+    envs = data_tools.make_envs("maze", 2, tmp_path / "episode.mp4")
+    plain = data_tools.make_envs("maze", 2)
+    assert_same(envs.reset(seed=0), plain.reset(seed=0))
+    for _ in range(6):
+        assert_same(envs.step(np.ones((2, 2))), plain.step(np.ones((2, 2))))
+    envs.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["episode.mp4"]
+    assert (tmp_path / "episode.mp4").stat().st_size > 1000
+
+
+def test_nan_actions_end_a_program_in_one_sentence():
+    code = "import data_tools, numpy as np; envs = data_tools.make_envs('maze', 1); envs.reset(seed=0)"
+    code += "; envs.step(np.full((1, 2), np.nan))"
+    root = Path(data_tools.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "lower its learning rate" in done.stderr and "--resume" in done.stderr

@@ -33,17 +33,29 @@ def read(path) -> tuple[dict[str, np.ndarray], dict]:
     """
     with reading(path, "fetch or copy it again"):
         with opened(path) as file:
-            content = _ArrayUnpickler(file).load()
+            content = _unpickled(path, file)
         if not isinstance(content, list) or not content:
             raise ValueError("a list of dict(obs, actions, dones) was expected")
         episodes = [_episode(f"trajectory {number}", entry) for number, entry in enumerate(content)]
         kept = [episode for episode in episodes if episode is not None and len(episode["actions"])]
+        if not kept:
+            raise ValueError("it has no episodes")
         arrays = {key: np.concatenate([episode[key] for episode in kept]) for key in KEYS}
     attributes = {"description": "archive of the SkiMo release", "source": "skimo-release"}
     dropped = sum(episode is None for episode in episodes)
     if dropped:
         attributes["note"] = f"{dropped} episode(s) with fewer states than steps left out"
     return arrays, attributes
+
+
+def _unpickled(path, file):
+    try:
+        return _ArrayUnpickler(file).load()
+    except _Refused as error:
+        raise DataError(
+            f"{path} asks for {error}, which is neither a NumPy array nor a plain value; nothing of it was run. "
+            "Do not use this file."
+        ) from None
 
 
 def _episode(where, entry):
@@ -66,11 +78,8 @@ def _episode(where, entry):
     return dict(zip(KEYS, (observations[:steps], actions, terminals, timeouts)))
 
 
-def _refused(what):
-    return DataError(
-        f"the pickle asks for {what}, which is neither a NumPy array nor a plain value; nothing of it was run. "
-        "Do not use this file."
-    )
+class _Refused(pickle.UnpicklingError):
+    """A pickle asks for something that is not on the list."""
 
 
 class _DType:
@@ -78,7 +87,7 @@ class _DType:
 
     def __init__(self, code, *_):
         if not isinstance(code, str) or not re.fullmatch(r"[biuf]\d{1,2}", code):
-            raise _refused(f"an array of {code!r}")
+            raise _Refused(f"an array of {code!r}")
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state):
@@ -117,7 +126,7 @@ def _scalar(dtype, content):
 def _latin1(text, encoding):
     """Stand for codecs.encode, by which old protocols write bytes."""
     if encoding != "latin1":
-        raise _refused(f"the codec {encoding!r}")
+        raise _Refused(f"the codec {encoding!r}")
     return text.encode("latin1")
 
 
@@ -139,7 +148,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         if (module, name) not in ADMITTED:
-            raise _refused(f"{module}.{name}")
+            raise _Refused(f"{module}.{name}")
         return ADMITTED[module, name]
 
 

@@ -72,10 +72,12 @@ class _Recorder:
 
         An attempt whose physics diverge gives (attempt, None, None). `bar` counts the steps.
         """
-        physics, waiting = self.physics, iter(attempts)
+        physics = self.physics
+        waiting = iter(attempts)
         num_envs = len(physics.state)
         current = [None] * num_envs  # the attempt of each member
-        scripts, rows = [None] * num_envs, [None] * num_envs
+        scripts = [None] * num_envs
+        rows = [None] * num_envs
         actions = np.zeros((num_envs, 7))
         free = list(range(num_envs))
         while True:
@@ -98,7 +100,8 @@ class _Recorder:
             free = []
             for member in running:
                 if unstable[member] or len(rows[member]) == calvin_play.TRAJECTORY_STEPS:
-                    attempt, recorded = current[member], rows[member]
+                    attempt = current[member]
+                    recorded = rows[member]
                     free.append(int(member))
                     if unstable[member]:
                         yield attempt, None, None
@@ -179,7 +182,9 @@ def collect(
             f"got {num_trajectories}, {noise} and {seed}."
         )
     recorder = _Recorder(min(LOCKSTEP, num_trajectories), num_workers or num_cores())
-    kept, skipped, first = {}, [], 0
+    kept = {}
+    skipped = []
+    first = 0
     total = num_trajectories * calvin_play.TRAJECTORY_STEPS
     with tqdm(total=total, desc="calvin play", unit="step", unit_scale=True, disable=not progress) as bar:
         while len(kept) < num_trajectories:

@@ -72,7 +72,8 @@ def open_drawer(view: View, rng=None) -> list[Waypoint]:
     style = _Style(rng)
     x = 0.18 + style.shift(0.05, 0, 0)[0]
     y = -0.213 - view.obs[DRAWER]  # between the handle and the drawer's front
-    down, gripper = style.down, style.gripper
+    down = style.down
+    gripper = style.gripper
     return [
         Waypoint(np.array([x, y - 0.02, 0.50]), down, gripper),
         Waypoint(np.array([x, y, 0.372]), down, gripper, 1),
@@ -86,7 +87,8 @@ def close_drawer(view: View, rng=None) -> list[Waypoint]:
     style = _Style(rng)
     x = 0.18 + style.shift(0.05, 0, 0)[0]
     y = -0.31 - view.obs[DRAWER]
-    down, gripper = style.down, style.gripper
+    down = style.down
+    gripper = style.gripper
     return [
         Waypoint(np.array([x, y, 0.50]), down, gripper),
         Waypoint(np.array([x, y, 0.365]), down, gripper, 1),

@@ -144,7 +144,10 @@ class _Demonstrator:
     """
 
     def __init__(self, kitchen, kinematics, rng, noise):
-        self.kitchen, self.kinematics, self.rng, self.noise = kitchen, kinematics, rng, noise
+        self.kitchen = kitchen
+        self.kinematics = kinematics
+        self.rng = rng
+        self.noise = noise
         self.speed = 1.0
         self.angles = np.array([0.05, 0.05])  # pitch and yaw of the hand
         self.grip = 0.04  # distance of each finger from the middle
@@ -212,11 +215,14 @@ class _Demonstrator:
         The whole path slows down where a joint would exceed its limit, and halts while the arm is held up. At its end
         the arm gets `wait` steps to come within `tolerance`.
         """
-        start, start_angles = self.tip, self.angles
+        start = self.tip
+        start_angles = self.angles
         change = np.array(position) - start
         turn = np.zeros(2) if angles is None else np.array(angles) - start_angles
         pace = 1 / max(1.0, np.linalg.norm(change) / (pace * self.speed), np.abs(turn).max() / 0.15)
-        joints, progress, overtime = self.joints, 0.0, 0
+        joints = self.joints
+        progress = 0.0
+        overtime = 0
         for step in range(1, 42):
             limits = self.joint_limits()
             held_up = (np.abs(joints - self.joints) / limits).max() > 1.5
@@ -229,7 +235,8 @@ class _Demonstrator:
                     if excess <= 1.0:
                         break
                     advance *= max(0.2, 0.95 / excess)
-                joints, progress = ahead, there
+                joints = ahead
+                progress = there
             arrived = progress >= 1 - 1e-6
             overtime += arrived
             self.act(joints, grip)

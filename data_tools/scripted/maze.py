@@ -54,7 +54,8 @@ def _plan(seed, attempt):
     state = np.zeros(5)
     state[1:3] = start + rng.uniform(-0.1, 0.1, 2)
     state[3:5] = rng.normal(0.0, 0.1, 2)
-    cell, cells = start, []
+    cell = start
+    cells = []
     while len(cells) < MAX_WAYPOINTS and tuple(cell) != tuple(goal):
         cell = cell + MOVES[_policy(tuple(goal))[tuple(cell)]]
         cells.append(cell)

@@ -131,7 +131,10 @@ class Physics:
         Bullet's motors aim at a joint velocity: v* = clip(24/s (target - q), +- greatest speed). The force that reaches
         it within one step of physics is M (v* - v) / dt plus the bias forces, as far as the motor is strong enough.
         """
-        q, v, mass, forces = self.qpos[:, ROBOT], self.qvel[:, ROBOT], self.dense_mass, self.ctrl[:, :9]
+        q = self.qpos[:, ROBOT]
+        v = self.qvel[:, ROBOT]
+        mass = self.dense_mass
+        forces = self.ctrl[:, :9]
         for substep in range(substeps):
             # `take` gives the same memory layout for every E; that of indexing depends on E, and with it the rounding.
             self.mass.take(self.mass_index, axis=1, out=mass)

@@ -101,7 +101,8 @@ class InverseKinematics:
         """Compute Jacobian and error of the tool's pose at joints q (E, 7)."""
         self.qpos[:, ARM] = q
         self.batch.forward(stage=mujoco.mjtStage.mjSTAGE_POS)
-        axis, arm = self.axis, self.tool[:, None] - self.anchor  # (E, 7, 3)
+        axis = self.axis
+        arm = self.tool[:, None] - self.anchor  # (E, 7, 3)
         # The cross product axis x arm; np.cross takes five times as long.
         self.jacobian[:, :, 0] = axis[:, :, 1] * arm[:, :, 2] - axis[:, :, 2] * arm[:, :, 1]
         self.jacobian[:, :, 1] = axis[:, :, 2] * arm[:, :, 0] - axis[:, :, 0] * arm[:, :, 2]

@@ -6,10 +6,11 @@ drives PyBullet directly with the URDF files and meshes of a checkout of the sim
 brings: PATH, or the environment variable CALVIN_ENV_ROOT. All else (rules, rewards, lights, where the blocks start,
 seeds, pictures) is that of data_tools.tasks.calvin. What is done in which order follows the original: scene D, loading,
 reset, inverse kinematics, motors. One difference: the original lets time run while it looks for places of the blocks.
-Units and frames as in data_tools.calvin; E members, one PyBullet server in this process for each.
+Units and frames as in calvin.py; E members, one PyBullet server in this process for each.
 """
 
 import base64
+import contextlib
 import importlib
 import os
 import tempfile
@@ -43,7 +44,7 @@ PYBULLET = "pybullet==3.2.7"  # the version that was measured
 ROBOT_FILE = "franka_panda/panda_longer_finger.urdf"
 BLOCK_FILES = ("blocks/block_red_middle.urdf", "blocks/block_blue_small.urdf", "blocks/block_pink_big.urdf")
 TABLE_FILE = "calvin_table_D/urdf/calvin_table_D.urdf"
-PLANE_FILE = "plane.urdf"
+PLANE_FILE = "plane/plane.urdf"
 FILES = (ROBOT_FILE, *BLOCK_FILES, TABLE_FILE, PLANE_FILE)
 
 ARM_JOINTS = tuple(f"panda_joint{i}" for i in range(1, 8))
@@ -95,15 +96,26 @@ class _World:
     def __init__(self, bullet, data):
         """`data`: the folder of the URDF files. Raises DataError for files that PyBullet cannot use."""
         self.bullet = bullet
-        client = importlib.import_module("pybullet_utils.bullet_client").BulletClient(bullet.DIRECT)
-        self.client = client  # the functions of PyBullet, for this server
+        self.data = data
+        # Its functions are PyBullet's, for this server.
+        self.client = importlib.import_module("pybullet_utils.bullet_client").BulletClient(bullet.DIRECT)
+        self.load()
+
+    def load(self):
+        """Empty the server and load everything."""
+        client = self.client
+        bullet = self.bullet
+        data = self.data
+        client.resetSimulation()
         client.setTimeStep(TIME_STEP)
         client.setPhysicsEngineParameter(deterministicOverlappingPairs=1)
         client.setGravity(0, 0, GRAVITY)
         client.setAdditionalSearchPath(str(data))
         self.robot = self._load(data / ROBOT_FILE, basePosition=ROBOT_BASE, useFixedBase=True)
         joints = self._joints(self.robot, data / ROBOT_FILE, (*ARM_JOINTS, *FINGER_JOINTS, TOOL_JOINT))
-        self.arm, self.fingers, self.tool = joints[:7], joints[7:9], joints[9]
+        self.arm = joints[:7]
+        self.fingers = joints[7:9]
+        self.tool = joints[9]
         constraint = client.createConstraint(
             self.robot,
             self.fingers[0],
@@ -129,7 +141,23 @@ class _World:
         self._check_shapes(self.robot, (*self.arm, *self.fingers), data / ROBOT_FILE)
         for block, name in zip(self.blocks, BLOCK_FILES):
             self._check_shapes(block, (BASE,), data / name)
-        self.loaded = client.saveState()
+
+    @contextlib.contextmanager
+    def _owned(self):
+        """Raise DataError where other code of this process works on this server.
+
+        PyBullet's functions use server 0 unless they are told another, so that any of its users may meet ours.
+        """
+        try:
+            found = self.client.getNumBodies()
+            if found != len(FILES):
+                raise self.bullet.error(f"it has {found} bodies instead of {len(FILES)}")
+            yield
+        except self.bullet.error as error:
+            raise DataError(
+                f"other code in this process has changed the PyBullet server of this environment ({error}): "
+                "run the environment in a process of its own."
+            ) from error
 
     def _load(self, path, **arguments):
         """Return the body of a URDF file."""
@@ -171,8 +199,14 @@ class _World:
 
     def reset(self, poses):
         """Put everything to its start, the blocks at poses (21,); let 1/240 s pass. Returns the tool's pose before."""
+        with self._owned():
+            # Nothing of the last episode may remain: PyBullet's restoreState keeps forces inside its solver, so that on
+            # the real scene the same episode again differed by 1e-7 m at once and by 1e-4 m at its end.
+            self.load()
+            return self._begin(poses)
+
+    def _begin(self, poses):
         client = self.client
-        client.restoreState(self.loaded)  # nothing of the last episode remains, contacts and their forces neither
         for joint in self.fixtures:
             client.resetJointState(self.table, joint, 0.0)
         for block, pose in zip(self.blocks, poses.reshape(3, 7)):
@@ -189,6 +223,10 @@ class _World:
 
     def step(self, target, is_open):
         """Move the tool towards the pose target (6,) and open or close the gripper, for 1/30 s."""
+        with self._owned():
+            self._step(target, is_open)
+
+    def _step(self, target, is_open):
         client = self.client
         joints = client.calculateInverseKinematics(
             self.robot,
@@ -230,7 +268,8 @@ class _World:
         """Return all that PyBullet needs to continue, as text."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "world.bullet")
-            self.client.saveBullet(str(path))
+            with self._owned():
+                self.client.saveBullet(str(path))
             return base64.b64encode(zlib.compress(path.read_bytes(), level=1)).decode()
 
     def set_state(self, text):
@@ -238,7 +277,8 @@ class _World:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "world.bullet")
             path.write_bytes(zlib.decompress(base64.b64decode(text)))
-            self.client.restoreState(fileName=str(path))
+            with self._owned():
+                self.client.restoreState(fileName=str(path))
 
 
 class BulletPhysics:
@@ -275,7 +315,8 @@ class BulletPhysics:
         scale = np.repeat([POSITION_SCALE, ANGLE_SCALE], 3)
         unstable = np.zeros(len(self.worlds), dtype=bool)
         for i in np.flatnonzero(stepped):
-            target, gripper = self.target[i] + scale * actions[i, :6], 1.0 if actions[i, 6] >= 0 else -1.0
+            target = self.target[i] + scale * actions[i, :6]
+            gripper = 1.0 if actions[i, 6] >= 0 else -1.0
             self.worlds[i].step(target, gripper > 0)
             unstable[i] = not self._read(i)
             if unstable[i]:

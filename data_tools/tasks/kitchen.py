@@ -157,14 +157,17 @@ class Kitchen:
         """Raises ValueError for a negative or infinite noise."""
         if not 0.0 <= noise < np.inf:
             raise ValueError(f"noise must be a finite number of at least 0, got {noise}")
-        self.subtasks, self.noise = subtasks, noise
+        self.subtasks = subtasks
+        self.noise = noise
         self.model = compile_model(legacy_collisions)
         self.data = mujoco.MjData(self.model)
         self._before = np.empty(mujoco.mj_stateSize(self.model, STATE))  # of the last step, to return to
 
     def reset(self, rng):
         """Start an episode whose noise comes from `rng`."""
-        self.rng, self.steps, self.unstable = rng, 0, False
+        self.rng = rng
+        self.steps = 0
+        self.unstable = False
         self.remaining = self.subtasks
         mujoco.mj_resetData(self.model, self.data)
         self.data.qpos[:] = INITIAL_QPOS

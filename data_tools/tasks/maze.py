@@ -35,7 +35,8 @@ def make_layout() -> np.ndarray:
     Walls are added until they fill a quarter of the 40 x 40 interior, preferably where there are few so far. Each has a
     door. Later walls may close earlier doors; nothing is repaired, so cell (16, 20) is sealed. The array is read-only.
     """
-    size, box_width = 40, 5
+    size = 40
+    box_width = 5
     rng = np.random.default_rng(0)
     grid = np.zeros((size, size), dtype=bool)
     while grid.mean() < 0.25:
@@ -225,8 +226,8 @@ class MazeVectorEnv(MemberVectorEnv):
     clipped: force / 100 N per axis. Reward 100 within 2 cells of the goal, which ends the episode (terminated), else 0;
     truncated after `max_episode_steps`. `info["is_success"]`: this step reached the goal. `info["unstable"]`: the
     physics diverged; the episode ends (terminated, reward 0) with the last finite observation.
-    `num_threads` threads step the physics; 0, the default, is the calling one: a step takes 7 microseconds, and on two
-    cores waking a pool made every E from 8 to 256 slower (64 members: 128,000 steps/s without it, 103,000 with two).
+    `num_threads` threads step the physics; None, the default, is the calling one: a step takes 7 microseconds, and on
+    two cores waking a pool made every E from 8 to 256 slower (64 members: 128,000 steps/s, with two threads 103,000).
     """
 
     metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 100}
@@ -238,11 +239,11 @@ class MazeVectorEnv(MemberVectorEnv):
         max_episode_steps: int = MAX_EPISODE_STEPS,
         render_mode: str | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
-        num_threads: int = 0,
+        num_threads: int | None = None,
     ):
         """Raises ValueError for arguments out of range."""
         super().__init__(num_envs, 4, 2, max_episode_steps, render_mode, autoreset_mode)
-        self.simulator = Physics(num_threads)
+        self.simulator = Physics(num_threads or 0)
         self.physics = np.zeros((num_envs, 5))  # (time, q_x, q_y, v_x, v_y)
         self.trails = [[] for _ in range(num_envs)]  # positions of the episode, for pictures
 

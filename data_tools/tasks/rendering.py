@@ -21,7 +21,9 @@ class Painter:
 
         Raises DataError where OpenGL is missing.
         """
-        self.model, self.data, self.frame_shape = model, mujoco.MjData(model), frame_shape
+        self.model = model
+        self.data = mujoco.MjData(model)
+        self.frame_shape = frame_shape
         height, width, _ = frame_shape
         model.vis.global_.offheight, model.vis.global_.offwidth = height, width
         # CUDA builds of torch bring Triton, which crashes Python (seen: Triton 3.7, Python 3.13) when torch imports it
@@ -45,7 +47,9 @@ class Painter:
                 "or OSMesa (libosmesa6) and set MUJOCO_GL=osmesa."
             ) from error
         self.camera = mujoco.MjvCamera()
-        self.camera.distance, self.camera.azimuth, self.camera.elevation = distance, azimuth, elevation
+        self.camera.distance = distance
+        self.camera.azimuth = azimuth
+        self.camera.elevation = elevation
         self.camera.lookat[:] = lookat
 
     def __call__(self, qpos) -> np.ndarray:

@@ -1,0 +1,479 @@
+"""Readers of other people's data, on small files in their formats; the download, from a server on this machine."""
+
+import gzip
+import hashlib
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import data_tools
+from data_tools import DataError, OfflineDataset
+from data_tools.files import Unreachable
+from data_tools.formats import calvin, d4rl, read_data
+
+LENGTHS = (7, 4, 9)  # steps of the episodes in most files here
+WIDTHS = {"maze": (4, 2), "kitchen": (30, 9), "calvin": (21, 7)}
+WIDER = {"maze": None, "kitchen": 60, "calvin": 39}
+
+
+def read(task, path):
+    """Read data as a task does."""
+    return read_data(path, *WIDTHS[task], WIDER[task], progress=False)
+
+
+def make_episodes(task, obs_width=None, extra_rows=0, lengths=LENGTHS, dtype=np.float32):
+    """Return [(observations (T + extra_rows, O), actions (T, A)), ...] of random numbers."""
+    rng = np.random.default_rng(0)
+    episodes = []
+    for length in lengths:
+        observations = rng.uniform(-1, 1, (length + extra_rows, obs_width or WIDTHS[task][0])).astype(dtype)
+        episodes.append((observations, rng.uniform(-1, 1, (length, WIDTHS[task][1])).astype(dtype)))
+    return episodes
+
+
+def flat(episodes):
+    """Return D4RL's arrays; the episodes end with a terminal and a timeout in turn."""
+    ends = np.cumsum([len(actions) for _, actions in episodes]) - 1
+    terminals, timeouts = np.zeros((2, ends[-1] + 1), dtype=bool)
+    terminals[ends[::2]] = True
+    timeouts[ends[1::2]] = True
+    observations = np.concatenate([observations[: len(actions)] for observations, actions in episodes])
+    actions = np.concatenate([actions for _, actions in episodes])
+    return {"observations": observations, "actions": actions, "terminals": terminals, "timeouts": timeouts}
+
+
+def write_hdf5(path, arrays, **attributes):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        for key, value in arrays.items():
+            file[key] = value
+        file.attrs.update(attributes)
+    return path
+
+
+def check(dataset, episodes, source, width=None):
+    """Compare a data set with the episodes it was made of."""
+    lengths = [len(actions) for _, actions in episodes]
+    assert dataset.episode_lengths.tolist() == lengths and dataset.attributes["source"] == source
+    expected = flat(episodes)
+    np.testing.assert_array_equal(dataset.observations.numpy(), expected["observations"][:, :width].astype(np.float32))
+    np.testing.assert_array_equal(dataset.actions.numpy(), expected["actions"].astype(np.float32))
+
+
+# ----------------------------------------------------------------------------------------------------------------- D4RL
+
+
+def test_d4rl_kitchen_file(tmp_path, capsys, monkeypatch):
+    episodes = make_episodes("kitchen", obs_width=60)
+    path = write_hdf5(tmp_path / "any_name", flat(episodes) | {"infos": np.arange(20), "rewards": np.zeros(20)})
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    check(read("kitchen", path), episodes, "hdf5", width=30)
+    assert f"SHA-256 {found}" in capsys.readouterr().out
+    monkeypatch.setitem(d4rl.KNOWN, found, ("D4RL kitchen-mixed-v0", "d4rl"))
+    check(read("kitchen", str(path)), episodes, "d4rl", width=30)
+    line = capsys.readouterr().out
+    assert line.startswith(f"Data: D4RL kitchen-mixed-v0 from {path}: 3 episodes, 20 steps; split where terminals")
+    assert "603" in line and line.count("\n") == 1 and "SHA" not in line
+
+
+def test_files_in_d4rls_layout(tmp_path):
+    episodes = make_episodes("kitchen")
+    dataset = read("kitchen", write_hdf5(tmp_path / "a.hdf5", flat(episodes)))
+    check(dataset, episodes, "hdf5")
+    dataset.save(tmp_path / "saved.hdf5")
+    assert read("kitchen", tmp_path / "saved.hdf5").attributes == dataset.attributes  # the source stays known
+    for task in ("maze", "calvin"):
+        check(read(task, write_hdf5(tmp_path / task, flat(make_episodes(task)))), make_episodes(task), "hdf5")
+    wide = make_episodes("kitchen", obs_width=60)
+    path = write_hdf5(tmp_path / "b.hdf5", flat(wide), generator="data_tools.kitchen.collect", seed=3)
+    dataset = read("kitchen", path)  # scripted by an older version
+    check(dataset, wide, "scripted", width=30)
+    assert dataset.attributes["seed"] == 3
+
+
+def test_our_own_maze_file(tiny_data_file):
+    dataset = read("maze", tiny_data_file)
+    assert dataset.fingerprint == OfflineDataset.load(tiny_data_file).fingerprint
+    assert dataset.source == "scripted"
+
+
+def test_data_of_another_task_are_refused(tmp_path):
+    path = write_hdf5(tmp_path / "a.hdf5", flat(make_episodes("kitchen")))
+    with pytest.raises(DataError, match="a.hdf5 has 30 numbers per observation and 9 per action, the task has 4 and 2"):
+        read("maze", path)
+    arrays = flat(make_episodes("kitchen")) | {"terminals": np.zeros(20), "timeouts": np.zeros(20)}
+    with pytest.raises(DataError, match="has no ends of episodes"):
+        read("kitchen", write_hdf5(tmp_path / "b.hdf5", arrays))
+
+
+def test_actions_beyond_the_policies_are_told(tmp_path, capsys):
+    arrays = flat(make_episodes("kitchen")) | {"actions": np.full((20, 9), 1.5)}
+    read("kitchen", write_hdf5(tmp_path / "a.hdf5", arrays))
+    assert "actions reach 1.50, beyond the [-1, 1] of the policies" in capsys.readouterr().out
+
+
+def test_files_that_are_nothing_we_know(tmp_path):
+    whole = write_hdf5(tmp_path / "whole.hdf5", flat(make_episodes("kitchen", lengths=(900,)))).read_bytes()
+    path = tmp_path / "x.hdf5"
+    for content, message in [
+        (whole[: len(whole) // 2], "x.hdf5 is damaged or not what it should be"),
+        (b"<html>404</html>", "x.hdf5 is in no format that we know; expected was an HDF5 file"),
+        (b"", "is in no format that we know"),
+        (b"\x1f\x8b\x08", "is damaged .*: fetch or copy it again"),
+        (b"PK\x03\x04 and so on", "is in no format that we know"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            read("kitchen", path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match="folder holds no data that we know; expected was .* CALVIN's extracted folder"):
+        read("calvin", tmp_path / "folder")
+    with pytest.raises(DataError, match="nothing does not exist: check the path"):
+        read("maze", tmp_path / "nothing")
+    with pytest.raises(DataError, match="/dev/zero is not a regular file"):
+        read("maze", "/dev/zero")
+
+
+# ------------------------------------------------------------------------------------------------------------- download
+
+CONTENT = np.random.default_rng(0).bytes(2**18)
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers with server.body, or with an error status."""
+
+    def do_GET(self):
+        self.server.asked += 1
+        if isinstance(self.server.body, int):
+            self.send_error(self.server.body)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(CONTENT)))
+        self.end_headers()
+        self.wfile.write(self.server.body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked, server.body = 0, CONTENT
+    server.url = f"http://127.0.0.1:{server.server_port}/file.hdf5"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def fetch(server, folder):
+    return d4rl.fetch_kitchen(folder, progress=False, url=server.url, sha256=SHA256)
+
+
+def test_fetched_once_by_all_who_start_together(server, tmp_path):
+    with ThreadPoolExecutor(3) as pool:
+        paths = list(pool.map(lambda _: fetch(server, tmp_path / "new"), range(3)))
+    assert paths == [tmp_path / "new" / "file.hdf5"] * 3
+    assert paths[0].read_bytes() == CONTENT and server.asked == 1
+
+
+@pytest.mark.parametrize("body", [bytes(len(CONTENT)), CONTENT[:-1] + b"x"])
+def test_another_file_than_the_published_one_is_refused(server, tmp_path, body):
+    server.body = body
+    with pytest.raises(DataError, match="is not D4RL's published file .*--data PATH") as error:
+        fetch(server, tmp_path)
+    assert not isinstance(error.value, Unreachable)  # no fall-back to other data
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
+    (tmp_path / "file.hdf5").write_bytes(b"the user's own")
+    with pytest.raises(DataError, match="file.hdf5 is not D4RL's published file .*: delete it, or move it"):
+        fetch(server, tmp_path)
+    assert (tmp_path / "file.hdf5").read_bytes() == b"the user's own"
+
+
+@pytest.mark.parametrize("body", [404, 503, CONTENT[:1000]])  # the last breaks off
+def test_a_server_that_does_not_deliver_is_one_sentence(server, tmp_path, body):
+    server.body = body
+    with pytest.raises(Unreachable, match="cannot be fetched .*: try again later, .*--data PATH, or use --dataset scr"):
+        fetch(server, tmp_path)
+    assert not (tmp_path / "file.hdf5").exists()
+
+
+def test_no_server_is_one_sentence(tmp_path):
+    with pytest.raises(Unreachable, match="cannot be fetched"):
+        d4rl.fetch_kitchen(tmp_path, progress=False, url="http://127.0.0.1:9/file.hdf5", sha256=SHA256)
+
+
+# -------------------------------------------------------------------------------------------------------------- pickles
+
+
+def write_pickle(path, content, protocol=4, numpy_1=False):
+    data = pickle.dumps(content, protocol)
+    if numpy_1:  # protocol 2 writes names without their length
+        assert protocol == 2 and b"numpy._core" in data
+        data = data.replace(b"numpy._core", b"numpy.core")
+    path.write_bytes(gzip.compress(data))
+    return path
+
+
+def archive(episodes):
+    """Return the content of the SkiMo release's archives."""
+    dones = [(np.arange(len(actions)) == len(actions) - 1).astype(np.float32) for _, actions in episodes]
+    return [{"obs": obs, "actions": actions, "dones": done} for (obs, actions), done in zip(episodes, dones)]
+
+
+@pytest.mark.parametrize(("protocol", "numpy_1"), [(2, False), (2, True), (3, False), (4, False), (5, False)])
+def test_skimos_archives(tmp_path, protocol, numpy_1):
+    episodes = make_episodes("maze")
+    path = write_pickle(tmp_path / "maze.gz", archive(episodes), protocol, numpy_1)
+    dataset = read("maze", path)
+    check(dataset, episodes, "skimo-release")
+    assert dataset.terminals.sum() == 3
+
+
+def test_other_forms_of_the_same_archive(tmp_path):
+    episodes = make_episodes("kitchen", obs_width=60, extra_rows=1)  # with the last state of each episode
+    entries = archive(episodes)
+    entries[0]["obs"] = list(entries[0]["obs"])  # rows one by one
+    entries[0]["dones"] = [bool(done) for done in entries[0]["dones"]]
+    entries[1]["dones"] = list(entries[1]["dones"])  # NumPy scalars
+    entries[1]["actions"] = np.asfortranarray(entries[1]["actions"])
+    entries[2]["actions"] = entries[2]["actions"].astype(">f8")
+    entries.append({"obs": np.zeros((2, 60)), "actions": np.zeros((3, 9)), "dones": np.zeros(3)})  # dropped by SkiMo
+    entries[0]["extra"] = {"set": {1, 2}, "complex": 1j, "bytes": bytearray(b"x"), "none": None}
+    for protocol in (2, 5):
+        path = write_pickle(tmp_path / "kitchen.gz", entries, protocol)
+        check(read("kitchen", path), episodes, "skimo-release", width=30)
+    path.write_bytes(pickle.dumps(entries))  # not compressed
+    check(read("kitchen", path), episodes, "skimo-release", width=30)
+
+
+class Runs:
+    """Pickles into a call of a function."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (os.system, r"posix\.system"),
+        (subprocess.check_output, r"(subprocess|commands)\.\w+"),
+        (eval, r"(builtins|__builtin__)\.eval"),
+        (exec, r"(builtins|__builtin__)\.exec"),
+        (getattr, r"(builtins|__builtin__)\.getattr"),
+        (__import__, r"(builtins|__builtin__)\.__import__"),
+        (open, r"_?io\.open"),
+        (np.load, r"numpy\.load"),
+        (np.fromfile, r"numpy.*\.fromfile"),
+        (pickle.loads, r"_?pickle\.loads"),
+        (torch.load, r"torch\.serialization\.load"),
+    ],
+)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_programs_in_pickles_are_refused(tmp_path, function, name, protocol):
+    proof = tmp_path / "it_ran"
+    argument = f"open({str(proof)!r}, 'w')" if function in (eval, exec) else f"touch {proof}"
+    path = write_pickle(tmp_path / "bad.gz", [*archive(make_episodes("maze")), Runs(function, argument)], protocol)
+    with pytest.raises(DataError, match=rf"asks for {name}, which .* nothing of it was run"):
+        read("maze", path)
+    assert os.listdir(tmp_path) == ["bad.gz"]
+
+
+def test_dotted_names_and_foreign_codecs_are_refused(tmp_path):
+    path = tmp_path / "bad.pickle"
+    for program, message in [
+        (b"\x80\x04\x8c\x08builtins\x8c\x0dstr.__class__\x93.", r"asks for builtins\.str\.__class__"),
+        (b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x04\x00\x00\x00zlib\x86R.", "asks for the codec 'zlib'"),
+        (b"\x80\x02c__builtin__\neval\nX\x01\x00\x00\x001\x85R.", r"asks for __builtin__\.eval"),
+        (b"\x80\x02X\x01\x00\x00\x00aQ.", "is damaged"),  # a persistent id
+    ]:
+        path.write_bytes(program)
+        with pytest.raises(DataError, match=message):
+            read("maze", path)
+
+
+def test_bad_pickles(tmp_path):
+    entries = archive(make_episodes("maze"))
+    path = write_pickle(tmp_path / "maze.gz", entries)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(DataError, match="maze.gz is damaged .*: fetch or copy it again"):
+        read("maze", path)
+    for content, message in [
+        ({"obs": 1}, r"a list of dict\(obs, actions, dones\) was expected"),
+        ([], r"a list of dict\(obs, actions, dones\) was expected"),
+        ([{"obs": np.zeros((3, 4))}], "actions"),
+        ([entries[0], {**entries[1], "actions": [[1.0], [1.0, 2.0]]}], "maze.gz is damaged"),
+        ([{**entries[0], "obs": "seven"}], r"maze.gz is damaged .*str"),
+        ([{**entries[0], "obs": np.array([[None] * 4])}], "asks for an array of 'O8'"),
+        ([{**entries[0], "obs": np.array(["a"])}], "asks for an array of 'U1'"),
+        ([{**entries[0], "obs": np.zeros((9, 4))}], r"trajectory 0 has observations \(9, 4\), actions \(7, 2\)"),
+        ([{**entries[0], "actions": np.zeros((7, 3))}, entries[1]], "maze.gz is damaged"),
+        ([{**entries[0], "obs": np.ones((7, 4), int)}], "observations are int64, expected floating-point"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            read("maze", write_pickle(path, content))
+    nest = b"\x80\x04" + b"]" * 100_000 + b"a" * 99_999 + b"."  # a list in a list in a list ...
+    path.write_bytes(nest)
+    with pytest.raises(DataError, match="maze.gz is damaged"):
+        read("maze", path)
+
+
+def test_damaged_pickles_never_raise_anything_else(tmp_path):
+    whole = pickle.dumps(archive(make_episodes("maze", lengths=(2, 2))), 4)
+    rng = np.random.default_rng(0)
+    path = tmp_path / "damaged.pickle"
+    outcomes = []
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for position in rng.integers(2, len(whole), size=3):
+            damaged[position] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            read("maze", path)
+        except DataError as error:
+            outcomes.append(str(error))
+    assert len(outcomes) > 200 and all(str(path) in outcome for outcome in outcomes)
+
+
+# --------------------------------------------------------------------------------------------------------------- CALVIN
+
+FRAMES = {"training": [(53_819, 53_829), (63_234, 63_240)], "validation": [(37_683, 37_690), (37_675, 37_682)]}
+
+
+def make_frame(number):
+    rng = np.random.default_rng(number)
+    sizes = {"actions": 7, "rel_actions": 7, "robot_obs": 15, "scene_obs": 24}
+    return {key: rng.uniform(-1, 1, size) for key, size in sizes.items()}
+
+
+def write_calvin(folder, ranges=None, images=True):
+    """Write the two folders of a split."""
+    for name, recordings in (ranges or FRAMES).items():
+        (folder / name).mkdir(parents=True)
+        np.save(folder / name / "ep_start_end_ids.npy", np.array(recordings))
+        for first, last in recordings:
+            for number in range(first, last + 1):
+                more = {"rgb_static": np.zeros((20, 20, 3), np.uint8)} if images else {}
+                np.savez(folder / name / f"episode_{number:07d}.npz", **make_frame(number), **more)
+    return folder
+
+
+def expected_calvin(recordings, piece):
+    """Return the episodes that the recordings should give."""
+    episodes = []
+    for first, last in sorted(recordings):
+        frames = [make_frame(number) for number in range(first, last + 1)]
+        observations = np.array([np.concatenate([f["robot_obs"], f["scene_obs"][:6]]) for f in frames])
+        actions = np.array([f["rel_actions"] for f in frames])
+        episodes += [(observations[i : i + piece], actions[i : i + piece]) for i in range(0, len(frames), piece)]
+    return episodes
+
+
+def test_calvin_folder(tmp_path, capsys, monkeypatch):
+    folder = write_calvin(tmp_path / "task_D_D")
+    recordings = FRAMES["training"] + FRAMES["validation"]
+    check(read("calvin", folder), expected_calvin(recordings, 500), "calvin")
+    line = capsys.readouterr().out
+    assert "CALVIN play data (training and validation)" in line and "4 episodes, 34 steps; 4 recordings" in line
+    monkeypatch.setattr(calvin, "PIECE", 4)
+    dataset = read("calvin", folder)
+    check(dataset, expected_calvin(recordings, 4), "calvin")
+    assert dataset.episode_lengths.tolist() == [4, 4, 4, 4, 4, 4, 3, 4, 3]
+    check(read("calvin", folder / "training"), expected_calvin(FRAMES["training"], 4), "calvin")
+
+
+# First frame of each recording of split D, from the folders' ep_start_end_ids.npy as printed in
+# https://github.com/denizyuret/calvin-scripts.
+RECORDING_STARTS = (
+    *(0, 37683, 53819, 63234, 84216, 103126, 122177, 147554, 166339, 197178, 219635, 244285, 272719, 298926, 308070),
+    *(331367, 342790, 349364, 358482, 361253, 370058, 381897, 399946, 420499, 438873, 465068, 477460, 497303, 517044),
+    *(539755, 553567, 555242, 578258, 589067, 593879),
+)
+
+
+def test_real_recordings_give_the_papers_number_of_trajectories():
+    lengths = np.diff([*RECORDING_STARTS, calvin.LAST_FRAME + 1])
+    assert len(lengths) == 35 and lengths.sum() == 512_077 + 99_022
+    arrays, attributes = calvin._cut(np.zeros((611_099, 1)), np.zeros((611_099, 1)), lengths.tolist(), "D")
+    assert arrays["timeouts"].sum() == 1239  # the paper's
+    assert attributes["note"] == "35 recordings cut into pieces of 500 steps"
+
+
+def test_bad_calvin_folders(tmp_path):
+    folder = write_calvin(tmp_path / "D", {"training": [(0, 9)]})
+    frame = folder / "training" / "episode_0000004.npz"
+    with pytest.raises(DataError, match="has 21 numbers per observation and 7 per action, the task has 30 and 9"):
+        read("kitchen", folder)
+    for change, message in [
+        ({"rel_actions": np.zeros(6)}, r"0000004.npz is damaged .*rel_actions is float64 \(6,\), expected 7 floats"),
+        ({"robot_obs": np.full(15, np.nan)}, "D: observations contain NaN or infinity, first in row 4"),
+        ({"scene_obs": np.array([{}] * 24)}, "0000004.npz is damaged .*allow_pickle"),
+    ]:
+        np.savez(frame, **make_frame(4) | change)
+        with pytest.raises(DataError, match=message):
+            read("calvin", folder)
+    np.savez(frame, rel_actions=np.zeros(7))
+    with pytest.raises(DataError, match="0000004.npz is damaged .*robot_obs"):
+        read("calvin", folder)
+    frame.write_bytes(frame.read_bytes()[:100])
+    with pytest.raises(DataError, match="0000004.npz is damaged .*: extract it again"):
+        read("calvin", folder)
+    frame.unlink()
+    with pytest.raises(DataError, match="training lacks some of the frames 0 to 9: extract the archive again"):
+        read("calvin", folder)
+
+    ids = folder / "training" / "ep_start_end_ids.npy"
+    for ranges, message in [
+        (np.arange(4), r"is damaged .*it has shape \(4,\)"),
+        (np.zeros((1, 2)), r"is damaged .*it has shape \(1, 2\) \(float64\)"),
+        (np.array([[5, 2]]), "a recording ends before it starts"),
+        (np.array([[{}, {}]]), "is damaged .*allow_pickle"),
+    ]:
+        np.save(ids, ranges)
+        with pytest.raises(DataError, match=f"ep_start_end_ids.npy .*{message}"):
+            read("calvin", folder)
+    np.save(ids, [[0, 10**18]])
+    with pytest.raises(DataError, match="lacks some of the frames"):  # at once
+        read("calvin", folder)
+    ids.unlink()
+    with pytest.raises(DataError, match="has frames of CALVIN but no ep_start_end_ids.npy"):
+        read("calvin", folder / "training")
+
+
+def test_recordings_of_other_scenes(tmp_path):
+    folder = write_calvin(tmp_path / "ABC", {"training": [(700_000, 700_003)]}, images=False)
+    with pytest.raises(DataError, match="has frame 700003, but split D, whose scene is the task's, ends at 611098"):
+        read("calvin", folder)
+
+
+# -------------------------------------------------------------------------------------------------------------- program
+
+
+def test_program_writes_one_file(tmp_path):
+    folder = write_calvin(tmp_path / "D")
+    out = tmp_path / "calvin.hdf5"
+    command = [sys.executable, "-m", "data_tools", "--env-id", "calvin", "--out", str(out), "--data"]
+    options = {"cwd": Path(data_tools.__file__).parents[1], "capture_output": True, "text": True}
+    done = subprocess.run([*command, str(folder)], check=True, **options)
+    assert f"Wrote {out}" in done.stdout
+    written, direct = read("calvin", out), read("calvin", folder)
+    assert written.fingerprint == direct.fingerprint and written.attributes == direct.attributes
+    refused = subprocess.run([*command, str(tmp_path / "x")], **options)
+    assert refused.returncode == 1 and refused.stderr == f"error: {tmp_path / 'x'} does not exist: check the path.\n"

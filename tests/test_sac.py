@@ -1,0 +1,194 @@
+"""sac.py against numerical Jacobians, hand-made targets, a loop over rewards, and Gymnasium's pendulum."""
+
+import copy
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+from algos import sac
+
+
+def tiny_args(**changes):
+    small = dict(device="cpu", compile=False, hidden_dim=32, num_envs=2, batch_size=16, buffer_size=50)
+    return sac.Args(**(small | changes))
+
+
+def test_log_probability_is_that_of_the_squashed_gaussian():
+    torch.manual_seed(0)
+    actor = sac.Actor(4, 3, tiny_args()).double()
+    actor.inputs.double()
+    obs = torch.randn(4, dtype=torch.float64)
+    mean, std = actor(obs)
+    torch.manual_seed(1)
+    expected_noise = torch.randn_like(mean)
+    torch.manual_seed(1)
+    action, log_prob = actor.sample(obs)
+    x = mean + std * expected_noise
+    jacobian = torch.autograd.functional.jacobian(torch.tanh, x)
+    density = torch.distributions.Normal(mean, std).log_prob(x).sum() - torch.linalg.slogdet(jacobian)[1]
+    assert torch.allclose(action, torch.tanh(x))
+    assert torch.allclose(log_prob, density)
+    # Far out, where 1 - tanh(x)^2 is 0 in floating point, it stays finite
+    with torch.no_grad():
+        actor.net[-1].bias[:3] = 50.0
+    assert actor.sample(obs)[1].isfinite()
+
+
+class Constant(torch.nn.Module):
+    """In place of critics and actor: what they are told to return."""
+
+    def __init__(self, *values):
+        super().__init__()
+        self.values = values
+
+    def forward(self, obs, action=None):
+        return self.values
+
+    def sample(self, obs):
+        return self.values
+
+
+def test_targets_bootstrap_through_time_outs_only():
+    log_prob = torch.tensor([-2.0, -2.0])
+    actor = Constant(torch.zeros(2, 1), log_prob)
+    target = Constant(torch.tensor([10.0, 10.0]), torch.tensor([12.0, 8.0]))  # the smaller one counts
+    critics = Constant(torch.tensor([1.0, 1.0]), torch.tensor([2.0, 2.0]))
+    discount = torch.tensor([0.9, 0.0])  # the second transition ends
+    rewards = torch.tensor([3.0, 5.0])
+    nothing = torch.zeros(2, 1)
+    loss, metrics = sac.soft_critic_loss(
+        critics, target, actor, nothing, nothing, rewards, nothing, discount, torch.tensor(0.5)
+    )
+    targets = np.array([3 + 0.9 * (10 + 0.5 * 2), 5.0])
+    expected = 0.5 * np.mean((1 - targets) ** 2 + (2 - targets) ** 2)
+    assert loss.item() == pytest.approx(expected)
+    assert metrics["td_target"].item() == pytest.approx(targets.mean())
+
+
+@pytest.mark.parametrize("n", [1, 3, 4])
+def test_rows_hold_the_sums_of_n_rewards(n):
+    """Against a loop over whole episodes: lengths 7 (a true end) and 5 (a time-out), with 2 rows still running."""
+    gamma = 0.9
+    args = tiny_args(n_step=n, gamma=gamma, num_envs=1)
+    rb = sac.ReplayBuffer(1, 1, args)
+    rng = np.random.default_rng(0)
+    lengths = [(7, "end"), (5, "time-out"), (2, "running")]
+    expected = []
+    for length, how in lengths:
+        first = rng.normal()
+        rewards = rng.normal(size=length).astype(np.float32)
+        for t in range(length):
+            last = t == length - 1
+            flags = np.array([last and how == "end"]), np.array([last and how == "time-out"])
+            state = np.array([[first + t]], np.float32)
+            following = np.array([[first + t + 1]], np.float32)
+            rb.add(state, np.array([[t]], np.float32), rewards[t : t + 1], *flags, following)
+        for t in range(length):
+            m = min(n, length - t)
+            if how == "running" and t + n > length:
+                continue  # not complete yet
+            ends = how == "end" and t + m == length
+            total = sum(gamma**k * rewards[t + k] for k in range(m))
+            expected.append((first + t, t, total, first + t + m, 0.0 if ends else gamma**m))
+    assert len(rb) == len(expected)
+    rows = torch.stack([rb.columns[name][: len(rb)].flatten() for name in rb.columns], 1).numpy()
+    order = np.lexsort((rows[:, 1], rows[:, 0]))
+    wanted = np.array(expected)
+    wanted = wanted[np.lexsort((wanted[:, 1], wanted[:, 0]))]
+    np.testing.assert_allclose(rows[order], wanted, rtol=1e-5)
+
+
+def test_ring_keeps_the_last_rows_and_survives_a_checkpoint():
+    args = tiny_args(buffer_size=10, n_step=2)
+    rb = sac.ReplayBuffer(1, 1, args)
+    no = np.zeros(2, dtype=bool)
+    for t in range(13):
+        state = np.full((2, 1), t, np.float32)
+        rb.add(state, state, np.ones(2, np.float32), no, no, state + 1)
+    assert len(rb) == 10 and sorted(set(rb.columns["obs"].flatten().tolist())) == [7, 8, 9, 10, 11]
+    other = sac.ReplayBuffer(1, 1, args)
+    other.load_state_dict(rb.state_dict())
+    end = np.array([True, False])
+    for buffer in (rb, other):
+        buffer.add(state, state, np.ones(2, np.float32), end, no, state + 1)
+    assert all(torch.equal(rb.columns[name], other.columns[name]) for name in rb.columns)
+
+
+@pytest.mark.parametrize(("target_entropy", "direction"), [(100.0, 1), (-100.0, -1)])
+def test_alpha_rises_while_the_policy_is_not_random_enough(target_entropy, direction):
+    torch.manual_seed(0)
+    agent = sac.Agent(tiny_args(), 4, 2)
+    agent.target_entropy = target_entropy
+    before = agent.log_alpha.item()
+    critics = copy.deepcopy(agent.critics.state_dict())
+    batch = torch.randn(8, 4), torch.rand(8, 2), torch.randn(8), torch.randn(8, 4), torch.full((8,), 0.9)
+    agent.update(*batch)
+    assert np.sign(agent.log_alpha.item() - before) == direction
+    assert any(not torch.equal(value, critics[name]) for name, value in agent.critics.state_dict().items())
+
+
+def test_policy_goes_to_the_best_action():
+    """Q = -(a - 0.3)^2 and little entropy: the mode goes to 0.3, and the critics get no gradient."""
+    torch.manual_seed(0)
+
+    class Peak(torch.nn.Module):
+        def forward(self, obs, action):
+            value = -(action - 0.3).square().sum(-1)
+            return value, value
+
+    actor = sac.Actor(4, 2, tiny_args())
+    optimizer = torch.optim.Adam(actor.parameters(), lr=3e-3)
+    obs = torch.randn(64, 4)
+    for _ in range(400):
+        loss, _ = sac.policy_loss(Peak(), actor, obs, torch.tensor(1e-4))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    mode = torch.tanh(actor(obs)[0])
+    assert (mode - 0.3).abs().max() < 0.05
+
+
+def pendulum(agent, rb, args, env_steps: int, seed: int, updates_per_step: float = 1.0):
+    """Learn Gymnasium's pendulum, which ends by time-outs only. Returns the returns of the training episodes."""
+    env = gymnasium.make("Pendulum-v1")
+    obs, _ = env.reset(seed=seed)
+    returns = [0.0]
+    updates = 0
+    no = np.zeros(1, dtype=bool)
+    for step in range(env_steps):
+        action = 2 * torch.rand(1, 1).numpy() - 1
+        if step >= args.warmup_steps:
+            action = agent.act(obs[None].astype(np.float32), explore=True)
+        next_obs, reward, _, truncated, _ = env.step(2 * action[0])
+        rb.add(
+            obs[None].astype(np.float32),
+            action,
+            np.array([reward], np.float32),
+            no,
+            np.array([truncated]),
+            next_obs[None].astype(np.float32),
+        )
+        returns[-1] += float(reward)
+        obs = next_obs
+        if truncated:
+            obs, _ = env.reset()
+            returns.append(0.0)
+        while updates < (step + 1 - args.warmup_steps) * updates_per_step:
+            agent.update(*rb.sample(args.batch_size))
+            updates += 1
+    return returns[:-1]
+
+
+def test_it_learns_the_pendulum():
+    """Random actions get about -1,200 an episode, a good policy about -150."""
+    torch.manual_seed(0)
+    args = sac.Args(
+        env_id="calvin", device="cpu", compile=False, hidden_dim=64, num_envs=1, batch_size=128, warmup_steps=1_000,
+        learning_rate=2e-3, buffer_size=10_000, position_features=False,  # calvin: observations as they are
+    )  # fmt: skip
+    agent = sac.Agent(args, 3, 1)
+    returns = pendulum(agent, sac.ReplayBuffer(3, 1, args), args, 5_000, seed=0)
+    assert np.mean(returns[:5]) < -800
+    assert np.mean(returns[-5:]) > -400

@@ -1,0 +1,44 @@
+"""A task of one's own, whole: a point that walks to a goal, and data of walks that end there. An example to copy."""
+
+import numpy as np
+
+from data_tools import OfflineDataset
+from data_tools.tasks.vector import MemberVectorEnv
+
+GOAL = np.array([0.8, 0.8])
+
+
+class WalkVectorEnv(MemberVectorEnv):
+    """E points; observation: position (2,), action: step / 0.1 (2,). Reward 10 within 0.2 of the goal, the end."""
+
+    saved = {"position": np.float64, **MemberVectorEnv.saved}
+
+    def __init__(self, num_envs=1, max_episode_steps=60, render_mode=None, autoreset_mode="NextStep"):
+        super().__init__(num_envs, 2, 2, max_episode_steps, render_mode, autoreset_mode)
+        self.position = np.zeros((num_envs, 2))
+
+    def begin(self, members):
+        self.position[members] = [self.rngs[i].uniform(-1, 0, 2) for i in members]
+
+    def advance(self, actions, running):
+        self.position = self.position + 0.1 * actions * running[:, None]
+        arrived = running & (np.linalg.norm(self.position - GOAL, axis=1) < 0.2)
+        return 10.0 * arrived, arrived
+
+    def observations(self):
+        return self.position.astype(np.float32)
+
+
+def collect(noise, seed, progress):
+    """Forty walks of 30 steps towards random places, each step disturbed by `noise`."""
+    envs = WalkVectorEnv(40, autoreset_mode="Disabled")
+    rng = np.random.default_rng(seed)
+    places = rng.uniform(-1, 1, (40, 2))
+    obs = [envs.reset(seed=seed)[0]]
+    actions = []
+    for _ in range(30):
+        actions.append(np.clip(3 * (places - obs[-1]) + noise * rng.normal(size=(40, 2)), -1, 1))
+        obs.append(envs.step(actions[-1])[0])
+    timeouts = np.tile(np.arange(30) == 29, 40)
+    rows = [np.stack(part, axis=1).reshape(-1, 2) for part in (obs[:-1], actions)]  # walk after walk, (1200, 2) each
+    return OfflineDataset(*rows, terminals=np.zeros_like(timeouts), timeouts=timeouts)
