@@ -110,6 +110,8 @@ the paper's, and pre-training, planner and target copies differ (list in `algos/
 methods, not heights. In the maze plans are at most 3 skills long at this budget, on CALVIN 1, in the Kitchen 10.
 """
 
+PICTURE = "Learning curves on all tasks: ours solid, the paper's dashed"
+
 
 @dataclass
 class Args:
@@ -421,7 +423,7 @@ def readme_text(cells) -> str:
     for name in methods:
         row = [readme_cell(cells, task, name, data) for task, data in boards(cells)]
         rows.append([f"{label(name)}<br>`{name}.py`", *row])
-    text = table(header, rows)
+    text = f"![{PICTURE}](benchmarks/results/curves.png)\n\n" + table(header, rows)
     text += UNDER_TABLE + note(text)
     for data in kinds(cells):
         found = coverage(cells, data)
@@ -431,7 +433,6 @@ def readme_text(cells) -> str:
             f"env steps. "
         )
         text += "\n" + paragraph(begun + count_orderings(orderings(cells, data)))
-    text += "\nEvery number, every seed and all studies: [benchmarks/RESULTS.md](benchmarks/RESULTS.md).\n"
     return text
 
 

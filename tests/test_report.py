@@ -304,7 +304,7 @@ def test_human_data_are_a_column_of_their_own(tmp_path):
     write_log(tmp_path, "skimo", 1, 2.0, task="kitchen", data="human", length=200)
     write_log(tmp_path, "skimo", 1, 2.0, task="kitchen-misaligned", data="human", length=200)
     cells = scores.read_cells(tmp_path)
-    header, _, row = report.readme_text(cells).splitlines()[:3]
+    header, _, row = report.readme_text(cells).splitlines()[2:5]
     assert [cell.split("<br>")[0].strip() for cell in header.split("|")[2:-1]] == [
         "Kitchen, scripted data",
         "Kitchen, human (187 episodes) data",

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[4]
-sys.path[:0] = [str(ROOT / "algos"), str(ROOT / "benchmarks")]
-import pictures
+sys.path.insert(0, str(ROOT / "algos"))
 import skimo
 
 EPISODES = 101
@@ -29,35 +28,36 @@ envs = skimo.data_tools.make_envs("maze", EPISODES)
 torch.manual_seed(args.seed)
 obs, _ = envs.reset(seed=args.seed)
 ended = np.zeros(EPISODES, dtype=bool)
-trace = []
+all_obs = [obs]
+running = [~ended]
 chosen = []
 for _ in range(SKILLS):
     z = skimo.sample_skill(skimo.gaussian_parameters(networks["prior"](model.encoder(torch.from_numpy(obs)))))
     chosen.append(z)
     for _ in range(args.skill_horizon):
         action = networks["skills"].act(torch.from_numpy(obs), z).numpy()
-        trace.append((obs, action, ended))
         obs, _, terminations, truncations, _ = envs.step(action)
         ended = ended | terminations | truncations
-trace.append((obs, action, ended))
-z = torch.stack(chosen, 1)  # (E, skills, Z)
-
+        all_obs.append(obs)
+        running.append(~ended)
+obs = np.stack(all_obs)  # (T+1, E, O)
+running = np.stack(running)  # (T+1, E)
+encoded = model.encoder(torch.from_numpy(obs))  # (T+1, E, d)
 names = ("nearest encoding of a visited state", "decoder", "stays where it is", "nearest to the true encoding")
 distances = {name: [] for name in names}
-for e in range(EPISODES):
-    order = np.r_[e, np.delete(np.arange(EPISODES), e)]  # each roll-out once as the first
-    turned = [(obs[order], action[order], ended[order]) for obs, action, ended in trace]
-    ((real, nearest),) = pictures.open_loop_prediction(model, turned, z[order], args.skill_horizon, 1)
-    if len(real) <= SKILLS:
-        continue  # reached the goal
-    h = [model.encoder(torch.from_numpy(real[:1]))]
+for e in np.flatnonzero(running[-1]):  # those that did not reach the goal
+    real = obs[:: args.skill_horizon, e]  # (skills + 1, O)
+    h = [encoded[:1, e]]
     for t in range(SKILLS):
-        h.append(model.next(h[-1], z[e : e + 1, t]))
-    decoded = (model.decode(torch.cat(h))[0] - model.encoder.shift) / model.encoder.scale
-    others = np.concatenate([obs[order[1:]] for obs, _, _ in trace])
-    index = torch.cdist(model.encoder(torch.from_numpy(real)), model.encoder(torch.from_numpy(others))).argmin(1)
+        h.append(model.next(h[-1], chosen[t][e : e + 1]))
+    h = torch.cat(h)  # (skills + 1, d)
+    others = running & (np.arange(EPISODES) != e)
+    nearest = obs[others][torch.cdist(h, encoded[torch.from_numpy(others)]).argmin(1).numpy()]
+    true = encoded[:: args.skill_horizon, e].contiguous()
+    reread = obs[others][torch.cdist(true, encoded[torch.from_numpy(others)]).argmin(1).numpy()]
+    decoded = ((model.decode(h)[0] - model.encoder.shift) / model.encoder.scale).numpy()
     stays = np.repeat(real[:1], SKILLS + 1, axis=0)
-    for name, path in zip(names, (nearest, decoded.numpy(), stays, others[index.numpy()])):
+    for name, path in zip(names, (nearest, decoded, stays, reread)):
         distances[name].append(np.linalg.norm((path - real)[:, :2], axis=1))
 for name, paths in distances.items():
     median = np.median(paths, axis=0)
