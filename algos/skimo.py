@@ -317,7 +317,7 @@ class SkillModel(nn.Module):
         self.lstm = None
         if args.skill_encoder == "lstm":
             self.lstm = nn.LSTM(action_dim + d, 128, batch_first=True)
-            self.skill_encoder = mlp(128, 2 * Z)
+            self.skill_encoder = nn.Sequential(nn.Linear(128, 2 * Z))  # PyTorch's own weights, as in the release
         else:
             self.skill_encoder = mlp(chunk + d, u, u, u, u, 2 * Z)
 
@@ -1043,8 +1043,8 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
             gradient_step = int(state["gradient_step"])
             running_return[:] = state["running_return"].numpy()
             running_length[:] = state["running_length"].numpy()
-            episodes = [tuple(row) for row in state["episodes"]]
-            evaluations = list(state["evaluations"])
+            episodes = [(step, ret, length, minutes) for step, ret, length, minutes in state["episodes"]]
+            evaluations = [(step, ret, share) for step, ret, share in state["evaluations"]]
             facts = dict(state["facts"])
             seconds = float(state["seconds"])
             set_random_state(state["rng"])

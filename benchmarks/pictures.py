@@ -264,7 +264,7 @@ def main(args: Args) -> dict:
     returns, z, trace = traced_rollout(algo, agent, config, args.episodes, args.seed)
     statistics = rollout_statistics(config.env_id, returns, trace)
     model = getattr(agent, "model", None)
-    if hasattr(model, "encoder") and hasattr(model, "next"):
+    if hasattr(model, "decoder"):  # a world model of pre-training
         paths = open_loop_prediction(model, trace, z, config.skill_horizon, args.episodes)
         errors = np.array([prediction_errors(config.env_id, *path) for path in paths])
         statistics["prediction_error"], statistics["stays_where_it_is"] = np.median(errors, axis=0).tolist()

@@ -8,7 +8,8 @@ A cell of the grid is one plain command, `python algos/NAME.py --env-id TASK --s
 its own, RUN_DIR/TASK/NAME/seedSEED, which holds the algorithm's run folder, `log.txt` and `attempts.jsonl` (time,
 commit and machine of every start). A run that fails, is killed or loses its node is started again from its checkpoint.
 What a finished run leaves is small: RESULTS_DIR/TASK/NAME/seedSEED.csv and .json, which benchmarks/plot.py draws; a
-cell that has them is never run again.
+cell that has them is never run again. Its last checkpoint is kept as CHECKPOINTS_DIR/TASK/NAME/seedSEED.pt, which the
+JSON names; `python algos/NAME.py --evaluate THAT` evaluates it again. It is large: keep it outside git.
 """
 
 import contextlib
@@ -37,7 +38,8 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # runs get the priority of th
 import ray
 
 ROOT = Path(__file__).resolve().parents[1]
-TASKS = ("maze", "kitchen", "kitchen-misaligned", "calvin")  # those of data_tools, whose import takes seconds
+sys.path.insert(0, str(ROOT))
+from data_tools import TASKS
 
 LOCK_TIMEOUT = 300  # seconds to wait until a run whose runner or node was lost has saved and ended
 STOP_TIMEOUT = 120  # seconds that runs get to save when the runner is stopped
@@ -56,11 +58,12 @@ os.execv(sys.argv[2], sys.argv[2:])
 @dataclass
 class Args:
     algos: tuple[str, ...] = ("skimo",)  # names of files in --algos-dir, without .py
-    env_ids: tuple[str, ...] = ("maze",)  # tasks: maze, kitchen, kitchen-misaligned, calvin
+    env_ids: tuple[str, ...] = ("maze",)  # tasks: maze, kitchen, kitchen-misaligned, calvin or one of your own
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # one run each
     args: str = ""  # more flags for every run, as one string: --args "--total-timesteps 100000"
     results_dir: Path = Path("runs/results")  # CSV and JSON of finished runs; small
     run_dir: Path = Path("runs")  # run folders with checkpoints and logs; on a cluster, on a shared file system
+    checkpoints_dir: Path = Path("runs/checkpoints")  # last checkpoints of finished runs; keep it outside git
     data_dir: str | None = os.environ.get("SKIMO_DATA_DIR")  # offline data and pre-trained models (None: user's cache)
     algos_dir: Path = ROOT / "algos"  # where the algorithm files are
     dry_run: bool = False  # print the commands and stop
@@ -83,6 +86,7 @@ class Cell:
     command: list[str]
     folder: Path  # run folder, log.txt, attempts.jsonl, lock
     result: Path  # of the finished run, without suffix
+    checkpoint: Path  # where the finished run's checkpoint is kept
     family: tuple  # cells of a family use the same pre-trained model: one of them makes it, then the others start
     state: str = "waiting"  # waiting (for the family's pre-training), queued, pre-training, RL, finished, failed
     tries: int = 0
@@ -162,11 +166,20 @@ def describe_machine() -> str:
     return f"{cpu}, {os.cpu_count()} cores, {', '.join(gpus)}, Python {platform.python_version()}, {platform.system()}"
 
 
-def run_cell(command: list[str], flags: list[str], folder: Path, root: Path, threads: int) -> dict:
+def keep(source: Path, target: Path):
+    """Copy a file; the copy has its name when it is whole."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_suffix(".part")
+    shutil.copyfile(source, part)
+    part.replace(target)
+
+
+def run_cell(command: list[str], flags: list[str], folder: Path, checkpoint: Path, root: Path, threads: int) -> dict:
     """On a Ray worker: run a cell to its end, from its last checkpoint if there is one, and return what it left.
 
-    Returns `episodes` (text of episodes.csv), `results`, `args` and `attempts`, or `problem`, a sentence, with
-    `exit_code`. The content and not the path is returned, so that it arrives without a shared file system, too.
+    The last checkpoint is copied to `checkpoint`. Returns `episodes` (text of episodes.csv), `results`, `args` and
+    `attempts`, or `problem`, a sentence, with `exit_code`. The content and not the path is returned, so that it arrives
+    without a shared file system, too.
     """
     # ray.cancel comes as SIGINT, which all processes under a background job of a shell script ignore (nohup ... &).
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -218,6 +231,7 @@ def run_cell(command: list[str], flags: list[str], folder: Path, root: Path, thr
         results = run_dir and read_json(run_dir / "results.json")
         if not results:
             return dict(problem="ended without a whole results.json", exit_code=0)
+        keep(run_dir / "checkpoint.pt", checkpoint)
         outcome = dict(episodes=(run_dir / "episodes.csv").read_text(), results=results)
         return outcome | dict(args=read_json(run_dir / "args.json"), attempts=read_attempts(folder))
 
@@ -241,7 +255,7 @@ def write_results(cell: Cell, outcome: dict):
     last = outcome["attempts"][-1]
     facts = dict(algo=cell.algo, env_id=cell.env_id, seed=cell.seed)
     facts |= {name: last[name] for name in ("flags", "commit", "changed", "machine")}
-    facts |= dict(attempts=outcome["attempts"], args=outcome["args"])
+    facts |= dict(attempts=outcome["attempts"], args=outcome["args"], checkpoint=str(cell.checkpoint))
     facts |= dict(results={name: value for name, value in outcome["results"].items() if name != "args"})
     for suffix, content in ((".csv", text), (".json", json.dumps(facts, indent=1))):
         path, part = cell.result.with_suffix(suffix), cell.result.with_suffix(f"{suffix}.{os.getpid()}.part")
@@ -358,13 +372,16 @@ def make_cells(args: Args) -> list[Cell]:
                 folder = (args.run_dir / env_id / algo / f"seed{seed}").resolve()
                 result = (args.results_dir / env_id / algo / f"seed{seed}").resolve()
                 file = (args.algos_dir / f"{algo}.py").resolve()
-                family = pretrained_name(file), env_id.removesuffix("-misaligned"), seed  # both kitchens have one model
-                command = ["python", str(file), "--env-id", env_id]
-                command += ["--seed", str(seed), "--num-threads", str(args.threads_per_run), "--run-dir", str(folder)]
+                checkpoint = (args.checkpoints_dir / env_id / algo / f"seed{seed}.pt").resolve()
+                family = pretrained_name(file), TASKS[env_id].data or env_id, seed  # both kitchens have one model
+                command = ["python", str(file), "--env-id", env_id, "--seed", str(seed), "--run-dir", str(folder)]
                 command += ["--data-dir", str(Path(args.data_dir).resolve())] if args.data_dir else []
                 command += ["--device", args.device] if args.device else []
-                cells.append(Cell(algo, env_id, seed, command + shlex.split(args.args), folder, result, family))
-                check_flags(args, cells[-1])
+                flags = shlex.split(args.args)
+                cell = Cell(algo, env_id, seed, command + flags, folder, result, checkpoint, family)
+                cell.pretrained = any(flag.split("=")[0] == "--pretrained" for flag in flags)
+                check_flags(args, cell)
+                cells.append(cell)
     return cells
 
 
@@ -442,7 +459,7 @@ def run_grid(args: Args, cells: list[Cell], gpus: float, display: Display):
                     cell.state, cell.tries = "queued", cell.tries + 1
                     log = cell.folder / "log.txt"
                     cell.log_size = log.stat().st_size if log.exists() else 0
-                    ref = remote.remote(cell.command, flags, cell.folder, ROOT, args.threads_per_run)
+                    ref = remote.remote(cell.command, flags, cell.folder, cell.checkpoint, ROOT, args.threads_per_run)
                     running[ref] = cell
             display.show(cells)
             done, _ = ray.wait(list(running), timeout=1.0)
@@ -472,9 +489,9 @@ def run_grid(args: Args, cells: list[Cell], gpus: float, display: Display):
 
 def main(args: Args):
     """The grid from the check of its arguments to the summary; exit code 1 if a run failed for good."""
-    for name in ("threads_per_run", "runs_per_gpu"):
-        if getattr(args, name) < 1:
-            sys.exit(f"error: --{name.replace('_', '-')} {getattr(args, name)} is too small; give at least 1")
+    for name, least in dict(threads_per_run=1, runs_per_gpu=1, num_cpus=1, max_retries=0).items():
+        if getattr(args, name) < least:
+            sys.exit(f"error: --{name.replace('_', '-')} {getattr(args, name)} is too small; give at least {least}")
     cells = make_cells(args)
     if args.dry_run:
         for cell in cells:

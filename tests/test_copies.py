@@ -94,11 +94,12 @@ VARIANTS = ["skimo_no_cem.py", "skimo_sac.py", "skimo_no_joint.py", "skimo_singl
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [
-        ("kl_divergence", "- 0.5).sum(-1)", "- 0.6).sum(-1)"),  # an equation
+        ("kl_divergence", "- 0.5  # DEVIATION 1", "- 0.6  # DEVIATION 1"),  # an equation
         ("update_target", "@torch.no_grad()\ndef update_target", "def update_target"),  # a decorator
-        ("sample", '"""One reparameterised', '"""A reparameterised'),  # a docstring
+        ("sample_skill", '"""One reparameterised', '"""A reparameterised'),  # a docstring
         ("mlp", "networks\ndef mlp(", "networks\n# builds\ndef mlp("),  # a comment in front
-        ("FILE_VERSION", "FILE_VERSION = ", "FILE_VERSION = 1 + "),  # a constant
+        ("MAY_CHANGE", 'MAY_CHANGE = "resume', 'MAY_CHANGE = "seed resume'),  # a constant
+        ("save", "os.fsync(", "os.fdatasync("),  # a helper
         ("__main__", "    main(parse_args())", "    main(parse_args([]))"),
     ],
 )
@@ -113,12 +114,12 @@ def test_a_shared_line_that_changes_in_one_file_only_is_found(files, variant, na
 
 def test_names_too_many_or_too_few_in_the_line_are_found(files):
     text = files["skimo_no_joint.py"]
-    line = "Differs from skimo.py in: PRETRAINED, pretrain_loss, Pretrainer"
+    line = "Differs from skimo.py in: PRETRAINED, pretrain_loss, pretrain\n"
     assert text.count(line) == 1
     for changed, name in (
-        (line + ", mlp", "mlp is said to differ"),
-        (line + ",\n    Nothing", "Nothing is said to differ"),
-        (line.replace(", Pretrainer", ""), "Pretrainer differs from skimo.py's"),
+        (line.replace("\n", ", mlp\n"), "mlp is said to differ"),
+        (line.replace("\n", ",\n    Nothing\n"), "Nothing is said to differ"),
+        (line.replace(", pretrain\n", "\n"), "pretrain differs from skimo.py's"),
     ):
         wrong = complaints(files | {"skimo_no_joint.py": text.replace(line, changed)})
         assert any(f"skimo_no_joint.py: {name}" in sentence for sentence in wrong), wrong

@@ -1,17 +1,15 @@
 """Roll-out statistics against traces with known answers; pictures are really drawn."""
 
-import sys
-from pathlib import Path
+import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 
 import data_tools
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-import pictures
+from algos import skimo
+from benchmarks import pictures
 
 HALF_CELL = 0.2  # the free space of cell c is centred at q = c - 0.2
 
@@ -22,7 +20,7 @@ def trace_of(positions, velocities=None, actions=None, ended=None):
     velocities = np.zeros_like(positions) if velocities is None else np.asarray(velocities, dtype=np.float32)
     actions = np.zeros_like(positions) if actions is None else np.asarray(actions, dtype=np.float32)
     ended = np.zeros(positions.shape[:2], dtype=bool) if ended is None else ended
-    return list(zip(np.concatenate([positions, velocities], -1), actions, ended))
+    return np.concatenate([positions, velocities], -1), actions, ended
 
 
 def test_goal_approach_and_cells_of_known_paths():
@@ -30,7 +28,7 @@ def test_goal_approach_and_cells_of_known_paths():
     start, path = np.full((5, 2), [10, 24.0]), np.array([[18, 12], [18, 11], [18, 10], [18, 9], [18, 8.0]])
     trace = trace_of(np.stack([start, path], 1) - HALF_CELL)
     statistics = pictures.rollout_statistics("maze", np.array([0.0, 100.0]), trace)
-    assert statistics["prior_return"] == 50.0 and statistics["goal"] == 0.5
+    assert statistics["mean_return"] == 50.0 and statistics["success"] == statistics["goal"] == 0.5
     assert statistics["approach_10"] == pytest.approx(3.4) and statistics["approach_50"] == 17.0
     assert statistics["cells"] == 3.0  # one and five
 
@@ -41,15 +39,14 @@ def test_wall_contacts_are_the_steps_that_deviate_from_free_flight():
     state = envs.get_state()
     # Members 0 and 1 in the open, 2 and 3 touching the outer wall beyond row 1 and pressing against it
     state["physics"] = [[0, 22.5, 20, 0, 0], [0, 22.5, 25, 0, 0], [0, 0.45, 6, 0, 0], [0, 0.45, 8, 0, 0]]
-    obs, trace = envs.set_state(state), []
+    recorder = pictures.Recorder(envs)
+    recorder.obs = envs.set_state(state)
     for _ in range(30):
-        action = np.array([[0.3, 0], [0, 0.2], [-1, 0], [-1, 0]], dtype=np.float32)
-        trace.append((obs, action, np.zeros(4, dtype=bool)))
-        obs, *_ = envs.step(action)
-    trace.append((obs, action, np.zeros(4, dtype=bool)))
+        recorder.step(np.array([[0.3, 0], [0, 0.2], [-1, 0], [-1, 0]], dtype=np.float32))
+    trace = recorder.arrays()
     envs.close()
-    open_space = [(o[:2], a[:2], e[:2]) for o, a, e in trace]
-    against_wall = [(o[2:], a[2:], e[2:]) for o, a, e in trace]
+    open_space = [values[:, :2] for values in trace]
+    against_wall = [values[:, 2:] for values in trace]
     assert pictures.rollout_statistics("maze", np.zeros(2), open_space)["wall"] == 0.0
     assert pictures.rollout_statistics("maze", np.zeros(2), against_wall)["wall"] > 0.6  # the first steps fly up to it
 
@@ -88,11 +85,11 @@ def test_open_loop_prediction_is_read_from_the_other_roll_outs(drift):
     ended = np.zeros((T + 1, 4), dtype=bool)
     ended[7:, 0] = True
     ended[5:, 1] = True  # what this one shows after its end was not visited
-    trace = [(obs[t], np.zeros((4, 2)), ended[t]) for t in range(T + 1)]
+    trace = obs, np.zeros((T + 1, 4, 2)), ended
     z = torch.full((4, 4, 1), 50.0)
     z[0, :3, 0] = torch.tensor([3.0, 3.0, 1.2])
     before = obs.copy()
-    paths = pictures.open_loop_prediction(ShiftedDynamics(drift), trace, z, H)
+    paths = pictures.open_loop_prediction(ShiftedDynamics(drift), trace, z, H, 4)
     assert len(paths) == 4 and [len(real) for real, _ in paths] == [4, 3, 5, 5] and np.array_equal(obs, before)
     real, predicted = paths[0]
     assert real.dtype == np.float32 and real[:, 0].tolist() == [0, 3, 6, 7]
@@ -133,8 +130,89 @@ def test_states_of_many_numbers_are_drawn_along_their_principal_axes(tmp_path, m
 def test_a_task_without_statistics_or_map_has_returns_and_curves(tmp_path, monkeypatch):
     monkeypatch.setitem(data_tools.TASKS, "own", data_tools.Task(envs="nowhere:Env", max_return=1.0))
     trace = trace_of(np.zeros((3, 2, 2)))
-    assert pictures.rollout_statistics("own", np.array([1.0, 3.0]), trace) == {"prior_return": 2.0}
+    assert pictures.rollout_statistics("own", np.array([1.0, 3.0]), trace) == {"mean_return": 2.0, "success": 1.0}
     obs = np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32)
     pictures.plot_visited("own", obs, tmp_path / "visited.png")
     pictures.plot_prediction("own", [(obs, obs)], tmp_path / "prediction.png")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prediction.png", "visited.png"]
+
+
+def test_the_yardstick_is_the_guess_that_nothing_moves():
+    real = np.array([[0, 0, 9], [3, 4, 9], [6, 8, 9]], dtype=np.float32)
+    error, yardstick = pictures.prediction_errors("maze", real, real + np.float32([1, 0, 100]))
+    assert error == 1.0 and yardstick == 7.5  # cells; of 5 and 10
+    walk = np.float32([[0.0], [1.0], [2.0]])
+    error, yardstick = pictures.prediction_errors("kitchen", walk, walk)
+    assert error == 0.0 and yardstick == pytest.approx(1.5 / walk.std(), rel=1e-4)
+
+
+@pytest.fixture
+def tiny_run(tmp_path):
+    """A run's folder with a checkpoint of an untrained agent, and its pre-trained model."""
+    torch.manual_seed(0)
+    args = skimo.Args(env_id="kitchen", latent_dim=8, hidden_dim=8, num_skills=2, **dict(skill_encoder="mlp"))
+    networks = skimo.make_networks(args, 30, 9)
+    agent = skimo.Agent(args, networks)
+    rb = skimo.ReplayBuffer(30, args)
+    row = torch.rand(30), torch.zeros(args.skill_dim), torch.tensor(0.0), torch.tensor(0.0)
+    rb.add_episode([row] * 3, torch.rand(30))
+    skimo.save(tmp_path / "checkpoint.pt", dict(agent=agent, rb=rb), args=asdict(args))
+    return tmp_path
+
+
+def test_one_command_for_a_run(tiny_run, capsys):
+    statistics = pictures.main(pictures.Args(tiny_run, episodes=3))
+    printed = capsys.readouterr().out
+    names = {"checkpoint.pt", "visited.png", "prediction.png", "statistics.json"}
+    assert {path.name for path in tiny_run.iterdir()} == names
+    assert json.loads((tiny_run / "statistics.json").read_text()) == statistics
+    assert {"mean_return", "success", "kettle", "any_order", "prediction_error", "stays_where_it_is"} <= set(statistics)
+    assert all(name in printed for name in statistics)
+
+
+def test_a_traced_roll_out_is_the_files_own(tiny_run):
+    algo, args, agent, visited = pictures.load_run(tiny_run / "checkpoint.pt", None)
+    assert visited.shape == (4, 30)
+    returns, z, (obs, actions, ended) = pictures.traced_rollout(algo, agent, args, 2, seed=7)
+    expected, lengths = algo.rollout(agent.sample_policy, agent.skills, 2, args, 7)
+    assert returns.tolist() == expected.tolist()
+    assert (~ended[:-1]).sum(0).tolist() == lengths.tolist()
+    assert obs.shape == (281, 2, 30) and actions.shape == (281, 2, 9) and z.shape == (2, 28, args.skill_dim)
+    with torch.no_grad():  # the action is that of the recorded observation and skill
+        action = agent.skills.act(torch.from_numpy(obs[13]), z[:, 1]).numpy()
+    assert np.allclose(action, actions[13])
+
+
+def test_a_pretrained_model_alone(tmp_path, monkeypatch):
+    sizes = dict(latent_dim=8, hidden_dim=8, skill_encoder="mlp")
+    args = skimo.Args(env_id="kitchen", **sizes)
+    skimo.save(tmp_path / "model.pt", dict(networks=skimo.make_networks(args, 30, 9)))
+    with pytest.raises(SystemExit, match="is damaged or does not fit"):  # the sizes are those of the task
+        pictures.main(pictures.Args(pretrained=tmp_path / "model.pt", env_id="kitchen", episodes=2))
+    load = pictures.load_algorithm
+
+    def with_sizes(name):
+        algo = load(name)
+        algo.TASK_DEFAULTS["kitchen"] = sizes
+        return algo
+
+    monkeypatch.setattr(pictures, "load_algorithm", with_sizes)
+    pictures.main(pictures.Args(pretrained=tmp_path / "model.pt", env_id="kitchen", episodes=2))
+    assert {path.name for path in tmp_path.iterdir()} == {"model.pt", "prediction.png", "statistics.json"}
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (dict(), "give a run's folder or checkpoint, or --pretrained"),
+        (dict(run="x", pretrained="y"), "give a run's folder or checkpoint, or --pretrained"),
+        (dict(run="nowhere"), "nowhere does not exist|nowhere/checkpoint.pt does not exist"),
+        (dict(run="x", algo="nothing"), "--algo nothing is no file in algos/"),
+        (dict(run="x", episodes=-1), "--episodes needs at least 2"),
+        (dict(pretrained="x", env_id="kitchn"), "--env-id kitchn is no task"),
+    ],
+)
+def test_bad_input_is_refused_in_a_sentence(args, words, tmp_path):
+    paths = {name: tmp_path / args[name] for name in ("run", "pretrained") if name in args}
+    with pytest.raises(SystemExit, match=f"^error: .*({words})"):
+        pictures.main(pictures.Args(**args | paths))

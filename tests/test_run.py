@@ -29,7 +29,7 @@ from pathlib import Path
 
 PRETRAINED = "skimo"
 parser = argparse.ArgumentParser()
-for name in ("env-id", "device", "num-threads", "run-dir", "data-dir", "resume", "crash-once", "crash-always"):
+for name in ("env-id", "device", "run-dir", "data-dir", "resume", "crash-once", "crash-always"):
     parser.add_argument("--" + name)
 parser.add_argument("--seed", type=int)
 parser.add_argument("--total-timesteps", type=int, default=4000)
@@ -38,7 +38,7 @@ parser.add_argument("--graceful", action="store_true")
 args = parser.parse_args()
 data_dir, name = Path(args.data_dir), f"{args.env_id}__{Path(__file__).stem}__{args.seed}"
 run_dir = Path(args.resume or Path(args.run_dir) / f"{name}__{time.time_ns() // 10**6}")
-assert os.environ["OMP_NUM_THREADS"] == args.num_threads
+assert os.environ["OMP_NUM_THREADS"] == "1"
 if (run_dir / "results.json").exists():
     sys.exit("finished runs must not be resumed")
 run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
@@ -151,7 +151,7 @@ def grid(tmp_path):
 
 def command(folder, arguments, flags=""):
     """Command line of the runner in a folder of the fixture above."""
-    places = [f"--{name}-dir={folder / name}" for name in ("algos", "data", "results", "run")]
+    places = [f"--{name}-dir={folder / name}" for name in ("algos", "data", "results", "run", "checkpoints")]
     return [
         sys.executable,
         ROOT / "benchmarks" / "run.py",
@@ -171,9 +171,7 @@ def execute(arguments):
 def expected(folder, algo, seed, flags=""):
     """(env step, return) of all episodes of a cell, by the stand-in itself without Ray or interruption."""
     own = folder / "expected"
-    arguments = (
-        f"--env-id maze --seed {seed} --num-threads 1 --run-dir {own / str(seed)} --data-dir {own} --delay 0 {flags}"
-    )
+    arguments = f"--env-id maze --seed {seed} --run-dir {own / str(seed)} --data-dir {own} --delay 0 {flags}"
     own.mkdir(exist_ok=True)
     (own / f"skimo_maze_{seed}.model").touch()
     subprocess.run(
@@ -205,6 +203,8 @@ def check_finished(folder, algos, seeds, flags=""):
             facts = json.loads(result.with_suffix(".json").read_text())
             assert (facts["algo"], facts["env_id"], facts["seed"]) == (algo, "maze", seed)
             assert len(facts["commit"]) == 40 and "cores" in facts["machine"] and facts["args"]["seed"] == seed
+            (checkpoint,) = (folder / "run" / "maze" / algo / f"seed{seed}").glob("*/checkpoint.pt")
+            assert Path(facts["checkpoint"]).read_text() == checkpoint.read_text()
             evaluations = [row for row in csv.DictReader(result.open()) if row["eval_return"]]
             assert [float(row["eval_return"]) for row in evaluations] == [e[1] for e in facts["results"]["evaluations"]]
     logs = [path.read_text() for path in folder.glob("run/maze/*/*/log.txt")]
@@ -332,6 +332,7 @@ def test_a_real_run(data_dir, tmp_path, cluster):
         "--pretrain-eval-episodes 1 --eval-episodes 1 --total-timesteps 4200 --warmup-steps 1000"
     )
     places = ["--results-dir", tmp_path / "results", "--run-dir", tmp_path / "runs", "--data-dir", data_dir]
+    places += ["--checkpoints-dir", tmp_path / "kept"]
     arguments = [*places, "--seeds", "3", "--device", "cpu", "--address", cluster.address, "--max-retries", "0"]
     result = execute([sys.executable, ROOT / "benchmarks" / "run.py", *arguments, "--args", flags])
     assert result.returncode == 0, result.stdout + result.stderr
@@ -339,7 +340,9 @@ def test_a_real_run(data_dir, tmp_path, cluster):
     own = [(row["env_step"], row["episodic_return"]) for row in csv.DictReader((run_dir / "episodes.csv").open())]
     assert episodes_of(tmp_path / "results" / "maze" / "skimo" / "seed3.csv") == own and len(own) > 0
     facts = json.loads((tmp_path / "results" / "maze" / "skimo" / "seed3.json").read_text())
-    assert facts["flags"] == shlex.split(flags) and facts["args"]["num_threads"] == 1
+    assert facts["flags"] == shlex.split(flags) and facts["args"]["seed"] == 3
+    kept = tmp_path / "kept" / "maze" / "skimo" / "seed3.pt"
+    assert facts["checkpoint"] == str(kept) and kept.read_bytes() == (run_dir / "checkpoint.pt").read_bytes()
     assert facts["results"]["evaluations"] == json.loads((run_dir / "results.json").read_text())["evaluations"]
 
 
@@ -358,7 +361,7 @@ def test_dry_run_prints_commands_that_a_user_could_type(tmp_path):
     tokens = shlex.split(lines[3])
     assert tokens[:3] == ["OMP_NUM_THREADS=3", "python", str(ROOT / "algos" / "skimo.py")]
     given = dict(zip(tokens[3::2], tokens[4::2]))
-    assert given["--env-id"] == "calvin" and given["--seed"] == "2" and given["--num-threads"] == "3"
+    assert given["--env-id"] == "calvin" and given["--seed"] == "2" and "--num-threads" not in given
     assert given["--run-dir"] == str(tmp_path / "run" / "calvin" / "skimo" / "seed2")
     assert given["--tau"] == "0.01" and given["--exp-name"] == "a b"
 
@@ -370,6 +373,8 @@ def test_dry_run_prints_commands_that_a_user_could_type(tmp_path):
         (dict(env_ids=("kitchn",)), "--env-ids kitchn is no task; choose from maze"),
         (dict(seeds=()), "the grid is empty"),
         (dict(threads_per_run=0), "--threads-per-run 0 is too small"),
+        (dict(num_cpus=-2), "--num-cpus -2 is too small"),
+        (dict(max_retries=-1), "--max-retries -1 is too small"),
         (dict(threads_per_run=99), "--num-cpus 2 is less than --threads-per-run 99"),
         (dict(address="127.0.0.1:9"), "no Ray cluster can be joined at --address 127.0.0.1:9"),
         (dict(address="nonsense"), "no Ray cluster can be joined at --address nonsense"),
@@ -383,12 +388,6 @@ def test_bad_input_is_refused_in_a_sentence(changes, words, tmp_path, ray_dir):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_tasks_are_those_of_the_repository():
-    import data_tools
-
-    assert run.TASKS == tuple(data_tools.TASKS)
-
-
 def test_results_must_name_their_code(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "ROOT", tmp_path)
     with pytest.raises(SystemExit, match="is no git checkout"):
@@ -397,7 +396,8 @@ def test_results_must_name_their_code(monkeypatch, tmp_path):
 
 def cell_of(algo="skimo", seed=1, state="waiting", **changes):
     family = ("skimo" if algo == "skimo_no_cem" else algo, "maze", seed)
-    return run.Cell(algo, "maze", seed, [], Path("runs"), Path("results"), family, state=state, **changes)
+    paths = Path("runs"), Path("results"), Path("checkpoint.pt")
+    return run.Cell(algo, "maze", seed, [], *paths, family, state=state, **changes)
 
 
 def test_one_run_of_a_family_pretrains_for_the_others():
@@ -408,6 +408,13 @@ def test_one_run_of_a_family_pretrains_for_the_others():
     assert run.may_start(second, cells)
     first.state, first.pretrained = "RL", True
     assert run.may_start(second, cells)
+
+
+def test_nobody_waits_where_a_model_is_given(tmp_path):
+    folders = dict(run_dir=tmp_path / "runs", results_dir=tmp_path / "results")
+    for flags, waits in (("--pretrained published", False), ("--pretrained=model.pt", False), ("--tau 0.1", True)):
+        cells = run.make_cells(run.Args(algos=("skimo", "skimo_no_cem"), seeds=(1,), args=flags, **folders))
+        assert run.may_start(cells[0], cells) and run.may_start(cells[1], cells) != waits
 
 
 def test_families_are_what_the_files_say(tmp_path):
@@ -434,7 +441,8 @@ def test_the_table_shows_what_needs_attention_first():
 
 
 def test_progress_is_read_from_the_run_folder(tmp_path):
-    cell = run.Cell("skimo", "maze", 1, [], tmp_path, tmp_path / "result", ("skimo", "maze", 1), state="queued")
+    paths = tmp_path, tmp_path / "result", tmp_path / "checkpoint.pt"
+    cell = run.Cell("skimo", "maze", 1, [], *paths, ("skimo", "maze", 1), state="queued")
     run.observe(cell)
     assert cell.state == "queued"
     run_dir = tmp_path / "maze__skimo__1__17"

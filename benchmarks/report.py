@@ -1,0 +1,480 @@
+"""Make RESULTS.md, all learning curves and the README's table from the logs in benchmarks/results.
+
+    python benchmarks/report.py                  # this repository's results
+    python benchmarks/report.py runs/results     # results of your own from benchmarks/run.py
+    python benchmarks/report.py runs/FOLDER      # one run of an algorithm file
+
+A log is TASK/METHOD/DATA/seedN.csv and .json, as benchmarks/run.py writes them; DATA (scripted, human) is the offline
+data of the pre-training. studies/NAME/VARIANT/seedN.* are comparisons of settings, explained in NAME/study.json. How
+scores are computed stands in scores.py; plot.py draws the curves.
+"""
+
+import csv
+import json
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.plot import SHOWN, enlarged, overview, save
+from benchmarks.scores import (
+    DATA,
+    LAST,
+    METHODS,
+    PAPER,
+    RESULTS,
+    ROOT,
+    TASKS,
+    Cell,
+    Ordering,
+    Run,
+    boards,
+    coverage,
+    evaluation_at,
+    kinds,
+    label,
+    last_episodes,
+    mean_between,
+    minutes_at,
+    orderings,
+    paper_at,
+    paper_final,
+    prior_alone,
+    read_cells,
+    read_run,
+    score_at,
+)
+
+BEGIN = "<!-- results -->"  # the README's table stands between these two lines
+END = "<!-- /results -->"
+
+INTRODUCTION = """
+# Results
+
+Made by `python benchmarks/report.py` from the logs in [results/](results/README.md). Do not edit it: a test fails when
+it differs from what the logs give. How the numbers are made: [README](README.md#how-the-numbers-are-made).
+
+- **Score**: training episodes, with exploration, smoothed as in the paper. First the mean over seeds, then each seed.
+  *Paper, same step*: the paper's value at our env steps, smoothed in the same way, read off its figures (five seeds).
+- **Data** for pre-training. The authors' data were not to be had. *Scripted*: demonstrations by our own controllers.
+  *Human (187 episodes)*: people's demonstrations, 30 % of the paper's. So compare the order of methods, not heights.
+- **Clean evaluation**: without exploration noise. **On CALVIN 20 episodes are about one**: all start in the same
+  state, and what acts is deterministic up to the planner's samples (of 20 such episodes, 18 stayed within 1 mm of each
+  other; no log kept). In the other tasks every episode starts from another random state.
+- **Prior alone**: roll-outs of the pre-trained prior, where RL begins.
+- **RL minutes**: without pre-training, mostly one thread beside other jobs on two shared cores: upper bounds.
+- **Length of plans**: CEM plans 1 skill ahead on CALVIN and up to 10 in the kitchens. In the maze plans grow by the
+  release's schedule, made for 2M env steps: 1 skill up to 111,000 env steps, 2 up to 222,000, 3 at 300,000. So only
+  the kitchens test long plans here.
+- Hyper-parameters were chosen with SkiMo on these tasks, partly on these seeds. Its ablations inherit them.
+"""
+
+ORDERINGS = """
+## The paper's orderings
+
+Every pair of methods of which the paper's figures show curves on a task, ordered by the paper's last scores. `>` means
+better, `=` means that no difference can be read (up to 0.03 in the maze, 0.1 sub-tasks elsewhere). A pair **holds**
+here if our scores have the same relation. For `>` the means must differ by more than that, and every seed of one method
+must be above every seed of the other. It must be so at the env steps that both reached and at the end of each.
+Anything else **fails**, ties too. *Paper then* is the paper's own relation at our env steps, far from its end.
+"""
+
+COVERAGE = """
+The paper's figures have {curves} curves that can be read: nine methods on four tasks, five seeds each. Runs of a method
+without such a curve (single-step dynamics) count as runs only. Runs of studies do not count.
+"""
+
+STUDIES = """
+## Studies
+
+Comparisons of settings. They do not count in the tables above.
+"""
+
+MISALIGNED = """
+\\* Our scripted data are **not mis-aligned** with this task: slide -> hinge, which people never did, occurs in 106 of
+603 demonstrations (counted in the data; no log kept). So the task is easier here than in the paper.
+"""
+
+UNDER_TABLE = """
+Training episodes, smoothed as in the paper: **mean over seeds** (each seed). *Paper*: its value at the same env step,
+smoothed in the same way. *Last 50k*: unsmoothed mean of the last 50,000 env steps. *Clean*: evaluation without
+exploration noise, mean over seeds (20 episodes each; on CALVIN about one distinct episode). The offline data are not
+the paper's, and pre-training, planner and target copies differ (list in `algos/skimo.py`). So compare the order of
+methods, not heights. In the maze plans are at most 3 skills long at this budget, on CALVIN 1, in the Kitchen 10.
+"""
+
+PICTURE = "Learning curves on all tasks: ours solid, the paper's dashed"
+
+
+@dataclass
+class Args:
+    path: Annotated[Path, tyro.conf.Positional] = RESULTS  # folder of logs, or a run folder
+
+
+# ---------------------------------------------------------------------------------------------------------- markdown
+def number(value: float) -> str:
+    return "–" if np.isnan(value) else f"{value:.2f}"
+
+
+def per_seed(function: Callable, runs: list[Run], form: Callable = number) -> str:
+    return " / ".join(form(function(run)) for run in runs)
+
+
+def distinct(values) -> str:
+    return ", ".join(dict.fromkeys(values))
+
+
+def table(header: list[str], rows: list[list]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def paragraph(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False) + "\n"
+
+
+def starred(task: str, data: str) -> str:
+    """Name of a task; with a star where its data are not what its name says."""
+    star = "\\*" if (task, data) == ("kitchen-misaligned", "scripted") else ""
+    return TASKS[task].label + star
+
+
+def note(text: str) -> str:
+    """The note that belongs to the stars of a text."""
+    return MISALIGNED if "\\*" in text else ""
+
+
+RESULT_HEADER = [
+    "method",
+    "seeds",
+    "env steps",
+    "score",
+    "paper, same step",
+    "paper, its end",
+    "last 50,000 env steps",
+    "last 100 episodes",
+    "clean evaluation (episodes)",
+    "prior alone",
+    "RL minutes",
+    "machine",
+    "commit",
+]
+
+
+def result_row(name: str, runs: list[Run], end: int, paper: bool = True) -> list[str]:
+    """What all runs that got to an env step have there."""
+    task = runs[0].task
+    scores = [score_at(run, end) for run in runs]
+    clean = per_seed(lambda run: evaluation_at(run, end), runs)
+    if not np.isnan([evaluation_at(run, end) for run in runs]).all():
+        count = runs[0].facts["args"]["eval_episodes"]
+        clean += f" ({count}, about 1 distinct)" if TASKS[task].deterministic else f" ({count})"
+    row = [
+        name,
+        ", ".join(str(run.seed) for run in runs),
+        f"{end:,}",
+        f"**{number(np.mean(scores))}** ({' / '.join(map(number, scores))})",
+    ]
+    if paper:
+        row.append(number(paper_at(task, runs[0].method, end)))
+        row.append(number(paper_final(task, runs[0].method)))
+    row += [
+        per_seed(lambda run: mean_between(run, end - LAST, end), runs),
+        per_seed(lambda run: last_episodes(run, end), runs),
+        clean,
+        distinct(number(prior_alone(run)) for run in runs),
+        per_seed(lambda run: minutes_at(run, end), runs, lambda value: f"{value:.0f}"),
+        distinct(run.machine for run in runs),
+        distinct((run.facts.get("commit") or "no log")[:7] for run in runs),
+    ]
+    return row
+
+
+def board_section(cells, task: str, data: str) -> str:
+    """Results of a task: a table of scores, and one of training means along the way."""
+    facts = TASKS[task]
+    here = {method: cell for (t, method, d), cell in cells.items() if (t, d) == (task, data)}
+    rows = [result_row(label(name), cell.reaching(end), end) for name, cell in here.items() for end in cell.ends]
+    text = f"## {starred(task, data)}, {DATA.get(data, data)} data\n\n"
+    text += f"Score: {facts.measure}, at best {facts.best:g}.\n\n" + table(RESULT_HEADER, rows)
+    text += f"\nTraining episodes, unsmoothed mean per {facts.bin:,} env steps:\n\n"
+    last = max(end for cell in here.values() for end in cell.ends)
+    edges = range(0, last, facts.bin)
+    header = ["method", "seed", *(f"{low // 1000}-{(low + facts.bin) // 1000}k" for low in edges)]
+    rows = []
+    for name, cell in here.items():
+        for run in cell:
+            means = [mean_between(run, low, low + facts.bin) for low in edges]
+            rows.append([label(name), run.seed, *("" if np.isnan(mean) else number(mean) for mean in means)])
+    text += table(header, rows)
+    return text + note(text) + "\n"
+
+
+def count_orderings(pairs: list[Ordering]) -> str:
+    tested = [pair for pair in pairs if pair.training]
+    holds = [pair for pair in tested if pair.training == "holds"]
+    fails = [pair for pair in tested if pair.training == "fails"]
+    clean = [pair for pair in holds if pair.clean == "fails"]
+    early = [pair for pair in fails if pair.paper_then not in ("", pair.expected)]
+    return (
+        f"Of {len(pairs)} orderings of the paper, {len(tested)} were tested: **{len(holds)} hold, {len(fails)} fail**, "
+        f"{len(pairs) - len(tested)} are untested. Of those that hold in training, {len(clean)} fail in clean "
+        f"evaluation. Of those that fail, {len(early)} do not show in the paper's own curves at our env steps either."
+    )
+
+
+def ordering_row(cells, pair: Ordering, data: str) -> list[str]:
+    scores = " vs ".join(number(part.mean()) for part in pair.scores)
+    ends = [cells[pair.task, name, data].main_end for name in (pair.first, pair.second)]
+    if ends[0] != ends[1]:
+        scores += "; at the end of each " + " vs ".join(number(part.mean()) for part in pair.at_ends)
+    return [
+        starred(pair.task, data),
+        f"{label(pair.first)} {pair.expected} {label(pair.second)}",
+        f"{number(paper_final(pair.task, pair.first))} vs {number(paper_final(pair.task, pair.second))}",
+        pair.paper_then or "–",
+        f"{pair.end:,}",
+        scores,
+        f"**{pair.training}**",
+        pair.clean or "–",
+    ]
+
+
+def orderings_section(cells) -> str:
+    text = ORDERINGS
+    header = [
+        "task",
+        "paper's order",
+        "its last scores",
+        "paper then",
+        "env steps",
+        "ours",
+        "training",
+        "clean evaluation",
+    ]
+    for data in kinds(cells):
+        pairs = orderings(cells, data)
+        text += f"\n### With {DATA.get(data, data)} data\n\n"
+        text += paragraph(count_orderings(pairs)) + "\n"
+        rows = [ordering_row(cells, pair, data) for pair in pairs if pair.training]
+        text += table(header, rows) if rows else ""
+        text += note(text)
+        counts = []
+        for task, facts in TASKS.items():
+            here = [pair for pair in pairs if pair.task == task]
+            untested = [pair for pair in here if not pair.training]
+            counts.append(f"{facts.label} {len(untested)} of {len(here)}")
+        text += f"\nUntested: {', '.join(counts)}.\n"
+    return text
+
+
+def coverage_section(cells) -> str:
+    rows = []
+    for data in kinds(cells):
+        found = coverage(cells, data)
+        pairs = orderings(cells, data)
+        tested = [pair for pair in pairs if pair.training]
+        share = f"{found['done'] / 1e6:.1f}M of {found['whole'] / 1e6:.1f}M ({found['done'] / found['whole']:.1%})"
+        rows.append(
+            [
+                DATA.get(data, data),
+                found["runs"],
+                f"{found['begun']} of {len(PAPER)}",
+                found["ended"],
+                found["five"],
+                share,
+                f"{len(tested)} of {len(pairs)}",
+                sum(pair.training == "holds" for pair in tested),
+            ]
+        )
+    header = [
+        "data",
+        "runs",
+        "paper's curves begun",
+        "run to the paper's end",
+        "with 5 seeds",
+        "paper's seeds x env steps",
+        "orderings tested",
+        "orderings that hold",
+    ]
+    return "\n## Coverage\n\n" + table(header, rows) + COVERAGE.format(curves=len(PAPER)) + "\n"
+
+
+def study_rows(study: Path, facts: dict, cells) -> list[list[str]]:
+    """The cells to compare with, then every variant; each at its own ends and those of the others."""
+    variants = {}
+    for path in sorted(study.glob("*/seed*.json")):
+        variants.setdefault(path.parent.name, Cell()).append(read_run(path))
+    ends = {end for cell in variants.values() for end in cell.ends}
+    rows = []
+    for name in facts.get("compare", []):
+        task, method, data = name.split("/")
+        cell = cells[task, method, data]
+        for end in sorted({end for end in ends if end <= cell.main_end} | {cell.main_end}):
+            rows.append(result_row(f"{label(method)}, default", cell.reaching(end), end, paper=False))
+        ends.add(cell.main_end)
+    for name, cell in variants.items():
+        text = name.replace("_", " ")
+        if name in facts.get("variants", {}):
+            text += f": {facts['variants'][name]}"
+        compared = {cells[tuple(other.split("/"))].main_end for other in facts.get("compare", [])}
+        for end in sorted({*cell.ends, *(end for end in compared if end <= cell.ends[-1])}):
+            rows.append(result_row(text, cell.reaching(end), end, paper=False))
+    return rows
+
+
+def pretraining_row(path: Path) -> list[str] | None:
+    """Of a log of pre-training: what roll-outs of the prior did at each validation."""
+    with path.open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get("prior_return")]
+    if not rows:
+        return None
+    unit = TASKS[path.parent.name.removesuffix("_pretraining")].unit
+
+    def series(name: str, unit: float = 1.0, digits: int = 2) -> str:
+        return " / ".join(f"{float(row[name]) / unit:.{digits}f}" for row in rows) if rows[0].get(name) else "–"
+
+    updates = " / ".join(f"{int(row['update']):,}" for row in rows)
+    return [
+        f"`{path.name}`",
+        updates,
+        series("prior_return", unit),
+        series("any_order"),
+        series("valid_kl_loss", digits=1),
+    ]
+
+
+def studies_section(folder: Path, cells) -> str:
+    text = STUDIES
+    header = [name for name in RESULT_HEADER if not name.startswith("paper")]
+    for path in sorted((folder / "studies").glob("*/study.json")):
+        facts = json.loads(path.read_text())
+        text += f"\n### {path.parent.name}\n\n" + paragraph(f"{facts['question']} {facts['note']}") + "\n"
+        rows = study_rows(path.parent, facts, cells)
+        text += table(header, rows) if rows else ""
+        files = []
+        for name, file in facts.get("files", {}).items():
+            commit = file.get("commit", "in the JSON")
+            files.append([f"`{name}`", f"`{file['command']}`", commit, file["machine"], file.get("note", "")])
+        text += table(["file", "command", "commit", "machine", "note"], files) if files else ""
+        if path.parent.name.endswith("_pretraining"):
+            header_of_logs = ["file", "updates", "prior alone", "in any order", "KL(q, N(0,1)), nats"]
+            text += "\n" + table(header_of_logs, [pretraining_row(log) for log in sorted(path.parent.glob("*.csv"))])
+        for log in sorted(path.parent.glob("*.txt")):
+            text += f"\n`{log.name}`:\n\n```\n{log.read_text().rstrip()}\n```\n"
+    return text
+
+
+def results_text(folder: Path, cells) -> str:
+    """RESULTS.md."""
+    text = INTRODUCTION.lstrip() + coverage_section(cells)
+    for task, data in boards(cells):
+        text += board_section(cells, task, data)
+    text += orderings_section(cells)
+    if (folder / "studies").is_dir():
+        text += studies_section(folder, cells)
+    return text.rstrip() + "\n"
+
+
+def readme_cell(cells, task: str, method: str, data: str) -> str:
+    cell = cells.get((task, method, data))
+    if cell is None:
+        final = paper_final(task, method)
+        return "not run" + ("" if np.isnan(final) else f"<br>paper's end: {number(final)}")
+    end = cell.main_end
+    runs = cell.reaching(end)
+    scores = [score_at(run, end) for run in runs]
+    last = np.mean([mean_between(run, end - LAST, end) for run in runs])
+    clean = np.mean([evaluation_at(run, end) for run in runs])
+    lines = [
+        f"**{number(np.mean(scores))}** ({' / '.join(map(number, scores))})",
+        "paper: no curve" if np.isnan(paper_final(task, method)) else f"paper: {number(paper_at(task, method, end))}",
+        f"last 50k: {number(last)}, clean: {number(clean)}",
+    ]
+    if end != shown_end(cells, task, data):
+        lines.append(f"(at {end:,})")
+    return "<br>".join(lines)
+
+
+def shown_end(cells, task: str, data: str) -> int:
+    """Env steps in the README's table: SkiMo's if it was run."""
+    ends = [cell.main_end for (t, _, d), cell in cells.items() if (t, d) == (task, data)]
+    return cells[task, "skimo", data].main_end if (task, "skimo", data) in cells else max(ends)
+
+
+def readme_text(cells) -> str:
+    """The README's table: a row for every method, a column for every task and kind of data."""
+    methods = [name for name in METHODS if name in SHOWN or any(name == method for _, method, _ in cells)]
+    header = ["method"]
+    for task, data in boards(cells):
+        facts = TASKS[task]
+        header.append(
+            f"{starred(task, data)}, {DATA.get(data, data)} data<br>{facts.measure}<br>"
+            f"{shown_end(cells, task, data):,} env steps"
+        )
+    rows = []
+    for name in methods:
+        row = [readme_cell(cells, task, name, data) for task, data in boards(cells)]
+        rows.append([f"{label(name)}<br>`{name}.py`", *row])
+    text = f"![{PICTURE}](benchmarks/results/curves.png)\n\n" + table(header, rows)
+    text += UNDER_TABLE + note(text)
+    for data in kinds(cells):
+        found = coverage(cells, data)
+        begun = (
+            f"**How far this is from the paper** ({DATA.get(data, data)} data): {found['begun']} of its {len(PAPER)} "
+            f"curves are begun, {found['ended']} run to their end; {found['done'] / found['whole']:.1%} of its seeds x "
+            f"env steps. "
+        )
+        text += "\n" + paragraph(begun + count_orderings(orderings(cells, data)))
+    return text
+
+
+def with_table(readme: str, text: str) -> str:
+    """The README with the text between its two markers; as it is if it does not have both."""
+    if BEGIN not in readme or END not in readme:
+        return readme
+    before, rest = readme.split(BEGIN, 1)
+    _, after = rest.split(END, 1)
+    return f"{before}{BEGIN}\n{text}{END}{after}"
+
+
+# -------------------------------------------------------------------------------------------------------------- main
+def write(path: Path, text: str):
+    try:
+        path.write_text(text)
+    except OSError as error:
+        sys.exit(f"error: {path} cannot be written ({error})")
+    print(f"wrote {path}")
+
+
+def main(args: Args):
+    """Write tables and figures, and print the coverage."""
+    cells = read_cells(args.path)
+    if not cells:
+        sys.exit(f"error: no logs in {args.path}; it should hold TASK/METHOD/DATA/seedN.json or a run's args.json")
+    ours = args.path.resolve() == RESULTS
+    print(coverage_section(cells))
+    write(RESULTS.parent / "RESULTS.md" if ours else args.path / "RESULTS.md", results_text(args.path, cells))
+    save(overview(cells), args.path / "curves.png")
+    for task in dict.fromkeys(task for task, _ in boards(cells)):
+        folder = args.path / task
+        save(enlarged(cells, task), folder / "curves.png" if folder.is_dir() else args.path / f"curves_{task}.png")
+    if not ours:
+        return
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    if BEGIN in text and END in text:
+        write(readme, with_table(text, readme_text(cells)))
+    else:
+        print(f"README.md has no lines {BEGIN} and {END}: its table was not written")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__.split("\n")[0]))

@@ -1,0 +1,234 @@
+"""What can only go wrong on a GPU: CUDA graphs that are replayed, waits for the device, resume, memory.
+
+    pytest tests/test_cuda.py                             # skipped without CUDA
+    GPU_CHECK_DEVICE=cpu pytest tests/test_cuda.py        # rehearsal of the tests themselves, without torch.compile
+
+GPU_CHECK_ALGOS names the files (default: all), GPU_CHECK_FACTS a file that gets a line of JSON for each measured fact.
+"""
+
+import contextlib
+import json
+import os
+import threading
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import speed
+from tests import golden
+
+ROOT = Path(__file__).resolve().parents[1]
+DEVICE = os.environ.get("GPU_CHECK_DEVICE", "cuda")
+ALGOS = os.environ.get("GPU_CHECK_ALGOS", "").split() or sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
+CUDA = DEVICE == "cuda"
+COMPILE = CUDA  # on a CPU the files' own tests compile
+SIZES = dict(
+    hidden_dim=16, latent_dim=8, skill_dim=3, model_dim=16, critic_dim=16, critic_blocks=1, num_envs=2, num_skills=3,
+    pretrain_skills=3, bc_chunks=2, batch_size=16, pretrain_batch_size=8, num_samples=16, num_policy_trajs=4,
+    num_elites=6, cem_iters=2, horizon_steps=1, std_steps=1, pretrain_updates=4, pretrain_lr_decay=False,
+    pretrain_eval_interval=10**9, buffer_size=1000,
+)  # fmt: skip
+
+pytestmark = [
+    pytest.mark.skipif(CUDA and not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.filterwarnings("ignore"),
+]
+algorithms = pytest.mark.parametrize("name", ALGOS)
+
+
+def fact(name: str, algo: str, value):
+    """Keep a measured number for the report of benchmarks/gpu_check.py."""
+    print(f"{name}, {algo}: {value}")
+    if "GPU_CHECK_FACTS" in os.environ:
+        with open(os.environ["GPU_CHECK_FACTS"], "a") as file:
+            file.write(json.dumps(dict(fact=name, algo=algo, value=value)) + "\n")
+
+
+def tiny_args(algo, compiled: bool):
+    """The file's arguments for the kitchen, with small networks; skills are encoded by the LSTM where there is one."""
+    args = algo.Args(env_id="kitchen", **algo.TASK_DEFAULTS["kitchen"])
+    return speed.replaced(args, dict(SIZES, device=DEVICE, compile=compiled))
+
+
+def moved(before: dict, after: dict, other: dict) -> float:
+    """How far two results of training are apart, as a share of the way that they went."""
+    way = sum((after[name] - before[name]).double().square().sum() for name in before)
+    apart = sum((after[name] - other[name]).double().square().sum() for name in before)
+    return float((apart / way).sqrt())
+
+
+def weights(module) -> dict:
+    return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+
+
+def pretrained_weights(algo, args, tmp_path):
+    """Weights before and after pre-training with random data, and the metrics of the last update."""
+    torch.manual_seed(0)
+    networks = algo.make_networks(args, 30, 9)
+    before = weights(networks)
+    window = getattr(args, "pretrain_skills", 1) * args.skill_horizon + 1
+    data = speed.random_dataset(algo, "kitchen", window)
+    writer = mock.MagicMock()
+    torch.manual_seed(1)
+    with mock.patch.object(algo, "prior_rollouts", return_value=np.zeros(1)):
+        algo.pretrain(args, networks, tmp_path / "model.pt", data, writer, threading.Event())
+    metrics = {call.args[0]: float(call.args[1]) for call in writer.add_scalar.call_args_list}
+    return before, weights(networks), metrics
+
+
+def rounds(algo, args):
+    """Four rounds of update and planner on one batch. Returns weights before and after, and all numbers.
+
+    Four, as a CUDA graph is warmed up in the first, recorded in the second, and only replayed from then on.
+    """
+    torch.manual_seed(0)
+    agent = algo.Agent(args, algo.make_networks(args, 30, 9))
+    batch = speed.filled_replay(algo, "kitchen", args).sample(args.batch_size)
+    obs = torch.rand(3, 30).numpy()
+    planner = algo.Planner(agent, args, explore=True) if hasattr(algo, "Planner") else None
+    before = weights(agent)
+    numbers = {}
+    for k in range(4):
+        torch.manual_seed(k)
+        for name, value in agent.update(*batch).items():
+            numbers[f"{name} {k}"] = torch.as_tensor(value).cpu().clone()
+        if planner:
+            torch.manual_seed(k)
+            numbers[f"skills {k}"] = planner(obs, 10**6).clone()
+            numbers[f"plan {k}"] = planner.last_mean.cpu().clone()
+    return before, weights(agent), numbers
+
+
+@algorithms
+def test_compiled_pretraining_is_eager_pretraining(name, tmp_path, eager_random):
+    algo = speed.load_algorithm(name)
+    before, eager, eager_metrics = pretrained_weights(algo, tiny_args(algo, False), tmp_path / "eager")
+    _, compiled, metrics = pretrained_weights(algo, tiny_args(algo, COMPILE), tmp_path / "compiled")
+    apart = moved(before, eager, compiled)
+    fact("compiled pre-training is off by (share of the way)", name, apart)
+    assert apart < 0.05
+    assert metrics == pytest.approx(eager_metrics, rel=1e-2, abs=1e-2)
+
+
+@algorithms
+def test_compiled_updates_and_plans_are_eager_ones(name, eager_random):
+    algo = speed.load_algorithm(name)
+    before, eager, eager_numbers = rounds(algo, tiny_args(algo, False))
+    _, compiled, numbers = rounds(algo, tiny_args(algo, COMPILE))
+    apart = moved(before, eager, compiled)
+    fact("compiled RL is off by (share of the way)", name, apart)
+    assert apart < 0.05
+    drawn_in_order = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
+    for key in eager_numbers:
+        if drawn_in_order or not key.startswith(("skills", "plan")):
+            torch.testing.assert_close(numbers[key], eager_numbers[key], atol=1e-2, rtol=1e-2, msg=key)
+
+
+@contextlib.contextmanager
+def no_waiting():
+    """Whatever makes the CPU wait for the GPU inside raises an error."""
+    if CUDA:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if CUDA:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@algorithms
+def test_an_rl_update_never_waits_for_the_device(name):
+    algo = speed.load_algorithm(name)
+    args = tiny_args(algo, False)
+    agent = algo.Agent(args, algo.make_networks(args, 30, 9))
+    rb = speed.filled_replay(algo, "kitchen", args)
+    agent.update(*rb.sample(args.batch_size))
+    with no_waiting():
+        for _ in range(3):
+            agent.update(*rb.sample(args.batch_size))
+
+
+@algorithms
+def test_a_pretraining_update_never_waits_for_the_device(name, tmp_path):
+    algo = speed.load_algorithm(name)
+    args = speed.replaced(tiny_args(algo, False), dict(pretrain_updates=50))
+    window = getattr(args, "pretrain_skills", 1) * args.skill_horizon + 1
+    data = speed.TimedData(speed.random_dataset(algo, "kitchen", window), speed.Args(device="cpu", quick=True))
+    sample = data.sample_windows
+
+    def sample_windows(batch_size, length):
+        if data.calls == 10:
+            raise speed.Enough
+        if data.calls == 5 and CUDA:
+            torch.cuda.set_sync_debug_mode("error")
+        return sample(batch_size, length)
+
+    data.sample_windows = sample_windows
+    data.next = -1  # the clock is not asked
+    networks = algo.make_networks(args, 30, 9)
+    with pytest.raises(speed.Enough):
+        try:
+            algo.pretrain(args, networks, tmp_path / "model.pt", data, mock.MagicMock(), threading.Event())
+        finally:
+            if CUDA:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+def memory_in_use() -> int:
+    """Bytes of live tensors on the GPU; in the rehearsal, of the process."""
+    if CUDA:
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@algorithms
+def test_memory_does_not_grow_over_300_updates(name):
+    algo = speed.load_algorithm(name)
+    args = tiny_args(algo, COMPILE)
+    agent = algo.Agent(args, algo.make_networks(args, 30, 9))
+    rb = speed.filled_replay(algo, "kitchen", args)
+    planner = algo.Planner(agent, args, explore=True) if hasattr(algo, "Planner") else None
+    obs = torch.rand(3, 30).numpy()
+    used = []
+    for k in range(330):
+        metrics = agent.update(*rb.sample(args.batch_size))
+        if planner:
+            planner(obs, 10**6)
+        if k in (29, 329):
+            used.append(memory_in_use())
+    assert all(np.isfinite(float(value)) for value in metrics.values())
+    fact("bytes more after 300 updates", name, used[1] - used[0])
+    assert used[1] - used[0] < (2**20 if CUDA else 2**26)
+
+
+@pytest.mark.parametrize("name", [name for name in ("skimo", "spirl") if name in ALGOS])
+def test_a_resumed_run_ends_as_the_uninterrupted_one(name, tmp_path):
+    """Both end at the same weights; how far apart they are is a measured fact, 0 means bit for bit."""
+    algo = speed.load_algorithm(name)
+    golden.make_data(tmp_path / "data.hdf5", 30, 9)
+    flags = f"{golden.TINY} {golden.FLAGS[name]} {golden.TASKS['kitchen']}".split()
+    for flag in ("--device", "--warmup-steps", "--updates-per-step") if name == "spirl" else ("--device",):
+        at = flags.index(flag)
+        del flags[at : at + 2]
+    flags += ["--env-id", "kitchen", "--device", DEVICE, "--data", str(tmp_path / "data.hdf5")]
+    flags += ["--data-dir", str(tmp_path / "cache"), "--compile" if COMPILE else "--no-compile"]
+
+    def run(*more):
+        algo.main(algo.parse_args([*flags, *more]))
+
+    run("--run-dir", str(tmp_path / "whole"))
+    run("--run-dir", str(tmp_path / "halves"), "--total-timesteps", "2000")
+    (whole,) = (tmp_path / "whole").iterdir()
+    (halves,) = (tmp_path / "halves").iterdir()
+    loaded = torch.load(halves / "checkpoint.pt", weights_only=True)
+    algo.main(algo.parse_args(["--resume", str(halves), "--total-timesteps", "3000"]))
+    one = torch.load(whole / "checkpoint.pt", weights_only=True, map_location="cpu")
+    two = torch.load(halves / "checkpoint.pt", weights_only=True, map_location="cpu")
+    assert one["gradient_step"] == two["gradient_step"] > loaded["gradient_step"]
+    apart = max(float((one["agent"][key] - two["agent"][key]).abs().max()) for key in one["agent"])
+    fact("resumed run is off by (largest weight)", name, apart)
+    assert apart == 0 or (CUDA and apart < 0.05)

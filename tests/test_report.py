@@ -1,0 +1,400 @@
+"""benchmarks/report.py: scores against independent versions, and what is published against the logs."""
+
+import csv
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from benchmarks import plot, report, scores
+
+HEADER = "env_step,episodic_return,episodic_length,eval_return,eval_success,wall_seconds"
+
+
+def make_run(steps, values, method="skimo", task="kitchen", num_envs=1):
+    """A run whose episodes are placed at the given env steps."""
+    steps = np.asarray(steps, dtype=float)
+    values = np.asarray(values, dtype=float)
+    return scores.Run(
+        task=task,
+        method=method,
+        data="scripted",
+        seed=1,
+        steps=steps,
+        scores=values,
+        ended=values,
+        minutes=steps,
+        end_steps=steps,
+        evaluations=[],
+        env_steps=int(steps[-1]),
+        facts=dict(args=dict(num_envs=num_envs, eval_episodes=20)),
+    )
+
+
+def write_log(folder, method, seed, value, task="maze", data="scripted", steps=300_000, clean=None, length=1000):
+    """A log as benchmarks/run.py writes it: one environment, all episodes alike."""
+    path = folder / task / method / data / f"seed{seed}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unit = scores.TASKS[task].unit
+    rows = [f"{step},{value * unit},{length},,,{step / 100}" for step in range(length, steps + 1, length)]
+    path.with_suffix(".csv").write_text("\n".join([HEADER, *rows]) + "\n")
+    evaluations = [[steps, unit * (value if clean is None else clean), 0.0]]
+    results = dict(env_steps=steps, rl_minutes=steps / 6000, evaluations=evaluations)
+    facts = dict(algo=method, env_id=task, seed=seed, commit="abcdef0123", machine="AMD EPYC, 2 cores")
+    facts |= dict(args=dict(num_envs=1, eval_episodes=20), results=results)
+    path.with_suffix(".json").write_text(json.dumps(facts))
+
+
+# ------------------------------------------------------------------------------------------------------------- scores
+def lockstep_episodes(rng, num_envs, budget, success, longest):
+    """Episodes of an unchanging policy, simulated step by step: env step at the end, success, length."""
+    left = np.zeros(num_envs, dtype=int)
+    wins = np.zeros(num_envs, dtype=bool)
+    lengths = np.zeros(num_envs, dtype=int)
+    rows = []
+    for env_step in range(0, budget, 10 * num_envs):  # a skill in every environment
+        for e in range(num_envs):
+            if left[e] == 0:
+                if lengths[e]:
+                    rows.append((env_step, float(wins[e]), lengths[e]))
+                wins[e] = rng.random() < success
+                lengths[e] = 10 * rng.integers(60, 120) if wins[e] else longest
+                left[e] = lengths[e]
+            left[e] -= 10
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("num_envs", [1, 8])
+def test_an_unchanging_policy_gives_a_flat_curve(num_envs):
+    rng = np.random.default_rng(0)
+    grid = np.array([2_500 * num_envs, 5_000 * num_envs, 50_000, 100_000])
+    placed = []
+    as_they_end = []
+    for _ in range(150):
+        ends, wins, lengths = lockstep_episodes(rng, num_envs, 110_000, 0.5, 2_000).T
+        steps = scores.place(ends, lengths, num_envs, 2_000)
+        for curves, where in ((placed, steps), (as_they_end, ends)):
+            order = np.argsort(where, kind="stable")
+            run = make_run(where[order], wins[order])
+            curves.append(np.interp(grid, *scores.smooth(run).T))
+    assert np.abs(np.mean(placed, axis=0) - 0.5).max() < 0.06  # the standard error is 0.03 at the beginning
+    if num_envs == 8:  # the reason for all this
+        assert np.mean(as_they_end, axis=0)[0] > 0.8
+
+
+def test_episodes_are_placed_where_the_longest_would_have_ended():
+    ends = np.array([8_000.0, 16_000, 24_000])
+    lengths = np.array([1_000.0, 2_000, 1_000])
+    assert scores.place(ends, lengths, 8, 2_000).tolist() == [16_000, 16_000, 32_000]
+    assert scores.place(np.array([2_000.0]), np.array([2_000.0]), 1, 2_000).tolist() == [2_000]
+
+
+@pytest.mark.parametrize(("method", "interval"), [("skimo", 500), ("spirl", 100)])
+def test_with_an_episode_in_each_window_the_smoothing_is_the_papers(method, interval):
+    values = np.random.default_rng(1).random(300)
+    run = make_run(interval * np.arange(3, 303), values, method)
+    average = sum(values[:10]) / 10
+    expected = []
+    for value in values:
+        average = 0.99 * average + 0.01 * value
+        expected.append(average)
+    curve = scores.smooth(run)
+    assert np.array_equal(curve[:, 0], interval * np.arange(3, 303))
+    assert np.allclose(curve[:, 1], expected)
+    assert scores.score_at(run, 100 * interval) == pytest.approx(expected[97])
+    assert np.isnan(scores.score_at(run, interval))
+
+
+def test_episodes_are_weighted_by_age_and_not_by_the_gaps_between_them():
+    rng = np.random.default_rng(2)
+    steps = np.sort(rng.choice(np.arange(1, 60_000), 90, replace=False))
+    values = rng.random(90)
+    window = -(-steps // 500)
+    first = values[window < window[0] + 10].mean()
+    for step in (20_000, 55_000):
+        age = step // 500 - window
+        weights = np.where(age >= 0, 0.99 ** np.maximum(age, 0), 0)
+        forgotten = 0.99 ** (step // 500 - window[0] + 1)
+        expected = forgotten * first + (1 - forgotten) * (weights * values).sum() / weights.sum()
+        assert scores.score_at(make_run(steps, values), step) == pytest.approx(expected)
+
+
+def test_bins_and_last_episodes():
+    run = make_run([10, 20, 30, 40], [1.0, 2, 3, 5])
+    assert scores.mean_between(run, 10, 30) == 2.5  # without its lower edge, with its upper one
+    assert np.isnan(scores.mean_between(run, 40, 50))
+    assert scores.last_episodes(run, 40, count=2) == 4
+
+
+def test_the_main_end_is_where_half_of_the_seeds_got():
+    runs = [make_run([steps], [1]) for steps in (60_055, 200_080, 199_990)]
+    cell = scores.Cell(runs)
+    assert cell.ends == [60_000, 200_000]
+    assert cell.main_end == 200_000
+    assert cell.reaching(200_000) == runs[1:]
+    cell.append(make_run([2_000_050], [1]))  # one seed to the paper's end
+    assert cell.main_end == 200_000
+    assert len(cell.reaching(60_000)) == 4
+
+
+# ---------------------------------------------------------------------------------------------------------- orderings
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ([3.0, 3.2], [2.0, 2.9], ">"),
+        ([2.0, 2.9], [3.0, 3.2], "<"),
+        ([3.0, 3.2], [2.0, 3.1], "?"),  # seeds overlap
+        ([3.0, 3.2], [3.05, 3.1], "="),
+        ([0.0], [0.1], "="),
+    ],
+)
+def test_relations(first, second, expected):
+    assert scores.relation(first, second, 0.1) == expected
+
+
+def test_orderings_of_a_small_grid(tmp_path):
+    for seed in (1, 2):
+        write_log(tmp_path, "skimo", seed, 0.9, clean=0.5)
+        write_log(tmp_path, "skimo_no_cem", seed, 0.91, clean=0.5)
+        write_log(tmp_path, "skimo_sac", seed, 0.5, clean=0.5)
+    cells = scores.read_cells(tmp_path)
+    pairs = scores.orderings(cells, "scripted")
+    assert len(pairs) == 4 * 36
+    tested = {(pair.first, pair.second): pair for pair in pairs if pair.training}
+    assert set(tested) == {("skimo_no_cem", "skimo"), ("skimo_no_cem", "skimo_sac"), ("skimo", "skimo_sac")}
+    assert {pair.training for pair in tested.values()} == {"holds"}
+    assert tested["skimo_no_cem", "skimo"].expected == "="  # .99 and .97 in the paper
+    assert tested["skimo", "skimo_sac"].expected == ">"
+    assert tested["skimo", "skimo_sac"].clean == "fails"
+    assert tested["skimo", "skimo_sac"].paper_then == "<"  # .04 and .17 at 300,000
+    text = report.count_orderings(pairs)
+    assert "3 were tested: **3 hold, 0 fail**, 141 are untested" in text
+    assert "2 fail in clean evaluation" in text
+    assert not any(pair.training for pair in scores.orderings(cells, "human"))
+
+
+def test_a_collapse_is_no_agreement(tmp_path):
+    write_log(tmp_path, "skimo_no_joint", 1, 0.0, steps=200_000)
+    write_log(tmp_path, "spirl", 1, 0.5)
+    cells = scores.read_cells(tmp_path)
+
+    def verdict():
+        pairs = scores.orderings(cells, "scripted")
+        pairs = [pair for pair in pairs if pair.task == "maze"]
+        (pair,) = [pair for pair in pairs if {pair.first, pair.second} == {"spirl", "skimo_no_joint"}]
+        return pair.training
+
+    assert verdict() == "holds"
+    (run,) = cells["maze", "spirl", "scripted"]
+    run.scores[run.steps > 200_000] = 0.0  # still above at 200,000 env steps, gone at its end
+    assert verdict() == "fails"
+
+
+def test_the_papers_curves_are_whole():
+    with scores.PAPER_CURVES.open() as file:
+        rows = list(csv.DictReader(file))
+    assert len({(row["task"], row["method"], row["env_step"]) for row in rows}) == len(rows)
+    names = {method.paper for method in scores.METHODS.values()} - {None}
+    assert len(scores.PAPER) == 36
+    for (task, method), curve in scores.PAPER.items():
+        facts = scores.TASKS[task]
+        assert method in names
+        assert (np.diff(curve[:, 0]) > 0).all()
+        assert (curve[:, 1] >= 0).all() and (curve[:, 1] <= facts.best).all()
+        if (task, method) != ("kitchen-misaligned", "TD-MPC"):
+            assert curve[-1, 0] == facts.paper_end
+    assert scores.paper_final("kitchen", "skimo_no_joint") == 3.81
+    assert scores.paper_at("calvin", "spirl", 450_000) == pytest.approx((1.45 + 1.54) / 2)
+    assert np.isnan(scores.paper_at("calvin", "spirl", 50_000))
+    assert np.isnan(scores.paper_at("maze", "skimo_single_step", 500_000))
+
+
+def test_the_paper_reaches_95_percent_without_cem_at_720_thousand():
+    steps = np.arange(600_000, 800_000, 1_000)
+    reached = [step for step in steps if scores.paper_at("maze", "skimo_no_cem", step) >= 0.95 - 1e-9]
+    assert reached[0] == 720_000
+
+
+def test_facts_about_the_tasks_are_those_of_data_tools():
+    import data_tools
+
+    for name, task in scores.TASKS.items():
+        assert data_tools.TASKS[name].max_return == task.best * task.unit
+        env = data_tools.make_envs(name, 1)
+        assert env.max_episode_steps == task.longest
+        env.close()
+
+
+# --------------------------------------------------------------------------------------------------- the published logs
+@pytest.fixture(scope="module")
+def cells():
+    return scores.read_cells(scores.RESULTS)
+
+
+def test_every_log_is_where_the_rule_says():
+    logs = sorted(scores.RESULTS.rglob("*/seed*.json"))
+    for path in logs:
+        facts = json.loads(path.read_text())
+        folder = path.relative_to(scores.RESULTS).parts[:-1]
+        assert path.stem == f"seed{facts['seed']}"
+        assert path.with_suffix(".csv").exists()
+        assert facts["attempts"][-1]["command"]
+        assert facts["machine"]
+        assert "commit" in facts
+        if folder[0] == "studies":
+            assert len(folder) == 3
+            assert (scores.RESULTS / "studies" / folder[1] / "study.json").exists()
+        else:
+            assert folder[:2] == (facts["env_id"], facts["algo"])
+            assert folder[2] in scores.DATA
+    assert {path.with_suffix(".json") for path in scores.RESULTS.rglob("*/seed*.csv")} == set(logs)
+
+
+def test_what_a_study_names_is_there():
+    for path in sorted((scores.RESULTS / "studies").glob("*/study.json")):
+        facts = json.loads(path.read_text())
+        for name, file in facts.get("files", {}).items():
+            assert (path.parent / name).exists()
+            assert file["command"]
+        for name in facts.get("compare", []):
+            assert (scores.RESULTS / name).is_dir()
+        for name in facts.get("variants", {}):
+            assert (path.parent / name).is_dir()
+    models = json.loads((scores.RESULTS / "models.json").read_text())
+    assert set(models) == {path.name for path in scores.RESULTS.glob("*_pretrained.pt")}
+
+
+def test_results_are_what_the_logs_give(cells):
+    published = (scores.RESULTS.parent / "RESULTS.md").read_text()
+    assert published == report.results_text(scores.RESULTS, cells), "run python benchmarks/report.py"
+
+
+def test_the_readmes_table_is_what_the_logs_give(cells):
+    readme = (scores.ROOT / "README.md").read_text()
+    assert readme == report.with_table(readme, report.readme_text(cells)), "run python benchmarks/report.py"
+
+
+def test_the_coverage_is_that_of_the_logs(cells):
+    found = scores.coverage(cells, "scripted")
+    seeds = Counter()
+    steps = 0
+    for path in scores.RESULTS.glob("*/*/scripted/seed*.json"):
+        facts = json.loads(path.read_text())
+        if facts["algo"] != "skimo_single_step":  # no curve in the paper
+            seeds[facts["env_id"], facts["algo"]] += 1
+            steps += facts["results"]["env_steps"]
+    assert found["begun"] == len(seeds)
+    if max(seeds.values()) <= 5:
+        assert found["done"] == steps
+    assert found["whole"] == 5 * (9 * (2e6 + 1e6 + 1e6 + 2e6) - 0.9e6)  # one curve of 36 ends at 100,000
+
+
+# --------------------------------------------------------------------------------------------------- text and figures
+def test_the_readmes_table_stands_between_its_markers():
+    readme = f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n"
+    new = report.with_table(readme, "table\n")
+    assert new == f"above\n{report.BEGIN}\ntable\n{report.END}\nbelow\n"
+    assert report.with_table(new, "table\n") == new
+    assert report.with_table("no markers", "table\n") == "no markers"
+
+
+def test_human_data_are_a_column_of_their_own(tmp_path):
+    write_log(tmp_path, "skimo", 1, 3.0, task="kitchen", length=200)
+    write_log(tmp_path, "skimo", 1, 2.0, task="kitchen", data="human", length=200)
+    write_log(tmp_path, "skimo", 1, 2.0, task="kitchen-misaligned", data="human", length=200)
+    cells = scores.read_cells(tmp_path)
+    header, _, row = report.readme_text(cells).splitlines()[2:5]
+    assert [cell.split("<br>")[0].strip() for cell in header.split("|")[2:-1]] == [
+        "Kitchen, scripted data",
+        "Kitchen, human (187 episodes) data",
+        "Mis-aligned Kitchen, human (187 episodes) data",
+    ]
+    assert [cell.split("**")[1] for cell in row.split("|")[2:-1]] == ["3.00", "2.00", "2.00"]
+    text = report.results_text(tmp_path, cells)
+    assert "## Kitchen, human (187 episodes) data" in text
+    assert "not mis-aligned" not in text  # people's data are
+
+
+def test_scripted_data_of_the_misaligned_kitchen_carry_a_note(tmp_path):
+    write_log(tmp_path, "skimo", 1, 3.0, task="kitchen-misaligned", length=200)
+    cells = scores.read_cells(tmp_path)
+    for text in (report.readme_text(cells), report.board_section(cells, "kitchen-misaligned", "scripted")):
+        assert "Mis-aligned Kitchen\\*" in text
+        assert "**not mis-aligned**" in text
+
+
+def test_labels_are_moved_apart():
+    moved = plot.spread([0.0, 0.01, 0.5, 0.99, 1.0], 0.1, 0.0, 1.0)
+    assert np.allclose(moved, [0.0, 0.1, 0.5, 0.9, 1.0])
+    moved = plot.spread([0.5, 0.5, 0.5], 0.1, 0.0, 1.0)
+    assert np.allclose(sorted(moved), [0.4, 0.5, 0.6])
+
+
+def test_tables_and_figures_of_a_grid_are_written_and_are_the_same_again(tmp_path, capsys):
+    for seed in (1, 2):
+        write_log(tmp_path, "skimo", seed, 0.9)
+        write_log(tmp_path, "own_method", seed, 0.8)
+    write_log(tmp_path, "skimo", 1, 3.0, task="calvin", length=300)
+    report.main(report.Args(tmp_path))
+    names = ["RESULTS.md", "curves.png", "maze/curves.png", "calvin/curves.png"]
+    first = [(tmp_path / name).read_bytes() for name in names]
+    assert all(len(content) > 1_000 for content in first)
+    assert "| own_method | 1, 2 | 300,000 | **0.80** (0.80 / 0.80) | – | – |" in first[0].decode()
+    report.main(report.Args(tmp_path))
+    assert first == [(tmp_path / name).read_bytes() for name in names]
+    assert "scripted | 5 | 2 of 36 |" in capsys.readouterr().out
+
+
+def test_a_run_folder_is_drawn(tmp_path):
+    folder = tmp_path / "maze__skimo__1"
+    folder.mkdir()
+    args = dict(exp_name="skimo", env_id="maze", seed=1, num_envs=8, eval_episodes=20)
+    (folder / "args.json").write_text(json.dumps(args))
+    rows = [f"{step},100.0,1000,{step / 1e4}" for step in range(8_000, 120_001, 8_000)]
+    (folder / "episodes.csv").write_text("env_step,episodic_return,episodic_length,rl_minutes\n" + "\n".join(rows))
+    report.main(report.Args(folder))  # unfinished: without results.json
+    assert "| SkiMo | 1 | 120,000 | **1.00** (1.00) |" in (folder / "RESULTS.md").read_text()
+    assert (folder / "curves_maze.png").exists()
+
+
+def test_figures_are_small():
+    for path in [scores.RESULTS / "curves.png", *scores.RESULTS.glob("*/curves.png")]:
+        assert path.stat().st_size <= 300_000
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+def cut_json(log):
+    log.write_text('{"algo": "sk')
+
+
+def break_csv(log):
+    log.with_suffix(".csv").write_text("step,return\n1,2\n")
+
+
+def drop_csv(log):
+    log.with_suffix(".csv").unlink()
+
+
+@pytest.mark.parametrize("damage", [cut_json, break_csv, drop_csv])
+def test_damaged_logs_are_refused(damage, tmp_path):
+    write_log(tmp_path, "skimo", 1, 0.0)
+    damage(tmp_path / "maze" / "skimo" / "scripted" / "seed1.json")
+    with pytest.raises(SystemExit, match="error: .*seed1.json and its CSV are no whole log"):
+        report.main(report.Args(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["maze"]
+
+
+def test_other_bad_input_is_refused_in_a_sentence(tmp_path):
+    with pytest.raises(SystemExit, match="error: no logs in"):
+        report.main(report.Args(tmp_path))
+    write_log(tmp_path, "skimo", 1, 0.0)
+    log = tmp_path / "maze" / "skimo" / "scripted" / "seed1.json"
+    log.with_name("seed01.json").write_text(log.read_text())
+    log.with_name("seed01.csv").write_text(log.with_suffix(".csv").read_text())
+    with pytest.raises(SystemExit, match="error: seed 1 of maze/skimo/scripted is there twice"):
+        report.main(report.Args(tmp_path))
+    log.with_name("seed01.json").unlink()
+    log.write_text(log.read_text().replace('"env_id": "maze"', '"env_id": "moon"'))
+    with pytest.raises(SystemExit, match="is of the task moon; add it to TASKS"):
+        report.main(report.Args(tmp_path))
