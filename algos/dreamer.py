@@ -191,6 +191,8 @@ class RSSM(nn.Module):
         s = args.stoch_dim
         e = args.encoder_dim
         u = args.hidden_dim
+        self.deter_dim = h
+        self.stoch_dim = s
         inputs = Inputs(obs_dim, args)  # DEVIATION 4
         self.encoder = nn.Sequential(inputs, *mlp(inputs.size, e, e))
         self.cell_input = mlp(s + action_dim, h)
@@ -229,8 +231,8 @@ class RSSM(nn.Module):
         Returns h (B, L, h), s (B, L, s) and the posterior that s is drawn from, 2 x (B, L, s).
         """
         embedding = self.encoder(obs)  # (B, L, e)
-        h = torch.zeros(len(obs), self.gates_h.in_features, device=obs.device)
-        s = torch.zeros(len(obs), self.prior_net[-1].out_features // 2, device=obs.device)
+        h = obs.new_zeros(len(obs), self.deter_dim)
+        s = obs.new_zeros(len(obs), self.stoch_dim)
         steps = []
         for t in range(obs.shape[1]):
             h = self.step(h, s, action[:, t])
@@ -691,7 +693,7 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
     action_dim = envs.single_action_space.shape[0]
     agent = Agent(args, obs.shape[1], action_dim)
     choose_action = Filter(agent, args.num_envs, action_dim, explore=True)
-    rb = SequenceBuffer(obs.shape[1], action_dim, args.batch_length, args)
+    rb = SequenceBuffer(obs.shape[1], action_dim, args.batch_length, args)  # DEVIATION 2
     rb.begin(obs, np.ones(args.num_envs, dtype=bool))
     global_step = 0
     gradient_step = 0

@@ -656,7 +656,7 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
     action_dim = envs.single_action_space.shape[0]
     agent = Agent(args, obs.shape[1], action_dim)
     planner = Planner(agent, args, explore=True)
-    rb = SequenceBuffer(obs.shape[1], action_dim, args.num_steps + 1, args)
+    rb = SequenceBuffer(obs.shape[1], action_dim, args.num_steps + 1, args)  # DEVIATION 2
     rb.begin(obs, np.ones(args.num_envs, dtype=bool))
     global_step = 0
     gradient_step = 0

@@ -7,7 +7,8 @@ import pytest
 import torch
 from test_dreamer import learn_toy
 
-from algos import tdmpc
+from algos import dreamer, tdmpc
+from data_tools.tasks.maze import MazeVectorEnv
 
 
 def tiny_args(**changes):
@@ -303,6 +304,39 @@ def test_compiled_updates_and_plans_are_the_eager_ones(eager_random):
         results.append([*metrics.values(), *agent.state_dict().values(), *actions])
     for eager, other in zip(*results):
         torch.testing.assert_close(eager, other, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("num_envs", [1, 8])
+@pytest.mark.parametrize(("module", "warmup", "total"), [(dreamer, 2_500, 3_200), (tdmpc, 5_000, 6_400)])
+def test_updates_keep_step_with_the_environments(module, warmup, total, num_envs, monkeypatch, tmp_path):
+    """Dreamer: 0.2 per env step after the warm-up. TD-MPC: 1 per env step, the warm-up's caught up soon after it."""
+    ticks = []  # updates after each env step
+    step = MazeVectorEnv.step
+    actor = dreamer.Filter if module is dreamer else tdmpc.Planner
+    monkeypatch.setattr(MazeVectorEnv, "step", lambda envs, action: ticks.append(0) or step(envs, action))
+    monkeypatch.setattr(actor, "__call__", lambda self, obs, *_: np.zeros((len(obs), 2), np.float32))
+    monkeypatch.setattr(module, "rollout", lambda *args: (np.zeros(1), np.zeros(1)))
+    monkeypatch.setattr(module, "update_target", lambda *args: None, raising=False)
+
+    def update(self, obs, action, rewards, terminals):
+        ticks[-1] += 1
+        return dict(grad_norm=torch.zeros(()))
+
+    monkeypatch.setattr(module.Agent, "update", update)
+    flags = f"--device cpu --num-envs {num_envs} --total-timesteps {total} --cpu-preset --run-dir {tmp_path}"
+    ratio = 0.2 if module is dreamer else 1.0
+    args = module.parse_args([*flags.split(), "--updates-per-step", str(ratio)])
+    results = module.main(args)
+    done = np.cumsum(ticks)
+    steps = num_envs * np.arange(1, len(ticks) + 1)
+    assert results["env_steps"] == steps[-1] == total
+    assert (done[steps < warmup] == 0).all()
+    if module is dreamer:
+        np.testing.assert_array_equal(done, np.maximum(0, (steps - warmup) * 0.2 + 1e-9).astype(int))
+    else:
+        assert max(ticks) == 10 * num_envs
+        assert (done[steps > warmup + 5_000 / 9 + num_envs] == steps[steps > warmup + 5_000 / 9 + num_envs]).all()
+    assert results["updates"] == done[-1]
 
 
 def test_it_learns_the_toy():
