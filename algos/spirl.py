@@ -242,7 +242,7 @@ class SkillModel(nn.Module):
         self.skill_policy = Predictor(F + Z, u, 5, action_dim)
         with torch.no_grad():  # the forget gate starts open
             self.lstm.bias_ih_l0[u : 2 * u] = 1.0
-            self.lstm.bias_hh_l0[u : 2 * u] = 0.0
+            self.lstm.bias_hh_l0[u : 2 * u] = 1.0
 
     def encode_skill(self, obs, actions):
         """q: chunks of observations (B, H, O) and actions (B, H, A) -> mean and std, 2 x (B, Z)."""
