@@ -21,7 +21,8 @@ Differences from the release, marked DEVIATION n below.
 3. Sines and cosines of positions are inputs as well, and the maze is scaled, as in skimo.py.
 4. E environments side by side. Windows of 5 transitions (release: 5 stored items, 4 transitions); true ends are used.
 5. Kitchen, CALVIN: as in spirl.py. Maze: warm-up with skills of the prior (release: random low-level actions).
---published takes the release's side of 2 and 3, and of the E environments in 4.
+6. Actions are those that pi_L was trained for; the release acts with their tanh (--squash-actions), see spirl.py.
+--published takes the release's side of 2, 3 and 6, and of the E environments in 4.
 
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, PUBLISHED, scalar_head, SkillModel, WorldModel,
 make_networks, pretrain_loss, model_loss, policy_loss, plan, Planner, prior_rollouts, pretrain_lr, find_pretrained,
@@ -111,6 +112,7 @@ class Args:
     # Downstream RL
     total_timesteps: int = 1_000_000  # env steps, warm-up included
     num_envs: int = 8  # environments side by side
+    squash_actions: bool = False  # tanh on actions, although pi_L is trained without one, as in the release
     num_skills: int = 5  # N: skills per window and in the longest plan
     warmup_steps: int = 5_000  # env steps with skills from the prior, before planning and updates start
     batch_size: int = 128  # windows of N skills per update
@@ -154,7 +156,8 @@ TASK_DEFAULTS = {
 
 # --published: what changes to give the release's values, on all tasks and on each.
 RELEASE = dict(
-    position_features=False, pretrain_updates=480_000, pretrain_lr_decay=False, kl_coef=5e-4, num_envs=1
+    position_features=False, pretrain_updates=480_000, pretrain_lr_decay=False, kl_coef=5e-4, num_envs=1,
+    squash_actions=True,
 )  # fmt: skip
 PUBLISHED = {
     "maze": dict(RELEASE, pretrain_updates=530_000, kl_coef=1e-3),
@@ -307,6 +310,7 @@ class SkillModel(nn.Module):
         super().__init__()
         u = args.hidden_dim
         Z = args.skill_dim
+        self.squash_actions = args.squash_actions
         self.features = Features(obs_dim, args)
         F = self.features.size
         self.lstm_input = nn.Linear(action_dim + F, u)
@@ -325,9 +329,14 @@ class SkillModel(nn.Module):
         last = self.lstm_output(outputs[:, -1])  # (B, u)
         return gaussian(self.skill_encoder(last))
 
-    def act(self, obs, z):
-        """pi_L: observations (..., O) and skills (..., Z) -> actions (..., A), not squashed."""
+    def predict(self, obs, z):
+        """pi_L as it is trained: observations (..., O) and skills (..., Z) -> actions (..., A)."""
         return self.skill_policy(torch.cat([self.features(obs), z], -1))
+
+    def act(self, obs, z):
+        """pi_L as it acts; the environment clips its actions to +-1."""
+        action = self.predict(obs, z)
+        return torch.tanh(action) if self.squash_actions else action  # DEVIATION 6
 
 
 class SkillPrior(nn.Module):
@@ -395,7 +404,7 @@ def pretrain_loss(skills, prior, obs, actions, args):
 
     # Behavioural cloning: a skill has to hold all that is needed to repeat its actions.
     z_steps = z[:, None].expand(-1, H, -1)  # (B, H, Z)
-    predicted = skills.act(obs[:, :-1], z_steps)  # (B, H, A)
+    predicted = skills.predict(obs[:, :-1], z_steps)  # (B, H, A)
     bc_loss = (predicted - actions).square().mean()
 
     # KL to N(0, 1): keeps skills close together, so that those between two of them mean something as well.
