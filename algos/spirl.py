@@ -11,8 +11,9 @@ prior by a KL instead of the entropy. This is the closed-loop version of SkiLD, 
    + KL(q || N(0,1)) - log p(z | s_0) of the prior p, z without gradient
 2. Downstream RL on transitions (s, z, sum of H rewards, s'). The task policy pi starts as the prior p. Repeat:
    act: z = 2 tanh(x), x ~ pi(s), for H steps of the frozen skill policy pi_L
+   tune alpha so that KL(pi(s) || p(s)) is target_kl
    critics: Q(s, z) -> r + gamma (min Q'(s', z') - alpha KL(pi(s') || p(s'))), Q' slow copies
-   policy: maximise min Q(s, z) - alpha KL(pi(s) || p(s)); tune alpha so that the KL is target_kl
+   policy: maximise min Q(s, z) - alpha KL(pi(s) || p(s))
 
 Differences from the release, marked DEVIATION n below.
 1. KL divergences are exact (both sides are Gaussian, before the tanh). The release averages 10 samples.
@@ -25,7 +26,7 @@ Differences from the release, marked DEVIATION n below.
 --published takes the release's side of 2, 3 and 6, and of the E environments in 4.
 
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, PUBLISHED, SkillModel, make_networks, pretrain_loss,
-policy_loss, prior_rollouts, ReplayBuffer, pretrain_lr, find_pretrained, pretrain, Agent, train, evaluate, check_args.
+prior_rollouts, ReplayBuffer, pretrain_lr, find_pretrained, pretrain, Agent, train, evaluate, check_args.
 A run's folder holds what skimo.py says.
 Score: maze, share of the last 100 training episodes that reach the goal after 300,000 env steps: .16 / .27 / .05.
 Shapes: B batch, H steps per skill, O observation, F inputs, A action, Z skill, E environments.
@@ -353,10 +354,10 @@ def critic_loss(critics, target, task_policy, skill_prior, obs, z, rewards, done
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
-def policy_loss(critics, task_policy, skill_prior, obs, alpha, args):
-    """Task policy: maximise Q, stay close to the frozen prior (SPiRL algorithm 1). obs (B, O), alpha ().
+def policy_terms(critics, task_policy, skill_prior, obs):
+    """KL(pi || p) in nats and Q of the task policy, whose loss is alpha KL - Q (SPiRL algorithm 1): means, 2 x ().
 
-    Returns the loss and metrics; metrics["prior_kl"] is the mean KL in nats.
+    obs (B, O). Alpha comes later, because it is tuned by this KL first.
     """
     pi = task_policy(obs)  # 2 x (B, Z)
 
@@ -367,10 +368,7 @@ def policy_loss(critics, task_policy, skill_prior, obs, alpha, args):
     with torch.no_grad():
         prior = skill_prior(obs)  # 2 x (B, Z)
     prior_kl = kl_divergence(pi, prior).clamp(-100, 100)  # (B,)
-
-    loss = (alpha * prior_kl - q_value).mean()
-    metrics = dict(policy_loss=loss, policy_q=q_value.mean(), prior_kl=prior_kl.mean())
-    return loss, {name: value.detach() for name, value in metrics.items()}
+    return prior_kl.mean(), q_value.mean()
 
 
 # -------------------------------------------------------------------------------------------------------------- acting
@@ -719,7 +717,7 @@ class Agent(nn.Module):
         self.alpha_optimizer = adam([self.log_alpha])
         compiled = functools.partial(torch.compile, mode="reduce-overhead", dynamic=False, disable=not args.compile)
         self.critic_loss = compiled(critic_loss)
-        self.policy_loss = compiled(policy_loss)
+        self.policy_terms = compiled(policy_terms)
 
     @torch.no_grad()
     def sample_policy(self, obs):
@@ -734,33 +732,39 @@ class Agent(nn.Module):
         return squash(mean).cpu()
 
     def update(self, obs, z, rewards, dones, next_obs) -> dict:
-        """One step of critics, task policy and alpha on transitions from the replay buffer; returns metrics."""
+        """One step of alpha, critics and task policy on transitions from the replay buffer; returns metrics.
+
+        As in the release, both losses take the new alpha, but policy and critics of before the step.
+        """
         args = self.args
         critics = self.critics
-        alpha = self.log_alpha.exp().detach()
         policies = self.task_policy, self.skill_prior
         transitions = obs, z, rewards, dones, next_obs
         torch.compiler.cudagraph_mark_step_begin()
+        critics.requires_grad_(False)  # their weights need no gradient of the policy loss
+        prior_kl, q_value = self.policy_terms(critics, *policies, obs)
+
+        # Alpha rises while the KL exceeds its target
+        excess = prior_kl.detach() - args.target_kl
+        self.alpha_optimizer.zero_grad()
+        (-self.log_alpha.exp() * excess).backward()
+        self.alpha_optimizer.step()
+        alpha = self.log_alpha.exp().detach()
+
+        policy_loss = alpha * prior_kl - q_value
+        self.policy_optimizer.zero_grad()
+        policy_loss.backward()
+        policy_norm = gradient_norm(self.task_policy)
+        critics.requires_grad_(True)
+
         loss, metrics = self.critic_loss(critics, self.target, *policies, *transitions, alpha, args)
         self.critic_optimizer.zero_grad()
         loss.backward()
         critic_norm = gradient_norm(critics)
         self.critic_optimizer.step()
-
-        critics.requires_grad_(False)  # their weights need no gradient of the policy loss
-        loss, policy_metrics = self.policy_loss(critics, *policies, obs, alpha, args)
-        self.policy_optimizer.zero_grad()
-        loss.backward()
-        policy_norm = gradient_norm(self.task_policy)
         self.policy_optimizer.step()
-        critics.requires_grad_(True)
-
-        # Alpha rises while the KL exceeds its target
-        excess = policy_metrics["prior_kl"] - args.target_kl
-        self.alpha_optimizer.zero_grad()
-        (-self.log_alpha.exp() * excess).backward()
-        self.alpha_optimizer.step()
-        return dict(metrics, **policy_metrics, alpha=alpha, grad_norm=critic_norm + policy_norm)
+        metrics |= dict(policy_loss=policy_loss.detach(), policy_q=q_value.detach(), prior_kl=prior_kl.detach())
+        return dict(metrics, alpha=alpha, grad_norm=critic_norm + policy_norm)
 
 
 def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, writer, stop: threading.Event) -> dict:
