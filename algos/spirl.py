@@ -23,6 +23,9 @@ Differences from the release, marked DEVIATION n below.
 5. Kitchen: 30 observations, not 60; the others are a constant goal. CALVIN's pre-training, not released: as kitchen's.
 6. Actions are those that pi_L was trained for. The release acts with their tanh (--squash-actions), which halves what
    the prior reaches: the maze's goal in .110 of 200 roll-outs instead of .230.
+7. Transitions are (s_0, z_0, s_10), (s_10, z_10, s_20), ... The release's sampler pairs skills with states one env step
+   late, (s_0, z_0, s_11), (s_11, z_10, s_21), although z_10 was chosen and begun in s_10.
+8. Evaluations take the mode of the policy; the release's take samples.
 --published takes the release's side of 2, 3 and 6, and of the E environments in 4.
 
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, PUBLISHED, SkillModel, make_networks, pretrain_loss,
@@ -453,7 +456,7 @@ class ReplayBuffer:
     def add(self, obs, z, rewards, ended, next_obs):
         """One skill of every environment: obs, next_obs (E, O) NumPy, z (E, Z), rewards, ended (E,) NumPy.
 
-        A time-out is stored as a true end, as in the release.
+        A time-out is stored as a true end, as in the release. DEVIATION 7: obs is where the skill was chosen.
         """
         obs = torch.from_numpy(obs)
         next_obs = torch.from_numpy(next_obs)
@@ -727,7 +730,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def policy_mode(self, obs):
-        """The same without noise, for evaluations."""
+        """The same without noise, for evaluations (DEVIATION 8)."""
         mean, _ = self.task_policy(torch.from_numpy(obs).to(self.args.device))
         return squash(mean).cpu()
 
