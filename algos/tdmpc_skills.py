@@ -8,7 +8,7 @@ its policy held to the prior by a KL. Its model does not know the offline data, 
 
 Repeat: plan skills u in (-1, 1) by CEM, execute z = 2 u for H steps of the skill policy; on windows of N skills fit the
 model h_0 = E(s_0), h_{i+1} = D(h_i, u_i), R, Q (consistency, reward, TD losses); policy: maximise on the imagined h_t
-rho^t min Q(h_t, u) - alpha KL(2 u || p(s_t)); move the slow target copy.
+rho^t min Q(h_t, u), and on the encoded E(s_t) - alpha KL(2 u || p(s_t)); move the slow target copy.
 
 --release-defects: (a) windows pair state t with the skill and reward that led *into* it, so that the reward at an
 episode's end is never learnt; (b) 2 u is stored, but planner, policy loss and targets evaluate the model at u; (c) the
@@ -427,8 +427,8 @@ def pretrain_loss(skills, prior, obs, actions, args):
 def model_loss(model, target, task_policy, obs, u, rewards, dones, args):
     """World model and critics on windows of skills from the replay buffer (TD-MPC eq. 7-10).
 
-    obs (B, N+1, O), u (B, N, Z), rewards and dones (B, N). Returns the loss, metrics, and the latents (B, N+1, d)
-    rolled out from h_0, detached, for the policy.
+    obs (B, N+1, O), u (B, N, Z), rewards and dones (B, N). Returns the loss, metrics, and detached latents for the
+    policy: h = E(s) and h_pred rolled out from h_0, both (B, N+1, d).
     """
     N = u.shape[1]
     with torch.no_grad():
@@ -467,22 +467,24 @@ def model_loss(model, target, task_policy, obs, u, rewards, dones, args):
         q_value=q1,
     )
     metrics = {name: value.detach().mean() for name, value in metrics.items()}
-    return loss, metrics, h_pred.detach()
+    h = torch.cat([h_pred[:, :1], next_h], 1)  # (B, N+1, d)
+    return loss, metrics, h.detach(), h_pred.detach()
 
 
-def policy_loss(model, task_policy, skill_prior, obs, h_pred, args):
-    """Task policy: maximise Q on imagined states, stay close to the frozen prior (TD-MPC eq. 11, with a KL).
+def policy_loss(model, task_policy, skill_prior, obs, h, h_pred, args):
+    """Task policy: maximise Q, stay close to the frozen prior (TD-MPC eq. 11, with a KL).
 
-    obs (B, N+1, O), h_pred (B, N+1, d) detached. Returns the loss and metrics; metrics["prior_kl"] is in nats.
+    obs (B, N+1, O), h and h_pred (B, N+1, d) detached. Returns the loss and metrics; metrics["prior_kl"] is in nats.
     """
     N = obs.shape[1] - 1
     rho = args.rho ** torch.arange(N + 1, device=obs.device)  # (N+1,)
-    pi = gaussian_parameters(task_policy(h_pred))  # 2 x (B, N+1, Z)
 
-    # Maximise Q: choose the skills that the critics like best.
-    q_value = torch.min(*model.q(h_pred, sample_skill(pi)))  # (B, N+1)
+    # Maximise Q on imagined states, where plans need the policy: choose the skills that the critics like best.
+    u = sample_skill(gaussian_parameters(task_policy(h_pred)))  # (B, N+1, Z)
+    q_value = torch.min(*model.q(h_pred, u))  # (B, N+1)
 
-    # Stay close to the prior: the task is solved by skills that people use. The prior is frozen.
+    # Stay close to the prior on encoded states: the task is solved by skills that people use. The prior is frozen.
+    pi = gaussian_parameters(task_policy(h))  # 2 x (B, N+1, Z)
     prior_kl = squashed_kl(pi, skill_prior(obs)).clamp(-100, 100)  # (B, N+1)
 
     loss = (args.alpha * prior_kl - rho * q_value).sum(1)  # (B,)
@@ -976,7 +978,7 @@ class Agent(nn.Module):
         args = self.args
         model = self.model
         torch.compiler.cudagraph_mark_step_begin()
-        loss, metrics, h_pred = self.model_loss(model, self.target, self.task_policy, obs, u, rewards, dones, args)
+        loss, metrics, h, h_pred = self.model_loss(model, self.target, self.task_policy, obs, u, rewards, dones, args)
         self.model_optimizer.zero_grad()
         loss.backward()
         model_norm = clip_gradients(model, args)
@@ -984,7 +986,8 @@ class Agent(nn.Module):
 
         model.requires_grad_(False)  # the critics' weights need no gradient of the policy loss
         prior_obs = self.prior_input(obs)
-        loss, policy_metrics = self.policy_loss(model, self.task_policy, self.skill_prior, prior_obs, h_pred, args)
+        nets = model, self.task_policy, self.skill_prior
+        loss, policy_metrics = self.policy_loss(*nets, prior_obs, h, h_pred, args)
         self.policy_optimizer.zero_grad()
         loss.backward()
         policy_norm = clip_gradients(self.task_policy, args)
