@@ -192,15 +192,6 @@ def scalar_head(in_dim: int, u: int) -> nn.Sequential:
     return head
 
 
-def gaussian_parameters(x):
-    """Network output (..., 2 * Z) -> mean and std (..., Z) of the Gaussian whose tanh is the variable.
-
-    The mean stays within +-5, where tanh is saturated, and the std within e^-10 to e^2, as in the release.
-    """
-    mean, log_std = x.chunk(2, -1)
-    return 5 * torch.tanh(mean / 5), log_std.clamp(-10, 2).exp() + 1e-4
-
-
 def sample_skill(distribution):
     """One reparameterised sample of tanh(N(mean, std)); distribution is (mean, std), each (..., Z)."""
     mean, std = distribution
@@ -385,11 +376,17 @@ class WorldModel(nn.Module):
         return self.qf1(hu).squeeze(-1), self.qf2(hu).squeeze(-1)  # 2 x (...)
 
 
-def make_task_policy(args: Args) -> nn.Sequential:
-    """pi(u | h), of fixed std: latent states (..., d) -> input of gaussian_parameters (..., 2 * Z)."""
-    mean = mlp(args.latent_dim, args.model_dim, args.model_dim, args.skill_dim)
-    append_log_std = nn.ConstantPad1d((0, args.skill_dim), math.log(args.policy_std - 1e-4))
-    return nn.Sequential(*mean, append_log_std).to(args.device)
+class TaskPolicy(nn.Module):
+    """pi(u | h), u = tanh(x), x Gaussian with a fixed std: (..., d) -> mean and std of x, 2 x (..., Z)."""
+
+    def __init__(self, args: Args):
+        super().__init__()
+        self.std = args.policy_std
+        self.net = mlp(args.latent_dim, args.model_dim, args.model_dim, args.skill_dim)
+
+    def forward(self, h):
+        mean = self.net(h)
+        return mean, torch.full_like(mean, self.std)
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
@@ -434,7 +431,7 @@ def model_loss(model, target, task_policy, obs, u, rewards, dones, args):
     with torch.no_grad():
         next_h = model.encoder(obs[:, 1:])  # (B, N, d)
         h_target = target.encoder(obs[:, 1:])  # (B, N, d)
-        next_u = sample_skill(gaussian_parameters(task_policy(next_h)))  # (B, N, Z)
+        next_u = sample_skill(task_policy(next_h))  # (B, N, Z)
         next_q = torch.min(*target.q(next_h, next_u))  # (B, N)
         goes_on = 1.0 if args.release_defects else 1 - dones  # DEVIATION 4
         td_target = rewards + goes_on * args.gamma * next_q  # (B, N)
@@ -480,11 +477,11 @@ def policy_loss(model, task_policy, skill_prior, obs, h, h_pred, args):
     rho = args.rho ** torch.arange(N + 1, device=obs.device)  # (N+1,)
 
     # Maximise Q on imagined states, where plans need the policy: choose the skills that the critics like best.
-    u = sample_skill(gaussian_parameters(task_policy(h_pred)))  # (B, N+1, Z)
+    u = sample_skill(task_policy(h_pred))  # (B, N+1, Z)
     q_value = torch.min(*model.q(h_pred, u))  # (B, N+1)
 
     # Stay close to the prior on encoded states: the task is solved by skills that people use. The prior is frozen.
-    pi = gaussian_parameters(task_policy(h))  # 2 x (B, N+1, Z)
+    pi = task_policy(h)  # 2 x (B, N+1, Z)
     prior_kl = squashed_kl(pi, skill_prior(obs)).clamp(-100, 100)  # (B, N+1)
 
     loss = (args.alpha * prior_kl - rho * q_value).sum(1)  # (B,)
@@ -508,8 +505,7 @@ def plan(model, task_policy, obs, mean, min_std, noise_scale, args):
     h = h0[:, None].expand(-1, args.num_policy_trajs, -1)  # (E, 25, d)
     policy_plans = []
     for _ in range(K):
-        pi = gaussian_parameters(task_policy(h))
-        policy_plans.append(sample_skill(pi))  # (E, 25, Z)
+        policy_plans.append(sample_skill(task_policy(h)))  # (E, 25, Z)
         h = model.next(h, policy_plans[-1])
     policy_plans = torch.stack(policy_plans, 2)  # (E, 25, K, Z)
     std = torch.full_like(mean, args.max_std)
@@ -528,7 +524,7 @@ def plan(model, task_policy, obs, mean, min_std, noise_scale, args):
             reward = model.reward(h, plans[:, :, t])  # (E, P)
             value = value + args.gamma**t * reward
             h = model.next(h, plans[:, :, t])
-        last_u = sample_skill(gaussian_parameters(task_policy(h)))
+        last_u = sample_skill(task_policy(h))
         last_q = torch.min(*model.q(h, last_u))  # (E, P)
         value = value + args.gamma**K * last_q
         value = value.nan_to_num(-1e6)  # NaN: a state overflowed
@@ -949,7 +945,7 @@ class Agent(nn.Module):
         self.skill_prior = networks["prior"]
         obs_dim = len(self.skill_prior.features.scale)
         self.model = WorldModel(obs_dim, args).to(args.device)
-        self.task_policy = make_task_policy(args)
+        self.task_policy = TaskPolicy(args).to(args.device)
         self.target = copy.deepcopy(self.model)
         self.eval()  # BatchNorm keeps the statistics of pre-training
         for frozen in (self.skills, self.skill_prior, self.target):
@@ -1221,8 +1217,8 @@ def check_args(args: Args):
             sys.exit(f"error: {flag} {value} does not work; give a number that is not negative")
         if type(value) is int and value == 0 and name not in may_be_zero:
             sys.exit(f"error: {flag} 0 does not work; give at least 1")
-    if args.policy_std <= 1e-4:
-        sys.exit("error: --policy-std is too small; give more than 1e-4")
+    if args.policy_std == 0:
+        sys.exit("error: --policy-std 0 does not work; give a small number")
     if args.num_elites > args.num_samples + args.num_policy_trajs:
         sys.exit("error: --num-elites exceeds --num-samples + --num-policy-trajs; lower it")
     if args.device == "cuda" and not torch.cuda.is_available():
