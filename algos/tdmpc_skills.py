@@ -116,7 +116,7 @@ class Args:
     num_skills: int = 5  # N: skills per window and in the longest plan
     warmup_steps: int = 5_000  # env steps with skills from the prior, before planning and updates start
     batch_size: int = 128  # windows of N skills per update
-    updates_per_step: float = 1.0  # gradient updates per env step, the warm-up's included
+    updates_per_step: float = 1.0  # gradient updates per env step after the warm-up
     model_dim: int = 512  # width of dynamics, reward, critics and task policy
     latent_dim: int = 50  # d: size of a latent state
     learning_rate: float = 1e-3  # of world model and task policy
@@ -1079,10 +1079,10 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
         running_length[ended] = 0
         bar.update(new_steps)
 
-        # ALGO LOGIC: training. As many updates as all env steps so far are worth, but none in the warm-up
+        # ALGO LOGIC: training. As many updates as the env steps after the warm-up are worth
         updates_due = 0
-        if global_step >= args.warmup_steps and len(rb.episodes) > 0:
-            updates_due = int(global_step * args.updates_per_step)
+        if len(rb.episodes) > 0:
+            updates_due = int((global_step - args.warmup_steps) * args.updates_per_step)
         while gradient_step < updates_due:
             metrics = agent.update(*rb.sample(args.batch_size))
             gradient_step += 1
