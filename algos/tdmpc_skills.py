@@ -484,8 +484,7 @@ def policy_loss(model, task_policy, skill_prior, obs, h, h_pred, args):
     pi = task_policy(h)  # 2 x (B, N+1, Z)
     prior_kl = squashed_kl(pi, skill_prior(obs)).clamp(-100, 100)  # (B, N+1)
 
-    loss = (args.alpha * prior_kl - rho * q_value).sum(1)  # (B,)
-    loss = loss.mean() / N
+    loss = (args.alpha * prior_kl - rho * q_value).sum(1).mean()  # a sum, as in the release: it is clipped at 10
     metrics = dict(policy_loss=loss, policy_q=q_value, prior_kl=prior_kl)
     return loss, {name: value.detach().mean() for name, value in metrics.items()}
 
