@@ -25,7 +25,8 @@ Differences from the release, marked DEVIATION n below.
 --published takes the release's side of 2, 3 and 6, and of the E environments in 4.
 
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, PUBLISHED, scalar_head, SkillModel, WorldModel,
-make_networks, pretrain_loss, model_loss, policy_loss, plan, Planner, prior_rollouts, pretrain_lr, find_pretrained,
+make_networks, pretrain_loss, model_loss, policy_loss, plan, Planner, ReplayBuffer,
+prior_rollouts, pretrain_lr, find_pretrained,
 pretrain, Agent, train, check_args.
 A run's folder holds what skimo.py says.
 Score: maze, 300,000 env steps at small sizes (README): no training episode reaches the goal (seeds 1-2).
@@ -513,7 +514,7 @@ def plan(model, task_policy, obs, mean, min_std, noise_scale, args):
         # Sample plans
         noise = torch.randn(E, args.num_samples, K, Z, device=obs.device)
         plans = mean[:, None] + std[:, None] * noise
-        plans = plans.clamp(-0.999, 0.999)  # (E, num_samples, K, Z)
+        plans = plans.clamp(-1, 1)  # (E, num_samples, K, Z)
         plans = torch.cat([plans, policy_plans], 1)  # (E, P, K, Z)
 
         # Return of each plan: K predicted rewards, then the value of going on with the task policy
@@ -546,7 +547,7 @@ def plan(model, task_policy, obs, mean, min_std, noise_scale, args):
     picked = race.argmax(1)  # (E,)
     u = elites[torch.arange(E, device=obs.device), picked, 0]  # (E, Z)
     u = u + noise_scale * std[:, 0] * torch.randn_like(u)
-    return 2 * u.clamp(-0.999, 0.999), mean
+    return 2 * u.clamp(-1, 1), mean
 
 
 class Planner:
@@ -698,13 +699,13 @@ class ReplayBuffer:
     def sample(self, batch_size: int):
         """Windows of N skills: obs (B, N+1, O), z (B, N, Z), rewards and dones (B, N).
 
-        Episodes are uniform; the start is min(uniform{0..T-1}, T-N), so that the last window is drawn more often.
+        Episodes are uniform, and so is the start in an episode.
         """
         N = self.num_skills
         index = torch.randint(len(self.episodes), (batch_size,), device=self.device)  # (B,)
         first, T = self.episodes[index].unbind(1)  # (B,)
-        start = (torch.rand(batch_size, device=self.device) * T).long()
-        start = first + start.minimum(T - N)  # (B,)
+        start = torch.rand(batch_size, device=self.device) * (T - N + 1)
+        start = first + start.long()  # (B,)
         rows = start[:, None] + torch.arange(N + 1, device=self.device)  # (B, N+1)
         obs, z, rewards, dones = (column[rows] for column in self.columns.values())
         return obs, z[:, :-1], rewards[:, :-1], dones[:, :-1]
@@ -966,7 +967,7 @@ class Agent(nn.Module):
     def sample_prior(self, obs):
         """Skills of the prior for the warm-up: obs (E, O) NumPy -> z (E, Z) on the CPU."""
         obs = self.prior_input(torch.from_numpy(obs).to(self.args.device))
-        return squash(draw(self.skill_prior(obs))).cpu()
+        return draw(self.skill_prior(obs)).cpu()
 
     def update(self, obs, u, rewards, dones) -> dict:
         """One step of model and task policy on windows from the replay buffer; returns metrics."""
