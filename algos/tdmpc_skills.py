@@ -453,9 +453,9 @@ def model_loss(model, target, task_policy, obs, u, rewards, dones, args):
     value_error = (q1 - td_target).square() + (q2 - td_target).square()
     value_error = (rho * value_error).sum(1)  # (B,)
 
-    loss = args.consistency_coef * consistency.clamp(max=1e5)
-    loss = loss + args.reward_coef * reward_error.clamp(max=1e5)
-    loss = loss + args.value_coef * value_error.clamp(max=1e5)
+    loss = args.consistency_coef * consistency.clamp(max=1e4)
+    loss = loss + args.reward_coef * reward_error.clamp(max=1e4)
+    loss = loss + args.value_coef * value_error.clamp(max=1e4)
     loss = loss.mean() / N
     metrics = dict(
         consistency_loss=consistency,
