@@ -18,7 +18,7 @@ DATA_FILE = "maze_noise0.5_seed0_v1.hdf5"  # the name under which load_dataset l
 @pytest.fixture(scope="session")
 def tiny_data_file(tmp_path_factory):
     """60 maze trajectories as a data file; do not write to it."""
-    from data_tools import maze
+    from data_tools.scripted import maze
 
     path = tmp_path_factory.mktemp("data") / DATA_FILE
     maze.collect(60, progress=False).save(path)
