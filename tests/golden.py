@@ -20,12 +20,13 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = """--device cpu --seed 3 --hidden-dim 16 --skill-dim 3 --num-envs 4 --batch-size 16 --eval-episodes 2
-    --pretrain-batch-size 8 --pretrain-updates 60 --pretrain-eval-interval 30 --pretrain-eval-episodes 2"""
-SKIMO = "--latent-dim 8 --num-skills 3 --pretrain-skills 3 --bc-chunks 2"
+TINY = "--device cpu --seed 3 --hidden-dim 16 --num-envs 4 --batch-size 16 --eval-episodes 2"
+PRETRAIN = """--skill-dim 3 --pretrain-batch-size 8 --pretrain-updates 60 --pretrain-eval-interval 30
+    --pretrain-eval-episodes 2"""
+SKIMO = f"{PRETRAIN} --latent-dim 8 --num-skills 3 --pretrain-skills 3 --bc-chunks 2"
 PLANNER = "--num-samples 16 --num-policy-trajs 4 --num-elites 6 --cem-iters 2"
-SPIRL = "--critic-dim 16 --critic-blocks 1 --warmup-skills 120 --updates-per-skill 0.2 --buffer-size 4000"
-TDMPC = "--model-dim 16 --latent-dim 8 --num-skills 3 --updates-per-step 0.05"
+SPIRL = f"{PRETRAIN} --critic-dim 16 --critic-blocks 1 --warmup-skills 120 --updates-per-skill 0.2 --buffer-size 4000"
+TDMPC = f"{PRETRAIN} --model-dim 16 --latent-dim 8 --num-skills 3 --updates-per-step 0.05"
 FLAGS = {
     "skimo": f"{SKIMO} {PLANNER} --horizon-steps 8000",
     "skimo_no_cem": SKIMO,
@@ -34,7 +35,12 @@ FLAGS = {
     "skimo_single_step": f"{SKIMO} {PLANNER} --horizon-steps 8000",
     "spirl": SPIRL,
     "tdmpc_skills": f"{TDMPC} {PLANNER} --horizon-steps 8000",
+    "sac": "--buffer-size 4000",
+    "dreamer": """--deter-dim 12 --stoch-dim 4 --encoder-dim 16 --batch-length 8 --imagine-starts 32 --imagine-steps 4
+        --updates-per-step 0.01""",
+    "tdmpc": f"--encoder-dim 16 --latent-dim 8 --num-steps 3 {PLANNER} --horizon-steps 8000",
 }
+FLAT = ("sac", "dreamer", "tdmpc")  # without skills and offline data
 # Kitchen: LSTM, fixed alpha, encoded states. Its 280-step episodes are made of random data, which suffices here.
 TASKS = {
     "maze": "--env-id maze --total-timesteps 10000 --warmup-steps 8000 --updates-per-step 0.01",
@@ -106,7 +112,9 @@ def golden(algo: str, task: str, folder: Path, script: Path) -> dict[str, str]:
             del words[at : at + 2]
         flags = " ".join(words)
     runs = folder / f"{algo}_{task}"
-    command = [sys.executable, script, *flags.split(), "--data", data, "--data-dir", folder / algo, "--run-dir", runs]
+    command = [sys.executable, script, *flags.split(), "--data-dir", folder / algo, "--run-dir", runs]
+    if algo not in FLAT:
+        command += ["--data", data]
     environment = os.environ | dict(OMP_NUM_THREADS="1")
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
     if done.returncode:

@@ -1,0 +1,489 @@
+"""dreamer.py against hand-made numbers, NumPy, and a toy whose observations tell what led to them."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from algos import dreamer, tdmpc
+
+
+def tiny_args(**changes):
+    small = dict(
+        env_id="calvin", device="cpu", compile=False, position_features=False, num_envs=2, deter_dim=12, stoch_dim=4,
+        encoder_dim=16, hidden_dim=16, batch_size=6, batch_length=5, imagine_starts=20, imagine_steps=4,
+    )  # fmt: skip
+    return dreamer.Args(**(small | changes))
+
+
+def tiny_batch(args, obs_dim=3, action_dim=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    B = args.batch_size
+    L = args.batch_length
+    obs = torch.randn(B, L, obs_dim, generator=generator)
+    action = torch.rand(B, L, action_dim, generator=generator) * 2 - 1
+    return obs, action, torch.randn(B, L, generator=generator), torch.zeros(B, L)
+
+
+@pytest.fixture
+def no_noise(monkeypatch):
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+
+
+# -------------------------------------------------------------------------------------------------------------- replay
+def fill(rb, steps: int, seed: int = 0, state=None):
+    """A stub task o' = (a, r, episode, age) of unequal lengths, in two environments; time-outs and ends by turns."""
+    rng = np.random.default_rng(seed)
+    episode, age, length = state or (np.array([0, 1]), np.zeros(2), np.array([7, 12]))
+
+    def observe(action, rewards):
+        return np.column_stack([action, rewards, episode, age]).astype(np.float32)
+
+    if state is None:
+        rb.begin(observe(np.zeros((2, 1)), np.zeros(2)), np.ones(2, bool))
+    for _ in range(steps):
+        action = rng.uniform(-1, 1, (2, 1)).astype(np.float32)
+        rewards = rng.normal(size=2).astype(np.float32)
+        age = age + 1
+        ended = age == length
+        rb.add(observe(action, rewards), action, rewards, ended & (episode % 2 == 0))
+        if ended.any():
+            episode = np.where(ended, episode + 2 + (age % 3).astype(int), episode)
+            length = np.where(ended, rng.integers(3, 15, 2), length)
+            age = np.where(ended, 0, age)
+            first = observe(np.zeros((2, 1)), np.zeros(2))
+            rb.begin(first, ended)
+    return episode, age, length
+
+
+@pytest.mark.parametrize("module", [dreamer, tdmpc])
+def test_windows_are_aligned_and_stay_inside_an_episode(module):
+    rb = module.SequenceBuffer(4, 1, 5, tiny_args())
+    state = fill(rb, 700)
+    obs, action, rewards, terminals = rb.sample(4_000)
+    assert obs.shape == (4_000, 5, 4) and action.shape == (4_000, 5, 1)
+    assert rewards.shape == terminals.shape == (4_000, 5)
+    # A row's action and reward are those that led to its observation; the first row of an episode has none
+    assert torch.equal(obs[..., 0], action[..., 0])
+    assert torch.equal(obs[..., 1], rewards)
+    assert (action[obs[..., 3] == 0] == 0).all()
+    # One episode, step by step
+    assert (obs[..., 2] == obs[:, :1, 2]).all()
+    assert (obs[:, 1:, 3] == obs[:, :-1, 3] + 1).all()
+    # Ends stand in last rows only, and only true ones are marked
+    assert (terminals[:, :-1] == 0).all() and terminals[:, -1].any()
+    assert (obs[terminals == 1][:, 2] % 2 == 0).all()
+    # A resumed buffer goes on alike, through growth
+    other = module.SequenceBuffer(4, 1, 5, tiny_args())
+    saved = copy.deepcopy(rb.state_dict())
+    other.load_state_dict(saved)
+    for buffer in (rb, other):
+        fill(buffer, 900, seed=1, state=state)
+    torch.manual_seed(0)
+    one = rb.sample(100)
+    torch.manual_seed(0)
+    two = other.sample(100)
+    assert all(torch.equal(a, b) for a, b in zip(one, two))
+    assert all(torch.equal(a, b) for a, b in zip(rb.state_dict().values(), other.state_dict().values()))
+    for e in range(2):
+        old = saved["rows"][e::2][:300]
+        assert torch.equal(old, rb.rows[e::2][:300])
+
+
+def test_every_window_is_there_once():
+    """Also those of unfinished episodes: an episode of n rows has n - L + 1 windows."""
+    rb = dreamer.SequenceBuffer(4, 1, 5, tiny_args())
+    fill(rb, 60)
+    E = 2
+    found = set()
+    for e in range(E):
+        rows = rb.rows[e::E][: rb.filled[e]]
+        for i in range(len(rows) - 4):
+            if (rows[i : i + 5, 2] == rows[i, 2]).all():
+                found.add(e + i * E)
+    starts = rb.starts[: rb.num_starts].tolist()
+    assert len(starts) == len(set(starts)) and set(starts) == found
+    last = rb.rows[(rb.filled[0] - 1) * E]
+    if last[3] >= 4:
+        assert (rb.filled[0] - 5) * E in found
+
+
+# -------------------------------------------------------------------------------------------------------------- losses
+def test_lambda_return_of_known_numbers():
+    rewards = torch.tensor([1.0, 2.0, 3.0])
+    values = torch.tensor([10.0, 20.0, 30.0, 40.0])
+    discount = torch.full((3,), 0.9)
+    got = dreamer.lambda_return(rewards, values, discount, 0.5)
+    np.testing.assert_allclose(got, [24.8725, 33.05, 39.0], rtol=1e-6)
+    got = dreamer.lambda_return(rewards, values, discount, 0.0)
+    np.testing.assert_allclose(got, rewards + 0.9 * values[1:], rtol=1e-6)
+    got = dreamer.lambda_return(rewards, values, discount, 1.0)
+    expected = [sum(0.9 ** (j - k) * float(rewards[j]) for j in range(k, 3)) + 0.9 ** (3 - k) * 40 for k in range(3)]
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_lambda_return_against_a_double_loop():
+    rng = np.random.default_rng(0)
+    n, share = 6, 0.95
+    rewards, discount, values = rng.normal(size=n), rng.uniform(0.5, 1, n), rng.normal(size=n + 1)
+
+    def m_step(k, m):  # m rewards, then the value
+        total, weight = 0.0, 1.0
+        for j in range(k, k + m):
+            total += weight * rewards[j]
+            weight *= discount[j]
+        return total + weight * values[k + m]
+
+    expected = []
+    for k in range(n):
+        longest = n - k
+        total = sum((1 - share) * share ** (m - 1) * m_step(k, m) for m in range(1, longest))
+        expected.append(total + share ** (longest - 1) * m_step(k, longest))
+    got = dreamer.lambda_return(*(torch.tensor(x) for x in (rewards, values, discount)), share)
+    np.testing.assert_allclose(got, expected, rtol=1e-10)
+
+
+class TwoStates:
+    """In place of the model: posteriors and priors as given, nothing to reconstruct."""
+
+    def __init__(self, means):
+        self.mean = torch.tensor(means, requires_grad=True)  # posterior (1, 2, 1)
+        self.prior_mean = torch.zeros(1, 2, 1, requires_grad=True)
+        self.continue_model = None
+
+    def observe(self, obs, action):
+        return torch.zeros(1, 2, 1), self.mean, (self.mean, torch.ones(1, 2, 1))
+
+    def prior(self, h):
+        return self.prior_mean, torch.ones(1, 2, 1)
+
+    def decode(self, feature):
+        return torch.zeros(1, 2, 1), torch.ones(1, 2, 1)
+
+    def reward(self, feature):
+        return torch.zeros(1, 2)
+
+
+@pytest.mark.parametrize(("second", "kl", "loss"), [(4.0, 4.0, 4.0), (8**0.5, 2.0, 3.0)])
+def test_free_nats_hold_for_the_mean(second, kl, loss):
+    """KL 0 and 8: 4, with gradient. KL 0 and 4: 3, without; clipped per state it would be 3.5."""
+    model = TwoStates([[[0.0], [second]]])
+    zeros = torch.zeros(1, 2)
+    total, metrics, _, _ = dreamer.rssm_loss(
+        model, torch.zeros(1, 2, 1), torch.zeros(1, 2, 1), zeros, zeros, tiny_args()
+    )
+    constants = 2 * 0.5 * math.log(2 * math.pi)  # of observation and reward, both known exactly
+    assert metrics["kl"].item() == pytest.approx(kl)
+    assert total.item() == pytest.approx(loss + constants, rel=1e-6)
+    total.backward()
+    for weight in (model.mean, model.prior_mean):
+        gradient = weight.grad.abs().sum().item()
+        assert (gradient > 0.1) == (kl > 3)
+
+
+def test_step_and_observe_against_numpy(no_noise):
+    torch.manual_seed(0)
+    args = tiny_args()
+    model = dreamer.RSSM(3, 2, args).double()
+    obs, action, _, _ = (x.double() for x in tiny_batch(args))
+    weights = {name: value.detach().numpy() for name, value in model.named_parameters()}
+
+    def linear(x, name):
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def elu(x):
+        return np.where(x > 0, x, np.expm1(x))
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x))
+
+    h, s = np.zeros((6, 12)), np.zeros((6, 4))
+    cell = torch.nn.GRUCell(12, 12).double()
+    for ours, theirs in (("gates_x", "ih"), ("gates_h", "hh")):
+        getattr(cell, f"weight_{theirs}").data = getattr(model, ours).weight.data
+        getattr(cell, f"bias_{theirs}").data = getattr(model, ours).bias.data
+    torch.set_default_dtype(torch.float64)
+    try:
+        got_h, got_s, (mean, std) = model.observe(obs, action)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for t in range(5):
+        x = elu(linear(np.concatenate([s, action[:, t].numpy()], 1), "cell_input.0"))
+        torch_h = cell(torch.from_numpy(x), torch.from_numpy(h)).detach().numpy()
+        xr, xu, xn = np.split(linear(x, "gates_x"), 3, 1)
+        hr, hu, hn = np.split(linear(h, "gates_h"), 3, 1)
+        update = sigmoid(xu + hu)
+        h = (1 - update) * np.tanh(xn + sigmoid(xr + hr) * hn) + update * h
+        np.testing.assert_allclose(h, torch_h, rtol=1e-10)
+        embedding = linear(elu(linear(obs[:, t].numpy(), "encoder.1")), "encoder.3")
+        q = linear(elu(linear(np.concatenate([h, embedding], 1), "posterior_net.0")), "posterior_net.2")
+        s = q[:, :4]
+        np.testing.assert_allclose(got_h[:, t].detach(), h, rtol=1e-9)
+        np.testing.assert_allclose(mean[:, t].detach(), s, rtol=1e-8, atol=1e-12)
+        np.testing.assert_allclose(std[:, t].detach(), np.log1p(np.exp(q[:, 4:])) + 0.1, rtol=1e-9)
+        assert torch.equal(got_s, mean)
+    assert model.gates_x.weight.abs().max() <= 1 / math.sqrt(12)  # a GRU's first weights
+
+
+def test_posterior_that_ignores_the_observation_is_the_prior():
+    torch.manual_seed(0)
+    args = tiny_args()
+    model = dreamer.RSSM(3, 2, args)
+    with torch.no_grad():
+        model.posterior_net[0].weight[:, 12:] = 0
+        model.posterior_net[0].weight[:, :12] = model.prior_net[0].weight
+        model.posterior_net[2].weight[:] = model.prior_net[2].weight
+    obs, action, _, _ = tiny_batch(args)
+    h, _, posterior = model.observe(1e3 * obs, action)
+    prior = model.prior(h)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(posterior, prior))
+    assert dreamer.kl_divergence(posterior, prior).abs().max() < 1e-4
+
+
+def test_losses_have_their_lower_bounds():
+    """A density has a bound: the decoder's least std is 0.1, the reward's is 1."""
+    args = tiny_args(learning_rate=3e-3)
+    torch.manual_seed(0)
+    agent = dreamer.Agent(args, 3, 2)
+    batch = tiny_batch(args)
+    first = None
+    for _ in range(300):
+        metrics = agent.update(*batch)
+        first = first or {name: float(value) for name, value in metrics.items()}
+    assert metrics["recon_loss"] > 3 * (math.log(0.1) + 0.5 * math.log(2 * math.pi))
+    assert metrics["reward_loss"] > 0.5 * math.log(2 * math.pi)
+    assert metrics["recon_loss"] < first["recon_loss"] - 1
+    assert metrics["reward_loss"] < first["reward_loss"]
+    assert metrics["kl"] > 0
+
+
+def test_actor_starts_wide_and_bounded():
+    actor = dreamer.ActionModel(2, tiny_args())
+    feature = torch.randn(50, 16)
+    with torch.no_grad():
+        actor.net[-1].weight.zero_()
+    mean, std = actor(feature)
+    assert mean.abs().max() == 0 and torch.allclose(std, torch.tensor(5.0001))
+    with torch.no_grad():
+        actor.net[-1].bias[:2] = 1e6
+    mean, _ = actor(feature)
+    assert torch.allclose(mean, torch.tensor(5.0))
+
+
+def gradients(module):
+    return [weight.grad for weight in module.parameters()]
+
+
+def behave(agent, args, h, s):
+    agent.model.requires_grad_(False)
+    agent.critic.requires_grad_(False)
+    return dreamer.behaviour_loss(agent.model, agent.actor, agent.critic, h, s, args)
+
+
+def test_each_loss_moves_its_own_network_only():
+    torch.manual_seed(0)
+    args = tiny_args()
+    agent = dreamer.Agent(args, 3, 2)
+    h = torch.randn(6, 5, 12)
+    s = torch.randn(6, 5, 4)
+    loss, _, feature, returns, weight = behave(agent, args, h, s)
+    loss.backward()
+    assert all(g is None for module in (agent.model, agent.critic) for g in gradients(module))
+    assert all(g.abs().sum() > 0 for g in gradients(agent.actor))
+    agent.actor_optimizer.zero_grad()
+    agent.model.requires_grad_(True)
+    agent.critic.requires_grad_(True)
+    dreamer.imagined_value_loss(agent.critic, feature, returns, weight).backward()
+    assert all(g is None for module in (agent.model, agent.actor) for g in gradients(module))
+    assert all(g is not None for g in gradients(agent.critic))
+
+    # Actions that change nothing in the model have no gradient: it comes through the dynamics alone
+    agent.critic_optimizer.zero_grad()
+    with torch.no_grad():
+        agent.model.cell_input[0].weight[:, 4:] = 0
+    behave(agent, args, h, s)[0].backward()
+    assert all(g.abs().sum() == 0 for g in gradients(agent.actor))
+
+
+@pytest.mark.parametrize("continue_head", [False, True])
+def test_behaviour_loss_of_constant_rewards_and_values(continue_head):
+    torch.manual_seed(0)
+    args = tiny_args(imagine_steps=15, imagine_starts=10_000, continue_head=continue_head, gamma=0.99)
+    agent = dreamer.Agent(args, 3, 2)
+    with torch.no_grad():
+        for net, value in ((agent.model.reward_model, 2.0), (agent.critic, 30.0)):
+            net[-1].weight.zero_()
+            net[-1].bias.fill_(value)
+        if continue_head:
+            agent.model.continue_model[-1].weight.zero_()
+            agent.model.continue_model[-1].bias.fill_(math.log(0.99 / 0.01))
+    h = torch.randn(6, 5, 12)
+    s = torch.randn(6, 5, 4)
+    loss, metrics, feature, returns, weight = behave(agent, args, h, s)
+    starts = 6 * (4 if continue_head else 5)
+    assert feature.shape == (14, starts, 16) and returns.shape == weight.shape == (14, starts)
+    expected = [30.0]
+    for _ in range(14):
+        expected.append(2 + 0.99 * (0.05 * 30 + 0.95 * expected[-1]))
+    expected = np.array(expected[:0:-1])
+    np.testing.assert_allclose(returns[:, 0], expected, rtol=1e-4)
+    np.testing.assert_allclose(weight[:, 0], 0.99 ** np.arange(14), rtol=1e-4)
+    assert loss.item() == pytest.approx(-np.mean(0.99 ** np.arange(14) * expected), rel=1e-4)
+    value_loss = dreamer.imagined_value_loss(agent.critic, feature, returns, weight)
+    terms = 0.99 ** np.arange(14) * (0.5 * (30 - expected) ** 2 + 0.5 * math.log(2 * math.pi))
+    assert value_loss.item() == pytest.approx(terms.mean(), rel=1e-4)
+
+
+def test_imagination_starts_from_states_of_the_batch(monkeypatch):
+    args = tiny_args(imagine_starts=7)
+    agent = dreamer.Agent(args, 3, 2)
+    h = torch.arange(30.0).reshape(6, 5, 1).expand(-1, -1, 12)
+    s = -torch.arange(30.0).reshape(6, 5, 1).expand(-1, -1, 4)
+    seen = []
+    real = dreamer.imagine
+    monkeypatch.setattr(dreamer, "imagine", lambda m, a, h, s, n: seen.append((h, s)) or real(m, a, h, s, n))
+    behave(agent, args, h, s)
+    ((first_h, first_s),) = seen
+    assert first_h.shape == (7, 12) and len(first_h[:, 0].unique()) == 7
+    assert torch.equal(first_h[:, 0], -first_s[:, 0])  # h and s of one state
+
+
+def test_continue_head_learns_ends():
+    args = tiny_args(continue_head=True)
+    torch.manual_seed(0)
+    agent = dreamer.Agent(args, 3, 2)
+    obs, action, rewards, terminals = tiny_batch(args)
+    terminals[:3, -1] = 1
+    state = agent.model.observe(obs, action)
+    feature = torch.cat([state[1], state[0]], -1)
+    torch.manual_seed(1)
+    h, s, _ = agent.model.observe(obs, action)
+    logits = agent.model.continue_model(torch.cat([s, h], -1)).squeeze(-1)
+    goes_on = 0.99 * (1 - terminals)
+    expected = -(goes_on * logits.sigmoid().log() + (1 - goes_on) * (1 - logits.sigmoid()).log()).mean()
+    torch.manual_seed(1)
+    loss, metrics, _, _ = dreamer.rssm_loss(agent.model, obs, action, rewards, terminals, args)
+    assert metrics["continue_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert loss.item() == pytest.approx(metrics["model_loss"].item() + 10 * expected.item(), rel=1e-5)
+    assert feature.shape[-1] == 16
+
+
+# -------------------------------------------------------------------------------------------------------------- acting
+def test_acting_filters_as_training_does(no_noise):
+    """Observations, with the actions that were executed, through the buffer and `observe`: the same states."""
+    torch.manual_seed(0)
+    args = tiny_args(num_envs=2, batch_length=6)
+    agent = dreamer.Agent(args, 3, 2)
+    acting = dreamer.Filter(agent, 2, 2, explore=True)
+    rb = dreamer.SequenceBuffer(3, 2, 6, args)
+    rng = np.random.default_rng(0)
+    obs = rng.normal(size=(2, 3)).astype(np.float32)
+    rb.begin(obs, np.ones(2, bool))
+    nothing = np.zeros(2)
+    states = []
+    for t in range(14):
+        action = acting(obs)
+        states.append((acting.h, acting.s))
+        obs = rng.normal(size=(2, 3)).astype(np.float32)
+        rb.add(obs, action, nothing, nothing)
+        if t == 7:  # the second episode of member 1 begins; it lasts to the end
+            obs[1] = rng.normal(size=3)
+            ended = np.array([False, True])
+            rb.begin(obs, ended)
+            acting.forget(ended)
+    rows = rb.rows[1::2][: rb.filled[1]][9:15]
+    h, s, _ = agent.model.observe(rows[None, :, :3], rows[None, :, 3:5])
+    for i in range(6):
+        assert torch.allclose(h[0, i], states[8 + i][0][1], atol=1e-6)
+        assert torch.allclose(s[0, i], states[8 + i][1][1], atol=1e-6)
+    rows = rb.rows[::2][:6]
+    h, _, _ = agent.model.observe(rows[None, :, :3], rows[None, :, 3:5])
+    assert torch.allclose(h[0, 5], states[5][0][0], atol=1e-6)
+
+
+def test_noise_is_added_in_training_only_and_the_model_sees_it():
+    args = tiny_args(explore_std=0.3)
+    agent = dreamer.Agent(args, 3, 2)
+    with torch.no_grad():
+        agent.actor.net[-1].weight.zero_()
+        agent.actor.raw_std = -50.0  # no std of the policy's own
+    obs = np.zeros((2_000, 3), np.float32)
+    noisy = dreamer.Filter(agent, 2_000, 2, explore=True)
+    action = noisy(obs)
+    assert action.std() == pytest.approx(0.3, rel=0.05) and np.abs(action).max() <= 1
+    assert np.array_equal(noisy.action.numpy(), action)
+    assert np.abs(dreamer.Filter(agent, 5, 2, explore=False)(obs[:5])).max() == 0
+
+
+def test_compiled_updates_are_the_eager_ones(eager_random):
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        args = tiny_args(compile=compiled, batch_length=2, imagine_steps=2, continue_head=True)
+        agent = dreamer.Agent(args, 3, 2)
+        torch.manual_seed(1)
+        for round in range(3):
+            metrics = agent.update(*tiny_batch(args, seed=round))
+        results.append([*metrics.values(), *agent.state_dict().values()])
+    for eager, other in zip(*results):
+        torch.testing.assert_close(eager, other, rtol=2e-4, atol=2e-5)
+
+
+# --------------------------------------------------------------------------------------------------------------- whole
+def learn_toy(args, agent, choose_action, forget, rb, env_steps: int, reward, update_hook=lambda updates: None):
+    """v <- .9 v + .1 a, x <- clip(x + .5 v, +-1.5), 50 steps. Returns mean returns of the episodes, and metrics."""
+    E = args.num_envs
+    rng = np.random.default_rng(0)
+    everyone = np.ones(E, bool)
+    returns, metrics = [], []
+    updates = 0
+
+    def observe():
+        return np.stack([x, v], 1).astype(np.float32)
+
+    for step in range(0, env_steps, E):
+        if step % (50 * E) == 0:
+            x, v = rng.uniform(-1.2, 1.2, E), np.zeros(E)
+            rb.begin(observe(), everyone)
+            forget(everyone)
+            returns.append(0.0)
+        action = 2 * torch.rand(E, 1).numpy() - 1
+        if step >= args.warmup_steps:
+            action = choose_action(observe(), step)
+        v = 0.9 * v + 0.1 * action[:, 0]
+        x = np.clip(x + 0.5 * v, -1.5, 1.5)
+        rb.add(observe(), action, reward(x), np.zeros(E))
+        returns[-1] += reward(x).mean()
+        while updates < (step - args.warmup_steps) * args.updates_per_step:
+            metrics.append(agent.update(*rb.sample(args.batch_size)))
+            updates += 1
+            update_hook(updates)
+    return returns, metrics
+
+
+def test_it_learns_the_toy():
+    """Random actions get about 5 of 47."""
+    torch.manual_seed(0)
+    args = tiny_args(
+        num_envs=4, deter_dim=64, stoch_dim=8, encoder_dim=64, hidden_dim=64, batch_size=16, batch_length=20,
+        imagine_starts=128, imagine_steps=10, learning_rate=1e-3, critic_lr=1e-3, warmup_steps=600,
+    )  # fmt: skip
+    agent = dreamer.Agent(args, 2, 1)
+    acting = dreamer.Filter(agent, 4, 1, explore=True)
+    rb = dreamer.SequenceBuffer(2, 1, args.batch_length, args)
+    returns, metrics = learn_toy(
+        args, agent, lambda obs, step: acting(obs), acting.forget, rb, 3_400, lambda x: 1 - np.abs(x)
+    )
+    assert metrics[-1]["recon_loss"] < -2 < metrics[0]["recon_loss"]  # the bound is -2.8
+    assert metrics[-1]["reward_loss"] < 0.94 < metrics[0]["reward_loss"]  # the bound is 0.919
+    assert np.mean(returns[-5:]) > np.mean(returns[:3]) + 8
+
+
+def test_the_command_line():
+    args = dreamer.parse_args(["--env-id", "calvin", "--cpu-preset", "--imagine-starts", "100"])
+    assert args.deter_dim == dreamer.CPU_PRESET["deter_dim"] and args.imagine_starts == 100
+    assert args.total_timesteps == 2_000_000 and args.cpu_preset
+    with pytest.raises(SystemExit, match="at least 2"):
+        dreamer.check_args(tiny_args(batch_length=1))

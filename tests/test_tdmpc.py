@@ -1,0 +1,335 @@
+"""tdmpc.py against NumPy versions of its losses, a known optimum, its schedules, and a toy."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from test_dreamer import learn_toy
+
+from algos import tdmpc
+
+
+def tiny_args(**changes):
+    small = dict(
+        env_id="calvin", device="cpu", compile=False, position_features=False, num_envs=2, encoder_dim=16, latent_dim=8,
+        hidden_dim=16, num_steps=3, batch_size=6, num_samples=16, num_policy_trajs=4, num_elites=6, cem_iters=2,
+        policy_std=1e-9,
+    )  # fmt: skip
+    return tdmpc.Args(**(small | changes))
+
+
+def tiny_batch(args, seed=0):
+    """A batch as SequenceBuffer gives it: rows with what led to them."""
+    generator = torch.Generator().manual_seed(seed)
+    B = args.batch_size
+    L = args.num_steps + 1
+    terminals = torch.zeros(B, L)
+    terminals[::2, -1] = 1
+    return (
+        torch.randn(B, L, 3, generator=generator),
+        torch.rand(B, L, 2, generator=generator) * 2 - 1,
+        3 * torch.randn(B, L, generator=generator),
+        terminals,
+    )
+
+
+def new_agent(args, seed=0):
+    """An agent whose slow copy and heads have weights of their own."""
+    torch.manual_seed(seed)
+    agent = tdmpc.Agent(args, 3, 2)
+    with torch.no_grad():
+        for module in (agent.model, agent.target):
+            for weight in module.parameters():
+                weight += 0.1 * torch.randn_like(weight)
+    return agent
+
+
+# ------------------------------------------------------------------------------------------------ losses against NumPy
+def np_net(layers, x):
+    """A Sequential, layer by layer."""
+    for layer in layers:
+        kind = type(layer).__name__
+        if kind == "Linear":
+            x = x @ layer.weight.detach().numpy().T + layer.bias.detach().numpy()
+        elif kind == "ELU":
+            x = np.where(x > 0, x, np.expm1(np.minimum(x, 0)))
+        elif kind == "Tanh":
+            x = np.tanh(x)
+        elif kind == "LayerNorm":
+            x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+            x = x * layer.weight.detach().numpy() + layer.bias.detach().numpy()
+        else:
+            assert kind == "Inputs"  # without features and scale: nothing to do
+    return x
+
+
+class NpModel:
+    def __init__(self, model):
+        self.model = model
+
+    def encode(self, obs):
+        return np_net(self.model.encoder, obs)
+
+    def next(self, h, a):
+        return np_net(self.model.dynamics, np.concatenate([h, a], -1))
+
+    def reward(self, h, a):
+        return np_net(self.model.reward_model, np.concatenate([h, a], -1))[..., 0]
+
+    def q(self, h, a):
+        ha = np.concatenate([h, a], -1)
+        return np_net(self.model.qf1, ha)[..., 0], np_net(self.model.qf2, ha)[..., 0]
+
+
+@pytest.mark.parametrize("true_ends", [True, False])
+@pytest.mark.parametrize("bound", [1e5, 4.0])
+def test_losses_are_those_of_td_mpc(true_ends, bound):
+    args = tiny_args(true_ends=true_ends, loss_bound=bound)
+    agent = new_agent(args)
+    obs, action, rewards, terminals = tiny_batch(args)
+    action, rewards, terminals = action[:, 1:], rewards[:, 1:], terminals[:, 1:]
+    loss, metrics, h = tdmpc.model_loss(agent.model, agent.target, agent.policy, obs, action, rewards, terminals, args)
+
+    online, slow = NpModel(agent.model), NpModel(agent.target)
+    o, a, r, end = (x.numpy().astype(np.float64) for x in (obs, action, rewards, terminals))
+    state = online.encode(o[:, 0])
+    consistency = reward_error = value_error = 0.0
+    states = [state]
+    for t in range(3):
+        next_real = online.encode(o[:, t + 1])
+        pi = np.tanh(np_net(agent.policy, next_real))
+        future = np.minimum(*slow.q(next_real, pi)) * (1 - end[:, t] if true_ends else 1)
+        target = r[:, t] + 0.99 * future
+        q1, q2 = online.q(state, a[:, t])
+        value_error = value_error + 0.5**t * ((q1 - target) ** 2 + (q2 - target) ** 2)
+        reward_error = reward_error + 0.5**t * (online.reward(state, a[:, t]) - r[:, t]) ** 2
+        state = online.next(state, a[:, t])
+        states.append(state)
+        consistency = consistency + 0.5**t * ((state - slow.encode(o[:, t + 1])) ** 2).mean(-1)
+    parts = [np.minimum(x, bound) for x in (consistency, reward_error, value_error)]
+    assert bound > 10 or any((x > bound).any() for x in (reward_error, value_error))
+    expected = (2 * parts[0] + 0.5 * parts[1] + 0.1 * parts[2]).mean() / 3
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose(h, np.stack(states, 1), rtol=1e-3, atol=1e-4)
+    assert not h.requires_grad
+    loss.backward()
+    assert all(w.grad is None for net in (agent.target, agent.policy) for w in net.parameters())
+    for part in ("encoder", "dynamics", "reward_model", "qf1", "qf2"):
+        assert any(w.grad is not None and w.grad.abs().sum() > 0 for w in getattr(agent.model, part).parameters())
+
+    # Eq. 11: all N+1 states count, and the loss is not divided by N
+    loss, _ = tdmpc.policy_loss(agent.model.requires_grad_(False), agent.policy, h, args)
+    expected = 0.0
+    for t, state in enumerate(states):
+        q = np.minimum(*online.q(state, np.tanh(np_net(agent.policy, state))))
+        expected -= 0.5**t * q.mean()
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    loss.backward()
+    assert all(w.grad.abs().sum() > 0 for w in agent.policy.parameters())
+
+
+@pytest.mark.parametrize(("bound", "learns"), [(1e4, False), (1e5, True)])
+def test_a_reward_of_100_at_a_windows_start_is_learnt(bound, learns):
+    """Spec: at 1e4 its error, 100.1^2, exceeds the bound, and the whole window has no gradient."""
+    args = tiny_args(loss_bound=bound, batch_size=1)
+    agent = new_agent(args)
+    with torch.no_grad():
+        agent.model.reward_model[-1].weight.zero_()
+        agent.model.reward_model[-1].bias.fill_(-0.1)
+    obs, action, rewards, terminals = (x[:, 1:] if x.ndim < 4 else x for x in tiny_batch(args))
+    rewards = torch.tensor([[100.0, 0.0, 0.0]])
+    obs = torch.randn(1, 4, 3)
+    action = torch.zeros(1, 3, 2)
+    batch = obs, action, rewards, torch.zeros(1, 3)
+    tdmpc.model_loss(agent.model, agent.target, agent.policy, *batch, args)[0].backward()
+    gradient = agent.model.reward_model[-1].bias.grad.item()
+    expected = 0.5 * 2 * (-100.1 - 0.5 * 0.1 - 0.25 * 0.1) / 3
+    assert gradient == pytest.approx(expected if learns else 0.0, rel=1e-4)
+
+
+def test_update_pairs_a_state_with_what_follows(monkeypatch):
+    """Rows hold what led to them: action, reward and end of step t stand in row t + 1."""
+    args = tiny_args()
+    agent = new_agent(args)
+    seen = []
+    real = agent.model_loss
+    agent.model_loss = lambda *inputs: seen.append(inputs) or real(*inputs)
+    obs, action, rewards, terminals = tiny_batch(args)
+    before = copy.deepcopy(agent.state_dict())
+    agent.update(obs, action, rewards, terminals)
+    _, _, _, o, a, r, end, _ = seen[0]
+    assert torch.equal(o, obs) and torch.equal(a, action[:, 1:])
+    assert torch.equal(r, rewards[:, 1:]) and torch.equal(end, terminals[:, 1:])
+    moved = {name.split(".")[0] for name, value in agent.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {"model", "policy"}
+    assert all(weight.requires_grad for weight in agent.model.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------------- planning
+class Counting:
+    """A model whose state counts up: in state (t, ...) the reward is highest where action = best[t]."""
+
+    def __init__(self, best):
+        self.best = torch.tensor(best)  # (K+1, A)
+
+    def encoder(self, obs):
+        return torch.zeros(len(obs), 1)
+
+    def next(self, h, action):
+        return h + 1
+
+    def reward(self, h, action):
+        best = self.best[h[..., 0].long()]
+        return -10 * (action - best).square().sum(-1)
+
+    def q(self, h, action):
+        return self.reward(h, action), self.reward(h, action) + 1
+
+
+@pytest.mark.parametrize("K", [1, 3])
+def test_plan_finds_the_best_action_of_every_step(K):
+    torch.manual_seed(0)
+    args = tiny_args(num_samples=512, num_elites=32, cem_iters=8, momentum=0.0)
+    best = [[0.3, -0.6], [-0.8, 0.1], [0.5, 0.9], [0.0, 0.0]]
+
+    def policy(h):
+        return torch.zeros(*h.shape[:-1], 2)
+
+    mean = torch.zeros(2, K, 2)
+    action, fitted = tdmpc.plan(Counting(best), policy, torch.zeros(2, 3), mean, torch.tensor(0.02), 0.0, args)
+    np.testing.assert_allclose(fitted, torch.tensor(best[:K]).expand(2, -1, -1), atol=0.06)
+    np.testing.assert_allclose(action, torch.tensor(best[:1]).expand(2, -1), atol=0.12)
+
+
+def test_the_policys_plans_compete():
+    """Samples cannot find the narrow peak at 0.987, but the policy proposes it."""
+    torch.manual_seed(0)
+    args = tiny_args(num_samples=16, num_elites=1, cem_iters=1, momentum=0.0)
+
+    class Peak(Counting):
+        def reward(self, h, action):
+            return ((action - 0.987).abs().sum(-1) < 1e-3).float()
+
+    def policy(h):
+        return torch.full((*h.shape[:-1], 2), float(np.arctanh(0.987)))
+
+    action, _ = tdmpc.plan(
+        Peak([[0.0, 0.0]]), policy, torch.zeros(2, 3), torch.zeros(2, 1, 2), torch.tensor(0.0), 0.0, args
+    )
+    np.testing.assert_allclose(action, 0.987, atol=1e-5)
+
+
+def test_value_without_a_number_is_the_worst():
+    torch.manual_seed(0)
+    args = tiny_args(num_elites=4, cem_iters=3)
+
+    class Overflow(Counting):
+        def reward(self, h, action):
+            value = -action.square().sum(-1)
+            return torch.where(action[..., 0] > 0, torch.full_like(value, float("nan")), value)
+
+    def policy(h):
+        return torch.full((*h.shape[:-1], 2), -1.0)
+
+    action, mean = tdmpc.plan(
+        Overflow([[0.0, 0.0]]), policy, torch.zeros(2, 3), torch.zeros(2, 1, 2), torch.tensor(0.0), 0.0, args
+    )
+    assert action.isfinite().all() and mean.isfinite().all() and (action[:, 0] <= 0).all()
+
+
+def test_schedules_and_the_last_plan(monkeypatch):
+    args = tiny_args(num_steps=5)
+    agent = new_agent(args)
+    calls = []
+
+    def plan(model, policy, obs, mean, min_std, noise_scale, args):
+        calls.append((mean.clone(), float(min_std), float(noise_scale)))
+        fitted = torch.arange(1.0, mean.shape[1] + 1)[None, :, None].expand_as(mean)
+        return torch.zeros(len(obs), 2), fitted.clone()
+
+    monkeypatch.setattr(tdmpc, "plan", plan)
+    agent.compiled_plan = plan
+    planner = tdmpc.Planner(agent, args, explore=True)
+    obs = np.zeros((2, 3), np.float32)
+    for step, K, std in (
+        (0, 1, 0.5), (6_249, 1, 0.5 - 0.45 * 6_249 / 25_000), (6_250, 2, 0.3875), (12_500, 3, 0.275),
+        (18_750, 4, 0.1625), (24_999, 4, 0.050018), (25_000, 5, 0.05), (10**6, 5, 0.05),
+    ):  # fmt: skip
+        action = planner(obs, step)
+        mean, min_std, noise_scale = calls[-1]
+        assert action.shape == (2, 2) and mean.shape == (2, K, 2) and noise_scale == 1
+        assert min_std == pytest.approx(std, abs=1e-6)
+        if step not in (24_999, 10**6):
+            assert (mean == 0).all()  # a plan of another length means nothing
+    assert mean[0, :, 0].tolist() == [2, 3, 4, 5, 0]  # the last one, moved on by one step
+    planner.forget(np.array([True, False]))
+    planner(obs, 10**6)
+    mean = calls[-1][0]
+    assert (mean[0] == 0).all() and mean[1, :, 0].tolist() == [2, 3, 4, 5, 0]
+    tdmpc.Planner(agent, args, explore=False)(obs, 0)
+    assert calls[-1][2] == 0
+
+
+def test_noise_is_the_std_of_the_plan_in_training_only():
+    torch.manual_seed(0)
+    args = tiny_args(num_elites=8, cem_iters=4, num_samples=64)
+    model = Counting([[0.0, 0.0]] * 2)
+
+    def policy(h):
+        return torch.zeros(*h.shape[:-1], 2)
+
+    wide = [
+        tdmpc.plan(model, policy, torch.zeros(500, 3), torch.zeros(500, 1, 2), torch.tensor(0.3), n, args)[0]
+        for n in (0.0, 1.0)
+    ]
+    assert wide[0].std() < 0.15
+    assert wide[1].std() == pytest.approx((wide[0].var().item() + 0.3**2) ** 0.5, rel=0.1)
+    assert wide[1].abs().max() <= 1
+
+
+# --------------------------------------------------------------------------------------------------------------- whole
+def test_compiled_updates_and_plans_are_the_eager_ones(eager_random):
+    results = []
+    for compiled in (False, True):
+        args = tiny_args(compile=compiled, num_steps=2, policy_std=0.05)
+        agent = new_agent(args)
+        planner = tdmpc.Planner(agent, args, explore=True)
+        torch.manual_seed(1)
+        actions = []
+        for round in range(3):
+            metrics = agent.update(*tiny_batch(args, seed=round))
+            actions.append(torch.from_numpy(planner(np.ones((2, 3), np.float32), 30_000)))
+        results.append([*metrics.values(), *agent.state_dict().values(), *actions])
+    for eager, other in zip(*results):
+        torch.testing.assert_close(eager, other, rtol=2e-3, atol=2e-4)
+
+
+def test_it_learns_the_toy():
+    """Random actions get about 8 of 47, a proportional-derivative controller 45."""
+    torch.manual_seed(0)
+    args = tiny_args(
+        num_envs=4, encoder_dim=64, latent_dim=16, hidden_dim=64, num_steps=5, batch_size=64, num_samples=64,
+        num_policy_trajs=8, num_elites=16, cem_iters=3, warmup_steps=400, updates_per_step=0.5, std_steps=1_000,
+        horizon_steps=1_000, policy_std=0.05,
+    )  # fmt: skip
+    agent = tdmpc.Agent(args, 2, 1)
+    planner = tdmpc.Planner(agent, args, explore=True)
+    rb = tdmpc.SequenceBuffer(2, 1, 6, args)
+
+    def move_target(updates):
+        if updates % 2 == 0:
+            tdmpc.update_target(agent.target, agent.model, args.tau)
+
+    reward = lambda x: np.maximum(0, 1 - 2 * np.abs(x))  # noqa: E731
+    returns, metrics = learn_toy(args, agent, planner, planner.forget, rb, 1_600, reward, move_target)
+    assert np.mean(returns[:2]) < 20
+    assert np.mean(returns[-2:]) > 35
+    assert metrics[-1]["reward_loss"] < 0.2 * metrics[0]["reward_loss"]
+
+
+def test_the_command_line():
+    args = tdmpc.parse_args(["--env-id", "kitchen", "--cpu-preset", "--no-true-ends"])
+    assert args.hidden_dim == tdmpc.CPU_PRESET["hidden_dim"] and not args.true_ends
+    with pytest.raises(SystemExit, match="num-elites"):
+        tdmpc.check_args(tiny_args(num_elites=21))
