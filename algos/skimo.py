@@ -724,6 +724,12 @@ class ReplayBuffer:
         return dict(self.columns, episodes=self.episodes, running=self.running)
 
     def load_state_dict(self, state: dict):
+        rows = int((state["episodes"][:, 1] + 1).sum())
+        for name, column in self.columns.items():
+            if state[name].shape != (rows, *column.shape[1:]) or not state[name].isfinite().all():
+                raise ValueError(f"{name} of the replay buffer has another shape or is not finite")
+        if len(state["running"]) != len(self.running):
+            raise ValueError("the replay buffer is that of another number of environments")
         self.running = state["running"]
         self.episodes = state["episodes"].to(self.device)
         self.columns = {name: state[name].to(self.device) for name in self.columns}
@@ -814,8 +820,9 @@ def load(path: Path, parts: dict) -> dict:
                     raise ValueError(f"{key} is not finite")
         if isinstance(part, torch.optim.Optimizer):
             for weight, moments in part.state.items():
-                if moments["exp_avg"].shape != weight.shape:
-                    raise ValueError("an optimizer's state has another shape")
+                for moment in (moments["exp_avg"], moments["exp_avg_sq"]):
+                    if moment.shape != weight.shape or not moment.isfinite().all():
+                        raise ValueError("an optimizer's state has another shape or is not finite")
     return state
 
 
@@ -1034,10 +1041,10 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
             planner.last_mean = state["last_mean"].to(args.device)
             global_step = int(state["global_step"])
             gradient_step = int(state["gradient_step"])
-            running_return = state["running_return"].numpy()
-            running_length = state["running_length"].numpy()
-            episodes = list(state["episodes"])
-            evaluations = list(state["evaluations"])
+            running_return[:] = state["running_return"].numpy()
+            running_length[:] = state["running_length"].numpy()
+            episodes = [(step, ret, length, minutes) for step, ret, length, minutes in state["episodes"]]
+            evaluations = [(step, ret, share) for step, ret, share in state["evaluations"]]
             facts = dict(state["facts"])
             seconds = float(state["seconds"])
             set_random_state(state["rng"])
