@@ -55,7 +55,7 @@ import time
 import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 # OpenMP's threads wait 3,000 turns for work before they sleep: beside busy programs torch's default, about a hundred
 # times that, makes an update three times slower (measured in benchmarks/README.md). Must be set before torch is loaded.
@@ -1199,25 +1199,33 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if given.evaluate:
         with reading(given.evaluate):
             defaults = load(given.evaluate, {})["args"]
-            defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile)
+            check_types(defaults)
+        defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile)
     if given.resume:
         path = Path(given.resume) / "args.json"
         with reading(path):
             defaults = json.loads(path.read_text())
-            kinds = {field.name: type(field.default) for field in fields(Args)}
-            wrong = [name for name, value in defaults.items() if type(value) not in (kinds[name], str, type(None))]
-            if wrong:
-                raise ValueError(f"{wrong[0]} has a wrong type")
+            check_types(defaults)
+            for field in fields(Args):
+                defaults[field.name]  # all are there
     if given.device:
         defaults["compile"] = given.device == "cuda"
-    with reading(given.resume or given.evaluate or "the defaults"):
-        default = Args(**defaults)
-    args = tyro.cli(Args, args=argv, default=default, description=__doc__.split("\n")[0])
+    args = tyro.cli(Args, args=argv, default=Args(**defaults), description=__doc__.split("\n")[0])
     args.evaluate = given.evaluate
     for name, value in asdict(args).items():
         if given.resume and name not in MAY_CHANGE.split() and value != defaults[name]:
             sys.exit(f"error: --{name.replace('_', '-')} cannot change with --resume: leave it out, or begin a new run")
     return args
+
+
+def check_types(values: dict):
+    """Raise an error if saved arguments are not those of this file."""
+    types = {field.name: field.type for field in fields(Args)}
+    for name, value in values.items():
+        kind = float if type(value) is int and types[name] is float else type(value)
+        choices = get_args(types[name])  # values of a Literal, types of `str | None`
+        if kind is not types[name] and kind not in choices and value not in choices:
+            raise ValueError(f"{name} cannot be {value!r}")
 
 
 def check_args(args: Args):
