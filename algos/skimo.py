@@ -1236,6 +1236,12 @@ def check_args(args: Args):
             sys.exit(f"error: {flag} {value} does not work; give a number that is not negative")
         if type(value) is int and value == 0 and name not in ("seed", "eval_interval", "warmup_steps"):
             sys.exit(f"error: {flag} 0 does not work; give at least 1")
+        if name in ("tau", "pretrain_tau", "gamma", "rho", "momentum") and value > 1:
+            sys.exit(f"error: {flag} {value} does not work; give at most 1")
+    if args.alpha == 0:
+        sys.exit("error: --alpha 0 does not work, its logarithm is tuned; give a small number")
+    if args.plan_start == "policy" and args.num_policy_trajs == 1:
+        sys.exit("error: --num-policy-trajs 1 does not work, one plan has no std; give at least 2")
     if args.num_elites > args.num_samples + args.num_policy_trajs:
         sys.exit("error: --num-elites exceeds --num-samples + --num-policy-trajs; lower it")
     if args.bc_chunks > args.pretrain_skills:
