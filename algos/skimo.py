@@ -1265,30 +1265,26 @@ def main(args: Args) -> dict:
     run_dir = Path(args.resume or f"{args.run_dir}/{run_name}")
     resumed = (run_dir / "checkpoint.pt").exists()  # it holds all networks
     path, data = (None, None) if resumed else find_pretrained(args)
+    rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {args.device}, torch {torch.__version__}"
+    facts = {}
     try:
         run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
         write_json(run_dir / "args.json", asdict(args))
-    except OSError as error:
-        sys.exit(f"error: {run_dir} cannot be written ({error.strerror}); choose another folder with --run-dir")
-    writer = SummaryWriter(run_dir)
-    rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
-    stop = stop_at_signals()
-
-    facts = {}
-    try:
-        if data is not None:
-            pretrain(args, networks, path, data, writer, stop)
-        if not resumed:
-            with reading(path):
-                facts = load(path, dict(networks=networks))["facts"]
-            print(f"pre-trained model: {path}")
-        results = train(args, networks, facts, run_dir, writer, stop)
-    finally:
-        writer.close()
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {args.device}, torch {torch.__version__}"
-    results |= dict(machine=machine, args=asdict(args))
-    write_json(run_dir / "results.json", results)
+        with SummaryWriter(run_dir) as writer:
+            writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+            stop = stop_at_signals()
+            if data is not None:
+                pretrain(args, networks, path, data, writer, stop)
+            if not resumed:
+                with reading(path):
+                    facts = dict(load(path, dict(networks=networks))["facts"])
+                print(f"pre-trained model: {path}")
+            results = train(args, networks, facts, run_dir, writer, stop)
+        results |= dict(machine=machine, args=asdict(args))
+        write_json(run_dir / "results.json", results)
+    except OSError as error:  # while logs, episodes.csv or results.json were written
+        sys.exit(f"error: cannot write to {run_dir} ({error}); free some space or choose another --run-dir")
     print(f"finished: {run_dir}; curves: tensorboard --logdir {run_dir}")
     return results
 
