@@ -200,6 +200,8 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
                 )
             if not np.isfinite(array).all():
                 raise ValueError(f"{name} of the state contains NaN or infinity")
+        if len(state["rng"]) != self.num_envs:
+            raise ValueError(f"the state has random numbers for {len(state['rng'])} members, not {self.num_envs}")
         for name, array in arrays.items():
             setattr(self, name, array)
         self.rngs = [rng_from_state(saved) for saved in state["rng"]]
