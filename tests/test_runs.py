@@ -1,0 +1,966 @@
+"""Runs of every algorithm file: resume, signals, damaged files, full disks, pre-trained models.
+
+A new file in algos/ is tested as soon as it has an entry in golden.FLAGS. Runs are tiny and stay in this process, on
+maze episodes of 90 steps; only real signals need programs of their own. What costs much is tried on skimo.py alone.
+"""
+
+import copy
+import csv
+import dataclasses
+import errno
+import functools
+import importlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import typing
+import zipfile
+from pathlib import Path
+
+import golden
+import numpy as np
+import pytest
+import torch
+from conftest import DATA_FILE
+
+import data_tools
+import data_tools.tasks.maze
+
+ROOT = Path(__file__).resolve().parents[1]
+ALGOS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
+# Of these each file takes what it has.
+SHORT = dict(
+    pretrain_updates=6, pretrain_eval_interval=2, pretrain_eval_episodes=1, total_timesteps=1200, eval_interval=500,
+    warmup_steps=400, updates_per_step=0.05, horizon_steps=800, std_steps=800, plan_start="wide",
+    warmup_skills=40, updates_per_skill=0.5,
+)  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------------- helpers
+def short_flags(module) -> list[str]:
+    """Tiny networks; 300 steps of four environments, the first 100 of them without updates."""
+    names = {field.name for field in dataclasses.fields(module.Args)}
+    flags = f"{golden.TINY} {golden.FLAGS[module.__name__.removeprefix('algos.')]}".split()
+    for name, value in SHORT.items():
+        if name in names:
+            flags += [f"--{name.replace('_', '-')}", str(value)]
+    return flags
+
+
+class Case:
+    """One algorithm file, a cache that holds its pre-trained model, and one finished run."""
+
+    def __init__(self, name: str, folder: Path, data_file: Path):
+        self.module = importlib.import_module(f"algos.{name}")
+        self.script = ROOT / "algos" / f"{name}.py"
+        self.folder = folder
+        self.data_file = data_file
+        self.data_dir = self.new_data_dir()
+        self.results, self.run_dir = self.start()
+        self.model = only(self.data_dir / "pretrained")
+
+    def new_data_dir(self) -> Path:
+        """A cache with the offline data only."""
+        path = self.folder / f"data{len(list(self.folder.iterdir()))}"
+        path.mkdir()
+        shutil.copy(self.data_file, path / DATA_FILE)
+        return path
+
+    def argv(self, flags="", runs=None, data_dir=None) -> list[str]:
+        runs = runs or self.folder / f"runs{len(list(self.folder.iterdir()))}"
+        places = ["--data-dir", str(data_dir or self.data_dir), "--run-dir", str(runs)]
+        return [*short_flags(self.module), *places, *flags.split()]
+
+    def main(self, argv):
+        return self.module.main(self.module.parse_args([str(word) for word in argv]))
+
+    def start(self, flags="", data_dir=None):
+        """A new run in this process: its results and its folder."""
+        runs = self.folder / f"runs{len(list(self.folder.iterdir()))}"
+        results = self.main(self.argv(flags, runs, data_dir))
+        return results, only(runs)
+
+    def interrupted(self, match, flags="", data_dir=None) -> Path:
+        """A new run that is interrupted: its folder."""
+        runs = self.folder / f"runs{len(list(self.folder.iterdir()))}"
+        with pytest.raises(SystemExit, match=match):
+            self.main(self.argv(flags, runs, data_dir))
+        return only(runs)
+
+    def resume(self, run_dir, flags=""):
+        return self.main(["--resume", run_dir, *flags.split()])
+
+    def copy_of_run(self) -> Path:
+        """The finished run once more, to be damaged."""
+        path = self.folder / f"copy{len(list(self.folder.iterdir()))}"
+        shutil.copytree(self.run_dir, path)
+        return path
+
+
+@pytest.fixture(scope="module")
+def case(request, tiny_data_file, tmp_path_factory):
+    """Parametrised by the name of an algorithm file."""
+    maze = data_tools.tasks.maze.MazeVectorEnv
+    init, advance = maze.__init__, maze.advance
+
+    def short(self, num_envs=1, max_episode_steps=90, *args, **kwargs):
+        init(self, num_envs, 90, *args, **kwargs)
+
+    def rewarded(self, actions, running):  # the maze's own reward is 0 here
+        _, successes = advance(self, actions, running)
+        return running * self.observations()[:, 0] / 40, successes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(maze, "__init__", short)
+        patch.setattr(maze, "advance", rewarded)
+        yield Case(request.param, tmp_path_factory.mktemp(request.param), tiny_data_file)
+
+
+every_algo = pytest.mark.parametrize("case", ALGOS, indirect=True)
+skimo_only = pytest.mark.parametrize("case", ["skimo"], indirect=True)
+
+
+def only(folder) -> Path:
+    (path,) = Path(folder).iterdir()
+    return path
+
+
+def rows_of(run_dir):
+    """episodes.csv without the minutes."""
+    with (run_dir / "episodes.csv").open() as file:
+        header, *rows = csv.reader(file)
+    assert header == ["env_step", "episodic_return", "episodic_length", "rl_minutes"]
+    return [row[:3] for row in rows]
+
+
+def state_of(run_dir):
+    """All that the future of a run depends on, from its checkpoint, without clock times."""
+    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    del state["seconds"], state["args"]
+    state["facts"].pop("minutes")
+    state["episodes"] = [tuple(row[:3]) for row in state["episodes"]]
+    return state
+
+
+def assert_same(a, b, path="state"):
+    """Nested states are equal, bit for bit."""
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f"{path}[{i}]")
+    else:
+        assert a == b, path
+
+
+def after_calls(monkeypatch, owner, name, number, then, counts=lambda *args: True):
+    """Run then() within call `number` of owner.name, of those that count."""
+    original = getattr(owner, name)
+    calls = []
+
+    def wrapper(*args, **kwargs):
+        if counts(*args):
+            calls.append(args)
+            if len(calls) == number:
+                then()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, wrapper)
+    return calls
+
+
+def in_training(envs, *args):
+    """Whether an env step is one of training: evaluations have two environments."""
+    return envs.num_envs == 4
+
+
+@pytest.fixture
+def stop(case, monkeypatch):
+    """An event in place of the one that signals set."""
+    event = threading.Event()
+    monkeypatch.setattr(case.module, "stop_at_signals", lambda: event)
+    return event
+
+
+@pytest.fixture
+def no_data(monkeypatch):
+    """Whoever asks for offline data fails."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("needs no offline data")
+
+    return lambda: monkeypatch.setattr(data_tools, "load_dataset", fail)
+
+
+def refused(call, *words):
+    """call() ends with one sentence that holds the words."""
+    with pytest.raises(SystemExit) as caught:
+        call()
+    message = caught.value.code
+    assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message, message
+    for word in words:
+        assert str(word) in message, message
+
+
+# --------------------------------------------------------------------------------------------------------------- resume
+@every_algo
+@pytest.mark.parametrize("step", [45, 195], ids=["in the warm-up", "while it learns"])
+def test_interrupted_rl_goes_on_bit_for_bit(case, step, stop, no_data, monkeypatch):
+    with monkeypatch.context() as patch:
+        after_calls(patch, data_tools.tasks.maze.MazeVectorEnv, "step", step, stop.set, in_training)
+        part = case.interrupted(r"stopped at env step (200|800); go on with: .* --resume ")
+    assert not (part / "results.json").exists()
+    assert (state_of(part)["gradient_step"] > 0) == (step == 195)
+    stop.clear()
+    no_data()  # the checkpoint holds all networks
+    results = case.resume(part)
+    assert_same(state_of(part), state_of(case.run_dir))
+    assert rows_of(part) == rows_of(case.run_dir)
+    for name in ("env_steps", "updates", "last_100_return", "evaluations"):
+        assert results[name] == case.results[name], name
+
+
+@every_algo
+def test_finished_run_can_be_lengthened(case, no_data):
+    _, part = case.start("--total-timesteps 600")
+    no_data()
+    results = case.resume(part, "--total-timesteps 1200")
+    a, b = state_of(part), state_of(case.run_dir)
+    evaluations = a.pop("evaluations")
+    assert evaluations.pop(1)[0] == 600  # the end of before
+    assert evaluations == b.pop("evaluations")
+    assert_same(a, b)
+    assert rows_of(part) == rows_of(case.run_dir)
+    assert results["updates"] == case.results["updates"] > 0
+
+
+@every_algo
+@pytest.mark.parametrize("by", ["the same command", "resume"])
+def test_interrupted_pretraining_goes_on_bit_for_bit(case, by, stop, monkeypatch):
+    data_dir = case.new_data_dir()
+    with monkeypatch.context() as patch:
+        # The third call is the validation after two updates: also what is stopped there has to be saved.
+        after_calls(patch, data_tools.OfflineDataset, "sample_windows", 3, stop.set)
+        part = case.interrupted("stopped in pre-training; the same command goes on", data_dir=data_dir)
+    unfinished = only(data_dir / "pretrained")
+    updates = torch.load(unfinished, weights_only=True)["updates"]
+    assert unfinished.suffix == ".unfinished" and 2 <= updates < 6
+    stop.clear()
+    draws = after_calls(monkeypatch, data_tools.OfflineDataset, "sample_windows", 0, None)
+    if by == "the same command":
+        _, part = case.start(data_dir=data_dir)
+    else:
+        case.resume(part)
+    assert sum(args[1] == 8 for args in draws) < 9  # not from the start: six updates and three validations
+    a = torch.load(only(data_dir / "pretrained"), weights_only=True)
+    b = torch.load(case.model, weights_only=True)
+    del a["facts"]["minutes"], b["facts"]["minutes"]
+    assert_same(a, b)
+    assert_same(state_of(part), state_of(case.run_dir))
+
+
+@skimo_only
+def test_unfinished_pretraining_serves_runs_with_other_rl_arguments(case, stop, monkeypatch):
+    data_dir = case.new_data_dir()
+    with monkeypatch.context() as patch:
+        after_calls(patch, data_tools.OfflineDataset, "sample_windows", 4, stop.set)
+        case.interrupted("stopped in pre-training", data_dir=data_dir)
+    updates = torch.load(only(data_dir / "pretrained"), weights_only=True)["updates"]
+    stop.clear()
+    calls = after_calls(monkeypatch, case.module, "pretrain_lr", 0, None)
+    case.start("--num-envs 3 --alpha 0.3 --no-autotune --num-samples 8 --total-timesteps 450", data_dir)
+    assert [args[0] for args in calls] == list(range(updates, 6))
+
+
+@every_algo
+def test_rl_does_not_depend_on_where_the_model_comes_from(case, capsys):
+    _, again = case.start()
+    assert f"pre-trained model: {case.model}" in capsys.readouterr().out
+    assert_same(state_of(again), state_of(case.run_dir))
+    assert rows_of(again) == rows_of(case.run_dir)
+
+
+@every_algo
+def test_run_leaves_its_results(case):
+    rows = rows_of(case.run_dir)
+    assert [[row[0], row[2]] for row in rows] == [[str(360 * k), "90"] for k in range(1, 4) for _ in range(4)]
+    assert len({row[1] for row in rows}) == 12
+    assert case.results["last_100_return"] == pytest.approx(np.mean([float(row[1]) for row in rows]))
+    assert [row[0] for row in case.results["evaluations"]] == [520, 1000, 1200]
+    assert case.results["env_steps"] == 1200 and case.results["updates"] > 0
+    results = json.loads((case.run_dir / "results.json").read_text())
+    assert results["updates"] == case.results["updates"] and results["pretraining"]["updates"] == 6
+    args = json.loads((case.run_dir / "args.json").read_text())
+    assert args["total_timesteps"] == 1200 and args["seed"] == 3
+    files = sorted(path.name for path in case.run_dir.iterdir() if "tfevents" not in path.name)
+    assert files == ["args.json", "checkpoint.pt", "episodes.csv", "results.json"]
+
+
+@skimo_only
+def test_updates_keep_step_with_the_environments(case):
+    results, run_dir = case.start("--updates-per-step 0.0133 --eval-interval 0")
+    assert results["updates"] == int(1200 * 0.0133)
+    assert [row[0] for row in results["evaluations"]] == [1200]
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+@every_algo
+def test_evaluation_of_a_checkpoint_acts_as_the_one_at_the_runs_end(case, no_data, monkeypatch, capsys, tmp_path):
+    actions = []
+    original = data_tools.tasks.maze.MazeVectorEnv.step
+
+    def step(envs, action):
+        if not in_training(envs):
+            actions.append(np.array(action))
+        return original(envs, action)
+
+    monkeypatch.setattr(data_tools.tasks.maze.MazeVectorEnv, "step", step)
+    case.resume(case.copy_of_run(), "--total-timesteps 1240 --eval-interval 0")
+    run = copy.deepcopy(actions)
+    actions.clear()
+    _, longer = case.start("--total-timesteps 1240 --eval-interval 0")
+    actions.clear()
+    no_data()
+    monkeypatch.chdir(tmp_path)
+    case.main(["--evaluate", longer / "checkpoint.pt", "--run-dir", tmp_path / "runs"])
+    assert len(run) == len(actions) == 90
+    assert all(np.array_equal(a, b) for a, b in zip(run, actions))
+    assert "maze: 2 episodes of" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+# ----------------------------------------------------------------------------------------------------- damaged files
+def flip_bit(path):
+    """One bit in the middle of the largest tensor."""
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+    data = bytearray(path.read_bytes())
+    header = largest.header_offset
+    names = int.from_bytes(data[header + 26 : header + 28], "little")
+    extra = int.from_bytes(data[header + 28 : header + 30], "little")
+    data[header + 30 + names + extra + largest.file_size // 2] ^= 16
+    path.write_bytes(data)
+
+
+def edited(change):
+    """A damage of the contents: change(state) before it is written again."""
+
+    def damage(path):
+        state = torch.load(path, weights_only=True)
+        change(state)
+        torch.save(state, path)
+
+    return damage
+
+
+def weights_of(state) -> dict:
+    """The weights in a file: the first dict of tensors."""
+    return next(value for value in state.values() if is_weights(value))
+
+
+def is_weights(value):
+    return isinstance(value, dict) and len(value) > 3 and all(isinstance(v, torch.Tensor) for v in value.values())
+
+
+def first_matrix(state):
+    weights = weights_of(state)
+    return weights, next(name for name, value in weights.items() if value.ndim == 2)
+
+
+def drop_weight(state):
+    weights, name = first_matrix(state)
+    del weights[name]
+
+
+def cut_weight(state):
+    weights, name = first_matrix(state)
+    weights[name] = weights[name][:-1].clone()
+
+
+def nan_weight(state):
+    weights, name = first_matrix(state)
+    weights[name][0, 0] = torch.nan
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def text(path):
+    path.write_text("no checkpoint")
+
+
+def other_type(path):
+    torch.save([1, 2, 3], path)
+
+
+CORE = {"bit": flip_bit, "key": edited(drop_weight), "shape": edited(cut_weight), "NaN": edited(nan_weight)}
+BYTES = dict(truncated=truncate, empty=empty, text=text, type=other_type)
+
+
+@pytest.fixture
+def damaged(case, stop, monkeypatch):
+    """For each kind of file: a whole one, and what reads it."""
+    data_dir = case.new_data_dir()
+    with monkeypatch.context() as patch:
+        after_calls(patch, data_tools.OfflineDataset, "sample_windows", 2, stop.set)
+        case.interrupted("stopped in pre-training", data_dir=data_dir)
+    stop.clear()
+    unfinished = only(data_dir / "pretrained")
+    model_dir = case.new_data_dir()
+    model = model_dir / "pretrained" / case.model.name
+    model.parent.mkdir()
+    shutil.copy(case.model, model)
+    run_dir = case.copy_of_run()
+    runs = case.folder / f"runs{len(list(case.folder.iterdir()))}"
+    return {
+        "checkpoint": (run_dir / "checkpoint.pt", lambda: case.resume(run_dir, "--total-timesteps 1240")),
+        "model": (model, lambda: case.main(case.argv(runs=runs, data_dir=model_dir))),
+        "unfinished": (unfinished, lambda: case.main(case.argv(runs=runs, data_dir=data_dir))),
+    }
+
+
+@every_algo
+def test_damaged_files_are_refused_with_a_sentence(case, damaged):
+    for path, read in damaged.values():
+        whole = path.read_bytes()
+        for damage in CORE.values():
+            damage(path)
+            broken = path.read_bytes()
+            refused(read, path, "damaged or does not fit", "give another file")
+            assert path.read_bytes() == broken
+            path.write_bytes(whole)
+
+
+@skimo_only
+def test_files_of_another_kind_are_refused_with_a_sentence(case, damaged):
+    contents = {name: path.read_bytes() for name, (path, _) in damaged.items()}
+    for name, (path, read) in damaged.items():
+        for damage in BYTES.values():
+            damage(path)
+            refused(read, path, "damaged or does not fit")
+        for other in contents.keys() - {name}:
+            path.write_bytes(contents[other])
+            if (name, other) != ("model", "unfinished"):  # which holds a model as well, but for the facts
+                refused(read, path, "damaged or does not fit")
+        path.unlink()
+        path.mkdir()
+        if name != "unfinished":
+            refused(read, path)
+        path.rmdir()
+        path.write_bytes(contents[name])
+
+
+@skimo_only
+def test_whatever_is_missing_or_of_another_type_is_refused(case, damaged):
+    unused = {("model", "rng"), ("checkpoint", "args")}
+    for kind, (path, read) in damaged.items():
+        whole = path.read_bytes()
+        for name in torch.load(path, weights_only=True):
+            if (kind, name) in unused:
+                continue
+            for damage in (lambda s: s.pop(name), lambda s: s.update({name: None}), lambda s: s.update({name: "text"})):  # noqa: B023
+                edited(damage)(path)
+                print(kind, name)  # says which one was accepted
+                refused(read, path, "damaged or does not fit")
+                path.write_bytes(whole)
+
+
+def optimizer_moment(change, moment):
+    """Change a moment of the last weight of each optimizer."""
+
+    def damage(state):
+        for value in state.values():
+            if isinstance(value, dict) and "param_groups" in value:
+                last = list(value["state"].values())[-1]
+                last[moment] = change(last[moment])
+
+    return damage
+
+
+def replay_column(change):
+    def damage(state):
+        state["rb"]["rewards"] = change(state["rb"]["rewards"])
+
+    return damage
+
+
+def with_nan(x):
+    x = x.clone()
+    x.view(-1)[0] = torch.nan
+    return x
+
+
+def longer(x):
+    return torch.stack([x, x])
+
+
+@skimo_only
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(optimizer_moment(change, name) for change in (longer, with_nan) for name in ("exp_avg", "exp_avg_sq")),
+        replay_column(longer),
+        replay_column(with_nan),
+        replay_column(lambda x: x[:, None]),
+        lambda state: state["rb"].update(episodes=state["rb"]["episodes"] + 1),
+        lambda state: state["rb"].update(running=state["rb"]["running"][:2]),
+        lambda state: state.update(rng=[state["rng"][0][:-1]]),
+        lambda state: state.update(running_return=torch.zeros(3)),
+        lambda state: state.update(running_length=torch.zeros(3, dtype=torch.int64)),
+        lambda state: state.update(episodes=[1, 2]),
+        lambda state: state.update(evaluations=5),
+        lambda state: state.update(envs=dict(state["envs"], steps=[0])),
+        lambda state: state.update(envs=dict(state["envs"], rng=state["envs"]["rng"][:1])),
+        lambda state: state.update(global_step=float("nan")),
+    ],
+    ids=lambda damage: "",
+)
+def test_checkpoint_that_does_not_fit_is_refused(case, damage):
+    run_dir = case.copy_of_run()
+    edited(damage)(run_dir / "checkpoint.pt")
+    refused(
+        lambda: case.resume(run_dir, "--total-timesteps 1240"), run_dir / "checkpoint.pt", "damaged or does not fit"
+    )
+
+
+@skimo_only
+def test_no_flipped_bit_is_accepted_silently(case, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    whole = (case.run_dir / "checkpoint.pt").read_bytes()
+    path.write_bytes(whole)
+    expected = case.module.load(path, {})
+    noticed = 0
+    for position in np.linspace(0, len(whole) - 1, 60).astype(int):
+        data = bytearray(whole)
+        data[position] ^= 4
+        path.write_bytes(data)
+        try:
+            with case.module.reading(path):
+                found = case.module.load(path, {})
+            assert_same(found, expected)  # the bit is in nothing that is read
+        except SystemExit as error:
+            assert str(error.code).startswith(f"error: {path} is damaged") and "\n" not in str(error.code)
+            noticed += 1
+    assert noticed > 40
+
+
+@skimo_only
+def test_evaluation_of_what_is_no_checkpoint_is_refused(case, tmp_path):
+    path = tmp_path / "agent.pt"
+    evaluate = ["--evaluate", path]
+    refused(lambda: case.main(evaluate), path, "does not exist")
+    for damage in (*CORE.values(), *BYTES.values()):
+        shutil.copy(case.run_dir / "checkpoint.pt", path)
+        damage(path)
+        refused(lambda: case.main(evaluate), path, "damaged or does not fit")
+    for changes in (dict(hidden_dim=None), dict(hidden_dim=[1]), dict(colour=1), dict(env_id=None)):
+        shutil.copy(case.run_dir / "checkpoint.pt", path)
+        edited(lambda state: state["args"].update(changes))(path)  # noqa: B023
+        refused(lambda: case.main(evaluate), path, "damaged or does not fit")
+    shutil.copy(case.model, path)
+    refused(lambda: case.main(evaluate), path, "args")
+
+
+@every_algo
+def test_damaged_arguments_are_refused(case):
+    run_dir = case.copy_of_run()
+    path = run_dir / "args.json"
+    whole = json.loads(path.read_text())
+    changes = [dict(hidden_dim=[16]), dict(hidden_dim=None), dict(hidden_dim="16"), dict(hidden_dim=16.5)]
+    changes += [dict(compile=None), dict(env_id=3), dict(seed=True), dict(colour="red")]
+    texts = [json.dumps(whole | change) for change in changes]
+    missing = {name: value for name, value in whole.items() if name != "gamma"}
+    texts += [json.dumps(missing), json.dumps([whole]), "null", "", json.dumps(whole)[:100]]
+    for content in texts:
+        path.write_text(content)
+        refused(lambda: case.resume(run_dir), run_dir, "damaged or does not fit")
+        assert path.read_text() == content
+    path.write_text(json.dumps(whole | dict(env_id="nowhere")))
+    refused(lambda: case.resume(run_dir), "there is no task 'nowhere'")
+    path.unlink()
+    refused(lambda: case.resume(run_dir), path, "does not exist")
+
+
+@skimo_only
+def test_arguments_of_a_run_cannot_change(case):
+    run_dir = case.copy_of_run()
+    before = (run_dir / "args.json").read_text()
+    for flag in ("--gamma 0.5", "--seed 7", "--hidden-dim 32", "--kl-coef 1", "--published", "--pretrained published"):
+        refused(lambda flag=flag: case.resume(run_dir, flag), flag.split()[0], "--resume")
+    assert (run_dir / "args.json").read_text() == before
+
+
+@skimo_only
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--resume nowhere", ["nowhere", "does not exist"]),
+        ("--pretrained missing.pt", ["missing.pt", "does not exist"]),
+        ("--evaluate missing.pt", ["missing.pt", "does not exist"]),
+        ("--bc-chunks 4", ["--bc-chunks", "--pretrain-skills"]),
+        ("--num-elites 21", ["--num-elites", "--num-samples"]),
+        ("--plan-start policy --num-policy-trajs 1", ["--num-policy-trajs"]),
+        ("--num-envs 0", ["--num-envs 0 does not work; give at least 1"]),
+        ("--batch-size 0", ["--batch-size"]),
+        ("--hidden-dim -1", ["--hidden-dim"]),
+        ("--seed -1", ["--seed -1"]),
+        ("--alpha 0", ["--alpha"]),
+        ("--tau 2", ["--tau 2.0"]),
+        ("--gamma 1.5", ["--gamma 1.5"]),
+        ("--learning-rate -1", ["--learning-rate"]),
+        ("--updates-per-step nan", ["--updates-per-step"]),
+        ("--reward-scale inf", ["--reward-scale"]),
+        ("--pretrain-skills 200", ["rows", "longest"]),
+        pytest.param(
+            "--device cuda",
+            ["--device cpu"],
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA"),
+        ),
+    ],
+)
+def test_senseless_flags_are_refused_with_a_sentence(case, flags, words):
+    refused(lambda: case.main(case.argv(flags)), *words)
+
+
+@skimo_only
+def test_task_that_is_unknown_is_refused(case, capsys):
+    with pytest.raises(SystemExit):
+        case.main(["--env-id", "labyrinth"])
+    assert "labyrinth" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ full disks, diverging
+@every_algo
+def test_learning_that_diverges_ends_with_a_sentence_and_keeps_the_checkpoint(case, monkeypatch):
+    original = torch.nn.utils.clip_grad_norm_
+    bad = threading.Event()
+    after_calls(monkeypatch, data_tools.tasks.maze.MazeVectorEnv, "step", 170, bad.set, in_training)
+
+    def clip(parameters, *args, **kwargs):
+        parameters = list(parameters)
+        if bad.is_set():
+            for value in parameters:
+                if value.grad is not None:
+                    value.grad.fill_(torch.nan)
+        return original(parameters, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    runs = case.folder / f"runs{len(list(case.folder.iterdir()))}"
+    argv = case.argv("--checkpoint-interval 10 --eval-interval 0", runs)
+    refused(lambda: case.main(argv), "no number any more", "learning rate")
+    state = state_of(only(runs))
+    assert 600 <= state["global_step"] < 800
+    weights = [value for part in state.values() if is_weights(part) for value in part.values()]
+    assert len(weights) > 20 and all(value.isfinite().all() for value in weights)
+
+
+@skimo_only
+def test_pretraining_that_diverges_leaves_no_model(case, monkeypatch):
+    original = data_tools.OfflineDataset.sample_windows
+    draws = []
+
+    def sample(*args):
+        obs, actions = original(*args)
+        draws.append(1)
+        return (obs * torch.nan if len(draws) == 4 else obs), actions
+
+    monkeypatch.setattr(data_tools.OfflineDataset, "sample_windows", sample)
+    data_dir = case.new_data_dir()
+    refused(lambda: case.main(case.argv("--pretrain-eval-interval 100", data_dir=data_dir)), "no number any more")
+    state = torch.load(only(data_dir / "pretrained"), weights_only=True)
+    assert all(value.isfinite().all() for value in state["networks"].values())
+
+
+def full_disk(monkeypatch, number, error):
+    """Write half of the file in call `number` of torch.save, then fail."""
+    original = torch.save
+    calls = []
+
+    def save(state, path):
+        calls.append(path)
+        if len(calls) == number:
+            Path(path).write_bytes(b"half a checkpoint")
+            raise error
+        original(state, path)
+
+    monkeypatch.setattr(torch, "save", save)
+
+
+@every_algo
+def test_full_disk_keeps_the_old_checkpoint(case, monkeypatch):
+    runs = case.folder / f"runs{len(list(case.folder.iterdir()))}"
+    argv = case.argv("--checkpoint-interval 500", runs)
+    with monkeypatch.context() as patch:
+        full_disk(patch, 2, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        refused(lambda: case.main(argv), "checkpoint.pt", "No space left", "free some space")
+    run_dir = only(runs)
+    assert state_of(run_dir)["global_step"] == 520
+    assert not list(run_dir.glob("*.part"))
+    case.resume(run_dir)
+    assert_same(state_of(run_dir), state_of(case.run_dir))
+
+
+@skimo_only
+@pytest.mark.parametrize("name", ["add_scalar", "episodes.csv", "results.json"])
+def test_full_disk_elsewhere_is_a_sentence(case, name, monkeypatch):
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fail(*args, **kwargs):
+        raise error
+
+    if name == "add_scalar":
+        monkeypatch.setattr(case.module.SummaryWriter, "add_scalar", fail)
+    else:
+        original = Path.open if name == "episodes.csv" else Path.write_text
+        function = original.__name__
+
+        def some(path, *args, **kwargs):
+            if path.stem == Path(name).stem:
+                raise error
+            return original(path, *args, **kwargs)
+
+        monkeypatch.setattr(Path, function, some)
+    refused(case.start, "No space left", "free some space")
+
+
+@skimo_only
+def test_places_that_cannot_be_written_are_refused(case, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    refused(lambda: case.main(case.argv(runs=file / "runs")), file, "cannot write", "--run-dir")
+    refused(lambda: case.main(case.argv(data_dir=file / "data")), file, "--data-dir")
+    data_dir = case.new_data_dir()
+    (data_dir / "pretrained").write_text("no folder")
+    refused(lambda: case.main(case.argv(data_dir=data_dir)), data_dir / "pretrained", "cannot write")
+
+
+@skimo_only
+def test_two_programs_that_save_the_same_file_do_not_disturb_each_other(case, tmp_path, monkeypatch):
+    path = tmp_path / "model.pt"
+    original = torch.save
+
+    def save(state, part):
+        with monkeypatch.context() as patch:  # another program begins and ends while this one writes
+            patch.setattr(torch, "save", original)
+            patch.setattr(os, "getpid", lambda: 1)
+            case.module.save(path, {}, by="the other")
+        original(state, part)
+
+    monkeypatch.setattr(torch, "save", save)
+    case.module.save(path, {}, by="this one")
+    assert torch.load(path, weights_only=True)["by"] == "this one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# --------------------------------------------------------------------------------------------------- pre-trained models
+class SpyArgs:
+    """Notes which arguments are read."""
+
+    def __init__(self, args):
+        self.args = args
+        self.seen = set()
+
+    def __getattr__(self, name):
+        value = getattr(self.args, name)
+        self.seen.add(name)
+        return value
+
+
+def another(field, value):
+    """Another value of an argument."""
+    if typing.get_origin(field.type) is typing.Literal:
+        return next(choice for choice in typing.get_args(field.type) if choice != value)
+    if isinstance(value, bool):
+        return not value
+    return 2 * value + 1
+
+
+@every_algo
+def test_pretrained_model_is_found_by_all_that_shaped_it(case, tmp_path, monkeypatch):
+    module = case.module
+    args = module.parse_args(case.argv())
+    path, data = module.find_pretrained(args)
+    assert path == case.model and data is None
+
+    # Whatever pre-training reads makes another model when it changes.
+    spy = SpyArgs(args)
+    networks = module.make_networks(spy, 4, 2)
+    data = data_tools.load_dataset("maze", case.data_dir)
+    writer = module.SummaryWriter(tmp_path)
+    module.pretrain(spy, networks, tmp_path / "model.pt", data, writer, threading.Event())
+    writer.close()
+    # where it runs, how it is measured, and the task, which is in the file's name
+    spy.seen -= {"device", "compile", "pretrain_eval_interval", "pretrain_eval_episodes", "env_id"}
+    fields = {field.name: field for field in dataclasses.fields(module.Args)}
+    assert len(spy.seen) > 10 and "seed" in spy.seen
+    paths = {path}
+    with monkeypatch.context() as patch:
+        patch.setattr(data_tools, "load_dataset", lambda *args: data)
+        for name in sorted(spy.seen):
+            changed = dataclasses.replace(args, **{name: another(fields[name], getattr(args, name))})
+            found, made_from = module.find_pretrained(changed)
+            assert found not in paths and made_from is data, name
+            paths.add(found)
+
+        # What belongs to RL does not.
+        for name in {"gamma", "learning_rate", "num_envs", "warmup_steps", "total_timesteps"} & fields.keys():
+            changed = dataclasses.replace(args, **{name: another(fields[name], getattr(args, name))})
+            assert module.find_pretrained(changed) == (path, None), name
+
+    # Other data or other code make another model as well.
+    other = case.new_data_dir()
+    import h5py
+
+    with h5py.File(other / DATA_FILE, "r+") as file:
+        file["actions"][5, 0] = 0.25
+    shutil.copytree(case.data_dir / "pretrained", other / "pretrained")
+    assert module.find_pretrained(dataclasses.replace(args, data_dir=str(other)))[0].name != path.name
+    original = module.inspect.getsource
+    monkeypatch.setattr(module.inspect, "getsource", lambda part: original(part) + "\nx = 1\n")
+    assert module.find_pretrained(args)[0] != path
+    monkeypatch.setattr(module.inspect, "getsource", lambda part: original(part) + "\n# a comment\n")
+    assert module.find_pretrained(args)[0] == path
+
+
+@every_algo
+def test_kitchens_share_a_pretrained_model(case, tmp_path):
+    golden.make_data(tmp_path / "kitchen.hdf5", 30, 9)
+    paths = set()
+    for env_id in ("kitchen", "kitchen-misaligned"):  # which share their data
+        flags = f"--env-id {env_id} --data {tmp_path / 'kitchen.hdf5'}"
+        path, data = case.module.find_pretrained(case.module.parse_args(case.argv(flags)))
+        assert data is not None
+        paths.add(path)
+    assert len(paths) == 1
+
+
+@skimo_only
+def test_model_given_by_its_path_needs_no_data(case, no_data):
+    no_data()
+    _, run_dir = case.start(f"--pretrained {case.model}")
+    assert_same(state_of(run_dir), state_of(case.run_dir))
+
+
+# -------------------------------------------------------------------------------------------------------- real signals
+@skimo_only
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_before_the_run_has_a_folder_is_a_sentence(case, number, monkeypatch, tmp_path):
+    monkeypatch.setattr(case.module, "find_pretrained", lambda args: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit, match="stopped before there was anything to save"):
+        case.main(case.argv(runs=tmp_path / "runs"))
+    assert not (tmp_path / "runs").exists()
+
+
+@skimo_only
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_second_signal_ends_the_program_at_once(case, number):
+    stop = case.module.stop_at_signals()
+    assert not stop.is_set()
+    os.kill(os.getpid(), number)
+    assert stop.is_set()
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def wait_for(process, log, words, seconds=300):
+    """Until the program has written the words into the file log."""
+    limit = time.time() + seconds
+    while words not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.time() < limit, log.read_text()
+        time.sleep(0.05)
+
+
+def signalled(command, cwd, words, number):
+    """What a program wrote that got a signal soon after it wrote the words."""
+    log = cwd / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=cwd, stdout=file, stderr=file)
+    with process:
+        wait_for(process, log, words)
+        time.sleep(0.3)
+        process.send_signal(number)
+        process.wait(timeout=300)
+    assert process.returncode == 1, log.read_text()
+    assert "Traceback" not in log.read_text()
+    return log.read_text()
+
+
+@skimo_only
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_signalled_program_saves_and_goes_on(case, first, tmp_path):
+    data_dir = case.new_data_dir()
+    flags = "--pretrain-updates 400 --pretrain-eval-interval 1000 --total-timesteps 1000000 --eval-interval 0"
+    command = [sys.executable, str(case.script), *case.argv(flags, tmp_path / "runs", data_dir)]
+    written = signalled(command, tmp_path, "pre-training:", first)
+    assert "stopping: saves first" in written and "stopped in pre-training; the same command goes on" in written
+    updates = torch.load(only(data_dir / "pretrained"), weights_only=True)["updates"]
+    assert 0 < updates < 400
+
+    second = signal.SIGTERM if first == signal.SIGINT else signal.SIGINT
+    shutil.rmtree(tmp_path / "runs")
+    written = signalled(command, tmp_path, "RL:", second)
+    assert f"pre-training goes on at update {updates}" in written
+    run_dir = only(tmp_path / "runs")
+    assert f"--resume {run_dir}" in written
+    step = state_of(run_dir)["global_step"]
+    assert 0 < step < 1_000_000
+    case.resume(run_dir, f"--total-timesteps {step + 40}")
+    assert state_of(run_dir)["global_step"] == step + 40
+
+
+@skimo_only
+def test_kill_while_writing_keeps_the_old_checkpoint(case, tmp_path):
+    script = """
+        import os, signal, sys, torch
+        from pathlib import Path
+        from algos import skimo
+        original = torch.save
+        def save(state, path):
+            original(state, path)
+            with open(path, "r+b") as file:
+                file.truncate(os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        path = Path(sys.argv[1])
+        skimo.save(path, {}, step=1)
+        torch.save = save
+        skimo.save(path, {}, step=2)
+    """
+    path = tmp_path / "checkpoint.pt"
+    command = [sys.executable, "-c", textwrap.dedent(script), str(path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert case.module.load(path, {})["step"] == 1
+
+
+@skimo_only
+@pytest.mark.parametrize("size", [40_000, 5_000])
+def test_disk_that_fills_up_is_reported(case, size, tmp_path):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # no file may grow larger
+
+    data_dir = case.new_data_dir()
+    flags = "" if size > 10_000 else f"--pretrained {case.model}"  # then TensorBoard's file cannot be written either
+    command = [sys.executable, str(case.script), *case.argv(flags, tmp_path / "runs", data_dir)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, preexec_fn=limit)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr, result.stderr
+    assert "error: cannot write" in result.stderr and "free some space" in result.stderr
+    assert not list(tmp_path.rglob("*.part")) and not list(data_dir.rglob("*.part"))
