@@ -1,0 +1,78 @@
+"""The networks' formulas in NumPy and float64, and small things that tests of several algorithms need."""
+
+import copy
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+needs_compiler = pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="no C++ compiler")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DEVICES = [pytest.param("cpu", marks=needs_compiler), pytest.param("cuda", marks=needs_cuda)]  # that torch compiles for
+
+
+def np_net(net, x):
+    """An nn.Sequential."""
+    for layer in net:
+        weights = {name: value.detach().cpu().numpy().astype(np.float64) for name, value in layer.named_parameters()}
+        if isinstance(layer, nn.Linear):
+            x = x @ weights["weight"].T + weights["bias"]
+        elif isinstance(layer, nn.LayerNorm):
+            x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+            x = x * weights["weight"] + weights["bias"]
+        elif isinstance(layer, nn.ELU):
+            x = np.where(x > 0, x, np.expm1(np.minimum(x, 0)))
+        elif isinstance(layer, nn.Tanh):
+            x = np.tanh(x)
+        else:
+            raise AssertionError(f"no {layer} in the paper")
+    return x
+
+
+def np_features(obs):
+    """Inputs of the maze: scaled observations, then sines of both coordinates in all periods, then cosines."""
+    x = [obs[..., :2] / 40 - 0.5, obs[..., 2:] / 10]
+    for wave in (np.sin, np.cos):
+        for k in (0, 1):
+            x += [wave(2 * np.pi * obs[..., k, None] / period) for period in (1, 2, 4, 8, 16, 32)]
+    return np.concatenate(x, -1)
+
+
+def np_encode(encoder, obs):
+    """E or E_L in the maze."""
+    return np_net(encoder.net, np_features(obs))
+
+
+def np_gaussian(x):
+    """Mean and std of the Gaussian whose tanh is the variable."""
+    mean, log_std = np.split(x, 2, -1)
+    return 5 * np.tanh(mean / 5), np.exp(np.clip(log_std, -10, 2)) + 1e-4
+
+
+def np_kl(p, q):
+    """KL of diagonal Gaussians by cross-entropy minus entropy, summed over the last axis."""
+    cross_entropy = 0.5 * np.log(2 * np.pi * q[1] ** 2) + (p[1] ** 2 + (p[0] - q[0]) ** 2) / (2 * q[1] ** 2)
+    return (cross_entropy - 0.5 * np.log(2 * np.pi * np.e * p[1] ** 2)).sum(-1)
+
+
+def random_obs(rng, *shape):
+    """Observations of the maze."""
+    return np.concatenate([rng.uniform(0, 40, (*shape, 2)), rng.uniform(-5, 5, (*shape, 2))], -1)
+
+
+def noisy_copy(module, seed=1):
+    torch.manual_seed(seed)
+    module = copy.deepcopy(module)
+    for value in module.parameters():
+        value.data += 0.1 * torch.randn_like(value)
+    return module
+
+
+def has_gradient(module):
+    return any(value.grad is not None and value.grad.abs().sum() > 0 for value in module.parameters())
+
+
+def same_weights(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
