@@ -19,8 +19,8 @@ Not goal-conditioned; not pre-trained; decides at each env step; off-policy.
 Free choices, where the paper's versions differ: log std in [-5, 2] by a tanh, min of both critics in the policy loss.
 Ends and time-outs are told apart: only a true end has no future.
 A run's folder holds the same files as skimo.py's.
-Differs from skimo.py in: Args, TASK_DEFAULTS, POSITION_PERIODS, policy_loss, rollout, ReplayBuffer, Agent, train, evaluate,
-    parse_args, check_args, main
+Differs from skimo.py in: Args, TASK_DEFAULTS, POSITION_PERIODS, policy_loss, rollout, ReplayBuffer, Agent, train,
+    evaluate, parse_args, check_args, main
 Shapes: B batch, O observation, F inputs, A action, E environments.
 """
 

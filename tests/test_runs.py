@@ -8,7 +8,6 @@ import copy
 import csv
 import dataclasses
 import errno
-import functools
 import importlib
 import json
 import os
@@ -923,7 +922,7 @@ def test_signalled_program_saves_and_goes_on(case, first, tmp_path):
     step = state_of(run_dir)["global_step"]
     assert 0 < step < 1_000_000
     case.resume(run_dir, f"--total-timesteps {step + 40}")
-    assert state_of(run_dir)["global_step"] == step + 40
+    assert step + 40 <= state_of(run_dir)["global_step"] < step + 80
 
 
 @skimo_only
