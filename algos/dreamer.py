@@ -537,7 +537,7 @@ def stop_at_signals() -> threading.Event:
 
     def ask(number, frame):
         stop.set()
-        tqdm.write("stopping: saves first (once more: stops at once)")
+        os.write(2, b"\nstopping: saves first (once more: stops at once)\n")  # print may not interrupt a print
         signal.signal(number, signal.SIG_DFL)
 
     signal.signal(signal.SIGINT, ask)
@@ -562,11 +562,11 @@ def save(path: Path, parts: dict, **values):
 
     The file is renamed when it is whole, so that a crash while writing leaves the one of before.
     """
+    part = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same pre-trained model
     state = {name: part.state_dict() for name, part in parts.items()}
     rng = [torch.get_rng_state()]
     if torch.cuda.is_initialized():
         rng.append(torch.cuda.get_rng_state())
-    part = path.with_suffix(".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(dict(state, **values, rng=rng), part)
@@ -604,8 +604,9 @@ def load(path: Path, parts: dict) -> dict:
                     raise ValueError(f"{key} is not finite")
         if isinstance(part, torch.optim.Optimizer):
             for weight, moments in part.state.items():
-                if moments["exp_avg"].shape != weight.shape:
-                    raise ValueError("an optimizer's state has another shape")
+                for moment in (moments["exp_avg"], moments["exp_avg_sq"]):
+                    if moment.shape != weight.shape or not moment.isfinite().all():
+                        raise ValueError("an optimizer's state has another shape or is not finite")
     return state
 
 

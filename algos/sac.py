@@ -164,7 +164,7 @@ class Actor(nn.Module):
         return torch.tanh(x), (log_prob - log_slope).sum(-1)
 
 
-class Critics(nn.Module):
+class TwinQ(nn.Module):
     """Q_1 and Q_2 of observations (..., O) and actions (..., A) -> 2 x (...)."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
@@ -426,7 +426,7 @@ class Agent(nn.Module):
         super().__init__()
         self.args = args
         self.actor = Actor(obs_dim, action_dim, args)
-        self.critics = Critics(obs_dim, action_dim, args)
+        self.critics = TwinQ(obs_dim, action_dim, args)
         self.target = copy.deepcopy(self.critics).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.zeros(()))
         self.target_entropy = -float(action_dim)  # nats
@@ -474,7 +474,7 @@ class Agent(nn.Module):
 
 
 def gradient_norm(module):
-    """Norm of all gradients, (); SAC does not bound it."""
+    """Norm of a module's gradient, (); what check_finite looks at."""
     return nn.utils.get_total_norm([weight.grad for weight in module.parameters()])
 
 

@@ -53,7 +53,7 @@ import time
 import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 # OpenMP's threads wait 3,000 turns for work before they sleep: beside busy programs torch's default, about a hundred
 # times that, makes an update three times slower (measured in benchmarks/README.md). Must be set before torch is loaded.
@@ -737,7 +737,7 @@ def stop_at_signals() -> threading.Event:
 
     def ask(number, frame):
         stop.set()
-        tqdm.write("stopping: saves first (once more: stops at once)")
+        os.write(2, b"\nstopping: saves first (once more: stops at once)\n")  # print may not interrupt a print
         signal.signal(number, signal.SIG_DFL)
 
     signal.signal(signal.SIGINT, ask)
@@ -762,11 +762,11 @@ def save(path: Path, parts: dict, **values):
 
     The file is renamed when it is whole, so that a crash while writing leaves the one of before.
     """
+    part = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same pre-trained model
     state = {name: part.state_dict() for name, part in parts.items()}
     rng = [torch.get_rng_state()]
     if torch.cuda.is_initialized():
         rng.append(torch.cuda.get_rng_state())
-    part = path.with_suffix(".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(dict(state, **values, rng=rng), part)
@@ -804,8 +804,9 @@ def load(path: Path, parts: dict) -> dict:
                     raise ValueError(f"{key} is not finite")
         if isinstance(part, torch.optim.Optimizer):
             for weight, moments in part.state.items():
-                if moments["exp_avg"].shape != weight.shape:
-                    raise ValueError("an optimizer's state has another shape")
+                for moment in (moments["exp_avg"], moments["exp_avg_sq"]):
+                    if moment.shape != weight.shape or not moment.isfinite().all():
+                        raise ValueError("an optimizer's state has another shape or is not finite")
     return state
 
 
@@ -1183,29 +1184,37 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if given.published:
         defaults |= PUBLISHED.get(env_id, RELEASE)
     if given.evaluate == "published":
-        given.evaluate = str(SHIPPED / "agents" / f"{PRETRAINED}_{env_id}.pt")
+        given.evaluate = str(SHIPPED / "agents" / f"{Path(__file__).stem}_{env_id}.pt")
     if given.evaluate:
         with reading(given.evaluate):
             defaults = load(given.evaluate, {})["args"]
-            defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile)
+            check_types(defaults)
+        defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile)
     if given.resume:
         path = Path(given.resume) / "args.json"
         with reading(path):
             defaults = json.loads(path.read_text())
-            kinds = {field.name: type(field.default) for field in fields(Args)}
-            wrong = [name for name, value in defaults.items() if type(value) not in (kinds[name], str, type(None))]
-            if wrong:
-                raise ValueError(f"{wrong[0]} has a wrong type")
+            check_types(defaults)
+            for field in fields(Args):
+                defaults[field.name]  # all are there
     if given.device:
         defaults["compile"] = given.device == "cuda"
-    with reading(given.resume or given.evaluate or "the defaults"):
-        default = Args(**defaults)
-    args = tyro.cli(Args, args=argv, default=default, description=__doc__.split("\n")[0])
+    args = tyro.cli(Args, args=argv, default=Args(**defaults), description=__doc__.split("\n")[0])
     args.evaluate = given.evaluate
     for name, value in asdict(args).items():
         if given.resume and name not in MAY_CHANGE.split() and value != defaults[name]:
             sys.exit(f"error: --{name.replace('_', '-')} cannot change with --resume: leave it out, or begin a new run")
     return args
+
+
+def check_types(values: dict):
+    """Raise an error if saved arguments are not those of this file."""
+    types = {field.name: field.type for field in fields(Args)}
+    for name, value in values.items():
+        kind = float if type(value) is int and types[name] is float else type(value)
+        choices = get_args(types[name])  # values of a Literal, types of `str | None`
+        if kind is not types[name] and kind not in choices and value not in choices:
+            raise ValueError(f"{name} cannot be {value!r}")
 
 
 def check_args(args: Args):
@@ -1240,30 +1249,29 @@ def main(args: Args) -> dict:
     run_dir = Path(args.resume or f"{args.run_dir}/{run_name}")
     resumed = (run_dir / "checkpoint.pt").exists()  # it holds all networks
     path, data = (None, None) if resumed else find_pretrained(args)
+    rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {args.device}, torch {torch.__version__}"
+    facts = {}
     try:
         run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
         write_json(run_dir / "args.json", asdict(args))
-    except OSError as error:
-        sys.exit(f"error: {run_dir} cannot be written ({error.strerror}); choose another folder with --run-dir")
-    writer = SummaryWriter(run_dir)
-    rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
-    stop = stop_at_signals()
-
-    facts = {}
-    try:
-        if data is not None:
-            pretrain(args, networks, path, data, writer, stop)
-        if not resumed:
-            with reading(path):
-                facts = load(path, dict(networks=networks))["facts"]
-            print(f"pre-trained model: {path}")
-        results = train(args, networks, facts, run_dir, writer, stop)
-    finally:
-        writer.close()
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {args.device}, torch {torch.__version__}"
-    results |= dict(machine=machine, args=asdict(args))
-    write_json(run_dir / "results.json", results)
+        with SummaryWriter(run_dir) as writer:
+            writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+            stop = stop_at_signals()
+            if data is not None:
+                pretrain(args, networks, path, data, writer, stop)
+            if not resumed:
+                with reading(path):
+                    facts = dict(load(path, dict(networks=networks))["facts"])
+                print(f"pre-trained model: {path}")
+            results = train(args, networks, facts, run_dir, writer, stop)
+        results |= dict(machine=machine, args=asdict(args))
+        write_json(run_dir / "results.json", results)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).split("\n")[0]
+        sys.exit(f"error: torch.compile failed ({reason}); use --no-compile or install a C++ compiler")
+    except OSError as error:  # while logs, episodes.csv or results.json were written
+        sys.exit(f"error: cannot write to {run_dir} ({error}); free some space or choose another --run-dir")
     print(f"finished: {run_dir}; curves: tensorboard --logdir {run_dir}")
     return results
 
