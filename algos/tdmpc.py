@@ -45,10 +45,10 @@ import time
 import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 # OpenMP's threads wait 3,000 turns for work before they sleep: beside busy programs torch's default, about a hundred
-# times that, makes an update three times slower (measured in benchmarks/README.md). Must be set before torch is loaded.
+# times that, makes an update three times slower (table in algos/README.md). Must be set before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
@@ -356,8 +356,8 @@ class Planner:
         K = int(1 + growth * (args.num_steps - 1))  # steps per plan
         progress = min(1.0, global_step / max(args.std_steps, 1))
         min_std = args.min_std + progress * (args.min_std_end - args.min_std)
-        min_std = torch.tensor(min_std, device=args.device)
-        noise_scale = torch.tensor(float(self.explore), device=args.device)
+        min_std = torch.full((), min_std, device=args.device)  # made there: torch.tensor would wait for the device
+        noise_scale = torch.full((), float(self.explore), device=args.device)
         mean = torch.zeros(len(obs), K, agent.action_dim, device=args.device)
         if self.last_mean.shape == mean.shape:
             mean[:, :-1] = self.last_mean[:, 1:]
@@ -475,12 +475,14 @@ class SequenceBuffer:
         )
 
     def load_state_dict(self, state: dict):
+        if state["rows"].shape[1] != sum(self.sizes) or not state["rows"].isfinite().all():
+            raise ValueError("the replay buffer has rows of another size or is not finite")
+        self.filled[:] = state["filled"].numpy()
+        self.age[:] = state["age"].numpy()
         self.rows = state["rows"].to(self.rows.device)
         self.num_starts = len(state["starts"])
         self.starts = torch.zeros_like(self.rows[:, 0], dtype=torch.long)
         self.starts[: self.num_starts] = state["starts"]
-        self.filled = state["filled"].numpy()
-        self.age = state["age"].numpy()
 
 
 # --------------------------------------------------------------------------------------------------- logs, checkpoints
@@ -674,10 +676,10 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
             planner.last_mean = state["last_mean"].to(args.device)
             global_step = int(state["global_step"])
             gradient_step = int(state["gradient_step"])
-            running_return = state["running_return"].numpy()
-            running_length = state["running_length"].numpy()
-            episodes = list(state["episodes"])
-            evaluations = list(state["evaluations"])
+            running_return[:] = state["running_return"].numpy()
+            running_length[:] = state["running_length"].numpy()
+            episodes = [(step, ret, length, minutes) for step, ret, length, minutes in state["episodes"]]
+            evaluations = [(step, ret, share) for step, ret, share in state["evaluations"]]
             seconds = float(state["seconds"])
             set_random_state(state["rng"])
     start_time = time.time() - seconds
@@ -828,24 +830,32 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if given.evaluate:
         with reading(given.evaluate):
             defaults = load(given.evaluate, {})["args"]
-            defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile)
+            check_types(defaults)
+        defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile)
     if given.resume:
         path = Path(given.resume) / "args.json"
         with reading(path):
             defaults = json.loads(path.read_text())
-            kinds = {field.name: type(field.default) for field in fields(Args)}
-            wrong = [name for name, value in defaults.items() if type(value) not in (kinds[name], str, type(None))]
-            if wrong:
-                raise ValueError(f"{wrong[0]} has a wrong type")
+            check_types(defaults)
+            for field in fields(Args):
+                defaults[field.name]  # all are there
     if given.device:
         defaults["compile"] = given.device == "cuda"
-    with reading(given.resume or given.evaluate or "the defaults"):
-        default = Args(**defaults)
-    args = tyro.cli(Args, args=argv, default=default, description=__doc__.split("\n")[0])
+    args = tyro.cli(Args, args=argv, default=Args(**defaults), description=__doc__.split("\n")[0])
     for name, value in asdict(args).items():
         if given.resume and name not in MAY_CHANGE.split() and value != defaults[name]:
             sys.exit(f"error: --{name.replace('_', '-')} cannot change with --resume: leave it out, or begin a new run")
     return args
+
+
+def check_types(values: dict):
+    """Raise an error if saved arguments are not those of this file."""
+    types = {field.name: field.type for field in fields(Args)}
+    for name, value in values.items():
+        kind = float if type(value) is int and types[name] is float else type(value)
+        choices = get_args(types[name])  # values of a Literal, types of `str | None`
+        if kind is not types[name] and kind not in choices and value not in choices:
+            raise ValueError(f"{name} cannot be {value!r}")
 
 
 def check_args(args: Args):
@@ -856,6 +866,8 @@ def check_args(args: Args):
             sys.exit(f"error: {flag} {value} does not work; give a number that is not negative")
         if type(value) is int and value == 0 and name not in ("seed", "eval_interval", "warmup_steps"):
             sys.exit(f"error: {flag} 0 does not work; give at least 1")
+        if name in ("tau", "gamma", "rho", "momentum") and value > 1:
+            sys.exit(f"error: {flag} {value} does not work; give at most 1")
     if args.num_elites > args.num_samples + args.num_policy_trajs:
         sys.exit("error: --num-elites exceeds --num-samples + --num-policy-trajs; lower it")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -873,27 +885,22 @@ def main(args: Args) -> dict:
 
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
     run_dir = Path(args.resume or f"{args.run_dir}/{run_name}")
+    rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {args.device}, torch {torch.__version__}"
     try:
         run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
         write_json(run_dir / "args.json", asdict(args))
-        writer = SummaryWriter(run_dir)
-    except OSError as error:
-        sys.exit(f"error: {run_dir} cannot be written ({error.strerror}); choose another folder with --run-dir")
-    rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
-    stop = stop_at_signals()
-    try:
-        results = train(args, run_dir, writer, stop)
-    except OSError as error:  # a full disk while logging, say
-        sys.exit(f"error: {error}; mend it and go on with --resume {run_dir}")
+        with SummaryWriter(run_dir) as writer:
+            writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+            stop = stop_at_signals()
+            results = train(args, run_dir, writer, stop)
+        results |= dict(machine=machine, args=asdict(args))
+        write_json(run_dir / "results.json", results)
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = str(error).split("\n")[0]
         sys.exit(f"error: torch.compile failed ({reason}); use --no-compile or install a C++ compiler")
-    finally:
-        writer.close()
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {args.device}, torch {torch.__version__}"
-    results |= dict(machine=machine, args=asdict(args))
-    write_json(run_dir / "results.json", results)
+    except OSError as error:  # while logs, episodes.csv or results.json were written
+        sys.exit(f"error: cannot write to {run_dir} ({error}); free some space or choose another --run-dir")
     print(f"finished: {run_dir}; curves: tensorboard --logdir {run_dir}")
     return results
 
