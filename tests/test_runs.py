@@ -8,6 +8,7 @@ import copy
 import csv
 import dataclasses
 import errno
+import functools
 import importlib
 import json
 import os
@@ -649,19 +650,10 @@ def test_task_that_is_unknown_is_refused(case, capsys):
 # ------------------------------------------------------------------------------------------------ full disks, diverging
 @every_algo
 def test_learning_that_diverges_ends_with_a_sentence_and_keeps_the_checkpoint(case, monkeypatch):
-    original = torch.nn.utils.clip_grad_norm_
+    original = torch.Tensor.backward
     bad = threading.Event()
     after_calls(monkeypatch, data_tools.tasks.maze.MazeVectorEnv, "step", 170, bad.set, in_training)
-
-    def clip(parameters, *args, **kwargs):
-        parameters = list(parameters)
-        if bad.is_set():
-            for value in parameters:
-                if value.grad is not None:
-                    value.grad.fill_(torch.nan)
-        return original(parameters, *args, **kwargs)
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: original(loss * torch.nan if bad.is_set() else loss))
     runs = case.folder / f"runs{len(list(case.folder.iterdir()))}"
     argv = case.argv("--checkpoint-interval 10 --eval-interval 0", runs)
     refused(lambda: case.main(argv), "no number any more", "learning rate")
@@ -741,6 +733,17 @@ def test_full_disk_elsewhere_is_a_sentence(case, name, monkeypatch):
 
 
 @skimo_only
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)  # TensorBoard's thread fails as well
+def test_run_folder_that_is_deleted_meanwhile_is_a_sentence(case, monkeypatch):
+    runs = case.folder / f"runs{len(list(case.folder.iterdir()))}"
+    remove = functools.partial(shutil.rmtree, runs)
+    after_calls(monkeypatch, data_tools.OfflineDataset, "sample_windows", 3, remove)
+    refused(lambda: case.main(case.argv(runs=runs, data_dir=case.new_data_dir())), "cannot write to", runs)
+
+
+@skimo_only
 def test_places_that_cannot_be_written_are_refused(case, tmp_path):
     file = tmp_path / "file"
     file.write_text("")
@@ -806,8 +809,8 @@ def test_pretrained_model_is_found_by_all_that_shaped_it(case, tmp_path, monkeyp
     writer = module.SummaryWriter(tmp_path)
     module.pretrain(spy, networks, tmp_path / "model.pt", data, writer, threading.Event())
     writer.close()
-    # where it runs, how it is measured, and the task, which is in the file's name
-    spy.seen -= {"device", "compile", "pretrain_eval_interval", "pretrain_eval_episodes", "env_id"}
+    # where it runs, how it acts and is measured, and the task, which is in the file's name
+    spy.seen -= {"device", "compile", "pretrain_eval_interval", "pretrain_eval_episodes", "squash_actions", "env_id"}
     fields = {field.name: field for field in dataclasses.fields(module.Args)}
     assert len(spy.seen) > 10 and "seed" in spy.seen
     paths = {path}
