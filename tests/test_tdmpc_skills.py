@@ -155,13 +155,18 @@ def test_model_loss_is_that_of_td_mpc(release_defects):
     assert not has_gradient(target) and not has_gradient(policy) and not h_out.requires_grad and not h.requires_grad
 
 
-def test_errors_of_one_bad_window_are_bounded():
-    args = tiny_args(value_coef=0.0, consistency_coef=0.0, reward_coef=1.0)
+@pytest.mark.parametrize("release_defects", [False, True])
+def test_a_reward_of_100_is_learnt_but_with_the_releases_bound(release_defects):
+    args = tiny_args(value_coef=0.0, consistency_coef=0.0, reward_coef=1.0, release_defects=release_defects)
     agent = new_agent(args)
     obs, u, rewards, dones = float_batch(args)
-    rewards[0] = 1e6
-    loss, metrics, *_ = tdmpc.model_loss(agent.model, agent.target, agent.task_policy, obs, u, rewards, dones, args)
-    assert metrics["reward_loss"] > 1e10 and loss < 1e4
+    rewards[:] = 0
+    rewards[:, 0] = 105
+    loss, *_ = tdmpc.model_loss(agent.model, agent.target, agent.task_policy, obs, u, rewards, dones, args)
+    loss.backward()
+    norm = sum(value.grad.square().sum() for value in agent.model.reward_model.parameters()).sqrt()
+    assert (norm == 0) == release_defects
+    assert loss <= (1e4 if release_defects else 1e5)
 
 
 def test_policy_loss_takes_value_on_imagined_and_kl_on_encoded_states():
