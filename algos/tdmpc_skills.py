@@ -105,6 +105,7 @@ class Args:
     skill_dim: int = 10  # Z: size of a skill
     hidden_dim: int = 128  # width of skill encoder, skill policy and prior
     position_features: bool = True  # sines and cosines of positions as inputs, maze scaled (release: raw)
+    squash_actions: bool = False  # tanh on actions, although pi_L is trained without one, as in the release
 
     # Pre-training
     pretrain_updates: int = 48_000  # gradient updates
@@ -118,7 +119,6 @@ class Args:
     # Downstream RL
     total_timesteps: int = 1_000_000  # env steps, warm-up included
     num_envs: int = 8  # environments side by side
-    squash_actions: bool = False  # tanh on actions, although pi_L is trained without one, as in the release
     num_skills: int = 5  # N: skills per window and in the longest plan
     warmup_steps: int = 5_000  # env steps with skills from the prior, before planning and updates start
     batch_size: int = 128  # windows of N skills per update
@@ -720,6 +720,12 @@ class ReplayBuffer:
         return dict(self.columns, episodes=self.episodes, running=self.running)
 
     def load_state_dict(self, state: dict):
+        rows = int((state["episodes"][:, 1] + 1).sum())
+        for name, column in self.columns.items():
+            if state[name].shape != (rows, *column.shape[1:]) or not state[name].isfinite().all():
+                raise ValueError(f"{name} of the replay buffer has another shape or is not finite")
+        if len(state["running"]) != len(self.running):
+            raise ValueError("the replay buffer is that of another number of environments")
         self.running = state["running"]
         self.episodes = state["episodes"].to(self.device)
         self.columns = {name: state[name].to(self.device) for name in self.columns}
@@ -908,7 +914,8 @@ def pretrain(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop
         bar.update()
 
         finished = updates == args.pretrain_updates
-        saving = stop.is_set() or updates % 2_500 == 0
+        stopping = stop.is_set()
+        saving = stopping or updates % 2_500 == 0
         if finished or saving or updates % 100 == 0:
             check_finite(metrics)
             log(writer, "pretrain", metrics, updates)
@@ -931,7 +938,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop
 
         if saving and not finished:
             save(unfinished, parts, updates=updates, seconds=time.time() - start_time)
-        if stop.is_set() and not finished:
+        if stopping and not finished:
             bar.close()
             sys.exit("stopped in pre-training; the same command goes on")
     bar.close()
@@ -1026,13 +1033,14 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
             state = load(checkpoint, parts)
             obs = envs.set_state(state["envs"])
             planner.last_mean = state["last_mean"].to(args.device)
-            led_here = state["led_here"][0], state["led_here"][1].numpy()
+            led_here[0][:] = state["led_here"][0]
+            led_here[1][:] = state["led_here"][1].numpy()
             global_step = int(state["global_step"])
             gradient_step = int(state["gradient_step"])
-            running_return = state["running_return"].numpy()
-            running_length = state["running_length"].numpy()
-            episodes = list(state["episodes"])
-            evaluations = list(state["evaluations"])
+            running_return[:] = state["running_return"].numpy()
+            running_length[:] = state["running_length"].numpy()
+            episodes = [(step, ret, length, minutes) for step, ret, length, minutes in state["episodes"]]
+            evaluations = [(step, ret, share) for step, ret, share in state["evaluations"]]
             facts = dict(state["facts"])
             seconds = float(state["seconds"])
             set_random_state(state["rng"])
@@ -1223,6 +1231,8 @@ def check_args(args: Args):
             sys.exit(f"error: {flag} {value} does not work; give a number that is not negative")
         if type(value) is int and value == 0 and name not in may_be_zero:
             sys.exit(f"error: {flag} 0 does not work; give at least 1")
+        if name in ("tau", "gamma", "rho", "momentum") and value > 1:
+            sys.exit(f"error: {flag} {value} does not work; give at most 1")
     if args.policy_std == 0:
         sys.exit("error: --policy-std 0 does not work; give a small number")
     if args.num_elites > args.num_samples + args.num_policy_trajs:
