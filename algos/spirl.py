@@ -27,11 +27,14 @@ Differences from the release, marked DEVIATION n below.
    late, (s_0, z_0, s_11), (s_11, z_10, s_21), although z_10 was chosen and begun in s_10.
 8. Evaluations take the mode of the policy; the release's take samples.
 --published takes the release's side of 2, 3 and 6, and of the E environments in 4.
+Checked against the release with the same weights, batches and noise, in double precision: the losses and gradients of
+pre-training are equal to 1e-12, those of SAC to 5e-8 (of 3,700). The order of an update was read there, not run.
 
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, PUBLISHED, SkillModel, make_networks, pretrain_loss,
 prior_rollouts, ReplayBuffer, pretrain_lr, find_pretrained, pretrain, Agent, train, evaluate, check_args.
-A run's folder holds what skimo.py says.
-Score: maze, share of the last 100 training episodes that reach the goal after 300,000 env steps: .16 / .27 / .05.
+A run's folder holds what skimo.py names.
+Score: maze, share of the last 100 training episodes that reach the goal after 300,000 env steps: .16 / .27 / .05,
+before the order of an update became the release's.
 Shapes: B batch, H steps per skill, O observation, F inputs, A action, Z skill, E environments.
 """
 
@@ -100,6 +103,7 @@ class Args:
     skill_dim: int = 10  # Z: size of a skill
     hidden_dim: int = 128  # width of skill encoder, skill policy and prior
     position_features: bool = True  # sines and cosines of positions as inputs, maze scaled (release: raw)
+    squash_actions: bool = False  # tanh on actions, although pi_L is trained without one, as in the release
 
     # Pre-training
     pretrain_updates: int = 48_000  # gradient updates
@@ -113,7 +117,6 @@ class Args:
     # Downstream RL
     total_timesteps: int = 1_000_000  # env steps, warm-up included
     num_envs: int = 8  # environments side by side
-    squash_actions: bool = False  # tanh on actions, although pi_L is trained without one, as in the release
     warmup_skills: int = 5_000  # skills before the updates start
     updates_per_skill: float = 1.0  # gradient updates per skill after the warm-up
     batch_size: int = 256  # transitions per update
@@ -477,9 +480,12 @@ class ReplayBuffer:
         return dict(filled, added=self.added)
 
     def load_state_dict(self, state: dict):
-        for name, column in self.columns.items():
-            column[: len(state[name])] = state[name].to(self.device)
         self.added = int(state["added"])
+        for name, column in self.columns.items():
+            filled = column[: len(self)]
+            if state[name].shape != filled.shape or not state[name].isfinite().all():
+                raise ValueError(f"{name} of the replay buffer has another shape or is not finite")
+            filled.copy_(state[name])
 
 
 # --------------------------------------------------------------------------------------------------- logs, checkpoints
@@ -582,8 +588,8 @@ def set_random_state(rng: list):
 
 # --------------------------------------------------------------------------------------------------------- pre-training
 def gradient_norm(module):
-    """Norm of a module's gradient, (); what check_finite looks at."""
-    return nn.utils.get_total_norm([weight.grad for weight in module.parameters()])
+    """Norm of a module's gradient, (), which keeps it; what check_finite looks at."""
+    return nn.utils.clip_grad_norm_(module.parameters(), float("inf"))
 
 
 def check_finite(metrics: dict):
@@ -666,7 +672,8 @@ def pretrain(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop
         bar.update()
 
         finished = updates == args.pretrain_updates
-        saving = stop.is_set() or updates % 2_500 == 0
+        stopping = stop.is_set()
+        saving = stopping or updates % 2_500 == 0
         if finished or saving or updates % 100 == 0:
             check_finite(metrics)
             log(writer, "pretrain", metrics, updates)
@@ -689,7 +696,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop
 
         if saving and not finished:
             save(unfinished, parts, updates=updates, seconds=time.time() - start_time)
-        if stop.is_set() and not finished:
+        if stopping and not finished:
             bar.close()
             sys.exit("stopped in pre-training; the same command goes on")
     bar.close()
@@ -798,10 +805,10 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
             obs = envs.set_state(state["envs"])
             global_step = int(state["global_step"])
             gradient_step = int(state["gradient_step"])
-            running_return = state["running_return"].numpy()
-            running_length = state["running_length"].numpy()
-            episodes = list(state["episodes"])
-            evaluations = list(state["evaluations"])
+            running_return[:] = state["running_return"].numpy()
+            running_length[:] = state["running_length"].numpy()
+            episodes = [(step, ret, length, minutes) for step, ret, length, minutes in state["episodes"]]
+            evaluations = [(step, ret, share) for step, ret, share in state["evaluations"]]
             facts = dict(state["facts"])
             seconds = float(state["seconds"])
             set_random_state(state["rng"])
@@ -982,6 +989,8 @@ def check_args(args: Args):
             sys.exit(f"error: {flag} {value} does not work; give a number that is not negative")
         if type(value) is int and value == 0 and name not in may_be_zero:
             sys.exit(f"error: {flag} 0 does not work; give at least 1")
+        if name in ("tau", "gamma") and value > 1:
+            sys.exit(f"error: {flag} {value} does not work; give at most 1")
     if args.alpha == 0:
         sys.exit("error: --alpha 0 does not work, its logarithm is tuned; give a small number")
     if args.buffer_size < args.num_envs:

@@ -13,23 +13,28 @@ rho^t min Q(h_t, u), and on the encoded E(s_t) - alpha KL(2 u || p(s_t)); move t
 --release-defects: (a) windows pair state t with the skill and reward that led *into* it, so that the reward at an
 episode's end is never learnt; (b) 2 u is stored, but planner, policy loss and targets evaluate the model at u; (c) the
 planner does not see the step: one skill ahead, std floor 0.5, for ever; (d) maze: the prior gets scaled states but was
-trained on raw ones. It also ignores true ends, as TD-MPC does by design.
+trained on raw ones; (e) a window's errors are bounded by 1e4, SkiMo's by 1e5: a reward of 100 that is predicted as 0
+reaches that bound, where the gradient is zero. It also ignores true ends, as TD-MPC does by design.
 
 Differences from the release, marked DEVIATION n below.
-1. KL divergences without sampling: exact, or quadrature for the policy's tanh (release: 100 samples).
+1. KL divergences without sampling: exact, or quadrature for the policy's tanh. The release averages 100 samples. Its KL
+   is larger by a constant, Z ln 2 = 6.9, as it leaves out the slope of 2 u; so its bound of 100 is at 93.1 of ours.
 2. Pre-training is shorter, with a decaying learning rate, and in the maze with a larger KL weight.
 3. Sines and cosines of positions are inputs as well, and the maze is scaled, as in skimo.py.
 4. E environments side by side. Windows of 5 transitions (release: 5 stored items, 4 transitions); true ends are used.
 5. Kitchen, CALVIN: as in spirl.py. Maze: warm-up with skills of the prior (release: random low-level actions).
 6. Actions are those that pi_L was trained for; the release acts with their tanh (--squash-actions), see spirl.py.
 --published takes the release's side of 2, 3 and 6, and of the E environments in 4.
+Checked against the release with the same weights, transitions and noise, in double precision: pre-training as spirl.py;
+consistency and reward losses are equal to 1e-16. Value and policy losses were compared while the policy's mean had a
+bound (value: 2e-4); now it has none, as in the release, and the rest was read there, not run.
 
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, PUBLISHED, scalar_head, SkillModel, WorldModel,
-make_networks, pretrain_loss, model_loss, policy_loss, plan, Planner, ReplayBuffer,
-prior_rollouts, pretrain_lr, find_pretrained,
-pretrain, Agent, train, check_args.
-A run's folder holds what skimo.py says.
-Score: maze, 300,000 env steps at small sizes (README): no training episode reaches the goal (seeds 1-2).
+make_networks, pretrain_loss, model_loss, policy_loss, plan, Planner, ReplayBuffer, prior_rollouts, pretrain_lr,
+find_pretrained, pretrain, Agent, train, check_args.
+A run's folder holds what skimo.py names.
+Score: maze, 300,000 env steps at small sizes (README): no training episode reaches the goal (seeds 1-2), before the
+losses, windows and number of updates became the release's.
 Shapes: B batch, N skills per window, H steps per skill, O observation, F inputs, A action, Z skill, d latent state,
 E environments, K skills per plan, P plans.
 """
@@ -100,6 +105,7 @@ class Args:
     skill_dim: int = 10  # Z: size of a skill
     hidden_dim: int = 128  # width of skill encoder, skill policy and prior
     position_features: bool = True  # sines and cosines of positions as inputs, maze scaled (release: raw)
+    squash_actions: bool = False  # tanh on actions, although pi_L is trained without one, as in the release
 
     # Pre-training
     pretrain_updates: int = 48_000  # gradient updates
@@ -113,7 +119,6 @@ class Args:
     # Downstream RL
     total_timesteps: int = 1_000_000  # env steps, warm-up included
     num_envs: int = 8  # environments side by side
-    squash_actions: bool = False  # tanh on actions, although pi_L is trained without one, as in the release
     num_skills: int = 5  # N: skills per window and in the longest plan
     warmup_steps: int = 5_000  # env steps with skills from the prior, before planning and updates start
     batch_size: int = 128  # windows of N skills per update
@@ -453,9 +458,10 @@ def model_loss(model, target, task_policy, obs, u, rewards, dones, args):
     value_error = (q1 - td_target).square() + (q2 - td_target).square()
     value_error = (rho * value_error).sum(1)  # (B,)
 
-    loss = args.consistency_coef * consistency.clamp(max=1e4)
-    loss = loss + args.reward_coef * reward_error.clamp(max=1e4)
-    loss = loss + args.value_coef * value_error.clamp(max=1e4)
+    bound = 1e4 if args.release_defects else 1e5  # defect (e)
+    loss = args.consistency_coef * consistency.clamp(max=bound)
+    loss = loss + args.reward_coef * reward_error.clamp(max=bound)
+    loss = loss + args.value_coef * value_error.clamp(max=bound)
     loss = loss.mean() / N
     metrics = dict(
         consistency_loss=consistency,
@@ -714,6 +720,12 @@ class ReplayBuffer:
         return dict(self.columns, episodes=self.episodes, running=self.running)
 
     def load_state_dict(self, state: dict):
+        rows = int((state["episodes"][:, 1] + 1).sum())
+        for name, column in self.columns.items():
+            if state[name].shape != (rows, *column.shape[1:]) or not state[name].isfinite().all():
+                raise ValueError(f"{name} of the replay buffer has another shape or is not finite")
+        if len(state["running"]) != len(self.running):
+            raise ValueError("the replay buffer is that of another number of environments")
         self.running = state["running"]
         self.episodes = state["episodes"].to(self.device)
         self.columns = {name: state[name].to(self.device) for name in self.columns}
@@ -903,7 +915,8 @@ def pretrain(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop
         bar.update()
 
         finished = updates == args.pretrain_updates
-        saving = stop.is_set() or updates % 2_500 == 0
+        stopping = stop.is_set()
+        saving = stopping or updates % 2_500 == 0
         if finished or saving or updates % 100 == 0:
             check_finite(metrics)
             log(writer, "pretrain", metrics, updates)
@@ -926,7 +939,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop
 
         if saving and not finished:
             save(unfinished, parts, updates=updates, seconds=time.time() - start_time)
-        if stop.is_set() and not finished:
+        if stopping and not finished:
             bar.close()
             sys.exit("stopped in pre-training; the same command goes on")
     bar.close()
@@ -1021,13 +1034,14 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
             state = load(checkpoint, parts)
             obs = envs.set_state(state["envs"])
             planner.last_mean = state["last_mean"].to(args.device)
-            led_here = state["led_here"][0], state["led_here"][1].numpy()
+            led_here[0][:] = state["led_here"][0]
+            led_here[1][:] = state["led_here"][1].numpy()
             global_step = int(state["global_step"])
             gradient_step = int(state["gradient_step"])
-            running_return = state["running_return"].numpy()
-            running_length = state["running_length"].numpy()
-            episodes = list(state["episodes"])
-            evaluations = list(state["evaluations"])
+            running_return[:] = state["running_return"].numpy()
+            running_length[:] = state["running_length"].numpy()
+            episodes = [(step, ret, length, minutes) for step, ret, length, minutes in state["episodes"]]
+            evaluations = [(step, ret, share) for step, ret, share in state["evaluations"]]
             facts = dict(state["facts"])
             seconds = float(state["seconds"])
             set_random_state(state["rng"])
@@ -1226,6 +1240,8 @@ def check_args(args: Args):
             sys.exit(f"error: {flag} {value} does not work; give a number that is not negative")
         if type(value) is int and value == 0 and name not in may_be_zero:
             sys.exit(f"error: {flag} 0 does not work; give at least 1")
+        if name in ("tau", "gamma", "rho", "momentum") and value > 1:
+            sys.exit(f"error: {flag} {value} does not work; give at most 1")
     if args.policy_std == 0:
         sys.exit("error: --policy-std 0 does not work; give a small number")
     if args.num_elites > args.num_samples + args.num_policy_trajs:
