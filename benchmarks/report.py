@@ -98,15 +98,13 @@ Comparisons of settings. They do not count in the tables above.
 """
 
 MISALIGNED = """
-\\* Our scripted data are **not mis-aligned** with this task: slide -> hinge, which people never did, occurs in 106 of
-603 demonstrations (counted in the data; no log kept). So the task is easier here than in the paper.
+\\* Our data are **not mis-aligned** with it: 106 of 603 demonstrations do slide -> hinge, which people never did.
 """
 
 UNDER_TABLE = """
 Mean over seeds (each seed) of training episodes, smoothed as in the paper, beside the paper's value at the same env
-step. **The offline data are not the paper's: compare the order of methods, not heights.** Clean evaluations, every
-seed and the last 50,000 env steps are in RESULTS.md. Plans have at most 3 skills in the maze at this budget, 1 on
-CALVIN, 10 in the Kitchen.
+step. **The offline data are not the paper's: compare the order of methods, not heights.** Plans have at most 3 skills
+in the maze at this budget, 1 on CALVIN, 10 in the Kitchen. Clean evaluations and every seed are in RESULTS.md.
 """
 
 PICTURE = "Learning curves on all tasks: ours solid, the paper's dashed"
