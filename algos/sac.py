@@ -19,8 +19,8 @@ Not goal-conditioned; not pre-trained; decides at each env step; off-policy.
 Free choices, where the paper's versions differ: log std in [-5, 2] by a tanh, min of both critics in the policy loss.
 Ends and time-outs are told apart: only a true end has no future.
 A run's folder holds the same files as skimo.py's.
-Differs from skimo.py in: Args, TASK_DEFAULTS, POSITION_PERIODS, policy_loss, rollout, ReplayBuffer, Agent, train, evaluate,
-    parse_args, check_args, main
+Differs from skimo.py in: Args, TASK_DEFAULTS, POSITION_PERIODS, policy_loss, rollout, ReplayBuffer, Agent, train,
+    evaluate, parse_args, check_args, main
 Shapes: B batch, O observation, F inputs, A action, E environments.
 """
 
@@ -164,7 +164,7 @@ class Actor(nn.Module):
         return torch.tanh(x), (log_prob - log_slope).sum(-1)
 
 
-class Critics(nn.Module):
+class TwinQ(nn.Module):
     """Q_1 and Q_2 of observations (..., O) and actions (..., A) -> 2 x (...)."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
@@ -426,7 +426,7 @@ class Agent(nn.Module):
         super().__init__()
         self.args = args
         self.actor = Actor(obs_dim, action_dim, args)
-        self.critics = Critics(obs_dim, action_dim, args)
+        self.critics = TwinQ(obs_dim, action_dim, args)
         self.target = copy.deepcopy(self.critics).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.zeros(()))
         self.target_entropy = -float(action_dim)  # nats
@@ -474,8 +474,8 @@ class Agent(nn.Module):
 
 
 def gradient_norm(module):
-    """Norm of all gradients, (); SAC does not bound it."""
-    return nn.utils.get_total_norm([weight.grad for weight in module.parameters()])
+    """Norm of a module's gradient, (), which keeps it; what check_finite looks at."""
+    return nn.utils.clip_grad_norm_(module.parameters(), float("inf"))
 
 
 def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:

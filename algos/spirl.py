@@ -3,92 +3,126 @@
 Idea: learn skills of H = 10 actions and a prior over them from task-agnostic data; then SAC chooses skills, held to the
 prior by a KL instead of the entropy. This is the closed-loop version of SkiLD, the model-free baseline of SkiMo.
 
-    python algos/spirl.py --env-id maze                         # data, pre-training (cached), RL, evaluation, picture
-    python algos/spirl.py --resume runs/<folder>                # goes on after Ctrl-C or a crash
+    python algos/spirl.py --env-id maze             # offline data, pre-training (both are kept), RL, evaluation
+    python algos/spirl.py --resume runs/FOLDER      # go on after Ctrl-C or a crash
+    python algos/spirl.py --env-id maze --published # with the values of the authors' release
 
-1. Pre-training: encode chunks of H actions as skills z ~ q (LSTM); loss = behavioural cloning by the skill policy
+1. Pre-training: encode chunks of H actions as skills z ~ q (LSTM). Loss = behavioural cloning by the skill policy
    + KL(q || N(0,1)) - log p(z | s_0) of the prior p, z without gradient
-2. Downstream RL on transitions (s, z, sum of H rewards, s'); the task policy pi starts as the prior, repeat:
+2. Downstream RL on transitions (s, z, sum of H rewards, s'). The task policy pi starts as the prior p. Repeat:
    act: z = 2 tanh(x), x ~ pi(s), for H steps of the frozen skill policy pi_L
+   tune alpha so that KL(pi(s) || p(s)) is target_kl
    critics: Q(s, z) -> r + gamma (min Q'(s', z') - alpha KL(pi(s') || p(s'))), Q' slow copies
-   policy: maximise min Q(s, z) - alpha KL(pi(s) || p(s)); tune alpha so that the KL is target_kl
+   policy: maximise min Q(s, z) - alpha KL(pi(s) || p(s))
 
-Deviations from the release, marked DEVIATION n below
-1. KL divergences in closed form (both sides are Gaussian, before the tanh) instead of 10 samples.
-2. Fewer updates of pre-training with a decaying learning rate; maze: larger KL weight, noisy data.
-3. Sines and cosines of positions and joint angles as inputs, the maze scaled, as in skimo.py.
-4. E environments act in lockstep, E updates after E skills. Warm-up counts as env steps (release: it does not).
+Differences from the release, marked DEVIATION n below.
+1. KL divergences are exact (both sides are Gaussian, before the tanh). The release averages 10 samples.
+2. Pre-training is shorter, with a decaying learning rate, and in the maze with a larger KL weight.
+3. Sines and cosines of positions are inputs as well, and the maze is scaled, as in skimo.py.
+4. E environments act side by side, E updates after E skills. The warm-up counts as env steps (release: it does not).
 5. Kitchen: 30 observations, not 60; the others are a constant goal. CALVIN's pre-training, not released: as kitchen's.
+6. Actions are those that pi_L was trained for. The release acts with their tanh (--squash-actions), which halves what
+   the prior reaches: the maze's goal in .110 of 200 roll-outs instead of .230.
+7. Transitions are (s_0, z_0, s_10), (s_10, z_10, s_20), ... The release's sampler pairs skills with states one env step
+   late, (s_0, z_0, s_11), (s_11, z_10, s_21), although z_10 was chosen and begun in s_10.
+8. Evaluations take the mode of the policy; the release's take samples.
+--published takes the release's side of 2, 3 and 6, and of the E environments in 4.
+Checked against the release with the same weights, batches and noise, in double precision: the losses and gradients of
+pre-training are equal to 1e-12, those of SAC to 5e-8 (of 3,700). The order of an update was read there, not run.
 
-Differs from skimo.py in: Args, FILE_VERSION, PRETRAINED, TASK_DEFAULTS, MODEL_ARGS, PRETRAIN_ARGS, RUN_ARGS,
-SkillModel, make_networks, pretrain_loss, policy_loss, evaluate, prior_rollouts, ReplayBuffer, Pretrainer,
-pretrain, Learner, train, main.
-Score: maze, last 100 training episodes that reach the goal, at 300,000 env steps: .16 / .27 / .05 (seeds 1-3).
-Logged: as skimo.py. Shapes: B batch, H steps per skill, O observation, F inputs, A action, Z skill, E environments.
+Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, PUBLISHED, SkillModel, make_networks, pretrain_loss,
+prior_rollouts, ReplayBuffer, pretrain_lr, find_pretrained, pretrain, Agent, train, evaluate, check_args.
+A run's folder holds what skimo.py names.
+Score: maze, share of the last 100 training episodes that reach the goal after 300,000 env steps: .16 / .27 / .05,
+before the order of an update became the release's.
+Shapes: B batch, H steps per skill, O observation, F inputs, A action, Z skill, E environments.
 """
 
+import argparse
+import ast
+import contextlib
 import copy
+import csv
 import functools
+import hashlib
+import inspect
+import json
+import os
+import platform
+import signal
 import sys
-from dataclasses import dataclass
+import threading
+import time
+import zipfile
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
+
+# OpenMP's threads wait 3,000 turns for work before they sleep: beside busy programs torch's default, about a hundred
+# times that, makes an update three times slower (measured in benchmarks/README.md). Must be set before torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
 import torch
+import tyro
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data_tools, from any working directory
-import data_tools
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data_tools  # tasks and offline data, nothing else
 
-FILE_VERSION = 1  # raised when a change makes older checkpoints or pre-trained models unusable
-PRETRAINED = "spirl"  # name of the pre-trained models; files with the same pre-training share them
+PRETRAINED = "spirl"  # begins the names of pre-trained models; algorithms with the same pre-training share them
+SHIPPED = Path(__file__).resolve().parents[1] / "benchmarks" / "results"  # models and agents that come with the code
 
 
 @dataclass
 class Args:
-    env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned or calvin
-    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
+    env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned, calvin or one of your own
+    published: bool = False  # take the values of the authors' release for this task
+    exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # of networks, sampling and environments
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn
-    num_threads: int = 0  # CPU threads of torch (0: one per core that may be used)
-    compile: bool = torch.cuda.is_available()  # torch.compile, with CUDA graphs, of the losses
-    run_dir: str = "runs"  # folder in which the run makes its own folder
-    resume: str | None = None  # run folder to go on with; its arguments become the defaults
+    compile: bool = torch.cuda.is_available()  # torch.compile losses, with CUDA graphs
+    run_dir: str = "runs"  # folder of the run folders
+    resume: str | None = None  # run folder to go on with, with its arguments
+    evaluate: str | None = None  # only evaluate this checkpoint, or `published` for the agent that we ship
     checkpoint_interval: int = 50_000  # env steps between checkpoints
-    eval_interval: int = 100_000  # env steps between clean evaluations (0: only at the end)
-    eval_episodes: int = 20  # episodes of a clean evaluation (mode of the policy)
-    capture_video: bool = False  # record one evaluation episode as MP4 at the end
-
-    # Offline data
-    data_dir: str | None = None  # folder of data and pre-trained models (None: $SKIMO_DATA_DIR, else the user's cache)
-    dataset: Literal["auto", "d4rl", "scripted"] = "auto"  # auto: D4RL's file (kitchen) if it can be had, else scripted
-    data: str | None = None  # other offline data: an HDF5 file or a folder (README, "Your own data")
-    data_noise: float | None = None  # size of the disturbances in scripted data (None: the task's)
-    allow_pickle: bool = False  # let --data be a pickle of the SkiMo release, read without running its code
-    accept_any_data: bool = False  # take D4RL's file although its checksum differs
-
-    # Pre-training
-    pretrained: str | None = None  # start at RL from this model: a path, or `published` for benchmarks/results
-    retrain: bool = False  # pre-train again although the cache holds this model
-    pretrain_updates: int = 48_000  # gradient updates (release: about 530,000 in the maze, 480,000 in the kitchen)
-    pretrain_batch_size: int = 128  # windows of H actions per update
-    pretrain_lr: float = 1e-3  # first learning rate
-    pretrain_lr_decay: bool = True  # sqrt(1 - progress) (release: constant rate)
-    clip_updates: int = 100  # updates at the start with the gradient's norm bounded by clip_norm
-    clip_norm: float = 0.001
-    kl_coef: float = 5e-4  # weight of KL(q || N(0,1)) per dimension
-    position_features: bool = True  # sines and cosines of positions and joint angles as inputs (release: raw)
+    eval_interval: int = 100_000  # env steps between evaluations (0: only at the end)
+    eval_episodes: int = 20  # episodes of an evaluation, with the mode of the policy
+    capture_video: bool = False  # record an evaluation episode as MP4 at the end
+    data_dir: str | None = None  # folder of offline data and pre-trained models (None: the user's cache)
+    dataset: Literal["auto", "d4rl", "scripted"] = "auto"  # auto: D4RL's data if they can be had, else scripted
+    data: str | None = None  # offline data of your own instead: a file or a folder
+    pretrained: str | None = None  # start RL from this model: a path, or `published` for the one that we ship
     pretrain_eval_interval: int = 12_000  # updates between validations with roll-outs of the prior
     pretrain_eval_episodes: int = 100  # roll-outs in a validation; four times as many at the end
 
+    # Model
+    skill_horizon: int = 10  # H: env steps per skill
+    skill_dim: int = 10  # Z: size of a skill
+    hidden_dim: int = 128  # width of skill encoder, skill policy and prior
+    position_features: bool = True  # sines and cosines of positions as inputs, maze scaled (release: raw)
+    squash_actions: bool = False  # tanh on actions, although pi_L is trained without one, as in the release
+
+    # Pre-training
+    pretrain_updates: int = 48_000  # gradient updates
+    pretrain_batch_size: int = 128  # windows of H actions per update
+    pretrain_lr: float = 1e-3  # first learning rate
+    pretrain_lr_decay: bool = True  # decay to zero (release: constant)
+    kl_coef: float = 5e-4  # weight of KL(q || N(0,1)) per dimension
+    clip_updates: int = 100  # updates at the start with a bound on the gradient's norm
+    clip_norm: float = 0.001  # that bound
+
     # Downstream RL
     total_timesteps: int = 1_000_000  # env steps, warm-up included
-    num_envs: int = 8  # environments in lockstep
+    num_envs: int = 8  # environments side by side
     warmup_skills: int = 5_000  # skills before the updates start
     updates_per_skill: float = 1.0  # gradient updates per skill after the warm-up
     batch_size: int = 256  # transitions per update
     buffer_size: int = 1_000_000  # transitions kept
+    critic_dim: int = 256  # width of the critics
+    critic_blocks: int = 5  # hidden layers of the critics behind the first
     learning_rate: float = 3e-4  # of critics, policy and log alpha
     alpha: float = 1.0  # first weight of the prior KL
     target_kl: float = 5.0  # nats between task policy and prior, by which alpha is tuned
@@ -96,32 +130,32 @@ class Args:
     tau: float = 0.005  # share of the online weights in a target update
     reward_scale: float = 1.0  # factor on the task's reward
 
-    # Model
-    skill_horizon: int = 10  # H: env steps per skill
-    skill_dim: int = 10  # Z: size of a skill
-    hidden_dim: int = 128  # width of skill encoder, skill policy and prior
-    critic_dim: int = 256  # width of the critics
-    critic_blocks: int = 5  # hidden layers of the critics behind the first
 
-
-# The release's values where they differ from Args (total_timesteps: the paper's), but for the maze's kl_coef (1e-3).
+# The release's values where they differ from Args. Our own is the maze's kl_coef (DEVIATION 2); total_timesteps is the
+# paper's.
 TASK_DEFAULTS = {
     "maze": dict(
-        kl_coef=1e-2, total_timesteps=2_000_000, batch_size=128, buffer_size=100_000, target_kl=10.0, critic_blocks=2
+        kl_coef=1e-2, total_timesteps=2_000_000, batch_size=128, buffer_size=100_000, critic_blocks=2, target_kl=10.0
     ),
-    "kitchen": dict(),
-    "kitchen-misaligned": dict(),
-    "calvin": dict(total_timesteps=2_000_000),  # DEVIATION 5
+    "calvin": dict(total_timesteps=2_000_000),
 }
 
-# What a pre-trained model and a run must share, what else shapes the model (key of the cache) and a run that goes on
-MODEL_ARGS = "hidden_dim skill_dim skill_horizon position_features".split()
-PRETRAIN_ARGS = (
-    "seed pretrain_updates pretrain_batch_size pretrain_lr pretrain_lr_decay clip_updates clip_norm kl_coef"
-).split()
-RUN_ARGS = ["num_envs", "critic_dim", "critic_blocks", "buffer_size"]
+# --published: what changes to give the release's values, on all tasks and on each.
+RELEASE = dict(
+    position_features=False, pretrain_updates=480_000, pretrain_lr_decay=False, kl_coef=5e-4, num_envs=1,
+    squash_actions=True,
+)  # fmt: skip
+PUBLISHED = {
+    "maze": dict(RELEASE, pretrain_updates=530_000, kl_coef=1e-3),
+}
 
-parse_args = functools.partial(data_tools.parse_args, Args, TASK_DEFAULTS, __doc__)  # list of words -> Args
+# DEVIATION 3: periods of the sines and cosines of an observation's first P entries, (P, F).
+POSITION_PERIODS = {
+    "maze": np.outer([1.0] * 2, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]),  # position, in cells
+    "kitchen": np.outer([1.0] * 7 + [0.1] * 2, [0.25, 0.5, 1.0, 2.0, 4.0]),  # arm joints in rad, fingers in m
+    "calvin": np.outer([0.25] * 3 + [1.0] * 11, [0.25, 0.5, 1.0, 2.0, 4.0]),  # tool in m; angles, grip, joints in rad
+}
+POSITION_PERIODS["kitchen-misaligned"] = POSITION_PERIODS["kitchen"]
 
 
 # ------------------------------------------------------------------------------------------------------------ networks
@@ -131,15 +165,19 @@ class Predictor(nn.Sequential):
     def __init__(self, in_dim: int, u: int, num_blocks: int, out_dim: int, batch_norm: bool = True):
         layers = [nn.Linear(in_dim, u), nn.LeakyReLU(0.2)]
         for _ in range(num_blocks):
-            layers += [nn.Linear(u, u), *[nn.BatchNorm1d(u)] * batch_norm, nn.LeakyReLU(0.2)]
+            layers.append(nn.Linear(u, u))
+            if batch_norm:
+                layers.append(nn.BatchNorm1d(u))
+            layers.append(nn.LeakyReLU(0.2))
         super().__init__(*layers, nn.Linear(u, out_dim))
         for layer in self:
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_normal_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
-    def forward(self, x):  # BatchNorm wants one leading axis
-        return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+    def forward(self, x):
+        y = super().forward(x.flatten(0, -2))  # BatchNorm wants one leading axis
+        return y.unflatten(0, x.shape[:-1])
 
 
 def gaussian(x):
@@ -161,29 +199,42 @@ def squash(x):
 
 def kl_divergence(p, q):
     """KL(p || q) of Gaussians (mean, std), each (..., Z) -> (...) in nats; a common tanh leaves it as it is."""
-    (mean_p, std_p), (mean_q, std_q) = p, q  # DEVIATION 1
-    return ((std_q / std_p).log() + (std_p**2 + (mean_p - mean_q) ** 2) / (2 * std_q**2) - 0.5).sum(-1)
+    mean_p, std_p = p
+    mean_q, std_q = q
+    square = std_p**2 + (mean_p - mean_q) ** 2
+    kl = (std_q / std_p).log() + square / (2 * std_q**2) - 0.5  # DEVIATION 1
+    return kl.sum(-1)
 
 
 class Features(nn.Module):
-    """Observations (..., O) -> inputs of the networks (..., F), F = size (DEVIATION 3): the observation, in the maze
-    scaled, and sines and cosines of positions and joint angles, as in skimo.py; without position_features the raw one.
+    """Observations (..., O) -> inputs of the networks (..., F), F = size.
+
+    DEVIATION 3: sines and cosines of positions are inputs as well, and the maze is scaled; see skimo.py's StateEncoder.
+    Without position_features they are the raw observations, but scaled where a network `always` wants that.
     """
 
-    def __init__(self, obs_dim: int, args: Args):
+    def __init__(self, obs_dim: int, args: Args, always_scaled: bool = False):
         super().__init__()
-        scale, shift, frequency = [1.0] * obs_dim, [0.0] * obs_dim, np.zeros((0, 0))
+        task = data_tools.TASKS[args.env_id]
+        periods = np.zeros((0, 0))
+        scale = [1.0] * obs_dim
+        shift = [0.0] * obs_dim
         if args.position_features:
-            scale, shift = data_tools.obs_scale(args.env_id, obs_dim)
-            frequency = data_tools.position_frequency(args.env_id)
-        self.register_buffer("scale", torch.tensor(scale))
-        self.register_buffer("shift", torch.tensor(shift))
-        self.register_buffer("frequency", torch.tensor(frequency, dtype=torch.float32))  # (P, .)
-        self.size = obs_dim + 2 * frequency.size
+            periods = POSITION_PERIODS.get(args.env_id, periods)
+        if args.position_features or always_scaled:
+            scale = task.obs_scale or scale
+            shift = task.obs_shift or shift
+        frequency = torch.tensor(2 * np.pi / periods, dtype=torch.float32)
+        self.register_buffer("scale", torch.tensor(scale))  # (O,)
+        self.register_buffer("shift", torch.tensor(shift))  # (O,)
+        self.register_buffer("frequency", frequency)  # (P, .)
+        self.size = obs_dim + 2 * periods.size
 
     def forward(self, obs):
-        phase = (obs[..., : len(self.frequency), None] * self.frequency).flatten(-2)
-        return torch.cat([obs * self.scale + self.shift, phase.sin(), phase.cos()], -1)  # (..., F)
+        position = obs[..., : len(self.frequency), None]  # (..., P, 1)
+        phase = (position * self.frequency).flatten(-2)
+        scaled = obs * self.scale + self.shift  # (..., O)
+        return torch.cat([scaled, phase.sin(), phase.cos()], -1)  # (..., F)
 
 
 class SkillModel(nn.Module):
@@ -191,24 +242,35 @@ class SkillModel(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        u, Z = args.hidden_dim, args.skill_dim
+        u = args.hidden_dim
+        Z = args.skill_dim
+        self.squash_actions = args.squash_actions
         self.features = Features(obs_dim, args)
-        self.lstm_input = nn.Linear(action_dim + self.features.size, u)
+        F = self.features.size
+        self.lstm_input = nn.Linear(action_dim + F, u)
         self.lstm = nn.LSTM(u, u, batch_first=True)
-        self.lstm_output, self.skill_encoder = nn.Linear(u, u), nn.Linear(u, 2 * Z)
-        self.skill_policy = Predictor(self.features.size + Z, u, 5, action_dim)
-        with torch.no_grad():
-            for bias, value in ((self.lstm.bias_ih_l0, 1.0), (self.lstm.bias_hh_l0, 0.0)):
-                bias[u : 2 * u] = value  # the forget gate starts open
+        self.lstm_output = nn.Linear(u, u)
+        self.skill_encoder = nn.Linear(u, 2 * Z)
+        self.skill_policy = Predictor(F + Z, u, 5, action_dim)
+        with torch.no_grad():  # the forget gate starts open
+            self.lstm.bias_ih_l0[u : 2 * u] = 1.0
+            self.lstm.bias_hh_l0[u : 2 * u] = 1.0
 
     def encode_skill(self, obs, actions):
         """q: chunks of observations (B, H, O) and actions (B, H, A) -> mean and std, 2 x (B, Z)."""
-        steps = self.lstm_input(torch.cat([actions, self.features(obs)], -1))  # (B, H, u)
-        return gaussian(self.skill_encoder(self.lstm_output(self.lstm(steps)[0][:, -1])))
+        steps = torch.cat([actions, self.features(obs)], -1)  # (B, H, A + F)
+        outputs, _ = self.lstm(self.lstm_input(steps))  # (B, H, u)
+        last = self.lstm_output(outputs[:, -1])  # (B, u)
+        return gaussian(self.skill_encoder(last))
+
+    def predict(self, obs, z):
+        """pi_L as it is trained: observations (..., O) and skills (..., Z) -> actions (..., A)."""
+        return self.skill_policy(torch.cat([self.features(obs), z], -1))
 
     def act(self, obs, z):
-        """pi_L: observations (..., O) and skills (..., Z) -> actions (..., A), not squashed."""
-        return self.skill_policy(torch.cat([self.features(obs), z], -1))
+        """pi_L as it acts; the environment clips its actions to +-1."""
+        action = self.predict(obs, z)
+        return torch.tanh(action) if self.squash_actions else action  # DEVIATION 6
 
 
 class SkillPrior(nn.Module):
@@ -230,36 +292,51 @@ class Critics(nn.Module):
         super().__init__()
         self.features = Features(obs_dim, args)
         sizes = self.features.size + args.skill_dim, args.critic_dim, args.critic_blocks, 1
-        self.qf1, self.qf2 = Predictor(*sizes, batch_norm=False), Predictor(*sizes, batch_norm=False)
+        self.qf1 = Predictor(*sizes, batch_norm=False)
+        self.qf2 = Predictor(*sizes, batch_norm=False)
 
     def forward(self, obs, z):
         inputs = torch.cat([self.features(obs), z], -1)
         return self.qf1(inputs).squeeze(-1), self.qf2(inputs).squeeze(-1)
 
 
-def make_networks(args: Args, obs_dim: int, action_dim: int, device) -> nn.ModuleDict:
+def make_networks(args: Args, obs_dim: int, action_dim: int) -> nn.ModuleDict:
     """The networks of pre-training: skills, and the prior p(z | s)."""
-    networks = dict(skills=SkillModel(obs_dim, action_dim, args), prior=SkillPrior(obs_dim, args))
-    return nn.ModuleDict(networks).to(device)
+    skills = SkillModel(obs_dim, action_dim, args)
+    prior = SkillPrior(obs_dim, args)
+    networks = nn.ModuleDict(dict(skills=skills, prior=prior))
+    return networks.to(args.device)
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
 def pretrain_loss(skills, prior, obs, actions, args):
-    """Skills by behavioural cloning and KL(q || N(0,1)), the prior by the likelihood of their samples (SPiRL eq. 1, 2).
+    """Loss of skills and prior on windows of the offline data (SPiRL eq. 1, 2).
 
     obs (B, H+1, O) raw, actions (B, H, A). Returns the loss and metrics, scalars.
     """
     H = args.skill_horizon
     q = skills.encode_skill(obs[:, :-1], actions)  # 2 x (B, Z)
     z = draw(q)  # (B, Z)
-    bc_loss = (skills.act(obs[:, :-1], z[:, None].expand(-1, H, -1)) - actions).square().mean()
-    kl_loss = kl_divergence(q, (torch.zeros_like(q[0]), torch.ones_like(q[1]))).mean()
+
+    # Behavioural cloning: a skill has to hold all that is needed to repeat its actions.
+    z_steps = z[:, None].expand(-1, H, -1)  # (B, H, Z)
+    predicted = skills.predict(obs[:, :-1], z_steps)  # (B, H, A)
+    bc_loss = (predicted - actions).square().mean()
+
+    # KL to N(0, 1): keeps skills close together, so that those between two of them mean something as well.
+    normal = torch.zeros_like(q[0]), torch.ones_like(q[1])
+    kl_loss = kl_divergence(q, normal).mean()
+
+    # The prior says which skills people choose in a state. It learns from samples, and its gradient does not reach q.
     p = prior(obs[:, 0])  # 2 x (B, Z)
     likelihood = torch.distributions.Normal(*p, validate_args=False)
-    prior_loss = -likelihood.log_prob(z.detach()).sum(-1).mean()
-    # Gaussian likelihood of unit variance, up to a constant: half the squared error
+    log_prob = likelihood.log_prob(z.detach())  # (B, Z)
+    prior_loss = -log_prob.sum(-1).mean()
+
+    # The likelihood of actions has unit variance: up to a constant it is half the squared error
     loss = 0.5 * bc_loss + args.kl_coef * kl_loss / args.skill_dim + prior_loss
-    metrics = dict(bc_loss=bc_loss, kl_loss=kl_loss, prior_loss=prior_loss, prior_kl=kl_divergence(q, p).mean())
+    prior_kl = kl_divergence(q, p).mean()
+    metrics = dict(bc_loss=bc_loss, kl_loss=kl_loss, prior_loss=prior_loss, prior_kl=prior_kl)
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
@@ -271,39 +348,47 @@ def critic_loss(critics, target, task_policy, skill_prior, obs, z, rewards, done
     with torch.no_grad():
         pi = task_policy(next_obs)  # 2 x (B, Z)
         prior_kl = kl_divergence(pi, skill_prior(next_obs)).clamp(-100, 100)  # (B,)
-        next_value = torch.min(*target(next_obs, squash(draw(pi)))) - alpha * prior_kl
+        next_q = torch.min(*target(next_obs, squash(draw(pi))))  # (B,)
+        next_value = next_q - alpha * prior_kl  # (B,)
         td_target = rewards + (1 - dones) * args.gamma * next_value  # (B,)
-    q1, q2 = critics(obs, z)
-    loss = 0.5 * ((q1 - td_target).square() + (q2 - td_target).square()).mean()
-    return loss, dict(value_loss=loss.detach(), q_value=q1.detach().mean(), td_target=td_target.mean())
+
+    # A skill is worth its reward and the value of the state where it ends.
+    q1, q2 = critics(obs, z)  # 2 x (B,)
+    error = (q1 - td_target).square() + (q2 - td_target).square()
+    loss = 0.5 * error.mean()
+    metrics = dict(value_loss=loss, q_value=q1.mean(), td_target=td_target.mean())
+    return loss, {name: value.detach() for name, value in metrics.items()}
 
 
-def policy_loss(critics, task_policy, skill_prior, obs, alpha, args):
-    """Task policy: maximise Q, stay close to the frozen prior (SPiRL algorithm 1). obs (B, O), alpha ().
+def policy_terms(critics, task_policy, skill_prior, obs):
+    """KL(pi || p) in nats and Q of the task policy, whose loss is alpha KL - Q (SPiRL algorithm 1): means, 2 x ().
 
-    Returns the loss and metrics; metrics["prior_kl"] is the mean KL in nats.
+    obs (B, O). Alpha comes later, because it is tuned by this KL first.
     """
     pi = task_policy(obs)  # 2 x (B, Z)
+
+    # Maximise Q: choose the skills that the critics like best.
     q_value = torch.min(*critics(obs, squash(draw(pi))))  # (B,)
+
+    # Stay close to the prior: the task is solved by skills that people use.
     with torch.no_grad():
-        prior = skill_prior(obs)
+        prior = skill_prior(obs)  # 2 x (B, Z)
     prior_kl = kl_divergence(pi, prior).clamp(-100, 100)  # (B,)
-    loss = (alpha * prior_kl - q_value).mean()
-    return loss, dict(policy_loss=loss.detach(), policy_q=q_value.detach().mean(), prior_kl=prior_kl.detach().mean())
+    return prior_kl.mean(), q_value.mean()
 
 
 # -------------------------------------------------------------------------------------------------------------- acting
 @torch.no_grad()
-def execute_skill(envs, skills, obs, z, ended, args: Args, trace: list):
+def execute_skill(envs, skills, obs, z, ended, args: Args):
     """H env steps of the skill policy with skills z (E, Z), on the CPU next to the simulator.
 
-    obs (E, O); ended (E,) bool: members that wait for their reset. Returns next_obs (E, O), the rewards' sum (E,),
-    the new ended (E,) and the env steps taken (E,). Each step's (obs, action, ended) is appended to trace.
+    obs (E, O); ended (E,) bool: environments that wait for their reset. Returns next_obs (E, O), the rewards' sum (E,),
+    the new ended (E,) and the env steps taken (E,).
     """
-    rewards, steps = np.zeros(len(obs), dtype=np.float32), np.zeros(len(obs), dtype=np.int64)
+    rewards = np.zeros(len(obs), dtype=np.float32)
+    steps = np.zeros(len(obs), dtype=np.int64)
     for _ in range(args.skill_horizon):
         action = skills.act(torch.from_numpy(obs), z).numpy()  # (E, A)
-        trace.append((obs, action, ended))
         obs, reward, terminations, truncations, _ = envs.step(action)
         rewards += np.where(ended, 0.0, reward)
         steps += ~ended
@@ -313,94 +398,206 @@ def execute_skill(envs, skills, obs, z, ended, args: Args, trace: list):
     return obs, rewards, ended, steps
 
 
-def evaluate(learner, args: Args, video: Path | None = None):
-    """Clean evaluation: mode of the task policy, one episode in each of eval_episodes environments.
+def rollout(choose_skill, skills, num_episodes: int, args: Args, seed: int, video: Path | None = None):
+    """An episode in each of num_episodes environments, with skills z (E, Z) = choose_skill(obs (E, O)), on the CPU.
 
-    Returns returns (E,) and lengths in env steps (E,). With video, one episode is rendered into that MP4 instead.
+    Returns returns (E,) and lengths in env steps (E,). The random numbers of training stay as they were.
     """
-    envs = data_tools.make_envs(args.env_id, 1 if video else args.eval_episodes, video)
-    policy = copy.deepcopy(learner.task_policy).cpu()
-
-    def choose_skill(obs, episode_start):
-        return squash(policy(torch.from_numpy(obs))[0])  # (E, Z)
-
-    return data_tools.rollout(execute_skill, envs, learner.skills, choose_skill, args, 10_000 + args.seed)[:2]
+    envs = data_tools.make_envs(args.env_id, num_episodes, video)
+    returns = np.zeros(num_episodes)
+    lengths = np.zeros(num_episodes, dtype=np.int64)
+    ended = np.zeros(num_episodes, dtype=bool)
+    with kept_random_state(args):
+        torch.manual_seed(seed)
+        obs, _ = envs.reset(seed=seed)
+        while not ended.all():
+            z = choose_skill(obs)
+            obs, rewards, ended, steps = execute_skill(envs, skills, obs, z, ended, args)
+            returns += rewards
+            lengths += steps
+    envs.close()
+    return returns, lengths
 
 
 def prior_rollouts(networks, args: Args, num_episodes: int):
-    """Episodes with skills from the prior, what a fresh task policy explores; returns what data_tools.rollout does."""
+    """Returns (E,) of episodes with skills from the prior: what a fresh task policy explores."""
     cpu = copy.deepcopy(networks).cpu().eval()
 
-    def choose_skill(obs, episode_start):
+    @torch.no_grad()
+    def choose_skill(obs):
         return squash(draw(cpu["prior"](torch.from_numpy(obs))))  # (E, Z)
 
-    envs = data_tools.make_envs(args.env_id, num_episodes)
-    returns, lengths, trace, z = data_tools.rollout(execute_skill, envs, cpu["skills"], choose_skill, args, args.seed)
-    return returns, lengths, [(obs, action.clip(-1, 1), ended) for obs, action, ended in trace], z  # as environments do
+    return rollout(choose_skill, cpu["skills"], num_episodes, args, args.seed)[0]
+
+
+def success(returns, args: Args) -> float:
+    """Share of episodes in which everything was done."""
+    best = data_tools.TASKS[args.env_id].max_return
+    return float((np.asarray(returns) >= best).mean()) if len(returns) else 0.0
 
 
 # -------------------------------------------------------------------------------------------------------------- replay
 class ReplayBuffer:
-    """The last buffer_size transitions over one skill, as rows of a ring on the device."""
+    """The last buffer_size transitions over one skill, in a ring of rows on the device."""
 
-    def __init__(self, obs_dim: int, args: Args, device):
-        self.device, self.split_sizes = device, [obs_dim, args.skill_dim, 1, 1, obs_dim]
-        # obs, z, reward, done, next_obs
-        self.rows = torch.zeros(args.buffer_size, sum(self.split_sizes), device=device)
+    def __init__(self, obs_dim: int, args: Args):
+        size = args.buffer_size
+        self.size = size
+        self.device = args.device
+        self.columns = dict(
+            obs=torch.zeros(size, obs_dim, device=args.device),
+            z=torch.zeros(size, args.skill_dim, device=args.device),
+            rewards=torch.zeros(size, device=args.device),
+            dones=torch.zeros(size, device=args.device),
+            next_obs=torch.zeros(size, obs_dim, device=args.device),
+        )
         self.added = 0  # transitions ever added
 
     def __len__(self):
-        return min(self.added, len(self.rows))
+        return min(self.added, self.size)
 
     def add(self, obs, z, rewards, ended, next_obs):
         """One skill of every environment: obs, next_obs (E, O) NumPy, z (E, Z), rewards, ended (E,) NumPy.
 
-        A time-out is stored as a true end, as in the release.
+        A time-out is stored as a true end, as in the release. DEVIATION 7: obs is where the skill was chosen.
         """
-        rewards, dones = torch.from_numpy(rewards)[:, None], torch.from_numpy(ended).float()[:, None]
-        rows = torch.cat([torch.from_numpy(obs), z, rewards, dones, torch.from_numpy(next_obs)], 1)
-        self.rows[torch.arange(self.added, self.added + len(obs)) % len(self.rows)] = rows.to(self.device)
+        obs = torch.from_numpy(obs)
+        next_obs = torch.from_numpy(next_obs)
+        rewards = torch.from_numpy(rewards)
+        dones = torch.from_numpy(ended).float()
+        rows = torch.arange(self.added, self.added + len(obs)) % self.size
+        for column, values in zip(self.columns.values(), (obs, z, rewards, dones, next_obs)):
+            column[rows] = values.to(self.device)
         self.added += len(obs)
 
     def sample(self, batch_size: int):
         """Uniform transitions: obs (B, O), z (B, Z), rewards and dones (B,), next_obs (B, O)."""
-        rows = self.rows[torch.randint(len(self), (batch_size,), device=self.device)]
-        obs, z, rewards, dones, next_obs = rows.split(self.split_sizes, -1)
-        return obs, z, rewards[:, 0], dones[:, 0], next_obs
+        rows = torch.randint(len(self), (batch_size,), device=self.device)
+        return tuple(column[rows] for column in self.columns.values())
 
-    def get_state(self) -> dict:
-        return dict(rows=self.rows[: len(self)].clone(), added=self.added)
+    def state_dict(self) -> dict:
+        filled = {name: column[: len(self)].clone() for name, column in self.columns.items()}
+        return dict(filled, added=self.added)
 
-    def set_state(self, state: dict):
-        self.rows[: len(state["rows"])] = state["rows"].to(self.device)
-        self.added = state["added"]
+    def load_state_dict(self, state: dict):
+        self.added = int(state["added"])
+        for name, column in self.columns.items():
+            filled = column[: len(self)]
+            if state[name].shape != filled.shape or not state[name].isfinite().all():
+                raise ValueError(f"{name} of the replay buffer has another shape or is not finite")
+            filled.copy_(state[name])
+
+
+# --------------------------------------------------------------------------------------------------- logs, checkpoints
+def kept_random_state(args: Args):
+    """Context that leaves torch's random numbers as they were, also those of the GPU that is used."""
+    return torch.random.fork_rng([torch.cuda.current_device()] if args.device == "cuda" else [])
+
+
+def log(writer: SummaryWriter, group: str, values: dict, step: int):
+    """Scalars to TensorBoard as group/name."""
+    for name, value in values.items():
+        writer.add_scalar(f"{group}/{name}", value, step)
+
+
+def stop_at_signals() -> threading.Event:
+    """Ctrl-C or SIGTERM asks for a stop where everything can be saved; the second time the program ends at once."""
+    stop = threading.Event()
+
+    def ask(number, frame):
+        stop.set()
+        os.write(2, b"\nstopping: saves first (once more: stops at once)\n")  # print may not interrupt a print
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, ask)
+    signal.signal(signal.SIGTERM, ask)
+    return stop
+
+
+def write_json(path: Path, values: dict):
+    """Values as JSON. The file is renamed when it is whole, so that a crash never leaves half of it."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(values, indent=1))
+    part.replace(path)
+
+
+def passed(interval: int, step: int, new_steps: int) -> bool:
+    """Whether the last new_steps reached or passed a multiple of interval (0: never)."""
+    return interval > 0 and step // interval > (step - new_steps) // interval
+
+
+def save(path: Path, parts: dict, **values):
+    """Write the state of modules, optimizers and replay, plain values, and torch's random numbers.
+
+    The file is renamed when it is whole, so that a crash while writing leaves the one of before.
+    """
+    part = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same pre-trained model
+    state = {name: part.state_dict() for name, part in parts.items()}
+    rng = [torch.get_rng_state()]
+    if torch.cuda.is_initialized():
+        rng.append(torch.cuda.get_rng_state())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(dict(state, **values, rng=rng), part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        part.unlink(missing_ok=True)
+        reason = str(error).split("\n")[0]
+        sys.exit(f"error: cannot write {path} ({reason}); free some space or choose another folder")
+
+
+@contextlib.contextmanager
+def reading(path: Path):
+    """A file that is missing, damaged or of other sizes ends the program with a sentence."""
+    try:
+        yield
+    except FileNotFoundError:
+        sys.exit(f"error: {path} does not exist; check the path")
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        sys.exit(f"error: {path} is damaged or does not fit ({type(error).__name__}: {reason}); give another file")
+
+
+def load(path: Path, parts: dict) -> dict:
+    """Put what `save` wrote into parts; returns everything. Raises an error if a single bit is wrong."""
+    if zipfile.ZipFile(path).testzip() is not None:
+        raise ValueError("its checksum is wrong")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+        if isinstance(part, nn.Module):
+            for key, value in part.state_dict().items():
+                if not value.isfinite().all():
+                    raise ValueError(f"{key} is not finite")
+        if isinstance(part, torch.optim.Optimizer):
+            for weight, moments in part.state.items():
+                for moment in (moments["exp_avg"], moments["exp_avg_sq"]):
+                    if moment.shape != weight.shape or not moment.isfinite().all():
+                        raise ValueError("an optimizer's state has another shape or is not finite")
+    return state
+
+
+def set_random_state(rng: list):
+    """Go on with the random numbers of a checkpoint; without its GPU not bit for bit."""
+    torch.set_rng_state(rng[0])
+    if torch.cuda.is_available() and len(rng) > 1:
+        torch.cuda.set_rng_state(rng[1])
 
 
 # --------------------------------------------------------------------------------------------------------- pre-training
-class Pretrainer(nn.Module):
-    """The networks of pre-training with their optimizer, and one gradient step."""
+def gradient_norm(module):
+    """Norm of a module's gradient, (), which keeps it; what check_finite looks at."""
+    return nn.utils.clip_grad_norm_(module.parameters(), float("inf"))
 
-    def __init__(self, args: Args, networks: nn.ModuleDict):
-        super().__init__()
-        self.args, self.networks, self.num_updates = args, networks.train(), 0
-        self.optimizers = [torch.optim.RAdam(networks.parameters(), lr=args.pretrain_lr)]
-        self.loss = torch.compile(pretrain_loss, mode="reduce-overhead", dynamic=False, disable=not args.compile)
 
-    def update(self, obs, actions) -> dict:
-        """One step on windows obs (B, H+1, O), actions (B, H, A); returns metrics."""
-        args, (optimizer,) = self.args, self.optimizers
-        if args.pretrain_lr_decay:  # DEVIATION 2
-            decay = max(0.0, 1 - self.num_updates / args.pretrain_updates) ** 0.5
-            optimizer.param_groups[0]["lr"] = args.pretrain_lr * decay
-        torch.compiler.cudagraph_mark_step_begin()
-        loss, metrics = self.loss(*self.networks.values(), obs, actions, args)
-        optimizer.zero_grad()
-        loss.backward()
-        if self.num_updates < args.clip_updates:
-            nn.utils.clip_grad_norm_(self.networks.parameters(), args.clip_norm)
-        optimizer.step()
-        self.num_updates += 1
-        return metrics
+def check_finite(metrics: dict):
+    """End the program before NaN gets into a checkpoint. After a NaN all gradients are NaN, so one look now and then
+    finds it; a look at every update would make the CPU wait for the GPU.
+    """
+    if not metrics["grad_norm"].isfinite():
+        sys.exit("error: the gradient is no number any more: lower the learning rate; the last checkpoint is kept")
 
 
 @torch.no_grad()
@@ -409,140 +606,439 @@ def update_target(target, online, tau: float):
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
 
 
-def pretrain(args: Args, run: data_tools.Run) -> nn.ModuleDict:
-    """Phase 1: networks that --pretrained or the cache holds or, first, that are learnt from the offline data.
+def pretrain_lr(updates: int, args: Args) -> float:
+    """Down to zero as sqrt(1 - progress) (DEVIATION 2)."""
+    if not args.pretrain_lr_decay:
+        return args.pretrain_lr
+    return args.pretrain_lr * (1 - updates / args.pretrain_updates) ** 0.5
 
-    They are in evaluation mode: BatchNorm's statistics move in pre-training only.
+
+def find_pretrained(args: Args):
+    """Returns the file of the pre-trained model and, where it has to be trained first, the offline data or else None.
+
+    A model is found again by the data, the seed, the arguments under `# Model` and `# Pre-training`, and the code that
+    makes it: whoever changes one of them gets a new one.
     """
-    torch.manual_seed(args.seed)
-    networks = make_networks(args, *data_tools.env_sizes(args.env_id), run.device)
-    if run.load_pretrained(networks):
-        return networks.eval()
-    train_data, valid_data = run.data.to(run.device).split(0.99)
+    task = data_tools.TASKS[args.env_id].data or args.env_id  # both kitchens share their data
+    if args.pretrained == "published":
+        return SHIPPED / f"{PRETRAINED}_{task}_pretrained.pt", None
+    if args.pretrained:
+        return Path(args.pretrained), None
+    data = data_tools.load_dataset(args.env_id, args.data_dir, args.dataset, args.data)
+    names = [field.name for field in fields(Args)]
+    names = names[names.index("skill_horizon") : names.index("clip_norm") + 1]
+    code = "".join(inspect.getsource(part) for part in (Predictor, Features, SkillModel, SkillPrior, pretrain_loss))
+    made_from = [data.fingerprint, args.seed, ast.dump(ast.parse(code))]
+    made_from += [[name, getattr(args, name)] for name in names]
+    key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
+    path = data_tools.cache_dir(args.data_dir) / "pretrained" / f"{PRETRAINED}_{task}_{key}.pt"
+    return path, None if path.exists() else data
+
+
+def pretrain(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop: threading.Event):
+    """Phase 1: learn skills and prior from the offline data; writes them to path."""
+    train_data, valid_data = data.to(args.device).split(0.99)
     window = args.skill_horizon + 1
-    trainer = Pretrainer(args, networks)
-    for update in run.pretraining(trainer):  # goes on where it was interrupted
-        batch = train_data.sample_windows(args.pretrain_batch_size, window)
-        run.log_update("pretrain", trainer.update(*batch), update)
-        finished = update == args.pretrain_updates
-        if finished or update % args.pretrain_eval_interval == 0:
+    networks.train()  # BatchNorm's statistics move in pre-training only
+    optimizer = torch.optim.RAdam(networks.parameters(), lr=args.pretrain_lr)
+    loss_fn = torch.compile(pretrain_loss, mode="reduce-overhead", dynamic=False, disable=not args.compile)
+    updates = 0
+    seconds = 0.0  # of earlier commands
+
+    parts = dict(networks=networks, optimizer=optimizer)
+    unfinished = path.with_suffix(".unfinished")
+    if unfinished.exists():  # go on where an earlier command was stopped
+        with reading(unfinished):
+            state = load(unfinished, parts)
+            updates = int(state["updates"])
+            seconds = float(state["seconds"])
+            set_random_state(state["rng"])
+        print(f"pre-training goes on at update {updates}: {unfinished}")
+    start_time = time.time() - seconds
+    save(unfinished, parts, updates=updates, seconds=seconds)  # a folder that cannot be written is noticed now
+    bar = tqdm(desc="pre-training", total=args.pretrain_updates, initial=updates, unit="update")
+
+    while updates < args.pretrain_updates:
+        optimizer.param_groups[0]["lr"] = pretrain_lr(updates, args)
+        obs, actions = train_data.sample_windows(args.pretrain_batch_size, window)
+        torch.compiler.cudagraph_mark_step_begin()
+        loss, metrics = loss_fn(*networks.values(), obs, actions, args)
+        optimizer.zero_grad()
+        loss.backward()
+        max_norm = args.clip_norm if updates < args.clip_updates else float("inf")
+        metrics["grad_norm"] = nn.utils.clip_grad_norm_(networks.parameters(), max_norm)
+        optimizer.step()
+        updates += 1
+        bar.update()
+
+        finished = updates == args.pretrain_updates
+        stopping = stop.is_set()
+        saving = stopping or updates % 2_500 == 0
+        if finished or saving or updates % 100 == 0:
+            check_finite(metrics)
+            log(writer, "pretrain", metrics, updates)
+            bar.set_postfix({name: f"{value:.3g}" for name, value in metrics.items()})
+
+        # Losses do not tell whether skills are any good: let the prior act in the task
+        if finished or updates % args.pretrain_eval_interval == 0:
+            num_episodes = args.pretrain_eval_episodes * (4 if finished else 1)
+            returns = prior_rollouts(networks, args, num_episodes)
+            facts = dict(prior_return=float(returns.mean()), prior_success=success(returns, args))
             networks.eval()
-            with data_tools.fork_rng(), torch.no_grad():
-                torch.manual_seed(args.seed)
-                batch = valid_data.sample_windows(args.pretrain_batch_size, window)
-                _, metrics = pretrain_loss(*networks.values(), *batch, args)
+            with kept_random_state(args), torch.no_grad():
+                obs, actions = valid_data.sample_windows(args.pretrain_batch_size, window)
+                _, metrics = pretrain_loss(*networks.values(), obs, actions, args)
             networks.train()
-            returns, _, trace, _ = prior_rollouts(networks, args, args.pretrain_eval_episodes * (4 if finished else 1))
-            facts = run.log_validation(metrics, returns, trace, update)
-    run.save_pretrained(networks, facts)
-    return networks.eval()
+            facts |= {f"valid_{name}": float(value) for name, value in metrics.items()}
+            log(writer, "pretrain", facts, updates)
+            words = ", ".join(f"{name} {value:.3g}" for name, value in facts.items())
+            bar.write(f"update {updates}: {words}")
+
+        if saving and not finished:
+            save(unfinished, parts, updates=updates, seconds=time.time() - start_time)
+        if stopping and not finished:
+            bar.close()
+            sys.exit("stopped in pre-training; the same command goes on")
+    bar.close()
+    facts |= dict(updates=updates, minutes=(time.time() - start_time) / 60, data=data.source)
+    save(path, dict(networks=networks), facts=facts)
+    unfinished.unlink(missing_ok=True)
 
 
 # -------------------------------------------------------------------------------------------------------- downstream RL
-class Learner(nn.Module):
-    """Everything that downstream RL trains, the frozen prior and skills, and one gradient step of everything.
-
-    All networks are in evaluation mode: BatchNorm keeps the statistics of pre-training, as the policy starts from them.
-    """
+class Agent(nn.Module):
+    """What downstream RL trains, the frozen prior and skills, and one gradient step."""
 
     def __init__(self, args: Args, networks: nn.ModuleDict):
         super().__init__()
-        self.args, self.num_updates = args, 0
-        self.skills, self.skill_prior = networks["skills"], networks["prior"]
-        self.device = self.skill_prior.features.scale.device
+        self.args = args
+        self.skills = networks["skills"]
+        self.skill_prior = networks["prior"]
         self.task_policy = copy.deepcopy(self.skill_prior)
-        self.critics = Critics(len(self.skill_prior.features.scale), args).to(self.device)
+        obs_dim = len(self.skill_prior.features.scale)
+        self.critics = Critics(obs_dim, args).to(args.device)
         self.target = copy.deepcopy(self.critics)
-        self.eval()
+        self.eval()  # BatchNorm keeps the statistics of pre-training, as the policy starts from them
         for frozen in (self.skills, self.skill_prior, self.target):
             frozen.requires_grad_(False)
-        self.log_alpha = nn.Parameter(torch.tensor(args.alpha, device=self.device).log())
+        self.log_alpha = nn.Parameter(torch.tensor(args.alpha, device=args.device).log())
         adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
         self.critic_optimizer = adam(self.critics.parameters())
         self.policy_optimizer = adam(self.task_policy.parameters())
         self.alpha_optimizer = adam([self.log_alpha])
-        self.optimizers = self.critic_optimizer, self.policy_optimizer, self.alpha_optimizer
         compiled = functools.partial(torch.compile, mode="reduce-overhead", dynamic=False, disable=not args.compile)
-        self.critic_loss, self.policy_loss = compiled(critic_loss), compiled(policy_loss)
+        self.critic_loss = compiled(critic_loss)
+        self.policy_terms = compiled(policy_terms)
+
+    @torch.no_grad()
+    def sample_policy(self, obs):
+        """Skills of the task policy, in the warm-up still the prior: obs (E, O) NumPy -> z (E, Z) on the CPU."""
+        pi = self.task_policy(torch.from_numpy(obs).to(self.args.device))  # 2 x (E, Z)
+        return squash(draw(pi)).cpu()
+
+    @torch.no_grad()
+    def policy_mode(self, obs):
+        """The same without noise, for evaluations (DEVIATION 8)."""
+        mean, _ = self.task_policy(torch.from_numpy(obs).to(self.args.device))
+        return squash(mean).cpu()
 
     def update(self, obs, z, rewards, dones, next_obs) -> dict:
-        """One step of critics, task policy, alpha and target on transitions from the replay buffer; returns metrics."""
-        args, alpha = self.args, self.log_alpha.exp().detach()
+        """One step of alpha, critics and task policy on transitions from the replay buffer; returns metrics.
+
+        As in the release, both losses take the new alpha, but policy and critics of before the step.
+        """
+        args = self.args
+        critics = self.critics
+        policies = self.task_policy, self.skill_prior
+        transitions = obs, z, rewards, dones, next_obs
         torch.compiler.cudagraph_mark_step_begin()
-        batch, nets = (obs, z, rewards, dones, next_obs), (self.task_policy, self.skill_prior)
-        loss, metrics = self.critic_loss(self.critics, self.target, *nets, *batch, alpha, args)
+        critics.requires_grad_(False)  # their weights need no gradient of the policy loss
+        prior_kl, q_value = self.policy_terms(critics, *policies, obs)
+
+        # Alpha rises while the KL exceeds its target
+        excess = prior_kl.detach() - args.target_kl
+        self.alpha_optimizer.zero_grad()
+        (-self.log_alpha.exp() * excess).backward()
+        self.alpha_optimizer.step()
+        alpha = self.log_alpha.exp().detach()
+
+        policy_loss = alpha * prior_kl - q_value
+        self.policy_optimizer.zero_grad()
+        policy_loss.backward()
+        policy_norm = gradient_norm(self.task_policy)
+        critics.requires_grad_(True)
+
+        loss, metrics = self.critic_loss(critics, self.target, *policies, *transitions, alpha, args)
         self.critic_optimizer.zero_grad()
         loss.backward()
+        critic_norm = gradient_norm(critics)
         self.critic_optimizer.step()
-
-        self.critics.requires_grad_(False)  # their weights need no gradient of the policy loss
-        loss, policy_metrics = self.policy_loss(self.critics, *nets, obs, alpha, args)
-        self.policy_optimizer.zero_grad()
-        loss.backward()
         self.policy_optimizer.step()
-        self.critics.requires_grad_(True)
-
-        self.alpha_optimizer.zero_grad()  # alpha rises while the KL exceeds its target
-        (self.log_alpha.exp() * (args.target_kl - policy_metrics["prior_kl"])).backward()
-        self.alpha_optimizer.step()
-        update_target(self.target, self.critics, args.tau)
-        self.num_updates += 1
-        return metrics | policy_metrics | dict(alpha=alpha)
+        metrics |= dict(policy_loss=policy_loss.detach(), policy_q=q_value.detach(), prior_kl=prior_kl.detach())
+        return dict(metrics, alpha=alpha, grad_norm=critic_norm + policy_norm)
 
 
-def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
-    """Phase 2: online RL over skills, from the pre-trained networks or, with --resume, from the run's checkpoint.
+def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, writer, stop: threading.Event) -> dict:
+    """Phase 2: online RL over skills, from pre-trained networks or, where there is one, from the run's checkpoint.
 
-    Returns the results; they, picture and checkpoints are in the run's folder.
+    facts about the pre-training go into the results, which are returned.
     """
-    torch.manual_seed(args.seed)  # RL is the same whether the model comes from this run or from a file
-    learner = Learner(args, networks)
+    torch.manual_seed(args.seed)  # RL is the same whether the model was trained just now or comes from a file
+    agent = Agent(args, networks)
     envs = data_tools.make_envs(args.env_id, args.num_envs)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
-    rb = ReplayBuffer(obs.shape[1], args, learner.device)
-    parts = dict(learner=learner, rb=rb, envs=envs)
-    (obs,) = run.start_rl(parts, obs=obs)
-    skills = copy.deepcopy(learner.skills).cpu()  # acts next to the simulator
-    while True:
-        # ALGO LOGIC: training. One update per skill that followed the warm-up (DEVIATION 4).
-        updates_due = int((rb.added - args.warmup_skills) * args.updates_per_skill)
-        while learner.num_updates < updates_due and not run.stop.requested:
-            run.log_update("losses", learner.update(*rb.sample(args.batch_size)), run.global_step)
-        run.lap("update")
-        if not run.goes_on(parts, obs=obs):
-            break
-        if run.evaluation_is_due():
-            run.log_evaluation(*evaluate(learner, args))
+    rb = ReplayBuffer(obs.shape[1], args)
+    global_step = 0
+    gradient_step = 0
+    running_return = np.zeros(args.num_envs)  # (E,) of the episodes that have not ended yet
+    running_length = np.zeros(args.num_envs, dtype=np.int64)  # (E,)
+    episodes = []  # (env step, return, length, minutes) of those that have
+    evaluations = []  # (env step, mean return, success)
+    seconds = 0.0  # of earlier commands
 
-        # ALGO LOGIC: put action logic here. One skill for all environments at once, then H env steps. In the warm-up
-        # the task policy is still the prior.
-        with torch.no_grad():
-            z = squash(draw(learner.task_policy(torch.from_numpy(obs).to(learner.device)))).cpu()  # (E, Z)
-        run.lap("plan")
-        next_obs, rewards, ended, steps = execute_skill(envs, skills, obs, z, np.zeros(len(obs), dtype=bool), args, [])
+    parts = dict(agent=agent, rb=rb)
+    parts |= dict(critic=agent.critic_optimizer, policy=agent.policy_optimizer, alpha=agent.alpha_optimizer)
+    checkpoint = run_dir / "checkpoint.pt"
+    if checkpoint.exists():
+        with reading(checkpoint):
+            state = load(checkpoint, parts)
+            obs = envs.set_state(state["envs"])
+            global_step = int(state["global_step"])
+            gradient_step = int(state["gradient_step"])
+            running_return[:] = state["running_return"].numpy()
+            running_length[:] = state["running_length"].numpy()
+            episodes = [(step, ret, length, minutes) for step, ret, length, minutes in state["episodes"]]
+            evaluations = [(step, ret, share) for step, ret, share in state["evaluations"]]
+            facts = dict(state["facts"])
+            seconds = float(state["seconds"])
+            set_random_state(state["rng"])
+    start_time = time.time() - seconds
+
+    skills = copy.deepcopy(agent.skills).cpu()  # acts next to the simulator
+    nobody = np.zeros(args.num_envs, dtype=bool)
+    episodes_file = (run_dir / "episodes.csv").open("w", buffering=1, newline="")  # written line by line
+    episodes_csv = csv.writer(episodes_file)
+    episodes_csv.writerow(("env_step", "episodic_return", "episodic_length", "rl_minutes"))
+    episodes_csv.writerows(episodes)
+    bar = tqdm(desc="RL", total=args.total_timesteps, initial=global_step, unit="step")
+    stopping = global_step >= args.total_timesteps
+    while not stopping:
+        # ALGO LOGIC: put action logic here. One skill for all environments at once, then H env steps (DEVIATION 4)
+        z = agent.sample_policy(obs)  # (E, Z)
+        next_obs, rewards, ended, steps = execute_skill(envs, skills, obs, z, nobody, args)
         rb.add(obs, z, args.reward_scale * rewards, ended, next_obs)
         # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
-        obs = envs.reset(options={"reset_mask": ended})[0] if ended.any() else next_obs
-        run.lap("env")
-        run.log_skill(rewards, steps, ended, learner.num_updates)
+        obs = next_obs
+        if ended.any():
+            obs, _ = envs.reset(options=dict(reset_mask=ended))
 
-    run.log_evaluation(*evaluate(learner, args))
+        # TRY NOT TO MODIFY: record the episodes that ended
+        new_steps = int(steps.sum())
+        global_step += new_steps
+        running_return += rewards
+        running_length += steps
+        for e in np.flatnonzero(ended):
+            seconds = time.time() - start_time
+            row = (global_step, float(running_return[e]), int(running_length[e]), round(seconds / 60, 3))
+            episodes.append(row)
+            episodes_csv.writerow(row)
+            last_100 = np.array([row[1] for row in episodes[-100:]])  # the paper shows training episodes
+            writer.add_scalar("charts/episodic_return", row[1], global_step)
+            writer.add_scalar("charts/episodic_length", row[2], global_step)
+            writer.add_scalar("charts/success", success(last_100, args), global_step)
+            writer.add_scalar("charts/SPS", global_step / seconds, global_step)
+            bar.set_postfix(updates=gradient_step, last_100=f"{last_100.mean():.3g}")
+        running_return[ended] = 0
+        running_length[ended] = 0
+        bar.update(new_steps)
+
+        # ALGO LOGIC: training. One update per skill that followed the warm-up
+        updates_due = int((rb.added - args.warmup_skills) * args.updates_per_skill)
+        while gradient_step < updates_due:
+            metrics = agent.update(*rb.sample(args.batch_size))
+            gradient_step += 1
+            update_target(agent.target, agent.critics, args.tau)
+            if gradient_step % 100 == 0:
+                log(writer, "losses", metrics, global_step)
+            if gradient_step == updates_due:
+                check_finite(metrics)  # acting waits for the device anyway
+
+        # Evaluate without exploration noise
+        finished = global_step >= args.total_timesteps
+        if finished or passed(args.eval_interval, global_step, new_steps):
+            returns, lengths = rollout(agent.policy_mode, skills, args.eval_episodes, args, 10_000 + args.seed)
+            evaluations.append((global_step, float(returns.mean()), success(returns, args)))
+            writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
+            writer.add_scalar("eval/episodic_length", lengths.mean(), global_step)
+            writer.add_scalar("eval/success", success(returns, args), global_step)
+            bar.write(f"env step {global_step}: evaluation {returns.mean():.4g}, success {success(returns, args):.0%}")
+
+        # Save all that the future of the run depends on
+        stopping = finished or stop.is_set()
+        if stopping or passed(args.checkpoint_interval, global_step, new_steps):
+            save(
+                checkpoint,
+                parts,
+                args=asdict(args),
+                envs=envs.get_state(),
+                global_step=global_step,
+                gradient_step=gradient_step,
+                running_return=torch.from_numpy(running_return),
+                running_length=torch.from_numpy(running_length),
+                episodes=episodes,
+                evaluations=evaluations,
+                facts=facts,
+                seconds=time.time() - start_time,
+            )
+
+    bar.close()
     envs.close()
-    visited = rb.rows[: len(rb), : obs.shape[1]].roll(-rb.added if rb.added > len(rb) else 0, 0)  # oldest first
-    data_tools.plot_visited(args.env_id, visited.cpu().numpy(), run.dir / "visited.png", run.writer)
+    episodes_file.close()
+    if global_step < args.total_timesteps:
+        sys.exit(f"stopped at env step {global_step}; go on with: python {sys.argv[0]} --resume {run_dir}")
     if args.capture_video:
-        evaluate(learner, args, run.dir / "evaluation.mp4")
-    return run.finish(learner.num_updates)
+        rollout(agent.policy_mode, skills, 1, args, 10_000 + args.seed, run_dir / "evaluation.mp4")
+    last_100 = [row[1] for row in episodes[-100:]]
+    return dict(
+        env_steps=global_step,
+        updates=gradient_step,
+        rl_minutes=(time.time() - start_time) / 60,
+        last_100_return=float(np.mean(last_100)) if last_100 else None,
+        last_100_success=success(last_100, args),
+        evaluations=evaluations,
+        pretraining=facts,
+    )
+
+
+def evaluate(args: Args):
+    """--evaluate: episodes of a trained agent without exploration noise; needs neither data nor training."""
+    networks = make_networks(args, *data_tools.env_sizes(args.env_id))
+    agent = Agent(args, networks)
+    path = Path(args.evaluate)
+    with reading(path):
+        load(path, dict(agent=agent))
+    skills = copy.deepcopy(agent.skills).cpu()
+    returns, lengths = rollout(agent.policy_mode, skills, args.eval_episodes, args, 10_000 + args.seed)
+    words = f"return {returns.mean():.4g}, success {success(returns, args):.0%}, {lengths.mean():.0f} env steps"
+    print(f"{args.env_id}: {args.eval_episodes} episodes of {path}: {words} on average")
+    if args.capture_video:
+        video = Path(args.run_dir) / f"{args.env_id}__{args.exp_name}__evaluation.mp4"
+        rollout(agent.policy_mode, skills, 1, args, 10_000 + args.seed, video)
+        print(f"video: {video}")
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
-@data_tools.errors_in_one_line()
+# With --resume all other flags stay as they were.
+MAY_CHANGE = "resume device compile checkpoint_interval eval_interval eval_episodes capture_video total_timesteps"
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Command line -> Args, whose defaults are those of the task, of --published, or of the run or agent given."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--env-id", choices=list(data_tools.TASKS), default="maze")
+    first.add_argument("--published", action="store_true")
+    first.add_argument("--device")
+    first.add_argument("--resume")
+    first.add_argument("--evaluate")
+    given, _ = first.parse_known_args(argv)
+
+    env_id = given.env_id
+    defaults = dict(env_id=env_id, **TASK_DEFAULTS.get(env_id, {}))
+    if given.published:
+        defaults |= PUBLISHED.get(env_id, RELEASE)
+    if given.evaluate == "published":
+        given.evaluate = str(SHIPPED / "agents" / f"{Path(__file__).stem}_{env_id}.pt")
+    if given.evaluate:
+        with reading(given.evaluate):
+            defaults = load(given.evaluate, {})["args"]
+            check_types(defaults)
+        defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile)
+    if given.resume:
+        path = Path(given.resume) / "args.json"
+        with reading(path):
+            defaults = json.loads(path.read_text())
+            check_types(defaults)
+            for field in fields(Args):
+                defaults[field.name]  # all are there
+    if given.device:
+        defaults["compile"] = given.device == "cuda"
+    args = tyro.cli(Args, args=argv, default=Args(**defaults), description=__doc__.split("\n")[0])
+    args.evaluate = given.evaluate
+    for name, value in asdict(args).items():
+        if given.resume and name not in MAY_CHANGE.split() and value != defaults[name]:
+            sys.exit(f"error: --{name.replace('_', '-')} cannot change with --resume: leave it out, or begin a new run")
+    return args
+
+
+def check_types(values: dict):
+    """Raise an error if saved arguments are not those of this file."""
+    types = {field.name: field.type for field in fields(Args)}
+    for name, value in values.items():
+        kind = float if type(value) is int and types[name] is float else type(value)
+        choices = get_args(types[name])  # values of a Literal, types of `str | None`
+        if kind is not types[name] and kind not in choices and value not in choices:
+            raise ValueError(f"{name} cannot be {value!r}")
+
+
+def check_args(args: Args):
+    """End the program with a sentence where arguments cannot work."""
+    may_be_zero = "seed", "eval_interval", "warmup_skills", "clip_updates"
+    for name, value in asdict(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        if type(value) in (int, float) and not 0 <= value < float("inf"):
+            sys.exit(f"error: {flag} {value} does not work; give a number that is not negative")
+        if type(value) is int and value == 0 and name not in may_be_zero:
+            sys.exit(f"error: {flag} 0 does not work; give at least 1")
+        if name in ("tau", "gamma") and value > 1:
+            sys.exit(f"error: {flag} {value} does not work; give at most 1")
+    if args.alpha == 0:
+        sys.exit("error: --alpha 0 does not work, its logarithm is tuned; give a small number")
+    if args.buffer_size < args.num_envs:
+        sys.exit("error: --buffer-size is smaller than --num-envs; raise it")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: torch finds no CUDA device; use --device cpu")
+
+
 def main(args: Args) -> dict:
-    """Both phases; picture, results.json and a summary. Returns the results."""
-    run = data_tools.Run(args, FILE_VERSION, MODEL_ARGS, RUN_ARGS)
-    run.find_pretrained(PRETRAINED, PRETRAIN_ARGS)
-    networks = pretrain(args, run)
-    return train(args, run, networks)
+    """Both phases of a run; returns its results."""
+    check_args(args)
+    torch.set_num_threads(min(torch.get_num_threads(), 8))  # more do not help networks of this size
+    if args.evaluate:
+        return evaluate(args)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: sys.exit("stopped before there was anything to save"))
+    torch.manual_seed(args.seed)
+    networks = make_networks(args, *data_tools.env_sizes(args.env_id))
+
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
+    run_dir = Path(args.resume or f"{args.run_dir}/{run_name}")
+    resumed = (run_dir / "checkpoint.pt").exists()  # it holds all networks
+    path, data = (None, None) if resumed else find_pretrained(args)
+    rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {args.device}, torch {torch.__version__}"
+    facts = {}
+    try:
+        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+        write_json(run_dir / "args.json", asdict(args))
+        with SummaryWriter(run_dir) as writer:
+            writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+            stop = stop_at_signals()
+            if data is not None:
+                pretrain(args, networks, path, data, writer, stop)
+            if not resumed:
+                with reading(path):
+                    facts = dict(load(path, dict(networks=networks))["facts"])
+                print(f"pre-trained model: {path}")
+            results = train(args, networks, facts, run_dir, writer, stop)
+        results |= dict(machine=machine, args=asdict(args))
+        write_json(run_dir / "results.json", results)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).split("\n")[0]
+        sys.exit(f"error: torch.compile failed ({reason}); use --no-compile or install a C++ compiler")
+    except OSError as error:  # while logs, episodes.csv or results.json were written
+        sys.exit(f"error: cannot write to {run_dir} ({error}); free some space or choose another --run-dir")
+    print(f"finished: {run_dir}; curves: tensorboard --logdir {run_dir}")
+    return results
 
 
 if __name__ == "__main__":

@@ -1,146 +1,181 @@
 """SPiRL + TD-MPC: the baseline of SkiMo (https://arxiv.org/abs/2207.07560) that plans with a world model from scratch
 
-Idea: skills and prior of spirl.py, frozen; TD-MPC (https://arxiv.org/abs/2203.04955) chooses skills, not actions,
+Idea: skills and prior of spirl.py, frozen; TD-MPC (https://arxiv.org/abs/2203.04955) chooses skills instead of actions,
 its policy held to the prior by a KL. Its model does not know the offline data, unlike that of SkiMo.
 
-    python algos/tdmpc_skills.py --env-id maze                    # pre-training as (cached by) spirl.py, RL, pictures
+    python algos/tdmpc_skills.py --env-id maze                    # pre-training as spirl.py (shared), RL, evaluation
     python algos/tdmpc_skills.py --env-id maze --release-defects  # what the authors' code does
 
 Repeat: plan skills u in (-1, 1) by CEM, execute z = 2 u for H steps of the skill policy; on windows of N skills fit the
 model h_0 = E(s_0), h_{i+1} = D(h_i, u_i), R, Q (consistency, reward, TD losses); policy: maximise on the imagined h_t
-rho^t min Q(h_t, u) - alpha KL(2 u || p(s_t)); move the slow target copy.
+rho^t min Q(h_t, u), and on the encoded E(s_t) - alpha KL(2 u || p(s_t)); move the slow target copy.
 
 --release-defects: (a) windows pair state t with the skill and reward that led *into* it, so that the reward at an
 episode's end is never learnt; (b) 2 u is stored, but planner, policy loss and targets evaluate the model at u; (c) the
 planner does not see the step: one skill ahead, std floor 0.5, for ever; (d) maze: the prior gets scaled states but was
-trained on raw ones. It also ignores true ends, as TD-MPC does by design.
-Deviations from the release, marked DEVIATION n below
-1. KL divergences without sampling: closed form, or quadrature for the policy's tanh (release: 100 samples).
-2. Fewer updates of pre-training with a decaying learning rate; maze: larger KL weight, noisy data.
-3. Sines and cosines of positions and joint angles as inputs, the maze scaled, as in skimo.py.
-4. E environments in lockstep. Windows of 5 transitions (release: 5 stored items, 4 transitions); true ends are used.
+trained on raw ones; (e) a window's errors are bounded by 1e4, SkiMo's by 1e5: a reward of 100 that is predicted as 0
+reaches that bound, where the gradient is zero. It also ignores true ends, as TD-MPC does by design.
+
+Differences from the release, marked DEVIATION n below.
+1. KL divergences without sampling: exact, or quadrature for the policy's tanh. The release averages 100 samples. Its KL
+   is larger by a constant, Z ln 2 = 6.9, as it leaves out the slope of 2 u; so its bound of 100 is at 93.1 of ours.
+2. Pre-training is shorter, with a decaying learning rate, and in the maze with a larger KL weight.
+3. Sines and cosines of positions are inputs as well, and the maze is scaled, as in skimo.py.
+4. E environments side by side. Windows of 5 transitions (release: 5 stored items, 4 transitions); true ends are used.
 5. Kitchen, CALVIN: as in spirl.py. Maze: warm-up with skills of the prior (release: random low-level actions).
-Differs from skimo.py in: Args, FILE_VERSION, PRETRAINED, TASK_DEFAULTS, MODEL_ARGS, PRETRAIN_ARGS, RUN_ARGS,
-scalar_head, WorldModel, SkillModel, make_networks, pretrain_loss, model_loss, policy_loss, plan,
-prior_rollouts, Pretrainer, pretrain, Learner, train, main.
-Score: maze, 300,000 env steps at small sizes (README): no training episode reaches the goal (seeds 1-2).
-Shapes: B batch, N skills per window, H steps per skill, O, A, Z, d sizes of observation, action, skill, latent state.
+6. Actions are those that pi_L was trained for; the release acts with their tanh (--squash-actions), see spirl.py.
+--published takes the release's side of 2, 3 and 6, and of the E environments in 4.
+Checked against the release with the same weights, transitions and noise, in double precision: pre-training as spirl.py;
+consistency and reward losses are equal to 1e-16. Value and policy losses were compared while the policy's mean had a
+bound (value: 2e-4); now it has none, as in the release, and the rest was read there, not run.
+
+Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, PUBLISHED, scalar_head, SkillModel, WorldModel,
+make_networks, pretrain_loss, model_loss, policy_loss, plan, Planner, ReplayBuffer, prior_rollouts, pretrain_lr,
+find_pretrained, pretrain, Agent, train, check_args.
+A run's folder holds what skimo.py names.
+Score: maze, 300,000 env steps at small sizes (README): no training episode reaches the goal (seeds 1-2), before the
+losses, windows and number of updates became the release's.
+Shapes: B batch, N skills per window, H steps per skill, O observation, F inputs, A action, Z skill, d latent state,
+E environments, K skills per plan, P plans.
 """
 
+import argparse
+import ast
+import contextlib
 import copy
+import csv
 import functools
+import hashlib
+import inspect
+import json
 import math
+import os
+import platform
+import signal
 import sys
-from dataclasses import dataclass
+import threading
+import time
+import zipfile
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
+
+# OpenMP's threads wait 3,000 turns for work before they sleep: beside busy programs torch's default, about a hundred
+# times that, makes an update three times slower (measured in benchmarks/README.md). Must be set before torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
 import torch
+import tyro
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data_tools, from any working directory
-import data_tools
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data_tools  # tasks and offline data, nothing else
 
-FILE_VERSION = 1  # raised when a change makes older checkpoints or pre-trained models unusable
-PRETRAINED = "spirl"  # name of the pre-trained models; files with the same pre-training share them
+PRETRAINED = "spirl"  # begins the names of pre-trained models; algorithms with the same pre-training share them
+SHIPPED = Path(__file__).resolve().parents[1] / "benchmarks" / "results"  # models and agents that come with the code
 
 
 @dataclass
 class Args:
-    env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned or calvin
-    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
+    env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned, calvin or one of your own
+    published: bool = False  # take the values of the authors' release for this task
+    exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # of networks, sampling and environments
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and plan
-    num_threads: int = 0  # CPU threads of torch (0: one per core that may be used)
-    compile: bool = torch.cuda.is_available()  # torch.compile, with CUDA graphs, of losses and longest plans
-    run_dir: str = "runs"  # folder in which the run makes its own folder
-    resume: str | None = None  # run folder to go on with; its arguments become the defaults
+    compile: bool = torch.cuda.is_available()  # torch.compile losses and plans, with CUDA graphs
+    run_dir: str = "runs"  # folder of the run folders
+    resume: str | None = None  # run folder to go on with, with its arguments
+    evaluate: str | None = None  # only evaluate this checkpoint, or `published` for the agent that we ship
     checkpoint_interval: int = 50_000  # env steps between checkpoints
-    eval_interval: int = 100_000  # env steps between clean evaluations (0: only at the end)
-    eval_episodes: int = 20  # episodes of a clean evaluation (no exploration noise)
-    capture_video: bool = False  # record one evaluation episode as MP4 at the end
-
-    # Offline data
-    data_dir: str | None = None  # folder of data and pre-trained models (None: $SKIMO_DATA_DIR, else the user's cache)
-    dataset: Literal["auto", "d4rl", "scripted"] = "auto"  # auto: D4RL's file (kitchen) if it can be had, else scripted
-    data: str | None = None  # other offline data: an HDF5 file or a folder (README, "Your own data")
-    data_noise: float | None = None  # size of the disturbances in scripted data (None: the task's)
-    allow_pickle: bool = False  # let --data be a pickle of the SkiMo release, read without running its code
-    accept_any_data: bool = False  # take D4RL's file although its checksum differs
-
-    # Pre-training
-    pretrained: str | None = None  # start at RL from this model: a path, or `published` for benchmarks/results
-    retrain: bool = False  # pre-train again although the cache holds this model
-    pretrain_updates: int = 48_000  # gradient updates (release: about 530,000 in the maze, 480,000 in the kitchen)
-    pretrain_batch_size: int = 128  # windows of H actions per update
-    pretrain_lr: float = 1e-3  # first learning rate
-    pretrain_lr_decay: bool = True  # sqrt(1 - progress) (release: constant rate)
-    clip_updates: int = 100  # updates at the start with the gradient's norm bounded by clip_norm
-    clip_norm: float = 0.001
-    kl_coef: float = 5e-4  # weight of KL(q || N(0,1)) per dimension
-    position_features: bool = True  # sines and cosines of positions and joint angles as inputs (release: raw)
+    eval_interval: int = 100_000  # env steps between evaluations (0: only at the end)
+    eval_episodes: int = 20  # episodes of an evaluation, without exploration noise
+    capture_video: bool = False  # record an evaluation episode as MP4 at the end
+    data_dir: str | None = None  # folder of offline data and pre-trained models (None: the user's cache)
+    dataset: Literal["auto", "d4rl", "scripted"] = "auto"  # auto: D4RL's data if they can be had, else scripted
+    data: str | None = None  # offline data of your own instead: a file or a folder
+    pretrained: str | None = None  # start RL from this model: a path, or `published` for the one that we ship
     pretrain_eval_interval: int = 12_000  # updates between validations with roll-outs of the prior
     pretrain_eval_episodes: int = 100  # roll-outs in a validation; four times as many at the end
 
+    # Model
+    skill_horizon: int = 10  # H: env steps per skill
+    skill_dim: int = 10  # Z: size of a skill
+    hidden_dim: int = 128  # width of skill encoder, skill policy and prior
+    position_features: bool = True  # sines and cosines of positions as inputs, maze scaled (release: raw)
+    squash_actions: bool = False  # tanh on actions, although pi_L is trained without one, as in the release
+
+    # Pre-training
+    pretrain_updates: int = 48_000  # gradient updates
+    pretrain_batch_size: int = 128  # windows of H actions per update
+    pretrain_lr: float = 1e-3  # first learning rate
+    pretrain_lr_decay: bool = True  # decay to zero (release: constant)
+    kl_coef: float = 5e-4  # weight of KL(q || N(0,1)) per dimension
+    clip_updates: int = 100  # updates at the start with a bound on the gradient's norm
+    clip_norm: float = 0.001  # that bound
+
     # Downstream RL
     total_timesteps: int = 1_000_000  # env steps, warm-up included
-    num_envs: int = 8  # environments in lockstep
-    warmup_steps: int = 5_000  # env steps with skills from the prior, before planner and updates start
+    num_envs: int = 8  # environments side by side
+    num_skills: int = 5  # N: skills per window and in the longest plan
+    warmup_steps: int = 5_000  # env steps with skills from the prior, before planning and updates start
     batch_size: int = 128  # windows of N skills per update
-    updates_per_step: float = 1.0  # gradient updates per env step, the warm-up's included
+    updates_per_step: float = 1.0  # gradient updates per env step after the warm-up
+    model_dim: int = 512  # width of dynamics, reward, critics and task policy
+    latent_dim: int = 50  # d: size of a latent state
     learning_rate: float = 1e-3  # of world model and task policy
+    policy_std: float = 0.05  # std of the task policy, before the tanh
     alpha: float = 1.0  # weight of the prior KL
+    release_defects: bool = False  # do what the authors' code does, see above
     gamma: float = 0.99  # discount per skill
     rho: float = 0.5  # weight rho^t of the t-th skill of a window
     tau: float = 0.01  # share of the online weights in a target update
     target_update_interval: int = 2  # updates between target updates
+    max_grad_norm: float = 10.0  # bound of the gradient's norm
     consistency_coef: float = 2.0  # weight of the latent consistency
     reward_coef: float = 0.5  # weight of the reward loss
     value_coef: float = 0.1  # weight of the TD loss
     reward_scale: float = 1.0  # factor on the task's reward
-    max_grad_norm: float = 10.0  # bound of the gradient's global norm
-    policy_std: float = 0.05  # std of the task policy, before the tanh
-    release_defects: bool = False  # do what the authors' code does, see above
 
     # Planner
     num_samples: int = 512  # sampled plans per iteration
     num_policy_trajs: int = 25  # plans proposed by the task policy
-    num_elites: int = 64  # plans that the next distribution is fitted to
+    num_elites: int = 64  # best plans, which the next distribution is fitted to
     cem_iters: int = 6  # iterations
     temperature: float = 0.5  # factor on the values in the elites' softmax
     momentum: float = 0.1  # share of the old mean in the new one
-    plan_std: float = 2.0  # largest std of the sampled skills
-    explore_std: float = 0.5  # least std, at the start of the schedule
-    explore_std_end: float = 0.05  # least std after std_steps
-    std_steps: int = 25_000  # env steps over which the least std falls
+    max_std: float = 2.0  # largest std of the sampled skills
+    min_std: float = 0.5  # least std at the start of the schedule
+    min_std_end: float = 0.05  # the same after std_steps
+    std_steps: int = 25_000  # env steps over which min_std falls
     horizon_steps: int = 25_000  # env steps over which plans grow from 1 to N skills
 
-    # Model
-    skill_horizon: int = 10  # H: env steps per skill
-    num_skills: int = 5  # N: skills per window and in the longest plan
-    skill_dim: int = 10  # Z: size of a skill
-    hidden_dim: int = 128  # width of skill encoder, skill policy and prior
-    model_dim: int = 512  # width of dynamics, reward, critics and task policy
-    latent_dim: int = 50  # d: size of a latent state
 
-
-# The paper's total_timesteps; for the maze's kl_coef see spirl.py.
+# The release's values where they differ from Args. Our own is the maze's kl_coef (DEVIATION 2); total_timesteps is the
+# paper's.
 TASK_DEFAULTS = {
     "maze": dict(kl_coef=1e-2, total_timesteps=2_000_000),
-    "kitchen": dict(),
-    "kitchen-misaligned": dict(),
     "calvin": dict(total_timesteps=2_000_000),
 }
 
-# What a pre-trained model and a run must share, what else shapes the model (key of the cache) and a run that goes on
-MODEL_ARGS = "hidden_dim skill_dim skill_horizon position_features".split()
-PRETRAIN_ARGS = (
-    "seed pretrain_updates pretrain_batch_size pretrain_lr pretrain_lr_decay clip_updates clip_norm kl_coef"
-).split()
-RUN_ARGS = ["num_envs", "num_skills", "model_dim", "latent_dim", "release_defects"]
+# --published: what changes to give the release's values, on all tasks and on each.
+RELEASE = dict(
+    position_features=False, pretrain_updates=480_000, pretrain_lr_decay=False, kl_coef=5e-4, num_envs=1,
+    squash_actions=True,
+)  # fmt: skip
+PUBLISHED = {
+    "maze": dict(RELEASE, pretrain_updates=530_000, kl_coef=1e-3),
+}
 
-parse_args = functools.partial(data_tools.parse_args, Args, TASK_DEFAULTS, __doc__)  # list of words -> Args
+# DEVIATION 3: periods of the sines and cosines of an observation's first P entries, (P, F).
+POSITION_PERIODS = {
+    "maze": np.outer([1.0] * 2, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]),  # position, in cells
+    "kitchen": np.outer([1.0] * 7 + [0.1] * 2, [0.25, 0.5, 1.0, 2.0, 4.0]),  # arm joints in rad, fingers in m
+    "calvin": np.outer([0.25] * 3 + [1.0] * 11, [0.25, 0.5, 1.0, 2.0, 4.0]),  # tool in m; angles, grip, joints in rad
+}
+POSITION_PERIODS["kitchen-misaligned"] = POSITION_PERIODS["kitchen"]
 
 
 # ------------------------------------------------------------------------------------------------------------ networks
@@ -148,17 +183,25 @@ def mlp(*sizes: int) -> nn.Sequential:
     """Linear layers with orthogonal weights, ELU between them, linear output."""
     layers = []
     for in_dim, out_dim in zip(sizes[:-1], sizes[1:]):
-        layers += [nn.Linear(in_dim, out_dim), nn.ELU()]
-        nn.init.orthogonal_(layers[-2].weight)
-        nn.init.zeros_(layers[-2].bias)
+        linear = nn.Linear(in_dim, out_dim)
+        nn.init.orthogonal_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.ELU()]
     return nn.Sequential(*layers[:-1])
 
 
 def scalar_head(in_dim: int, u: int) -> nn.Sequential:
     """Reward and Q: a normalised first layer, then an MLP of width u whose output starts near 0."""
-    head = nn.Sequential(nn.Linear(in_dim, u), nn.LayerNorm(u), nn.Tanh(), *mlp(u, u, 1))
+    first = [nn.Linear(in_dim, u), nn.LayerNorm(u), nn.Tanh()]
+    head = nn.Sequential(*first, *mlp(u, u, 1))
     nn.init.orthogonal_(head[-1].weight, 0.01)
     return head
+
+
+def sample_skill(distribution):
+    """One reparameterised sample of tanh(N(mean, std)); distribution is (mean, std), each (..., Z)."""
+    mean, std = distribution
+    return torch.tanh(mean + std * torch.randn_like(mean))
 
 
 class Predictor(nn.Sequential):
@@ -167,27 +210,19 @@ class Predictor(nn.Sequential):
     def __init__(self, in_dim: int, u: int, num_blocks: int, out_dim: int, batch_norm: bool = True):
         layers = [nn.Linear(in_dim, u), nn.LeakyReLU(0.2)]
         for _ in range(num_blocks):
-            layers += [nn.Linear(u, u), *[nn.BatchNorm1d(u)] * batch_norm, nn.LeakyReLU(0.2)]
+            layers.append(nn.Linear(u, u))
+            if batch_norm:
+                layers.append(nn.BatchNorm1d(u))
+            layers.append(nn.LeakyReLU(0.2))
         super().__init__(*layers, nn.Linear(u, out_dim))
         for layer in self:
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_normal_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
-    def forward(self, x):  # BatchNorm wants one leading axis
-        return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
-
-
-def tanh_normal(x):
-    """Network output (..., 2 * Z) -> mean and std (..., Z) of the Gaussian whose tanh is the variable."""
-    mean, log_std = x.chunk(2, -1)
-    return 5 * torch.tanh(mean / 5), log_std.clamp(-10, 2).exp() + 1e-4
-
-
-def sample(distribution):
-    """One reparameterised sample of tanh(N(mean, std)); distribution is (mean, std), each (..., Z)."""
-    mean, std = distribution
-    return torch.tanh(mean + std * torch.randn_like(mean))
+    def forward(self, x):
+        y = super().forward(x.flatten(0, -2))  # BatchNorm wants one leading axis
+        return y.unflatten(0, x.shape[:-1])
 
 
 def gaussian(x):
@@ -209,8 +244,11 @@ def squash(x):
 
 def kl_divergence(p, q):
     """KL(p || q) of Gaussians (mean, std), each (..., Z) -> (...) in nats; a common tanh leaves it as it is."""
-    (mean_p, std_p), (mean_q, std_q) = p, q  # DEVIATION 1
-    return ((std_q / std_p).log() + (std_p**2 + (mean_p - mean_q) ** 2) / (2 * std_q**2) - 0.5).sum(-1)
+    mean_p, std_p = p
+    mean_q, std_q = q
+    square = std_p**2 + (mean_p - mean_q) ** 2
+    kl = (std_q / std_p).log() + square / (2 * std_q**2) - 0.5  # DEVIATION 1
+    return kl.sum(-1)
 
 
 # Gauss-Hermite quadrature: E f(x) for x ~ N(0, 1) is the sum of weight * f(node)
@@ -219,35 +257,47 @@ QUADRATURE = [(float(x), float(w) / math.sqrt(2 * math.pi)) for x, w in zip(*np.
 
 def squashed_kl(p, q):
     """KL(law of squash(x) with x ~ p || q) of Gaussians p, q = (mean, std), each (..., Z) -> (...) in nats."""
-    (mean_p, std_p), (mean_q, std_q) = p, q
+    mean_p, std_p = p
+    mean_q, std_q = q
     kl = -std_p.log() - 0.5 * math.log(2 * math.pi * math.e)  # E log p(x), the negative entropy
     for node, weight in QUADRATURE:  # DEVIATION 1
         x = mean_p + node * std_p
         log_slope = math.log(8) - 2 * x - 2 * nn.functional.softplus(-2 * x)  # of squash: log(2 - 2 tanh(x)^2)
-        log_q = -0.5 * ((squash(x) - mean_q) / std_q).square() - std_q.log() - 0.5 * math.log(2 * math.pi)
+        square = ((squash(x) - mean_q) / std_q).square()
+        log_q = -0.5 * square - std_q.log() - 0.5 * math.log(2 * math.pi)
         kl = kl - weight * (log_slope + log_q)
     return kl.sum(-1)
 
 
 class Features(nn.Module):
-    """Observations (..., O) -> inputs of the networks (..., F), F = size (DEVIATION 3): the observation, in the maze
-    scaled, and sines and cosines of positions and joint angles, as in skimo.py; without position_features the raw one.
+    """Observations (..., O) -> inputs of the networks (..., F), F = size.
+
+    DEVIATION 3: sines and cosines of positions are inputs as well, and the maze is scaled; see skimo.py's StateEncoder.
+    Without position_features they are the raw observations, but scaled where a network `always` wants that.
     """
 
-    def __init__(self, obs_dim: int, args: Args):
+    def __init__(self, obs_dim: int, args: Args, always_scaled: bool = False):
         super().__init__()
-        scale, shift, frequency = [1.0] * obs_dim, [0.0] * obs_dim, np.zeros((0, 0))
+        task = data_tools.TASKS[args.env_id]
+        periods = np.zeros((0, 0))
+        scale = [1.0] * obs_dim
+        shift = [0.0] * obs_dim
         if args.position_features:
-            scale, shift = data_tools.obs_scale(args.env_id, obs_dim)
-            frequency = data_tools.position_frequency(args.env_id)
-        self.register_buffer("scale", torch.tensor(scale))
-        self.register_buffer("shift", torch.tensor(shift))
-        self.register_buffer("frequency", torch.tensor(frequency, dtype=torch.float32))  # (P, .)
-        self.size = obs_dim + 2 * frequency.size
+            periods = POSITION_PERIODS.get(args.env_id, periods)
+        if args.position_features or always_scaled:
+            scale = task.obs_scale or scale
+            shift = task.obs_shift or shift
+        frequency = torch.tensor(2 * np.pi / periods, dtype=torch.float32)
+        self.register_buffer("scale", torch.tensor(scale))  # (O,)
+        self.register_buffer("shift", torch.tensor(shift))  # (O,)
+        self.register_buffer("frequency", frequency)  # (P, .)
+        self.size = obs_dim + 2 * periods.size
 
     def forward(self, obs):
-        phase = (obs[..., : len(self.frequency), None] * self.frequency).flatten(-2)
-        return torch.cat([obs * self.scale + self.shift, phase.sin(), phase.cos()], -1)  # (..., F)
+        position = obs[..., : len(self.frequency), None]  # (..., P, 1)
+        phase = (position * self.frequency).flatten(-2)
+        scaled = obs * self.scale + self.shift  # (..., O)
+        return torch.cat([scaled, phase.sin(), phase.cos()], -1)  # (..., F)
 
 
 class SkillModel(nn.Module):
@@ -255,24 +305,35 @@ class SkillModel(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        u, Z = args.hidden_dim, args.skill_dim
+        u = args.hidden_dim
+        Z = args.skill_dim
+        self.squash_actions = args.squash_actions
         self.features = Features(obs_dim, args)
-        self.lstm_input = nn.Linear(action_dim + self.features.size, u)
+        F = self.features.size
+        self.lstm_input = nn.Linear(action_dim + F, u)
         self.lstm = nn.LSTM(u, u, batch_first=True)
-        self.lstm_output, self.skill_encoder = nn.Linear(u, u), nn.Linear(u, 2 * Z)
-        self.skill_policy = Predictor(self.features.size + Z, u, 5, action_dim)
-        with torch.no_grad():
-            for bias, value in ((self.lstm.bias_ih_l0, 1.0), (self.lstm.bias_hh_l0, 0.0)):
-                bias[u : 2 * u] = value  # the forget gate starts open
+        self.lstm_output = nn.Linear(u, u)
+        self.skill_encoder = nn.Linear(u, 2 * Z)
+        self.skill_policy = Predictor(F + Z, u, 5, action_dim)
+        with torch.no_grad():  # the forget gate starts open
+            self.lstm.bias_ih_l0[u : 2 * u] = 1.0
+            self.lstm.bias_hh_l0[u : 2 * u] = 1.0
 
     def encode_skill(self, obs, actions):
         """q: chunks of observations (B, H, O) and actions (B, H, A) -> mean and std, 2 x (B, Z)."""
-        steps = self.lstm_input(torch.cat([actions, self.features(obs)], -1))  # (B, H, u)
-        return gaussian(self.skill_encoder(self.lstm_output(self.lstm(steps)[0][:, -1])))
+        steps = torch.cat([actions, self.features(obs)], -1)  # (B, H, A + F)
+        outputs, _ = self.lstm(self.lstm_input(steps))  # (B, H, u)
+        last = self.lstm_output(outputs[:, -1])  # (B, u)
+        return gaussian(self.skill_encoder(last))
+
+    def predict(self, obs, z):
+        """pi_L as it is trained: observations (..., O) and skills (..., Z) -> actions (..., A)."""
+        return self.skill_policy(torch.cat([self.features(obs), z], -1))
 
     def act(self, obs, z):
-        """pi_L: observations (..., O) and skills (..., Z) -> actions (..., A), not squashed."""
-        return self.skill_policy(torch.cat([self.features(obs), z], -1))
+        """pi_L as it acts; the environment clips its actions to +-1."""
+        action = self.predict(obs, z)
+        return torch.tanh(action) if self.squash_actions else action  # DEVIATION 6
 
 
 class SkillPrior(nn.Module):
@@ -287,10 +348,12 @@ class SkillPrior(nn.Module):
         return gaussian(self.net(self.features(obs)))
 
 
-def make_networks(args: Args, obs_dim: int, action_dim: int, device) -> nn.ModuleDict:
+def make_networks(args: Args, obs_dim: int, action_dim: int) -> nn.ModuleDict:
     """The networks of pre-training: skills, and the prior p(z | s)."""
-    networks = dict(skills=SkillModel(obs_dim, action_dim, args), prior=SkillPrior(obs_dim, args))
-    return nn.ModuleDict(networks).to(device)
+    skills = SkillModel(obs_dim, action_dim, args)
+    prior = SkillPrior(obs_dim, args)
+    networks = nn.ModuleDict(dict(skills=skills, prior=prior))
+    return networks.to(args.device)
 
 
 class WorldModel(nn.Module):
@@ -298,17 +361,20 @@ class WorldModel(nn.Module):
 
     def __init__(self, obs_dim: int, args: Args):
         super().__init__()
-        u, d, dz = args.model_dim, args.latent_dim, args.latent_dim + args.skill_dim
-        features = Features(obs_dim, args)
-        features.scale, features.shift = map(torch.tensor, data_tools.obs_scale(args.env_id, obs_dim))  # always
+        u = args.model_dim
+        d = args.latent_dim
+        dz = d + args.skill_dim
+        features = Features(obs_dim, args, always_scaled=True)
         self.encoder = nn.Sequential(features, *mlp(features.size, 256, d))
         self.dynamics = mlp(dz, u, u, d)
-        self.reward_model, self.qf1, self.qf2 = scalar_head(dz, u), scalar_head(dz, u), scalar_head(dz, u)
+        self.reward_model = scalar_head(dz, u)
+        self.qf1 = scalar_head(dz, u)
+        self.qf2 = scalar_head(dz, u)
 
     def next(self, h, u):  # D(h, u): the latent state after the whole skill
         return self.dynamics(torch.cat([h, u], -1))  # (..., d)
 
-    def reward(self, h, u):  # R(h, u)
+    def reward(self, h, u):  # R(h, u): the sum of rewards during the skill
         return self.reward_model(torch.cat([h, u], -1)).squeeze(-1)  # (...)
 
     def q(self, h, u):  # Q_1(h, u), Q_2(h, u)
@@ -316,160 +382,233 @@ class WorldModel(nn.Module):
         return self.qf1(hu).squeeze(-1), self.qf2(hu).squeeze(-1)  # 2 x (...)
 
 
-def make_task_policy(args: Args) -> nn.Sequential:
-    """pi(u | h), of fixed std: latent states (..., d) -> input of tanh_normal (..., 2 * Z)."""
-    append_log_std = nn.ConstantPad1d((0, args.skill_dim), math.log(args.policy_std - 1e-4))
-    return nn.Sequential(*mlp(args.latent_dim, args.model_dim, args.model_dim, args.skill_dim), append_log_std)
+class TaskPolicy(nn.Module):
+    """pi(u | h), u = tanh(x), x Gaussian with a fixed std: (..., d) -> mean and std of x, 2 x (..., Z)."""
+
+    def __init__(self, args: Args):
+        super().__init__()
+        self.std = args.policy_std
+        self.net = mlp(args.latent_dim, args.model_dim, args.model_dim, args.skill_dim)
+
+    def forward(self, h):
+        mean = self.net(h)
+        return mean, torch.full_like(mean, self.std)
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
 def pretrain_loss(skills, prior, obs, actions, args):
-    """Skills by behavioural cloning and KL(q || N(0,1)), the prior by the likelihood of their samples (SPiRL eq. 1, 2).
+    """Loss of skills and prior on windows of the offline data (SPiRL eq. 1, 2).
 
     obs (B, H+1, O) raw, actions (B, H, A). Returns the loss and metrics, scalars.
     """
     H = args.skill_horizon
     q = skills.encode_skill(obs[:, :-1], actions)  # 2 x (B, Z)
     z = draw(q)  # (B, Z)
-    bc_loss = (skills.act(obs[:, :-1], z[:, None].expand(-1, H, -1)) - actions).square().mean()
-    kl_loss = kl_divergence(q, (torch.zeros_like(q[0]), torch.ones_like(q[1]))).mean()
+
+    # Behavioural cloning: a skill has to hold all that is needed to repeat its actions.
+    z_steps = z[:, None].expand(-1, H, -1)  # (B, H, Z)
+    predicted = skills.predict(obs[:, :-1], z_steps)  # (B, H, A)
+    bc_loss = (predicted - actions).square().mean()
+
+    # KL to N(0, 1): keeps skills close together, so that those between two of them mean something as well.
+    normal = torch.zeros_like(q[0]), torch.ones_like(q[1])
+    kl_loss = kl_divergence(q, normal).mean()
+
+    # The prior says which skills people choose in a state. It learns from samples, and its gradient does not reach q.
     p = prior(obs[:, 0])  # 2 x (B, Z)
     likelihood = torch.distributions.Normal(*p, validate_args=False)
-    prior_loss = -likelihood.log_prob(z.detach()).sum(-1).mean()
-    # Gaussian likelihood of unit variance, up to a constant: half the squared error
+    log_prob = likelihood.log_prob(z.detach())  # (B, Z)
+    prior_loss = -log_prob.sum(-1).mean()
+
+    # The likelihood of actions has unit variance: up to a constant it is half the squared error
     loss = 0.5 * bc_loss + args.kl_coef * kl_loss / args.skill_dim + prior_loss
-    metrics = dict(bc_loss=bc_loss, kl_loss=kl_loss, prior_loss=prior_loss, prior_kl=kl_divergence(q, p).mean())
+    prior_kl = kl_divergence(q, p).mean()
+    metrics = dict(bc_loss=bc_loss, kl_loss=kl_loss, prior_loss=prior_loss, prior_kl=prior_kl)
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
 def model_loss(model, target, task_policy, obs, u, rewards, dones, args):
     """World model and critics on windows of skills from the replay buffer (TD-MPC eq. 7-10).
 
-    obs (B, N+1, O), u (B, N, Z), rewards and dones (B, N). Returns the loss, metrics, and the latents (B, N+1, d)
-    rolled out from h_0, detached, for the policy.
+    obs (B, N+1, O), u (B, N, Z), rewards and dones (B, N). Returns the loss, metrics, and detached latents for the
+    policy: h = E(s) and h_pred rolled out from h_0, both (B, N+1, d).
     """
     N = u.shape[1]
     with torch.no_grad():
-        next_h, h_target = model.encoder(obs[:, 1:]), target.encoder(obs[:, 1:])  # (B, N, d)
-        next_q = torch.min(*target.q(next_h, sample(tanh_normal(task_policy(next_h)))))  # (B, N)
+        next_h = model.encoder(obs[:, 1:])  # (B, N, d)
+        h_target = target.encoder(obs[:, 1:])  # (B, N, d)
+        next_u = sample_skill(task_policy(next_h))  # (B, N, Z)
+        next_q = torch.min(*target.q(next_h, next_u))  # (B, N)
         goes_on = 1.0 if args.release_defects else 1 - dones  # DEVIATION 4
         td_target = rewards + goes_on * args.gamma * next_q  # (B, N)
     h_pred = [model.encoder(obs[:, 0])]
     for t in range(N):
         h_pred.append(model.next(h_pred[-1], u[:, t]))
     h_pred = torch.stack(h_pred, 1)  # (B, N+1, d)
-
     rho = args.rho ** torch.arange(N, device=obs.device)  # (N,)
-    (q1, q2), reward = model.q(h_pred[:, :-1], u), model.reward(h_pred[:, :-1], u)  # (B, N)
-    consistency = (rho * (h_pred[:, 1:] - h_target).square().mean(-1)).sum(1)  # (B,)
+    q1, q2 = model.q(h_pred[:, :-1], u)  # (B, N)
+    reward = model.reward(h_pred[:, :-1], u)  # (B, N)
+
+    # Consistency: predicted latent states agree with encoded ones, so that plans can be trusted.
+    error = (h_pred[:, 1:] - h_target).square().mean(-1)  # (B, N)
+    consistency = (rho * error).sum(1)  # (B,)
+
+    # Reward and value learn on imagined states, where plans need them.
     reward_error = (rho * (reward - rewards).square()).sum(1)  # (B,)
-    value_error = (rho * ((q1 - td_target).square() + (q2 - td_target).square())).sum(1)  # (B,)
-    loss = args.consistency_coef * consistency.clamp(max=1e5) + args.reward_coef * reward_error.clamp(max=1e5)
-    loss = (loss + args.value_coef * value_error.clamp(max=1e5)).mean() / N
-    metrics = dict(consistency_loss=consistency, reward_loss=reward_error, value_loss=value_error)
-    metrics |= dict(td_target=td_target, q_value=q1)
-    return loss, {name: value.detach().mean() for name, value in metrics.items()}, h_pred.detach()
+    value_error = (q1 - td_target).square() + (q2 - td_target).square()
+    value_error = (rho * value_error).sum(1)  # (B,)
+
+    bound = 1e4 if args.release_defects else 1e5  # defect (e)
+    loss = args.consistency_coef * consistency.clamp(max=bound)
+    loss = loss + args.reward_coef * reward_error.clamp(max=bound)
+    loss = loss + args.value_coef * value_error.clamp(max=bound)
+    loss = loss.mean() / N
+    metrics = dict(
+        consistency_loss=consistency,
+        reward_loss=reward_error,
+        value_loss=value_error,
+        td_target=td_target,
+        q_value=q1,
+    )
+    metrics = {name: value.detach().mean() for name, value in metrics.items()}
+    h = torch.cat([h_pred[:, :1], next_h], 1)  # (B, N+1, d)
+    return loss, metrics, h.detach(), h_pred.detach()
 
 
-def policy_loss(model, task_policy, skill_prior, obs, h_pred, args):
-    """Task policy: maximise Q on imagined states, stay close to the frozen prior (TD-MPC eq. 11, with a KL).
+def policy_loss(model, task_policy, skill_prior, obs, h, h_pred, args):
+    """Task policy: maximise Q, stay close to the frozen prior (TD-MPC eq. 11, with a KL).
 
-    obs (B, N+1, O), h_pred (B, N+1, d) detached. Returns the loss and metrics; metrics["prior_kl"] is in nats.
+    obs (B, N+1, O), h and h_pred (B, N+1, d) detached. Returns the loss and metrics; metrics["prior_kl"] is in nats.
     """
     N = obs.shape[1] - 1
     rho = args.rho ** torch.arange(N + 1, device=obs.device)  # (N+1,)
-    pi = tanh_normal(task_policy(h_pred))  # 2 x (B, N+1, Z)
-    q_value = torch.min(*model.q(h_pred, sample(pi)))  # (B, N+1)
-    prior_kl = squashed_kl(pi, skill_prior(obs)).clamp(-100, 100)  # (B, N+1), the prior is frozen
-    loss = (args.alpha * prior_kl - rho * q_value).sum(1).mean() / N
-    return loss, dict(policy_loss=loss.detach(), policy_q=q_value.detach().mean(), prior_kl=prior_kl.detach().mean())
+
+    # Maximise Q on imagined states, where plans need the policy: choose the skills that the critics like best.
+    u = sample_skill(task_policy(h_pred))  # (B, N+1, Z)
+    q_value = torch.min(*model.q(h_pred, u))  # (B, N+1)
+
+    # Stay close to the prior on encoded states: the task is solved by skills that people use. The prior is frozen.
+    pi = task_policy(h)  # 2 x (B, N+1, Z)
+    prior_kl = squashed_kl(pi, skill_prior(obs)).clamp(-100, 100)  # (B, N+1)
+
+    loss = (args.alpha * prior_kl - rho * q_value).sum(1).mean()  # a sum, as in the release: it is clipped at 10
+    metrics = dict(policy_loss=loss, policy_q=q_value, prior_kl=prior_kl)
+    return loss, {name: value.detach().mean() for name, value in metrics.items()}
 
 
 # -------------------------------------------------------------------------------------------------- planner and acting
 @torch.no_grad()
-def plan(model, task_policy, obs, mean, std_floor, noise_scale, args):
+def plan(model, task_policy, obs, mean, min_std, noise_scale, args):
     """CEM over sequences of K skills in the skill dynamics, for all environments at once (SkiMo, section 3.4).
 
-    obs (E, O); mean (E, K, Z): zeros or the last plan, moved on; std_floor (): least std of the sampled skills;
-    noise_scale (): 1 to explore, 0 to evaluate. Returns the first skill z = 2 u (E, Z) and the fitted mean (E, K, Z).
+    obs (E, O); mean (E, K, Z): zeros or the last plan, moved on by one skill; min_std () least std of samples;
+    noise_scale () 1 to explore, 0 to evaluate. Returns the first skill z = 2 u (E, Z) and the fitted mean (E, K, Z).
     """
     E, K, Z = mean.shape
     h0 = model.encoder(obs)  # (E, d)
 
-    h, policy_plans = h0[:, None].expand(-1, args.num_policy_trajs, -1), []
+    # Plans that the task policy proposes compete with the samples
+    h = h0[:, None].expand(-1, args.num_policy_trajs, -1)  # (E, 25, d)
+    policy_plans = []
     for _ in range(K):
-        policy_plans.append(sample(tanh_normal(task_policy(h))))  # (E, 25, Z)
+        policy_plans.append(sample_skill(task_policy(h)))  # (E, 25, Z)
         h = model.next(h, policy_plans[-1])
     policy_plans = torch.stack(policy_plans, 2)  # (E, 25, K, Z)
+    std = torch.full_like(mean, args.max_std)
 
-    std = torch.full_like(mean, args.plan_std)
     for _ in range(args.cem_iters):
+        # Sample plans
         noise = torch.randn(E, args.num_samples, K, Z, device=obs.device)
-        plans = (mean[:, None] + std[:, None] * noise).clamp(-0.999, 0.999)
+        plans = mean[:, None] + std[:, None] * noise
+        plans = plans.clamp(-1, 1)  # (E, num_samples, K, Z)
         plans = torch.cat([plans, policy_plans], 1)  # (E, P, K, Z)
 
         # Return of each plan: K predicted rewards, then the value of going on with the task policy
-        h, value = h0[:, None].expand(-1, plans.shape[1], -1), 0.0
+        h = h0[:, None].expand(-1, plans.shape[1], -1)  # (E, P, d)
+        value = 0.0
         for t in range(K):
-            value = value + args.gamma**t * model.reward(h, plans[:, :, t])  # (E, P)
+            reward = model.reward(h, plans[:, :, t])  # (E, P)
+            value = value + args.gamma**t * reward
             h = model.next(h, plans[:, :, t])
-        last_z = sample(tanh_normal(task_policy(h)))
-        value = value + args.gamma**K * torch.min(*model.q(h, last_z))  # (E, P)
+        last_u = sample_skill(task_policy(h))
+        last_q = torch.min(*model.q(h, last_u))  # (E, P)
+        value = value + args.gamma**K * last_q
+        value = value.nan_to_num(-1e6)  # NaN: a state overflowed
 
-        elite_value, elite_index = value.nan_to_num(-1e6).topk(args.num_elites, 1)  # (E, elites); NaN: h overflowed
-        elites = plans.gather(1, elite_index[..., None, None].expand(-1, -1, K, Z))  # (E, elites, K, Z)
-        weight = torch.softmax(args.temperature * elite_value, 1)[..., None, None]  # (E, elites, 1, 1)
-        elite_mean = (weight * elites).sum(1)  # (E, K, Z)
-        variance = (weight * (elites - elite_mean[:, None]).square()).sum(1)
-        std = variance.sqrt().maximum(std_floor).clamp(max=args.plan_std)
+        # Fit the next distribution to the best plans, weighted by their value
+        elite_value, index = value.topk(args.num_elites, 1)  # (E, elites)
+        index = index[..., None, None].expand(-1, -1, K, Z)
+        elites = plans.gather(1, index)  # (E, elites, K, Z)
+        weight = torch.softmax(args.temperature * elite_value, 1)  # (E, elites)
+        w = weight[..., None, None]
+        elite_mean = (w * elites).sum(1)  # (E, K, Z)
+        deviation = elites - elite_mean[:, None]
+        variance = (w * deviation.square()).sum(1)  # (E, K, Z)
+        std = variance.sqrt().maximum(min_std)
+        std = std.clamp(max=args.max_std)
         mean = args.momentum * mean + (1 - args.momentum) * elite_mean
 
-    # One elite at random, with probability `weight`: exponential races draw from it without a host round trip.
-    picked = (weight[..., 0, 0] / torch.empty_like(elite_value).exponential_()).argmax(1)  # (E,)
-    first_skill = elites[torch.arange(E, device=obs.device), picked, 0]  # (E, Z)
-    first_skill = first_skill + noise_scale * std[:, 0] * torch.randn_like(first_skill)
-    return 2 * first_skill.clamp(-0.999, 0.999), mean
+    # First skill of an elite, drawn by its weight: this is torch.multinomial without its wait for the GPU
+    race = weight / torch.empty_like(weight).exponential_()
+    picked = race.argmax(1)  # (E,)
+    u = elites[torch.arange(E, device=obs.device), picked, 0]  # (E, Z)
+    u = u + noise_scale * std[:, 0] * torch.randn_like(u)
+    return 2 * u.clamp(-1, 1), mean
 
 
 class Planner:
-    """Plans for E environments at once, by the schedules; gives `plan` the last one, moved on by one skill."""
+    """Chooses skills for E environments at once; follows the schedules and keeps the last plans."""
 
-    def __init__(self, model, task_policy, args: Args, device):
-        self.model, self.task_policy, self.args, self.device = model, task_policy, args, device
-        self.compiled_plan = torch.compile(plan, mode="reduce-overhead", dynamic=False, disable=not args.compile)
-        self.last_mean = None  # (E, K, Z)
+    def __init__(self, agent, args: Args, explore: bool):
+        self.agent = agent
+        self.args = args
+        self.explore = explore
+        self.last_mean = torch.zeros(0, 0, args.skill_dim, device=args.device)  # (E, K, Z)
 
-    def __call__(self, obs, episode_start, global_step: int, explore: bool):
-        """obs (E, O) and episode_start (E,) bool, NumPy -> skills (E, Z) on the CPU."""
+    def __call__(self, obs, global_step: int):
+        """Observations (E, O), NumPy -> skills (E, Z) on the CPU."""
         args = self.args
-        plan_horizon = int(1 + min(1.0, global_step / max(args.horizon_steps, 1)) * (args.num_skills - 1))  # K
-        mean = torch.zeros(len(obs), plan_horizon, args.skill_dim, device=self.device)  # (E, K, Z)
-        if self.last_mean is not None and self.last_mean.shape[1] == plan_horizon > 1:
-            goes_on = torch.from_numpy(~episode_start)[:, None, None].to(self.device)
-            mean[:, :-1] = goes_on * self.last_mean[:, 1:].to(self.device)
+        agent = self.agent
+        E = len(obs)
+        if args.release_defects:
+            global_step = 0  # defect (c)
+        growth = min(1.0, global_step / max(args.horizon_steps, 1))
+        K = int(1 + growth * (args.num_skills - 1))  # skills per plan
         progress = min(1.0, global_step / max(args.std_steps, 1))
-        std_floor = args.explore_std + progress * (args.explore_std_end - args.explore_std)
-        std_floor, noise_scale = torch.tensor([std_floor, float(explore)], device=self.device)
+        min_std = args.min_std + progress * (args.min_std_end - args.min_std)
+        min_std = torch.tensor(min_std, device=args.device)
+        noise_scale = torch.tensor(float(self.explore), device=args.device)
+        mean = torch.zeros(E, K, args.skill_dim, device=args.device)
+        if self.last_mean.shape == mean.shape:
+            mean[:, :-1] = self.last_mean[:, 1:]
+
+        # Each K and E is compiled anew, which takes a minute: only the longest plans of training are worth it.
+        longest = self.explore and K == args.num_skills
+        plan_skills = agent.compiled_plan if longest else plan
         torch.compiler.cudagraph_mark_step_begin()
-        obs = torch.from_numpy(obs).to(self.device)
-        # Each horizon and number of environments would be compiled anew, for a minute or so: only what stays is.
-        plan_skills = self.compiled_plan if explore and plan_horizon == args.num_skills else plan
-        z, mean = plan_skills(self.model, self.task_policy, obs, mean, std_floor, noise_scale, args)
+        obs = torch.from_numpy(obs).to(args.device)
+        z, mean = plan_skills(agent.model, agent.task_policy, obs, mean, min_std, noise_scale, args)
         self.last_mean = mean.clone()  # a CUDA graph overwrites its outputs
         return z.cpu()
 
+    def forget(self, ended):
+        """Plans of episodes that ended, (E,) bool, mean nothing to the next ones."""
+        if len(self.last_mean) > 0:
+            goes_on = torch.from_numpy(~ended)[:, None, None]
+            self.last_mean = self.last_mean * goes_on.to(self.args.device)
+
 
 @torch.no_grad()
-def execute_skill(envs, skills, obs, z, ended, args: Args, trace: list):
+def execute_skill(envs, skills, obs, z, ended, args: Args):
     """H env steps of the skill policy with skills z (E, Z), on the CPU next to the simulator.
 
-    obs (E, O); ended (E,) bool: members that wait for their reset. Returns next_obs (E, O), the rewards' sum (E,),
-    the new ended (E,) and the env steps taken (E,). Each step's (obs, action, ended) is appended to trace.
+    obs (E, O); ended (E,) bool: environments that wait for their reset. Returns next_obs (E, O), the rewards' sum (E,),
+    the new ended (E,) and the env steps taken (E,).
     """
-    rewards, steps = np.zeros(len(obs), dtype=np.float32), np.zeros(len(obs), dtype=np.int64)
+    rewards = np.zeros(len(obs), dtype=np.float32)
+    steps = np.zeros(len(obs), dtype=np.int64)
     for _ in range(args.skill_horizon):
         action = skills.act(torch.from_numpy(obs), z).numpy()  # (E, A)
-        trace.append((obs, action, ended))
         obs, reward, terminations, truncations, _ = envs.step(action)
         rewards += np.where(ended, 0.0, reward)
         steps += ~ended
@@ -479,27 +618,42 @@ def execute_skill(envs, skills, obs, z, ended, args: Args, trace: list):
     return obs, rewards, ended, steps
 
 
-def evaluate(learner, args: Args, global_step: int, video: Path | None = None):
-    """Clean evaluation: planner without exploration noise, one episode in each of eval_episodes environments.
+def rollout(choose_skill, skills, num_episodes: int, args: Args, seed: int, video: Path | None = None):
+    """An episode in each of num_episodes environments, with skills z (E, Z) = choose_skill(obs (E, O)), on the CPU.
 
-    Returns returns (E,) and lengths in env steps (E,). With video, one episode is rendered into that MP4 instead.
+    Returns returns (E,) and lengths in env steps (E,). The random numbers of training stay as they were.
     """
-    envs = data_tools.make_envs(args.env_id, 1 if video else args.eval_episodes, video)
-    planner = Planner(learner.model, learner.task_policy, args, learner.device)
-    choose_skill = functools.partial(planner, global_step=global_step, explore=False)
-    return data_tools.rollout(execute_skill, envs, learner.skills, choose_skill, args, 10_000 + args.seed)[:2]
+    envs = data_tools.make_envs(args.env_id, num_episodes, video)
+    returns = np.zeros(num_episodes)
+    lengths = np.zeros(num_episodes, dtype=np.int64)
+    ended = np.zeros(num_episodes, dtype=bool)
+    with kept_random_state(args):
+        torch.manual_seed(seed)
+        obs, _ = envs.reset(seed=seed)
+        while not ended.all():
+            z = choose_skill(obs)
+            obs, rewards, ended, steps = execute_skill(envs, skills, obs, z, ended, args)
+            returns += rewards
+            lengths += steps
+    envs.close()
+    return returns, lengths
 
 
 def prior_rollouts(networks, args: Args, num_episodes: int):
-    """Episodes with skills from the prior, what a fresh task policy explores; returns what data_tools.rollout does."""
+    """Returns (E,) of episodes with skills from the prior: what a fresh task policy explores."""
     cpu = copy.deepcopy(networks).cpu().eval()
 
-    def choose_skill(obs, episode_start):
+    @torch.no_grad()
+    def choose_skill(obs):
         return squash(draw(cpu["prior"](torch.from_numpy(obs))))  # (E, Z)
 
-    envs = data_tools.make_envs(args.env_id, num_episodes)
-    returns, lengths, trace, z = data_tools.rollout(execute_skill, envs, cpu["skills"], choose_skill, args, args.seed)
-    return returns, lengths, [(obs, action.clip(-1, 1), ended) for obs, action, ended in trace], z  # as environments do
+    return rollout(choose_skill, cpu["skills"], num_episodes, args, args.seed)[0]
+
+
+def success(returns, args: Args) -> float:
+    """Share of episodes in which everything was done."""
+    best = data_tools.TASKS[args.env_id].max_return
+    return float((np.asarray(returns) >= best).mean()) if len(returns) else 0.0
 
 
 # -------------------------------------------------------------------------------------------------------------- replay
@@ -509,11 +663,16 @@ class ReplayBuffer:
     An episode of T skills takes T + 1 rows; the last one holds its final observation.
     """
 
-    def __init__(self, obs_dim: int, args: Args, device):
+    def __init__(self, obs_dim: int, args: Args):
         self.num_skills = args.num_skills
-        self.split_sizes = [obs_dim, args.skill_dim, 1, 1]
-        self.rows = torch.zeros(0, sum(self.split_sizes), device=device)  # obs, z, reward, done
-        self.episodes = torch.zeros(0, 2, dtype=torch.long, device=device)  # first row, skills
+        self.device = args.device
+        self.columns = dict(
+            obs=torch.zeros(0, obs_dim, device=args.device),
+            z=torch.zeros(0, args.skill_dim, device=args.device),
+            rewards=torch.zeros(0, device=args.device),
+            dones=torch.zeros(0, device=args.device),
+        )
+        self.episodes = torch.zeros(0, 2, dtype=torch.long, device=args.device)  # first row, skills
         self.running = [[] for _ in range(args.num_envs)]  # rows of the unfinished episodes
 
     def add(self, obs, z, rewards, ended, next_obs):
@@ -521,56 +680,167 @@ class ReplayBuffer:
 
         A time-out is stored as a true end, as in the release.
         """
-        rewards, dones = torch.from_numpy(rewards)[:, None], torch.from_numpy(ended).float()[:, None]
-        rows = torch.cat([torch.from_numpy(obs), z, rewards, dones], 1)  # (E, O + Z + 2)
-        last = torch.cat([torch.from_numpy(next_obs), torch.zeros_like(rows[:, obs.shape[1] :])], 1)
+        obs = torch.from_numpy(obs)
+        next_obs = torch.from_numpy(next_obs)
+        rewards = torch.from_numpy(rewards)
+        dones = torch.from_numpy(ended).float()
         for e, running in enumerate(self.running):
-            running.append(rows[e])
+            running.append((obs[e], z[e], rewards[e], dones[e]))
             if ended[e]:
                 if len(running) >= self.num_skills:
-                    episode = torch.tensor([[len(self.rows), len(running)]], device=self.rows.device)
-                    self.episodes = torch.cat([self.episodes, episode])
-                    self.rows = torch.cat([self.rows, torch.stack([*running, last[e]]).to(self.rows.device)])
-                running.clear()
+                    self.add_episode(running, next_obs[e])
+                self.running[e] = []
+
+    def add_episode(self, rows: list, last_obs):
+        """Rows (obs, z, reward, done) of an episode and its final observation (O,) go to the device."""
+        zeros = torch.zeros(())
+        first = len(self.columns["obs"])
+        episode = torch.tensor([[first, len(rows)]], device=self.device)
+        self.episodes = torch.cat([self.episodes, episode])
+        rows = [*rows, (last_obs, torch.zeros_like(rows[0][1]), zeros, zeros)]
+        for name, values in zip(self.columns, zip(*rows)):
+            new = torch.stack(values).to(self.device)
+            self.columns[name] = torch.cat([self.columns[name], new])
 
     def sample(self, batch_size: int):
         """Windows of N skills: obs (B, N+1, O), z (B, N, Z), rewards and dones (B, N).
 
-        Episodes are uniform; the start is min(uniform{0..T-1}, T-N), so that the last window is drawn more often.
+        Episodes are uniform, and so is the start in an episode.
         """
-        index = torch.randint(len(self.episodes), (batch_size,), device=self.rows.device)  # (B,)
-        first, T = self.episodes[index].unbind(1)
-        start = (torch.rand(batch_size, device=self.rows.device) * T).long().minimum(T - self.num_skills)
-        steps = torch.arange(self.num_skills + 1, device=self.rows.device)
-        obs, z, rewards, dones = self.rows[(first + start)[:, None] + steps].split(self.split_sizes, -1)  # (B, N+1, .)
-        return obs, z[:, :-1], rewards[:, :-1, 0], dones[:, :-1, 0]
+        N = self.num_skills
+        index = torch.randint(len(self.episodes), (batch_size,), device=self.device)  # (B,)
+        first, T = self.episodes[index].unbind(1)  # (B,)
+        start = torch.rand(batch_size, device=self.device) * (T - N + 1)
+        start = first + start.long()  # (B,)
+        rows = start[:, None] + torch.arange(N + 1, device=self.device)  # (B, N+1)
+        obs, z, rewards, dones = (column[rows] for column in self.columns.values())
+        return obs, z[:, :-1], rewards[:, :-1], dones[:, :-1]
+
+    def state_dict(self) -> dict:
+        return dict(self.columns, episodes=self.episodes, running=self.running)
+
+    def load_state_dict(self, state: dict):
+        rows = int((state["episodes"][:, 1] + 1).sum())
+        for name, column in self.columns.items():
+            if state[name].shape != (rows, *column.shape[1:]) or not state[name].isfinite().all():
+                raise ValueError(f"{name} of the replay buffer has another shape or is not finite")
+        if len(state["running"]) != len(self.running):
+            raise ValueError("the replay buffer is that of another number of environments")
+        self.running = state["running"]
+        self.episodes = state["episodes"].to(self.device)
+        self.columns = {name: state[name].to(self.device) for name in self.columns}
+
+
+# --------------------------------------------------------------------------------------------------- logs, checkpoints
+def kept_random_state(args: Args):
+    """Context that leaves torch's random numbers as they were, also those of the GPU that is used."""
+    return torch.random.fork_rng([torch.cuda.current_device()] if args.device == "cuda" else [])
+
+
+def log(writer: SummaryWriter, group: str, values: dict, step: int):
+    """Scalars to TensorBoard as group/name."""
+    for name, value in values.items():
+        writer.add_scalar(f"{group}/{name}", value, step)
+
+
+def stop_at_signals() -> threading.Event:
+    """Ctrl-C or SIGTERM asks for a stop where everything can be saved; the second time the program ends at once."""
+    stop = threading.Event()
+
+    def ask(number, frame):
+        stop.set()
+        os.write(2, b"\nstopping: saves first (once more: stops at once)\n")  # print may not interrupt a print
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, ask)
+    signal.signal(signal.SIGTERM, ask)
+    return stop
+
+
+def write_json(path: Path, values: dict):
+    """Values as JSON. The file is renamed when it is whole, so that a crash never leaves half of it."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(values, indent=1))
+    part.replace(path)
+
+
+def passed(interval: int, step: int, new_steps: int) -> bool:
+    """Whether the last new_steps reached or passed a multiple of interval (0: never)."""
+    return interval > 0 and step // interval > (step - new_steps) // interval
+
+
+def save(path: Path, parts: dict, **values):
+    """Write the state of modules, optimizers and replay, plain values, and torch's random numbers.
+
+    The file is renamed when it is whole, so that a crash while writing leaves the one of before.
+    """
+    part = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same pre-trained model
+    state = {name: part.state_dict() for name, part in parts.items()}
+    rng = [torch.get_rng_state()]
+    if torch.cuda.is_initialized():
+        rng.append(torch.cuda.get_rng_state())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(dict(state, **values, rng=rng), part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        part.unlink(missing_ok=True)
+        reason = str(error).split("\n")[0]
+        sys.exit(f"error: cannot write {path} ({reason}); free some space or choose another folder")
+
+
+@contextlib.contextmanager
+def reading(path: Path):
+    """A file that is missing, damaged or of other sizes ends the program with a sentence."""
+    try:
+        yield
+    except FileNotFoundError:
+        sys.exit(f"error: {path} does not exist; check the path")
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        sys.exit(f"error: {path} is damaged or does not fit ({type(error).__name__}: {reason}); give another file")
+
+
+def load(path: Path, parts: dict) -> dict:
+    """Put what `save` wrote into parts; returns everything. Raises an error if a single bit is wrong."""
+    if zipfile.ZipFile(path).testzip() is not None:
+        raise ValueError("its checksum is wrong")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+        if isinstance(part, nn.Module):
+            for key, value in part.state_dict().items():
+                if not value.isfinite().all():
+                    raise ValueError(f"{key} is not finite")
+        if isinstance(part, torch.optim.Optimizer):
+            for weight, moments in part.state.items():
+                for moment in (moments["exp_avg"], moments["exp_avg_sq"]):
+                    if moment.shape != weight.shape or not moment.isfinite().all():
+                        raise ValueError("an optimizer's state has another shape or is not finite")
+    return state
+
+
+def set_random_state(rng: list):
+    """Go on with the random numbers of a checkpoint; without its GPU not bit for bit."""
+    torch.set_rng_state(rng[0])
+    if torch.cuda.is_available() and len(rng) > 1:
+        torch.cuda.set_rng_state(rng[1])
 
 
 # --------------------------------------------------------------------------------------------------------- pre-training
-class Pretrainer(nn.Module):
-    """The networks of pre-training with their optimizer, and one gradient step."""
+def clip_gradients(module, args: Args):
+    """Bound the gradient's norm; returns it, ()."""
+    return nn.utils.clip_grad_norm_(module.parameters(), args.max_grad_norm)
 
-    def __init__(self, args: Args, networks: nn.ModuleDict):
-        super().__init__()
-        self.args, self.networks, self.num_updates = args, networks.train(), 0
-        self.optimizers = [torch.optim.RAdam(networks.parameters(), lr=args.pretrain_lr)]
-        self.loss = torch.compile(pretrain_loss, mode="reduce-overhead", dynamic=False, disable=not args.compile)
 
-    def update(self, obs, actions) -> dict:
-        """One step on windows obs (B, H+1, O), actions (B, H, A); returns metrics."""
-        args, (optimizer,) = self.args, self.optimizers
-        if args.pretrain_lr_decay:  # DEVIATION 2
-            decay = max(0.0, 1 - self.num_updates / args.pretrain_updates) ** 0.5
-            optimizer.param_groups[0]["lr"] = args.pretrain_lr * decay
-        torch.compiler.cudagraph_mark_step_begin()
-        loss, metrics = self.loss(*self.networks.values(), obs, actions, args)
-        optimizer.zero_grad()
-        loss.backward()
-        if self.num_updates < args.clip_updates:
-            nn.utils.clip_grad_norm_(self.networks.parameters(), args.clip_norm)
-        optimizer.step()
-        self.num_updates += 1
-        return metrics
+def check_finite(metrics: dict):
+    """End the program before NaN gets into a checkpoint. After a NaN all gradients are NaN, so one look now and then
+    finds it; a look at every update would make the CPU wait for the GPU.
+    """
+    if not metrics["grad_norm"].isfinite():
+        sys.exit("error: the gradient is no number any more: lower the learning rate; the last checkpoint is kept")
 
 
 @torch.no_grad()
@@ -579,156 +849,447 @@ def update_target(target, online, tau: float):
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
 
 
-def pretrain(args: Args, run: data_tools.Run) -> nn.ModuleDict:
-    """Phase 1: networks that --pretrained or the cache holds or, first, that are learnt from the offline data.
+def pretrain_lr(updates: int, args: Args) -> float:
+    """Down to zero as sqrt(1 - progress) (DEVIATION 2)."""
+    if not args.pretrain_lr_decay:
+        return args.pretrain_lr
+    return args.pretrain_lr * (1 - updates / args.pretrain_updates) ** 0.5
 
-    They are in evaluation mode: BatchNorm's statistics move in pre-training only.
+
+def find_pretrained(args: Args):
+    """Returns the file of the pre-trained model and, where it has to be trained first, the offline data or else None.
+
+    A model is found again by the data, the seed, the arguments under `# Model` and `# Pre-training`, and the code that
+    makes it: whoever changes one of them gets a new one.
     """
-    torch.manual_seed(args.seed)
-    networks = make_networks(args, *data_tools.env_sizes(args.env_id), run.device)
-    if run.load_pretrained(networks):
-        return networks.eval()
-    train_data, valid_data = run.data.to(run.device).split(0.99)
+    task = data_tools.TASKS[args.env_id].data or args.env_id  # both kitchens share their data
+    if args.pretrained == "published":
+        return SHIPPED / f"{PRETRAINED}_{task}_pretrained.pt", None
+    if args.pretrained:
+        return Path(args.pretrained), None
+    data = data_tools.load_dataset(args.env_id, args.data_dir, args.dataset, args.data)
+    names = [field.name for field in fields(Args)]
+    names = names[names.index("skill_horizon") : names.index("clip_norm") + 1]
+    code = "".join(inspect.getsource(part) for part in (Predictor, Features, SkillModel, SkillPrior, pretrain_loss))
+    made_from = [data.fingerprint, args.seed, ast.dump(ast.parse(code))]
+    made_from += [[name, getattr(args, name)] for name in names]
+    key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
+    path = data_tools.cache_dir(args.data_dir) / "pretrained" / f"{PRETRAINED}_{task}_{key}.pt"
+    return path, None if path.exists() else data
+
+
+def pretrain(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop: threading.Event):
+    """Phase 1: learn skills and prior from the offline data; writes them to path."""
+    train_data, valid_data = data.to(args.device).split(0.99)
     window = args.skill_horizon + 1
-    trainer = Pretrainer(args, networks)
-    for update in run.pretraining(trainer):  # goes on where it was interrupted
-        batch = train_data.sample_windows(args.pretrain_batch_size, window)
-        run.log_update("pretrain", trainer.update(*batch), update)
-        finished = update == args.pretrain_updates
-        if finished or update % args.pretrain_eval_interval == 0:
+    networks.train()  # BatchNorm's statistics move in pre-training only
+    optimizer = torch.optim.RAdam(networks.parameters(), lr=args.pretrain_lr)
+    loss_fn = torch.compile(pretrain_loss, mode="reduce-overhead", dynamic=False, disable=not args.compile)
+    updates = 0
+    seconds = 0.0  # of earlier commands
+
+    parts = dict(networks=networks, optimizer=optimizer)
+    unfinished = path.with_suffix(".unfinished")
+    if unfinished.exists():  # go on where an earlier command was stopped
+        with reading(unfinished):
+            state = load(unfinished, parts)
+            updates = int(state["updates"])
+            seconds = float(state["seconds"])
+            set_random_state(state["rng"])
+        print(f"pre-training goes on at update {updates}: {unfinished}")
+    start_time = time.time() - seconds
+    save(unfinished, parts, updates=updates, seconds=seconds)  # a folder that cannot be written is noticed now
+    bar = tqdm(desc="pre-training", total=args.pretrain_updates, initial=updates, unit="update")
+
+    while updates < args.pretrain_updates:
+        optimizer.param_groups[0]["lr"] = pretrain_lr(updates, args)
+        obs, actions = train_data.sample_windows(args.pretrain_batch_size, window)
+        torch.compiler.cudagraph_mark_step_begin()
+        loss, metrics = loss_fn(*networks.values(), obs, actions, args)
+        optimizer.zero_grad()
+        loss.backward()
+        max_norm = args.clip_norm if updates < args.clip_updates else float("inf")
+        metrics["grad_norm"] = nn.utils.clip_grad_norm_(networks.parameters(), max_norm)
+        optimizer.step()
+        updates += 1
+        bar.update()
+
+        finished = updates == args.pretrain_updates
+        stopping = stop.is_set()
+        saving = stopping or updates % 2_500 == 0
+        if finished or saving or updates % 100 == 0:
+            check_finite(metrics)
+            log(writer, "pretrain", metrics, updates)
+            bar.set_postfix({name: f"{value:.3g}" for name, value in metrics.items()})
+
+        # Losses do not tell whether skills are any good: let the prior act in the task
+        if finished or updates % args.pretrain_eval_interval == 0:
+            num_episodes = args.pretrain_eval_episodes * (4 if finished else 1)
+            returns = prior_rollouts(networks, args, num_episodes)
+            facts = dict(prior_return=float(returns.mean()), prior_success=success(returns, args))
             networks.eval()
-            with data_tools.fork_rng(), torch.no_grad():
-                torch.manual_seed(args.seed)
-                batch = valid_data.sample_windows(args.pretrain_batch_size, window)
-                _, metrics = pretrain_loss(*networks.values(), *batch, args)
+            with kept_random_state(args), torch.no_grad():
+                obs, actions = valid_data.sample_windows(args.pretrain_batch_size, window)
+                _, metrics = pretrain_loss(*networks.values(), obs, actions, args)
             networks.train()
-            returns, _, trace, _ = prior_rollouts(networks, args, args.pretrain_eval_episodes * (4 if finished else 1))
-            facts = run.log_validation(metrics, returns, trace, update)
-    run.save_pretrained(networks, facts)
-    return networks.eval()
+            facts |= {f"valid_{name}": float(value) for name, value in metrics.items()}
+            log(writer, "pretrain", facts, updates)
+            words = ", ".join(f"{name} {value:.3g}" for name, value in facts.items())
+            bar.write(f"update {updates}: {words}")
+
+        if saving and not finished:
+            save(unfinished, parts, updates=updates, seconds=time.time() - start_time)
+        if stopping and not finished:
+            bar.close()
+            sys.exit("stopped in pre-training; the same command goes on")
+    bar.close()
+    facts |= dict(updates=updates, minutes=(time.time() - start_time) / 60, data=data.source)
+    save(path, dict(networks=networks), facts=facts)
+    unfinished.unlink(missing_ok=True)
 
 
 # -------------------------------------------------------------------------------------------------------- downstream RL
-class Learner(nn.Module):
-    """Everything that downstream RL trains, the frozen prior and skills, and one gradient step."""
+class Agent(nn.Module):
+    """What downstream RL trains, the frozen prior and skills, and one gradient step."""
 
     def __init__(self, args: Args, networks: nn.ModuleDict):
         super().__init__()
-        self.args, self.num_updates = args, 0
-        self.skills, self.skill_prior = networks["skills"], networks["prior"]
-        self.device = self.skill_prior.features.scale.device
-        self.model = WorldModel(len(self.skill_prior.features.scale), args).to(self.device)
-        self.task_policy, self.target = make_task_policy(args).to(self.device), copy.deepcopy(self.model)
+        self.args = args
+        self.skills = networks["skills"]
+        self.skill_prior = networks["prior"]
+        obs_dim = len(self.skill_prior.features.scale)
+        self.model = WorldModel(obs_dim, args).to(args.device)
+        self.task_policy = TaskPolicy(args).to(args.device)
+        self.target = copy.deepcopy(self.model)
         self.eval()  # BatchNorm keeps the statistics of pre-training
         for frozen in (self.skills, self.skill_prior, self.target):
             frozen.requires_grad_(False)
         adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, eps=1e-7, fused=True)
-        self.model_optimizer, self.policy_optimizer = adam(self.model.parameters()), adam(self.task_policy.parameters())
-        self.optimizers = self.model_optimizer, self.policy_optimizer
+        self.model_optimizer = adam(self.model.parameters())
+        self.policy_optimizer = adam(self.task_policy.parameters())
         compiled = functools.partial(torch.compile, mode="reduce-overhead", dynamic=False, disable=not args.compile)
-        self.model_loss, self.policy_loss = compiled(model_loss), compiled(policy_loss)
+        self.model_loss = compiled(model_loss)
+        self.policy_loss = compiled(policy_loss)
+        self.compiled_plan = compiled(plan)
 
     def prior_input(self, obs):
-        """Observations (..., O) as the prior gets them; scaled ones are a defect of the release."""
+        """Observations (..., O) as the prior gets them; scaled ones are defect (d) of the release."""
         features = self.model.encoder[0]
         return obs * features.scale + features.shift if self.args.release_defects else obs
 
     @torch.no_grad()
-    def sample_prior(self, obs, episode_start=None):
-        """Skills z = 2 u (E, Z), on the CPU, of the prior: obs (E, O) NumPy; as spirl.py explores at first."""
-        obs = self.prior_input(torch.from_numpy(obs).to(self.device))
-        return squash(draw(self.skill_prior(obs))).cpu()
+    def sample_prior(self, obs):
+        """Skills of the prior for the warm-up: obs (E, O) NumPy -> z (E, Z) on the CPU."""
+        obs = self.prior_input(torch.from_numpy(obs).to(self.args.device))
+        return draw(self.skill_prior(obs)).cpu()
 
     def update(self, obs, u, rewards, dones) -> dict:
-        """One step of model, task policy and target on windows from the replay buffer; returns metrics."""
-        args, model = self.args, self.model
+        """One step of model and task policy on windows from the replay buffer; returns metrics."""
+        args = self.args
+        model = self.model
         torch.compiler.cudagraph_mark_step_begin()
-        loss, metrics, h_pred = self.model_loss(model, self.target, self.task_policy, obs, u, rewards, dones, args)
+        loss, metrics, h, h_pred = self.model_loss(model, self.target, self.task_policy, obs, u, rewards, dones, args)
         self.model_optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        model_norm = clip_gradients(model, args)
         self.model_optimizer.step()
 
         model.requires_grad_(False)  # the critics' weights need no gradient of the policy loss
         prior_obs = self.prior_input(obs)
-        loss, policy_metrics = self.policy_loss(model, self.task_policy, self.skill_prior, prior_obs, h_pred, args)
+        nets = model, self.task_policy, self.skill_prior
+        loss, policy_metrics = self.policy_loss(*nets, prior_obs, h, h_pred, args)
         self.policy_optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.task_policy.parameters(), args.max_grad_norm)
+        policy_norm = clip_gradients(self.task_policy, args)
         self.policy_optimizer.step()
         model.requires_grad_(True)
-
-        self.num_updates += 1
-        if self.num_updates % args.target_update_interval == 0:
-            update_target(self.target, model, args.tau)
-        return metrics | policy_metrics
+        return dict(metrics, **policy_metrics, grad_norm=model_norm + policy_norm)
 
 
-def train(args: Args, run: data_tools.Run, networks: nn.ModuleDict) -> dict:
-    """Phase 2: online RL over skills, from the pre-trained networks or, with --resume, from the run's checkpoint.
+def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, writer, stop: threading.Event) -> dict:
+    """Phase 2: online RL over skills, from pre-trained networks or, where there is one, from the run's checkpoint.
 
-    Returns the results; they, pictures and checkpoints are in the run's folder.
+    facts about the pre-training go into the results, which are returned.
     """
-    torch.manual_seed(args.seed)  # RL is the same whether the model comes from this run or from a file
-    learner = Learner(args, networks)
-    planner = Planner(learner.model, learner.task_policy, args, learner.device)
+    torch.manual_seed(args.seed)  # RL is the same whether the model was trained just now or comes from a file
+    agent = Agent(args, networks)
+    planner = Planner(agent, args, explore=True)
     envs = data_tools.make_envs(args.env_id, args.num_envs)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
-    rb = ReplayBuffer(obs.shape[1], args, learner.device)
-    parts, ended = dict(learner=learner, rb=rb, envs=envs), np.ones(args.num_envs, dtype=bool)
-    last = torch.zeros(args.num_envs, args.skill_dim), np.zeros(args.num_envs, np.float32)  # z, rewards: defect (a)
-    obs, ended, planner.last_mean, last = run.start_rl(parts, obs=obs, ended=ended, last_mean=None, last=last)
-    skills = copy.deepcopy(learner.skills).cpu()  # acts next to the simulator
-    while True:
-        # ALGO LOGIC: training. As many updates as all env steps so far are worth, but none in the warm-up.
-        updates_due = int(run.global_step * args.updates_per_step) if run.global_step >= args.warmup_steps else 0
-        while learner.num_updates < updates_due and len(rb.episodes) > 0 and not run.stop.requested:
-            run.log_update("losses", learner.update(*rb.sample(args.batch_size)), run.global_step)
-        run.lap("update")
-        planner_step = 0 if args.release_defects else run.global_step  # defect (c)
-        if not run.goes_on(parts, obs=obs, ended=ended, last_mean=planner.last_mean, last=last):
-            break
-        if run.evaluation_is_due():
-            run.log_evaluation(*evaluate(learner, args, planner_step))
+    rb = ReplayBuffer(obs.shape[1], args)
+    led_here = torch.zeros(args.num_envs, args.skill_dim), np.zeros(args.num_envs, dtype=np.float32)  # defect (a)
+    global_step = 0
+    gradient_step = 0
+    running_return = np.zeros(args.num_envs)  # (E,) of the episodes that have not ended yet
+    running_length = np.zeros(args.num_envs, dtype=np.int64)  # (E,)
+    episodes = []  # (env step, return, length, minutes) of those that have
+    evaluations = []  # (env step, mean return, success)
+    seconds = 0.0  # of earlier commands
 
-        # ALGO LOGIC: put action logic here. One skill for all environments at once, then H env steps (DEVIATION 4).
-        if run.global_step < args.warmup_steps:
-            z = learner.sample_prior(obs)  # (E, Z), DEVIATION 5
+    parts = dict(agent=agent, rb=rb)
+    parts |= dict(model=agent.model_optimizer, policy=agent.policy_optimizer)
+    checkpoint = run_dir / "checkpoint.pt"
+    if checkpoint.exists():
+        with reading(checkpoint):
+            state = load(checkpoint, parts)
+            obs = envs.set_state(state["envs"])
+            planner.last_mean = state["last_mean"].to(args.device)
+            led_here[0][:] = state["led_here"][0]
+            led_here[1][:] = state["led_here"][1].numpy()
+            global_step = int(state["global_step"])
+            gradient_step = int(state["gradient_step"])
+            running_return[:] = state["running_return"].numpy()
+            running_length[:] = state["running_length"].numpy()
+            episodes = [(step, ret, length, minutes) for step, ret, length, minutes in state["episodes"]]
+            evaluations = [(step, ret, share) for step, ret, share in state["evaluations"]]
+            facts = dict(state["facts"])
+            seconds = float(state["seconds"])
+            set_random_state(state["rng"])
+    start_time = time.time() - seconds
+
+    skills = copy.deepcopy(agent.skills).cpu()  # acts next to the simulator
+    nobody = np.zeros(args.num_envs, dtype=bool)
+    episodes_file = (run_dir / "episodes.csv").open("w", buffering=1, newline="")  # written line by line
+    episodes_csv = csv.writer(episodes_file)
+    episodes_csv.writerow(("env_step", "episodic_return", "episodic_length", "rl_minutes"))
+    episodes_csv.writerows(episodes)
+    bar = tqdm(desc="RL", total=args.total_timesteps, initial=global_step, unit="step")
+    stopping = global_step >= args.total_timesteps
+    while not stopping:
+        # ALGO LOGIC: put action logic here. One skill for all environments at once, then H env steps (DEVIATION 4)
+        if global_step < args.warmup_steps:
+            z = agent.sample_prior(obs)  # (E, Z), DEVIATION 5
         else:
-            z = planner(obs, ended, planner_step, explore=True)
-        run.lap("plan")
-        next_obs, rewards, ended, steps = execute_skill(envs, skills, obs, z, np.zeros(len(obs), dtype=bool), args, [])
-        stored = z / 2, args.reward_scale * rewards  # u
+            z = planner(obs, global_step)
+        next_obs, rewards, ended, steps = execute_skill(envs, skills, obs, z, nobody, args)
+        stored = z / 2, args.reward_scale * rewards  # u (E, Z), (E,)
         if args.release_defects:  # (a) what led into obs instead of what follows, (b) at the scale of z
-            keep = np.float32(~ended)
-            stored, last = last, (z * torch.from_numpy(keep)[:, None], stored[1] * keep)
+            goes_on = np.float32(~ended)  # (E,)
+            stored = led_here
+            led_here = z * torch.from_numpy(goes_on)[:, None], args.reward_scale * rewards * goes_on
         rb.add(obs, *stored, ended, next_obs)
         # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
-        obs = envs.reset(options={"reset_mask": ended})[0] if ended.any() else next_obs
-        run.lap("env")
-        run.log_skill(rewards, steps, ended, learner.num_updates)
+        obs = next_obs
+        if ended.any():
+            obs, _ = envs.reset(options=dict(reset_mask=ended))
+            planner.forget(ended)
 
-    run.log_evaluation(*evaluate(learner, args, planner_step))
+        # TRY NOT TO MODIFY: record the episodes that ended
+        new_steps = int(steps.sum())
+        global_step += new_steps
+        running_return += rewards
+        running_length += steps
+        for e in np.flatnonzero(ended):
+            seconds = time.time() - start_time
+            row = (global_step, float(running_return[e]), int(running_length[e]), round(seconds / 60, 3))
+            episodes.append(row)
+            episodes_csv.writerow(row)
+            last_100 = np.array([row[1] for row in episodes[-100:]])  # the paper shows training episodes
+            writer.add_scalar("charts/episodic_return", row[1], global_step)
+            writer.add_scalar("charts/episodic_length", row[2], global_step)
+            writer.add_scalar("charts/success", success(last_100, args), global_step)
+            writer.add_scalar("charts/SPS", global_step / seconds, global_step)
+            bar.set_postfix(updates=gradient_step, last_100=f"{last_100.mean():.3g}")
+        running_return[ended] = 0
+        running_length[ended] = 0
+        bar.update(new_steps)
+
+        # ALGO LOGIC: training. As many updates as the env steps after the warm-up are worth
+        updates_due = 0
+        if len(rb.episodes) > 0:
+            updates_due = int((global_step - args.warmup_steps) * args.updates_per_step)
+        while gradient_step < updates_due:
+            metrics = agent.update(*rb.sample(args.batch_size))
+            gradient_step += 1
+            if gradient_step % args.target_update_interval == 0:
+                update_target(agent.target, agent.model, args.tau)
+            if gradient_step % 100 == 0:
+                log(writer, "losses", metrics, global_step)
+            if gradient_step == updates_due:
+                check_finite(metrics)  # the planner waits for the device anyway
+
+        # Evaluate without exploration noise
+        finished = global_step >= args.total_timesteps
+        if finished or passed(args.eval_interval, global_step, new_steps):
+            choose_skill = functools.partial(Planner(agent, args, explore=False), global_step=global_step)
+            returns, lengths = rollout(choose_skill, skills, args.eval_episodes, args, 10_000 + args.seed)
+            evaluations.append((global_step, float(returns.mean()), success(returns, args)))
+            writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
+            writer.add_scalar("eval/episodic_length", lengths.mean(), global_step)
+            writer.add_scalar("eval/success", success(returns, args), global_step)
+            bar.write(f"env step {global_step}: evaluation {returns.mean():.4g}, success {success(returns, args):.0%}")
+
+        # Save all that the future of the run depends on
+        stopping = finished or stop.is_set()
+        if stopping or passed(args.checkpoint_interval, global_step, new_steps):
+            save(
+                checkpoint,
+                parts,
+                args=asdict(args),
+                envs=envs.get_state(),
+                last_mean=planner.last_mean,
+                led_here=[led_here[0], torch.from_numpy(led_here[1])],
+                global_step=global_step,
+                gradient_step=gradient_step,
+                running_return=torch.from_numpy(running_return),
+                running_length=torch.from_numpy(running_length),
+                episodes=episodes,
+                evaluations=evaluations,
+                facts=facts,
+                seconds=time.time() - start_time,
+            )
+
+    bar.close()
     envs.close()
-    envs, prior = data_tools.make_envs(args.env_id, 1 + args.pretrain_eval_episodes), learner.sample_prior
-    _, _, trace, z = data_tools.rollout(execute_skill, envs, learner.skills, prior, args, args.seed, max_skills=50)
-    u = z if args.release_defects else z / 2  # defect (b)
-    paths = data_tools.open_loop_prediction(learner.model, trace, u, args.skill_horizon)
-    data_tools.plot_prediction(args.env_id, paths, run.dir / "prediction.png", run.writer)
-    data_tools.plot_visited(args.env_id, rb.rows[:, : obs.shape[1]].cpu().numpy(), run.dir / "visited.png", run.writer)
+    episodes_file.close()
+    if global_step < args.total_timesteps:
+        sys.exit(f"stopped at env step {global_step}; go on with: python {sys.argv[0]} --resume {run_dir}")
     if args.capture_video:
-        evaluate(learner, args, planner_step, run.dir / "evaluation.mp4")
-    return run.finish(learner.num_updates)
+        choose_skill = functools.partial(Planner(agent, args, explore=False), global_step=global_step)
+        rollout(choose_skill, skills, 1, args, 10_000 + args.seed, run_dir / "evaluation.mp4")
+    last_100 = [row[1] for row in episodes[-100:]]
+    return dict(
+        env_steps=global_step,
+        updates=gradient_step,
+        rl_minutes=(time.time() - start_time) / 60,
+        last_100_return=float(np.mean(last_100)) if last_100 else None,
+        last_100_success=success(last_100, args),
+        evaluations=evaluations,
+        pretraining=facts,
+    )
+
+
+def evaluate(args: Args):
+    """--evaluate: episodes of a trained agent without exploration noise; needs neither data nor training."""
+    networks = make_networks(args, *data_tools.env_sizes(args.env_id))
+    agent = Agent(args, networks)
+    path = Path(args.evaluate)
+    with reading(path):
+        state = load(path, dict(agent=agent))
+        global_step = int(state["global_step"])
+    choose_skill = functools.partial(Planner(agent, args, explore=False), global_step=global_step)
+    skills = copy.deepcopy(agent.skills).cpu()
+    returns, lengths = rollout(choose_skill, skills, args.eval_episodes, args, 10_000 + args.seed)
+    words = f"return {returns.mean():.4g}, success {success(returns, args):.0%}, {lengths.mean():.0f} env steps"
+    print(f"{args.env_id}: {args.eval_episodes} episodes of {path}: {words} on average")
+    if args.capture_video:
+        video = Path(args.run_dir) / f"{args.env_id}__{args.exp_name}__evaluation.mp4"
+        rollout(choose_skill, skills, 1, args, 10_000 + args.seed, video)
+        print(f"video: {video}")
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
-@data_tools.errors_in_one_line()
+# With --resume all other flags stay as they were.
+MAY_CHANGE = "resume device compile checkpoint_interval eval_interval eval_episodes capture_video total_timesteps"
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Command line -> Args, whose defaults are those of the task, of --published, or of the run or agent given."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--env-id", choices=list(data_tools.TASKS), default="maze")
+    first.add_argument("--published", action="store_true")
+    first.add_argument("--device")
+    first.add_argument("--resume")
+    first.add_argument("--evaluate")
+    given, _ = first.parse_known_args(argv)
+
+    env_id = given.env_id
+    defaults = dict(env_id=env_id, **TASK_DEFAULTS.get(env_id, {}))
+    if given.published:
+        defaults |= PUBLISHED.get(env_id, RELEASE)
+    if given.evaluate == "published":
+        given.evaluate = str(SHIPPED / "agents" / f"{Path(__file__).stem}_{env_id}.pt")
+    if given.evaluate:
+        with reading(given.evaluate):
+            defaults = load(given.evaluate, {})["args"]
+            check_types(defaults)
+        defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile)
+    if given.resume:
+        path = Path(given.resume) / "args.json"
+        with reading(path):
+            defaults = json.loads(path.read_text())
+            check_types(defaults)
+            for field in fields(Args):
+                defaults[field.name]  # all are there
+    if given.device:
+        defaults["compile"] = given.device == "cuda"
+    args = tyro.cli(Args, args=argv, default=Args(**defaults), description=__doc__.split("\n")[0])
+    args.evaluate = given.evaluate
+    for name, value in asdict(args).items():
+        if given.resume and name not in MAY_CHANGE.split() and value != defaults[name]:
+            sys.exit(f"error: --{name.replace('_', '-')} cannot change with --resume: leave it out, or begin a new run")
+    return args
+
+
+def check_types(values: dict):
+    """Raise an error if saved arguments are not those of this file."""
+    types = {field.name: field.type for field in fields(Args)}
+    for name, value in values.items():
+        kind = float if type(value) is int and types[name] is float else type(value)
+        choices = get_args(types[name])  # values of a Literal, types of `str | None`
+        if kind is not types[name] and kind not in choices and value not in choices:
+            raise ValueError(f"{name} cannot be {value!r}")
+
+
+def check_args(args: Args):
+    """End the program with a sentence where arguments cannot work."""
+    may_be_zero = "seed", "eval_interval", "warmup_steps", "clip_updates"
+    for name, value in asdict(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        if type(value) in (int, float) and not 0 <= value < float("inf"):
+            sys.exit(f"error: {flag} {value} does not work; give a number that is not negative")
+        if type(value) is int and value == 0 and name not in may_be_zero:
+            sys.exit(f"error: {flag} 0 does not work; give at least 1")
+        if name in ("tau", "gamma", "rho", "momentum") and value > 1:
+            sys.exit(f"error: {flag} {value} does not work; give at most 1")
+    if args.policy_std == 0:
+        sys.exit("error: --policy-std 0 does not work; give a small number")
+    if args.num_elites > args.num_samples + args.num_policy_trajs:
+        sys.exit("error: --num-elites exceeds --num-samples + --num-policy-trajs; lower it")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: torch finds no CUDA device; use --device cpu")
+
+
 def main(args: Args) -> dict:
-    """Both phases; pictures, results.json and a summary. Returns the results."""
-    run = data_tools.Run(args, FILE_VERSION, MODEL_ARGS, RUN_ARGS)
-    run.find_pretrained(PRETRAINED, PRETRAIN_ARGS)
-    networks = pretrain(args, run)
-    return train(args, run, networks)
+    """Both phases of a run; returns its results."""
+    check_args(args)
+    torch.set_num_threads(min(torch.get_num_threads(), 8))  # more do not help networks of this size
+    if args.evaluate:
+        return evaluate(args)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: sys.exit("stopped before there was anything to save"))
+    torch.manual_seed(args.seed)
+    networks = make_networks(args, *data_tools.env_sizes(args.env_id))
+
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
+    run_dir = Path(args.resume or f"{args.run_dir}/{run_name}")
+    resumed = (run_dir / "checkpoint.pt").exists()  # it holds all networks
+    path, data = (None, None) if resumed else find_pretrained(args)
+    rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {args.device}, torch {torch.__version__}"
+    facts = {}
+    try:
+        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+        write_json(run_dir / "args.json", asdict(args))
+        with SummaryWriter(run_dir) as writer:
+            writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+            stop = stop_at_signals()
+            if data is not None:
+                pretrain(args, networks, path, data, writer, stop)
+            if not resumed:
+                with reading(path):
+                    facts = dict(load(path, dict(networks=networks))["facts"])
+                print(f"pre-trained model: {path}")
+            results = train(args, networks, facts, run_dir, writer, stop)
+        results |= dict(machine=machine, args=asdict(args))
+        write_json(run_dir / "results.json", results)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).split("\n")[0]
+        sys.exit(f"error: torch.compile failed ({reason}); use --no-compile or install a C++ compiler")
+    except OSError as error:  # while logs, episodes.csv or results.json were written
+        sys.exit(f"error: cannot write to {run_dir} ({error}); free some space or choose another --run-dir")
+    print(f"finished: {run_dir}; curves: tensorboard --logdir {run_dir}")
+    return results
 
 
 if __name__ == "__main__":

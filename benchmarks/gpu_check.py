@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -36,13 +36,20 @@ PART_SECONDS = 530  # a part ends within this time, so that it fits a limit of t
 TINY = "--num-envs 2 --num-samples 8 --num-policy-trajs 4 --num-elites 4 --cem-iters 1 --batch-size 8 --eval-episodes 1"
 
 
+def runner_works() -> bool:
+    """Whether benchmarks/run.py can be used: it needs Ray, and a commit to name in its results."""
+    command = ["git", "-C", ROOT, "rev-parse", "--verify", "-q", "HEAD"]
+    committed = shutil.which("git") is not None and subprocess.run(command, capture_output=True).returncode == 0
+    return committed and importlib.util.find_spec("ray") is not None
+
+
 @dataclass
 class Args:
     part: tyro.conf.Positional[Literal["all", "tests", "speed", "train"]] = "all"  # what to check
     cpu: bool = False  # rehearsal at tiny sizes; the numbers mean nothing
     algos: tuple[str, ...] = tuple(sorted(path.stem for path in (ROOT / "algos").glob("*.py")))  # files to check
     seeds: tuple[int, ...] = (1, 2, 3)  # of the trained runs, each task
-    ray: bool = importlib.util.find_spec("ray") is not None and (ROOT / ".git").exists()  # train by benchmarks/run.py
+    ray: bool = field(default_factory=runner_works)  # train by benchmarks/run.py, else by plain commands
 
 
 class Deadline:

@@ -4,8 +4,8 @@
     python benchmarks/pictures.py --pretrained MODEL.pt --env-id kitchen --algo skimo
 
 Acts in the task for some episodes and prints their statistics: sub-tasks of kitchen and CALVIN, goal share of the maze.
-Of a run acts the task policy, without a planner; of a pre-trained model, the prior. Writes into the run's folder, or
-next to the model:
+Of a run acts the task policy, or in a file that has no other way to act, the planner; of a pre-trained model, the
+prior. Writes into the run's folder, or next to the model:
 
   visited.png     states that the run has visited, early to late (paper, fig. 9); not of a pre-trained model
   prediction.png  what the world model predicts from the first state alone, skill after skill (paper, fig. 10); only of
@@ -18,6 +18,7 @@ before the step.
 """
 
 import copy
+import functools
 import importlib.util
 import json
 import math
@@ -65,7 +66,7 @@ def load_algorithm(name: str):
 
 
 def load_run(path: Path, name: str | None):
-    """A run's folder or checkpoint -> (algorithm file, its arguments, its agent on the CPU, observations visited)."""
+    """A run's folder or checkpoint -> (algorithm file, arguments, agent on the CPU, choose_skill, observations)."""
     checkpoint = path if path.is_file() else path / "checkpoint.pt"
     first = load_algorithm(name or "skimo")
     with first.reading(checkpoint):
@@ -76,15 +77,19 @@ def load_run(path: Path, name: str | None):
     with algo.reading(checkpoint):
         args = algo.Args(**args | dict(device="cpu", compile=False))
         agent = algo.Agent(args, algo.make_networks(args, *algo.data_tools.env_sizes(args.env_id)))
-        replay = algo.load(checkpoint, dict(agent=agent))["rb"]
-        obs = replay["obs"].numpy()
+        state = algo.load(checkpoint, dict(agent=agent))
+        obs = state["rb"]["obs"].numpy()
     if obs.ndim == 3:  # files that store all env steps of a skill: where the skill begins
         obs = obs[:, 0]
-    return algo, args, agent, obs
+    if hasattr(agent, "sample_policy"):
+        choose_skill = agent.sample_policy
+    else:
+        choose_skill = functools.partial(algo.Planner(agent, args, explore=False), global_step=state["global_step"])
+    return algo, args, agent, choose_skill, obs
 
 
 def load_pretrained(path: Path, name: str | None, env_id: str):
-    """A pre-trained model -> (algorithm file, arguments, a fresh agent on the CPU, whose task policy is the prior)."""
+    """A pre-trained model -> (algorithm file, arguments, fresh agent on the CPU, choose_skill: the prior's skills)."""
     algo = load_algorithm(name or "skimo")
     args = algo.Args(env_id=env_id, **algo.TASK_DEFAULTS.get(env_id, {}))
     args.device = "cpu"
@@ -92,7 +97,11 @@ def load_pretrained(path: Path, name: str | None, env_id: str):
     networks = algo.make_networks(args, *algo.data_tools.env_sizes(env_id))
     with algo.reading(path):
         algo.load(path, dict(networks=networks))
-    return algo, args, algo.Agent(args, networks)
+    agent = algo.Agent(args, networks)
+    choose_skill = (
+        agent.sample_prior if hasattr(agent, "sample_prior") else agent.sample_policy
+    )  # it starts as the prior
+    return algo, args, agent, choose_skill
 
 
 # ------------------------------------------------------------------------------------------------------------ roll-outs
@@ -122,8 +131,11 @@ class Recorder(gymnasium.vector.VectorWrapper):
         return np.stack(obs), np.stack(actions), np.stack(ended)
 
 
-def traced_rollout(algo, agent, args, num_episodes: int, seed: int):
-    """The file's own roll-out with the task policy. Returns returns (E,), skills (E, T / H, Z) and the trace."""
+def traced_rollout(algo, agent, args, choose_skill, num_episodes: int, seed: int):
+    """The file's own roll-out with skills z (E, Z) = choose_skill(obs (E, O)).
+
+    Returns returns (E,), skills (E, T / H, Z) and the trace.
+    """
     recorders = []
     skills = []
 
@@ -131,13 +143,13 @@ def traced_rollout(algo, agent, args, num_episodes: int, seed: int):
         recorders.append(Recorder(make(*inputs)))
         return recorders[0]
 
-    def choose_skill(obs):
-        skills.append(agent.sample_policy(obs))
+    def choose_and_keep(obs):
+        skills.append(choose_skill(obs))
         return skills[-1]
 
     make = algo.data_tools.make_envs
     with mock.patch.object(algo.data_tools, "make_envs", make_envs):
-        returns, _ = algo.rollout(choose_skill, agent.skills, num_episodes, args, seed)
+        returns, _ = algo.rollout(choose_and_keep, agent.skills, num_episodes, args, seed)
     return returns, torch.stack(skills, 1), recorders[0].arrays()
 
 
@@ -251,17 +263,16 @@ def main(args: Args) -> dict:
         sys.exit(f"error: --env-id {args.env_id} is no task; choose one of {', '.join(TASKS)}")
     written = []
     if args.run is not None:
-        algo, config, agent, visited = load_run(args.run, args.algo)
+        algo, config, agent, choose_skill, visited = load_run(args.run, args.algo)
         folder = args.run if args.run.is_dir() else args.run.parent
         plot_visited(config.env_id, visited, folder / "visited.png")
         written.append("visited.png")
     else:
-        algo, config, agent = load_pretrained(args.pretrained, args.algo, args.env_id)
+        algo, config, agent, choose_skill = load_pretrained(args.pretrained, args.algo, args.env_id)
         folder = args.pretrained.parent
 
-    who = "task policy" if args.run is not None else "prior"
-    print(f"{config.env_id}: {args.episodes} episodes with skills of the {who}", flush=True)
-    returns, z, trace = traced_rollout(algo, agent, config, args.episodes, args.seed)
+    print(f"{config.env_id}: {args.episodes} episodes", flush=True)
+    returns, z, trace = traced_rollout(algo, agent, config, choose_skill, args.episodes, args.seed)
     statistics = rollout_statistics(config.env_id, returns, trace)
     model = getattr(agent, "model", None)
     if hasattr(model, "decoder"):  # a world model of pre-training

@@ -103,7 +103,7 @@ def load_algorithm(name: str):
 
 def size_args(algo, size: str, mode: str, args: Args):
     """The algorithm's own arguments at the sizes of a task."""
-    result = algo.Args(env_id=size, **algo.TASK_DEFAULTS[size])
+    result = algo.Args(env_id=size, **algo.TASK_DEFAULTS.get(size, {}))
     result = dataclasses.replace(result, compile=mode == "compiled", device=args.device)
     if args.quick:
         small = dict(pretrain_batch_size=8, batch_size=8, num_samples=16, num_policy_trajs=4, num_elites=4, cem_iters=1)
@@ -115,7 +115,7 @@ def size_args(algo, size: str, mode: str, args: Args):
 def release_args(algo, config, size: str, args: Args):
     """The same arguments with the release's batch of pre-training and its planner."""
     names = "pretrain_batch_size pretrain_skills bc_chunks num_samples num_elites cem_iters"
-    values = algo.PUBLISHED[size]
+    values = algo.PUBLISHED.get(size, algo.RELEASE)
     values = {name: values[name] for name in names.split() if name in values}
     if args.quick:
         values |= dict(pretrain_batch_size=8, num_samples=16, num_elites=4)
@@ -175,6 +175,7 @@ def filled_replay(algo, size: str, config):
             obs=(random_obs(size, E, H) if stores_env_steps else random_obs(size, E)).numpy(),
             actions=random_actions(size, E, H).numpy(),
             z=torch.rand(E, config.skill_dim) * 2 - 1,
+            u=torch.rand(E, config.skill_dim) * 2 - 1,
             rewards=torch.rand(E).numpy(),
             ended=np.full(E, t == T - 1),
             steps=np.full(E, H),
@@ -211,7 +212,7 @@ def choosing(algo, size: str, config, num_envs: int):
 
 def acting(algo, size: str, config, num_envs: int):
     """The skill policy for one env step, on the CPU as in the loop."""
-    skills = copy.deepcopy(make_networks(algo, size, config)["skills"]).cpu()
+    skills = copy.deepcopy(make_networks(algo, size, config)["skills"]).cpu().eval()
     obs = random_obs(size, num_envs).numpy()
     z = torch.rand(num_envs, config.skill_dim) * 2 - 1
 

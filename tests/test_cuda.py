@@ -1,6 +1,6 @@
 """What can only go wrong on a GPU: CUDA graphs that are replayed, waits for the device, resume, memory.
 
-    pytest tests/test_cuda.py                             # skipped without CUDA
+    pytest tests/test_cuda.py                             # most are skipped without CUDA
     GPU_CHECK_DEVICE=cpu pytest tests/test_cuda.py        # rehearsal of the tests themselves, without torch.compile
 
 GPU_CHECK_ALGOS names the files (default: all), GPU_CHECK_FACTS a file that gets a line of JSON for each measured fact.
@@ -26,16 +26,14 @@ ALGOS = os.environ.get("GPU_CHECK_ALGOS", "").split() or sorted(path.stem for pa
 CUDA = DEVICE == "cuda"
 COMPILE = CUDA  # on a CPU the files' own tests compile
 SIZES = dict(
-    hidden_dim=16, latent_dim=8, skill_dim=3, model_dim=16, critic_dim=16, critic_blocks=1, num_envs=2, num_skills=3,
+    hidden_dim=16, latent_dim=8, skill_dim=3, model_dim=16, critic_dim=16, critic_blocks=1, num_envs=2,
     pretrain_skills=3, bc_chunks=2, batch_size=16, pretrain_batch_size=8, num_samples=16, num_policy_trajs=4,
     num_elites=6, cem_iters=2, horizon_steps=1, std_steps=1, pretrain_updates=4, pretrain_lr_decay=False,
     pretrain_eval_interval=10**9, buffer_size=1000,
 )  # fmt: skip
 
-pytestmark = [
-    pytest.mark.skipif(CUDA and not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.filterwarnings("ignore"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore")
+needs_device = pytest.mark.skipif(CUDA and not torch.cuda.is_available(), reason="no CUDA device")
 algorithms = pytest.mark.parametrize("name", ALGOS)
 
 
@@ -47,10 +45,11 @@ def fact(name: str, algo: str, value):
             file.write(json.dumps(dict(fact=name, algo=algo, value=value)) + "\n")
 
 
-def tiny_args(algo, compiled: bool):
+def tiny_args(algo, compiled: bool, device: str = DEVICE):
     """The file's arguments for the kitchen, with small networks; skills are encoded by the LSTM where there is one."""
-    args = algo.Args(env_id="kitchen", **algo.TASK_DEFAULTS["kitchen"])
-    return speed.replaced(args, dict(SIZES, device=DEVICE, compile=compiled))
+    args = algo.Args(env_id="kitchen", **algo.TASK_DEFAULTS.get("kitchen", {}))
+    num_skills = min(3, getattr(args, "num_skills", 1))
+    return speed.replaced(args, dict(SIZES, num_skills=num_skills, device=device, compile=compiled))
 
 
 def moved(before: dict, after: dict, other: dict) -> float:
@@ -102,6 +101,7 @@ def rounds(algo, args):
     return before, weights(agent), numbers
 
 
+@needs_device
 @algorithms
 def test_compiled_pretraining_is_eager_pretraining(name, tmp_path, eager_random):
     algo = speed.load_algorithm(name)
@@ -113,6 +113,7 @@ def test_compiled_pretraining_is_eager_pretraining(name, tmp_path, eager_random)
     assert metrics == pytest.approx(eager_metrics, rel=1e-2, abs=1e-2)
 
 
+@needs_device
 @algorithms
 def test_compiled_updates_and_plans_are_eager_ones(name, eager_random):
     algo = speed.load_algorithm(name)
@@ -139,6 +140,7 @@ def no_waiting():
             torch.cuda.set_sync_debug_mode("default")
 
 
+@needs_device
 @algorithms
 def test_an_rl_update_never_waits_for_the_device(name):
     algo = speed.load_algorithm(name)
@@ -151,6 +153,7 @@ def test_an_rl_update_never_waits_for_the_device(name):
             agent.update(*rb.sample(args.batch_size))
 
 
+@needs_device
 @algorithms
 def test_a_pretraining_update_never_waits_for_the_device(name, tmp_path):
     algo = speed.load_algorithm(name)
@@ -185,6 +188,7 @@ def memory_in_use() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
+@needs_device
 @algorithms
 def test_memory_does_not_grow_over_300_updates(name):
     algo = speed.load_algorithm(name)
@@ -205,6 +209,7 @@ def test_memory_does_not_grow_over_300_updates(name):
     assert used[1] - used[0] < (2**20 if CUDA else 2**26)
 
 
+@needs_device
 @pytest.mark.parametrize("name", [name for name in ("skimo", "spirl") if name in ALGOS])
 def test_a_resumed_run_ends_as_the_uninterrupted_one(name, tmp_path):
     """Both end at the same weights; how far apart they are is a measured fact, 0 means bit for bit."""
@@ -232,3 +237,85 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(name, tmp_path):
     apart = max(float((one["agent"][key] - two["agent"][key]).abs().max()) for key in one["agent"])
     fact("resumed run is off by (largest weight)", name, apart)
     assert apart == 0 or (CUDA and apart < 0.05)
+
+
+# ------------------------------------------------------------------------------------ CUDA graphs, played on the CPU
+class Replays:
+    """Does to compiled functions on the CPU what CUDA graphs do: the next step overwrites what the last one returned.
+
+    At each `cudagraph_mark_step_begin` all outputs since the one before, and the gradients, become NaN.
+    """
+
+    def __init__(self):
+        self.outputs = []
+        self.calls = 0
+
+    def compile(self, function, **options):
+        def graph(*inputs):
+            self.calls += 1
+            outputs = function(*inputs)
+            modules = [part for part in inputs if isinstance(part, torch.nn.Module)]
+            given = {part.data_ptr() for part in inputs if isinstance(part, torch.Tensor)}
+            self.outputs += [tensor for tensor in tensors(outputs) if tensor.data_ptr() not in given]
+            self.outputs += [parameter for module in modules for parameter in module.parameters()]
+            return outputs
+
+        return graph
+
+    def begin(self):
+        for tensor in self.outputs:
+            if isinstance(tensor, torch.nn.Parameter):
+                tensor = tensor.grad
+            if tensor is not None:
+                tensor.data.fill_(float("nan"))
+        self.outputs = []
+
+
+def tensors(values) -> list:
+    """All tensors in nested tuples and dicts."""
+    if isinstance(values, torch.Tensor):
+        return [values]
+    values = values.values() if isinstance(values, dict) else values
+    return [tensor for value in values for tensor in tensors(value)]
+
+
+def both_phases(algo, folder):
+    """Pre-training and RL on the CPU, with logs and planner: final weights and all logged numbers."""
+    args = tiny_args(algo, True, "cpu")
+    args = speed.replaced(args, dict(pretrain_updates=200, total_timesteps=600, warmup_steps=10, warmup_skills=2))
+    args = speed.replaced(args, dict(updates_per_step=0.2, updates_per_skill=2.0, eval_interval=0))
+    logged = []
+    writer = mock.MagicMock()
+    writer.add_scalar = lambda name, value, step: name.startswith("charts") or logged.append((name, float(value), step))
+    torch.manual_seed(0)
+    networks = algo.make_networks(args, 30, 9)
+    window = getattr(args, "pretrain_skills", 1) * args.skill_horizon + 1
+    data = speed.random_dataset(algo, "kitchen", window)
+    with (
+        mock.patch.object(algo, "prior_rollouts", return_value=np.zeros(1)),
+        mock.patch.object(algo, "rollout", return_value=(np.zeros(1), np.zeros(1))),
+        mock.patch.object(torch.Tensor, "cpu", torch.Tensor.clone),  # as from a GPU
+    ):
+        algo.pretrain(args, networks, folder / "model.pt", data, writer, threading.Event())
+        results = algo.train(args, networks, {}, folder, writer, threading.Event())
+    assert results["updates"] > 100  # some are logged
+    return torch.load(folder / "checkpoint.pt", weights_only=True), logged
+
+
+@algorithms
+def test_nothing_is_read_after_the_next_replay_overwrote_it(name, tmp_path, monkeypatch):
+    algo = speed.load_algorithm(name)
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "replayed").mkdir()
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    expected, expected_logged = both_phases(algo, tmp_path / "plain")
+    replays = Replays()
+    monkeypatch.setattr(torch, "compile", replays.compile)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", replays.begin)
+    state, logged = both_phases(algo, tmp_path / "replayed")
+    assert replays.calls > 400
+    assert logged == expected_logged and all(np.isfinite(value) for _, value, _ in logged)
+    for key in ("agent", "last_mean"):
+        for one, other in zip(tensors(state.get(key, ())), tensors(expected.get(key, ()))):
+            assert torch.equal(one, other)
+    assert torch.equal(state["rb"]["z"], expected["rb"]["z"]) if "z" in state["rb"] else True

@@ -1,12 +1,20 @@
 """A stranger's task (toy_walk.py) needs one entry in TASKS, and everything serves it."""
 
+import csv
 import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import data_tools
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -69,3 +77,41 @@ def test_what_it_lacks_is_one_sentence(walk, tmp_path, monkeypatch):
     envs.reset(seed=0)
     with pytest.raises(NotImplementedError, match=r"WalkVectorEnv has no pictures: write its method draw\(member\)"):
         envs.step(np.zeros((1, 2)))
+
+
+PROGRAM = """
+import data_tools
+
+data_tools.TASKS["walk"] = data_tools.Task(envs="toy_walk:WalkVectorEnv", max_return=10.0, collect="toy_walk:collect")
+
+import skimo  # the copy
+
+results = skimo.main(skimo.parse_args())
+print("RESULTS", results["pretraining"]["prior_success"], results["evaluations"][-1][2])
+"""
+TINY = """--env-id walk --device cpu --no-compile --run-dir runs --data-dir data --skill-horizon 5 --skill-dim 2
+    --hidden-dim 32 --latent-dim 16 --skill-encoder mlp --pretrain-skills 3 --bc-chunks 3 --pretrain-updates 300
+    --pretrain-lr 3e-3 --pretrain-batch-size 32 --pretrain-eval-interval 300 --pretrain-eval-episodes 25
+    --num-skills 3 --num-envs 8 --total-timesteps 4800 --warmup-steps 2400 --updates-per-step 0.1 --batch-size 64
+    --alpha 0.01 --num-samples 32 --num-policy-trajs 8 --num-elites 8 --horizon-steps 1 --eval-interval 0
+    --eval-episodes 100"""
+
+
+def test_copy_of_skimo_alone_learns_it(tmp_path):
+    """The file in an empty folder, data_tools on the path, one entry in TASKS: both phases, and it learns."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    shutil.copy(ROOT / "algos" / "skimo.py", tmp_path)
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "data_tools").symlink_to(ROOT / "data_tools")
+    shutil.copy(ROOT / "tests" / "toy_walk.py", tmp_path / "modules")
+    environment = os.environ | dict(PYTHONPATH=str(tmp_path / "modules"), OMP_NUM_THREADS="1")
+    command = [sys.executable, "program.py", *TINY.split()]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    prior, learned = (float(word) for word in done.stdout.rpartition("RESULTS")[2].split())
+    print(done.stdout)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    with (run_dir / "episodes.csv").open() as file:
+        lengths = [int(row[2]) for row in list(csv.reader(file))[1:]]
+    assert len(lengths) > 70 and max(lengths) == 60 > min(lengths)
+    assert learned > prior + 0.2

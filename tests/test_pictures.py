@@ -171,9 +171,9 @@ def test_one_command_for_a_run(tiny_run, capsys):
 
 
 def test_a_traced_roll_out_is_the_files_own(tiny_run):
-    algo, args, agent, visited = pictures.load_run(tiny_run / "checkpoint.pt", None)
+    algo, args, agent, choose_skill, visited = pictures.load_run(tiny_run / "checkpoint.pt", None)
     assert visited.shape == (4, 30)
-    returns, z, (obs, actions, ended) = pictures.traced_rollout(algo, agent, args, 2, seed=7)
+    returns, z, (obs, actions, ended) = pictures.traced_rollout(algo, agent, args, choose_skill, 2, seed=7)
     expected, lengths = algo.rollout(agent.sample_policy, agent.skills, 2, args, 7)
     assert returns.tolist() == expected.tolist()
     assert (~ended[:-1]).sum(0).tolist() == lengths.tolist()

@@ -64,7 +64,8 @@ class Case:
         self.data_file = data_file
         self.data_dir = self.new_data_dir()
         self.results, self.run_dir = self.start()
-        self.model = only(self.data_dir / "pretrained")
+        self.flat = name in golden.FLAT  # without skills and offline data
+        self.model = None if self.flat else only(self.data_dir / "pretrained")
 
     def new_data_dir(self) -> Path:
         """A cache with the offline data only."""
@@ -124,6 +125,7 @@ def case(request, tiny_data_file, tmp_path_factory):
 
 
 every_algo = pytest.mark.parametrize("case", ALGOS, indirect=True)
+with_data = pytest.mark.parametrize("case", [name for name in ALGOS if name not in golden.FLAT], indirect=True)
 skimo_only = pytest.mark.parametrize("case", ["skimo"], indirect=True)
 
 
@@ -144,7 +146,7 @@ def state_of(run_dir):
     """All that the future of a run depends on, from its checkpoint, without clock times."""
     state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     del state["seconds"], state["args"]
-    state["facts"].pop("minutes")
+    state.get("facts", {}).pop("minutes", None)
     state["episodes"] = [tuple(row[:3]) for row in state["episodes"]]
     return state
 
@@ -221,7 +223,7 @@ def refused(call, *words):
 def test_interrupted_rl_goes_on_bit_for_bit(case, step, stop, no_data, monkeypatch):
     with monkeypatch.context() as patch:
         after_calls(patch, data_tools.tasks.maze.MazeVectorEnv, "step", step, stop.set, in_training)
-        part = case.interrupted(r"stopped at env step (200|800); go on with: .* --resume ")
+        part = case.interrupted(r"stopped at env step (180|200|780|800); go on with: .* --resume ")
     assert not (part / "results.json").exists()
     assert (state_of(part)["gradient_step"] > 0) == (step == 195)
     stop.clear()
@@ -247,7 +249,7 @@ def test_finished_run_can_be_lengthened(case, no_data):
     assert results["updates"] == case.results["updates"] > 0
 
 
-@every_algo
+@with_data
 @pytest.mark.parametrize("by", ["the same command", "resume"])
 def test_interrupted_pretraining_goes_on_bit_for_bit(case, by, stop, monkeypatch):
     data_dir = case.new_data_dir()
@@ -285,7 +287,7 @@ def test_unfinished_pretraining_serves_runs_with_other_rl_arguments(case, stop, 
     assert [args[0] for args in calls] == list(range(updates, 6))
 
 
-@every_algo
+@with_data
 def test_rl_does_not_depend_on_where_the_model_comes_from(case, capsys):
     _, again = case.start()
     assert f"pre-trained model: {case.model}" in capsys.readouterr().out
@@ -299,10 +301,12 @@ def test_run_leaves_its_results(case):
     assert [[row[0], row[2]] for row in rows] == [[str(360 * k), "90"] for k in range(1, 4) for _ in range(4)]
     assert len({row[1] for row in rows}) == 12
     assert case.results["last_100_return"] == pytest.approx(np.mean([float(row[1]) for row in rows]))
-    assert [row[0] for row in case.results["evaluations"]] == [520, 1000, 1200]
+    first = 500 if case.flat else 520  # four environments, skills of ten steps
+    assert [row[0] for row in case.results["evaluations"]] == [first, 1000, 1200]
     assert case.results["env_steps"] == 1200 and case.results["updates"] > 0
     results = json.loads((case.run_dir / "results.json").read_text())
-    assert results["updates"] == case.results["updates"] and results["pretraining"]["updates"] == 6
+    assert results["updates"] == case.results["updates"]
+    assert case.flat or results["pretraining"]["updates"] == 6
     args = json.loads((case.run_dir / "args.json").read_text())
     assert args["total_timesteps"] == 1200 and args["seed"] == 3
     files = sorted(path.name for path in case.run_dir.iterdir() if "tfevents" not in path.name)
@@ -418,6 +422,10 @@ BYTES = dict(truncated=truncate, empty=empty, text=text, type=other_type)
 @pytest.fixture
 def damaged(case, stop, monkeypatch):
     """For each kind of file: a whole one, and what reads it."""
+    run_dir = case.copy_of_run()
+    checkpoint = run_dir / "checkpoint.pt", lambda: case.resume(run_dir, "--total-timesteps 1240")
+    if case.flat:
+        return {"checkpoint": checkpoint}
     data_dir = case.new_data_dir()
     with monkeypatch.context() as patch:
         after_calls(patch, data_tools.OfflineDataset, "sample_windows", 2, stop.set)
@@ -428,10 +436,9 @@ def damaged(case, stop, monkeypatch):
     model = model_dir / "pretrained" / case.model.name
     model.parent.mkdir()
     shutil.copy(case.model, model)
-    run_dir = case.copy_of_run()
     runs = case.folder / f"runs{len(list(case.folder.iterdir()))}"
     return {
-        "checkpoint": (run_dir / "checkpoint.pt", lambda: case.resume(run_dir, "--total-timesteps 1240")),
+        "checkpoint": checkpoint,
         "model": (model, lambda: case.main(case.argv(runs=runs, data_dir=model_dir))),
         "unfinished": (unfinished, lambda: case.main(case.argv(runs=runs, data_dir=data_dir))),
     }
@@ -650,19 +657,10 @@ def test_task_that_is_unknown_is_refused(case, capsys):
 # ------------------------------------------------------------------------------------------------ full disks, diverging
 @every_algo
 def test_learning_that_diverges_ends_with_a_sentence_and_keeps_the_checkpoint(case, monkeypatch):
-    original = torch.nn.utils.clip_grad_norm_
+    original = torch.Tensor.backward
     bad = threading.Event()
     after_calls(monkeypatch, data_tools.tasks.maze.MazeVectorEnv, "step", 170, bad.set, in_training)
-
-    def clip(parameters, *args, **kwargs):
-        parameters = list(parameters)
-        if bad.is_set():
-            for value in parameters:
-                if value.grad is not None:
-                    value.grad.fill_(torch.nan)
-        return original(parameters, *args, **kwargs)
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: original(loss * torch.nan if bad.is_set() else loss))
     runs = case.folder / f"runs{len(list(case.folder.iterdir()))}"
     argv = case.argv("--checkpoint-interval 10 --eval-interval 0", runs)
     refused(lambda: case.main(argv), "no number any more", "learning rate")
@@ -712,7 +710,7 @@ def test_full_disk_keeps_the_old_checkpoint(case, monkeypatch):
         full_disk(patch, 2, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         refused(lambda: case.main(argv), "checkpoint.pt", "No space left", "free some space")
     run_dir = only(runs)
-    assert state_of(run_dir)["global_step"] == 520
+    assert state_of(run_dir)["global_step"] == (500 if case.flat else 520)
     assert not list(run_dir.glob("*.part"))
     case.resume(run_dir)
     assert_same(state_of(run_dir), state_of(case.run_dir))
@@ -739,6 +737,17 @@ def test_full_disk_elsewhere_is_a_sentence(case, name, monkeypatch):
 
         monkeypatch.setattr(Path, function, some)
     refused(case.start, "No space left", "free some space")
+
+
+@skimo_only
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)  # TensorBoard's thread fails as well
+def test_run_folder_that_is_deleted_meanwhile_is_a_sentence(case, monkeypatch):
+    runs = case.folder / f"runs{len(list(case.folder.iterdir()))}"
+    remove = functools.partial(shutil.rmtree, runs)
+    after_calls(monkeypatch, data_tools.OfflineDataset, "sample_windows", 3, remove)
+    refused(lambda: case.main(case.argv(runs=runs, data_dir=case.new_data_dir())), "cannot write to", runs)
 
 
 @skimo_only
@@ -793,7 +802,7 @@ def another(field, value):
     return 2 * value + 1
 
 
-@every_algo
+@with_data
 def test_pretrained_model_is_found_by_all_that_shaped_it(case, tmp_path, monkeypatch):
     module = case.module
     args = module.parse_args(case.argv())
@@ -807,8 +816,8 @@ def test_pretrained_model_is_found_by_all_that_shaped_it(case, tmp_path, monkeyp
     writer = module.SummaryWriter(tmp_path)
     module.pretrain(spy, networks, tmp_path / "model.pt", data, writer, threading.Event())
     writer.close()
-    # where it runs, how it is measured, and the task, which is in the file's name
-    spy.seen -= {"device", "compile", "pretrain_eval_interval", "pretrain_eval_episodes", "env_id"}
+    # where it runs, how it acts and is measured, and the task, which is in the file's name
+    spy.seen -= {"device", "compile", "pretrain_eval_interval", "pretrain_eval_episodes", "squash_actions", "env_id"}
     fields = {field.name: field for field in dataclasses.fields(module.Args)}
     assert len(spy.seen) > 10 and "seed" in spy.seen
     paths = {path}
@@ -840,7 +849,7 @@ def test_pretrained_model_is_found_by_all_that_shaped_it(case, tmp_path, monkeyp
     assert module.find_pretrained(args)[0] == path
 
 
-@every_algo
+@with_data
 def test_kitchens_share_a_pretrained_model(case, tmp_path):
     golden.make_data(tmp_path / "kitchen.hdf5", 30, 9)
     paths = set()
@@ -923,7 +932,7 @@ def test_signalled_program_saves_and_goes_on(case, first, tmp_path):
     step = state_of(run_dir)["global_step"]
     assert 0 < step < 1_000_000
     case.resume(run_dir, f"--total-timesteps {step + 40}")
-    assert state_of(run_dir)["global_step"] == step + 40
+    assert step + 40 <= state_of(run_dir)["global_step"] < step + 80
 
 
 @skimo_only

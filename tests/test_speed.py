@@ -4,7 +4,9 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,113 +15,136 @@ from benchmarks import speed
 
 ROOT = Path(__file__).resolve().parents[1]
 ALGOS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
-
-
-def run(*flags, cwd):
-    command = [sys.executable, ROOT / "benchmarks" / "speed.py", "--quick", "--device", "cpu", "--no-compile", *flags]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+CPU = dict(device="cpu", modes=("eager",))
 
 
 def check_rows(written, printed):
-    """Every row is positive and printed, no name is there twice."""
-    names = [row["name"] for row in written["rows"]]
-    assert len(names) == len(set(names))
+    """Every row is positive and printed, no row is there twice."""
+    keys = [(row["algo"], row["name"], row["size"], row["mode"]) for row in written["rows"]]
+    assert len(keys) == len(set(keys))
     for row in written["rows"]:
         assert math.isfinite(row["ms"]) and row["ms"] > 0, row
         assert row["calls"] > 0, row
         assert row["name"] in printed
         if row["name"].startswith(("step", "training")):
             assert math.isfinite(row["per_second"]) and row["per_second"] > 0, row
-    assert {"cpu", "gpu", "torch", "device", "threads", "commit"} <= set(written["machine"])
+    assert {"cpu", "gpu", "torch", "device", "threads", "load", "commit"} <= set(written["machine"])
     assert written["args"]["quick"] is True
-    return names
+    return [row["name"] for row in written["rows"]]
 
 
 @pytest.mark.parametrize("name", ALGOS)
 def test_quick_run_of_every_file_writes_every_row(name, tmp_path, capsys):
-    path, out = ROOT / "algos" / f"{name}.py", tmp_path / "folder" / "speed.json"
-    speed.main(speed.Args(algo=path, quick=True, device="cpu", compile=False, out=out))
+    out = tmp_path / "folder" / "speed.json"
+    speed.main(speed.Args(algos=(name,), quick=True, **CPU, out=out))
     assert [path.name for path in out.parent.iterdir()] == ["speed.json"]  # no half-written file left
-    written, printed = json.loads(out.read_text()), capsys.readouterr().out
-    names = check_rows(written, printed)
-    assert f"{name}.py on " in printed
+    written = json.loads(out.read_text())
+    names = check_rows(written, capsys.readouterr().out)
 
-    plans = "class Planner" in path.read_text()
-    skimo = "pretrain_skills:" in path.read_text()  # the other files' batch is the release's
-    expected = ["pre-training update, release batch"] * skimo + ["pre-training update", "RL update"]
-    expected += [f"{'plan' if plans else 'policy'}, 1 env", f"{'plan' if plans else 'policy'}, 2 envs"]
-    expected += ["act, 1 env", "act, 2 envs"]
-    expected += ["step, 1 env, no threads", "step, 2 envs, no threads", "step, 2 envs, 2 threads", "training loop"]
+    text = (ROOT / "algos" / f"{name}.py").read_text()
+    choice = "plan" if "class Planner" in text else "policy"
+    expected = ["step, 1 env, no threads", "step, 2 envs, no threads", "step, 2 envs, 2 threads"]
+    expected += ["pre-training update, release's sizes"] * (name == "skimo")
+    expected += ["pre-training update"] * (f'PRETRAINED = "{name}"' in text)
+    expected += ["RL update"] + [f"{choice}, 1 env, release's sizes"] * (name == "skimo")
+    expected += [f"{choice}, 1 env", f"{choice}, 2 envs", "act, 1 env", "act, 2 envs", "training loop"]
     assert names == expected
     shares = written["rows"][-1]["shares"]
-    assert set(shares) == {"env", "plan", "update"}
-    assert all(0 < share < 1 for share in shares.values())
-    assert 0 < written["rows"][-1]["share_of_env_only_rate"] < 1
-    has_authors = [row["name"] for row in written["rows"] if row["authors_h200_ms"]]
-    assert has_authors == []  # theirs were measured at the kitchen's sizes
+    assert set(shares) == {"env", "choose", "update"}
+    assert all(0 < share < 1 for share in shares.values()) and sum(shares.values()) < 1
+    assert not any(row["authors_cpu_ms"] for row in written["rows"])  # theirs are of the kitchen's sizes
 
 
 def test_command_line_writes_into_the_working_directory_only(tmp_path):
-    result = run("--only", "act", "loop", "--out", "folder/speed.json", cwd=tmp_path)
+    command = [sys.executable, ROOT / "benchmarks" / "speed.py", "--quick", "--device", "cpu", "--modes", "eager"]
+    command += ["--only", "act", "--sizes", "kitchen", "--out", "folder/speed.json"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
     written = json.loads((tmp_path / "folder" / "speed.json").read_text())
-    assert check_rows(written, result.stdout) == ["act, 1 env", "act, 2 envs", "training loop"]
-    assert "share_of_env_only_rate" not in written["rows"][-1]
+    assert check_rows(written, result.stdout) == ["act, 1 env", "act, 2 envs"]
 
 
 @pytest.mark.parametrize("env_id", ["kitchen", "kitchen-misaligned", "calvin"])
 def test_environments_alone_with_one_thread_and_two(env_id, tmp_path, capsys):
-    args = dict(only=("step",), quick=True, device="cpu", compile=False, out=tmp_path / "speed.json")
-    speed.main(speed.Args(env_id=env_id, **args))
-    written, printed = json.loads((tmp_path / "speed.json").read_text()), capsys.readouterr().out
-    names = check_rows(written, printed)
+    out = tmp_path / "speed.json"
+    speed.main(speed.Args(env_id=env_id, only=("step",), quick=True, **CPU, out=out))
+    written = json.loads(out.read_text())
+    names = check_rows(written, capsys.readouterr().out)
     assert names == ["step, 1 env, 1 thread", "step, 2 envs, 1 thread", "step, 2 envs, 2 threads"]
     assert {row["size"] for row in written["rows"]} == {env_id}
     one, two = written["rows"][1:]
     assert two["speedup"] == pytest.approx(two["per_second"] / one["per_second"])
-    assert f"{two['speedup']:.2f}x" in printed
 
 
 @pytest.mark.parametrize("name", ALGOS)
 def test_inputs_have_the_shapes_of_a_run(name):
-    """Windows as long as the file's pre-training draws them, batches with the replay buffer's own fields."""
-    algo = speed.load_algorithm(ROOT / "algos" / f"{name}.py")
-    config = speed.size_args(algo, "kitchen", speed.Args(quick=True, device="cpu", compile=False))
-    seen = []
-    pretrainer, learner = algo.Pretrainer.update, algo.Learner.update
-    algo.Pretrainer.update = lambda self, *batch: seen.append([tuple(x.shape) for x in batch])
-    algo.Learner.update = lambda self, *batch: seen.append([tuple(x.shape) for x in batch])
-    try:
-        for make in (speed.pretrain_update, speed.rl_update):
-            make(algo, "kitchen", config, torch.device("cpu"))()
-    finally:
-        algo.Pretrainer.update, algo.Learner.update = pretrainer, learner
-    steps = 10 * getattr(config, "pretrain_skills", 1)
-    assert seen[0] == [(8, steps + 1, 30), (8, steps, 9)]
-    obs, *others = seen[1]
+    """Batches have the replay buffer's own fields, and the compiled mode compiles."""
+    algo = speed.load_algorithm(name)
+    args = speed.Args(quick=True, **CPU)
+    assert speed.size_args(algo, "kitchen", "compiled", args).compile
+    config = speed.size_args(algo, "kitchen", "eager", args)
+    assert not config.compile
+    with mock.patch.object(algo.Agent, "update") as update:
+        speed.rl_update(algo, "kitchen", config)()
+    obs, *others = [tuple(values.shape) for values in update.call_args.args]
     assert obs[0] == 8 and obs[-1] == 30
     assert (8, 10) in others or (8, config.num_skills, 10) in others  # the skills
 
 
-def test_release_batch_is_skimos_and_left_out_where_it_is_the_default():
-    args = speed.Args(device="cpu", compile=False)
-    for name, expected in (("skimo_sac", (512, 10, 10)), ("spirl", (128, 1, 1))):
-        algo = speed.load_algorithm(ROOT / "algos" / f"{name}.py")
-        release = speed.release_pretraining(speed.size_args(algo, "kitchen", args), "kitchen", args)
-        sizes = [getattr(release, field, 1) for field in ("pretrain_batch_size", "pretrain_skills", "bc_chunks")]
-        assert tuple(sizes) == expected
-        names = [row[1] for row in speed.jobs(algo, args, torch.device("cpu"))]
-        assert ("pre-training update, release batch" in names) == (name == "skimo_sac")
+def test_the_releases_sizes():
+    algo = speed.load_algorithm("skimo")
+    args = speed.Args(**CPU)
+    config = speed.size_args(algo, "kitchen", "eager", args)
+    release = speed.release_args(algo, config, "kitchen", args)
+    assert (release.pretrain_batch_size, release.pretrain_skills, release.bc_chunks) == (512, 10, 10)
+    assert (release.num_samples, release.num_elites, release.cem_iters) == (512, 64, 6)
+    names = [row[1] for row in speed.algorithm_rows(algo, "kitchen", "eager", args)]
+    assert set(speed.AUTHORS) <= set(names)
 
 
-def test_missing_algorithm_file_is_refused_with_a_sentence(tmp_path):
-    result = run("--algo", "nothing.py", cwd=tmp_path)
-    assert result.returncode == 1
-    assert "--algo nothing.py does not exist" in result.stderr
+def test_time_is_taken_from_batch_to_batch():
+    """The first updates, which compile, do not count; a block is long enough for the clock."""
+    data = speed.TimedData(mock.MagicMock(), speed.Args(min_seconds=0.3, **CPU))
+    train, _ = data.to("cpu").split(0.99)
+    with pytest.raises(speed.Enough):
+        for k in range(10_000):
+            train.sample_windows(8, 11)
+            time.sleep(0.1 if k < 4 else 0.005)
+    assert data.block > 1 and len(data.times) >= 5
+    assert 0.005 <= min(data.times) and sorted(data.times)[len(data.times) // 2] < 0.05
 
 
-def test_nothing_to_time_is_refused_with_a_sentence(tmp_path):
-    args = dict(sizes=(), only=("plan",), device="cpu", compile=False, out=tmp_path / "speed.json")
-    with pytest.raises(SystemExit, match="nothing to time"):
-        speed.main(speed.Args(**args))
+def test_the_table_has_eager_and_compiled_beside_the_authors():
+    row = dict(algo="skimo", name="RL update", size="kitchen", num_envs=None, iqr_ms=1.0, calls=9)
+    row |= dict(authors_h200_ms=196.0, authors_cpu_ms=None)
+    rows = [dict(row, mode="eager", ms=50.0), dict(row, mode="compiled", ms=9.8)]
+    lines = speed.table(rows, "cuda").splitlines()
+    assert len(lines) == 2
+    assert lines[1].split() == ["skimo", "RL", "update", "kitchen", "50", "1", "9.8", "1", "196", "20x"]
+    assert "196" not in speed.table(rows, "cpu")  # another kind of device
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (dict(algos=("nothing",)), "--algos nothing is no file in algos/"),
+        (dict(algos=()), "nothing to time"),
+        (dict(sizes=(), only=("plan",)), "nothing to time"),
+        (dict(env_id="kitchn"), "--env-id kitchn is no task"),
+        (dict(plan_envs=(1, -8)), "--plan-envs needs numbers of at least 1"),
+        (dict(step_envs=(0,)), "--step-envs needs numbers of at least 1"),
+        (dict(loop_steps=-1), "--loop-steps -1 does not work"),
+        (dict(min_seconds=float("nan")), "--min-seconds nan does not work"),
+        (dict(loop_steps=100, only=("loop",)), "ends before the first episode does"),
+    ],
+)
+def test_senseless_flags_are_refused_in_a_sentence(args, words, tmp_path):
+    with pytest.raises(SystemExit, match=f"^error: .*{words}"):
+        speed.main(speed.Args(**CPU | args, out=tmp_path / "speed.json"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_is_refused_where_there_is_none(tmp_path):
+    with pytest.raises(SystemExit, match="torch finds no CUDA device; use --device cpu"):
+        speed.main(speed.Args(device="cuda", out=tmp_path / "speed.json"))

@@ -1,48 +1,36 @@
-"""tdmpc_skills.py against independent NumPy versions, known optima, its defects, interruptions, its command line."""
+"""tdmpc_skills.py against independent NumPy versions, known optima and the defects of the release."""
 
 import copy
 import dataclasses
 import inspect
-import json
 import math
+import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from numpy_nets import DEVICES, has_gradient, np_features, random_obs, same_weights
 from test_spirl import (
-    DEVICES,
-    SIZES,
-    SMALL,
-    Stop,
-    assert_same,
-    count_calls,
-    csv_rows,
-    final_state,
-    has_gradient,
     noisy_copy,
-    np_features,
     np_log_prob,
     np_net,
     np_prior,
-    only_run,
     optimizer_state,
-    random_obs,
-    run_command,
-    same_weights,
+    same_statistics,
     short_episodes,
-    statistics,
-    stop,
 )
 
+import data_tools
 from algos import skimo, spirl
 from algos import tdmpc_skills as tdmpc
 
-__all__ = ["short_episodes", "stop"]  # fixtures
+__all__ = ["short_episodes"]  # a fixture
 
 
 def tiny_args(**changes):
     small = dict(
-        device="cpu", compile=False, num_threads=1, hidden_dim=16, model_dim=16, latent_dim=8, skill_dim=3,
+        device="cpu", compile=False, hidden_dim=16, model_dim=16, latent_dim=8, skill_dim=3,
         skill_horizon=5, num_skills=3, num_envs=2, batch_size=8, num_samples=16, num_policy_trajs=4, num_elites=6,
         cem_iters=2, pretrain_batch_size=8, pretrain_updates=6, pretrain_eval_episodes=1, eval_episodes=2,
         total_timesteps=1200, warmup_steps=400,
@@ -50,14 +38,14 @@ def tiny_args(**changes):
     return tdmpc.Args(**(small | changes))
 
 
-def new_learner(args, double=False, seed=0):
-    """A learner with all weights random, and a target and a prior of their own."""
+def new_agent(args, double=False, seed=0):
+    """An agent with all weights random, and a target and a prior of their own."""
     torch.manual_seed(seed)
-    learner = tdmpc.Learner(args, noisy_copy(tdmpc.make_networks(args, 4, 2, "cpu"), seed + 1))
+    agent = tdmpc.Agent(args, noisy_copy(tdmpc.make_networks(args, 4, 2), seed + 1))
     if double:
         for k, name in enumerate(("model", "target", "task_policy", "skill_prior")):
-            setattr(learner, name, noisy_copy(getattr(learner, name).double(), seed + 2 + k).eval())
-    return learner
+            setattr(agent, name, noisy_copy(getattr(agent, name).double(), seed + 2 + k).eval())
+    return agent
 
 
 # ------------------------------------------------------------------------------------------------ what is spirl.py's
@@ -65,14 +53,27 @@ def new_learner(args, double=False, seed=0):
 
 def test_pretraining_is_that_of_spirl():
     names = "Predictor Features SkillModel SkillPrior gaussian draw squash make_networks pretrain_loss prior_rollouts "
-    for name in (names + "Pretrainer pretrain").split():
+    for name in (names + "pretrain_lr find_pretrained pretrain").split():
         assert inspect.getsource(getattr(tdmpc, name)) == inspect.getsource(getattr(spirl, name)), name
-    for name in ("FILE_VERSION", "PRETRAINED", "MODEL_ARGS", "PRETRAIN_ARGS"):
-        assert getattr(tdmpc, name) == getattr(spirl, name), name
-    for env_id in SIZES:
-        ours, theirs = (file.parse_args(["--env-id", env_id]) for file in (tdmpc, spirl))
-        for name in (*spirl.MODEL_ARGS, *spirl.PRETRAIN_ARGS, "total_timesteps", "pretrain_eval_interval"):
-            assert getattr(ours, name) == getattr(theirs, name), name
+    assert tdmpc.PRETRAINED == spirl.PRETRAINED
+    for env_id in data_tools.TASKS:
+        for flags in (["--env-id", env_id], ["--env-id", env_id, "--published"]):
+            ours, theirs = (vars(file.parse_args(flags)) for file in (tdmpc, spirl))
+            names = list(theirs)
+            shaping = names[names.index("skill_horizon") : names.index("clip_norm") + 1]
+            assert {name: ours[name] for name in shaping} == {name: theirs[name] for name in shaping}
+
+
+def test_model_is_shared_with_spirl_and_found_by_what_shaped_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_tools, "load_dataset", lambda *args: SimpleNamespace(fingerprint="data"))
+
+    def path(file, flags=""):
+        return file.find_pretrained(file.parse_args([*flags.split(), "--data-dir", str(tmp_path)]))[0]
+
+    assert path(tdmpc) == path(spirl) == path(tdmpc, "--batch-size 7 --latent-dim 9") == path(spirl, "--critic-dim 7")
+    assert path(tdmpc, "--kl-coef 0.5") == path(spirl, "--kl-coef 0.5")
+    changes = ["--kl-coef 0.5", "--clip-norm 1", "--seed 2", "--hidden-dim 9", "--no-position-features"]
+    assert len({path(tdmpc), *(path(tdmpc, flags) for flags in changes)}) == 1 + len(changes)
 
 
 # --------------------------------------------------------------------------------------------------------------- losses
@@ -99,7 +100,7 @@ def np_encode(model, obs):
 
 
 def np_policy(policy, h, std=0.05):
-    mean = 5 * np.tanh(np_net(policy[:-1], h) / 5)
+    mean = np_net(policy.net, h)
     return mean, np.full_like(mean, std)
 
 
@@ -120,12 +121,12 @@ def test_model_loss_is_that_of_td_mpc(release_defects):
     args = tiny_args(
         gamma=0.9, rho=0.6, consistency_coef=1.9, reward_coef=0.35, value_coef=0.15, release_defects=release_defects
     )
-    learner, N = new_learner(args, double=True), args.num_skills
-    model, target, policy = learner.model, learner.target, learner.task_policy
+    agent, N = new_agent(args, double=True), args.num_skills
+    model, target, policy = agent.model, agent.target, agent.task_policy
     obs, u, rewards, dones = rl_batch(args)
     tensors = [torch.from_numpy(x) for x in (obs, u, rewards, dones)]
     torch.manual_seed(5)
-    loss, metrics, h_out = tdmpc.model_loss(model, target, policy, *tensors, args)
+    loss, metrics, h, h_out = tdmpc.model_loss(model, target, policy, *tensors, args)
     torch.manual_seed(5)
     noise = torch.randn(5, N, 3, dtype=torch.float64).numpy()
 
@@ -147,53 +148,71 @@ def test_model_loss_is_that_of_td_mpc(release_defects):
     total = (1.9 * consistency + 0.35 * reward_error + 0.15 * value_error).mean() / N
     assert loss.item() == pytest.approx(total, rel=1e-4)
     np.testing.assert_allclose(h_out.numpy(), np.stack(h_pred, 1), atol=1e-4)
+    np.testing.assert_allclose(h.numpy(), np_encode(model, obs), atol=1e-4)
     loss.backward()
     for module in (model.encoder, model.dynamics, model.reward_model, model.qf1, model.qf2):
         assert has_gradient(module)
-    assert not has_gradient(target) and not has_gradient(policy) and not h_out.requires_grad
+    assert not has_gradient(target) and not has_gradient(policy) and not h_out.requires_grad and not h.requires_grad
 
 
-def test_policy_loss_takes_value_and_kl_on_imagined_states():
+@pytest.mark.parametrize("release_defects", [False, True])
+def test_a_reward_of_100_is_learnt_but_with_the_releases_bound(release_defects):
+    args = tiny_args(value_coef=0.0, consistency_coef=0.0, reward_coef=1.0, release_defects=release_defects)
+    agent = new_agent(args)
+    obs, u, rewards, dones = float_batch(args)
+    rewards[:] = 0
+    rewards[:, 0] = 105
+    loss, *_ = tdmpc.model_loss(agent.model, agent.target, agent.task_policy, obs, u, rewards, dones, args)
+    loss.backward()
+    norm = sum(value.grad.square().sum() for value in agent.model.reward_model.parameters()).sqrt()
+    assert (norm == 0) == release_defects
+    assert loss <= (1e4 if release_defects else 1e5)
+
+
+def test_policy_loss_takes_value_on_imagined_and_kl_on_encoded_states():
     args = tiny_args(rho=0.6, alpha=0.7, policy_std=0.2)
-    learner, N = new_learner(args, double=True), args.num_skills
+    agent, N = new_agent(args, double=True), args.num_skills
     rng = np.random.default_rng(2)
-    obs, h_pred = random_obs(rng, 5, N + 1), rng.normal(size=(5, N + 1, 8))
-    learner.model.requires_grad_(False)
+    obs, h, h_pred = random_obs(rng, 5, N + 1), rng.normal(size=(5, N + 1, 8)), rng.normal(size=(5, N + 1, 8))
+    agent.model.requires_grad_(False)
     torch.manual_seed(6)
-    nets = learner.model, learner.task_policy, learner.skill_prior
-    loss, metrics = tdmpc.policy_loss(*nets, torch.from_numpy(obs), torch.from_numpy(h_pred), args)
+    nets = agent.model, agent.task_policy, agent.skill_prior
+    loss, metrics = tdmpc.policy_loss(*nets, *(torch.from_numpy(x) for x in (obs, h, h_pred)), args)
     torch.manual_seed(6)
     noise = torch.randn(5, N + 1, 3, dtype=torch.float64).numpy()
     total, kls, samples = 0, [], rng.normal(size=(20_000, 5, 3))
     for t in range(N + 1):
-        pi = np_policy(learner.task_policy, h_pred[:, t], std=0.2)
-        q = np.minimum(*np_q(learner.model, h_pred[:, t], np.tanh(pi[0] + pi[1] * noise[:, t])))
-        x, p = pi[0] + pi[1] * samples, np_prior(learner.skill_prior, obs[:, t])
+        pi = np_policy(agent.task_policy, h_pred[:, t], std=0.2)
+        q = np.minimum(*np_q(agent.model, h_pred[:, t], np.tanh(pi[0] + pi[1] * noise[:, t])))
+        pi = np_policy(agent.task_policy, h[:, t], std=0.2)
+        x, p = pi[0] + pi[1] * samples, np_prior(agent.skill_prior, obs[:, t])
         log_pi = np_log_prob(x, pi) - np.log(2 * (1 - np.tanh(x) ** 2)).sum(-1)
         kls.append(np.clip((log_pi - np_log_prob(2 * np.tanh(x), p)).mean(0), -100, 100))
-        total += (0.7 * kls[-1] - 0.6**t * q).mean() / N
+        total += (0.7 * kls[-1] - 0.6**t * q).mean()  # a sum over the window
     assert metrics["prior_kl"].item() == pytest.approx(np.mean(kls), rel=0.02)
     assert loss.item() == pytest.approx(total, rel=0.03)
     loss.backward()
-    assert has_gradient(learner.task_policy)
-    assert not has_gradient(learner.model) and not has_gradient(learner.skill_prior)
+    assert has_gradient(agent.task_policy)
+    assert not has_gradient(agent.model) and not has_gradient(agent.skill_prior)
 
 
 # -------------------------------------------------------------------------------------------------------------- planner
 
 
-def test_plan_is_that_of_skimo_with_the_releases_start():
-    args = tiny_args(num_samples=40, cem_iters=3, temperature=0.7, momentum=0.2, gamma=0.8)
-    shared = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
+def test_plan_is_that_of_skimo_with_the_releases_start(monkeypatch):
+    """Up to the bound of the plans, +-1 here and +-0.999 there, which is why the samples stay inside both."""
+    args = tiny_args(num_samples=40, cem_iters=3, temperature=0.7, momentum=0.2, gamma=0.8, max_std=0.1)
     known = {field.name for field in dataclasses.fields(skimo.Args)}
-    theirs = skimo.Args(**{name: value for name, value in shared.items() if name in known}, plan_start="wide")
-    learner = new_learner(args)
+    shared = {name: value for name, value in vars(args).items() if name in known}
+    theirs = skimo.Args(**shared, plan_start="wide")
+    agent = new_agent(args)
     obs, mean = torch.rand(2, 4) * 30, torch.rand(2, 3, 3) - 0.5
+    monkeypatch.setattr(skimo, "gaussian_parameters", lambda pi: pi)  # our policy returns mean and std
     results = []
     for plan, chosen in ((tdmpc.plan, args), (skimo.plan, theirs)):
         torch.manual_seed(0)
-        scalars = torch.tensor(0.3), torch.tensor(1.0)
-        results.append(plan(learner.model, learner.task_policy, obs, mean.clone(), *scalars, chosen))
+        scalars = torch.tensor(0.05), torch.tensor(1.0)
+        results.append(plan(agent.model, agent.task_policy, obs, mean.clone(), *scalars, chosen))
     (z, fitted), (u, expected) = results
     assert torch.equal(z, 2 * u) and torch.equal(fitted, expected)
 
@@ -214,6 +233,18 @@ class Stub:
         return (torch.zeros(h.shape[:-1]),) * 2
 
 
+def any_skill(h):
+    return torch.zeros(*h.shape[:-1], 2), torch.ones(*h.shape[:-1], 2)
+
+
+def test_plans_reach_the_bounds_of_the_skills():
+    args = tiny_args(num_samples=200, num_policy_trajs=2, num_elites=20, cem_iters=6, skill_dim=2, temperature=50.0)
+    torch.manual_seed(0)
+    scalars = torch.tensor(2.0), torch.tensor(0.0)  # min_std: samples stay wide
+    z, _ = tdmpc.plan(Stub(lambda h, u: u.sum(-1)), any_skill, torch.zeros(1, 2), torch.zeros(1, 1, 2), *scalars, args)
+    assert torch.equal(z, torch.full((1, 2), 2.0))
+
+
 @pytest.mark.parametrize("K", [1, 3])
 def test_plan_finds_the_best_skill_of_every_step(K):
     best = torch.tensor([[0.6, -0.4], [-0.7, 0.2], [0.1, 0.8]])
@@ -225,23 +256,23 @@ def test_plan_finds_the_best_skill_of_every_step(K):
     torch.manual_seed(0)
     obs, mean = torch.tensor([[0.0, 0.0], [3.0, 1.0]]), torch.zeros(2, K, 2)
     scalars = torch.tensor(0.01), torch.tensor(0.0)
-    first, mean = tdmpc.plan(Stub(reward), lambda h: torch.zeros(*h.shape[:-1], 4), obs, mean, *scalars, args)
+    first, mean = tdmpc.plan(Stub(reward), any_skill, obs, mean, *scalars, args)
     torch.testing.assert_close(mean, best[:K].expand(2, K, 2), atol=0.08, rtol=0)
     torch.testing.assert_close(first, 2 * best[:1].expand(2, 2), atol=0.4, rtol=0)  # z = 2 u
 
 
 def test_policy_has_a_fixed_std_and_model_the_sizes_of_td_mpc():
-    args = tdmpc.Args()
-    policy = tdmpc.make_task_policy(args)
-    mean, std = tdmpc.tanh_normal(policy(torch.randn(6, 50)))
-    assert mean.shape == std.shape == (6, 10)
+    args = tdmpc.Args(device="cpu")
+    policy = tdmpc.TaskPolicy(args)
+    mean, std = policy(1000 * torch.randn(6, 50))
+    assert mean.shape == std.shape == (6, 10) and mean.abs().max() > 10  # without a bound
     torch.testing.assert_close(std, torch.full((6, 10), 0.05))
     model = tdmpc.WorldModel(30, tdmpc.Args(env_id="kitchen", position_features=False))
 
     def sizes(net):
         return [(layer.in_features, layer.out_features) for layer in net if isinstance(layer, torch.nn.Linear)]
 
-    assert sizes(model.encoder) == [(30, 256), (256, 50)] and sizes(policy) == [(50, 512), (512, 512), (512, 10)]
+    assert sizes(model.encoder) == [(30, 256), (256, 50)] and sizes(policy.net) == [(50, 512), (512, 512), (512, 10)]
     assert sizes(model.dynamics) == [(60, 512), (512, 512), (512, 50)]
     for head in (model.reward_model, model.qf1, model.qf2):
         assert sizes(head) == [(60, 512), (512, 512), (512, 1)]
@@ -249,43 +280,63 @@ def test_policy_has_a_fixed_std_and_model_the_sizes_of_td_mpc():
     torch.testing.assert_close(raw(torch.tensor([[40.0, 0, 10, -10]])), torch.tensor([[0.5, -0.5, 1, -1]]))
 
 
-# -------------------------------------------------------------------------------------------------------------- learner
+# ---------------------------------------------------------------------------------------------------------------- agent
 
 
 def float_batch(args, B=8):
     return [torch.from_numpy(x).float() for x in rl_batch(args, B)]
 
 
-def test_learner_update_moves_what_it_should():
+def test_agent_update_moves_what_it_should():
     args = tiny_args(tau=0.1, target_update_interval=2)
-    learner = new_learner(args)
+    agent = new_agent(args)
     with torch.no_grad():
-        for value in learner.model.parameters():
+        for value in agent.model.parameters():
             value += 0.01 * torch.randn_like(value)
-    start, batch = copy.deepcopy(learner), float_batch(args)
-    learner.update(*batch)
+    start, batch = copy.deepcopy(agent), float_batch(args)
+    agent.update(*batch)
     for name in ("skills", "skill_prior", "target"):
-        assert same_weights(getattr(learner, name), getattr(start, name)), name
+        assert same_weights(getattr(agent, name), getattr(start, name)), name
     for part in ("encoder", "dynamics", "reward_model", "qf1", "qf2"):
-        assert not same_weights(getattr(learner.model, part), getattr(start.model, part)), part
-    assert not same_weights(learner.task_policy, start.task_policy)
-    learner.update(*batch)
-    for now, old, online in zip(learner.target.parameters(), start.target.parameters(), learner.model.parameters()):
+        assert not same_weights(getattr(agent.model, part), getattr(start.model, part)), part
+    assert not same_weights(agent.task_policy, start.task_policy)
+    tdmpc.update_target(agent.target, agent.model, args.tau)
+    for now, old, online in zip(agent.target.parameters(), start.target.parameters(), agent.model.parameters()):
         torch.testing.assert_close(now, 0.9 * old + 0.1 * online.detach(), atol=1e-7, rtol=1e-5)
-    for module, before in ((learner.skill_prior, start.skill_prior), (learner.skills, start.skills)):
-        assert same_weights(module, before) and not module.training
-        assert_same(statistics(module), statistics(before))  # BatchNorm
-    rates = [(o.param_groups[0]["lr"], o.param_groups[0]["eps"]) for o in learner.optimizers]
-    assert rates == [(1e-3, 1e-7)] * 2
+    for module, before in ((agent.skill_prior, start.skill_prior), (agent.skills, start.skills)):
+        assert same_statistics(module, before) and not module.training  # BatchNorm
 
 
-def test_warmup_explores_with_the_prior_as_spirl_does():
-    learner = new_learner(tiny_args())
+def test_gradients_are_clipped_behind_the_sum_over_the_window():
+    args = tiny_args(max_grad_norm=0.1)
+    agent = new_agent(args)
+    agent.update(*float_batch(args))
+    for module in (agent.model, agent.task_policy):
+        norm = sum(value.grad.square().sum() for value in module.parameters() if value.grad is not None).sqrt()
+        assert norm.item() == pytest.approx(0.1, rel=1e-3)
+
+
+def test_warmup_explores_with_the_priors_samples_as_they_are():
+    agent = new_agent(tiny_args())
     obs = torch.rand(5, 4) * 30
     torch.manual_seed(0)
-    z = learner.sample_prior(obs.numpy())
+    z = agent.sample_prior(obs.numpy())
     torch.manual_seed(0)
-    assert torch.equal(z, spirl.squash(spirl.draw(learner.skill_prior(obs))))
+    mean, std = agent.skill_prior(obs)
+    assert torch.equal(z, mean + std * torch.randn(5, 3))
+
+
+def test_windows_start_uniformly():
+    args = tiny_args(num_envs=1)
+    rb = tdmpc.ReplayBuffer(1, args)
+    for t in range(7):  # windows of 3 skills begin at 0 to 4
+        obs = np.full((1, 1), t, dtype=np.float32)
+        rb.add(obs, torch.zeros(1, 3), np.zeros(1, dtype=np.float32), np.array([t == 6]), obs + 1)
+    torch.manual_seed(0)
+    obs, *_ = rb.sample(10_000)
+    assert torch.equal(obs[:, -1, 0], obs[:, 0, 0] + 3)
+    counts = torch.bincount(obs[:, 0, 0].long())
+    assert len(counts) == 5 and torch.all((counts - 2000).abs() < 5 * math.sqrt(1600))
 
 
 def fill_buffer(args, rb, episodes, seed):
@@ -305,211 +356,102 @@ def reward_of(u):
     return 1 - np.square(u - [0.8, -0.6]).sum(-1)
 
 
-def test_learner_and_planner_find_the_skills_that_pay(seed=0):
+def test_agent_and_planner_find_the_skills_that_pay(seed=0):
     args = tiny_args(
         skill_dim=2, num_skills=2, num_envs=10, batch_size=64, model_dim=32, alpha=0.0, gamma=0.5, num_samples=64,
         num_elites=16, cem_iters=4, temperature=5.0, learning_rate=3e-3, position_features=False, policy_std=0.3,
     )  # fmt: skip
-    learner = new_learner(args, seed=seed)
-    rb = tdmpc.ReplayBuffer(4, args, torch.device("cpu"))
+    agent = new_agent(args, seed=seed)
+    rb = tdmpc.ReplayBuffer(4, args)
     fill_buffer(args, rb, 300, seed)
-    for _ in range(400):
-        learner.update(*rb.sample(args.batch_size))
+    for k in range(400):
+        agent.update(*rb.sample(args.batch_size))
+        if k % args.target_update_interval == 0:
+            tdmpc.update_target(agent.target, agent.model, args.tau)
     obs = np.random.default_rng(seed + 9).uniform(5, 35, (200, 4)).astype(np.float32)
     with torch.no_grad():
-        h = learner.model.encoder(torch.from_numpy(obs))
-        policy = torch.tanh(tdmpc.tanh_normal(learner.task_policy(h))[0])
-    planner = tdmpc.Planner(learner.model, learner.task_policy, args, learner.device)
-    planned = planner(obs, np.ones(200, dtype=bool), 10**6, explore=False) / 2  # u
+        h = agent.model.encoder(torch.from_numpy(obs))
+        policy = torch.tanh(agent.task_policy(h)[0])
+    planner = tdmpc.Planner(agent, args, explore=False)
+    planned = planner(obs, 10**6) / 2  # u
     assert reward_of(policy.numpy()).mean() > 0.7
     assert reward_of(planned.numpy()).mean() > 0.8
 
 
-# --------------------------------------------------------------------------------------------- runs within this process
-
-QUICK = (
-    f"{SMALL} --skill-horizon 5 --total-timesteps 1200 --warmup-steps 400 --updates-per-step 0.05 --eval-interval 500 "
-    "--model-dim 16 --latent-dim 8 --num-skills 3 --num-samples 16 --num-policy-trajs 4 --num-elites 6 --cem-iters 2 "
-    "--horizon-steps 800 --std-steps 800"
-)
+# ------------------------------------------------------------------------------------------------------------- training
 
 
-@pytest.fixture
-def run(short_episodes, data_dir, tmp_path):
-    """run(flags, folder) starts main() on short episodes; returns results and run folder."""
-
-    def start(flags="", folder="runs"):
-        argv = [*QUICK.split(), "--data-dir", str(data_dir), "--run-dir", str(tmp_path / folder), *flags.split()]
-        return tdmpc.main(tdmpc.parse_args(argv)), only_run(tmp_path / folder)
-
-    return start
-
-
-def test_spirl_and_tdmpc_skills_share_the_pretrained_model(run, data_dir, tmp_path, capsys):
-    argv = [*SMALL.split(), "--skill-horizon", "5", "--data-dir", str(data_dir), "--run-dir", str(tmp_path / "spirl")]
-    spirl.main(spirl.parse_args([*argv, "--total-timesteps", "100", "--warmup-skills", "10"]))
-    (model,) = (data_dir / "pretrained").iterdir()
-    capsys.readouterr()
-    _, run_dir = run("--total-timesteps 400")
-    assert f"pre-trained model: {model}" in capsys.readouterr().out
-    assert list((data_dir / "pretrained").iterdir()) == [model]
-    trained = torch.load(model, weights_only=True)["networks"]
-    kept = final_state(run_dir)["learner"]["weights"]
-    for name, value in trained.items():
-        module, rest = name.split(".", 1)
-        assert torch.equal(kept[("skills." if module == "skills" else "skill_prior.") + rest], value), name
+def train(args, folder):
+    networks = noisy_copy(tdmpc.make_networks(args, 4, 2))
+    writer = SimpleNamespace(add_scalar=lambda *values: None)
+    return tdmpc.train(args, networks, {}, folder, writer, threading.Event())
 
 
 @pytest.mark.parametrize("defects", [False, True])
-def test_what_is_stored_planned_and_given_to_the_prior(run, monkeypatch, defects):
+def test_what_is_stored_planned_and_given_to_the_prior(defects, short_episodes, tmp_path, monkeypatch):
     """The four defects of the release, and that they are absent without the flag."""
-    executed, stored, planner_steps, original = [], [], [], tdmpc.execute_skill
-    whole_episodes = tdmpc.data_tools.rollout
+    executed, stored, horizons = [], [], []
+    execute, plan, add = tdmpc.execute_skill, tdmpc.plan, tdmpc.ReplayBuffer.add
     rng = np.random.default_rng(0)
 
-    def execute_skill(*inputs):  # in training
-        next_obs, rewards, ended, steps = original(*inputs)
+    def execute_skill(envs, skills, obs, z, *rest):
+        next_obs, rewards, ended, steps = execute(envs, skills, obs, z, *rest)
         rewards = rng.normal(size=len(rewards)).astype(np.float32)
-        executed.append((inputs[3] / 2, rewards, ended))
+        executed.append((z / 2, rewards, ended))
         return next_obs, rewards, ended, steps
 
-    def rollout(executing, *inputs, **named):
-        return whole_episodes(original, *inputs, **named)
+    def noted_plan(model, task_policy, obs, mean, min_std, *rest):
+        horizons.append((mean.shape[1], min_std.item()))
+        return plan(model, task_policy, obs, mean, min_std, *rest)
 
-    planned, add = tdmpc.Planner.__call__, tdmpc.ReplayBuffer.add
-
-    def plan(self, obs, episode_start, global_step, explore):
-        planner_steps.append(global_step)
-        return planned(self, obs, episode_start, global_step, explore)
-
-    def noted(self, obs, z, rewards, ended, next_obs):
+    def noted_add(self, obs, z, rewards, ended, next_obs):
         stored.append((z.clone(), rewards.copy()))
         add(self, obs, z, rewards, ended, next_obs)
 
     monkeypatch.setattr(tdmpc, "execute_skill", execute_skill)
-    monkeypatch.setattr(tdmpc.data_tools, "rollout", rollout)
-    monkeypatch.setattr(tdmpc.Planner, "__call__", plan)
-    monkeypatch.setattr(tdmpc.ReplayBuffer, "add", noted)
-    _, run_dir = run("--release-defects --eval-interval 0" if defects else "--no-release-defects --eval-interval 0")
+    monkeypatch.setattr(tdmpc, "plan", noted_plan)
+    monkeypatch.setattr(tdmpc.ReplayBuffer, "add", noted_add)
+    monkeypatch.setattr(tdmpc, "rollout", lambda *args: (np.zeros(2), np.zeros(2)))
+    args = tiny_args(
+        release_defects=defects, eval_interval=0, updates_per_step=0.02, horizon_steps=800, std_steps=800
+    )  # fmt: skip
+    train(args, tmp_path)
     assert len(executed) == len(stored) == 120 and sum(ended.all() for *_, ended in executed) == 6
-    last_z, last_rewards, started = torch.zeros(2, 3), np.zeros(2), True
+    last_u, last_rewards, started = torch.zeros(2, 3), np.zeros(2), True
     final_rewards = []
     for (u, rewards, ended), (z, kept) in zip(executed, stored):
         if defects:  # what led into the state, a dummy first, at twice the planner's scale
-            assert torch.equal(z, torch.zeros(2, 3) if started else 2 * last_z)
+            assert torch.equal(z, torch.zeros(2, 3) if started else 2 * last_u)
             np.testing.assert_array_equal(kept, np.zeros(2) if started else last_rewards)
         else:
             assert torch.equal(z, u)
             np.testing.assert_array_equal(kept, rewards)
-        last_z, last_rewards, started = u, rewards, ended.all()
+        last_u, last_rewards, started = u, rewards, ended.all()
         final_rewards += list(rewards) if ended.all() else []
-    rows = final_state(run_dir)["rb"]["rows"]
-    found = np.isin(np.float32(final_rewards), rows[:, 4 + 3].numpy())
-    assert not found.any() if defects else found.all()  # the reward at an episode's end never reaches the learner
-    assert (set(planner_steps) == {0}) if defects else (planner_steps[:3] == [400, 410, 420])
-    learner, obs = new_learner(tiny_args(release_defects=defects)), torch.tensor([[40.0, 20, 10, 0]])
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    found = np.isin(np.float32(final_rewards), state["rb"]["rewards"].numpy())
+    assert not found.any() if defects else found.all()  # the reward at an episode's end never reaches the agent
+    if defects:  # for ever as at env step 0
+        assert set(horizons) == {(1, 0.5)}
+    else:  # from env step 400 of 800
+        assert [K for K, _ in horizons] == [1 + int(2 * min(1, step / 800)) for step in range(400, 1200, 10)]
+        assert horizons[0][1] == pytest.approx(0.275) and horizons[-1][1] == pytest.approx(0.05)
+    agent, obs = new_agent(tiny_args(release_defects=defects)), torch.tensor([[40.0, 20, 10, 0]])
     expected = torch.tensor([[0.5, 0, 1, 0]]) if defects else obs
-    torch.testing.assert_close(learner.prior_input(obs), expected)
+    torch.testing.assert_close(agent.prior_input(obs), expected)
 
 
-def test_updates_keep_step_with_the_environments(run, monkeypatch):
-    horizons, original = [], tdmpc.plan
-
-    def plan(model, task_policy, obs, mean, *rest):
-        horizons.append(mean.shape[1])
-        return original(model, task_policy, obs, mean, *rest)
-
-    monkeypatch.setattr(tdmpc, "plan", plan)
-    results, run_dir = run("--updates-per-step 0.0333 --eval-interval 0")
-    assert results["env_steps"] == 1200 and results["updates"] == int(1200 * 0.0333)
-    assert csv_rows(run_dir) == [[str(180 * k), "0.0", "90"] for k in range(1, 7) for _ in range(2)]
-    assert horizons[:80] == [1 + int(2 * min(1, step / 800)) for step in range(400, 1200, 10)]
+def test_updates_keep_step_with_the_environments_after_the_warmup(short_episodes, tmp_path):
+    results = train(tiny_args(updates_per_step=0.0333, eval_interval=0), tmp_path)
+    assert results["env_steps"] == 1200 and results["updates"] == int(800 * 0.0333)
+    rows = (tmp_path / "episodes.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[:3] for row in rows] == [[str(180 * k), "0.0", "90"] for k in range(1, 7) for _ in range(2)]
 
 
-@pytest.mark.parametrize("interrupt", ["in the warm-up", "while planning", "between updates", "by its length"])
-def test_resumed_run_equals_an_uninterrupted_one(run, monkeypatch, stop, interrupt):
-    flags = "--release-defects" if interrupt in ("while planning", "in the warm-up") else ""
-    _, whole = run(flags, "whole")
-    if interrupt == "by its length":
-        _, part = run(f"{flags} --total-timesteps 600", "part")
-        argv = ["--resume", str(part), "--total-timesteps", "1200"]
-    else:
-        if interrupt == "between updates":
-            count_calls(monkeypatch, tdmpc.Learner, "update", at=27, then=stop)
-        else:
-            at = 17 if interrupt == "in the warm-up" else 77
-            count_calls(monkeypatch, tdmpc.ReplayBuffer, "add", at=at, then=stop)
-        with pytest.raises(SystemExit, match="stopped at env step .* go on with: .*--resume"):
-            run(flags, "part")
-        part = only_run(whole.parents[1] / "part")
-        Stop.requested = False
-        argv = ["--resume", str(part)]
-    tdmpc.main(tdmpc.parse_args(argv))
-    a, b = final_state(whole), final_state(part)
-    if interrupt == "by its length":
-        a["run"].pop("evaluations"), b["run"].pop("evaluations")
-    assert_same(b, a)
-    assert csv_rows(part) == csv_rows(whole)
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--num-elites 21", ["--num-elites", "--num-samples"]),
-        ("--num-skills 0", ["--num-skills"]),
-        ("--policy-std 0", ["--policy-std"]),
-    ],
-)
-def test_senseless_flags_are_refused_with_a_sentence(run, flags, words):
-    with pytest.raises(SystemExit) as caught:
-        run(flags)
-    message = caught.value.code
-    assert message.startswith("error: ") and "\n" not in message and all(word in message for word in words), message
-
-
-def test_foreign_checkpoints_are_refused(run):
-    _, run_dir = run("--total-timesteps 400 --eval-interval 0")
-    for flag in ("--num-skills 4", "--model-dim 32", "--release-defects"):
-        with pytest.raises(SystemExit, match=flag[2:].split()[0].replace("-", "_")):
-            tdmpc.main(tdmpc.parse_args(["--resume", str(run_dir), *flag.split()]))
-
-
-# ------------------------------------------------------------------------------------------- runs as a user starts them
-
-
-@pytest.mark.parametrize("env_id", list(SIZES))
-def test_command_line_on_every_task(env_id, data_dir, tmp_path, capsys):
-    steps = {"maze": 4200, "calvin": 800}.get(env_id, 600)
-    flags = f"--total-timesteps {steps} --warmup-steps 200 --updates-per-step 0.03 --model-dim 16 --latent-dim 8 "
-    flags += "--num-samples 16 --num-policy-trajs 4 --num-elites 6 --cem-iters 2 --num-skills 3"
-    run_dir = run_command(tdmpc, env_id, flags, tmp_path, data_dir, capsys)
-    assert run_dir.name.startswith(f"{env_id}__tdmpc_skills__")
-    names = [path.name for path in run_dir.iterdir() if "tfevents" not in path.name]
-    files = "args.json checkpoint.pt episodes.csv prediction.png results.json visited.png"
-    assert sorted(names) == files.split()
-    results = json.loads((run_dir / "results.json").read_text())
-    assert results["env_steps"] >= steps and results["updates"] > 0 and len(csv_rows(run_dir)) >= 2
-
-
-def test_defaults_are_those_of_the_release():
-    for env_id in SIZES:
-        args = tdmpc.parse_args(["--env-id", env_id])
-        for name, value in dict(
-            batch_size=128, updates_per_step=1.0, warmup_steps=5000, latent_dim=50, model_dim=512, alpha=1.0,
-            consistency_coef=2.0, reward_coef=0.5, value_coef=0.1, learning_rate=1e-3, max_grad_norm=10.0, num_skills=5,
-            explore_std=0.5, explore_std_end=0.05, policy_std=0.05, num_samples=512, num_elites=64, cem_iters=6,
-            tau=0.01, target_update_interval=2, rho=0.5, gamma=0.99, reward_scale=1.0, release_defects=False,
-        ).items():  # fmt: skip
-            assert getattr(args, name) == value, name
-
-
-def test_bool_flags_go_both_ways():
-    bools = {"compile", "capture_video", "retrain", "pretrain_lr_decay", "position_features", "release_defects"}
-    bools |= {"allow_pickle", "accept_any_data"}
-    assert {field.name for field in dataclasses.fields(tdmpc.Args) if field.type is bool} == bools
-    for name in bools:
-        for given, value in ((f"--{name}", True), (f"--no-{name}", False)):
-            assert getattr(tdmpc.parse_args([given.replace("_", "-")]), name) is value
+@pytest.mark.parametrize("flags", ["--num-elites 600", "--num-skills 0", "--policy-std 0"])
+def test_arguments_that_cannot_work_are_refused_with_a_sentence(flags):
+    with pytest.raises(SystemExit, match=f"error: {flags.split()[0]}.* "):
+        tdmpc.check_args(tdmpc.parse_args([*flags.split(), "--device", "cpu"]))
 
 
 # ---------------------------------------------------------------------------------------------------------- compilation
@@ -517,20 +459,23 @@ def test_bool_flags_go_both_ways():
 
 def few_updates(args, device):
     """Four rounds of RL and planner (two, and a CUDA graph is never replayed); returns all numbers on the way."""
+    args = dataclasses.replace(args, device=device)
     torch.manual_seed(0)
-    learner, numbers = tdmpc.Learner(args, tdmpc.make_networks(args, 4, 2, device)), {}
-    planner = tdmpc.Planner(learner.model, learner.task_policy, args, learner.device)
+    agent = tdmpc.Agent(args, tdmpc.make_networks(args, 4, 2))
+    planner = tdmpc.Planner(agent, args, explore=True)
+    numbers = {}
     obs = random_obs(np.random.default_rng(0), 3).astype(np.float32)
     for k in range(4):
         torch.manual_seed(k)
-        metrics = learner.update(*(x.to(device) for x in float_batch(args, 4)))
-        numbers |= {f"learner {name} {k}": value.cpu() for name, value in metrics.items()}
-        for part, optimizer in zip(("model", "policy"), learner.optimizers):
+        metrics = agent.update(*(x.to(device) for x in float_batch(args, 4)))
+        numbers |= {f"agent {name} {k}": value.cpu() for name, value in metrics.items()}
+        for part, optimizer in (("model", agent.model_optimizer), ("policy", agent.policy_optimizer)):
             if k == 0:
                 numbers |= {f"{part} {name}": value for name, value in optimizer_state(optimizer).items()}
         torch.manual_seed(k)
-        numbers[f"skill {k}"] = planner(obs, np.array([False, True, False]), 10**6, explore=True)
+        numbers[f"skill {k}"] = planner(obs, 10**6)
         numbers[f"plan {k}"] = planner.last_mean.cpu().clone()
+        planner.forget(np.array([False, True, False]))
     return numbers
 
 

@@ -1,0 +1,67 @@
+"""benchmarks/gpu_check.py: parts that fail are named and stop nothing else; the report and the JSON are written."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import gpu_check
+
+
+@pytest.fixture
+def out(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "OUT", tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_a_part_that_fails_is_named_and_the_others_run(out, monkeypatch, capsys):
+    curve = [[500, 1.0, 0.1], [1000, 3.0, 0.2]]
+    run = dict(env_id="maze", seed=2, env_steps=1000, rl_minutes=0.2, last_20_return=2.0, finished=False, curve=curve)
+    row = dict(algo="skimo", name="RL update", size="kitchen", mode="eager", num_envs=None, ms=98.0)
+    row |= dict(authors_h200_ms=196.0, authors_cpu_ms=252.0)
+
+    def broken(args):
+        raise FileNotFoundError("no such thing")
+
+    monkeypatch.setattr(gpu_check, "check_tests", broken)
+    monkeypatch.setattr(gpu_check, "check_speed", lambda args: dict(status="spirl: exit code 1", rows=[row]))
+    monkeypatch.setattr(gpu_check, "check_training", lambda args: dict(status="ok", how="2 runs at once", runs=[run]))
+    with pytest.raises(SystemExit, match="error: tests, speed failed"):
+        gpu_check.main(gpu_check.Args(cpu=True))
+    table = (out / "gpu_check.txt").read_text()
+    assert table in capsys.readouterr().out
+    assert "tests: failed: FileNotFoundError: no such thing" in table and "speed: spirl: exit code 1" in table
+    assert "maze, seed 2: 1,000 env steps in 0.2 minutes, return of the last 20 episodes 2.00 (stopped)" in table
+    written = json.loads((out / "gpu_check.json").read_text())
+    assert written["rehearsal"] and list(written["parts"]) == ["tests", "speed", "train"]
+    assert written["parts"]["train"]["runs"][0]["curve"] == curve
+
+
+def test_failed_tests_are_counted_and_named(out, monkeypatch):
+    lines = ["tests/test_cuda.py::test_a[skimo] PASSED", "[gw0] [ 50%] FAILED tests/test_cuda.py::test_b[spirl]"]
+    lines += ["FAILED tests/test_cuda.py::test_b[spirl] - AssertionError", "ERROR tests/test_dataset.py"]
+    out.mkdir()
+
+    def start(command, log, **environment):
+        log.write_text("\n".join(lines))
+
+    monkeypatch.setattr(gpu_check, "start", start)
+    monkeypatch.setattr(gpu_check, "wait", lambda process, seconds: "exit code 1")
+    result = gpu_check.check_tests(gpu_check.Args(cpu=True))
+    assert result["passed"] == 1 and result["status"] == "exit code 1"
+    assert result["failed"] == ["tests/test_cuda.py::test_b[spirl]", "tests/test_dataset.py"]
+
+
+def test_a_program_that_takes_too_long_is_stopped(tmp_path):
+    log = tmp_path / "log"
+    assert gpu_check.wait(gpu_check.start(["sleep", "60"], log), 0.2) == "stopped after 0 s"
+    assert gpu_check.wait(gpu_check.start(["true"], log), 20) == "ok"
+    assert gpu_check.wait(gpu_check.start(["false"], log), 20) == "exit code 1"
+    assert "=== sleep 60" in log.read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_without_a_gpu_it_says_so(out):
+    with pytest.raises(SystemExit, match="torch finds no CUDA device; --cpu is a rehearsal"):
+        gpu_check.main(gpu_check.Args())
+    assert not out.exists()
