@@ -6,7 +6,8 @@
 
 Networks and data are random and have the shapes of the task. Pre-training is the file's own loop, with its sampling,
 logs and target updates. An RL update draws its batch from the file's replay buffer. Skills come from the planner with
-K = N or, in files without one, from the task policy. The training loop is `train` itself on random networks: all
+K = N or, in files without one, from the task policy. Files without skills have no pre-training, and choose actions: by
+the planner (row `plan`) or the policy (row `act`). The training loop is `train` itself on random networks: all
 schedules of the real run are shrunk to --loop-steps, so that plan lengths and updates have the mix of the real run.
 Every number is the median of repeated calls after a warm-up, with CUDA synchronisation. The authors' numbers stand
 beside ours where both compute the same. Threads are torch's: OMP_NUM_THREADS sets them.
@@ -108,6 +109,7 @@ def size_args(algo, size: str, mode: str, args: Args):
     if args.quick:
         small = dict(pretrain_batch_size=8, batch_size=8, num_samples=16, num_policy_trajs=4, num_elites=4, cem_iters=1)
         small |= dict(updates_per_step=0.02, updates_per_skill=0.2, num_skills=min(3, getattr(result, "num_skills", 1)))
+        small |= dict(batch_length=8, imagine_starts=16, imagine_steps=4)
         result = replaced(result, small)
     return result
 
@@ -139,13 +141,21 @@ def random_actions(size: str, *shape: int):
     return torch.rand(*shape, DIMS[size][1]) * 2 - 1
 
 
+def has_skills(algo) -> bool:
+    """Whether the file is one with skills and pre-training; the flat ones have neither."""
+    return hasattr(algo, "make_networks")
+
+
 def make_networks(algo, size: str, config):
     torch.manual_seed(0)
     return algo.make_networks(config, *DIMS[size])
 
 
 def make_agent(algo, size: str, config):
-    return algo.Agent(config, make_networks(algo, size, config))
+    if has_skills(algo):
+        return algo.Agent(config, make_networks(algo, size, config))
+    torch.manual_seed(0)
+    return algo.Agent(config, *DIMS[size])
 
 
 def call_by_name(function, **inputs):
@@ -165,18 +175,26 @@ def random_dataset(algo, size: str, window: int):
 def filled_replay(algo, size: str, config):
     """The file's own replay buffer with an episode of every environment, twice as long as a window."""
     E = config.num_envs
-    H = config.skill_horizon
-    T = 2 * getattr(config, "num_skills", 10)  # skills per episode
-    rb = call_by_name(algo.ReplayBuffer, obs_dim=DIMS[size][0], action_dim=DIMS[size][1], args=config)
+    H = getattr(config, "skill_horizon", 1)
+    skill_dim = getattr(config, "skill_dim", 0)
+    window = getattr(config, "batch_length", getattr(config, "num_steps", 9) + 1)  # env steps, in files without skills
+    T = 2 * getattr(config, "num_skills", 10 if has_skills(algo) else window)  # skills or env steps per episode
+    make = algo.SequenceBuffer if hasattr(algo, "SequenceBuffer") else algo.ReplayBuffer
+    rb = call_by_name(make, obs_dim=DIMS[size][0], action_dim=DIMS[size][1], window=window, args=config)
+    if hasattr(rb, "begin"):
+        rb.begin(random_obs(size, E).numpy(), np.ones(E, dtype=bool))
     stores_env_steps = "actions" in inspect.signature(rb.add).parameters
     for t in range(T):
         call_by_name(
             rb.add,
             obs=(random_obs(size, E, H) if stores_env_steps else random_obs(size, E)).numpy(),
             actions=random_actions(size, E, H).numpy(),
-            z=torch.rand(E, config.skill_dim) * 2 - 1,
-            u=torch.rand(E, config.skill_dim) * 2 - 1,
+            action=random_actions(size, E).numpy(),
+            z=torch.rand(E, skill_dim) * 2 - 1,
+            u=torch.rand(E, skill_dim) * 2 - 1,
             rewards=torch.rand(E).numpy(),
+            terminations=np.zeros(E, dtype=bool),
+            truncations=np.full(E, t == T - 1),
             ended=np.full(E, t == T - 1),
             steps=np.full(E, H),
             next_obs=random_obs(size, E).numpy(),
@@ -196,7 +214,7 @@ def rl_update(algo, size: str, config):
 
 
 def planning(algo, size: str, config, num_envs: int):
-    """The planner with K = N, observations on the CPU in, skills on the CPU out."""
+    """The planner with K = N, observations on the CPU in, skills or actions on the CPU out."""
     planner = algo.Planner(make_agent(algo, size, config), config, explore=True)
     obs = random_obs(size, num_envs).numpy()
     step = max(config.horizon_steps, config.std_steps)
@@ -211,7 +229,9 @@ def choosing(algo, size: str, config, num_envs: int):
 
 
 def acting(algo, size: str, config, num_envs: int):
-    """The skill policy for one env step, on the CPU as in the loop."""
+    """The policy for one env step, observations and actions on the CPU; the skill policy is there itself."""
+    if not has_skills(algo):
+        return flat_policy(algo, size, config, num_envs)
     skills = copy.deepcopy(make_networks(algo, size, config)["skills"]).cpu().eval()
     obs = random_obs(size, num_envs).numpy()
     z = torch.rand(num_envs, config.skill_dim) * 2 - 1
@@ -221,6 +241,17 @@ def acting(algo, size: str, config, num_envs: int):
         skills.act(torch.from_numpy(obs), z).numpy()
 
     return act
+
+
+def flat_policy(algo, size: str, config, num_envs: int):
+    """The policy of a file without skills, which may filter its observations."""
+    agent = make_agent(algo, size, config)
+    obs = random_obs(size, num_envs).numpy()
+    if hasattr(algo, "Filter"):
+        choose_action = algo.Filter(agent, num_envs, DIMS[size][1], explore=True)
+    else:
+        choose_action = functools.partial(agent.act, explore=True)
+    return lambda: choose_action(obs)
 
 
 def stepping(env_id: str, num_envs: int, num_threads: int):
@@ -346,24 +377,33 @@ def time_training(algo, env_id: str, config, args: Args) -> dict:
         config = dataclasses.replace(config, num_envs=1)
     for _ in range(2 if config.compile else 1):  # the first run fills the caches of the compiler
         seconds = dict(env=0.0, choose=0.0, update=0.0)
-        networks = make_networks(algo, env_id, config)
-        chooser = (algo.Planner, "__call__") if hasattr(algo, "Planner") else (algo.Agent, "sample_policy")
+        networks = (make_networks(algo, env_id, config), {}) if has_skills(algo) else ()
+        envs = algo.data_tools.make_envs(env_id, config.num_envs)
         with (
             tempfile.TemporaryDirectory() as folder,
             silence(),
-            timed(algo, "execute_skill", "env", seconds, args),
-            timed(*chooser, "choose", seconds, args),
+            mock.patch.object(algo.data_tools, "make_envs", return_value=envs),
+            timed(*((algo, "execute_skill") if has_skills(algo) else (envs, "step")), "env", seconds, args),
+            timed(*chooser(algo), "choose", seconds, args),
             timed(algo.Agent, "update", "update", seconds, args),
             mock.patch.object(algo, "rollout", return_value=(np.zeros(1), np.zeros(1))),  # the final evaluation
             algo.SummaryWriter(folder) as writer,
         ):
-            results = algo.train(config, networks, {}, Path(folder), writer, threading.Event())
+            results = algo.train(config, *networks, Path(folder), writer, threading.Event())
     if results["updates"] == 0:
         sys.exit(f"error: --loop-steps {args.loop_steps} ends before the first episode does; give more")
     total = 60 * results["rl_minutes"]
     rate = results["env_steps"] / total
     shares = {name: value / total for name, value in seconds.items()}
     return dict(ms=1e3 / rate, calls=results["env_steps"], per_second=rate, shares=shares)
+
+
+def chooser(algo):
+    """Owner and name of the method that chooses skills or, in files without them, actions."""
+    for owner in ("Planner", "Filter"):
+        if hasattr(algo, owner):
+            return getattr(algo, owner), "__call__"
+    return algo.Agent, "sample_policy" if has_skills(algo) else "act"
 
 
 def timed(owner, name: str, label: str, seconds: dict, args: Args):
@@ -387,7 +427,6 @@ def algorithm_rows(algo, size: str, mode: str, args: Args) -> list:
     Pre-training is timed in the file that it belongs to, the release's sizes in skimo.py.
     """
     config = size_args(algo, size, mode, args)
-    release = release_args(algo, config, size, args)
     rows = []
 
     def pretraining(config):
@@ -397,16 +436,19 @@ def algorithm_rows(algo, size: str, mode: str, args: Args) -> list:
         return lambda: measure(make(algo, size, config, *inputs), args)
 
     if algo.__name__ == "skimo":
+        release = release_args(algo, config, size, args)
         rows.append(("pretrain", "pre-training update" + RELEASE, None, pretraining(release)))
-    if algo.PRETRAINED == algo.__name__:
+    if has_skills(algo) and algo.PRETRAINED == algo.__name__:
         rows.append(("pretrain", "pre-training update", None, pretraining(config)))
     rows.append(("update", "RL update", None, repeated(rl_update, config)))
-    name, make = ("plan", planning) if hasattr(algo, "Planner") else ("policy", choosing)
     if algo.__name__ == "skimo":
-        rows.append(("plan", "plan, 1 env" + RELEASE, 1, repeated(make, release, 1)))
-    for E in args.plan_envs:
-        rows.append(("plan", f"{name}, {E} env{'s' * (E > 1)}", E, repeated(make, config, E)))
-    if mode == "eager":  # never compiled
+        rows.append(("plan", "plan, 1 env" + RELEASE, 1, repeated(planning, release, 1)))
+    plans = hasattr(algo, "Planner")
+    if plans or has_skills(algo):
+        name, make = ("plan", planning) if plans else ("policy", choosing)
+        for E in args.plan_envs:
+            rows.append(("plan", f"{name}, {E} env{'s' * (E > 1)}", E, repeated(make, config, E)))
+    if mode == "eager" and (has_skills(algo) or not plans):  # never compiled
         for E in args.plan_envs:
             rows.append(("act", f"act, {E} env{'s' * (E > 1)}", E, repeated(acting, config, E)))
     return rows
