@@ -474,7 +474,7 @@ def test_it_learns_the_toy():
     )
     assert metrics[-1]["recon_loss"] < -2 < metrics[0]["recon_loss"]  # the bound is -2.8
     assert metrics[-1]["reward_loss"] < 0.94 < metrics[0]["reward_loss"]  # the bound is 0.919
-    assert np.mean(returns[-5:]) > np.mean(returns[:3]) + 8
+    assert np.mean(returns[-3:]) > np.mean(returns[:3]) + 8  # seeds 1 to 3: +29, +35, +16
 
 
 def test_the_command_line():
