@@ -904,8 +904,8 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
             gradient_step = int(state["gradient_step"])
             running_return[:] = state["running_return"].numpy()
             running_length[:] = state["running_length"].numpy()
-            episodes = [tuple(row) for row in state["episodes"]]
-            evaluations = list(state["evaluations"])
+            episodes = [(step, ret, length, minutes) for step, ret, length, minutes in state["episodes"]]
+            evaluations = [(step, ret, share) for step, ret, share in state["evaluations"]]
             facts = dict(state["facts"])
             seconds = float(state["seconds"])
             set_random_state(state["rng"])

@@ -29,6 +29,6 @@ def test_help_from_another_folder_shows_the_task_defaults(path, tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     defaults = importlib.import_module(f"algos.{path.stem}").TASK_DEFAULTS["maze"]
-    name, value = next((name, value) for name, value in defaults.items() if type(value) is int)
+    name, value = next((name, value) for name, value in defaults.items() if type(value) in (int, float))
     assert re.search(rf"--{name.replace('_', '-')}\b.*?\(default: {value}\)", result.stdout, re.DOTALL)
     assert list(tmp_path.iterdir()) == []
