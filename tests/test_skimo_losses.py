@@ -287,7 +287,14 @@ def test_networks_have_the_sizes_of_the_release(env_id):
     else:
         assert (skills.lstm.input_size, skills.lstm.hidden_size, skills.lstm.num_layers) == (action_dim + d, 128, 1)
         assert linear_sizes(skills.skill_encoder) == [(128, 20)]
-    for net in (model.encoder.net, model.dynamics, model.decoder, prior, skills.skill_policy, skills.skill_encoder):
+        assert skills.skill_encoder[0].weight.std().item() == pytest.approx(
+            (1 / 3 / 128) ** 0.5, rel=0.05
+        )  # torch's own
+        assert skills.skill_encoder[0].bias.any()
+    orthogonal = [model.encoder.net, model.dynamics, model.decoder, prior, skills.skill_policy]
+    if env_id == "maze":
+        orthogonal.append(skills.skill_encoder)
+    for net in orthogonal:
         for layer in net[::2]:
             W = layer.weight.detach()
             product = W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W
