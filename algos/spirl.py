@@ -58,9 +58,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
-# OpenMP's threads wait 3,000 turns for work before they sleep: beside busy programs torch's default, about a hundred
-# times that, makes an update three times slower (measured in benchmarks/README.md). Must be set before torch is loaded.
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+# OpenMP's threads wait 1,000 turns for work before they sleep. With torch's default, three hundred times that, an update
+# beside a busy program takes more than twice as long (table in algos/README.md). Must be set before torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
