@@ -76,3 +76,30 @@ def has_gradient(module):
 
 def same_weights(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+
+
+def np_lstm(lstm, x):
+    """Last hidden state of a one-layer LSTM: x (B, T, I) -> (B, u); gates in the order i, f, g, o."""
+    names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+    W, R, b, c = (getattr(lstm, name).detach().numpy() for name in names)
+
+    def sigmoid(v):
+        return 1 / (1 + np.exp(-v))
+
+    hidden = cell = np.zeros((len(x), R.shape[1]))
+    for t in range(x.shape[1]):
+        i, f, g, o = np.split(x[:, t] @ W.T + b + hidden @ R.T + c, 4, -1)
+        cell = sigmoid(f) * cell + sigmoid(i) * np.tanh(g)
+        hidden = sigmoid(o) * np.tanh(cell)
+    return hidden
+
+
+def rl_batch(args, B=5):
+    """Windows of N skills: observations, skills, rewards, dones, NumPy."""
+    rng = np.random.default_rng(1)
+    N = args.num_skills
+    obs = random_obs(rng, B, N + 1)
+    z = rng.uniform(-1, 1, (B, N, args.skill_dim))
+    rewards = 3 * rng.normal(size=(B, N))
+    dones = (rng.random((B, N)) < 0.3).astype(np.float64)
+    return obs, z, rewards, dones

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from numpy_nets import np_net, random_obs
+from numpy_nets import np_net, random_obs, rl_batch
 
 from algos import skimo
 
@@ -38,22 +38,6 @@ def np_encode(encoder, obs, maze=True):
     return np_net(encoder.net, np_features(obs, maze))
 
 
-def np_lstm(lstm, x):
-    """Last hidden state of a one-layer LSTM: x (B, T, I) -> (B, 128); gates in the order i, f, g, o."""
-    names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
-    W, R, b, c = (getattr(lstm, name).detach().numpy() for name in names)
-
-    def sigmoid(v):
-        return 1 / (1 + np.exp(-v))
-
-    hidden = cell = np.zeros((len(x), R.shape[1]))
-    for t in range(x.shape[1]):
-        i, f, g, o = np.split(x[:, t] @ W.T + b + hidden @ R.T + c, 4, -1)
-        cell = sigmoid(f) * cell + sigmoid(i) * np.tanh(g)
-        hidden = sigmoid(o) * np.tanh(cell)
-    return hidden
-
-
 def np_q(model, h, z):
     """Both critics."""
     hz = np.concatenate([h, z], -1)
@@ -75,17 +59,6 @@ def pretraining_batch(args, maze=True, obs_dim=4, action_dim=2, B=6):
     steps = args.num_skills * args.skill_horizon
     obs = random_obs(rng, B, steps + 1) if maze else rng.normal(size=(B, steps + 1, obs_dim))
     return obs, rng.uniform(-1, 1, (B, steps, action_dim))
-
-
-def rl_batch(args, B=5):
-    """Windows of N skills: observations, skills, rewards, dones, NumPy."""
-    rng = np.random.default_rng(1)
-    N = args.num_skills
-    obs = random_obs(rng, B, N + 1)
-    z = rng.uniform(-1, 1, (B, N, args.skill_dim))
-    rewards = 3 * rng.normal(size=(B, N))
-    dones = (rng.random((B, N)) < 0.3).astype(np.float64)
-    return obs, z, rewards, dones
 
 
 def float_batch(args, B=8):

@@ -6,16 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from numpy_nets import has_gradient, noisy_copy, np_gaussian, np_kl, np_net, random_obs
+from numpy_nets import has_gradient, noisy_copy, np_gaussian, np_kl, np_lstm, np_net, random_obs, rl_batch
 from skimo_tools import (
     double_networks,
     float_batch,
     np_encode,
-    np_lstm,
     np_q,
     np_scaled,
     pretraining_batch,
-    rl_batch,
     tiny_args,
 )
 from torch import nn

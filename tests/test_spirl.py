@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from numpy_nets import DEVICES, has_gradient, np_features, np_kl, random_obs, same_weights
+from numpy_nets import DEVICES, has_gradient, np_features, np_kl, np_lstm, random_obs, same_weights
 from torch import nn
 
 import data_tools
@@ -60,22 +60,6 @@ def np_gaussian(x):
 
 def np_log_prob(x, p):
     return (-0.5 * ((x - p[0]) / p[1]) ** 2 - np.log(p[1]) - 0.5 * np.log(2 * np.pi)).sum(-1)
-
-
-def np_lstm(lstm, x):
-    """Last hidden state of a one-layer LSTM: x (B, T, I) -> (B, u); gates in the order i, f, g, o."""
-    names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
-    W, R, b, c = (getattr(lstm, name).detach().numpy() for name in names)
-
-    def sigmoid(v):
-        return 1 / (1 + np.exp(-v))
-
-    hidden = cell = np.zeros((len(x), R.shape[1]))
-    for t in range(x.shape[1]):
-        i, f, g, o = np.split(x[:, t] @ W.T + b + hidden @ R.T + c, 4, -1)
-        cell = sigmoid(f) * cell + sigmoid(i) * np.tanh(g)
-        hidden = sigmoid(o) * np.tanh(cell)
-    return hidden
 
 
 def np_inputs(obs, maze=True):

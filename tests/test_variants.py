@@ -22,6 +22,7 @@ from numpy_nets import (
     np_kl,
     np_net,
     random_obs,
+    rl_batch,
     same_weights,
 )
 
@@ -64,17 +65,6 @@ def pretraining_batch(args, B=6):
     rng = np.random.default_rng(0)
     steps = args.pretrain_skills * args.skill_horizon
     return random_obs(rng, B, steps + 1), rng.uniform(-1, 1, (B, steps, 2))
-
-
-def rl_batch(args, B=5):
-    """Windows of the replay buffer: obs (B, N+1, 4), z (B, N, Z), rewards and dones (B, N)."""
-    rng = np.random.default_rng(1)
-    N = args.num_skills
-    obs = random_obs(rng, B, N + 1)
-    z = rng.uniform(-1, 1, (B, N, args.skill_dim))
-    rewards = 3 * rng.normal(size=(B, N))
-    dones = (rng.random((B, N)) < 0.3).astype(np.float64)
-    return obs, z, rewards, dones
 
 
 def single_step_batch(args, B=5):
