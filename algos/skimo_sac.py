@@ -53,7 +53,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 # OpenMP's threads wait 1,000 turns for work before they sleep. With torch's default, 300 times that, an update beside
-# a busy program takes more than twice as long (table in algos/README.md). Must be set before torch is loaded.
+# a busy program takes 1.6 times as long (table in algos/README.md). Must be set before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np

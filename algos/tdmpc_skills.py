@@ -33,8 +33,8 @@ Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, PUBLISHED, s
 make_networks, pretrain_loss, model_loss, policy_loss, plan, Planner, ReplayBuffer, prior_rollouts, pretrain_lr,
 find_pretrained, pretrain, Agent, train, check_args.
 A run's folder holds what skimo.py names.
-Score: maze, 300,000 env steps at small sizes (README): no training episode reaches the goal (seeds 1-2), before the
-losses, windows and number of updates became the release's.
+Score: maze, 300,000 env steps at small sizes (algos/README.md): no training episode reaches the goal (seeds 1-2), so no
+reward was ever seen. Measured before the losses, windows and number of updates became the release's.
 Shapes: B batch, N skills per window, H steps per skill, O observation, F inputs, A action, Z skill, d latent state,
 E environments, K skills per plan, P plans.
 """
@@ -61,7 +61,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 # OpenMP's threads wait 1,000 turns for work before they sleep. With torch's default, 300 times that, an update beside
-# a busy program takes more than twice as long (table in algos/README.md). Must be set before torch is loaded.
+# a busy program takes 1.6 times as long (table in algos/README.md). Must be set before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
