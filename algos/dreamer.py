@@ -23,6 +23,7 @@ Differences from SkiMo's release, whose Dreamer this is, marked DEVIATION n belo
 5. imagine_starts: imagination may begin in a random share of the states. The default is all, as in the release.
 6. --continue-head: a model of the end, from Dreamer's own code; off by default, as there: imagination never ends.
 The critic's value of a state includes the reward predicted in it: rewards belong to the state that they led to.
+Written from a description of the release's code; not run beside it.
 A run's folder holds the same files as skimo.py's.
 Differs from skimo.py in: Args, TASK_DEFAULTS, CPU_PRESET, POSITION_PERIODS, kl_divergence, rollout, Agent, train,
     evaluate, parse_args, check_args, main
