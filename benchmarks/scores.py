@@ -66,6 +66,7 @@ METHODS = {
     ),
     "skimo_single_step": Method("SkiMo, single-step dynamics", "single-step", "#7f7f7f"),
     "spirl": Method("SPiRL", "SPiRL", "#ff7f0e", "SPiRL"),
+    "reskill": Method("ReSkill", "ReSkill", "#e7ba52"),
     "tdmpc_skills": Method("SPiRL + TD-MPC", "SPiRL+TD-MPC", "#8c564b", "SPiRL+TD-MPC"),
     "dreamer_skills": Method("SPiRL + Dreamer", "SPiRL+Dreamer", "#e377c2", "SPiRL+Dreamer"),
     "dreamer": Method("Dreamer", "Dreamer", "#17becf", "Dreamer"),

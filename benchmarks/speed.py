@@ -179,7 +179,8 @@ def filled_replay(algo, size: str, config):
     skill_dim = getattr(config, "skill_dim", 0)
     window = getattr(config, "batch_length", getattr(config, "num_steps", 9) + 1)  # env steps, in files without skills
     T = 2 * getattr(config, "num_skills", 10 if has_skills(algo) else window)  # skills or env steps per episode
-    make = algo.SequenceBuffer if hasattr(algo, "SequenceBuffer") else algo.ReplayBuffer
+    names = ("SequenceBuffer", "RolloutBuffer", "ReplayBuffer")
+    make = next(getattr(algo, name) for name in names if hasattr(algo, name))
     rb = call_by_name(make, obs_dim=DIMS[size][0], action_dim=DIMS[size][1], window=window, args=config)
     if hasattr(rb, "begin"):
         rb.begin(random_obs(size, E).numpy(), np.ones(E, dtype=bool))
@@ -193,12 +194,16 @@ def filled_replay(algo, size: str, config):
             z=torch.rand(E, skill_dim) * 2 - 1,
             u=torch.rand(E, skill_dim) * 2 - 1,
             rewards=torch.rand(E).numpy(),
+            step_rewards=torch.rand(E, H).numpy(),
+            residuals=random_actions(size, E, H).numpy(),
             terminations=np.zeros(E, dtype=bool),
             truncations=np.full(E, t == T - 1),
             ended=np.full(E, t == T - 1),
             steps=np.full(E, H),
             next_obs=random_obs(size, E).numpy(),
         )
+    if hasattr(rb, "prepare"):  # on-policy: advantages of a policy
+        rb.prepare(make_agent(algo, size, config))
     return rb
 
 
@@ -383,7 +388,7 @@ def time_training(algo, env_id: str, config, args: Args) -> dict:
             tempfile.TemporaryDirectory() as folder,
             silence(),
             mock.patch.object(algo.data_tools, "make_envs", return_value=envs),
-            timed(*((algo, "execute_skill") if has_skills(algo) else (envs, "step")), "env", seconds, args),
+            timed(*stepper(algo, envs), "env", seconds, args),
             timed(*chooser(algo), "choose", seconds, args),
             timed(algo.Agent, "update", "update", seconds, args),
             mock.patch.object(algo, "rollout", return_value=(np.zeros(1), np.zeros(1))),  # the final evaluation
@@ -396,6 +401,13 @@ def time_training(algo, env_id: str, config, args: Args) -> dict:
     rate = results["env_steps"] / total
     shares = {name: value / total for name, value in seconds.items()}
     return dict(ms=1e3 / rate, calls=results["env_steps"], per_second=rate, shares=shares)
+
+
+def stepper(algo, envs):
+    """Owner and name of the function that steps the environments."""
+    if hasattr(algo, "collect_skill"):
+        return algo, "collect_skill"
+    return (algo, "execute_skill") if has_skills(algo) else (envs, "step")
 
 
 def chooser(algo):

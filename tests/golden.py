@@ -34,6 +34,8 @@ FLAGS = {
     "skimo_sac": SKIMO.replace("--num-skills 3", "--num-skills 1"),
     "skimo_single_step": f"{SKIMO} {PLANNER} --horizon-steps 8000",
     "spirl": SPIRL,
+    "reskill": f"""{PRETRAIN} --flow-dim 16 --flow-windows 1000 --flow-updates 6 --flow-batch-size 16 --policy-dim 16
+        --rollout-skills 10 --updates-per-rollout 4 --residual-middle 600 --residual-slope 0.01""",
     "tdmpc_skills": f"{TDMPC} {PLANNER} --horizon-steps 8000",
     "sac": "--buffer-size 4000",
     "dreamer": """--deter-dim 12 --stoch-dim 4 --encoder-dim 16 --batch-length 8 --imagine-starts 32 --imagine-steps 4
@@ -105,7 +107,7 @@ def golden(algo: str, task: str, folder: Path, script: Path) -> dict[str, str]:
     if not data.exists():
         make_data(data, *{"maze": (4, 2), "kitchen": (30, 9)}[task])
     flags = f"{TINY} {FLAGS[algo]} {TASKS[task]}"
-    if algo == "spirl":  # counts skills, not env steps
+    if algo in ("spirl", "reskill"):  # no warm-up in env steps
         words = flags.split()
         for flag in ("--warmup-steps", "--updates-per-step"):
             at = words.index(flag)

@@ -30,7 +30,7 @@ SIZES = dict(
     pretrain_skills=3, bc_chunks=2, batch_size=16, pretrain_batch_size=8, num_samples=16, num_policy_trajs=4,
     num_elites=6, cem_iters=2, horizon_steps=1, std_steps=1, pretrain_updates=4, pretrain_lr_decay=False,
     pretrain_eval_interval=10**9, buffer_size=1000, encoder_dim=16, num_steps=3, deter_dim=12, stoch_dim=4,
-    batch_length=8, imagine_starts=32, imagine_steps=4,
+    batch_length=8, imagine_starts=32, imagine_steps=4, flow_dim=16, policy_dim=16, rollout_skills=5,
 )  # fmt: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -211,12 +211,12 @@ def test_memory_does_not_grow_over_300_updates(name):
 
 
 @needs_device
-@pytest.mark.parametrize("name", [name for name in ("skimo", "spirl", *golden.FLAT) if name in ALGOS])
+@pytest.mark.parametrize("name", [name for name in ("skimo", "spirl", "reskill", *golden.FLAT) if name in ALGOS])
 def test_a_resumed_run_ends_as_the_uninterrupted_one(name, tmp_path):
     """Both end at the same weights; how far apart they are is a measured fact, 0 means bit for bit."""
     algo = speed.load_algorithm(name)
     flags = f"{golden.TINY} {golden.FLAGS[name]} {golden.TASKS['kitchen']}".split()
-    for flag in ("--device", "--warmup-steps", "--updates-per-step") if name == "spirl" else ("--device",):
+    for flag in ("--device", "--warmup-steps", "--updates-per-step") if name in ("spirl", "reskill") else ("--device",):
         at = flags.index(flag)
         del flags[at : at + 2]
     flags += ["--env-id", "kitchen", "--device", DEVICE, "--compile" if COMPILE else "--no-compile"]
