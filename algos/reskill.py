@@ -25,7 +25,7 @@ Differences from the release, marked DEVIATION n below. 1, 2, 3 and 6 are spirl.
 8. An update has batch_size rows of the roll-out (release: all). The early stop comes one update later.
 9. Values of pi_res see as far as those of pi: their discount is gamma^(1/H), not gamma. pi_res learns once w >= .01.
 10. A skill ends with its episode (release: goes on). Time-outs are bootstrapped, as there.
-11. Evaluations draw skills (release: take means), and w is as in training (release: 1). Kitchen: 30 observations, see spirl.py.
+11. Evaluations draw skills (release: means), with w as in training (release: 1). Kitchen: 30 observations, see spirl.py.
 The release's last skill of a roll-out enters PPO with the advantage of an older roll-out; here no row can be stale.
 --published takes the release's side of 2, 3, 6, widths and counts. Checked against formulas, not beside the release.
 
@@ -603,7 +603,7 @@ class RolloutBuffer:
         T = self.filled // E
         columns = [column[: self.filled] for column in self.columns.values()]
         obs, z, actions, residuals, rewards, terminations, truncations, steps, next_obs = columns
-        ended = terminations + truncations
+        ended = torch.maximum(terminations, truncations)  # both may come at once
 
         # Skills. f is a bijection: g is what the policy drew. Beyond a time-out the task goes on, so its value counts
         first = obs[:, 0]
@@ -651,9 +651,9 @@ class RolloutBuffer:
         return batch
 
     def residual_share(self, weight: float) -> float:
-        """Size of w d as a share of that of a' plus that of w d, in this roll-out."""
-        size = float(self.columns["actions"].abs().mean())
-        change = weight * float(self.columns["residuals"].abs().mean())
+        """Size of w d, as a share of the sizes of a' and w d together."""
+        size = self.columns["actions"].abs().mean().item()
+        change = weight * self.columns["residuals"].abs().mean().item()
         return change / (size + change)
 
     def state_dict(self) -> dict:
@@ -891,17 +891,6 @@ def encode_windows(skills, data, num_windows: int, args: Args):
     return [torch.cat(column) for column in zip(*parts)]
 
 
-def flow_rollouts(networks, args: Args, num_episodes: int):
-    """Returns (E,) of episodes with skills from the flow prior: where RL begins."""
-    cpu = copy.deepcopy(networks).cpu().eval()
-
-    @torch.no_grad()
-    def choose_skill(obs):
-        return cpu["flow"].inverse(torch.randn(len(obs), args.skill_dim), torch.from_numpy(obs))  # (E, Z)
-
-    return rollout(choose_skill, cpu["skills"], num_episodes, args, args.seed)[0]
-
-
 def find_flow(args: Args, model: Path, data) -> Path:
     """The file of the flow prior for a pre-trained model; found again by model, data, arguments and code."""
     names = [field.name for field in fields(Args) if field.name.startswith("flow_")]
@@ -961,7 +950,8 @@ def learn_flow(args: Args, networks: nn.ModuleDict, path: Path, data, writer, st
         z = draw(q)
         flow_nll = float(flow_loss(flow, z, obs))
         gaussian_nll = float(-log_density(z, networks["prior"](obs)).mean())
-    returns = flow_rollouts(networks, args, 4 * args.pretrain_eval_episodes)
+    agent = Agent(args, networks)  # whose policy is the prior
+    returns, _ = rollout(agent.sample_policy, agent.actor(), 4 * args.pretrain_eval_episodes, args, args.seed)
     facts = dict(flow_nll=flow_nll, gaussian_nll=gaussian_nll)
     facts |= dict(prior_return=float(returns.mean()), prior_success=success(returns, args), flow_updates=updates)
     log(writer, "pretrain", facts, updates)

@@ -72,6 +72,7 @@ def filled_buffer(args, agent):
     skills[1][7] = np.array([2, args.skill_horizon])
     skills[1][4][0, 2:] = 0.0
     skills[2][6] = np.array([False, True])
+    skills[1][6] = np.array([True, False])  # at its time limit, too
     for before, after in itertools.pairwise(skills):
         running = ~(before[5] | before[6])
         after[0][running, 0] = before[8][running]
