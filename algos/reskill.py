@@ -25,7 +25,7 @@ Differences from the release, marked DEVIATION n below. 1, 2, 3 and 6 are spirl.
 8. An update has batch_size rows of the roll-out (release: all). The early stop comes one update later.
 9. Values of pi_res see as far as those of pi: their discount is gamma^(1/H), not gamma. pi_res learns once w >= .01.
 10. A skill ends with its episode (release: goes on). Time-outs are bootstrapped, as there.
-11. Evaluations draw skills (release: means), with w as in training (release: 1). Kitchen: 30 observations, see spirl.py.
+11. Evaluations draw skills (release: means), with w of training (release: 1). Kitchen: 30 observations, see spirl.py.
 The release's last skill of a roll-out enters PPO with the advantage of an older roll-out; here no row can be stale.
 --published takes the release's side of 2, 3, 6, widths and counts. Checked against formulas, not beside the release.
 
@@ -370,7 +370,7 @@ class ActorCritic(nn.Module):
         return self.value_net(self.inputs(x)).squeeze(-1)
 
 
-class Actor(nn.Module):
+class SkilledActor(nn.Module):
     """What acts in the simulator: the skill policy plus w times the residual."""
 
     def __init__(self, skills: SkillModel, residual: ActorCritic):
@@ -510,7 +510,7 @@ def residual_weight(global_step: int, args: Args) -> float:
 
 
 @torch.no_grad()
-def collect_skill(envs, actor: Actor, obs, z, args: Args):
+def collect_skill(envs, actor: SkilledActor, obs, z, args: Args):
     """H env steps with skills z (E, Z) and noisy residuals, on the CPU next to the simulator. obs (E, O).
 
     Returns what the buffer keeps of them, NumPy: obs (E, H, O), z (E, Z), actions of the skill policy and residuals
@@ -522,7 +522,8 @@ def collect_skill(envs, actor: Actor, obs, z, args: Args):
     for _ in range(args.skill_horizon):
         action, distribution = actor.propose(torch.from_numpy(obs), z)
         residual = draw(distribution)  # (E, A)
-        next_obs, reward, terminations, truncations, _ = envs.step((action + actor.weight * residual).numpy())
+        command = action + actor.weight * residual
+        next_obs, reward, terminations, truncations, _ = envs.step(command.numpy())
         rows.append((obs, action.numpy(), residual.numpy(), reward))  # which is 0 after the end
         steps += ~ended  # DEVIATION 10
         ended = terminations | truncations
@@ -611,7 +612,8 @@ class RolloutBuffer:
         values = agent.high.value(first)
         next_values = agent.high.value(next_obs) * (1 - terminations)
         rows = first, g, rewards.sum(1), values, next_values, ended, torch.ones_like(ended)
-        self.high = self.table(agent.high, *[column.unflatten(0, (T, E)) for column in rows], args.gamma)
+        rows = [column.unflatten(0, (T, E)) for column in rows]
+        self.high = self.table(agent.high, *rows, args.gamma)
 
         # Env steps. A path is cut where its episode or the roll-out ends
         def paths(column):
@@ -625,11 +627,13 @@ class RolloutBuffer:
         step = torch.arange(H, device=obs.device)
         final = torch.arange(T * E, device=obs.device) >= (T - 1) * E
         cut = (step == steps[:, None] - 1) & (ended.bool() | final)[:, None]  # (T E, H)
-        taken = (step < steps[:, None]).float()
         values = paths(agent.residual.value(x))  # (T H, E)
-        next_values = torch.where(paths(cut), paths(last_values[:, None].expand(-1, H)), values.roll(-1, 0))
+        behind = paths(last_values[:, None].expand(-1, H))
+        next_values = torch.where(paths(cut), behind, values.roll(-1, 0))
+        taken = (step < steps[:, None]).float()
         rows = paths(x), paths(residuals), paths(rewards), values, next_values, paths(cut.float()), paths(taken)
-        self.residual = self.table(agent.residual, *rows, args.gamma ** (1 / H))  # DEVIATION 9
+        gamma = args.gamma ** (1 / H)  # DEVIATION 9
+        self.residual = self.table(agent.residual, *rows, gamma)
 
     def table(self, learner, x, actions, rewards, values, next_values, cut, weights, discount: float):
         """Rows of paths (T, E, ...): inputs, actions, log-probabilities, advantages, returns, weights."""
@@ -952,8 +956,8 @@ def learn_flow(args: Args, networks: nn.ModuleDict, path: Path, data, writer, st
         gaussian_nll = float(-log_density(z, networks["prior"](obs)).mean())
     agent = Agent(args, networks)  # whose policy is the prior
     returns, _ = rollout(agent.sample_policy, agent.actor(), 4 * args.pretrain_eval_episodes, args, args.seed)
-    facts = dict(flow_nll=flow_nll, gaussian_nll=gaussian_nll)
-    facts |= dict(prior_return=float(returns.mean()), prior_success=success(returns, args), flow_updates=updates)
+    facts = dict(flow_nll=flow_nll, gaussian_nll=gaussian_nll, flow_updates=updates)
+    facts |= dict(prior_return=float(returns.mean()), prior_success=success(returns, args))
     log(writer, "pretrain", facts, updates)
     words = ", ".join(f"{name} {value:.4g}" for name, value in facts.items())
     print(f"flow prior: {words}")
@@ -1006,9 +1010,9 @@ class Agent(nn.Module):
         learner = self.learners[name]
         return [*learner.policy.parameters(), learner.log_std]
 
-    def actor(self) -> Actor:
+    def actor(self) -> SkilledActor:
         """A copy of what acts, on the CPU next to the simulator."""
-        return copy.deepcopy(Actor(self.skills, self.residual)).cpu()
+        return copy.deepcopy(SkilledActor(self.skills, self.residual)).cpu()
 
     @torch.no_grad()
     def sample_policy(self, obs):
@@ -1127,9 +1131,10 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
                 gradient_step += 1
                 bounds = {name: kl for name, kl in bounds.items() if metrics[f"{name}_kl"] <= 1.5 * kl}
             check_finite(metrics)
-            residuals.append((global_step, actor.weight, rb.residual_share(actor.weight)))
+            share = rb.residual_share(actor.weight)
+            residuals.append((global_step, actor.weight, share))
             log(writer, "losses", metrics, global_step)
-            log(writer, "charts", dict(residual_weight=residuals[-1][1], residual_share=residuals[-1][2]), global_step)
+            log(writer, "charts", dict(residual_weight=actor.weight, residual_share=share), global_step)
             actor = agent.actor()
 
         # Evaluate without noise in the residual. The mean g of all that people do need not be a thing that they do
@@ -1199,7 +1204,8 @@ def draw_pictures(args: Args, agent: Agent, residuals: list, path: Path):
         return agent.flow.inverse(g, seen[-1].to(args.device)).cpu()
 
     rollout(choose_skill, agent.actor().skills, 100, args, args.seed)
-    before, after = torch.stack(seen[:-1]).flatten(0, 1), torch.stack(seen[1:]).flatten(0, 1)  # 2 x (n, O)
+    before = torch.stack(seen[:-1]).flatten(0, 1)  # (n, O)
+    after = torch.stack(seen[1:]).flatten(0, 1)  # (n, O)
     alive = (before != after).any(1)  # members that ended stand still
     windows, _ = data.sample_windows(50_000, args.skill_horizon + 1)
     sets = (windows[:, 0], windows[:, -1]), (before[alive], after[alive])
@@ -1207,17 +1213,24 @@ def draw_pictures(args: Args, agent: Agent, residuals: list, path: Path):
 
     def nearest(begin, state):
         """Distances of the 100 states in begin (n, O) that are nearest to state (O,), and their rows."""
-        return ((begin - state) / scale).square().sum(1).topk(100, largest=False)
+        distances = ((begin - state) / scale).square().sum(1)
+        return distances.topk(100, largest=False)
+
+    def variety(state):
+        """How much the data's motion from a state varies; less if they do not know it."""
+        begin, end = sets[0]
+        distances, rows = nearest(begin, state)
+        return float((end - begin)[rows, :2].std(0).sum() / (0.1 + distances[-1]))
 
     figure = Figure(figsize=(18, 3.6), layout="tight")
     *panels, last = figure.subplots(1, 5)
     candidates = before[alive][:: max(1, int(alive.sum()) // 200)]
-    for axes, group in zip(panels, candidates.chunk(4)):  # early to late; of each, the state that the data know best
-        state = min(group, key=lambda s: float(nearest(sets[0][0], s)[0][-1]))
+    for axes, group in zip(panels, candidates.chunk(4)):  # early to late; of each, a state where data often differ
+        state = max(group, key=variety)
         for (begin, end), colour, label in zip(sets, ("grey", "tab:orange"), ("data", "flow prior")):
             _, rows = nearest(begin, state)
             motion = (end - begin)[rows]
-            axes.scatter(motion[:, 0], motion[:, 1], s=8, alpha=0.6, color=colour, label=label, linewidths=0)
+            axes.scatter(motion[:, 0], motion[:, 1], s=14, alpha=0.6, color=colour, label=label, linewidths=0)
         axes.set_title(f"from ({state[0]:.2f}, {state[1]:.2f})")
         axes.axis("equal")
     panels[0].legend()
