@@ -1035,7 +1035,7 @@ class Agent(nn.Module):
             if name not in learning:
                 for weight in self.policy_weights(name):
                     weight.grad = None  # so that Adam leaves it alone
-        grad_norm = gradient_norm(self)
+        grad_norm = gradient_norm(self.high) + gradient_norm(self.residual)
         self.optimizer.step()
         for learner in self.learners.values():
             learner.log_std.data.clamp_(*learner.log_bounds)  # DEVIATION 7
@@ -1051,7 +1051,7 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
     agent = Agent(args, networks)
     envs = data_tools.make_envs(args.env_id, args.num_envs)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
-    rb = RolloutBuffer(*data_tools.env_sizes(args.env_id), args)
+    rb = RolloutBuffer(obs.shape[1], envs.single_action_space.shape[0], args)
     global_step = 0
     gradient_step = 0
     running_return = np.zeros(args.num_envs)  # (E,) of the episodes that have not ended yet

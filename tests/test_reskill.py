@@ -106,11 +106,11 @@ def test_inverse_is_exact_and_the_determinant_is_autograds(Z):
 def test_the_prior_depends_on_the_state_and_is_a_density():
     args = tiny_args(skill_dim=2)
     flow = noisy(reskill.FlowPrior(4, args).double(), 0.2)
-    axis = torch.arange(-25, 25, 0.1, dtype=torch.float64)
+    axis = torch.arange(-25, 25, 0.2, dtype=torch.float64)
     z = torch.cartesian_prod(axis, axis)
     densities = [flow.log_prob(z, maze_obs(1, seed=s)[0].expand(len(z), -1)).exp() for s in (0, 1)]
     for density in densities:
-        assert density.sum().item() * 0.1**2 == pytest.approx(1, abs=1e-3)
+        assert density.sum().item() * 0.2**2 == pytest.approx(1, abs=5e-3)
     assert (densities[0] - densities[1]).abs().max() > 0.01
 
 
@@ -268,6 +268,8 @@ def test_ppo_loss_is_the_clipped_one():
     mean, std = (part.detach().numpy() for part in learner(x))
     now = (-0.5 * ((actions.numpy() - mean) / std) ** 2 - np.log(std * np.sqrt(2 * np.pi))).sum(-1)
     old = torch.from_numpy(now + 0.5 * rng.normal(size=B))  # ratios on both sides of the bounds
+    expected = np.concatenate([np_features(x[:, :4].numpy()), x[:, 4:].numpy()], -1)
+    np.testing.assert_allclose(learner.inputs(x), expected, atol=1e-5)
     loss, metrics = reskill.ppo_loss(learner, x, actions, old, advantages, returns, weights, args)
     ratio = np.exp(now - old.numpy())
     assert (ratio > 1.2).sum() > 3 and (ratio < 0.8).sum() > 3
@@ -283,13 +285,6 @@ def test_ppo_loss_is_the_clipped_one():
     assert metrics["policy_loss"].item() == pytest.approx(0, abs=1e-12) and metrics["kl"].item() == pytest.approx(
         0, abs=1e-12
     )
-
-
-def test_inputs_are_features_of_the_state_and_the_rest_as_it_is():
-    learner = reskill.ActorCritic(4, 3, 2, 0.5, 0.1, tiny_args()).double()
-    x = torch.cat([maze_obs(5), torch.randn(5, 3, dtype=torch.float64)], -1)
-    expected = np.concatenate([np_features(x[:, :4].numpy()), x[:, 4:].numpy()], -1)
-    np.testing.assert_allclose(learner.inputs(x), expected, atol=1e-5)
 
 
 def test_an_update_moves_what_learns_and_nothing_else():
