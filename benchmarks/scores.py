@@ -72,6 +72,8 @@ METHODS = {
     "dreamer": Method("Dreamer", "Dreamer", "#17becf", "Dreamer"),
     "tdmpc": Method("TD-MPC", "TD-MPC", "#bcbd22", "TD-MPC"),
     "sac": Method("SAC without skills", "flat SAC", "#393b79"),
+    "diayn": Method("DIAYN with a controller", "DIAYN", "#e7ba52"),
+    "option_critic": Method("Option-Critic", "Option-Critic", "#a55194"),
     "dads": Method("DADS", "DADS", "#637939"),
     "lsp": Method("LSP", "LSP", "#843c39"),
 }

@@ -255,7 +255,10 @@ def flat_policy(algo, size: str, config, num_envs: int):
     if hasattr(algo, "Filter"):
         choose_action = algo.Filter(agent, num_envs, DIMS[size][1], explore=True)
     else:
-        choose_action = functools.partial(agent.act, explore=True)
+        inputs = dict(explore=True)
+        if "z" in inspect.signature(agent.act).parameters:
+            inputs["z"] = np.zeros((num_envs, config.skill_dim), dtype=np.float32)
+        choose_action = functools.partial(agent.act, **inputs)
     return lambda: choose_action(obs)
 
 
@@ -375,7 +378,7 @@ def silence():
 def time_training(algo, env_id: str, config, args: Args) -> dict:
     """`train` in miniature: env steps/s and the shares of time, without compilation and the final evaluation."""
     factor = args.loop_steps / config.total_timesteps
-    schedules = ("total_timesteps", "warmup_steps", "warmup_skills", "horizon_steps", "std_steps")
+    schedules = ("total_timesteps", "warmup_steps", "warmup_skills", "horizon_steps", "std_steps", "discover_steps")
     scaled = {name: int(factor * getattr(config, name)) for name in schedules if hasattr(config, name)}
     config = dataclasses.replace(config, **scaled, eval_interval=0, checkpoint_interval=10**9)
     if args.quick:

@@ -30,8 +30,8 @@ SIZES = dict(
     pretrain_skills=3, bc_chunks=2, batch_size=16, pretrain_batch_size=8, num_samples=16, num_policy_trajs=4,
     num_elites=6, cem_iters=2, horizon_steps=1, std_steps=1, pretrain_updates=4, pretrain_lr_decay=False,
     pretrain_eval_interval=10**9, buffer_size=1000, encoder_dim=16, num_steps=3, deter_dim=12, stoch_dim=4,
-    batch_length=8, imagine_starts=32, imagine_steps=4, flow_dim=16, policy_dim=16, rollout_skills=5,
-    updates_per_rollout=30,
+    batch_length=8, imagine_starts=32, imagine_steps=4, discover_steps=300, controller_dim=16,
+    flow_dim=16, policy_dim=16, rollout_skills=5, updates_per_rollout=30,
 )  # fmt: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore")

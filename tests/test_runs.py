@@ -39,7 +39,7 @@ ALGOS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
 SHORT = dict(
     pretrain_updates=6, pretrain_eval_interval=2, pretrain_eval_episodes=1, total_timesteps=1200, eval_interval=500,
     warmup_steps=400, updates_per_step=0.05, horizon_steps=800, std_steps=800, plan_start="wide",
-    warmup_skills=40, updates_per_skill=0.5,
+    warmup_skills=40, updates_per_skill=0.5, discover_steps=600,
 )  # fmt: skip
 
 

@@ -1,0 +1,203 @@
+"""Positive controls of algos/diayn.py: a box whose skills can be told apart, and a pendulum that may fall.
+
+    python benchmarks/controls_diayn.py box --out benchmarks/results/studies/diayn/box_seed1.csv
+    python benchmarks/controls_diayn.py pendulum --out benchmarks/results/studies/diayn/pendulum_seed1.csv
+    python benchmarks/controls_diayn.py pendulum --no-log-p-z --out benchmarks/results/studies/diayn/without_seed1.csv
+
+box (the paper's appendix C): a point in [0, 1]^2 begins in the middle and moves by at most 0.1 along each axis in a
+step; 100 steps. The csv has the path of each skill (no exploration); GATE is about its states, which the discriminator
+must tell apart. The picture beside it is drawn from it. Then the controller learns to stay near a corner, by skills.
+pendulum: Gymnasium's InvertedPendulum-v5, whose episodes end when it falls, and time out after 1,000 steps; discovery
+alone. The csv has the training episodes. Without - log p(z) each reward is negative, and falling early is the best
+that a skill can do.
+Both run the whole file as any task of one's own. A JSON beside the csv tells command, commit, machine, arguments.
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from algos import diayn
+from data_tools import TASKS, Task
+from data_tools.tasks.vector import MemberVectorEnv
+
+GATE = dict(bound=1.8, accuracy=0.9)  # nats of log 10 = 2.30; share of states
+CORNER = np.array([1.0, 0.0])  # of the box; reward 1 for each step that ends less than 0.3 away from it
+COMMON = dict(device="cpu", compile=False, num_envs=1, skill_dim=10, hidden_dim=128, updates_per_step=1.0)
+SETTINGS = {
+    "box": dict(discover_steps=25_000, total_timesteps=30_000),
+    "pendulum": dict(discover_steps=30_000, total_timesteps=30_000),
+}
+
+
+class BoxVectorEnv(MemberVectorEnv):
+    """E points in a box; observation: position (2,), action: step / 0.1 (2,). Nothing ends an episode early."""
+
+    saved = {"position": np.float64, **MemberVectorEnv.saved}
+
+    def __init__(self, num_envs=1, max_episode_steps=100, render_mode=None, autoreset_mode="NextStep"):
+        super().__init__(num_envs, 2, 2, max_episode_steps, render_mode, autoreset_mode)
+        self.position = np.zeros((num_envs, 2))
+
+    def begin(self, members):
+        self.position[members] = 0.5
+
+    def advance(self, actions, running):
+        self.position = np.clip(self.position + 0.1 * actions * running[:, None], 0, 1)
+        near = np.linalg.norm(self.position - CORNER, axis=1) < 0.3
+        return 1.0 * (near & running), np.zeros(self.num_envs, dtype=bool)
+
+    def observations(self):
+        return self.position.astype(np.float32)
+
+
+class PendulumVectorEnv(MemberVectorEnv):
+    """E of Gymnasium's inverted pendulums; reward 1 for each step before they fall, which ends the episode."""
+
+    def __init__(self, num_envs=1, max_episode_steps=1_000, render_mode=None, autoreset_mode="NextStep"):
+        super().__init__(num_envs, 4, 1, max_episode_steps, render_mode, autoreset_mode)
+        self.envs = [gymnasium.make("InvertedPendulum-v5").unwrapped for _ in range(num_envs)]
+        self.obs = np.zeros((num_envs, 4), dtype=np.float32)
+
+    def begin(self, members):
+        for i in members:
+            self.obs[i], _ = self.envs[i].reset(seed=int(self.rngs[i].integers(2**31)))
+
+    def advance(self, actions, running):
+        rewards = np.zeros(self.num_envs)
+        for i in np.flatnonzero(running):
+            self.obs[i], rewards[i], self.unstable[i], _, _ = self.envs[i].step(3 * actions[i])
+        return rewards, np.zeros(self.num_envs, dtype=bool)
+
+    def observations(self):
+        return self.obs.copy()
+
+
+TASKS["box"] = Task(envs="benchmarks.controls_diayn:BoxVectorEnv", max_return=100.0)
+TASKS["pendulum"] = Task(envs="benchmarks.controls_diayn:PendulumVectorEnv", max_return=1_000.0)
+
+
+def skill_paths(agent, args):
+    """An episode of each skill without exploration: observations (T + 1, Z, O), and lengths (Z,) in env steps."""
+    z = np.eye(args.skill_dim, dtype=np.float32)
+    envs = diayn.data_tools.make_envs(args.env_id, args.skill_dim)
+    obs, _ = envs.reset(seed=10_000 + args.seed)
+    path = [obs]
+    lengths = np.zeros(args.skill_dim, dtype=int)
+    ended = np.zeros(args.skill_dim, dtype=bool)
+    while not ended.all():
+        obs, _, terminations, truncations, _ = envs.step(agent.act(obs, z, explore=False))
+        path.append(obs)
+        lengths += ~ended
+        ended = terminations | truncations
+    envs.close()
+    return np.stack(path), lengths
+
+
+@torch.no_grad()
+def told_apart(agent, path):
+    """Of paths (T + 1, Z, O): mean of log q(z | s) + log Z in nats, and the share of states that are guessed right.
+
+    The start, which all skills share, is left out.
+    """
+    log_q = agent.discriminator(torch.from_numpy(path[1:]))  # (T, Z, Z)
+    num_skills = log_q.shape[-1]
+    own = log_q.diagonal(dim1=1, dim2=2)  # (T, Z)
+    right = log_q.argmax(-1) == torch.arange(num_skills)
+    return float(own.mean() + np.log(num_skills)), float(right.float().mean())
+
+
+def draw_box(table: Path, out: Path, title: str):
+    """The csv of a box -> a picture of the skills' paths."""
+    rows = np.loadtxt(table, delimiter=",", skiprows=1)
+    figure = Figure(figsize=(5, 5.2), layout="constrained")
+    axes = figure.subplots()
+    for skill in np.unique(rows[:, 0]):
+        x, y = rows[rows[:, 0] == skill, 2:].T
+        axes.plot(x, y, ".-", color=f"C{int(skill)}", lw=1, ms=4)
+        axes.plot(x[-1], y[-1], "o", color=f"C{int(skill)}", ms=9)
+    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal", xlabel="x", ylabel="y", title=title)
+    figure.savefig(out, dpi=110)
+
+
+def learn(name: str, seed: int, subtract_log_p_z: bool):
+    """A run: arguments, trained agent, training episodes [env step, return, length, minutes], results."""
+    with tempfile.TemporaryDirectory() as folder:
+        args = diayn.Args(
+            env_id=name,
+            seed=seed,
+            run_dir=folder,
+            buffer_size=30_000,
+            eval_interval=0,
+            eval_episodes=1,
+            subtract_log_p_z=subtract_log_p_z,
+            **COMMON,
+            **SETTINGS[name],
+        )
+        results = diayn.main(args)
+        (run_dir,) = Path(folder).iterdir()
+        agent = diayn.Agent(args, *diayn.data_tools.env_sizes(name))
+        state = diayn.load(run_dir / "checkpoint.pt", dict(agent=agent))
+    return args, agent, state["episodes"], results
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("name", choices=list(SETTINGS))
+    parser.add_argument("--out", type=Path, required=True, help="csv; JSON and picture are put beside it")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--no-log-p-z", action="store_true", help="leave - log p(z) out of the reward")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    start = time.time()
+    args, agent, episodes, results = learn(given.name, given.seed, not given.no_log_p_z)
+    facts = dict(minutes=(time.time() - start) / 60)
+    path, lengths = skill_paths(agent, args)
+    if given.name == "box":
+        header = ("skill", "step", "x", "y")
+        points = np.round(path, 4).tolist()
+        rows = [(k, t, *points[t][k]) for k in range(args.skill_dim) for t in range(len(path))]
+        facts["bound"], facts["accuracy"] = told_apart(agent, path)
+        in_control = [value for step, value, _, _ in episodes if step > args.discover_steps]
+        facts |= dict(controller_return=results["evaluations"][-1][1], first_returns_in_control=in_control[:5])
+        facts |= dict(gate=GATE, passed=all(facts[key] > least for key, least in GATE.items()))
+    else:
+        header = ("env_step", "episodic_length", "minutes")
+        rows = [(step, length, minutes) for step, _, length, minutes in episodes]
+        last_20 = [length for _, _, length, _ in episodes[-20:]]
+        longest = max(np.mean([row[2] for row in episodes[i : i + 20]]) for i in range(max(1, len(episodes) - 19)))
+        facts |= dict(last_20_length=float(np.mean(last_20)), best_20_length=float(longest))
+        facts |= dict(longest_training_episode=max(row[2] for row in episodes), skill_lengths=lengths.tolist())
+    with given.out.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+    facts |= dict(command=" ".join(["python", *sys.argv]), commit=commit, seed=given.seed, env=given.name)
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, one thread, torch {torch.__version__}"
+    facts |= dict(machine=machine, args=vars(args) | dict(run_dir="(temporary)"))
+    given.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+    if given.name == "box":
+        title = f"{args.skill_dim} skills: {facts['bound']:.2f} of {np.log(args.skill_dim):.2f} nats"
+        draw_box(given.out, given.out.with_suffix(".png"), title)
+    print({key: value for key, value in facts.items() if key != "args"})
+
+
+if __name__ == "__main__":
+    main()

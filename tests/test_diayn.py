@@ -1,0 +1,305 @@
+"""diayn.py against mutual information, NumPy, soft value iteration, a counting environment, and a small box."""
+
+import numpy as np
+import pytest
+import torch
+
+from algos import diayn
+from data_tools import TASKS, Task
+from data_tools.tasks.vector import MemberVectorEnv
+
+
+def tiny_args(**changes):
+    small = dict(device="cpu", compile=False, hidden_dim=16, controller_dim=16, skill_dim=3, num_envs=2, batch_size=16)
+    return diayn.Args(**(small | dict(buffer_size=200) | changes))
+
+
+class Table(torch.nn.Module):
+    """In place of a network: a row of numbers for each state; observations (B, 1) hold the state's number."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = torch.nn.Parameter(torch.as_tensor(rows, dtype=torch.float32))
+
+    def forward(self, obs):
+        return self.rows[obs[:, 0].long()]
+
+
+# ------------------------------------------------------------------------------------------------------------- rewards
+def test_rewards_average_to_the_mutual_information():
+    """p(s | z) of four states and three skills at random, in exact proportions. With the true posterior as q the mean
+    reward is I(S; Z); with any other q it is less (the bound of eq. 3)."""
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, 30, (3, 4))
+    counts[:, 3] += 40 - counts.sum(1).clip(max=40)  # (Z, S)
+    counts[:, 0] += counts.sum(1).max() - counts.sum(1)  # skills are equally frequent
+    joint = counts / counts.sum()
+    information = (joint * np.log(joint / joint.sum(0) / joint.sum(1, keepdims=True))).sum()
+    z, s = np.repeat(np.indices(counts.shape).reshape(2, -1), counts.ravel(), axis=1)
+    obs = torch.from_numpy(s[:, None]).float()
+    one_hot = torch.from_numpy(np.eye(3, dtype=np.float32)[z])
+    posterior = np.log(joint / joint.sum(0)).T  # (S, Z)
+    loss, rewards, _ = diayn.discriminator_loss(Table(posterior), obs, one_hot, True)
+    assert rewards.mean().item() == pytest.approx(information, rel=1e-4)
+    np.testing.assert_allclose(rewards, posterior[s, z] - np.log(1 / 3), rtol=1e-5)
+    assert loss.item() == pytest.approx(np.log(3) - information, rel=1e-4)
+    other = torch.randn(4, 3, generator=torch.manual_seed(0)).log_softmax(-1)
+    assert diayn.discriminator_loss(Table(other), obs, one_hot, True)[1].mean().item() < information
+
+
+def test_rewards_lie_between_nothing_known_and_log_z():
+    z = torch.eye(4)
+    obs = torch.arange(4.0)[:, None]
+    perfect = torch.where(torch.eye(4) > 0, 0.0, -50.0)
+    assert torch.allclose(diayn.discriminator_loss(Table(perfect), obs, z, True)[1], torch.tensor(4.0).log())
+    blind = torch.full((4, 4), 0.25).log()
+    assert torch.allclose(diayn.discriminator_loss(Table(blind), obs, z, True)[1], torch.zeros(4))
+    # The lecture's formula: never positive, so that the end of an episode is a relief
+    assert torch.allclose(diayn.discriminator_loss(Table(blind), obs, z, False)[1], -torch.tensor(4.0).log())
+
+
+def test_names_of_skills_mean_nothing():
+    torch.manual_seed(0)
+    args = tiny_args()
+    discriminator = diayn.Discriminator(4, args)
+    obs = torch.randn(8, 4)
+    z = torch.eye(3)[torch.randint(3, (8,))]
+    loss, rewards, _ = diayn.discriminator_loss(discriminator, obs, z, True)
+    order = [2, 0, 1]
+    with torch.no_grad():
+        discriminator.net[-1].weight.copy_(discriminator.net[-1].weight[order])
+        discriminator.net[-1].bias.copy_(discriminator.net[-1].bias[order])
+    other_loss, other_rewards, _ = diayn.discriminator_loss(discriminator, obs, z[:, order], True)
+    assert torch.allclose(loss, other_loss) and torch.allclose(rewards, other_rewards)
+
+
+def test_the_discriminator_sees_positions_alone():
+    obs = torch.randn(5, 4)
+    moving = obs + torch.tensor([0.0, 0.0, 3.0, -3.0])
+    elsewhere = obs + torch.tensor([7.0, 0.0, 0.0, 0.0])  # sines of all periods would be nearly the same
+    discriminator = diayn.Discriminator(4, tiny_args(env_id="maze"))
+    assert torch.equal(discriminator(obs), discriminator(moving))
+    assert not torch.allclose(discriminator(obs), discriminator(elsewhere))
+    everything = diayn.Discriminator(4, tiny_args(env_id="maze", disc_obs="all"))
+    assert not torch.allclose(everything(obs), everything(moving))
+    assert everything.net[0].in_features == 4 and discriminator.net[0].in_features == 2
+
+
+@pytest.mark.parametrize("disc_next_obs", [False, True])
+def test_an_update_pays_by_the_discriminator_of_now_and_keeps_the_skill(disc_next_obs, monkeypatch):
+    torch.manual_seed(0)
+    agent = diayn.Agent(tiny_args(disc_next_obs=disc_next_obs), 4, 2)
+    seen = []
+
+    def critic_loss(critics, target, actor, state, action, rewards, next_state, discount, alpha):
+        seen.append((state, rewards, next_state, alpha))
+        return diayn.soft_critic_loss(critics, target, actor, state, action, rewards, next_state, discount, alpha)
+
+    monkeypatch.setattr(agent, "critic_loss", critic_loss)
+    obs, next_obs = torch.randn(2, 8, 4)
+    z = torch.eye(3)[torch.randint(3, (8,))]
+    task_rewards = torch.full((8,), torch.nan)  # nobody looks at them
+    expected = []
+    for _ in range(2):
+        expected.append(agent.discriminator(next_obs if disc_next_obs else obs).detach())
+        agent.update(obs, torch.rand(8, 2), z, task_rewards, next_obs, torch.full((8,), 0.99))
+    for (state, rewards, next_state, alpha), log_q in zip(seen, expected):
+        assert torch.equal(state, torch.cat([obs, z], 1)) and torch.equal(next_state, torch.cat([next_obs, z], 1))
+        assert torch.allclose(rewards, log_q[z.bool()] + np.log(3)) and alpha == 0.1
+    assert not torch.allclose(seen[0][1], seen[1][1])  # the same batch is paid otherwise after one step
+    assert not any(value.isnan().any() for value in agent.state_dict().values())
+
+
+# ------------------------------------------------------------------------------------------------------------- control
+def test_soft_value():
+    q = torch.tensor([[2.0, 2.0, 2.0], [1.0, 5.0, 3.0]])
+    assert torch.allclose(diayn.soft_value(q, 0.3)[0], torch.tensor(2.0))  # equal skills are worth as much as one
+    assert diayn.soft_value(q, 1e-3)[1].item() == pytest.approx(5.0, abs=2e-3)  # the maximum
+    assert diayn.soft_value(q, 1e4)[1].item() == pytest.approx(3.0, abs=1e-3)  # the mean
+    # max over policies of E[Q] - alpha KL(policy || uniform) is attained by softmax(Q / alpha)
+    policy = np.exp(np.array([1.0, 5.0, 3.0]) / 0.7)
+    policy /= policy.sum()
+    expected = policy @ [1.0, 5.0, 3.0] - 0.7 * (policy * np.log(3 * policy)).sum()
+    assert diayn.soft_value(q, 0.7)[1].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_controller_finds_the_soft_optimum_of_a_chain():
+    """Five states, left and right, reward 1 at the right end, where it ends: against soft value iteration."""
+    alpha, gamma = 0.2, 0.9
+    following = np.array([[max(s - 1, 0), s + 1] for s in range(5)])  # (S, Z); state 5 is the end
+    ends = following == 5
+    q = np.zeros((5, 2))
+    for _ in range(300):
+        value = np.append(alpha * np.log(np.exp(q / alpha).mean(1)), 0.0)
+        q = ends + gamma * value[following]
+    s, z = np.indices((5, 2)).reshape(2, -1)
+    batch = dict(
+        obs=torch.from_numpy(s[:, None]).float(),
+        z=torch.eye(2)[z],
+        rewards=torch.from_numpy(ends[s, z]).float(),
+        next_obs=torch.from_numpy(following[s, z][:, None] % 5).float(),  # of the end: another state, with no weight
+        discount=torch.from_numpy(gamma * (1.0 - ends[s, z])).float(),
+    )
+    controller = Table(np.zeros((5, 2)))
+    target = Table(np.zeros((5, 2)))
+    optimizer = torch.optim.SGD(controller.parameters(), lr=5.0)
+    for _ in range(400):
+        loss, _ = diayn.controller_loss(controller, target, **batch, alpha=alpha)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        diayn.update_target(target, controller, 0.5)
+    np.testing.assert_allclose(controller.rows.detach(), q, atol=1e-3)
+    assert (q.argmax(1) == 1).all()
+
+
+def test_skills_are_drawn_by_their_values():
+    torch.manual_seed(0)
+    agent = diayn.Agent(tiny_args(controller_alpha=0.5), 4, 2)
+    agent.controller = Table([[0.0, 0.5, 1.0]] * 4)
+    obs = np.zeros((20_000, 1), np.float32)
+    drawn = agent.choose_skill(obs, explore=True)
+    assert drawn.shape == (20_000, 3) and (drawn.sum(1) == 1).all()
+    expected = np.exp([0.0, 1.0, 2.0]) / np.exp([0.0, 1.0, 2.0]).sum()
+    np.testing.assert_allclose(drawn.mean(0), expected, atol=0.012)  # 3.5 standard errors
+    assert (agent.choose_skill(obs[:2], explore=False) == [[0, 0, 1]] * 2).all()
+
+
+# ------------------------------------------------------------------------------------------------------------ the loop
+class CountVectorEnv(MemberVectorEnv):
+    """Observation: member and step. Reward: the step squared. Member 0 ends at step 13, the others time out at 17."""
+
+    def __init__(self, num_envs=1, max_episode_steps=17, render_mode=None, autoreset_mode="NextStep"):
+        super().__init__(num_envs, 2, 1, max_episode_steps, render_mode, autoreset_mode)
+
+    def begin(self, members):
+        pass
+
+    def advance(self, actions, running):
+        now = self.steps + 1
+        return running * now**2, running & (now == 13) & (np.arange(self.num_envs) == 0)
+
+    def observations(self):
+        return np.stack([np.arange(self.num_envs), self.steps], 1).astype(np.float32)
+
+
+@pytest.fixture
+def count_args(tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "count", Task(envs="tests.test_diayn:CountVectorEnv", max_return=1.0))
+    return tiny_args(
+        env_id="count", total_timesteps=300, discover_steps=120, skill_horizon=5, num_envs=3, warmup_steps=60,
+        updates_per_step=0.05, reward_scale=0.5, eval_episodes=2, gamma=0.9, run_dir=str(tmp_path),
+    )  # fmt: skip
+
+
+def test_rows_of_both_phases(count_args, tmp_path):
+    """Discovery: 40 env steps of 3 members, a skill per episode. Control: 60 more, a skill for at most 5 env steps."""
+    diayn.main(count_args)
+    (run_dir,) = tmp_path.iterdir()
+    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+
+    # What happened, member by member: (step before, step after, true end)
+    history = []
+    for member in range(3):
+        steps = []
+        length = 13 if member == 0 else 17
+        for t in range(100):
+            steps.append((t % length, t % length + 1, member == 0 and t % length == 12))
+        history.append(steps)
+
+    rb = {name: column.numpy() for name, column in state["rb"].items() if name != "added"}
+    assert state["rb"]["added"] == 120
+    for t in range(40):
+        for member in range(3):
+            row = 3 * t + member
+            before, after, end = history[member][t]
+            assert rb["obs"][row].tolist() == [member, before] and rb["next_obs"][row].tolist() == [member, after]
+            assert rb["discount"][row] == np.float32(0.0 if end else 0.9)
+            if before > 0:
+                assert (rb["z"][row] == rb["z"][row - 3]).all()  # the same skill as one step before
+    assert (rb["z"].sum(1) == 1).all() and (rb["z"].max(0) == 1).all()
+
+    expected = set()
+    for member, steps in enumerate(history):
+        begin = None
+        for t, (before, after, end) in enumerate(steps):
+            if before % 5 == 0:
+                begin = before
+            last = after == (13 if member == 0 else 17)
+            if t >= 40 and (after % 5 == 0 or last):
+                rewards = sum(0.5 * k**2 for k in range(begin + 1, after + 1))
+                expected.add((member, begin, rewards, after, 0.0 if end else 0.9, t))
+    added = state["choices"]["added"]
+    columns = [state["choices"][name][:added].numpy() for name in ("obs", "rewards", "next_obs", "discount")]
+    rows = np.concatenate([column.reshape(added, -1) for column in columns], 1)
+    found = sorted((m, b, r, a, round(float(d), 6)) for m, b, r, _, a, d in rows.tolist())
+    assert found == sorted(row[:5] for row in expected)
+    assert state["gradient_step"] == int((300 - 60) * 0.05)
+
+
+def test_skills_do_not_change_in_control(count_args):
+    torch.manual_seed(0)
+    agent = diayn.Agent(count_args, 2, 1)
+    before = {name: value.clone() for name, value in agent.state_dict().items()}
+    z = torch.eye(3)[torch.randint(3, (8,))]
+    agent.update_controller(torch.randn(8, 2), torch.zeros(8, 0), z, torch.randn(8), torch.randn(8, 2), torch.ones(8))
+    changed = {name.split(".")[0] for name, value in agent.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"controller", "controller_target"}
+
+
+def test_an_evaluation_changes_the_skill_every_few_steps(count_args):
+    """The controller is told to take skill t of the step t at which it is asked."""
+    agent = diayn.Agent(count_args, 2, 1)
+    asked = []
+
+    def choose_skill(obs, explore):
+        asked.append(obs[:, 1].tolist())
+        return np.eye(3, dtype=np.float32)[np.full(len(obs), len(asked) % 3)]
+
+    acted = []
+    agent.choose_skill = choose_skill
+    agent.act = lambda obs, z, explore: acted.append((z.argmax(1).tolist(), explore)) or np.zeros((2, 1))
+    diayn.rollout(diayn.Controller(agent), 2, count_args, seed=0)
+    assert asked[:3] == [[0, 0], [5, 5], [10, 10]]
+    assert acted[:11] == 5 * [([1, 1], False)] + 5 * [([2, 2], False)] + [([0, 0], False)]
+
+
+# ------------------------------------------------------------------------------------------------------------ learning
+class LineVectorEnv(MemberVectorEnv):
+    """A point on a line of length 2, begins in the middle, moves at most 0.25; 8 steps."""
+
+    saved = {"position": np.float64, **MemberVectorEnv.saved}
+
+    def __init__(self, num_envs=1, max_episode_steps=8, render_mode=None, autoreset_mode="NextStep"):
+        super().__init__(num_envs, 1, 1, max_episode_steps, render_mode, autoreset_mode)
+        self.position = np.zeros((num_envs, 1))
+
+    def begin(self, members):
+        self.position[members] = 0
+
+    def advance(self, actions, running):
+        self.position = np.clip(self.position + 0.25 * actions * running[:, None], -1, 1)
+        return 1.0 * (self.position[:, 0] < -0.7), np.zeros(self.num_envs, dtype=bool)
+
+    def observations(self):
+        return self.position.astype(np.float32)
+
+
+def test_it_learns_skills_that_part_and_then_the_task(tmp_path, monkeypatch):
+    """Two skills of a line must part; the task, to be at the left, is then a choice between them."""
+    monkeypatch.setitem(TASKS, "line", Task(envs="tests.test_diayn:LineVectorEnv", max_return=6.0))
+    args = tiny_args(
+        env_id="line", total_timesteps=2_400, discover_steps=1_600, skill_dim=2, skill_horizon=2, num_envs=4,
+        warmup_steps=100, updates_per_step=0.4, learning_rate=3e-3, gamma=0.9, batch_size=64, hidden_dim=32,
+        buffer_size=2_000, eval_interval=0, run_dir=str(tmp_path),
+    )  # fmt: skip
+    results = diayn.main(args)
+    (run_dir,) = tmp_path.iterdir()
+    agent = diayn.Agent(args, 1, 1)
+    diayn.load(run_dir / "checkpoint.pt", dict(agent=agent))
+    returns = []
+    for z in np.eye(2, dtype=np.float32):
+        alone, _ = diayn.rollout(lambda obs: agent.act(obs, z[None], explore=False), 1, args, seed=0)  # noqa: B023
+        returns.append(alone[0])
+    assert min(returns) == 0 and max(returns) >= 2
+    assert results["evaluations"][-1][1] == max(returns)
