@@ -108,6 +108,7 @@ class Args:
     pretrain_batch_size: int = 128  # windows of H actions per update
     pretrain_lr: float = 1e-3  # first learning rate
     pretrain_lr_decay: bool = True  # decay to zero (release: constant)
+    arm_noise: float = 0.0  # std in rad of shifts of the demonstrated arm, see `perturb` (release: 0)
     kl_coef: float = 5e-4  # weight of KL(q || N(0,1)) per dimension
     clip_updates: int = 100  # updates at the start with a bound on the gradient's norm
     clip_norm: float = 0.001  # that bound
@@ -161,6 +162,11 @@ POSITION_PERIODS = {
     "calvin": np.outer([0.25] * 3 + [1.0] * 11, [0.25, 0.5, 1.0, 2.0, 4.0]),  # tool in m; angles, grip, joints in rad
 }
 POSITION_PERIODS["kitchen-misaligned"] = POSITION_PERIODS["kitchen"]
+
+# DEVIATION 3: number of joints J that observations and actions begin with, and how far in rad an action of 1 asks each
+# to move from where it is observed.
+ARM = {"kitchen": (7, 0.16)}
+ARM["kitchen-misaligned"] = ARM["kitchen"]
 
 
 # ------------------------------------------------------------------------------------------------------------ networks
@@ -574,11 +580,12 @@ def success(returns, args: Args) -> float:
 class RolloutBuffer:
     """T skills of E environments, which PPO learns from once: rows (T E, ...) on the device, t E + e is row t of e."""
 
-    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+    def __init__(self, obs_dim: int, env_action_dim: int, args: Args):
         self.args = args
         self.size = args.rollout_skills * args.num_envs
         H = args.skill_horizon
-        shapes = dict(obs=(H, obs_dim), z=(args.skill_dim,), actions=(H, action_dim), residuals=(H, action_dim))
+        A = env_action_dim
+        shapes = dict(obs=(H, obs_dim), z=(args.skill_dim,), actions=(H, A), residuals=(H, A))
         shapes |= dict(rewards=(H,), terminations=(), truncations=(), steps=(), next_obs=(obs_dim,))
         self.columns = {key: torch.zeros(self.size, *shape, device=args.device) for key, shape in shapes.items()}
         self.filled = 0
@@ -792,6 +799,23 @@ def pretrain_lr(updates: int, args: Args) -> float:
     return args.pretrain_lr * (1 - updates / args.pretrain_updates) ** 0.5
 
 
+def perturb(obs, actions, args: Args):
+    """DEVIATION 3: put the arm a little beside where it was shown, with the actions that lead back to what was shown.
+
+    obs (B, T+1, O), actions (B, T, A). An action asks for a joint position relative to the observed one, so a shift of
+    that has a known correction. Without it the skill policy learns people's paths, but not how to stay on them.
+    """
+    if args.arm_noise == 0:
+        return obs, actions
+    J, reach = ARM[args.env_id]
+    shift = args.arm_noise * torch.randn_like(obs[..., :J])  # (B, T+1, J)
+    shifted = obs[..., :J] + shift
+    corrected = actions[..., :J] - shift[:, :-1] / reach
+    obs = torch.cat([shifted, obs[..., J:]], -1)
+    actions = torch.cat([corrected.clamp(-1, 1), actions[..., J:]], -1)
+    return obs, actions
+
+
 def find_pretrained(args: Args):
     """Returns the file of the pre-trained model and, where it has to be trained first, the offline data or else None.
 
@@ -806,7 +830,9 @@ def find_pretrained(args: Args):
     data = data_tools.load_dataset(args.env_id, args.data_dir, args.dataset, args.data)
     names = [field.name for field in fields(Args)]
     names = names[names.index("skill_horizon") : names.index("clip_norm") + 1]
-    code = "".join(inspect.getsource(part) for part in (Predictor, Features, SkillModel, SkillPrior, pretrain_loss))
+    code = "".join(
+        inspect.getsource(part) for part in (Predictor, Features, SkillModel, SkillPrior, pretrain_loss, perturb)
+    )
     made_from = [data.fingerprint, args.seed, ast.dump(ast.parse(code))]
     made_from += [[name, getattr(args, name)] for name in names]
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
@@ -840,6 +866,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop
     while updates < args.pretrain_updates:
         optimizer.param_groups[0]["lr"] = pretrain_lr(updates, args)
         obs, actions = train_data.sample_windows(args.pretrain_batch_size, window)
+        obs, actions = perturb(obs, actions, args)
         torch.compiler.cudagraph_mark_step_begin()
         loss, metrics = loss_fn(*networks.values(), obs, actions, args)
         optimizer.zero_grad()
@@ -1327,6 +1354,8 @@ def check_args(args: Args):
             sys.exit(f"error: {flag} {value} does not work; give at most 1")
     if args.skill_dim < 2:
         sys.exit("error: --skill-dim 1 does not work, the flow prior halves skills; give at least 2")
+    if args.arm_noise > 0 and args.env_id not in ARM:
+        sys.exit(f"error: --arm-noise does not work on {args.env_id}, which has no entry in ARM; leave it out")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA device; use --device cpu")
 

@@ -108,6 +108,7 @@ class Args:
     bc_chunks: int = 4  # chunks of each window that the skill policy is trained on (release: all)
     pretrain_lr: float = 1e-3  # peak learning rate
     pretrain_lr_decay: bool = True  # warm-up, then decay to zero (release: constant)
+    arm_noise: float = 0.0  # std in rad of shifts of the demonstrated arm, see `perturb` (release: 0)
     pretrain_tau: float = 0.01  # share of the online weights in a target update of pre-training
     bc_coef: float = 2.0  # weight of the skill policy's squared error
     kl_coef: float = 1e-4  # weight of KL(q || N(0,1))
@@ -191,6 +192,11 @@ POSITION_PERIODS = {
     "calvin": np.outer([0.25] * 3 + [1.0] * 11, [0.25, 0.5, 1.0, 2.0, 4.0]),  # tool in m; angles, grip, joints in rad
 }
 POSITION_PERIODS["kitchen-misaligned"] = POSITION_PERIODS["kitchen"]
+
+# DEVIATION 3: number of joints J that observations and actions begin with, and how far in rad an action of 1 asks each
+# to move from where it is observed.
+ARM = {"kitchen": (7, 0.16)}
+ARM["kitchen-misaligned"] = ARM["kitchen"]
 
 
 # ------------------------------------------------------------------------------------------------------------ networks
@@ -858,6 +864,23 @@ def pretrain_lr(updates: int, args: Args) -> float:
     return args.pretrain_lr * min(1.0, (updates + 1) / 500) * decay
 
 
+def perturb(obs, actions, args: Args):
+    """DEVIATION 3: put the arm a little beside where it was shown, with the actions that lead back to what was shown.
+
+    obs (B, T+1, O), actions (B, T, A). An action asks for a joint position relative to the observed one, so a shift of
+    that has a known correction. Without it the skill policy learns people's paths, but not how to stay on them.
+    """
+    if args.arm_noise == 0:
+        return obs, actions
+    J, reach = ARM[args.env_id]
+    shift = args.arm_noise * torch.randn_like(obs[..., :J])  # (B, T+1, J)
+    shifted = obs[..., :J] + shift
+    corrected = actions[..., :J] - shift[:, :-1] / reach
+    obs = torch.cat([shifted, obs[..., J:]], -1)
+    actions = torch.cat([corrected.clamp(-1, 1), actions[..., J:]], -1)
+    return obs, actions
+
+
 def find_pretrained(args: Args):
     """Returns the file of the pre-trained model and, where it has to be trained first, the offline data or else None.
 
@@ -872,7 +895,7 @@ def find_pretrained(args: Args):
     data = data_tools.load_dataset(args.env_id, args.data_dir, args.dataset, args.data)
     names = [field.name for field in fields(Args)]
     names = names[names.index("skill_horizon") : names.index("max_grad_norm") + 1]
-    code = "".join(inspect.getsource(part) for part in (WorldModel, SkillModel, pretrain_loss))
+    code = "".join(inspect.getsource(part) for part in (WorldModel, SkillModel, pretrain_loss, perturb))
     made_from = [data.fingerprint, args.seed, ast.dump(ast.parse(code))]
     made_from += [[name, getattr(args, name)] for name in names]
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
@@ -909,6 +932,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop
         for optimizer in optimizers.values():
             optimizer.param_groups[0]["lr"] = pretrain_lr(updates, args)
         obs, actions = train_data.sample_windows(args.pretrain_batch_size, window)
+        obs, actions = perturb(obs, actions, args)
         torch.compiler.cudagraph_mark_step_begin()
         loss, metrics = loss_fn(*networks.values(), target, obs, actions, args)
         networks.zero_grad()
@@ -1247,6 +1271,8 @@ def check_args(args: Args):
         sys.exit("error: --num-elites exceeds --num-samples + --num-policy-trajs; lower it")
     if args.bc_chunks > args.pretrain_skills:
         sys.exit("error: --bc-chunks exceeds --pretrain-skills; lower it")
+    if args.arm_noise > 0 and args.env_id not in ARM:
+        sys.exit(f"error: --arm-noise does not work on {args.env_id}, which has no entry in ARM; leave it out")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA device; use --device cpu")
 

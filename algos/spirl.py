@@ -110,6 +110,7 @@ class Args:
     pretrain_batch_size: int = 128  # windows of H actions per update
     pretrain_lr: float = 1e-3  # first learning rate
     pretrain_lr_decay: bool = True  # decay to zero (release: constant)
+    arm_noise: float = 0.0  # std in rad of shifts of the demonstrated arm, see `perturb` (release: 0)
     kl_coef: float = 5e-4  # weight of KL(q || N(0,1)) per dimension
     clip_updates: int = 100  # updates at the start with a bound on the gradient's norm
     clip_norm: float = 0.001  # that bound
@@ -156,6 +157,11 @@ POSITION_PERIODS = {
     "calvin": np.outer([0.25] * 3 + [1.0] * 11, [0.25, 0.5, 1.0, 2.0, 4.0]),  # tool in m; angles, grip, joints in rad
 }
 POSITION_PERIODS["kitchen-misaligned"] = POSITION_PERIODS["kitchen"]
+
+# DEVIATION 3: number of joints J that observations and actions begin with, and how far in rad an action of 1 asks each
+# to move from where it is observed.
+ARM = {"kitchen": (7, 0.16)}
+ARM["kitchen-misaligned"] = ARM["kitchen"]
 
 
 # ------------------------------------------------------------------------------------------------------------ networks
@@ -613,6 +619,23 @@ def pretrain_lr(updates: int, args: Args) -> float:
     return args.pretrain_lr * (1 - updates / args.pretrain_updates) ** 0.5
 
 
+def perturb(obs, actions, args: Args):
+    """DEVIATION 3: put the arm a little beside where it was shown, with the actions that lead back to what was shown.
+
+    obs (B, T+1, O), actions (B, T, A). An action asks for a joint position relative to the observed one, so a shift of
+    that has a known correction. Without it the skill policy learns people's paths, but not how to stay on them.
+    """
+    if args.arm_noise == 0:
+        return obs, actions
+    J, reach = ARM[args.env_id]
+    shift = args.arm_noise * torch.randn_like(obs[..., :J])  # (B, T+1, J)
+    shifted = obs[..., :J] + shift
+    corrected = actions[..., :J] - shift[:, :-1] / reach
+    obs = torch.cat([shifted, obs[..., J:]], -1)
+    actions = torch.cat([corrected.clamp(-1, 1), actions[..., J:]], -1)
+    return obs, actions
+
+
 def find_pretrained(args: Args):
     """Returns the file of the pre-trained model and, where it has to be trained first, the offline data or else None.
 
@@ -627,7 +650,9 @@ def find_pretrained(args: Args):
     data = data_tools.load_dataset(args.env_id, args.data_dir, args.dataset, args.data)
     names = [field.name for field in fields(Args)]
     names = names[names.index("skill_horizon") : names.index("clip_norm") + 1]
-    code = "".join(inspect.getsource(part) for part in (Predictor, Features, SkillModel, SkillPrior, pretrain_loss))
+    code = "".join(
+        inspect.getsource(part) for part in (Predictor, Features, SkillModel, SkillPrior, pretrain_loss, perturb)
+    )
     made_from = [data.fingerprint, args.seed, ast.dump(ast.parse(code))]
     made_from += [[name, getattr(args, name)] for name in names]
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
@@ -661,6 +686,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop
     while updates < args.pretrain_updates:
         optimizer.param_groups[0]["lr"] = pretrain_lr(updates, args)
         obs, actions = train_data.sample_windows(args.pretrain_batch_size, window)
+        obs, actions = perturb(obs, actions, args)
         torch.compiler.cudagraph_mark_step_begin()
         loss, metrics = loss_fn(*networks.values(), obs, actions, args)
         optimizer.zero_grad()
@@ -995,6 +1021,8 @@ def check_args(args: Args):
         sys.exit("error: --alpha 0 does not work, its logarithm is tuned; give a small number")
     if args.buffer_size < args.num_envs:
         sys.exit("error: --buffer-size is smaller than --num-envs; raise it")
+    if args.arm_noise > 0 and args.env_id not in ARM:
+        sys.exit(f"error: --arm-noise does not work on {args.env_id}, which has no entry in ARM; leave it out")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA device; use --device cpu")
 

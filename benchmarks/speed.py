@@ -177,11 +177,13 @@ def filled_replay(algo, size: str, config):
     E = config.num_envs
     H = getattr(config, "skill_horizon", 1)
     skill_dim = getattr(config, "skill_dim", 0)
+    action_dim = skill_dim or DIMS[size][1]  # of what is chosen
     window = getattr(config, "batch_length", getattr(config, "num_steps", 9) + 1)  # env steps, in files without skills
     T = 2 * getattr(config, "num_skills", 10 if has_skills(algo) else window)  # skills or env steps per episode
     names = ("SequenceBuffer", "RolloutBuffer", "ReplayBuffer")
     make = next(getattr(algo, name) for name in names if hasattr(algo, name))
-    rb = call_by_name(make, obs_dim=DIMS[size][0], action_dim=DIMS[size][1], window=window, args=config)
+    sizes = dict(obs_dim=DIMS[size][0], action_dim=action_dim, env_action_dim=DIMS[size][1], window=window)
+    rb = call_by_name(make, **sizes, args=config)
     if hasattr(rb, "begin"):
         rb.begin(random_obs(size, E).numpy(), np.ones(E, dtype=bool))
     stores_env_steps = "actions" in inspect.signature(rb.add).parameters
@@ -190,7 +192,7 @@ def filled_replay(algo, size: str, config):
             rb.add,
             obs=(random_obs(size, E, H) if stores_env_steps else random_obs(size, E)).numpy(),
             actions=random_actions(size, E, H).numpy(),
-            action=random_actions(size, E).numpy(),
+            action=(torch.rand(E, action_dim) * 2 - 1).numpy(),
             z=torch.rand(E, skill_dim) * 2 - 1,
             u=torch.rand(E, skill_dim) * 2 - 1,
             rewards=torch.rand(E).numpy(),
@@ -228,6 +230,8 @@ def planning(algo, size: str, config, num_envs: int):
 
 def choosing(algo, size: str, config, num_envs: int):
     """Skills by the task policy alone, observations on the CPU in, skills on the CPU out."""
+    if hasattr(algo, "Filter"):
+        return flat_policy(algo, size, config, num_envs)
     agent = make_agent(algo, size, config)
     obs = random_obs(size, num_envs).numpy()
     return lambda: agent.sample_policy(obs)
@@ -249,11 +253,11 @@ def acting(algo, size: str, config, num_envs: int):
 
 
 def flat_policy(algo, size: str, config, num_envs: int):
-    """The policy of a file without skills, which may filter its observations."""
+    """The policy of a file without skills or with a filter of observations."""
     agent = make_agent(algo, size, config)
     obs = random_obs(size, num_envs).numpy()
     if hasattr(algo, "Filter"):
-        choose_action = algo.Filter(agent, num_envs, DIMS[size][1], explore=True)
+        choose_action = algo.Filter(agent, num_envs, getattr(config, "skill_dim", DIMS[size][1]), explore=True)
     else:
         inputs = dict(explore=True)
         if "z" in inspect.signature(agent.act).parameters:

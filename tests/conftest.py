@@ -15,6 +15,13 @@ import torch
 DATA_FILE = "maze_noise0.5_seed0_v1.hdf5"  # the name under which load_dataset looks for it
 
 
+def pytest_collection_modifyitems(items):
+    """Side by side (pytest -n 2), tests of one file and one algorithm share a process, and so what is costly to make."""
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {params.get('case', '')}"))
+
+
 @pytest.fixture(scope="session")
 def tiny_data_file(tmp_path_factory):
     """60 maze trajectories as a data file; do not write to it."""

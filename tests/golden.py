@@ -41,6 +41,8 @@ FLAGS = {
     "diayn": "--buffer-size 4000 --controller-dim 16 --skill-dim 3 --discover-steps 2000",
     "dreamer": """--deter-dim 12 --stoch-dim 4 --encoder-dim 16 --batch-length 8 --imagine-starts 32 --imagine-steps 4
         --updates-per-step 0.01""",
+    "dreamer_skills": f"""{PRETRAIN} --model-dim 16 --deter-dim 12 --stoch-dim 4 --encoder-dim 16 --batch-length 4
+        --imagine-starts 16 --imagine-steps 3""",
     "tdmpc": f"--encoder-dim 16 --latent-dim 8 --num-steps 3 {PLANNER} --horizon-steps 8000",
 }
 FLAT = ("sac", "diayn", "dreamer", "tdmpc")  # without skills and offline data

@@ -15,6 +15,7 @@ from skimo_tools import float_batch, pretraining_batch, tiny_args
 import data_tools
 import data_tools.tasks.maze
 from algos import skimo
+from data_tools.tasks import kitchen
 
 
 @pytest.fixture
@@ -147,6 +148,38 @@ def test_alpha_rises_while_the_kl_exceeds_its_target(autotune, target_kl, direct
         metrics = agent.update(*float_batch(args))
     assert np.sign(round(agent.log_alpha.exp().item() - 0.5, 6)) == direction
     assert metrics["alpha"].item() == pytest.approx(0.5, rel=1e-2)
+
+
+def test_shifted_arm_with_corrected_actions_gets_to_the_same_place():
+    """In the simulator: whatever is asked of the arm, it moves as demonstrated, and only its joints are touched."""
+    args = tiny_args(env_id="kitchen", arm_noise=0.03)
+    rng = np.random.default_rng(0)
+    obs = torch.tensor(np.tile(kitchen.INITIAL_QPOS, (1, 7, 1)) + 0.001 * rng.normal(size=(1, 7, 30)))
+    actions = torch.tensor(rng.uniform(-0.2, 0.2, (1, 6, 9)))
+    torch.manual_seed(0)
+    shifted, corrected = skimo.perturb(obs, actions, args)
+    assert (shifted - obs)[..., :7].std().item() == pytest.approx(0.03, rel=0.3)
+    assert torch.equal(shifted[..., 7:], obs[..., 7:]) and torch.equal(corrected[..., 7:], actions[..., 7:])
+    inside = (corrected.abs() < 1).all(-1)[0]  # beyond that the arm is too slow
+    assert inside.sum() >= 3
+    for t in inside.nonzero()[:, 0].tolist():
+        reached = []
+        for observed, action in ((obs, actions), (shifted, corrected)):
+            sim = kitchen.Kitchen(kitchen.SUBTASKS["kitchen"])
+            sim.reset(np.random.default_rng(1))
+            sim.observed = observed[0, t].numpy()  # what the controller adds the action to
+            sim.step(action[0, t].numpy())
+            reached.append(sim.data.qpos.copy())
+        np.testing.assert_allclose(*reached, atol=1e-9)
+
+
+def test_arm_noise_of_zero_and_tasks_without_an_arm_leave_data_alone():
+    obs = torch.randn(2, 4, 30)
+    actions = torch.randn(2, 3, 9)
+    same = skimo.perturb(obs, actions, tiny_args(env_id="kitchen"))
+    assert same[0] is obs and same[1] is actions
+    with pytest.raises(SystemExit, match="--arm-noise"):
+        skimo.check_args(tiny_args(arm_noise=0.1))
 
 
 def test_learning_rate_of_pretraining():
