@@ -32,7 +32,7 @@ The release's last skill of a roll-out enters PPO with the advantage of an older
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, PUBLISHED, SkillModel, make_networks, pretrain_loss,
 prior_rollouts, pretrain_lr, find_pretrained, pretrain, Agent, train, evaluate, check_args, main.
 A run's folder holds what skimo.py names.
-SCORELINE
+Expect little at our budgets: 300,000 env steps are 30 roll-outs, and each is used once. The release takes 24M.
 Shapes: B batch, T skills of a roll-out, H steps per skill, O observation, F inputs, A action, Z skill, E environments.
 """
 
@@ -143,8 +143,10 @@ class Args:
 # Our own are kl_coef (as in spirl.py) and the roll-outs, half as long as an episode at most.
 TASK_DEFAULTS = {
     "maze": dict(kl_coef=1e-2, total_timesteps=2_000_000, rollout_skills=125, reward_scale=0.01),
+    "kitchen": dict(flow_windows=100_000, flow_updates=8_000),  # 603 demonstrations have 150,000 windows
     "calvin": dict(total_timesteps=2_000_000, rollout_skills=90, reward_scale=0.01),
 }
+TASK_DEFAULTS["kitchen-misaligned"] = TASK_DEFAULTS["kitchen"]
 
 # --published: what changes to give the values of SPiRL's and ReSkill's releases, on all tasks and on each.
 RELEASE = dict(
@@ -1265,7 +1267,9 @@ def draw_pictures(args: Args, agent: Agent, residuals: list, path: Path):
     last.plot(*zip(*[row[::2] for row in residuals]), label="share of the action's size")
     last.set_title("residual, over env steps")
     last.legend()
-    figure.savefig(path, dpi=80)
+    part = path.with_suffix(".part")
+    figure.savefig(part, dpi=80, format="png")
+    part.replace(path)
 
 
 def evaluate(args: Args):

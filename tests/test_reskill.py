@@ -293,13 +293,12 @@ def test_an_update_moves_what_learns_and_nothing_else():
     rb = reskill.RolloutBuffer(4, 2, args)
     for t in range(args.rollout_skills):
         rb.add(*random_skill(args, t))
+    state = agent.state_dict()
+    frozen = {name: value.clone() for name, value in state.items() if name.startswith(("skills", "flow"))}
     rb.prepare(agent)
     agent.learners["high"].log_std.data[:] = 0.0  # at its bound
     for learning in (("high", "residual"), ("high",), ()):  # Adam remembers the first: what rests must rest
         before = copy.deepcopy(agent)
-        frozen = {
-            name: value.clone() for name, value in agent.state_dict().items() if name.startswith(("skills", "flow"))
-        }
         for _ in range(3):
             agent.update(*rb.sample(100), learning=learning)
         for name in ("high", "residual"):
@@ -394,7 +393,7 @@ def test_a_policy_rests_once_it_is_too_far(tmp_path, monkeypatch):
         total_timesteps=480, skill_horizon=10, rollout_skills=4, updates_per_rollout=6, eval_interval=0,
         residual_middle=240, residual_slope=0.1, high_kl=0.3, residual_kl=0.9,
     )  # fmt: skip
-    kls = iter([(0.1, 0.0), (0.46, 0.0), (0.1, 0.0), (9.0, 9.0), (0.0, 0.0), (0.0, 0.0)] * 6)
+    kls = iter([(0.44, 0.0), (0.46, 0.0), (0.1, 0.0), (9.0, 9.0), (0.0, 0.0), (0.0, 0.0)] * 6)
     called = []
 
     def update(agent, *batch, learning):
@@ -409,3 +408,23 @@ def test_a_policy_rests_once_it_is_too_far(tmp_path, monkeypatch):
     two = [{"high", "residual"}] * 2 + [{"residual"}] * 2 + [set()] * 2
     # Rounds at 80, 160, ... env steps, whose last skills began 20 env steps before: w < .01 up to 194
     assert [called[6 * k : 6 * k + 6] for k in range(6)] == [one] * 2 + [two] * 4
+
+
+def test_pictures_and_senseless_flags(data_dir, tmp_path, monkeypatch):
+    init = MazeVectorEnv.__init__
+    monkeypatch.setattr(
+        MazeVectorEnv, "__init__", lambda self, n=1, steps=40, *rest, **kw: init(self, n, 40, *rest, **kw)
+    )
+    args = tiny_args(skill_horizon=10, data_dir=str(data_dir), dataset="scripted")
+    agent = reskill.Agent(args, reskill.make_networks(args, 4, 2))
+    for name, residuals in (("whole", [(100, 0.1, 0.01), (200, 0.9, 0.2)]), ("early", [])):
+        reskill.draw_pictures(args, agent, residuals, tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob("*.part"))
+    for changes, words in (
+        (dict(skill_dim=1), "--skill-dim 1"),
+        (dict(gae_lambda=2.0), "--gae-lambda"),
+        (dict(rollout_skills=0), "--rollout-skills 0"),
+    ):
+        with pytest.raises(SystemExit, match=f"^error: {words}"):
+            reskill.check_args(tiny_args(**changes))
