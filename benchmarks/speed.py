@@ -146,6 +146,11 @@ def has_skills(algo) -> bool:
     return hasattr(algo, "make_networks")
 
 
+def chosen_dim(algo, size: str, config) -> int:
+    """Entries of what a filter chooses: of a skill in files with skills, else of an action."""
+    return config.skill_dim if has_skills(algo) and hasattr(algo, "Filter") else DIMS[size][1]
+
+
 def make_networks(algo, size: str, config):
     torch.manual_seed(0)
     return algo.make_networks(config, *DIMS[size])
@@ -177,7 +182,7 @@ def filled_replay(algo, size: str, config):
     E = config.num_envs
     H = getattr(config, "skill_horizon", 1)
     skill_dim = getattr(config, "skill_dim", 0)
-    action_dim = skill_dim or DIMS[size][1]  # of what is chosen
+    action_dim = chosen_dim(algo, size, config)
     window = getattr(config, "batch_length", getattr(config, "num_steps", 9) + 1)  # env steps, in files without skills
     T = 2 * getattr(config, "num_skills", 10 if has_skills(algo) else window)  # skills or env steps per episode
     names = ("SequenceBuffer", "RolloutBuffer", "ReplayBuffer")
@@ -257,7 +262,7 @@ def flat_policy(algo, size: str, config, num_envs: int):
     agent = make_agent(algo, size, config)
     obs = random_obs(size, num_envs).numpy()
     if hasattr(algo, "Filter"):
-        choose_action = algo.Filter(agent, num_envs, getattr(config, "skill_dim", DIMS[size][1]), explore=True)
+        choose_action = algo.Filter(agent, num_envs, chosen_dim(algo, size, config), explore=True)
     else:
         inputs = dict(explore=True)
         if "z" in inspect.signature(agent.act).parameters:
