@@ -109,7 +109,7 @@ def size_args(algo, size: str, mode: str, args: Args):
     if args.quick:
         small = dict(pretrain_batch_size=8, batch_size=8, num_samples=16, num_policy_trajs=4, num_elites=4, cem_iters=1)
         small |= dict(updates_per_step=0.02, updates_per_skill=0.2, num_skills=min(3, getattr(result, "num_skills", 1)))
-        small |= dict(batch_length=8, imagine_starts=16, imagine_steps=4)
+        small |= dict(batch_length=8, imagine_starts=16, imagine_steps=4, demo_rows=100, epochs=0.2)
         result = replaced(result, small)
     return result
 
@@ -163,6 +163,11 @@ def make_agent(algo, size: str, config):
     return algo.Agent(config, *DIMS[size])
 
 
+def skill_size(size: str, config) -> int:
+    """Numbers in a skill; in relay.py, where a subgoal takes its place, in an observation."""
+    return getattr(config, "skill_dim", DIMS[size][0])
+
+
 def call_by_name(function, **inputs):
     """Call with those inputs that the function has parameters for: the files' replay buffers store different things."""
     return function(**{name: inputs[name] for name in inspect.signature(function).parameters})
@@ -181,7 +186,7 @@ def filled_replay(algo, size: str, config):
     """The file's own replay buffer with an episode of every environment, twice as long as a window."""
     E = config.num_envs
     H = getattr(config, "skill_horizon", 1)
-    skill_dim = getattr(config, "skill_dim", 0)
+    skill_dim = skill_size(size, config)
     action_dim = chosen_dim(algo, size, config)
     window = getattr(config, "batch_length", getattr(config, "num_steps", 9) + 1)  # env steps, in files without skills
     T = 2 * getattr(config, "num_skills", 10 if has_skills(algo) else window)  # skills or env steps per episode
@@ -207,6 +212,9 @@ def filled_replay(algo, size: str, config):
             truncations=np.full(E, t == T - 1),
             ended=np.full(E, t == T - 1),
             steps=np.full(E, H),
+            log_prob=torch.zeros(E),
+            advantages=torch.rand(E),
+            returns=torch.rand(E),
             next_obs=random_obs(size, E).numpy(),
         )
     if hasattr(rb, "prepare"):  # on-policy: advantages of a policy
@@ -239,16 +247,18 @@ def choosing(algo, size: str, config, num_envs: int):
         return flat_policy(algo, size, config, num_envs)
     agent = make_agent(algo, size, config)
     obs = random_obs(size, num_envs).numpy()
-    return lambda: agent.sample_policy(obs)
+    choose = getattr(agent, chooser(algo)[1])
+    return lambda: choose(obs)
 
 
 def acting(algo, size: str, config, num_envs: int):
     """The policy for one env step, observations and actions on the CPU; the skill policy is there itself."""
     if not has_skills(algo):
         return flat_policy(algo, size, config, num_envs)
-    skills = copy.deepcopy(make_networks(algo, size, config)["skills"]).cpu().eval()
+    networks = make_networks(algo, size, config)
+    skills = copy.deepcopy(networks["skills" if "skills" in networks else "low"]).cpu().eval()
     obs = random_obs(size, num_envs).numpy()
-    z = torch.rand(num_envs, config.skill_dim) * 2 - 1
+    z = torch.rand(num_envs, skill_size(size, config)) * 2 - 1
 
     @torch.no_grad()
     def act():
@@ -337,6 +347,7 @@ class TimedData:
         self.next = 5  # the call at which the next look is due; the first updates compile and record CUDA graphs
         self.start = 0.0
         self.times = []  # seconds per update of each block
+        self.window = None  # of the pairs that are drawn first in an update
 
     def to(self, device):
         self.data = self.data.to(device)
@@ -345,11 +356,23 @@ class TimedData:
     def split(self, fraction):
         return self, self
 
+    def __getattr__(self, name):  # what relay.py reads
+        return getattr(self.data, name)
+
     def sample_windows(self, batch_size, length):
+        self.count()
+        return self.data.sample_windows(batch_size, length)
+
+    def sample_pairs(self, batch_size, window):
+        self.window = self.window or window
+        if window == self.window:  # the first of both levels' draws
+            self.count()
+        return self.data.sample_pairs(batch_size, window)
+
+    def count(self):
         self.calls += 1
         if self.calls == self.next:
             self.look()
-        return self.data.sample_windows(batch_size, length)
 
     def look(self):
         synchronize(self.args)
@@ -417,8 +440,9 @@ def time_training(algo, env_id: str, config, args: Args) -> dict:
 
 def stepper(algo, envs):
     """Owner and name of the function that steps the environments."""
-    if hasattr(algo, "collect_skill"):
-        return algo, "collect_skill"
+    for name in ("collect_skill", "collect"):
+        if hasattr(algo, name):
+            return algo, name
     return (algo, "execute_skill") if has_skills(algo) else (envs, "step")
 
 
@@ -427,7 +451,8 @@ def chooser(algo):
     for owner in ("Planner", "Filter"):
         if hasattr(algo, owner):
             return getattr(algo, owner), "__call__"
-    return algo.Agent, "sample_policy" if has_skills(algo) else "act"
+    names = ("sample_policy", "choose_subgoal", "act")
+    return algo.Agent, next(name for name in names if hasattr(algo.Agent, name))
 
 
 def timed(owner, name: str, label: str, seconds: dict, args: Args):
