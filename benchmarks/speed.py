@@ -188,6 +188,7 @@ def filled_replay(algo, size: str, config):
     H = getattr(config, "skill_horizon", 1)
     skill_dim = skill_size(size, config)
     action_dim = chosen_dim(algo, size, config)
+    goal_dim = len(getattr(algo, "GOAL_RANGE", {}).get(size, ()))  # of HIRO
     window = getattr(config, "batch_length", getattr(config, "num_steps", 9) + 1)  # env steps, in files without skills
     T = 2 * getattr(config, "num_skills", 10 if has_skills(algo) else window)  # skills or env steps per episode
     names = ("SequenceBuffer", "RolloutBuffer", "ReplayBuffer")
@@ -204,6 +205,7 @@ def filled_replay(algo, size: str, config):
             actions=random_actions(size, E, H).numpy(),
             action=(torch.rand(E, action_dim) * 2 - 1).numpy(),
             z=torch.rand(E, skill_dim) * 2 - 1,
+            goal=torch.rand(E, goal_dim) * 2 - 1,
             u=torch.rand(E, skill_dim) * 2 - 1,
             rewards=torch.rand(E).numpy(),
             step_rewards=torch.rand(E, H).numpy(),
@@ -271,8 +273,9 @@ def flat_policy(algo, size: str, config, num_envs: int):
     """The policy of a file without skills or with a filter of observations."""
     agent = make_agent(algo, size, config)
     obs = random_obs(size, num_envs).numpy()
-    if hasattr(algo, "Filter"):
-        choose_action = algo.Filter(agent, num_envs, chosen_dim(algo, size, config), explore=True)
+    acting = getattr(algo, "Filter", getattr(algo, "TwoLevels", None))
+    if acting:
+        choose_action = acting(agent, num_envs, chosen_dim(algo, size, config), explore=True)
     else:
         inputs = dict(explore=True)
         if "z" in inspect.signature(agent.act).parameters:
@@ -448,7 +451,7 @@ def stepper(algo, envs):
 
 def chooser(algo):
     """Owner and name of the method that chooses skills or, in files without them, actions."""
-    for owner in ("Planner", "Filter"):
+    for owner in ("Planner", "Filter", "TwoLevels"):
         if hasattr(algo, owner):
             return getattr(algo, owner), "__call__"
     names = ("sample_policy", "choose_subgoal", "act")

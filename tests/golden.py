@@ -41,13 +41,14 @@ FLAGS = {
         --pretrain-batch-size 8 --pretrain-updates 60 --pretrain-eval-interval 30 --pretrain-eval-episodes 2""",
     "sac": "--buffer-size 4000",
     "diayn": "--buffer-size 4000 --controller-dim 16 --skill-dim 3 --discover-steps 2000",
+    "hiro": "--buffer-size 1000",
     "dreamer": """--deter-dim 12 --stoch-dim 4 --encoder-dim 16 --batch-length 8 --imagine-starts 32 --imagine-steps 4
         --updates-per-step 0.01""",
     "dreamer_skills": f"""{PRETRAIN} --model-dim 16 --deter-dim 12 --stoch-dim 4 --encoder-dim 16 --batch-length 4
         --imagine-starts 16 --imagine-steps 3""",
     "tdmpc": f"--encoder-dim 16 --latent-dim 8 --num-steps 3 {PLANNER} --horizon-steps 8000",
 }
-FLAT = ("sac", "diayn", "dreamer", "tdmpc")  # without skills and offline data
+FLAT = ("sac", "diayn", "hiro", "dreamer", "tdmpc")  # without skills and offline data
 # Kitchen: LSTM, fixed alpha, encoded states. Its 280-step episodes are made of random data, which suffices here.
 TASKS = {
     "maze": "--env-id maze --total-timesteps 10000 --warmup-steps 8000 --updates-per-step 0.01",
