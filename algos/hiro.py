@@ -120,12 +120,15 @@ POSITION_PERIODS["kitchen-misaligned"] = POSITION_PERIODS["kitchen"]
 GOAL_RANGE = {
     "maze": [1.0, 1.0],
     "kitchen": [  # arm joints in rad, fingers in m, objects
-        0.58, 0.29, 0.49, 0.55, 0.33, 0.47, 0.43, 0.034, 0.032, 0.02, 0.02, 0.24, 0.02, 0.02, 0.02,
-        0.059, 0.02, 0.02, 0.02, 0.02, 0.02, 0.3, 0.15, 0.02, 0.12, 0.02, 0.02, 0.02, 0.02, 0.032,
+        0.58, 0.29, 0.49, 0.55, 0.33, 0.47, 0.43, 0.034, 0.032,
+        0.02, 0.02, 0.24, 0.02, 0.02, 0.02, 0.059, 0.02,
+        0.02, 0.02, 0.02, 0.02, 0.02, 0.3, 0.15, 0.02,
+        0.12, 0.02, 0.02, 0.02, 0.02, 0.032,
     ],
     "calvin": [  # tool, grip, arm joints, grip command, objects
-        0.15, 0.11, 0.087, 0.11, 0.15, 0.32, 0.078, 0.39, 0.21, 0.3, 0.48,
-        0.19, 0.19, 0.38, 2.0, 0.02, 0.02, 0.02, 0.02, 0.02, 0.02,
+        0.15, 0.11, 0.087, 0.11, 0.15, 0.32, 0.078,
+        0.39, 0.21, 0.3, 0.48, 0.19, 0.19, 0.38, 2.0,
+        0.02, 0.02, 0.02, 0.02, 0.02, 0.02,
     ],
 }  # fmt: skip
 GOAL_RANGE["kitchen-misaligned"] = GOAL_RANGE["kitchen"]
@@ -242,7 +245,7 @@ def relabel(actor, obs, place, action, goal, steps):
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
-def td3_critic_loss(critics, target_critics, target_actor, obs, goal, action, rewards, next_obs, next_goal, discount):
+def td3_critic_loss(critics, critics_target, actor_target, obs, goal, action, rewards, next_obs, next_goal, discount):
     """TD loss of both critics: a state is worth its reward plus the value of where the policy goes from there.
 
     The smaller critic counts, and noise on the action keeps the policy from living on a critic's narrow peaks. obs,
@@ -250,10 +253,10 @@ def td3_critic_loss(critics, target_critics, target_actor, obs, goal, action, re
     and metrics, scalars.
     """
     with torch.no_grad():
-        next_action = target_actor(next_obs, next_goal)  # (B, A)
+        next_action = actor_target(next_obs, next_goal)  # (B, A)
         noise = 0.2 * torch.randn_like(next_action)
         next_action = (next_action + noise.clamp(-0.5, 0.5)).clamp(-1, 1)
-        next_q = torch.min(*target_critics(next_obs, next_goal, next_action))  # (B,)
+        next_q = torch.min(*critics_target(next_obs, next_goal, next_action))  # (B,)
         td_target = rewards + discount * next_q  # (B,)
     q1, q2 = critics(obs, goal, action)
     huber = nn.functional.huber_loss
@@ -277,8 +280,8 @@ class TwoLevels:
         self.std = agent.args.explore_std if explore else 0.0
         self.goal = torch.zeros(num_envs, agent.goal_dim, device=agent.args.device)  # (E, G)
         self.place = torch.zeros_like(self.goal)  # (E, G) of the observation before
-        self.action = torch.zeros(num_envs, action_dim, device=agent.args.device)  # (E, A)
-        self.age = torch.zeros(num_envs, dtype=torch.int64, device=agent.args.device)  # (E,) env steps in the episode
+        self.action = torch.zeros(num_envs, action_dim, device=self.goal.device)  # (E, A)
+        self.age = torch.zeros_like(self.goal[:, 0])  # (E,) env steps in the episode
 
     @torch.no_grad()
     def __call__(self, obs, uniform: bool = False):
@@ -530,8 +533,9 @@ class TD3(nn.Module):
     def update(self, obs, goal, action, rewards, next_obs, next_goal, discount, with_policy: bool) -> dict:
         """One step of the critics and, every second time, of policy and slow copies; returns metrics."""
         targets = self.critics_target, self.actor_target
-        batch = obs, goal, action, rewards, next_obs, next_goal, discount
-        loss, metrics = self.critic_loss(self.critics, *targets, *batch)
+        before = obs, goal, action, rewards
+        after = next_obs, next_goal, discount
+        loss, metrics = self.critic_loss(self.critics, *targets, *before, *after)
         self.critic_optimizer.zero_grad()
         loss.backward()
         metrics["grad_norm"] = gradient_norm(self.critics)
@@ -589,7 +593,8 @@ class Agent(nn.Module):
         discount = torch.full_like(rewards, args.gamma)  # it never ends
         before = obs[row, t], goal_t, action[row, t], low_rewards
         after = obs[row, t + 1], next_goal, discount
-        found = self.low.update(*before, *after, with_policy=self.updates % 2 == 0)
+        even = self.updates % 2 == 0
+        found = self.low.update(*before, *after, with_policy=even)
         metrics = {f"low_{name}": value for name, value in found.items()}
         grad_norm = found["grad_norm"]
 
@@ -601,8 +606,8 @@ class Agent(nn.Module):
             discount = args.gamma * (1 - terminations)
             before = obs[:, 0], nothing, goal, rewards
             after = obs[:, -1], nothing, discount
-            number = self.updates // args.goal_steps
-            found = self.high.update(*before, *after, with_policy=number % 2 == 0)
+            even = self.updates // args.goal_steps % 2 == 0
+            found = self.high.update(*before, *after, with_policy=even)
             metrics |= {f"high_{name}": value for name, value in found.items()}
             grad_norm = grad_norm + found["grad_norm"]
         return dict(metrics, grad_norm=grad_norm)
@@ -637,8 +642,9 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
     seconds = 0.0  # of earlier commands
 
     parts = dict(agent=agent, rb=rb)
-    parts |= dict(low_actor=agent.low.actor_optimizer, low_critics=agent.low.critic_optimizer)
-    parts |= dict(high_actor=agent.high.actor_optimizer, high_critics=agent.high.critic_optimizer)
+    for name, level in dict(low=agent.low, high=agent.high).items():
+        parts[f"{name}_actor"] = level.actor_optimizer
+        parts[f"{name}_critics"] = level.critic_optimizer
     checkpoint = run_dir / "checkpoint.pt"
     if checkpoint.exists():
         with reading(checkpoint):
