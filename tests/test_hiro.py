@@ -1,4 +1,4 @@
-"""hiro.py against NumPy, loops over env steps, hand-made targets, a point that has to go where goals send it, and logs."""
+"""hiro.py against NumPy, loops over env steps, hand-made targets; it learns where to go and how, in the plane."""
 
 import csv
 import json
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import data_tools
 from algos import hiro
 from benchmarks import controls_hiro
 
@@ -40,6 +41,15 @@ def rows_of(agent, number=6, steps=C):
         action = agent.low.actor(obs[:, :-1], place[:, :1] + goal[:, None] - place[:, :-1])
     rest = torch.randn(number), torch.full((number,), float(steps)), torch.zeros(number)
     return obs, place, action, goal, rest
+
+
+@pytest.mark.parametrize(("env_id", "number"), [("maze", 2), ("kitchen", 30), ("calvin", 21)])
+def test_goals_are_changes_of_what_is_observed(env_id, number):
+    obs_dim, action_dim = data_tools.env_sizes(env_id)
+    agent = hiro.Agent(tiny_args(env_id=env_id), obs_dim, action_dim)
+    assert agent.place(torch.ones(5, obs_dim)).shape == (5, number)
+    levels = hiro.TwoLevels(agent, 5, action_dim, explore=True)
+    assert levels(np.ones((5, obs_dim), np.float32)).shape == (5, action_dim) and levels.goal.shape == (5, number)
 
 
 # --------------------------------------------------------------------------------------------------------------- acting
