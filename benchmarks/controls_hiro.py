@@ -3,10 +3,10 @@
     python benchmarks/controls_hiro.py --out benchmarks/results/studies/hiro/open_maze_seed1.csv --seed 1
     python benchmarks/controls_hiro.py --checkpoint runs/FOLDER/checkpoint.pt --out goals.png     # of a run in our maze
 
-The file's own `train` runs on a task of 20 lines. The csv has a row per evaluation: 200 episodes without noise, always
-from the same starts to the same goals. The JSON beside it tells command, commit, machine, arguments, the best and the
-last evaluation, and what uniform actions reach on the same episodes. The picture beside it shows the goals that the
-high level gave along the way, as arrows from where the point was to where it was sent.
+The file's own `train` runs on a task of 20 lines. The csv has a row per evaluation: 200 episodes without noise, with
+the same starts and goals each time. The JSON beside it tells command, commit, machine, arguments, the best and the last
+evaluation, and what uniform actions reach on the same episodes. The picture beside it shows the goals that the high
+level gave along the way: arrows start where the point was and end where it was sent.
 """
 
 import argparse
