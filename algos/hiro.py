@@ -236,7 +236,7 @@ def goal_scores(actor, obs, place, action, candidates, steps):
 
 
 @torch.no_grad()
-def relabel(actor, obs, place, action, goal, steps):
+def corrected_goal(actor, obs, place, action, goal, steps):
     """The goals (B, G) with which today's low level most likely does what was done then (eq. 5)."""
     candidates = goal_candidates(place, goal)  # (B, 10, G)
     scores = goal_scores(actor, obs, place, action, candidates, steps)  # (B, 10)
@@ -572,7 +572,7 @@ class Agent(nn.Module):
         self.high = TD3(obs_dim, 0, self.goal_dim, args)  # its actions are goals; it has no goal itself
         self.updates = 0  # of the low level
         compiled = functools.partial(torch.compile, mode="reduce-overhead", dynamic=False, disable=not args.compile)
-        self.relabel = compiled(relabel)
+        self.corrected_goal = compiled(corrected_goal)
 
     def place(self, obs):
         """phi: obs (..., O) -> (..., G) in units of the goals' range."""
@@ -601,7 +601,7 @@ class Agent(nn.Module):
         # High level: the whole row
         if self.updates % args.goal_steps == 0:
             if args.correction:
-                goal = self.relabel(self.low.actor, obs, place, action, goal, steps)
+                goal = self.corrected_goal(self.low.actor, obs, place, action, goal, steps)
             nothing = obs[:, 0, :0]  # (B, 0)
             discount = args.gamma * (1 - terminations)
             before = obs[:, 0], nothing, goal, rewards

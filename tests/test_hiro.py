@@ -90,13 +90,13 @@ def test_the_goal_that_was_given_explains_what_was_done(agent):
     with torch.no_grad():
         scores = hiro.goal_scores(agent.low.actor, obs, place, action, candidates, steps)
     assert scores[:, 9].abs().max() < 1e-8 and (scores[:, :9] < -1e-4).all()
-    assert torch.equal(hiro.relabel(agent.low.actor, obs, place, action, goal, steps), goal)
+    assert torch.equal(hiro.corrected_goal(agent.low.actor, obs, place, action, goal, steps), goal)
     # Other rows' goals are worse, and another low level may prefer another goal
     with torch.no_grad():
         other = hiro.goal_scores(agent.low.actor, obs, place, action, goal.roll(1, 0)[:, None], steps)
     assert (other < -1e-4).all()
     torch.nn.init.normal_(agent.low.actor.net[0].weight, std=1.0)
-    assert not torch.equal(hiro.relabel(agent.low.actor, obs, place, action, goal, steps), goal)
+    assert not torch.equal(hiro.corrected_goal(agent.low.actor, obs, place, action, goal, steps), goal)
 
 
 def test_candidates_are_the_change_the_goal_and_eight_around_the_change():
