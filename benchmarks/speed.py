@@ -190,7 +190,7 @@ def filled_replay(algo, size: str, config):
     action_dim = chosen_dim(algo, size, config)
     goal_dim = len(getattr(algo, "GOAL_RANGE", {}).get(size, ()))  # of HIRO
     window = getattr(config, "batch_length", getattr(config, "num_steps", 9) + 1)  # env steps, in files without skills
-    T = 2 * getattr(config, "num_skills", 10 if has_skills(algo) else window)  # skills or env steps per episode
+    T = 2 * (getattr(config, "num_skills", 10) if has_skills(algo) else window)  # skills or env steps per episode
     names = ("SequenceBuffer", "RolloutBuffer", "ReplayBuffer")
     make = next(getattr(algo, name) for name in names if hasattr(algo, name))
     sizes = dict(obs_dim=DIMS[size][0], action_dim=action_dim, env_action_dim=DIMS[size][1], window=window)
