@@ -74,6 +74,8 @@ METHODS = {
     "sac": Method("SAC without skills", "flat SAC", "#393b79"),
     "diayn": Method("DIAYN with a controller", "DIAYN", "#e7ba52"),
     "option_critic": Method("Option-Critic", "Option-Critic", "#a55194"),
+    "relay": Method("Relay Policy Learning", "Relay", "#8c6d31"),
+    "hiro": Method("HIRO", "HIRO", "#8ca252"),
     "dads": Method("DADS", "DADS", "#637939"),
     "lsp": Method("LSP", "LSP", "#843c39"),
 }

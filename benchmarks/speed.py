@@ -109,7 +109,7 @@ def size_args(algo, size: str, mode: str, args: Args):
     if args.quick:
         small = dict(pretrain_batch_size=8, batch_size=8, num_samples=16, num_policy_trajs=4, num_elites=4, cem_iters=1)
         small |= dict(updates_per_step=0.02, updates_per_skill=0.2, num_skills=min(3, getattr(result, "num_skills", 1)))
-        small |= dict(batch_length=8, imagine_starts=16, imagine_steps=4)
+        small |= dict(batch_length=8, imagine_starts=16, imagine_steps=4, demo_rows=100, epochs=0.2)
         result = replaced(result, small)
     return result
 
@@ -146,6 +146,11 @@ def has_skills(algo) -> bool:
     return hasattr(algo, "make_networks")
 
 
+def chosen_dim(algo, size: str, config) -> int:
+    """Entries of what a filter chooses: of a skill in files with skills, else of an action."""
+    return config.skill_dim if has_skills(algo) and hasattr(algo, "Filter") else DIMS[size][1]
+
+
 def make_networks(algo, size: str, config):
     torch.manual_seed(0)
     return algo.make_networks(config, *DIMS[size])
@@ -156,6 +161,11 @@ def make_agent(algo, size: str, config):
         return algo.Agent(config, make_networks(algo, size, config))
     torch.manual_seed(0)
     return algo.Agent(config, *DIMS[size])
+
+
+def skill_size(size: str, config) -> int:
+    """Numbers in a skill; in relay.py, where a subgoal takes its place, in an observation."""
+    return getattr(config, "skill_dim", DIMS[size][0])
 
 
 def call_by_name(function, **inputs):
@@ -176,10 +186,11 @@ def filled_replay(algo, size: str, config):
     """The file's own replay buffer with an episode of every environment, twice as long as a window."""
     E = config.num_envs
     H = getattr(config, "skill_horizon", 1)
-    skill_dim = getattr(config, "skill_dim", 0)
-    action_dim = skill_dim or DIMS[size][1]  # of what is chosen
+    skill_dim = skill_size(size, config)
+    action_dim = chosen_dim(algo, size, config)
+    goal_dim = len(getattr(algo, "GOAL_RANGE", {}).get(size, ()))  # of HIRO
     window = getattr(config, "batch_length", getattr(config, "num_steps", 9) + 1)  # env steps, in files without skills
-    T = 2 * getattr(config, "num_skills", 10 if has_skills(algo) else window)  # skills or env steps per episode
+    T = 2 * (getattr(config, "num_skills", 10) if has_skills(algo) else window)  # skills or env steps per episode
     names = ("SequenceBuffer", "RolloutBuffer", "ReplayBuffer")
     make = next(getattr(algo, name) for name in names if hasattr(algo, name))
     sizes = dict(obs_dim=DIMS[size][0], action_dim=action_dim, env_action_dim=DIMS[size][1], window=window)
@@ -194,6 +205,7 @@ def filled_replay(algo, size: str, config):
             actions=random_actions(size, E, H).numpy(),
             action=(torch.rand(E, action_dim) * 2 - 1).numpy(),
             z=torch.rand(E, skill_dim) * 2 - 1,
+            goal=torch.rand(E, goal_dim) * 2 - 1,
             u=torch.rand(E, skill_dim) * 2 - 1,
             rewards=torch.rand(E).numpy(),
             step_rewards=torch.rand(E, H).numpy(),
@@ -202,6 +214,9 @@ def filled_replay(algo, size: str, config):
             truncations=np.full(E, t == T - 1),
             ended=np.full(E, t == T - 1),
             steps=np.full(E, H),
+            log_prob=torch.zeros(E),
+            advantages=torch.rand(E),
+            returns=torch.rand(E),
             next_obs=random_obs(size, E).numpy(),
         )
     if hasattr(rb, "prepare"):  # on-policy: advantages of a policy
@@ -234,16 +249,18 @@ def choosing(algo, size: str, config, num_envs: int):
         return flat_policy(algo, size, config, num_envs)
     agent = make_agent(algo, size, config)
     obs = random_obs(size, num_envs).numpy()
-    return lambda: agent.sample_policy(obs)
+    choose = getattr(agent, chooser(algo)[1])
+    return lambda: choose(obs)
 
 
 def acting(algo, size: str, config, num_envs: int):
     """The policy for one env step, observations and actions on the CPU; the skill policy is there itself."""
     if not has_skills(algo):
         return flat_policy(algo, size, config, num_envs)
-    skills = copy.deepcopy(make_networks(algo, size, config)["skills"]).cpu().eval()
+    networks = make_networks(algo, size, config)
+    skills = copy.deepcopy(networks["skills" if "skills" in networks else "low"]).cpu().eval()
     obs = random_obs(size, num_envs).numpy()
-    z = torch.rand(num_envs, config.skill_dim) * 2 - 1
+    z = torch.rand(num_envs, skill_size(size, config)) * 2 - 1
 
     @torch.no_grad()
     def act():
@@ -256,8 +273,9 @@ def flat_policy(algo, size: str, config, num_envs: int):
     """The policy of a file without skills or with a filter of observations."""
     agent = make_agent(algo, size, config)
     obs = random_obs(size, num_envs).numpy()
-    if hasattr(algo, "Filter"):
-        choose_action = algo.Filter(agent, num_envs, getattr(config, "skill_dim", DIMS[size][1]), explore=True)
+    acting = getattr(algo, "Filter", getattr(algo, "TwoLevels", None))
+    if acting:
+        choose_action = acting(agent, num_envs, chosen_dim(algo, size, config), explore=True)
     else:
         inputs = dict(explore=True)
         if "z" in inspect.signature(agent.act).parameters:
@@ -332,6 +350,7 @@ class TimedData:
         self.next = 5  # the call at which the next look is due; the first updates compile and record CUDA graphs
         self.start = 0.0
         self.times = []  # seconds per update of each block
+        self.window = None  # of the pairs that are drawn first in an update
 
     def to(self, device):
         self.data = self.data.to(device)
@@ -340,11 +359,23 @@ class TimedData:
     def split(self, fraction):
         return self, self
 
+    def __getattr__(self, name):  # what relay.py reads
+        return getattr(self.data, name)
+
     def sample_windows(self, batch_size, length):
+        self.count()
+        return self.data.sample_windows(batch_size, length)
+
+    def sample_pairs(self, batch_size, window):
+        self.window = self.window or window
+        if window == self.window:  # the first of both levels' draws
+            self.count()
+        return self.data.sample_pairs(batch_size, window)
+
+    def count(self):
         self.calls += 1
         if self.calls == self.next:
             self.look()
-        return self.data.sample_windows(batch_size, length)
 
     def look(self):
         synchronize(self.args)
@@ -412,17 +443,19 @@ def time_training(algo, env_id: str, config, args: Args) -> dict:
 
 def stepper(algo, envs):
     """Owner and name of the function that steps the environments."""
-    if hasattr(algo, "collect_skill"):
-        return algo, "collect_skill"
+    for name in ("collect_skill", "collect"):
+        if hasattr(algo, name):
+            return algo, name
     return (algo, "execute_skill") if has_skills(algo) else (envs, "step")
 
 
 def chooser(algo):
     """Owner and name of the method that chooses skills or, in files without them, actions."""
-    for owner in ("Planner", "Filter"):
+    for owner in ("Planner", "Filter", "TwoLevels"):
         if hasattr(algo, owner):
             return getattr(algo, owner), "__call__"
-    return algo.Agent, "sample_policy" if has_skills(algo) else "act"
+    names = ("sample_policy", "choose_subgoal", "act")
+    return algo.Agent, next(name for name in names if hasattr(algo.Agent, name))
 
 
 def timed(owner, name: str, label: str, seconds: dict, args: Args):

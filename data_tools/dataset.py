@@ -60,6 +60,7 @@ class OfflineDataset:
         self.episode_starts = torch.tensor(starts, dtype=torch.int64, device=device)
         self.episode_lengths = torch.tensor(ends - starts, dtype=torch.int64, device=device)
         self._windows = {}  # window length -> first row and number of starts of each episode that is long enough
+        self._pairs = {}  # window -> of each row, how many later ones there are within it, and their running sum
 
     def __len__(self):
         """Return the number of rows R."""
@@ -81,6 +82,7 @@ class OfflineDataset:
         """Return the data set on `device`; this one stays as it is."""
         moved = copy.copy(self)
         moved._windows = {}
+        moved._pairs = {}
         for key in ("observations", "actions", "terminals", "timeouts", "episode_starts", "episode_lengths"):
             setattr(moved, key, getattr(self, key).to(device))
         return moved
@@ -89,6 +91,7 @@ class OfflineDataset:
         """Return the data with the first `obs_dim` numbers of each observation; the fingerprint stays the file's."""
         narrowed = copy.copy(self)
         narrowed._windows = {}
+        narrowed._pairs = {}
         narrowed.observations = self.observations[:, :obs_dim].contiguous()
         return narrowed
 
@@ -141,6 +144,25 @@ class OfflineDataset:
                 "use a shorter window or other data."
             )
         return self.episode_starts[eligible], self.episode_lengths[eligible] - length + 1
+
+    def sample_pairs(
+        self, batch_size: int, window: int, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw pairs of rows t and t + w of one episode, w = 1..window: returns t (B,) and w (B,).
+
+        Uniform over all such pairs: a goal for the action of row t is any state that was reached soon after it.
+        Nothing here waits for the device. Raises DataError if no episode has two rows.
+        """
+        if window not in self._pairs:
+            ends = (self.episode_starts + self.episode_lengths).repeat_interleave(self.episode_lengths)  # (R,)
+            later = (ends - 1 - torch.arange(len(self), device=self.device)).clamp(max=window)  # (R,)
+            if window < 1 or not later.any():
+                raise DataError(f"{self!r} has no two rows of an episode that are at most {window} steps apart.")
+            self._pairs[window] = later, later.cumsum(0), int(later.sum())
+        later, total, num_pairs = self._pairs[window]
+        pair = torch.randint(num_pairs, (batch_size,), generator=generator, device=self.device)  # (B,)
+        row = torch.searchsorted(total, pair, right=True)
+        return row, total[row] - pair
 
     def save(self, path) -> None:
         """Write the D4RL file `path`. An existing file is replaced in one step, or left intact if anything fails.

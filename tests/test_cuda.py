@@ -32,6 +32,7 @@ SIZES = dict(
     pretrain_eval_interval=10**9, buffer_size=1000, encoder_dim=16, num_steps=3, deter_dim=12, stoch_dim=4,
     batch_length=8, imagine_starts=32, imagine_steps=4, discover_steps=300, controller_dim=16,
     flow_dim=16, policy_dim=16, rollout_skills=5, updates_per_rollout=30,
+    demo_rows=100,
 )  # fmt: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -162,16 +163,17 @@ def test_a_pretraining_update_never_waits_for_the_device(name, tmp_path):
     args = speed.replaced(tiny_args(algo, False), dict(pretrain_updates=50))
     window = getattr(args, "pretrain_skills", 1) * args.skill_horizon + 1
     data = speed.TimedData(speed.random_dataset(algo, "kitchen", window), speed.Args(device="cpu", quick=True))
-    sample = data.sample_windows
+    name = "sample_pairs" if hasattr(algo, "relabel") else "sample_windows"
+    sample = getattr(data, name)
 
-    def sample_windows(batch_size, length):
+    def draw(batch_size, length):
         if data.calls == 10:
             raise speed.Enough
         if data.calls == 5 and CUDA:
             torch.cuda.set_sync_debug_mode("error")
         return sample(batch_size, length)
 
-    data.sample_windows = sample_windows
+    setattr(data, name, draw)
     data.next = -1  # the clock is not asked
     networks = algo.make_networks(args, 30, 9)
     with pytest.raises(speed.Enough):

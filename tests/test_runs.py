@@ -43,6 +43,10 @@ SHORT = dict(
 )  # fmt: skip
 
 
+# Relay relabels pairs of rows, drawn for each of its two levels; the others draw windows, once per update.
+PAIRS = ("relay",)
+
+
 # -------------------------------------------------------------------------------------------------------------- helpers
 def short_flags(module) -> list[str]:
     """Tiny networks; 300 steps of four environments, the first 100 of them without updates."""
@@ -65,6 +69,8 @@ class Case:
         self.data_dir = self.new_data_dir()
         self.results, self.run_dir = self.start()
         self.flat = name in golden.FLAT  # without skills and offline data
+        self.sampling = "sample_pairs" if name in PAIRS else "sample_windows"
+        self.draws = 2 if name in PAIRS else 1  # per update
         self.model = None if self.flat else only(self.data_dir / "pretrained")
 
     def new_data_dir(self) -> Path:
@@ -255,18 +261,18 @@ def test_interrupted_pretraining_goes_on_bit_for_bit(case, by, stop, monkeypatch
     data_dir = case.new_data_dir()
     with monkeypatch.context() as patch:
         # The third call is the validation after two updates: also what is stopped there has to be saved.
-        after_calls(patch, data_tools.OfflineDataset, "sample_windows", 3, stop.set)
+        after_calls(patch, data_tools.OfflineDataset, case.sampling, 2 * case.draws + 1, stop.set)
         part = case.interrupted("stopped in pre-training; the same command goes on", data_dir=data_dir)
     unfinished = only(data_dir / "pretrained")
     updates = torch.load(unfinished, weights_only=True)["updates"]
     assert unfinished.suffix == ".unfinished" and 2 <= updates < 6
     stop.clear()
-    draws = after_calls(monkeypatch, data_tools.OfflineDataset, "sample_windows", 0, None)
+    draws = after_calls(monkeypatch, data_tools.OfflineDataset, case.sampling, 0, None)
     if by == "the same command":
         _, part = case.start(data_dir=data_dir)
     else:
         case.resume(part)
-    assert sum(args[1] == 8 for args in draws) < 9  # not from the start: six updates and three validations
+    assert sum(args[1] == 8 for args in draws) < 9 * case.draws  # not from the start: six updates and three validations
     a = torch.load(only(data_dir / "pretrained"), weights_only=True)
     b = torch.load(case.model, weights_only=True)
     del a["facts"]["minutes"], b["facts"]["minutes"]
@@ -428,7 +434,7 @@ def damaged(case, stop, monkeypatch):
         return {"checkpoint": checkpoint}
     data_dir = case.new_data_dir()
     with monkeypatch.context() as patch:
-        after_calls(patch, data_tools.OfflineDataset, "sample_windows", 2, stop.set)
+        after_calls(patch, data_tools.OfflineDataset, case.sampling, 2, stop.set)
         case.interrupted("stopped in pre-training", data_dir=data_dir)
     stop.clear()
     unfinished = only(data_dir / "pretrained")

@@ -1,0 +1,1011 @@
+"""Relay Policy Learning (Gupta, Kumar, Lynch, Levine & Hausman, CoRL 2019), https://arxiv.org/abs/1910.11956
+
+Idea: two levels of goal-conditioned policies. The high level looks at the goal and sets a subgoal, which is a state;
+the low level has H = 30 steps to get there. Both first imitate demonstrations in which every state that was reached
+later counts as a goal (RIL); then the low level goes on by RL (RRF). Subgoals take the place of SkiMo's skills.
+
+    python algos/relay.py --env-id kitchen          # offline data, RIL (minutes), RRF, evaluation
+    python algos/relay.py --env-id kitchen --flat   # the control: one level, which looks at the goal itself
+    python algos/relay.py --resume runs/FOLDER      # go on after Ctrl-C or a crash
+
+1. RIL, on all pairs (t, w) of rows of one episode:
+   low:  maximise log pi_l(a_t | s_t, goal s_{t+w}), w <= W_l                         (algorithm 2, eq. 1)
+   high: maximise log pi_h(s_{t+min(w, W_l)} | s_t, goal s_{t+w}), w <= W_h           (algorithm 3, eq. 1)
+2. RRF. Repeat:
+   act: subgoal z = mean of pi_h(s, g), kept for H steps of pi_l(s, z)
+   update pi_l by PPO on the reward 1 while s is within subgoal_eps of z, plus demo_coef times eq. 1 (eq. 2)
+Goal-conditioned; pre-trained on demonstrations; subgoals have a fixed length; fine-tuning is on-policy.
+
+The authors released environment and demonstrations, no learning code. DEVIATIONs from the paper and free choices:
+1. PPO in place of the natural gradient. Its demonstrations are 20,000 relabelled pairs, kept in the model's file.
+2. Only the low level is fine-tuned, which the paper found to be enough. With --flat the reward is the task's.
+3. The high level looks at the objects' entries of a goal only: where the robot ends up nobody knows in advance. The
+   user's goal is the present state with the objects of the task where they should be.
+4. Widths, step sizes and the like are not published: 256-256 ReLU, std independent of the state, Adam, sines and
+   cosines of positions as inputs as in skimo.py.
+Ends and time-outs are told apart: after a time-out the value counts, after a true end or a subgoal's end nothing.
+
+Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, POSITION_PERIODS, make_networks, pretrain_loss,
+    ppo_loss, prior_rollouts, RolloutBuffer, find_pretrained, pretrain, Agent, train, evaluate, parse_args, check_args.
+A run's folder holds what skimo.py names.
+Shapes: B batch, O observation, A action, E environments, H steps per subgoal. A goal or subgoal z is a state (O,).
+"""
+
+import argparse
+import ast
+import contextlib
+import copy
+import csv
+import functools
+import hashlib
+import inspect
+import json
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+import zipfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal, get_args
+
+# OpenMP's threads wait 1,000 turns for work before they sleep. With torch's default, 300 times that, an update beside
+# a busy program takes 1.6 times as long (table in algos/README.md). Must be set before torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+import numpy as np
+import torch
+import tyro
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data_tools  # tasks and offline data, nothing else
+
+PRETRAINED = "relay"  # begins the names of pre-trained models
+
+
+@dataclass
+class Args:
+    env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned, calvin or one of your own
+    exp_name: str = Path(__file__).stem  # part of the run folder's name
+    seed: int = 1  # of networks, sampling and environments
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn
+    compile: bool = torch.cuda.is_available()  # torch.compile losses, with CUDA graphs
+    run_dir: str = "runs"  # folder of the run folders
+    resume: str | None = None  # run folder to go on with, with its arguments
+    evaluate: str | None = None  # only evaluate this checkpoint
+    checkpoint_interval: int = 50_000  # env steps between checkpoints
+    eval_interval: int = 100_000  # env steps between evaluations (0: only at the end)
+    eval_episodes: int = 20  # episodes of an evaluation, with the means of both levels
+    capture_video: bool = False  # record an evaluation episode as MP4 at the end
+    data_dir: str | None = None  # folder of offline data and pre-trained models (None: the user's cache)
+    dataset: Literal["auto", "d4rl", "scripted"] = "auto"  # auto: D4RL's data if they can be had, else scripted
+    data: str | None = None  # offline data of your own instead: a file or a folder
+    pretrained: str | None = None  # start RRF from this model
+    pretrain_eval_interval: int = 5_000  # updates between validations with roll-outs
+    pretrain_eval_episodes: int = 20  # roll-outs in a validation; four times as many at the end
+
+    # Model
+    skill_horizon: int = 30  # H: env steps for which a subgoal is kept
+    flat: bool = False  # one level: actions for the user's goal, no subgoals
+    hidden_dim: int = 256  # width of hidden layers
+    position_features: bool = True  # sines and cosines of positions as inputs, as in skimo.py
+    min_scale: float = 0.02  # least standard deviation by which an entry of an observation is divided
+
+    # Pre-training
+    low_window: int = 30  # W_l: farthest goal of the low level, and farthest subgoal, in env steps
+    high_window: int = 260  # W_h: farthest goal of the high level
+    pretrain_updates: int = 5_000  # gradient updates
+    pretrain_batch_size: int = 256  # pairs of rows per update and level
+    pretrain_lr: float = 1e-3  # first learning rate; it falls to zero
+    demo_rows: int = 20_000  # relabelled pairs that fine-tuning goes on to imitate
+
+    # Downstream RL
+    total_timesteps: int = 200_000  # env steps of fine-tuning
+    num_envs: int = 8  # environments side by side
+    rollout_skills: int = 10  # subgoals per environment between two rounds of updates
+    epochs: float = 10.0  # times that a round goes through what was collected
+    batch_size: int = 256  # env steps per update
+    learning_rate: float = 1e-4  # of low level and value
+    gamma: float = 0.99  # discount per env step
+    gae_lambda: float = 0.95  # weight of longer returns in the advantage
+    clip: float = 0.2  # the policy's probabilities change by this factor at most, before the gradient stops
+    max_std: float = 0.3  # the low level explores with the std of RIL, but no more than this
+    subgoal_eps: float = 0.5  # a subgoal is reached within this distance (root mean square, in standard deviations)
+    demo_coef: float = 0.1  # lambda: weight of imitation
+    demo_decay: float = 0.999  # factor on that weight after each round
+    reward_scale: float = 1.0  # factor on the task's reward (only --flat learns from it)
+
+
+TASK_DEFAULTS = {
+    "maze": dict(high_window=460, reward_scale=0.01),
+    "calvin": dict(high_window=360, reward_scale=0.01),
+}
+
+# What the user wants: entries of an observation, and their values.
+GOALS = {
+    "maze": {0: 18.0, 1: 8.0},
+    "kitchen": {
+        22: -0.75, 23: -0.23, 24: 0.75, 25: 1.62, 26: 0.99, 27: 0.0, 28: 0.0, 29: -0.06, 11: -0.88, 12: -0.01,
+        17: -0.69, 18: -0.05,
+    },  # microwave, kettle, bottom burner, light switch
+    "kitchen-misaligned": {22: -0.75, 17: -0.69, 18: -0.05, 19: 0.37, 20: 0.0, 21: 1.45},  # then slide and hinge
+    "calvin": {16: 0.2, 18: 0.088, 19: 1.0, 15: 0.25, 20: 1.0},  # drawer, switch and bulb, slider, LED
+}  # fmt: skip
+# DEVIATION 3: first and last + 1 of the entries of a goal that the high level looks at: the objects'.
+GOAL_ENTRIES = {"maze": (0, 2), "kitchen": (9, 30), "kitchen-misaligned": (9, 30), "calvin": (15, 21)}
+
+# Periods of the sines and cosines of an observation's first P entries, (P, F).
+POSITION_PERIODS = {
+    "maze": np.outer([1.0] * 2, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]),  # position, in cells
+    "kitchen": np.outer([1.0] * 7 + [0.1] * 2, [0.25, 0.5, 1.0, 2.0, 4.0]),  # arm joints in rad, fingers in m
+    "calvin": np.outer([0.25] * 3 + [1.0] * 11, [0.25, 0.5, 1.0, 2.0, 4.0]),  # tool in m; angles, grip, joints in rad
+}
+POSITION_PERIODS["kitchen-misaligned"] = POSITION_PERIODS["kitchen"]
+
+
+# ------------------------------------------------------------------------------------------------------------ networks
+def relu_mlp(*sizes: int) -> nn.Sequential:
+    """Linear layers with ReLU between them, linear output, PyTorch's default weights."""
+    layers = []
+    for in_dim, out_dim in zip(sizes[:-1], sizes[1:]):
+        layers += [nn.Linear(in_dim, out_dim), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class GoalNetwork(nn.Module):
+    """Observations (..., O) and goals (..., O), of which it sees the entries `seen` -> (..., out_dim)."""
+
+    def __init__(self, obs_dim: int, seen: tuple[int, int], out_dim: int, args: Args):
+        super().__init__()
+        periods = np.zeros((0, 0))
+        if args.position_features:
+            periods = POSITION_PERIODS.get(args.env_id, periods)
+        self.seen = slice(*seen)
+        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))
+        self.register_buffer("mean", torch.zeros(obs_dim))  # (O,) of the offline data
+        self.register_buffer("std", torch.ones(obs_dim))  # (O,)
+        u = args.hidden_dim
+        in_dim = obs_dim + 2 * periods.size + len(range(*seen))
+        self.net = relu_mlp(in_dim, u, u, out_dim)
+
+    def forward(self, obs, goal):
+        position = obs[..., : len(self.frequency), None]  # (..., P, 1)
+        phase = (position * self.frequency).flatten(-2)
+        state = (obs - self.mean) / self.std
+        way = (goal - obs) / self.std  # (..., O)
+        return self.net(torch.cat([state, phase.sin(), phase.cos(), way[..., self.seen]], -1))
+
+
+class GoalPolicy(nn.Module):
+    """pi(x | s, g): a Gaussian over x, which is an action (low level) or a subgoal (high level)."""
+
+    def __init__(self, obs_dim: int, seen: tuple[int, int], out_dim: int, args: Args):
+        super().__init__()
+        self.net = GoalNetwork(obs_dim, seen, out_dim, args)
+        self.log_std = nn.Parameter(torch.zeros(out_dim))  # DEVIATION 4: of all states
+
+    def forward(self, obs, goal):
+        """Mean (..., X) and std (X,)."""
+        return self.net(obs, goal), self.log_std.clamp(-5, 2).exp()
+
+    def act(self, obs, z):
+        """The low level as it acts; the environment clips its actions to +-1."""
+        return self(obs, z)[0]
+
+    def explore(self, obs, z):
+        mean, std = self(obs, z)
+        return mean + std * torch.randn_like(mean)
+
+
+class HighPolicy(GoalPolicy):
+    """pi_h(z | s, g): subgoals as states; the network gives the way there in standard deviations."""
+
+    def forward(self, obs, goal):
+        way, std = super().forward(obs, goal)
+        return obs + way * self.net.std, std * self.net.std
+
+
+def log_probability(distribution, x):
+    """Log-density (...) of x (..., X) under independent Gaussians (mean, std)."""
+    normal = torch.distributions.Normal(*distribution, validate_args=False)
+    return normal.log_prob(x).sum(-1)
+
+
+class Demonstrations(nn.Module):
+    """Relabelled pairs of the low level, which fine-tuning goes on to imitate: RRF then needs no offline data."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.register_buffer("obs", torch.zeros(args.demo_rows, obs_dim))
+        self.register_buffer("goal", torch.zeros(args.demo_rows, obs_dim))
+        self.register_buffer("action", torch.zeros(args.demo_rows, action_dim))
+
+    def sample(self, batch_size: int):
+        """Uniform pairs: obs (B, O), goal (B, O), action (B, A)."""
+        rows = torch.randint(len(self.obs), (batch_size,), device=self.obs.device)
+        return self.obs[rows], self.goal[rows], self.action[rows]
+
+
+def make_networks(args: Args, obs_dim: int, action_dim: int) -> nn.ModuleDict:
+    """The networks of pre-training: low level, high level (not with --flat), and what is kept of the demonstrations."""
+    everything = 0, obs_dim
+    objects = GOAL_ENTRIES[args.env_id]
+    seen = objects if args.flat else everything
+    networks = nn.ModuleDict(dict(low=GoalPolicy(obs_dim, seen, action_dim, args)))
+    if not args.flat:
+        networks["high"] = HighPolicy(obs_dim, objects, obs_dim, args)
+    networks["demonstrations"] = Demonstrations(obs_dim, action_dim, args)
+    return networks.to(args.device)
+
+
+# -------------------------------------------------------------------------------------------------------------- losses
+def relabel(data, batch_size: int, args: Args) -> dict:
+    """Relay data relabelling (RPL algorithms 2 and 3): whatever a demonstration reached later was its goal.
+
+    Returns for each level what its policy sees and should say: obs, goal (B, O), action (B, A) or subgoal (B, O).
+    All pairs (t, w) of an episode are equally likely. The high level's subgoal is the goal itself where that is near.
+    """
+    t, w = data.sample_pairs(batch_size, args.high_window if args.flat else args.low_window)  # 2 x (B,)
+    batches = dict(low=(data.observations[t], data.observations[t + w], data.actions[t]))
+    if not args.flat:
+        t, w = data.sample_pairs(batch_size, args.high_window)
+        subgoal = data.observations[t + w.clamp(max=args.low_window)]
+        batches["high"] = data.observations[t], data.observations[t + w], subgoal
+    return batches
+
+
+def pretrain_loss(policies, batches: dict):
+    """RIL (RPL eq. 1): each level imitates its own relabelled data; no gradient goes from one to the other.
+
+    policies and batches by level, batches as `relabel` gives them. Returns the loss and metrics, scalars.
+    """
+    metrics = {}
+    for level, (obs, goal, target) in batches.items():
+        # A likelihood, not a squared error: std tells which entries people control precisely.
+        log_prob = log_probability(policies[level](obs, goal), target)  # (B,)
+        metrics[f"{level}_loss"] = -log_prob.mean()
+    return sum(metrics.values()), {name: value.detach() for name, value in metrics.items()}
+
+
+def ppo_loss(low, value, obs, z, action, log_prob, advantages, returns, demo, demo_coef, args):
+    """RRF of the low level (RPL eq. 2): PPO on the reward of subgoals, and imitation.
+
+    obs, z (B, O), action (B, A), log_prob, advantages, returns (B,), demo as `relabel` gives it, demo_coef (). Returns
+    the loss and metrics, scalars.
+    """
+    # Actions that did better than expected become more likely, but not by more than `clip` (PPO eq. 7).
+    change = log_probability(low(obs, z), action) - log_prob  # (B,)
+    ratio = change.exp()
+    clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
+    advantages = (advantages - advantages.mean()) / (advantages.std() + 0.01)
+    policy_loss = -torch.min(ratio * advantages, clipped * advantages).mean()
+
+    # The value is what to expect.
+    predicted = value(obs, z).squeeze(-1)  # (B,)
+    value_loss = 0.5 * (predicted - returns).square().mean()
+
+    # Imitation keeps what RL does not visit.
+    demo_obs, demo_goal, demo_action = demo
+    demo_loss = -log_probability(low(demo_obs, demo_goal), demo_action).mean()
+
+    loss = policy_loss + value_loss + demo_coef * demo_loss
+    metrics = dict(policy_loss=policy_loss, value_loss=value_loss, demo_loss=demo_loss)
+    metrics |= dict(policy_change=change.abs().mean(), returns=returns.mean())
+    return loss, {name: number.detach() for name, number in metrics.items()}
+
+
+@torch.no_grad()
+def advantages_and_returns(rewards, values, next_values, bootstrap, goes_on, args):
+    """Generalised advantage estimates and what the value should be, 2 x (T, E); time-first.
+
+    rewards, values, next_values (T, E); bootstrap (T, E): whether the next value counts, 0 at a true end; goes_on
+    (T, E): whether row t + 1 follows on row t.
+    """
+    advantages = torch.zeros_like(rewards)
+    following = torch.zeros_like(rewards[0])  # (E,)
+    errors = rewards + args.gamma * bootstrap * next_values - values  # (T, E)
+    for t in reversed(range(len(rewards))):
+        following = errors[t] + args.gamma * args.gae_lambda * goes_on[t] * following
+        advantages[t] = following
+    return advantages, advantages + values
+
+
+# -------------------------------------------------------------------------------------------------------------- acting
+@torch.no_grad()
+def choose_subgoal(networks, obs, args: Args):
+    """Mean of pi_h(z | s, g) for the user's goal g: obs (E, O) NumPy -> z (E, O) on the CPU. With --flat g itself.
+
+    DEVIATION 3: g is the present state with the task's objects where they should be.
+    """
+    obs = torch.from_numpy(obs)
+    goal = obs.clone()
+    for entry, value in GOALS[args.env_id].items():
+        goal[:, entry] = value
+    if args.flat:
+        return goal
+    z = networks["high"](obs.to(args.device), goal.to(args.device))[0]
+    return z.cpu()
+
+
+@torch.no_grad()
+def execute_skill(envs, skills, obs, z, ended, args: Args):
+    """H env steps of the skill policy with skills z (E, Z), on the CPU next to the simulator.
+
+    obs (E, O); ended (E,) bool: environments that wait for their reset. Returns next_obs (E, O), the rewards' sum (E,),
+    the new ended (E,) and the env steps taken (E,).
+    """
+    rewards = np.zeros(len(obs), dtype=np.float32)
+    steps = np.zeros(len(obs), dtype=np.int64)
+    for _ in range(args.skill_horizon):
+        action = skills.act(torch.from_numpy(obs), z).numpy()  # (E, A)
+        obs, reward, terminations, truncations, _ = envs.step(action)
+        rewards += np.where(ended, 0.0, reward)
+        steps += ~ended
+        ended = terminations | truncations
+        if ended.all():
+            break
+    return obs, rewards, ended, steps
+
+
+@torch.no_grad()
+def collect(envs, low, obs, z, args: Args):
+    """H env steps of the exploring low level towards subgoals z (E, O), on the CPU next to the simulator.
+
+    Returns next_obs (E, O), ended (E,) and the steps, time-first tensors: obs, next_obs (T, E, O), action (T, E, A),
+    rewards, terminations, truncations (T, E) and `running` (T, E): whether the episode had not ended before.
+    """
+    running = np.ones(len(obs), dtype=bool)
+    steps = []
+    for _ in range(args.skill_horizon):
+        action = low.explore(torch.from_numpy(obs), z).numpy()  # (E, A)
+        next_obs, rewards, terminations, truncations, _ = envs.step(action)
+        steps.append((obs, action, next_obs, rewards, terminations, truncations, running))
+        obs = next_obs
+        running = ~(terminations | truncations)
+        if not running.any():
+            break
+    names = "obs action next_obs rewards terminations truncations running".split()
+    trace = {name: torch.from_numpy(np.stack(values)) for name, values in zip(names, zip(*steps))}
+    return obs, ~running, trace
+
+
+def rollout(choose_skill, skills, num_episodes: int, args: Args, seed: int, video: Path | None = None):
+    """An episode in each of num_episodes environments, with skills z (E, Z) = choose_skill(obs (E, O)), on the CPU.
+
+    Returns returns (E,) and lengths in env steps (E,). The random numbers of training stay as they were.
+    """
+    envs = data_tools.make_envs(args.env_id, num_episodes, video)
+    returns = np.zeros(num_episodes)
+    lengths = np.zeros(num_episodes, dtype=np.int64)
+    ended = np.zeros(num_episodes, dtype=bool)
+    with kept_random_state(args):
+        torch.manual_seed(seed)
+        obs, _ = envs.reset(seed=seed)
+        while not ended.all():
+            z = choose_skill(obs)
+            obs, rewards, ended, steps = execute_skill(envs, skills, obs, z, ended, args)
+            returns += rewards
+            lengths += steps
+    envs.close()
+    return returns, lengths
+
+
+def prior_rollouts(networks, args: Args, num_episodes: int):
+    """Returns (E,) of episodes with the means of both levels: what RIL alone can do."""
+    choose_skill = functools.partial(choose_subgoal, networks, args=args)
+    low = copy.deepcopy(networks["low"]).cpu()
+    return rollout(choose_skill, low, num_episodes, args, args.seed)[0]
+
+
+def success(returns, args: Args) -> float:
+    """Share of episodes in which everything was done."""
+    best = data_tools.TASKS[args.env_id].max_return
+    return float((np.asarray(returns) >= best).mean()) if len(returns) else 0.0
+
+
+# -------------------------------------------------------------------------------------------------------------- replay
+class RolloutBuffer:
+    """The env steps since the last round of updates, as rows on the device."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        rows = args.num_envs * args.rollout_skills * args.skill_horizon
+        self.device = args.device
+        self.columns = dict(
+            obs=torch.zeros(rows, obs_dim, device=args.device),
+            z=torch.zeros(rows, obs_dim, device=args.device),
+            action=torch.zeros(rows, action_dim, device=args.device),
+            log_prob=torch.zeros(rows, device=args.device),
+            advantages=torch.zeros(rows, device=args.device),
+            returns=torch.zeros(rows, device=args.device),
+        )
+        self.skills = 0  # subgoals per environment so far
+        self.added = 0  # rows
+
+    def __len__(self):
+        return self.added
+
+    def add(self, obs, z, action, log_prob, advantages, returns):
+        """Rows of one subgoal: obs, z (n, O), action (n, A), the others (n,)."""
+        rows = slice(self.added, self.added + len(obs))
+        for column, values in zip(self.columns.values(), (obs, z, action, log_prob, advantages, returns)):
+            column[rows] = torch.as_tensor(values).to(self.device)
+        self.added += len(obs)
+        self.skills += 1
+
+    def clear(self):
+        self.skills = 0
+        self.added = 0
+
+    def sample(self, batch_size: int):
+        """Uniform rows: obs, z (B, O), action (B, A), log_prob, advantages, returns (B,)."""
+        rows = torch.randint(len(self), (batch_size,), device=self.device)
+        return tuple(column[rows] for column in self.columns.values())
+
+    def state_dict(self) -> dict:
+        filled = {name: column[: len(self)].clone() for name, column in self.columns.items()}
+        return dict(filled, added=self.added, skills=self.skills)
+
+    def load_state_dict(self, state: dict):
+        self.added = int(state["added"])
+        self.skills = int(state["skills"])
+        for name, column in self.columns.items():
+            filled = column[: len(self)]
+            if state[name].shape != filled.shape or not state[name].isfinite().all():
+                raise ValueError(f"{name} of the roll-outs has another shape or is not finite")
+            filled.copy_(state[name])
+
+
+# --------------------------------------------------------------------------------------------------- logs, checkpoints
+def kept_random_state(args: Args):
+    """Context that leaves torch's random numbers as they were, also those of the GPU that is used."""
+    return torch.random.fork_rng([torch.cuda.current_device()] if args.device == "cuda" else [])
+
+
+def log(writer: SummaryWriter, group: str, values: dict, step: int):
+    """Scalars to TensorBoard as group/name."""
+    for name, value in values.items():
+        writer.add_scalar(f"{group}/{name}", value, step)
+
+
+def stop_at_signals() -> threading.Event:
+    """Ctrl-C or SIGTERM asks for a stop where everything can be saved; the second time the program ends at once."""
+    stop = threading.Event()
+
+    def ask(number, frame):
+        stop.set()
+        os.write(2, b"\nstopping: saves first (once more: stops at once)\n")  # print may not interrupt a print
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, ask)
+    signal.signal(signal.SIGTERM, ask)
+    return stop
+
+
+def write_json(path: Path, values: dict):
+    """Values as JSON. The file is renamed when it is whole, so that a crash never leaves half of it."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(values, indent=1))
+    part.replace(path)
+
+
+def passed(interval: int, step: int, new_steps: int) -> bool:
+    """Whether the last new_steps reached or passed a multiple of interval (0: never)."""
+    return interval > 0 and step // interval > (step - new_steps) // interval
+
+
+def save(path: Path, parts: dict, **values):
+    """Write the state of modules, optimizers and replay, plain values, and torch's random numbers.
+
+    The file is renamed when it is whole, so that a crash while writing leaves the one of before.
+    """
+    part = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same pre-trained model
+    state = {name: part.state_dict() for name, part in parts.items()}
+    rng = [torch.get_rng_state()]
+    if torch.cuda.is_initialized():
+        rng.append(torch.cuda.get_rng_state())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(dict(state, **values, rng=rng), part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        part.unlink(missing_ok=True)
+        reason = str(error).split("\n")[0]
+        sys.exit(f"error: cannot write {path} ({reason}); free some space or choose another folder")
+
+
+@contextlib.contextmanager
+def reading(path: Path):
+    """A file that is missing, damaged or of other sizes ends the program with a sentence."""
+    try:
+        yield
+    except FileNotFoundError:
+        sys.exit(f"error: {path} does not exist; check the path")
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        sys.exit(f"error: {path} is damaged or does not fit ({type(error).__name__}: {reason}); give another file")
+
+
+def load(path: Path, parts: dict) -> dict:
+    """Put what `save` wrote into parts; returns everything. Raises an error if a single bit is wrong."""
+    if zipfile.ZipFile(path).testzip() is not None:
+        raise ValueError("its checksum is wrong")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+        if isinstance(part, nn.Module):
+            for key, value in part.state_dict().items():
+                if not value.isfinite().all():
+                    raise ValueError(f"{key} is not finite")
+        if isinstance(part, torch.optim.Optimizer):
+            for weight, moments in part.state.items():
+                for moment in (moments["exp_avg"], moments["exp_avg_sq"]):
+                    if moment.shape != weight.shape or not moment.isfinite().all():
+                        raise ValueError("an optimizer's state has another shape or is not finite")
+    return state
+
+
+def set_random_state(rng: list):
+    """Go on with the random numbers of a checkpoint; without its GPU not bit for bit."""
+    torch.set_rng_state(rng[0])
+    if torch.cuda.is_available() and len(rng) > 1:
+        torch.cuda.set_rng_state(rng[1])
+
+
+# --------------------------------------------------------------------------------------------------------- pre-training
+def gradient_norm(module):
+    """Norm of a module's gradient, (), which keeps it; what check_finite looks at."""
+    return nn.utils.clip_grad_norm_(module.parameters(), float("inf"))
+
+
+def check_finite(metrics: dict):
+    """End the program before NaN gets into a checkpoint. After a NaN all gradients are NaN, so one look now and then
+    finds it; a look at every update would make the CPU wait for the GPU.
+    """
+    if not metrics["grad_norm"].isfinite():
+        sys.exit("error: the gradient is no number any more: lower the learning rate; the last checkpoint is kept")
+
+
+def find_pretrained(args: Args):
+    """Returns the file of the pre-trained model and, where it has to be trained first, the offline data or else None.
+
+    A model is found again by the data, the seed, the arguments under `# Model` and `# Pre-training`, and the code that
+    makes it: whoever changes one of them gets a new one.
+    """
+    task = data_tools.TASKS[args.env_id].data or args.env_id  # both kitchens share their data
+    if args.pretrained:
+        return Path(args.pretrained), None
+    data = data_tools.load_dataset(args.env_id, args.data_dir, args.dataset, args.data)
+    names = [field.name for field in fields(Args)]
+    names = names[names.index("skill_horizon") : names.index("demo_rows") + 1]
+    code = "".join(inspect.getsource(part) for part in (GoalNetwork, GoalPolicy, HighPolicy, relabel, pretrain_loss))
+    made_from = [data.fingerprint, args.seed, ast.dump(ast.parse(code)), GOAL_ENTRIES[args.env_id]]
+    made_from += [[name, getattr(args, name)] for name in names]
+    key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
+    path = data_tools.cache_dir(args.data_dir) / "pretrained" / f"{PRETRAINED}_{task}_{key}.pt"
+    return path, None if path.exists() else data
+
+
+@torch.no_grad()
+def prepare(networks, data, args: Args):
+    """Before pre-training: scales of observations, and the pairs that fine-tuning will imitate."""
+    for level in networks.keys() - {"demonstrations"}:
+        network = networks[level].net
+        network.mean.copy_(data.observations.mean(0))
+        network.std.copy_(data.observations.std(0).clamp(min=args.min_scale))
+    kept = networks["demonstrations"]
+    obs, goal, action = relabel(data, args.demo_rows, args)["low"]
+    kept.obs.copy_(obs)
+    kept.goal.copy_(goal)
+    kept.action.copy_(action)
+
+
+def pretrain(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop: threading.Event):
+    """Phase 1, RIL: both levels imitate the relabelled offline data; writes them to path."""
+    train_data, valid_data = data.to(args.device).split(0.99)
+    prepare(networks, train_data, args)
+    optimizer = torch.optim.Adam(networks.parameters(), lr=args.pretrain_lr, fused=True)
+    loss_fn = torch.compile(pretrain_loss, mode="reduce-overhead", dynamic=False, disable=not args.compile)
+    updates = 0
+    seconds = 0.0  # of earlier commands
+
+    parts = dict(networks=networks, optimizer=optimizer)
+    unfinished = path.with_suffix(".unfinished")
+    if unfinished.exists():  # go on where an earlier command was stopped
+        with reading(unfinished):
+            state = load(unfinished, parts)
+            updates = int(state["updates"])
+            seconds = float(state["seconds"])
+            set_random_state(state["rng"])
+        print(f"pre-training goes on at update {updates}: {unfinished}")
+    start_time = time.time() - seconds
+    save(unfinished, parts, updates=updates, seconds=seconds)  # a folder that cannot be written is noticed now
+    bar = tqdm(desc="pre-training", total=args.pretrain_updates, initial=updates, unit="update")
+
+    while updates < args.pretrain_updates:
+        optimizer.param_groups[0]["lr"] = args.pretrain_lr * (1 - updates / args.pretrain_updates)
+        batches = relabel(train_data, args.pretrain_batch_size, args)
+        torch.compiler.cudagraph_mark_step_begin()
+        loss, metrics = loss_fn(networks, batches)
+        optimizer.zero_grad()
+        loss.backward()
+        metrics["grad_norm"] = gradient_norm(networks)
+        optimizer.step()
+        updates += 1
+        bar.update()
+
+        finished = updates == args.pretrain_updates
+        stopping = stop.is_set()
+        saving = stopping or updates % 2_500 == 0
+        if finished or saving or updates % 100 == 0:
+            check_finite(metrics)
+            log(writer, "pretrain", metrics, updates)
+            bar.set_postfix({name: f"{value:.3g}" for name, value in metrics.items()})
+
+        # Losses do not tell whether the policies are any good: let them act in the task
+        if finished or updates % args.pretrain_eval_interval == 0:
+            num_episodes = args.pretrain_eval_episodes * (4 if finished else 1)
+            returns = prior_rollouts(networks, args, num_episodes)
+            facts = dict(prior_return=float(returns.mean()), prior_success=success(returns, args))
+            with kept_random_state(args), torch.no_grad():
+                _, metrics = pretrain_loss(networks, relabel(valid_data, args.pretrain_batch_size, args))
+            facts |= {f"valid_{name}": float(value) for name, value in metrics.items()}
+            log(writer, "pretrain", facts, updates)
+            words = ", ".join(f"{name} {value:.3g}" for name, value in facts.items())
+            bar.write(f"update {updates}: {words}")
+
+        if saving and not finished:
+            save(unfinished, parts, updates=updates, seconds=time.time() - start_time)
+        if stopping and not finished:
+            bar.close()
+            sys.exit("stopped in pre-training; the same command goes on")
+    bar.close()
+    facts |= dict(updates=updates, minutes=(time.time() - start_time) / 60, data=data.source)
+    save(path, dict(networks=networks), facts=facts)
+    unfinished.unlink(missing_ok=True)
+
+
+# -------------------------------------------------------------------------------------------------------- downstream RL
+class Agent(nn.Module):
+    """Both levels, the low level's value, and one step of PPO."""
+
+    def __init__(self, args: Args, networks: nn.ModuleDict):
+        super().__init__()
+        self.args = args
+        self.networks = networks
+        self.low = networks["low"]
+        obs_dim = len(self.low.net.mean)
+        seen = self.low.net.seen
+        self.value = GoalNetwork(obs_dim, (seen.start, seen.stop), 1, args).to(args.device)
+        self.value.mean.copy_(self.low.net.mean)
+        self.value.std.copy_(self.low.net.std)
+        nn.init.zeros_(self.value.net[-1].weight)  # nothing is expected before something was reached
+        self.register_buffer("demo_coef", torch.tensor(args.demo_coef, device=args.device))
+        with torch.no_grad():
+            self.low.log_std.clamp_(max=float(np.log(args.max_std)))
+        trained = [*self.low.parameters(), *self.value.parameters()]
+        self.optimizer = torch.optim.Adam(trained, lr=args.learning_rate, fused=True)
+        self.ppo_loss = torch.compile(ppo_loss, mode="reduce-overhead", dynamic=False, disable=not args.compile)
+
+    def choose_subgoal(self, obs):
+        """obs (E, O) NumPy -> subgoals (E, O) on the CPU."""
+        return choose_subgoal(self.networks, obs, self.args)
+
+    @torch.no_grad()
+    def rows(self, z, trace: dict):
+        """The env steps of one subgoal as rows of the buffer, without those after an episode's end.
+
+        z (E, O), trace as `collect` returns it. Returns the rows and the share of environments that got there, ().
+        """
+        args = self.args
+        trace = {name: values.to(args.device) for name, values in trace.items()}
+        obs = trace["obs"]  # (T, E, O)
+        next_obs = trace["next_obs"]
+        z = z.to(args.device).expand_as(obs)  # (T, E, O)
+        running = trace["running"]
+        ended = trace["terminations"] | trace["truncations"]  # (T, E)
+        distance = ((next_obs - z) / self.low.net.std).square().mean(-1).sqrt()
+        reached = distance < args.subgoal_eps  # (T, E)
+        bootstrap = ~trace["terminations"]
+        if args.flat:
+            rewards = args.reward_scale * trace["rewards"]
+        else:
+            rewards = reached.float()
+            bootstrap[-1] &= trace["truncations"][-1]  # with the subgoal's last step its episode ends, unless cut short
+        values = self.value(obs, z).squeeze(-1)  # (T, E)
+        next_values = self.value(next_obs, z).squeeze(-1)
+        advantages, returns = advantages_and_returns(
+            rewards, values, next_values, bootstrap.float(), (~ended).float(), args
+        )
+        action = trace["action"]
+        log_prob = log_probability(self.low(obs, z), action)  # (T, E)
+        columns = obs, z, action, log_prob, advantages, returns
+        return [column[running] for column in columns], reached.any(0).float().mean()
+
+    def update(self, obs, z, action, log_prob, advantages, returns) -> dict:
+        """One gradient step of low level and value on rows of the roll-outs; returns metrics."""
+        args = self.args
+        demo = self.networks["demonstrations"].sample(len(obs))
+        batch = obs, z, action, log_prob, advantages, returns
+        torch.compiler.cudagraph_mark_step_begin()
+        loss, metrics = self.ppo_loss(self.low, self.value, *batch, demo, self.demo_coef, args)
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = gradient_norm(self.low) + gradient_norm(self.value)
+        self.optimizer.step()
+        return dict(metrics, demo_coef=self.demo_coef, grad_norm=norm)
+
+
+def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, writer, stop: threading.Event) -> dict:
+    """Phase 2, RRF: fine-tuning of pre-trained networks or, where there is one, of the run's checkpoint.
+
+    facts about the pre-training go into the results, which are returned.
+    """
+    torch.manual_seed(args.seed)  # RL is the same whether the model was trained just now or comes from a file
+    agent = Agent(args, networks)
+    envs = data_tools.make_envs(args.env_id, args.num_envs)
+    obs, _ = envs.reset(seed=args.seed)  # (E, O)
+    rb = RolloutBuffer(obs.shape[1], envs.single_action_space.shape[0], args)
+    global_step = 0
+    gradient_step = 0
+    running_return = np.zeros(args.num_envs)  # (E,) of the episodes that have not ended yet
+    running_length = np.zeros(args.num_envs, dtype=np.int64)  # (E,)
+    episodes = []  # (env step, return, length, minutes) of those that have
+    evaluations = []  # (env step, mean return, success)
+    seconds = 0.0  # of earlier commands
+
+    parts = dict(agent=agent, rb=rb, optimizer=agent.optimizer)
+    checkpoint = run_dir / "checkpoint.pt"
+    if checkpoint.exists():
+        with reading(checkpoint):
+            state = load(checkpoint, parts)
+            obs = envs.set_state(state["envs"])
+            global_step = int(state["global_step"])
+            gradient_step = int(state["gradient_step"])
+            running_return[:] = state["running_return"].numpy()
+            running_length[:] = state["running_length"].numpy()
+            episodes = [(step, ret, length, minutes) for step, ret, length, minutes in state["episodes"]]
+            evaluations = [(step, ret, share) for step, ret, share in state["evaluations"]]
+            facts = dict(state["facts"])
+            seconds = float(state["seconds"])
+            set_random_state(state["rng"])
+    start_time = time.time() - seconds
+
+    def save_run():
+        """All that the future of the run depends on."""
+        save(
+            checkpoint,
+            parts,
+            args=asdict(args),
+            envs=envs.get_state(),
+            global_step=global_step,
+            gradient_step=gradient_step,
+            running_return=torch.from_numpy(running_return),
+            running_length=torch.from_numpy(running_length),
+            episodes=episodes,
+            evaluations=evaluations,
+            facts=facts,
+            seconds=time.time() - start_time,
+        )
+
+    low = copy.deepcopy(agent.low).cpu()  # acts next to the simulator
+    episodes_file = (run_dir / "episodes.csv").open("w", buffering=1, newline="")  # written line by line
+    episodes_csv = csv.writer(episodes_file)
+    episodes_csv.writerow(("env_step", "episodic_return", "episodic_length", "rl_minutes"))
+    episodes_csv.writerows(episodes)
+    bar = tqdm(desc="RL", total=args.total_timesteps, initial=global_step, unit="step")
+    stopping = global_step >= args.total_timesteps
+    if stopping and not checkpoint.exists():
+        save_run()  # --total-timesteps 0: RIL alone
+    while not stopping:
+        # ALGO LOGIC: put action logic here. One subgoal for each environment, then H env steps
+        z = agent.choose_subgoal(obs)  # (E, O)
+        obs, ended, trace = collect(envs, low, obs, z, args)
+        rows, reached = agent.rows(z, trace)
+        rb.add(*rows)
+        # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
+        if ended.any():
+            obs, _ = envs.reset(options=dict(reset_mask=ended))
+
+        # TRY NOT TO MODIFY: record the episodes that ended
+        running = trace["running"].numpy()  # (T, E)
+        new_steps = int(running.sum())
+        global_step += new_steps
+        running_return += (running * trace["rewards"].numpy()).sum(0)
+        running_length += running.sum(0)
+        for e in np.flatnonzero(ended):
+            seconds = time.time() - start_time
+            row = (global_step, float(running_return[e]), int(running_length[e]), round(seconds / 60, 3))
+            episodes.append(row)
+            episodes_csv.writerow(row)
+            last_100 = np.array([row[1] for row in episodes[-100:]])  # the paper shows training episodes
+            writer.add_scalar("charts/episodic_return", row[1], global_step)
+            writer.add_scalar("charts/episodic_length", row[2], global_step)
+            writer.add_scalar("charts/success", success(last_100, args), global_step)
+            writer.add_scalar("charts/SPS", global_step / seconds, global_step)
+            bar.set_postfix(updates=gradient_step, last_100=f"{last_100.mean():.3g}")
+        writer.add_scalar("charts/subgoals_reached", reached, global_step)
+        running_return[ended] = 0
+        running_length[ended] = 0
+        bar.update(new_steps)
+
+        # ALGO LOGIC: training. On-policy: what was collected is used for one round and thrown away
+        if rb.skills == args.rollout_skills:
+            for _ in range(max(1, int(args.epochs * len(rb) / args.batch_size))):
+                metrics = agent.update(*rb.sample(args.batch_size))
+                gradient_step += 1
+                if gradient_step % 100 == 0:
+                    log(writer, "losses", metrics, global_step)
+            check_finite(metrics)
+            agent.demo_coef *= args.demo_decay
+            rb.clear()
+            low = copy.deepcopy(agent.low).cpu()
+
+        # Evaluate without exploration noise
+        finished = global_step >= args.total_timesteps
+        if finished or passed(args.eval_interval, global_step, new_steps):
+            cpu = copy.deepcopy(agent.low).cpu()
+            returns, lengths = rollout(agent.choose_subgoal, cpu, args.eval_episodes, args, 10_000 + args.seed)
+            evaluations.append((global_step, float(returns.mean()), success(returns, args)))
+            writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
+            writer.add_scalar("eval/episodic_length", lengths.mean(), global_step)
+            writer.add_scalar("eval/success", success(returns, args), global_step)
+            bar.write(f"env step {global_step}: evaluation {returns.mean():.4g}, success {success(returns, args):.0%}")
+
+        stopping = finished or stop.is_set()
+        if stopping or passed(args.checkpoint_interval, global_step, new_steps):
+            save_run()
+
+    bar.close()
+    envs.close()
+    episodes_file.close()
+    if global_step < args.total_timesteps:
+        sys.exit(f"stopped at env step {global_step}; go on with: python {sys.argv[0]} --resume {run_dir}")
+    if args.capture_video:
+        low = copy.deepcopy(agent.low).cpu()
+        rollout(agent.choose_subgoal, low, 1, args, 10_000 + args.seed, run_dir / "evaluation.mp4")
+    last_100 = [row[1] for row in episodes[-100:]]
+    return dict(
+        env_steps=global_step,
+        updates=gradient_step,
+        rl_minutes=(time.time() - start_time) / 60,
+        last_100_return=float(np.mean(last_100)) if last_100 else None,
+        last_100_success=success(last_100, args),
+        evaluations=evaluations,
+        pretraining=facts,
+    )
+
+
+def evaluate(args: Args):
+    """--evaluate: episodes of a trained agent without exploration noise; needs neither data nor training."""
+    networks = make_networks(args, *data_tools.env_sizes(args.env_id))
+    agent = Agent(args, networks)
+    path = Path(args.evaluate)
+    with reading(path):
+        load(path, dict(agent=agent))
+    low = copy.deepcopy(agent.low).cpu()
+    returns, lengths = rollout(agent.choose_subgoal, low, args.eval_episodes, args, 10_000 + args.seed)
+    words = f"return {returns.mean():.4g}, success {success(returns, args):.0%}, {lengths.mean():.0f} env steps"
+    print(f"{args.env_id}: {args.eval_episodes} episodes of {path}: {words} on average")
+    if args.capture_video:
+        video = Path(args.run_dir) / f"{args.env_id}__{args.exp_name}__evaluation.mp4"
+        rollout(agent.choose_subgoal, low, 1, args, 10_000 + args.seed, video)
+        print(f"video: {video}")
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+# With --resume all other flags stay as they were.
+MAY_CHANGE = "resume device compile checkpoint_interval eval_interval eval_episodes capture_video total_timesteps"
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Command line -> Args, whose defaults are those of the task, or of the run or agent given."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--env-id", choices=list(data_tools.TASKS), default="maze")
+    first.add_argument("--device")
+    first.add_argument("--resume")
+    first.add_argument("--evaluate")
+    given, _ = first.parse_known_args(argv)
+
+    env_id = given.env_id
+    defaults = dict(env_id=env_id, **TASK_DEFAULTS.get(env_id, {}))
+    if given.evaluate:
+        with reading(given.evaluate):
+            defaults = load(given.evaluate, {})["args"]
+            check_types(defaults)
+        defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile)
+    if given.resume:
+        path = Path(given.resume) / "args.json"
+        with reading(path):
+            defaults = json.loads(path.read_text())
+            check_types(defaults)
+            for field in fields(Args):
+                defaults[field.name]  # all are there
+    if given.device:
+        defaults["compile"] = given.device == "cuda"
+    args = tyro.cli(Args, args=argv, default=Args(**defaults), description=__doc__.split("\n")[0])
+    for name, value in asdict(args).items():
+        if given.resume and name not in MAY_CHANGE.split() and value != defaults[name]:
+            sys.exit(f"error: --{name.replace('_', '-')} cannot change with --resume: leave it out, or begin a new run")
+    return args
+
+
+def check_types(values: dict):
+    """Raise an error if saved arguments are not those of this file."""
+    types = {field.name: field.type for field in fields(Args)}
+    for name, value in values.items():
+        kind = float if type(value) is int and types[name] is float else type(value)
+        choices = get_args(types[name])  # values of a Literal, types of `str | None`
+        if kind is not types[name] and kind not in choices and value not in choices:
+            raise ValueError(f"{name} cannot be {value!r}")
+
+
+def check_args(args: Args):
+    """End the program with a sentence where arguments cannot work."""
+    may_be_zero = "seed", "eval_interval", "total_timesteps"
+    for name, value in asdict(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        if type(value) in (int, float) and not 0 <= value < float("inf"):
+            sys.exit(f"error: {flag} {value} does not work; give a number that is not negative")
+        if type(value) is int and value == 0 and name not in may_be_zero:
+            sys.exit(f"error: {flag} 0 does not work; give at least 1")
+        if name in ("gamma", "gae_lambda", "demo_decay") and value > 1:
+            sys.exit(f"error: {flag} {value} does not work; give at most 1")
+        if name in ("min_scale", "max_std") and value == 0:
+            sys.exit(f"error: {flag} 0 does not work; give a small number")
+    if args.env_id in data_tools.TASKS and args.env_id not in GOALS:
+        sys.exit(f"error: --env-id {args.env_id} has no goal here; add it to GOALS and GOAL_ENTRIES")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: torch finds no CUDA device; use --device cpu")
+
+
+def main(args: Args) -> dict:
+    """Both phases of a run; returns its results."""
+    check_args(args)
+    torch.set_num_threads(min(torch.get_num_threads(), 8))  # more do not help networks of this size
+    if args.evaluate:
+        return evaluate(args)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: sys.exit("stopped before there was anything to save"))
+    torch.manual_seed(args.seed)
+    networks = make_networks(args, *data_tools.env_sizes(args.env_id))
+
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
+    run_dir = Path(args.resume or f"{args.run_dir}/{run_name}")
+    resumed = (run_dir / "checkpoint.pt").exists()  # it holds all networks
+    path, data = (None, None) if resumed else find_pretrained(args)
+    rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {args.device}, torch {torch.__version__}"
+    facts = {}
+    try:
+        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+        write_json(run_dir / "args.json", asdict(args))
+        with SummaryWriter(run_dir) as writer:
+            writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+            stop = stop_at_signals()
+            if data is not None:
+                pretrain(args, networks, path, data, writer, stop)
+            if not resumed:
+                with reading(path):
+                    facts = dict(load(path, dict(networks=networks))["facts"])
+                print(f"pre-trained model: {path}")
+            results = train(args, networks, facts, run_dir, writer, stop)
+        results |= dict(machine=machine, args=asdict(args))
+        write_json(run_dir / "results.json", results)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).split("\n")[0]
+        sys.exit(f"error: torch.compile failed ({reason}); use --no-compile or install a C++ compiler")
+    except OSError as error:  # while logs, episodes.csv or results.json were written
+        sys.exit(f"error: cannot write to {run_dir} ({error}); free some space or choose another --run-dir")
+    print(f"finished: {run_dir}; curves: tensorboard --logdir {run_dir}")
+    return results
+
+
+if __name__ == "__main__":
+    main(parse_args())

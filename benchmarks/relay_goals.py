@@ -1,0 +1,168 @@
+"""Relay's policies on compound goals of the kitchen: sub-tasks in order and in any order, and a picture of subgoals.
+
+    python benchmarks/relay_goals.py RUN_OR_MODEL --out runs/goals.json                    # a checkpoint.pt or a model
+    python benchmarks/relay_goals.py RUN_OR_MODEL --out runs/goals.json --picture subgoals.png
+
+Goals are the two tasks and, of the 24 sets of four sub-tasks that people demonstrated, 17 that a fixed seed draws, as
+many as in the paper's table 1 (which ones it took is not known). Each goal is a task of its own for the simulator: what
+counts in order is that of the demonstrations. RUN_OR_MODEL was trained in one of the kitchens; its arguments come from
+the checkpoint or, for a pre-trained model, are the file's defaults with --flat.
+"""
+
+import copy
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+import tyro
+from gymnasium.vector import AutoresetMode
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from algos import relay
+from benchmarks.pictures import Recorder, save_figure
+from data_tools.tasks import kitchen
+
+# First letters of microwave, kettle, bottom burner, top burner, light switch, slide cabinet, hinge cabinet.
+DEMONSTRATED = (
+    "kbsh kbls klsh ktbs ktls kblh ktbh ktbl ktlh mbsh mbls mkbh "
+    "mkbs mksh mkls mkth mktl mklh mtbh mtbs mtbl mtlh tbls tbsh"
+).split()
+LETTERS = {name[0]: name for name in kitchen.ELEMENTS}
+TASKS = {"kitchen": kitchen.SUBTASKS["kitchen"], "kitchen-misaligned": kitchen.SUBTASKS["kitchen-misaligned"]}
+
+
+@dataclass
+class Args:
+    path: tyro.conf.Positional[Path]  # checkpoint or pre-trained model
+    out: Path  # JSON
+    flat: bool = False  # the pre-trained model has one level
+    task_episodes: int = 40  # episodes of each task
+    episodes: int = 4  # episodes of each of the 17 goals
+    seed: int = 1_000  # of the episodes
+    picture: Path | None = None  # where to draw subgoals of an episode of the Kitchen task
+
+
+def compound_goals() -> dict[str, tuple[str, ...]]:
+    """The tasks and 17 demonstrated sets: name -> sub-tasks in order."""
+    chosen = np.random.default_rng(0).permutation(len(DEMONSTRATED))[:17]
+    return TASKS | {DEMONSTRATED[k]: tuple(LETTERS[letter] for letter in DEMONSTRATED[k]) for k in sorted(chosen)}
+
+
+def entries(subtasks) -> dict[int, float]:
+    """A goal as relay.GOALS has it."""
+    pairs = [zip(*kitchen.ELEMENTS[name]) for name in subtasks]
+    return {entry: value for pair in pairs for entry, value in pair}
+
+
+def load(given: Args):
+    """Networks on the CPU and their arguments."""
+    with relay.reading(given.path):
+        state = relay.load(given.path, {})
+        args = relay.Args(**state["args"]) if "args" in state else relay.Args(env_id="kitchen", flat=given.flat)
+        args.device = "cpu"
+        args.compile = False
+        networks = relay.make_networks(args, 30, 9)
+        if "agent" in state:
+            relay.load(given.path, dict(agent=relay.Agent(args, networks)))
+        else:
+            relay.load(given.path, dict(networks=networks))
+    return networks.eval(), args
+
+
+def episodes(networks, args, subtasks, number: int, seed: int):
+    """Roll-outs of the file itself: sub-tasks in order (E,), in any order (E,), subgoals (E, n, O), trace."""
+    recorders = []
+    subgoals = []
+
+    def make_envs(env_id, num_envs, video=None):
+        envs = kitchen.KitchenVectorEnv(num_envs, subtasks, autoreset_mode=AutoresetMode.DISABLED)
+        recorders.append(Recorder(envs))
+        return recorders[0]
+
+    def choose_skill(obs):
+        subgoals.append(relay.choose_subgoal(networks, obs, args))
+        return subgoals[-1]
+
+    low = copy.deepcopy(networks["low"])
+    with (
+        mock.patch.object(relay.data_tools, "make_envs", make_envs),
+        mock.patch.dict(relay.GOALS, {args.env_id: entries(subtasks)}),
+    ):
+        returns, _ = relay.rollout(choose_skill, low, number, args, seed)
+    trace = recorders[0].arrays()
+    done = kitchen.elements_complete(trace[0])  # frozen members repeat their last observation
+    any_order = sum(done[name].any(0) for name in subtasks)
+    return returns, any_order, torch.stack(subgoals, 1).numpy(), trace
+
+
+def draw_subgoals(z, obs, subtasks, H: int, path: Path):
+    """One episode: above, what the high level asked for and what was there H steps later; below, how far each element
+    of the goal was from done, and in the subgoals. z (n, O), obs (T+1, O).
+    """
+    shown = list(range(len(z)))
+    figure = Figure(figsize=(2 * len(shown), 7.2))
+    grid = figure.add_gridspec(4, len(shown), height_ratios=(1.5, 1.5, 0.25, 3), hspace=0.06, wspace=0.03)
+    for k in shown:
+        end = min((k + 1) * H, len(obs) - 1)
+        for row, state in enumerate((z[k], obs[end])):
+            axes = figure.add_subplot(grid[row, k])
+            axes.imshow(kitchen.draw(state.astype(np.float64)))
+            axes.set(xticks=[], yticks=[])
+            if k == 0:
+                axes.set_ylabel(("subgoal", f"{H} steps later")[row])
+            if row == 0:
+                axes.set_title(f"step {k * H}", fontsize="small")
+    axes = figure.add_subplot(grid[3, :])
+    for colour, name in enumerate(subtasks):
+        indices, goal = kitchen.ELEMENTS[name]
+        way = np.linalg.norm(obs[:, indices] - np.array(goal), axis=-1)
+        asked = np.linalg.norm(z[:, indices] - np.array(goal), axis=-1)
+        axes.plot(way, color=f"C{colour}", label=name.replace("_", " "))
+        axes.hlines(asked, np.arange(len(z)) * H, (np.arange(len(z)) + 1) * H, f"C{colour}", "dashed")
+    axes.axhline(kitchen.COMPLETE_DISTANCE, color="0.6", lw=0.8)
+    axes.text(len(obs), kitchen.COMPLETE_DISTANCE, " done below", va="center", fontsize="small", color="0.4")
+    axes.set(xlim=(0, len(z) * H), xlabel="env step", ylabel="distance from done")
+    axes.legend(title="solid: reached, dashed: subgoal", fontsize="small")
+    save_figure(figure, path)
+
+
+def main(given: Args) -> dict:
+    networks, args = load(given)
+    torch.set_num_threads(1)
+    start = time.time()
+    scores = {}
+    for name, subtasks in compound_goals().items():
+        number = given.task_episodes if name in TASKS else given.episodes
+        in_order, any_order, z, trace = episodes(networks, args, subtasks, number, given.seed)
+        scores[name] = dict(in_order=float(in_order.mean()), any_order=float(any_order.mean()), episodes=number)
+        scores[name]["std_in_order"] = float(in_order.std())
+        scores[name]["all_done_any_order"] = float((any_order == 4).mean())
+        print(f"{name:20}", " ".join(f"{key} {value:.2f}" for key, value in scores[name].items()), flush=True)
+        if name == "kitchen" and given.picture:
+            best = int(np.argsort(in_order)[len(in_order) // 2])  # an episode of middling return
+            draw_subgoals(z[best], trace[0][:, best], subtasks, args.skill_horizon, given.picture)
+    demonstrated = [scores[name] for name in scores if name not in TASKS]
+    means = {key: float(np.mean([score[key] for score in demonstrated])) for key in demonstrated[0]}
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    facts = dict(command=" ".join(["python", *sys.argv]), commit=commit, flat=args.flat, trained=vars(args))
+    facts |= dict(machine=f"{platform.machine()}, {os.cpu_count()} cores, one thread, torch {torch.__version__}")
+    facts |= dict(minutes=(time.time() - start) / 60, demonstrated=means, goals=scores)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(json.dumps(facts, indent=1) + "\n")
+    print(f"17 demonstrated sets: {means['in_order']:.2f} in order, {means['any_order']:.2f} in any order of 4")
+    return facts
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

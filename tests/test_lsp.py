@@ -1,0 +1,303 @@
+"""lsp.py: Dreamer where there are no skills, the mutual-information bound, the planner, and how long a skill lasts."""
+
+import copy
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from algos import dreamer, lsp
+
+SIZES = dict(
+    env_id="calvin", device="cpu", compile=False, position_features=False, num_envs=2, deter_dim=12, stoch_dim=4,
+    encoder_dim=16, hidden_dim=16, batch_size=6, batch_length=5, imagine_starts=20,
+)  # fmt: skip
+
+
+def tiny_args(**changes):
+    small = dict(skill_horizon=4, num_skills=2, num_samples=8, num_elites=3, cem_iters=2)
+    return lsp.Args(**(SIZES | small | changes))
+
+
+def tiny_batch(args, obs_dim=3, action_dim=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    B = args.batch_size
+    L = args.batch_length
+    obs = torch.randn(B, L, obs_dim, generator=generator)
+    action = torch.rand(B, L, action_dim, generator=generator) * 2 - 1
+    return obs, action, torch.randn(B, L, generator=generator), torch.zeros(B, L)
+
+
+def new_agent(args, seed=0, obs_dim=3, action_dim=2):
+    torch.manual_seed(seed)
+    return lsp.Agent(args, obs_dim, action_dim)
+
+
+# ------------------------------------------------------------------------------------------------------- without skills
+@pytest.mark.parametrize("continue_head", [False, True])
+def test_without_skills_it_is_dreamer_bit_for_bit(continue_head):
+    ours = tiny_args(skill_dim=0, random_skills=True, continue_head=continue_head)
+    theirs = dreamer.Args(**SIZES, imagine_steps=4, continue_head=continue_head)
+    one = new_agent(ours)
+    torch.manual_seed(0)
+    other = dreamer.Agent(theirs, 3, 2)
+    filters = lsp.Filter(one, 2, 2, explore=True), dreamer.Filter(other, 2, 2, explore=True)
+    for k in range(4):
+        metrics = []
+        actions = []
+        for agent, choose_action in zip((one, other), filters):
+            torch.manual_seed(k)
+            metrics.append(agent.update(*tiny_batch(ours, seed=k)))
+            actions.append(choose_action(np.full((2, 3), k, np.float32)))
+        assert np.array_equal(*actions)
+        for name in metrics[1].keys() - {"grad_norm"}:
+            assert torch.equal(metrics[0][name], metrics[1][name]), name
+        assert metrics[0]["skill_information"] == 0
+    for name, value in other.state_dict().items():
+        assert torch.equal(one.state_dict()[name], value), name
+
+
+# --------------------------------------------------------------------------------------------------------------- losses
+def test_information_is_the_difference_of_log_likelihoods():
+    torch.manual_seed(0)
+    predictor = lsp.SkillPredictor(tiny_args())
+    start, feature, z = torch.randn(7, 16), torch.randn(4, 7, 16), torch.randn(7, 3)
+    q = torch.distributions.Normal(*predictor(start, feature))
+    p = torch.distributions.Normal(torch.zeros(3), torch.ones(3))
+    expected = (q.log_prob(z.expand(4, 7, 3)) - p.log_prob(z)).sum(-1)
+    information = lsp.skill_information(predictor, start, feature, z)
+    assert information.shape == (4, 7)
+    torch.testing.assert_close(information, expected)
+    loss = lsp.predictor_loss(predictor, start, feature, z)
+    torch.testing.assert_close(loss, -expected.mean())
+    # a predictor that knows nothing says N(0, I): no information; one that knows all is bounded by its least std
+    with torch.no_grad():
+        predictor.net[-1].weight.zero_()
+        predictor.net[-1].bias.zero_()
+        assert lsp.skill_information(predictor, start, feature, z).abs().max() == 0
+        predictor.net[-1].bias[3:] = -1e6
+    _, std = predictor(start, feature)
+    torch.testing.assert_close(std, torch.full((4, 7, 3), math.exp(-5)))
+
+
+def behave(agent, args, seed=3):
+    torch.manual_seed(1)
+    h = torch.randn(6, 5, 12)
+    s = torch.randn(6, 5, 4)
+    for frozen in (agent.model, agent.critic, agent.predictor):
+        frozen.requires_grad_(False)
+    torch.manual_seed(seed)
+    return lsp.skill_loss(agent.model, agent.actor, agent.critic, agent.predictor, h, s, args)
+
+
+def has_gradient(module):
+    return any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+
+
+def test_each_loss_moves_its_own_network_only():
+    args = tiny_args()
+    agent = new_agent(args)
+    loss, metrics, for_critic, for_predictor = behave(agent, args)
+    loss.backward()
+    assert has_gradient(agent.actor)
+    assert not any(has_gradient(part) for part in (agent.model, agent.critic, agent.predictor))
+    agent.predictor.requires_grad_(True)
+    agent.actor_optimizer.zero_grad()
+    lsp.predictor_loss(agent.predictor, *for_predictor).backward()
+    assert has_gradient(agent.predictor) and not has_gradient(agent.actor)
+    # The critic learns from returns alone: the information is not among them
+    assert for_critic[0].shape == (3, 20, 16) and for_critic[1].shape == (3, 20)
+    other, *rest = behave(agent, tiny_args(mi_coef=2.1))
+    assert loss.item() - other.item() == pytest.approx(2.0 * metrics["skill_information"].item(), rel=1e-4)
+    assert torch.equal(rest[1][1], for_critic[1])
+
+
+def test_gradients_come_through_the_model_alone():
+    args = tiny_args()
+    agent = new_agent(args)
+    with torch.no_grad():
+        agent.model.cell_input[0].weight[:, 4:] = 0  # actions change nothing
+    behave(agent, args)[0].backward()
+    assert not has_gradient(agent.actor)
+
+
+def test_a_start_has_one_skill_for_the_whole_imagination(monkeypatch):
+    seen = []
+    args = tiny_args(imagine_starts=7)
+    agent = new_agent(args)
+    forward = agent.actor.forward
+    agent.actor.forward = lambda feature, z: seen.append(z) or forward(feature, z)
+    _, _, _, (start, feature, z) = behave(agent, args)
+    assert len(seen) == 4 and all(torch.equal(other, z) for other in seen)
+    assert z.shape == (7, 3) and len(z[:, 0].unique()) == 7 and feature.shape == (4, 7, 16)
+    torch.manual_seed(1)
+    h = torch.randn(6, 5, 12).flatten(0, 1)
+    assert all((row[4:] == h).all(1).any() for row in start)  # starts are states of the batch
+
+
+def test_information_rises_where_actions_can_be_seen():
+    """o' = o + a: the model learns it, and then skills come to mean directions."""
+    args = tiny_args(
+        learning_rate=3e-3, actor_lr=1e-3, predictor_lr=3e-3, mi_coef=1.0, free_nats=0.5, batch_size=16, skill_dim=2
+    )
+    agent = new_agent(args, obs_dim=2)
+    rng = np.random.default_rng(0)
+    information = []
+    for _ in range(250):
+        action = rng.uniform(-1, 1, (16, 5, 2)).astype(np.float32)
+        obs = torch.from_numpy(action.cumsum(1))
+        nothing = torch.zeros(16, 5)
+        metrics = agent.update(obs, torch.from_numpy(action), nothing, nothing)
+        information.append(metrics["skill_information"].item())
+    assert np.mean(information[:20]) < 0.2
+    assert np.mean(information[-20:]) > 1
+
+
+# -------------------------------------------------------------------------------------------------------------- planner
+class Line:
+    """A model whose s moves by the action and whose h counts steps; reward and value as given."""
+
+    def __init__(self, reward):
+        self.reward = reward
+        self.continue_model = None
+
+    def step(self, h, s, action):
+        self.s = s + action
+        return h + 1
+
+    def prior(self, h):
+        return self.s, torch.ones_like(self.s)
+
+
+def test_planner_finds_the_best_skills():
+    """Actions are the tanh of skills; the best are 1.2 for K steps, then -.4. Plans of both environments are apart."""
+    args = tiny_args(skill_dim=1, num_samples=400, num_elites=20, cem_iters=8, skill_horizon=3, gamma=0.9)
+    best = torch.tensor([1.2, -0.4])
+
+    def reward(feature):  # s, h: how far s is from where the best skills lead
+        s, h = feature.unbind(-1)
+        steps = torch.stack([h.clamp(max=3), (h - 3).clamp(min=0)], -1)
+        return -((s - (steps * torch.tanh(best)).sum(-1)) ** 2) * 50
+
+    def actor(feature, z):
+        return z, None
+
+    torch.manual_seed(0)
+    nothing = torch.zeros(2, 1)
+    inputs = Line(reward), actor, lambda feature: 0 * feature[..., :1], nothing, nothing
+    z, mean = lsp.plan_skills(*inputs, torch.zeros(2, 2, 1), 0.0, args)
+    torch.testing.assert_close(mean[..., 0], best.expand(2, 2), atol=0.08, rtol=0)
+    assert torch.equal(z, mean[:, 0])
+    noisy, mean = lsp.plan_skills(*inputs, torch.zeros(2, 2, 1), 1.0, args)
+    assert 0 < (noisy - mean[:, 0]).abs().max() < 0.6
+
+
+def test_plans_count_all_discounted_rewards_and_the_value_behind_them():
+    """One plan is its own elite: compared with a walk by hand."""
+    args = tiny_args(skill_dim=1, num_samples=2, num_elites=1, cem_iters=1, skill_horizon=3, gamma=0.9)
+    values = []
+
+    def critic(feature):
+        values.append(feature[..., :1] * 7)
+        return values[-1]
+
+    real = torch.Tensor.topk
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "topk", lambda value, *rest: seen.append(value) or real(value, *rest))
+        torch.manual_seed(0)
+        nothing = torch.zeros(1, 1)
+        inputs = Line(lambda feature: feature[..., 0]), lambda feature, z: (z, None), critic, nothing, nothing
+        lsp.plan_skills(*inputs, torch.zeros(1, 2, 1), 0.0, args)
+        torch.manual_seed(0)
+        plans = torch.randn(1, 2, 2, 1).clamp(-3, 3)
+    for p in range(2):
+        s, total = 0.0, 0.0
+        for t in range(6):
+            s += math.tanh(plans[0, p, t // 3, 0])
+            total += 0.9**t * s
+        assert seen[0][0, p].item() == pytest.approx(total + 0.9**6 * 7 * s, rel=1e-4)
+    assert len(values) == 1
+
+
+# --------------------------------------------------------------------------------------------------------------- acting
+@pytest.mark.parametrize("random_skills", [False, True])
+def test_a_skill_lasts_k_steps_or_to_the_end_of_the_episode(random_skills):
+    args = tiny_args(skill_horizon=4, random_skills=random_skills)
+    agent = new_agent(args)
+    acting = lsp.Filter(agent, 2, 2, explore=True)
+    rng = np.random.default_rng(0)
+    skills = []
+    for t in range(13):
+        acting(rng.normal(size=(2, 3)).astype(np.float32))
+        skills.append(acting.z.clone())
+        if t == 5:
+            acting.forget(np.array([False, True]))
+            assert (acting.h[1] == 0).all() and (acting.s[1] == 0).all() and (acting.action[1] == 0).all()
+            assert (acting.mean[1] == 0).all() and (acting.h[0] != 0).any()
+    for e, starts in enumerate(([0, 4, 8, 12], [0, 4, 6, 10])):
+        changed = [t for t in range(13) if t == 0 or not torch.equal(skills[t][e], skills[t - 1][e])]
+        assert changed == starts
+
+
+def test_plans_move_on_by_a_skill(monkeypatch):
+    args = tiny_args()
+    agent = new_agent(args)
+    given = []
+
+    def plan_skills(model, actor, critic, h, s, mean, noise_scale, args):
+        given.append((mean.clone(), noise_scale))
+        return torch.ones(2, 3), mean + torch.arange(1.0, 3.0)[:, None]
+
+    monkeypatch.setattr(lsp, "plan_skills", plan_skills)
+    acting = lsp.Filter(agent, 2, 2, explore=False)
+    for _ in range(5):
+        acting(np.zeros((2, 3), np.float32))
+    assert len(given) == 2 and given[0][1] == 0.0
+    assert (given[0][0] == 0).all()
+    assert (given[1][0][:, 0] == 2).all() and (given[1][0][:, 1] == 0).all()
+
+
+def test_acting_filters_as_training_does(monkeypatch):
+    """Observations, with the actions that were executed, through the buffer and `observe`: the same states."""
+    args = tiny_args(batch_length=6)
+    agent = new_agent(args)
+    acting = lsp.Filter(agent, 2, 2, explore=True)
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    rb = lsp.SequenceBuffer(3, 2, 6, args)
+    rng = np.random.default_rng(0)
+    obs = rng.normal(size=(2, 3)).astype(np.float32)
+    rb.begin(obs, np.ones(2, bool))
+    for _ in range(6):
+        action = acting(obs)
+        states = copy.copy((acting.h, acting.s))
+        obs = rng.normal(size=(2, 3)).astype(np.float32)
+        rb.add(obs, action, np.zeros(2), np.zeros(2))
+    rows = rb.rows.unflatten(0, (-1, 2)).transpose(0, 1)[:, :6]  # (E, L, ...)
+    h, s, _ = agent.model.observe(rows[..., :3], rows[..., 3:5])
+    torch.testing.assert_close(h[:, -1], states[0], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(s[:, -1], states[1], atol=1e-6, rtol=1e-5)
+
+
+def test_losses_can_be_compiled_whole():
+    args = tiny_args()
+    agent = new_agent(args)
+    parts = SimpleNamespace(loss=behave(agent, args)[0])
+    with pytest.MonkeyPatch.context() as patch:
+        compiled = torch.compile(lsp.skill_loss, backend="eager", fullgraph=True, dynamic=False)
+        patch.setattr(lsp, "skill_loss", compiled)
+        assert torch.equal(behave(agent, args)[0], parts.loss)
+
+
+@pytest.mark.parametrize("flags", [dict(batch_length=1), dict(skill_horizon=1), dict(num_elites=9), dict(num_skills=0)])
+def test_senseless_arguments_are_refused(flags):
+    with pytest.raises(SystemExit, match="error: --"):
+        lsp.check_args(tiny_args(**flags))
+
+
+def test_the_command_line():
+    args = lsp.parse_args(["--env-id", "calvin", "--cpu-preset", "--imagine-starts", "100"])
+    assert args.deter_dim == lsp.CPU_PRESET["deter_dim"] and args.imagine_starts == 100
+    assert args.total_timesteps == 2_000_000 and args.mi_coef == 1.0

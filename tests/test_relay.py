@@ -1,0 +1,337 @@
+"""relay.py: relabelled pairs by enumeration, losses in NumPy, a line world that is crossed, PPO on a small problem."""
+
+import copy
+import types
+
+import numpy as np
+import pytest
+import torch
+
+import data_tools
+from algos import relay
+from data_tools.tasks import calvin, kitchen, maze
+
+WALK = 25  # env steps of an episode in the line world
+
+
+def tiny_args(**changes):
+    small = dict(
+        env_id="maze", device="cpu", compile=False, hidden_dim=32, num_envs=2, batch_size=64, skill_horizon=5,
+        low_window=5, high_window=40, demo_rows=50, position_features=False,
+    )  # fmt: skip
+    return relay.Args(**(small | changes))
+
+
+def episodes(*lengths, obs_dim=1):
+    """Data whose observations and actions are the numbers of their rows."""
+    rows = np.arange(sum(lengths), dtype=np.float32)
+    ends = np.isin(rows, np.cumsum(lengths) - 1)
+    obs = np.repeat(1 + rows[:, None], obs_dim, 1)
+    return data_tools.OfflineDataset(obs, 1 + rows[:, None], np.zeros_like(ends), ends)
+
+
+# ---------------------------------------------------------------------------------------------------------- relabelling
+@pytest.mark.parametrize("window", [1, 3, 100])
+def test_all_pairs_of_an_episode_are_equally_likely_and_no_others(window):
+    lengths = 2, 5, 1, 4
+    data = episodes(*lengths)
+    starts = np.cumsum([0, *lengths[:-1]])
+    pairs = {
+        (start + t, w)
+        for start, length in zip(starts, lengths)
+        for t in range(length)
+        for w in range(1, window + 1)
+        if t + w < length
+    }
+    torch.manual_seed(0)
+    draws = 2_000 * len(pairs)
+    t, w = data.sample_pairs(draws, window)
+    found, counts = np.unique(torch.stack([t, w], 1).numpy(), axis=0, return_counts=True)
+    assert {tuple(pair) for pair in found.tolist()} == pairs
+    chi_square = ((counts - 2_000) ** 2 / 2_000).sum()
+    assert chi_square < len(pairs) + 5 * np.sqrt(2 * len(pairs))
+
+
+def test_pairs_need_two_rows():
+    with pytest.raises(data_tools.DataError, match="no two rows"):
+        episodes(1, 1, 1).sample_pairs(3, 5)
+    with pytest.raises(data_tools.DataError, match="no two rows"):
+        episodes(5).sample_pairs(3, 0)
+
+
+def test_subgoals_are_goals_cut_at_the_low_window():
+    torch.manual_seed(0)
+    data = episodes(30, 50)
+    batches = relay.relabel(data, 4_000, tiny_args())
+    obs, goal, action = (x.squeeze(1).numpy() for x in batches["low"])
+    assert np.array_equal(obs, action) and set((goal - obs).tolist()) == {1, 2, 3, 4, 5}
+    obs, goal, subgoal = (x.squeeze(1).numpy() for x in batches["high"])
+    assert (goal - obs).max() == 40 and np.array_equal(subgoal, np.minimum(goal, obs + 5))
+    flat = relay.relabel(data, 4_000, tiny_args(flat=True))
+    obs, goal, action = (x.squeeze(1).numpy() for x in flat["low"])
+    assert flat.keys() == {"low"} and (goal - obs).max() == 40 and np.array_equal(obs, action)
+
+
+# --------------------------------------------------------------------------------------------------------------- losses
+def normal_log_prob(mean, std, x):
+    return (-0.5 * ((x - mean) / std) ** 2 - np.log(std) - 0.5 * np.log(2 * np.pi)).sum(-1)
+
+
+def random_networks(args, obs_dim=4, action_dim=2):
+    """Networks with scales and widths other than 1."""
+    networks = relay.make_networks(args, obs_dim, action_dim)
+    for level in networks.keys() - {"demonstrations"}:
+        torch.nn.init.uniform_(networks[level].log_std, -1, 1)
+        networks[level].net.mean.uniform_(-1, 1)
+        networks[level].net.std.uniform_(0.5, 2)
+    return networks.double()
+
+
+def test_imitation_is_the_gaussian_likelihood_of_each_level_and_separate():
+    torch.manual_seed(0)
+    networks = random_networks(tiny_args())
+    sizes = dict(low=2, high=4)
+    batches = {level: [torch.randn(6, n, dtype=torch.float64) for n in (4, 4, size)] for level, size in sizes.items()}
+    loss, metrics = relay.pretrain_loss(networks, batches)
+    loss.backward()
+    expected = 0.0
+    for level, (obs, goal, target) in batches.items():
+        policy = networks[level]
+        net = policy.net
+        way = ((goal - obs) / net.std)[:, :2] if level == "high" else (goal - obs) / net.std  # maze: position is seen
+        out = net.net(torch.cat([(obs - net.mean) / net.std, way], -1)).detach()
+        std = policy.log_std.detach().exp()
+        if level == "high":  # in standard deviations, from where it is
+            out = obs + out * net.std
+            std = std * net.std
+        value = -normal_log_prob(out.numpy(), std.numpy(), target.numpy()).mean()
+        assert metrics[f"{level}_loss"].item() == pytest.approx(value)
+        expected += value
+        alone = copy.deepcopy(networks)
+        alone.zero_grad()
+        relay.pretrain_loss(alone, {level: batches[level]})[0].backward()
+        for name, parameter in alone[level].named_parameters():
+            assert torch.allclose(parameter.grad, networks[level].get_parameter(name).grad)
+        others = [p for key in alone.keys() - {level} for p in alone[key].parameters()]
+        assert others and all(p.grad is None or not p.grad.any() for p in others)
+    assert loss.item() == pytest.approx(expected)
+
+
+def test_ppo_loss_is_the_clipped_one_plus_imitation():
+    torch.manual_seed(1)
+    args = tiny_args(clip=0.2)
+    networks = random_networks(args)
+    low = networks["low"]
+    value = relay.GoalNetwork(4, (0, 4), 1, args).double()
+    obs, z = torch.randn(2, 40, 4, dtype=torch.float64)
+    action = torch.randn(40, 2, dtype=torch.float64)
+    returns, advantages = torch.randn(2, 40, dtype=torch.float64)
+    new = relay.log_probability(low(obs, z), action).detach()
+    old = new - torch.linspace(-1, 1, 40, dtype=torch.float64)  # ratios from 1/e to e
+    demo = [torch.randn(9, n, dtype=torch.float64) for n in (4, 4, 2)]
+    loss, metrics = relay.ppo_loss(low, value, obs, z, action, old, advantages, returns, demo, torch.tensor(0.3), args)
+    ratio = (new - old).exp().numpy()
+    a = advantages.numpy()
+    a = (a - a.mean()) / (a.std(ddof=1) + 0.01)
+    gain = np.where(a > 0, np.minimum(ratio, 1.2), np.maximum(ratio, 0.8)) * a
+    error = 0.5 * np.mean((value(obs, z).squeeze(1).detach().numpy() - returns.numpy()) ** 2)
+    mean, std = low(*demo[:2])
+    imitation = -normal_log_prob(mean.detach().numpy(), std.detach().numpy(), demo[2].numpy()).mean()
+    assert metrics["policy_loss"].item() == pytest.approx(-gain.mean())
+    assert loss.item() == pytest.approx(-gain.mean() + error + 0.3 * imitation)
+
+
+def test_advantages_are_sums_of_weighted_errors_up_to_each_end():
+    rng = np.random.default_rng(0)
+    args = tiny_args(gamma=0.9, gae_lambda=0.8)
+    T, E = 7, 3
+    rewards, values, next_values = rng.normal(size=(3, T, E))
+    bootstrap, goes_on = (rng.random((2, T, E)) < 0.7).astype(float)
+    inputs = [torch.tensor(x) for x in (rewards, values, next_values, bootstrap, goes_on)]
+    advantages, returns = relay.advantages_and_returns(*inputs, args)
+    for e in range(E):
+        for t in range(T):
+            expected = 0.0
+            weight = 1.0
+            for k in range(t, T):
+                expected += weight * (rewards[k, e] + 0.9 * bootstrap[k, e] * next_values[k, e] - values[k, e])
+                if not goes_on[k, e]:
+                    break
+                weight *= 0.9 * 0.8
+            assert advantages[t, e].item() == pytest.approx(expected)
+            assert returns[t, e].item() == pytest.approx(expected + values[t, e])
+
+
+# ----------------------------------------------------------------------------------------------------------- line world
+class Line:
+    """E points on a line, s' = s + 0.1 a, for the vector environments' interface. Ends by time-outs only."""
+
+    def __init__(self, starts, steps=WALK):
+        self.s = np.array(starts, dtype=np.float32)
+        self.left = np.full(len(self.s), steps)
+
+    def step(self, actions):
+        self.s = (self.s + 0.1 * actions.clip(-1, 1)).astype(np.float32)
+        self.left -= 1
+        no = np.zeros(len(self.s), dtype=bool)
+        return self.s, np.zeros(len(self.s), np.float32), no, self.left <= 0, {}
+
+
+def walks():
+    """300 walks of 60 steps to a random place, where they stay."""
+    rng = np.random.default_rng(0)
+    s, target = rng.uniform(-3, 3, (2, 300, 1))
+    obs, actions = [], []
+    for _ in range(60):
+        action = np.clip(10 * (target - s) + 0.1 * rng.normal(size=s.shape), -1, 1)
+        obs.append(s)
+        actions.append(action)
+        s = s + 0.1 * action
+    ends = np.tile(np.arange(60) == 59, 300)
+    rows = [np.stack(part, 1).reshape(-1, 1) for part in (obs, actions)]
+    return data_tools.OfflineDataset(*rows, np.zeros_like(ends), ends)
+
+
+def line_networks(args):
+    low = relay.GoalPolicy(1, (0, 1), 1, args)
+    high = relay.HighPolicy(1, (0, 1), 1, args)
+    demonstrations = relay.Demonstrations(1, 1, args)
+    return torch.nn.ModuleDict(dict(low=low, high=high, demonstrations=demonstrations))
+
+
+def test_imitation_reaches_goals_that_are_five_low_windows_away():
+    torch.manual_seed(0)
+    args = tiny_args()
+    networks = line_networks(args)
+    data = walks()
+    relay.prepare(networks, data, args)
+    optimizer = torch.optim.Adam(networks.parameters(), lr=2e-3)
+    for _ in range(600):
+        loss, _ = relay.pretrain_loss(networks, relay.relabel(data, 256, args))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    starts = np.array([[-1.5], [1.5], [0.0]])
+    goal = torch.tensor([[1.0], [-1.0], [2.5]])  # 25 steps of 0.1, five subgoals of five steps
+    envs = Line(starts, 100)
+    obs = envs.s
+    ended = np.zeros(3, dtype=bool)
+    for _ in range(9):
+        z = networks["high"](torch.from_numpy(obs), goal)[0].detach()
+        assert (np.abs(z.numpy() - obs) < 0.8).all()  # as far as five steps lead, not farther
+        obs, _, _, steps = relay.execute_skill(envs, networks["low"], obs, z, ended, args)
+        assert (steps == 5).all()
+    assert np.abs(obs - goal.numpy()).max() < 0.15
+
+
+def test_fine_tuning_learns_to_reach_subgoals():
+    """From a low level that knows nothing: without demonstrations, PPO finds out how to get 0.3 away."""
+    torch.manual_seed(0)
+    args = tiny_args(
+        num_envs=32, rollout_skills=5, epochs=4, learning_rate=1e-2, demo_coef=0.0, max_std=1.0, subgoal_eps=0.1
+    )
+    agent = relay.Agent(args, line_networks(args))
+    rng = np.random.default_rng(0)
+    shares = []
+    for _ in range(12):
+        rb = relay.RolloutBuffer(1, 1, args)
+        for _ in range(args.rollout_skills):
+            starts = rng.uniform(-1, 1, (32, 1)).astype(np.float32)
+            z = torch.from_numpy(starts + 0.3 * rng.choice([-1, 1], (32, 1)).astype(np.float32))
+            _, _, trace = relay.collect(Line(starts), agent.low, starts, z, args)
+            rows, reached = agent.rows(z, trace)
+            rb.add(*rows)
+            shares.append(reached.item())
+        for _ in range(int(args.epochs * len(rb) / args.batch_size)):
+            agent.update(*rb.sample(args.batch_size))
+    assert np.mean(shares[:5]) < 0.5 and np.mean(shares[-5:]) > 0.9
+
+
+def test_rows_of_a_subgoal_end_with_it_but_time_outs_count():
+    """Two members: the second one times out after two of five steps."""
+    torch.manual_seed(0)
+    args = tiny_args(gamma=0.9, gae_lambda=1.0, subgoal_eps=0.25)
+    agent = relay.Agent(args, line_networks(args))
+    torch.nn.init.constant_(agent.value.net[-1].bias, 7.0)  # what the value says everywhere: its last weights are 0
+    envs = Line([[0.0], [0.0]])
+    envs.left[1] = 2
+    walk = types.SimpleNamespace(explore=lambda obs, z: torch.tensor([[1.0], [0.5]]))
+    z = torch.tensor([[0.6], [5.0]])
+    obs, ended, trace = relay.collect(envs, walk, envs.s, z, args)
+    assert ended.tolist() == [False, True]
+    rows, reached = agent.rows(z, trace)
+    s, goal, action, _, _, returns = (x.squeeze(-1).numpy() for x in rows)
+    first = goal == np.float32(0.6)
+    assert first.sum() == 5 and len(s) == 7  # three steps of the second member came after its end
+    np.testing.assert_allclose(s[first], [0, 0.1, 0.2, 0.3, 0.4], atol=1e-6)
+    # Within .25 of .6 after the fourth and fifth step; no value after the fifth
+    np.testing.assert_allclose(
+        returns[first], [0.9**3 + 0.9**4, 0.9**2 + 0.9**3, 0.9 + 0.9**2, 1 + 0.9, 1.0], rtol=1e-5
+    )
+    np.testing.assert_allclose(returns[~first], [0.9**2 * 7, 0.9 * 7], rtol=1e-5)
+    assert reached.item() == 0.5
+
+
+# ------------------------------------------------------------------------------------------------------ the user's goal
+def test_low_level_gets_one_subgoal_for_all_its_steps(monkeypatch):
+    monkeypatch.setattr(maze.MazeVectorEnv.__init__, "__defaults__", (1, 40, None, "NextStep", 0))
+    seen = []
+    subgoals = iter(torch.arange(100.0)[:, None, None].expand(100, 3, 4))
+
+    class Low:
+        def act(self, obs, z):
+            seen.append(z)
+            return torch.zeros(3, 2)
+
+    relay.rollout(lambda obs: next(subgoals), Low(), 3, tiny_args(skill_horizon=15), seed=0)
+    assert [int(z[0, 0]) for z in seen] == [0] * 15 + [1] * 15 + [2] * 10
+
+
+@pytest.mark.parametrize("env_id", list(relay.GOALS))
+def test_goal_of_the_user_is_the_tasks(env_id):
+    """With --flat the goal itself comes back: everything is done in it, and what the task does not name stays."""
+    envs = data_tools.make_envs(env_id, 2)
+    obs, _ = envs.reset(seed=0)
+    envs.close()
+    goal = relay.choose_subgoal({}, obs, tiny_args(env_id=env_id, flat=True)).numpy()
+    kept = [k for k in range(obs.shape[1]) if k not in relay.GOALS[env_id]]
+    assert np.array_equal(goal[:, kept], obs[:, kept])
+    if env_id == "maze":
+        assert (goal[:, :2] == maze.GOAL).all()
+    elif env_id == "calvin":
+        assert calvin.subtask_conditions(goal[None], obs[None]).all()
+    else:
+        done = kitchen.elements_complete(goal)
+        assert {name for name, values in done.items() if values.all()} == set(kitchen.SUBTASKS[env_id])
+
+
+def test_high_level_sees_the_objects_of_a_goal_only():
+    torch.manual_seed(0)
+    networks = random_networks(tiny_args(env_id="kitchen"), 30, 9)
+    obs, goal = torch.randn(2, 3, 30, dtype=torch.float64)
+    other = goal.clone()
+    other[:, :9] += 1
+    assert torch.equal(networks["high"](obs, goal)[0], networks["high"](obs, other)[0])
+    assert not torch.equal(networks["low"](obs, goal)[0], networks["low"](obs, other)[0])
+    other[:, 9] += 1
+    assert not torch.equal(networks["high"](obs, goal)[0], networks["high"](obs, other)[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------- runs
+def test_imitation_alone_leaves_an_agent_that_can_be_fine_tuned(data_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(maze.MazeVectorEnv.__init__, "__defaults__", (1, 40, None, "NextStep", 0))
+    flags = "--pretrain-updates 3 --pretrain-eval-episodes 1 --eval-episodes 2 --device cpu --hidden-dim 16 --epochs 1"
+    flags += f" --rollout-skills 1 --total-timesteps 0 --data-dir {data_dir} --run-dir {tmp_path / 'runs'}"
+    results = relay.main(relay.parse_args(flags.split()))
+    assert results["env_steps"] == results["updates"] == 0 and results["pretraining"]["updates"] == 3
+    (run,) = (tmp_path / "runs").iterdir()
+    relay.main(relay.parse_args(["--evaluate", str(run / "checkpoint.pt")]))
+    assert "maze: 2 episodes of" in capsys.readouterr().out
+    results = relay.main(relay.parse_args(["--resume", str(run), "--total-timesteps", "300"]))
+    assert results["env_steps"] == 320 and results["updates"] > 0
+
+
+def test_task_without_a_goal_is_refused(monkeypatch):
+    monkeypatch.setitem(data_tools.TASKS, "walk", data_tools.TASKS["maze"])
+    with pytest.raises(SystemExit, match="error: --env-id walk has no goal here"):
+        relay.main(relay.parse_args(["--env-id", "walk", "--device", "cpu"]))
