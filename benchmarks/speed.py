@@ -109,7 +109,7 @@ def size_args(algo, size: str, mode: str, args: Args):
     if args.quick:
         small = dict(pretrain_batch_size=8, batch_size=8, num_samples=16, num_policy_trajs=4, num_elites=4, cem_iters=1)
         small |= dict(updates_per_step=0.02, updates_per_skill=0.2, num_skills=min(3, getattr(result, "num_skills", 1)))
-        small |= dict(batch_length=8, imagine_starts=16, imagine_steps=4, demo_rows=100, epochs=0.2)
+        small |= dict(batch_length=8, imagine_starts=16, mppi_iters=1, imagine_steps=4, demo_rows=100, epochs=0.2)
         result = replaced(result, small)
     return result
 
@@ -160,7 +160,10 @@ def make_agent(algo, size: str, config):
     if has_skills(algo):
         return algo.Agent(config, make_networks(algo, size, config))
     torch.manual_seed(0)
-    return algo.Agent(config, *DIMS[size])
+    agent = algo.Agent(config, *DIMS[size])
+    if hasattr(agent, "rewarded"):  # dads.py plans as soon as there was a reward
+        agent.rewarded.fill_(1)
+    return agent
 
 
 def skill_size(size: str, config) -> int:
@@ -239,7 +242,8 @@ def planning(algo, size: str, config, num_envs: int):
     """The planner with K = N, observations on the CPU in, skills or actions on the CPU out."""
     planner = algo.Planner(make_agent(algo, size, config), config, explore=True)
     obs = random_obs(size, num_envs).numpy()
-    step = max(config.horizon_steps, config.std_steps)
+    names = ("horizon_steps", "std_steps", "discover_steps")
+    step = max(getattr(config, name, 0) for name in names)  # all schedules are over
     return lambda: planner(obs, step)
 
 

@@ -46,11 +46,18 @@ FLAGS = {
         --updates-per-step 0.01""",
     "dreamer_skills": f"""{PRETRAIN} --model-dim 16 --deter-dim 12 --stoch-dim 4 --encoder-dim 16 --batch-length 4
         --imagine-starts 16 --imagine-steps 3""",
+<<<<<<< HEAD
     "lsp": """--deter-dim 12 --stoch-dim 4 --encoder-dim 16 --batch-length 8 --imagine-starts 32 --skill-horizon 4
         --num-skills 2 --num-samples 6 --num-elites 2 --cem-iters 2 --updates-per-step 0.01""",
     "tdmpc": f"--encoder-dim 16 --latent-dim 8 --num-steps 3 {PLANNER} --horizon-steps 8000",
 }
 FLAT = ("sac", "diayn", "hiro", "dreamer", "tdmpc", "lsp")  # without skills and offline data
+=======
+    "dads": "--buffer-size 4000 --policy-updates 2 --num-samples 8 --mppi-iters 2 --hold-steps 40",
+    "tdmpc": f"--encoder-dim 16 --latent-dim 8 --num-steps 3 {PLANNER} --horizon-steps 8000",
+}
+FLAT = ("sac", "diayn", "dreamer", "tdmpc", "dads")  # without skills and offline data
+>>>>>>> f39dc35 (DADS: skills whose outcome can be predicted, then plans over them; tests, positive control's script)
 # Kitchen: LSTM, fixed alpha, encoded states. Its 280-step episodes are made of random data, which suffices here.
 TASKS = {
     "maze": "--env-id maze --total-timesteps 10000 --warmup-steps 8000 --updates-per-step 0.01",

@@ -32,7 +32,7 @@ SIZES = dict(
     pretrain_eval_interval=10**9, buffer_size=1000, encoder_dim=16, num_steps=3, deter_dim=12, stoch_dim=4,
     batch_length=8, imagine_starts=32, imagine_steps=4, discover_steps=300, controller_dim=16,
     flow_dim=16, policy_dim=16, rollout_skills=5, updates_per_rollout=30,
-    demo_rows=100,
+    demo_rows=100, mppi_iters=2, policy_updates=2,
 )  # fmt: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore")
