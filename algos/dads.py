@@ -140,7 +140,7 @@ TASK_DEFAULTS = {
 MICROWAVE = ({22: -0.75}, 0.3)
 KETTLE = ({23: -0.23, 24: 0.75, 25: 1.62, 26: 0.99, 27: 0.0, 28: 0.0, 29: -0.06}, 0.3)
 LIGHT = ({17: -0.69, 18: -0.05}, 0.3)
-GOALS = {
+SUBTASK_GOALS = {
     "maze": [({0: 18.0, 1: 8.0}, 2.0)],
     "kitchen": [MICROWAVE, KETTLE, ({11: -0.88, 12: -0.01}, 0.3), LIGHT],
     "kitchen-misaligned": [MICROWAVE, LIGHT, ({19: 0.37}, 0.3), ({20: 0.0, 21: 1.45}, 0.3)],
@@ -757,7 +757,7 @@ class Agent(nn.Module):
         self.to(args.device)
         self.score = self.dynamics.reward  # what plans are for
         if args.task_reward == "known":
-            self.score = functools.partial(known_reward, goals=GOALS[args.env_id])
+            self.score = functools.partial(known_reward, goals=SUBTASK_GOALS[args.env_id])
         adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
         self.dynamics_optimizer = adam(self.dynamics.parameters())
         self.critic_optimizer = adam(self.critics.parameters())
@@ -1049,9 +1049,11 @@ def check_args(args: Args):
             sys.exit(f"error: {flag} {value} does not work; give at most 1")
     if args.buffer_size < args.num_envs * args.skill_horizon:
         sys.exit("error: --buffer-size is smaller than --num-envs times --skill-horizon; raise it")
-    if args.task_reward == "known" and args.env_id not in GOALS:
-        sys.exit(f"error: --task-reward known needs an entry for {args.env_id} in GOALS; add one, or use learned")
-    if args.task_reward == "known" and args.dynamics_obs <= max(max(goal) for goal, _ in GOALS[args.env_id]):
+    if args.task_reward == "known" and args.env_id not in SUBTASK_GOALS:
+        sys.exit(
+            f"error: --task-reward known needs an entry for {args.env_id} in SUBTASK_GOALS; add one, or use learned"
+        )
+    if args.task_reward == "known" and args.dynamics_obs <= max(max(goal) for goal, _ in SUBTASK_GOALS[args.env_id]):
         sys.exit(f"error: --dynamics-obs {args.dynamics_obs} leaves out what --task-reward known needs; raise it")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA device; use --device cpu")
