@@ -1,6 +1,6 @@
 """Positive control of dads.py: in an open hall its skills go all ways, and plans over them reach near goals.
 
-    python benchmarks/skill_control.py --out benchmarks/results/studies/controls/dads_seed1.csv
+    python benchmarks/skill_control.py --out benchmarks/results/studies/dads/hall_seed1.csv
 
 Phase A is the file's own `train`; only the start is moved to an open hall. Then nothing is learnt any more, and goals
 3 cells away, which nothing had told it, are reached by its planner with minus the distance as score. The csv has what
