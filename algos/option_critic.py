@@ -181,7 +181,7 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def draw(rng, probabilities):
+def draw_index(rng, probabilities):
     """An index (...) by probabilities (..., n)."""
     u = rng.random((*probabilities.shape[:-1], 1))
     return (probabilities.cumsum(-1) < u).sum(-1).clip(max=probabilities.shape[-1] - 1)
@@ -214,7 +214,7 @@ class Tables:
 
     def choose_option(self, rng, s):
         """Options (R,), nearly always the best ones."""
-        return draw(rng, softmax(self.q[self.runs, s] / self.temperature))
+        return draw_index(rng, softmax(self.q[self.runs, s] / self.temperature))
 
     def learn(self, s, w, a, rewards, next_s, ends):
         """From a step of each run; all (R,). ends: the goal is reached, and nothing follows."""
@@ -263,8 +263,8 @@ def learn_four_rooms(args: Args, num_options: int):
             s = np.where(over, begun, s)
         w = np.where(stops | over, tables.choose_option(rng, s), w)
         choices[runs, episode] += stops | over
-        a = draw(rng, tables.policy(s, w))
-        next_s = draw(rng, transitions[s, a])
+        a = draw_index(rng, tables.policy(s, w))
+        next_s = draw_index(rng, transitions[s, a])
         ends = next_s == goal
         tables.learn(s, w, a, ends.astype(float), next_s, ends)
         steps[runs, episode] += 1
