@@ -421,7 +421,7 @@ def option_critic_loss(model, obs, action, option, begins, rewards, terminations
     beta_loss = (next_own_beta * going_on * ~terminations).mean()
     loss = critic_loss + policy_loss - args.entropy_coef * entropy + beta_loss
     metrics = dict(value_loss=critic_loss, policy_loss=policy_loss, beta_loss=beta_loss, entropy=entropy)
-    metrics |= dict(q_value=own_q.mean(), beta=next_own_beta.mean(), option_length=1 / begins.float().mean())
+    metrics |= dict(q_value=own_q.mean(), beta=next_own_beta.mean(), choices_per_step=begins.float().mean())
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
