@@ -47,7 +47,6 @@ FLAGS = {
         --updates-per-step 0.01""",
     "dreamer_skills": f"""{PRETRAIN} --model-dim 16 --deter-dim 12 --stoch-dim 4 --encoder-dim 16 --batch-length 4
         --imagine-starts 16 --imagine-steps 3""",
-<<<<<<< HEAD
     "lsp": """--deter-dim 12 --stoch-dim 4 --encoder-dim 16 --batch-length 8 --imagine-starts 32 --skill-horizon 4
         --num-skills 2 --num-samples 6 --num-elites 2 --cem-iters 2 --updates-per-step 0.01""",
     "dads": "--buffer-size 4000 --policy-updates 2 --num-samples 8 --mppi-iters 2 --hold-steps 40",
