@@ -172,7 +172,7 @@ def main():
     path, lengths = skill_paths(agent, args)
     if given.name == "box":
         header = ("skill", "step", "x", "y")
-        points = np.round(path, 4).tolist()
+        points = np.round(path.astype(float), 4).tolist()
         rows = [(k, t, *points[t][k]) for k in range(args.skill_dim) for t in range(len(path))]
         facts["bound"], facts["accuracy"] = told_apart(agent, path)
         in_control = [value for step, value, _, _ in episodes if step > args.discover_steps]
