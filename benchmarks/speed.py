@@ -209,6 +209,8 @@ def filled_replay(algo, size: str, config):
             action=(torch.rand(E, action_dim) * 2 - 1).numpy(),
             z=torch.rand(E, skill_dim) * 2 - 1,
             goal=torch.rand(E, goal_dim) * 2 - 1,
+            option=np.zeros(E, dtype=np.int64),
+            begins=np.full(E, t == 0),
             u=torch.rand(E, skill_dim) * 2 - 1,
             rewards=torch.rand(E).numpy(),
             step_rewards=torch.rand(E, H).numpy(),
@@ -281,9 +283,10 @@ def flat_policy(algo, size: str, config, num_envs: int):
     if acting:
         choose_action = acting(agent, num_envs, chosen_dim(algo, size, config), explore=True)
     else:
-        inputs = dict(explore=True)
-        if "z" in inspect.signature(agent.act).parameters:
-            inputs["z"] = np.zeros((num_envs, config.skill_dim), dtype=np.float32)
+        z = np.zeros((num_envs, getattr(config, "skill_dim", 0)), dtype=np.float32)
+        none = np.zeros(num_envs, dtype=np.int64)
+        inputs = dict(z=z, option=none, begins=none > 0, explore=True)
+        inputs = {name: inputs[name] for name in inspect.signature(agent.act).parameters if name != "obs"}
         choose_action = functools.partial(agent.act, **inputs)
     return lambda: choose_action(obs)
 
