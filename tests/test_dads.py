@@ -1,6 +1,8 @@
 """dads.py against NumPy, SciPy, closed forms, brute force, loops over the replay, MuJoCo and the tasks' own tests."""
 
+import csv
 import itertools
+import json
 import math
 
 import mujoco
@@ -11,7 +13,10 @@ from scipy.special import logsumexp
 
 import data_tools.tasks.maze
 from algos import dads
+from benchmarks import skill_control
 from data_tools.tasks import kitchen
+
+LOG = skill_control.ROOT / "benchmarks" / "results" / "studies" / "dads" / "hall_seed1"
 
 
 def tiny_args(**changes):
@@ -180,6 +185,13 @@ def test_weights_of_plans():
     args = tiny_args(num_samples=5_000, mppi_iters=1, temperature=1e6)
     assert dads.plan(Gaussian(1.0), constant, x, args).abs().max() < 0.06
     assert dads.plan(Gaussian(1.0), first, x, args)[..., 0].min() == 1.0
+    # The unit of rewards does not matter
+    args = tiny_args(num_samples=20, mppi_iters=2)
+    plans = []
+    for unit in (0.01, 100.0):
+        torch.manual_seed(0)
+        plans.append(dads.plan(Gaussian(1.0), lambda x, x_later: unit * first(x, x_later), x, args))  # noqa: B023
+    assert torch.allclose(*plans, atol=1e-3)
 
 
 def test_later_skills_of_a_plan_follow_the_first():
@@ -386,6 +398,14 @@ def test_picture_of_skills(task, tmp_path):
     paths = dads.skill_paths(agent, z, 5, args, seed=1)
     assert len(paths) == 6 and np.array_equal(paths[0, 0], paths[0, 1])  # the same start for all skills
     assert (tmp_path / "skills.png").stat().st_size > 5_000
+
+
+def test_the_committed_control_has_passed():
+    facts = json.loads(LOG.with_suffix(".json").read_text())
+    with LOG.with_suffix(".csv").open() as file:
+        rewards = [float(row["losses/intrinsic_reward"]) for row in csv.DictReader(file)]
+    assert facts["passed"] and skill_control.verdict(facts)
+    assert rewards[-1] == pytest.approx(facts["intrinsic_reward"], rel=1e-3) and rewards[-1] > 2 * rewards[0]
 
 
 @pytest.mark.parametrize(
