@@ -345,12 +345,21 @@ class ReplayBuffer:
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         c = args.goal_steps
-        sizes = dict(obs=(c + 1, obs_dim), action=(c, action_dim), goal=(len(goal_range(obs_dim, args)),))
-        sizes |= dict(rewards=(), steps=(), terminations=())  # their sum, how many env steps happened, true end
+        shapes = dict(
+            obs=(c + 1, obs_dim),
+            action=(c, action_dim),
+            goal=(len(goal_range(obs_dim, args)),),
+            rewards=(),  # their sum
+            steps=(),  # how many of the c env steps happened
+            terminations=(),
+        )
         self.goal_steps = c
         self.device = args.device
-        self.columns = {name: torch.zeros(args.buffer_size, *size, device=args.device) for name, size in sizes.items()}
-        self.running = {name: torch.zeros(args.num_envs, *size) for name, size in sizes.items()}  # on the CPU
+        self.columns = {}
+        self.running = {}  # the row of each environment that is not complete yet, on the CPU
+        for name, shape in shapes.items():
+            self.columns[name] = torch.zeros(args.buffer_size, *shape, device=args.device)
+            self.running[name] = torch.zeros(args.num_envs, *shape)
         self.added = 0  # rows ever added
 
     def __len__(self):
@@ -388,7 +397,8 @@ class ReplayBuffer:
 
     def newest(self, count: int):
         """The last rows that were added, as `sample` returns them."""
-        index = torch.arange(max(0, self.added - count), self.added) % len(self.columns["obs"])
+        first = self.added - min(count, len(self))
+        index = torch.arange(first, self.added) % len(self.columns["obs"])
         return [column[index.to(self.device)] for column in self.columns.values()]
 
     def state_dict(self) -> dict:
