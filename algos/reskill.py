@@ -70,7 +70,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data_tools  # tasks and offline data, nothing else
 
-PRETRAINED = "spirl"  # begins the names of pre-trained models; algorithms with the same pre-training share them
+PRETRAINED = "spirl"  # DEVIATION 4: skills and prior are those of spirl.py, and so are the models
 SHIPPED = Path(__file__).resolve().parents[1] / "benchmarks" / "results"  # models and agents that come with the code
 
 
