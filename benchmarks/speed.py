@@ -109,7 +109,7 @@ def size_args(algo, size: str, mode: str, args: Args):
     if args.quick:
         small = dict(pretrain_batch_size=8, batch_size=8, num_samples=16, num_policy_trajs=4, num_elites=4, cem_iters=1)
         small |= dict(updates_per_step=0.02, updates_per_skill=0.2, num_skills=min(3, getattr(result, "num_skills", 1)))
-        small |= dict(batch_length=8, imagine_starts=16, imagine_steps=4, demo_rows=100, epochs=0.2)
+        small |= dict(batch_length=8, imagine_starts=16, mppi_iters=1, imagine_steps=4, demo_rows=100, epochs=0.2)
         result = replaced(result, small)
     return result
 
@@ -160,7 +160,10 @@ def make_agent(algo, size: str, config):
     if has_skills(algo):
         return algo.Agent(config, make_networks(algo, size, config))
     torch.manual_seed(0)
-    return algo.Agent(config, *DIMS[size])
+    agent = algo.Agent(config, *DIMS[size])
+    if hasattr(agent, "rewarded"):  # dads.py plans as soon as there was a reward
+        agent.rewarded.fill_(1)
+    return agent
 
 
 def skill_size(size: str, config) -> int:
@@ -206,6 +209,8 @@ def filled_replay(algo, size: str, config):
             action=(torch.rand(E, action_dim) * 2 - 1).numpy(),
             z=torch.rand(E, skill_dim) * 2 - 1,
             goal=torch.rand(E, goal_dim) * 2 - 1,
+            option=np.zeros(E, dtype=np.int64),
+            begins=np.full(E, t == 0),
             u=torch.rand(E, skill_dim) * 2 - 1,
             rewards=torch.rand(E).numpy(),
             step_rewards=torch.rand(E, H).numpy(),
@@ -239,7 +244,8 @@ def planning(algo, size: str, config, num_envs: int):
     """The planner with K = N, observations on the CPU in, skills or actions on the CPU out."""
     planner = algo.Planner(make_agent(algo, size, config), config, explore=True)
     obs = random_obs(size, num_envs).numpy()
-    step = max(config.horizon_steps, config.std_steps)
+    names = ("horizon_steps", "std_steps", "discover_steps")
+    step = max(getattr(config, name, 0) for name in names)  # all schedules are over
     return lambda: planner(obs, step)
 
 
@@ -277,9 +283,10 @@ def flat_policy(algo, size: str, config, num_envs: int):
     if acting:
         choose_action = acting(agent, num_envs, chosen_dim(algo, size, config), explore=True)
     else:
-        inputs = dict(explore=True)
-        if "z" in inspect.signature(agent.act).parameters:
-            inputs["z"] = np.zeros((num_envs, config.skill_dim), dtype=np.float32)
+        z = np.zeros((num_envs, getattr(config, "skill_dim", 0)), dtype=np.float32)
+        none = np.zeros(num_envs, dtype=np.int64)
+        inputs = dict(z=z, option=none, begins=none > 0, explore=True)
+        inputs = {name: inputs[name] for name in inspect.signature(agent.act).parameters if name != "obs"}
         choose_action = functools.partial(agent.act, **inputs)
     return lambda: choose_action(obs)
 

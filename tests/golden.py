@@ -42,15 +42,18 @@ FLAGS = {
     "sac": "--buffer-size 4000",
     "diayn": "--buffer-size 4000 --controller-dim 16 --skill-dim 3 --discover-steps 2000",
     "hiro": "--buffer-size 1000",
+    "option_critic": "--batch-size 400",
     "dreamer": """--deter-dim 12 --stoch-dim 4 --encoder-dim 16 --batch-length 8 --imagine-starts 32 --imagine-steps 4
         --updates-per-step 0.01""",
     "dreamer_skills": f"""{PRETRAIN} --model-dim 16 --deter-dim 12 --stoch-dim 4 --encoder-dim 16 --batch-length 4
         --imagine-starts 16 --imagine-steps 3""",
     "lsp": """--deter-dim 12 --stoch-dim 4 --encoder-dim 16 --batch-length 8 --imagine-starts 32 --skill-horizon 4
         --num-skills 2 --num-samples 6 --num-elites 2 --cem-iters 2 --updates-per-step 0.01""",
+    "dads": "--buffer-size 4000 --policy-updates 2 --num-samples 8 --mppi-iters 2 --hold-steps 40",
     "tdmpc": f"--encoder-dim 16 --latent-dim 8 --num-steps 3 {PLANNER} --horizon-steps 8000",
 }
-FLAT = ("sac", "diayn", "hiro", "dreamer", "tdmpc", "lsp")  # without skills and offline data
+FLAT = ("sac", "diayn", "option_critic", "hiro", "dreamer", "tdmpc", "dads", "lsp")  # without skills and offline data
+NO_WARMUP = ("spirl", "reskill", "relay", "option_critic")  # no warm-up in env steps
 # Kitchen: LSTM, fixed alpha, encoded states. Its 280-step episodes are made of random data, which suffices here.
 TASKS = {
     "maze": "--env-id maze --total-timesteps 10000 --warmup-steps 8000 --updates-per-step 0.01",
@@ -115,7 +118,7 @@ def golden(algo: str, task: str, folder: Path, script: Path) -> dict[str, str]:
     if not data.exists():
         make_data(data, *{"maze": (4, 2), "kitchen": (30, 9)}[task])
     flags = f"{TINY} {FLAGS[algo]} {TASKS[task]}"
-    if algo in ("spirl", "reskill", "relay"):  # no warm-up in env steps
+    if algo in NO_WARMUP:
         words = flags.split()
         for flag in ("--warmup-steps", "--updates-per-step"):
             at = words.index(flag)

@@ -32,7 +32,7 @@ SIZES = dict(
     pretrain_eval_interval=10**9, buffer_size=1000, encoder_dim=16, num_steps=3, deter_dim=12, stoch_dim=4,
     batch_length=8, imagine_starts=32, imagine_steps=4, discover_steps=300, controller_dim=16,
     flow_dim=16, policy_dim=16, rollout_skills=5, updates_per_rollout=30,
-    demo_rows=100,
+    demo_rows=100, mppi_iters=2, policy_updates=2,
 )  # fmt: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -219,7 +219,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(name, tmp_path):
     """Both end at the same weights; how far apart they are is a measured fact, 0 means bit for bit."""
     algo = speed.load_algorithm(name)
     flags = f"{golden.TINY} {golden.FLAGS[name]} {golden.TASKS['kitchen']}".split()
-    for flag in ("--device", "--warmup-steps", "--updates-per-step") if name in ("spirl", "reskill") else ("--device",):
+    for flag in ("--device", "--warmup-steps", "--updates-per-step") if name in golden.NO_WARMUP else ("--device",):
         at = flags.index(flag)
         del flags[at : at + 2]
     flags += ["--env-id", "kitchen", "--device", DEVICE, "--compile" if COMPILE else "--no-compile"]
@@ -289,6 +289,8 @@ def both_phases(algo, folder):
     args = tiny_args(algo, True, "cpu")
     args = speed.replaced(args, dict(pretrain_updates=200, total_timesteps=600, warmup_steps=10, warmup_skills=2))
     args = speed.replaced(args, dict(updates_per_step=0.2, updates_per_skill=2.0, eval_interval=0))
+    if algo.__name__ == "option_critic":  # on-policy: an update for every batch
+        args.total_timesteps = 210 * args.batch_size
     logged = []
     writer = mock.MagicMock()
     writer.add_scalar = lambda name, value, step: name.startswith("charts") or logged.append((name, float(value), step))

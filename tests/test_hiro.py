@@ -374,6 +374,9 @@ def test_progress_is_the_share_of_the_way(agent):
 
 
 # --------------------------------------------------------------------------------------------------- positive control
+LOGS = controls_hiro.ROOT / "benchmarks" / "results" / "studies" / "hiro"
+
+
 def test_open_maze_is_what_its_docstring_says():
     envs = controls_hiro.OpenMazeVectorEnv(50, autoreset_mode="Disabled")
     obs, _ = envs.reset(seed=0)
@@ -402,3 +405,13 @@ def test_control_writes_its_log(tmp_path, monkeypatch):
         rows = list(csv.DictReader(file))
     assert [row["env_step"] for row in rows] == ["400", "800"] and out.with_suffix(".png").stat().st_size > 1_000
     assert facts["last_success"] == float(rows[-1]["success"]) and facts["passed"] is False
+
+
+@pytest.mark.parametrize("name", ["open_maze_seed1", "open_maze_seed2"])
+def test_committed_logs_have_passed(name):
+    facts = json.loads((LOGS / f"{name}.json").read_text())
+    with (LOGS / f"{name}.csv").open() as file:
+        success = [float(row["success"]) for row in csv.DictReader(file)]
+    assert (max(success), success[-1]) == (facts["best_success"], facts["last_success"])
+    assert facts["last_success"] > facts["gate"] == controls_hiro.GATE and facts["passed"]
+    assert facts["uniform_success"] < 0.1 and success[0] < 0.1

@@ -1,0 +1,182 @@
+"""Positive control of dads.py: in an open hall its skills go all ways, and plans over them reach near goals.
+
+    python benchmarks/skill_control.py --out benchmarks/results/studies/controls/dads_seed1.csv
+
+Phase A is the file's own `train`; only the start is moved to an open hall. Then nothing is learnt any more, and goals
+3 cells away, which nothing had told it, are reached by its planner with minus the distance as score. The csv has what
+was logged in training, a JSON beside it the measurements and the verdict:
+
+  resultant_over_skills   |mean of headings| over skills: 0 if they cover the circle, 1 if all go the same way
+  resultant_of_a_skill    the same over starts of one skill: 1 if it does the same thing everywhere
+  cells, cells_uniform    different cells visited by 64 episodes of 200 env steps, skills and uniform actions
+  reached, ...            share of 16 goals that came nearer than half a cell within 200 env steps
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import data_tools
+import data_tools.tasks.maze as maze
+from algos import dads
+
+HALL = (25, 25)  # its middle; free are rows 21 to 29 and columns 20 to 30
+STEPS = 200  # env steps of an episode
+DISTANCE = 3.0  # of goals, in cells
+NEAR = 0.5  # cells
+
+
+class Log:
+    """In place of TensorBoard's writer: the curves, by env step."""
+
+    def __init__(self):
+        self.rows = {}
+
+    def add_scalar(self, name, value, step):
+        self.rows.setdefault(step, {})[name] = float(value)
+
+
+def learn(args, folder: Path):
+    """Phase A; returns the agent and what was logged in it."""
+    log = Log()
+    dads.train(args, folder, log, threading.Event())
+    agent = dads.Agent(args, 4, 2)
+    dads.load(folder / "checkpoint.pt", dict(agent=agent))
+    return agent, log.rows
+
+
+def circle(n: int):
+    """n unit vectors around the circle, (n, 2)."""
+    angle = 2 * np.pi * np.arange(n) / n
+    return np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)
+
+
+def headings(agent, args) -> dict:
+    """How 16 skills from 8 starts leave them, after 60 env steps."""
+    z = circle(16)
+    paths = [dads.skill_paths(agent, z, 60, args, seed)[:, :, :2] for seed in range(100, 108)]
+    way = np.stack([path[-1] - path[0] for path in paths])  # (starts, skills, 2)
+    direction = way / np.linalg.norm(way, axis=-1, keepdims=True)
+    of_a_skill = np.linalg.norm(direction.mean(0), axis=-1)  # (skills,)
+    return dict(
+        resultant_over_skills=float(np.linalg.norm(direction.mean((0, 1)))),
+        resultant_of_a_skill=float(of_a_skill.mean()),
+        cells_in_60_steps=float(np.linalg.norm(way, axis=-1).mean()),
+    )
+
+
+def visited(choose_action, seed: int) -> int:
+    """Different cells visited by 64 episodes."""
+    envs = data_tools.make_envs("maze", 64)
+    obs, _ = envs.reset(seed=seed)
+    cells = set()
+    for _ in range(STEPS):
+        cells |= set(map(tuple, maze.cell_of(obs)))
+        obs, *_ = envs.step(choose_action(obs))
+    envs.close()
+    return len(cells)
+
+
+def reached(agent, args, seed: int, plans: bool) -> float:
+    """Share of 16 goals around the starts that came near; skills last skill_horizon env steps."""
+    envs = data_tools.make_envs("maze", 16)
+    obs, _ = envs.reset(seed=seed)
+    goal = torch.from_numpy(obs[:, :2] + DISTANCE * circle(16))[:, None]  # (E, 1, 2)
+    agent.score = lambda x, x_later: -(x_later - goal).norm(dim=-1)
+    nearest = np.full(16, np.inf)
+    for t in range(STEPS):
+        if t % args.skill_horizon == 0:
+            z = 2 * torch.rand(16, 2).numpy() - 1
+            if plans:
+                z = dads.plan(agent.dynamics, agent.score, torch.from_numpy(obs[:, :2]), args)[:, 0].numpy()
+        obs, *_ = envs.step(agent.act(np.concatenate([obs, z], 1), explore=False))
+        nearest = np.minimum(nearest, np.linalg.norm(obs[:, :2] - goal[:, 0].numpy(), axis=1))
+    envs.close()
+    return float((nearest < NEAR).mean())
+
+
+def measure(agent, args) -> dict:
+    torch.manual_seed(args.seed)
+    uniform = np.random.default_rng(args.seed)
+    z = 2 * torch.rand(64, 2).numpy() - 1
+    return dict(
+        **headings(agent, args),
+        cells=visited(lambda obs: agent.act(np.concatenate([obs, z], 1), explore=False), 200),
+        cells_uniform=visited(lambda obs: uniform.uniform(-1, 1, (64, 2)), 200),
+        reached=reached(agent, args, 300, plans=True),
+        reached_by_random_skills=reached(agent, args, 300, plans=False),
+    )
+
+
+def verdict(facts: dict) -> bool:
+    return (
+        facts["resultant_over_skills"] < 0.3
+        and facts["resultant_of_a_skill"] > 0.7
+        and facts["cells"] > facts["cells_uniform"]
+        and facts["reached"] > 0.8 > facts["reached_by_random_skills"]
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="csv of what is logged; a JSON is put beside it")
+    parser.add_argument("--env-steps", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--picture", type=Path, help="where skills lead, PNG")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    maze.START = HALL
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    steps = given.env_steps
+    args = dads.Args(**dads.TASK_DEFAULTS["maze"], seed=given.seed, device="cpu", compile=False)
+    args.total_timesteps = steps
+    args.discover_steps = steps
+    args.eval_interval = 0
+    args.eval_episodes = 1
+    start = time.time()
+    cpu_start = time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        agent, rows = learn(args, Path(folder))
+    facts = measure(agent, args)
+    rewards = [row["losses/intrinsic_reward"] for row in rows.values() if "losses/intrinsic_reward" in row]
+    facts |= dict(intrinsic_reward=rewards[-1] if rewards else None)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    columns = sorted({name for row in rows.values() for name in row if not name.startswith(("charts", "eval"))})
+    with given.out.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("env_step", *columns))
+        for step, row in sorted(rows.items()):
+            if any(name in row for name in columns):
+                writer.writerow((step, *(f"{row[name]:.4g}" if name in row else "" for name in columns)))
+    if given.picture:
+        dads.draw_skills(agent, args, given.picture)
+    facts |= dict(
+        passed=verdict(facts),
+        command=" ".join(["python", *sys.argv]),
+        commit=commit,
+        machine=f"{platform.machine()}, {os.cpu_count()} cores, one thread, torch {torch.__version__}",
+        minutes=(time.time() - start) / 60,
+        cpu_minutes=(time.process_time() - cpu_start) / 60,
+        args=asdict(args),
+    )
+    given.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+    print(json.dumps({name: value for name, value in facts.items() if name != "args"}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

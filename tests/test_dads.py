@@ -1,0 +1,403 @@
+"""dads.py against NumPy, SciPy, closed forms, brute force, loops over the replay, MuJoCo and the tasks' own tests."""
+
+import itertools
+import math
+
+import mujoco
+import numpy as np
+import pytest
+import torch
+from scipy.special import logsumexp
+
+import data_tools.tasks.maze
+from algos import dads
+from data_tools.tasks import kitchen
+
+
+def tiny_args(**changes):
+    small = dict(device="cpu", compile=False, hidden_dim=32, num_envs=2, batch_size=16, buffer_size=60)
+    return dads.Args(**(dads.TASK_DEFAULTS["maze"] | small | changes))
+
+
+def dynamics_of(args, dim=2, seed=0):
+    """Random skill dynamics with a scale of their own."""
+    torch.manual_seed(seed)
+    dynamics = dads.SkillDynamics(dim, args)
+    x = torch.randn(50, dim) * 3 + 1
+    dynamics.set_scale(x, x + 0.1 * torch.randn(50, dim) + 0.05)
+    return dynamics
+
+
+# -------------------------------------------------------------------------------------------- dynamics and reward
+def numpy_log_q(dynamics, x, z, next_x):
+    """log q by SciPy, from the network's outputs alone."""
+    x_mean, x_std, change_mean, change_std = (
+        getattr(dynamics, name).numpy() for name in ("x_mean", "x_std", "change_mean", "change_std")
+    )
+    inputs = np.concatenate([(x - x_mean) / x_std, z], -1)
+    with torch.no_grad():
+        out = dynamics.net(torch.from_numpy(inputs)).numpy()
+    logits = out[..., :4]
+    means = out[..., 4:].reshape(*out.shape[:-1], 4, x.shape[-1])
+    change = (next_x - x - change_mean) / change_std
+    normal = -0.5 * (change[..., None, :] - means) ** 2 - 0.5 * np.log(2 * np.pi)
+    weights = logits - logsumexp(logits, axis=-1, keepdims=True)
+    return logsumexp(weights + normal.sum(-1), axis=-1)
+
+
+def test_log_q_is_that_of_the_mixture():
+    args = tiny_args()
+    dynamics = dynamics_of(args)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(7, 2)).astype(np.float32)
+    z = rng.uniform(-1, 1, (7, 2)).astype(np.float32)
+    next_x = (x + 0.2 * rng.normal(size=(7, 2))).astype(np.float32)
+    found = dynamics.log_prob(*map(torch.from_numpy, (x, z, next_x)))
+    np.testing.assert_allclose(found.detach().numpy(), numpy_log_q(dynamics, x, z, next_x), rtol=1e-4, atol=1e-4)
+
+
+def test_reward_is_the_gain_of_knowing_the_skill(monkeypatch):
+    args = tiny_args()
+    dynamics = dynamics_of(args)
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(5, 2)).astype(np.float32)
+    z = rng.uniform(-1, 1, (5, 2)).astype(np.float32)
+    next_x = (x + 0.3 * rng.normal(size=(5, 2))).astype(np.float32)
+    drawn = torch.rand(5, 8, 2)
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: drawn)
+    found = dads.intrinsic_reward(dynamics, *map(torch.from_numpy, (x, z, next_x)), 8).numpy()
+    others = np.stack(
+        [numpy_log_q(dynamics, x, 2 * drawn[:, i].numpy() - 1, next_x) for i in range(8)]
+        + [numpy_log_q(dynamics, x, z, next_x)]
+    )
+    expected = others[-1] - (logsumexp(others, axis=0) - np.log(9))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_reward_is_zero_without_the_skill_and_bounded_with_it():
+    args = tiny_args()
+    dynamics = dynamics_of(args)
+    x = torch.randn(64, 2)
+    z = 2 * torch.rand(64, 2) - 1
+    with torch.no_grad():
+        weight = dynamics.net[0].weight
+        weight[:, 2:] = 0.0  # the skill is not looked at
+        reward = dads.intrinsic_reward(dynamics, x, z, x + 0.1, 16)
+        assert reward.abs().max() < 1e-5
+    sharp = Gaussian(1e-3)
+    best = dads.intrinsic_reward(sharp, x, z, x + z, 16)
+    assert best.max() <= math.log(17) + 1e-5 and best.mean() > math.log(17) - 0.05
+    worst = dads.intrinsic_reward(sharp, x, z, x - z, 16)
+    assert worst.min() >= -50 - 1e-4 and worst.min() < -45
+
+
+class Gaussian:
+    """In place of the dynamics: x' ~ N(x + z, std)."""
+
+    def __init__(self, std):
+        self.std = std
+
+    def log_prob(self, x, z, next_x):
+        return -0.5 * ((next_x - x - z) / self.std).square().sum(-1)
+
+    def predict(self, x, z):
+        return x + z
+
+
+def test_dynamics_learn_a_linear_system_in_its_own_units():
+    """x' = x + W z + noise, in entries of sizes 0.01 to 100: predict gives x + W z, whatever the unit of an entry."""
+    torch.manual_seed(0)
+    args = tiny_args(learning_rate=3e-3, dynamics_obs=3)
+    agent = dads.Agent(args, 4, 2)
+    unit = torch.tensor([0.01, 1.0, 100.0])
+    W = torch.tensor([[1.0, 0.0], [0.5, -0.5], [0.0, 2.0]]) * unit[:, None]
+    x = torch.randn(2_000, 3) * unit
+    z = 2 * torch.rand(2_000, 2) - 1
+    next_x = x + z @ W.T + 0.1 * unit * torch.randn(2_000, 3)
+    agent.dynamics.set_scale(x, next_x)
+    nothing = torch.zeros(64)
+    for _ in range(400):
+        i = torch.randint(2_000, (64,))
+        metrics = agent.update_dynamics(x[i], z[i], next_x[i], x[i], x[i], nothing)
+    assert metrics["reward_error"] < 0.05
+    new_x = torch.randn(100, 3) * unit
+    new_z = 2 * torch.rand(100, 2) - 1
+    error = (agent.dynamics.predict(new_x, new_z) - new_x - new_z @ W.T) / unit
+    assert error.square().mean((0, 1)).sqrt() < 0.12  # of changes of size 0.6 to 1.2
+    # And the reward that follows from it is near the closed form's, with q's std, which is 1 of the normalised change
+    std = (next_x - x).std(0)
+    closed = -0.5 * ((next_x - x - z @ W.T) / std).square().sum(-1)
+    log_q = agent.dynamics.log_prob(x, z, next_x) + 1.5 * math.log(2 * math.pi)
+    assert (log_q - closed).mean().abs() < 0.05
+
+
+def test_entries_that_never_move_do_no_harm():
+    dynamics = dads.SkillDynamics(2, tiny_args())
+    x = torch.tensor([[1.0, 5.0], [2.0, 5.0], [4.0, 5.0]])
+    dynamics.set_scale(x, x + torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]]))
+    assert dynamics.x_std.tolist() == pytest.approx([np.std([1, 2, 4], ddof=1), 1.0])
+    assert dynamics.change_mean.tolist() == pytest.approx([2.0, 0.0])
+    assert dynamics.change_std.tolist() == pytest.approx([1.0, 1.0])
+
+
+# -------------------------------------------------------------------------------------------------------- planner
+@pytest.mark.parametrize("plan_skills", [1, 2])
+def test_plans_find_the_best_skills(plan_skills):
+    """Rewards for being near a point; against all skills on a grid."""
+    torch.manual_seed(0)
+    args = tiny_args(plan_skills=plan_skills, skill_horizon=3, num_samples=2_000, plan_smoothing=0.0, temperature=40.0)
+    goals = torch.tensor([[[1.2, -2.1]], [[-0.3, 0.6]], [[9.0, 9.0]]])  # (E, 1, 2); the last is out of reach
+    goals = goals * plan_skills
+
+    def score(x, x_later):
+        return -(x_later - goals).square().sum(-1)
+
+    def value(plans):  # (n, K, 2) -> (E, n)
+        way = 3 * plans.cumsum(1)
+        return -(way[None] - goals[:, :, None]).square().sum((-1, -2))
+
+    found = dads.plan(Gaussian(1.0), score, torch.zeros(3, 2), args)  # (E, K, 2)
+    grid = torch.tensor(list(itertools.product(np.linspace(-1, 1, 21), repeat=2)), dtype=torch.float32)
+    pairs = torch.tensor(list(itertools.product(range(441), repeat=plan_skills)))
+    values = value(grid[pairs])
+    lost = values.amax(1) - value(found).diagonal()
+    assert (lost / (values.amax(1) - values.mean(1))).max() < 0.02
+
+
+def test_weights_of_plans():
+    """Temperature 0 or equal returns: the mean of all samples. A huge temperature: the best one."""
+    args = tiny_args(num_samples=5_000, mppi_iters=1, temperature=0.0)
+
+    def first(x, x_later):
+        return x_later[..., 0]
+
+    def constant(x, x_later):
+        return 0 * x_later[..., 0]
+
+    x = torch.zeros(2, 2)
+    torch.manual_seed(0)
+    assert dads.plan(Gaussian(1.0), first, x, args).abs().max() < 0.06
+    args = tiny_args(num_samples=5_000, mppi_iters=1, temperature=1e6)
+    assert dads.plan(Gaussian(1.0), constant, x, args).abs().max() < 0.06
+    assert dads.plan(Gaussian(1.0), first, x, args)[..., 0].min() == 1.0
+
+
+def test_later_skills_of_a_plan_follow_the_first():
+    """Smoothing 0.9: with one sample, a plan's skills are 0.9 of the one before plus 0.1 of a new one."""
+    args = tiny_args(num_samples=1, mppi_iters=1, plan_skills=4)
+    torch.manual_seed(0)
+    found = dads.plan(Gaussian(1.0), lambda x, x_later: x_later[..., 0], torch.zeros(1, 2), args)[0]
+    torch.manual_seed(0)
+    expected = [(math.sqrt(1.5) * torch.randn(1, 1, 4, 2)).clamp(-1, 1)[0, 0]]
+    raw = expected[0]
+    smooth = [raw[0]]
+    for k in range(1, 4):
+        smooth.append(0.9 * smooth[-1] + 0.1 * raw[k])
+    assert torch.allclose(found, torch.stack(smooth))
+
+
+def test_skills_are_kept_and_change_with_the_episode():
+    torch.manual_seed(0)
+    args = tiny_args(hold_steps=3, discover_steps=100)
+    agent = dads.Agent(args, 4, 2)
+    executor = dads.Executor(dads.Planner(agent, args, explore=True), 2)
+    obs = np.zeros((2, 4), np.float32)
+    seen = []
+    for t in range(7):
+        executor(obs, 0)
+        seen.append(executor.z.copy())
+        if t == 3:
+            executor.forget(np.array([True, False]))
+    seen = np.stack(seen)  # (7, 2, 2)
+    changes = (seen[1:] != seen[:-1]).all(-1)
+    assert np.flatnonzero(changes[:, 1]).tolist() == [2, 5]
+    assert np.flatnonzero(changes[:, 0]).tolist() == [2, 3]
+    # Plans begin with phase B and the first reward, and last skill_horizon env steps
+    planner = executor.planner
+    assert not planner.plans(99) and not planner.plans(100)
+    agent.rewarded.fill_(1)
+    assert not planner.plans(99) and planner.plans(100)
+    executor.forget(np.array([True, True]))
+    executor(obs, 100)
+    assert executor.left.tolist() == [9, 9]
+    assert np.allclose(executor.z, planner.last_mean[:, 0].numpy())
+
+
+# --------------------------------------------------------------------------------------------------------- replay
+def filled(args, steps):
+    """Observations count the env steps; episodes of member 0 end truly after 7, those of member 1 by time after 5."""
+    rb = dads.ReplayBuffer(1, 1, args)
+    rng = np.random.default_rng(0)
+    kept = []
+    for t in range(steps):
+        obs = np.array([[t], [1000 + t]], np.float32)
+        rewards = (rng.random(2) < 0.1).astype(np.float32)
+        ends = np.array([t % 7 == 6, False])
+        times = np.array([False, t % 5 == 4])
+        rb.add(obs, obs, np.zeros((2, 2), np.float32), rewards, ends, times, obs + 0.5)
+        kept.append((rewards, ends | times))
+    return rb, kept
+
+
+@pytest.mark.parametrize("steps", [6, 25, 83])  # fewer than a window, not full, overwritten
+def test_windows_of_rewards_against_a_loop(steps):
+    torch.manual_seed(0)
+    args = tiny_args(buffer_size=60, skill_horizon=8)
+    rb, kept = filled(args, steps)
+    start, end, rewards = rb.sample_rewards(400)
+    H = min(8, steps)
+    oldest = max(0, steps - 30)
+    for s, x, r in zip(start.flatten().tolist(), end.flatten().tolist(), rewards.tolist()):
+        e, t = divmod(int(s), 1000)
+        assert oldest <= t <= steps - H
+        total = 0.0
+        for last in range(t, t + H):
+            total += kept[last][0][e]
+            if kept[last][1][e]:
+                break
+        assert (x, r) == (1000 * e + last + 0.5, total)
+    if steps > 8:
+        assert (rewards[:200] > 0).float().mean() > 0.4 > 0.3 > 8 * 0.1 * 0.3
+        assert len(set(start.flatten().tolist())) > 10
+
+
+def test_only_true_ends_have_no_future():
+    """Targets of the critics from rows of the buffer: reward of the skills, plus what comes later unless it ended."""
+    args = tiny_args(gamma=0.9)
+    rb, _ = filled(args, 30)
+    torch.manual_seed(0)
+    obs, action, z, next_obs, discount = rb.sample(500)
+    ended = (obs[:, 0] < 1000) & (obs[:, 0] % 7 == 6)
+    assert torch.equal(discount == 0, ended) and (discount[~ended] == np.float32(0.9)).all()
+    assert torch.equal(next_obs, obs + 0.5)
+
+
+def test_critics_see_the_same_skill_before_and_after(monkeypatch):
+    torch.manual_seed(0)
+    args = tiny_args(intrinsic_scale=3.0)
+    agent = dads.Agent(args, 4, 2)
+    seen = []
+    original = agent.critic_loss
+    agent.critic_loss = lambda *inputs: seen.append(inputs) or original(*inputs)
+    obs, next_obs = torch.randn(2, 16, 4)
+    z = 2 * torch.rand(16, 2) - 1
+    torch.manual_seed(1)
+    expected = dads.intrinsic_reward(agent.dynamics, obs[:, :2], z, next_obs[:, :2], args.num_prior_samples)
+    torch.manual_seed(1)
+    agent.update(obs, torch.zeros(16, 2), z, next_obs, torch.full((16,), 0.9))
+    state, _, reward, next_state = seen[0][3:7]
+    assert torch.equal(state, torch.cat([obs, z], 1)) and torch.equal(next_state, torch.cat([next_obs, z], 1))
+    assert torch.allclose(reward, 3 * expected)
+
+
+@pytest.mark.parametrize(("target_entropy", "direction"), [(100.0, 1), (-100.0, -1)])
+def test_alpha_rises_while_the_policy_is_not_random_enough(target_entropy, direction):
+    torch.manual_seed(0)
+    agent = dads.Agent(tiny_args(), 4, 2)
+    agent.target_entropy = target_entropy
+    agent.update(torch.randn(8, 4), torch.rand(8, 2), torch.rand(8, 2), torch.randn(8, 4), torch.full((8,), 0.9))
+    assert np.sign(agent.log_alpha.item()) == direction
+
+
+# ----------------------------------------------------------------------------------------------------------- runs
+def test_phase_b_leaves_the_policy_and_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    envs = data_tools.tasks.maze.MazeVectorEnv
+    advance = envs.advance
+    monkeypatch.setattr(
+        envs, "advance", lambda self, *inputs: (0.01 * self.observations()[:, 0], advance(self, *inputs)[1])
+    )
+    flags = "--env-id maze --device cpu --hidden-dim 16 --num-envs 4 --batch-size 16 --eval-interval 0 --hold-steps 40"
+    flags += " --warmup-steps 100 --updates-per-step 0.05 --discover-steps 480 --mppi-iters 2 --policy-updates 2"
+    monkeypatch.setattr(dads, "rollout", lambda *inputs: (np.zeros(1), np.zeros(1)))
+
+    def run(*more):
+        dads.main(dads.parse_args([*flags.split(), *more]))
+        return torch.load(next((tmp_path / more[1]).iterdir()) / "checkpoint.pt", weights_only=True)
+
+    monkeypatch.chdir(tmp_path)
+    whole = run("--run-dir", "whole", "--total-timesteps", "800")
+    part = run("--run-dir", "part", "--total-timesteps", "520")
+    dads.main(dads.parse_args(["--resume", str(next((tmp_path / "part").iterdir())), "--total-timesteps", "800"]))
+    again = torch.load(next((tmp_path / "part").iterdir()) / "checkpoint.pt", weights_only=True)
+    for name, value in whole["agent"].items():
+        assert torch.equal(value, again["agent"][name]), name
+        frozen = not name.startswith("dynamics")
+        assert torch.equal(value, part["agent"][name]) == frozen or name.startswith("rewarded") or "std" in name, name
+    assert all(torch.equal(whole["rb"][name], again["rb"][name]) for name in ("obs", "action", "z", "rewards"))
+    assert torch.equal(whole["z"], again["z"]) and torch.equal(whole["left"], again["left"])
+    # Skills of phase A are held for 40 env steps, planned ones for 10
+    z = whole["rb"]["z"]  # (T, E, Z)
+    changes = (z[1:] != z[:-1]).any(-1)[:, 0].nonzero().flatten() + 1
+    assert changes.tolist() == [40, 80, *range(120, 200, 10)]
+
+
+# --------------------------------------------------------------------------------------------- tasks and pictures
+@pytest.mark.parametrize("task", ["kitchen", "kitchen-misaligned"])
+def test_known_rewards_are_the_tasks_own(task):
+    rng = np.random.default_rng(0)
+    obs = np.tile(kitchen.INITIAL_QPOS, (200, 1))
+    for indices, goal in kitchen.ELEMENTS.values():
+        near = rng.random(200) < 0.5
+        obs[np.ix_(near, indices)] = np.array(goal) + rng.normal(size=(near.sum(), len(indices))) * 0.15
+    complete = kitchen.elements_complete(obs)
+    expected = sum(complete[name].astype(float) for name in kitchen.SUBTASKS[task])
+    x = torch.from_numpy(obs.astype(np.float32))
+    gained = dads.known_reward(x[:100], x[100:], dads.SUBTASK_GOALS[task]).numpy()
+    assert np.array_equal(gained, expected[100:] - expected[:100]) and len(set(gained)) >= 5
+
+
+def test_known_rewards_of_maze_and_calvin():
+    goal = torch.tensor(data_tools.tasks.maze.GOAL, dtype=torch.float32)
+    radius = data_tools.tasks.maze.GOAL_RADIUS
+    x = goal + torch.tensor([[0.0, radius + 0.01], [radius - 0.01, 0.0]])
+    assert dads.known_reward(x[:1], x[1:], dads.SUBTASK_GOALS["maze"]).tolist() == [1.0]
+    start = torch.zeros(4, 21)
+    later = start.clone()
+    later[0, 16] = 0.121  # drawer
+    later[1, 16] = 0.119
+    later[2, [15, 19]] = torch.tensor([0.151, 1.0])  # slide, bulb
+    later[3, [15, 20]] = torch.tensor([0.149, 1.0])  # LED
+    assert dads.known_reward(start, later, dads.SUBTASK_GOALS["calvin"]).tolist() == [1.0, 0.0, 2.0, 1.0]
+
+
+def test_hand_is_where_mujoco_puts_it():
+    model = kitchen.compile_model(False)
+    data = mujoco.MjData(model)
+    rng = np.random.default_rng(0)
+    obs = np.tile(kitchen.INITIAL_QPOS, (5, 1))
+    obs[:, :7] += 0.3 * rng.normal(size=(5, 7))
+    expected = []
+    for row in obs:
+        data.qpos[: len(row)] = row
+        mujoco.mj_kinematics(model, data)
+        base = data.body("panda0_link0")
+        expected.append(base.xmat.reshape(3, 3).T @ (data.site("end_effector").xpos - base.xpos))
+    found = dads.tool_position(obs, dads.Args(env_id="kitchen"))
+    np.testing.assert_allclose(found, expected, atol=2e-3)  # the model's numbers are rounded
+
+
+@pytest.mark.parametrize("task", ["maze", "kitchen", "calvin"])
+def test_picture_of_skills(task, tmp_path):
+    args = dads.Args(env_id=task, device="cpu", compile=False, hidden_dim=16, **dads.TASK_DEFAULTS[task])
+    args.hold_steps = 5
+    agent = dads.Agent(args, *dads.data_tools.env_sizes(task))
+    dads.draw_skills(agent, args, tmp_path / "skills.png")
+    z = np.zeros((3, args.skill_dim), np.float32)
+    paths = dads.skill_paths(agent, z, 5, args, seed=1)
+    assert len(paths) == 6 and np.array_equal(paths[0, 0], paths[0, 1])  # the same start for all skills
+    assert (tmp_path / "skills.png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--buffer-size 10", ["--buffer-size"]),
+        ("--task-reward known --env-id kitchen --dynamics-obs 9", ["--dynamics-obs 9", "--task-reward"]),
+        ("--discover-steps 0", ["--discover-steps"]),
+        ("--temperature nan", ["--temperature"]),
+    ],
+)
+def test_senseless_flags_are_refused_with_a_sentence(flags, words):
+    with pytest.raises(SystemExit) as caught:
+        dads.main(dads.parse_args(flags.split()))
+    assert all(word in caught.value.code for word in words)
