@@ -16,6 +16,7 @@ phi(s) is a state's place: the first G entries of an observation, in units of GO
 Goal-conditioned: yes, goals are changes of the state. Pre-trained: no, learnt end to end. Goals end after c env steps,
 not by themselves. Off-policy, with relabelled goals.
 
+The numbers are those of `DEVIATION n` in the code:
 1. Environments act side by side, with fewer updates (paper: low one per env step, high one per c).
 2. At the c-th env step the next goal is h's, as in the paper; the release stores the high level's next goal.
 3. For the high level a true end has no future; in the release nothing ends. The low level never ends in both.
@@ -26,6 +27,8 @@ Free choices: GOAL_RANGE, and all numbers on our tasks, where the paper has none
 
 Expect about 0 on our tasks: the high level sees no reward before the first success, and most goals in the space of
 all joints and objects cannot be reached. What the low level learns is charts/goal_progress: the share of |g| covered.
+In an open maze with a reward for coming nearer it learns to reach random goals in 200 of 200 episodes, with two seeds
+(benchmarks/controls_hiro.py; uniform actions: 3 and 6).
 A run's folder holds the same files as skimo.py's.
 Differs from skimo.py in: Args, TASK_DEFAULTS, POSITION_PERIODS, rollout, ReplayBuffer, Agent, train, evaluate,
     parse_args, check_args, main
@@ -84,7 +87,7 @@ class Args:
     total_timesteps: int = 1_000_000  # env steps, warm-up included
     num_envs: int = 8  # environments side by side
     warmup_steps: int = 10_000  # env steps with uniform actions and goals, before updates start
-    updates_per_step: float = 0.25  # updates of the low level per env step after the warm-up (paper: 1)
+    updates_per_step: float = 0.25  # of the low level, after the warm-up (DEVIATION 1; paper: 1)
     batch_size: int = 100  # rows per update
     buffer_size: int = 100_000  # rows kept, each the env steps of one goal
     actor_lr: float = 1e-4  # learning rate of both levels' policies
@@ -96,7 +99,7 @@ class Args:
     correction: bool = True  # relabel goals for the high level (eq. 5)
     reward_scale: float = 1.0  # factor on the task's reward
     hidden_dim: int = 300  # width of hidden layers
-    position_features: bool = True  # sines and cosines of positions as inputs, as in skimo.py
+    position_features: bool = True  # sines and cosines of positions as inputs (DEVIATION 6)
 
 
 # Rewards of 100 are scaled to 1, about the size of the low level's.
@@ -255,7 +258,7 @@ def td3_critic_loss(critics, critics_target, actor_target, obs, goal, action, re
     with torch.no_grad():
         next_action = actor_target(next_obs, next_goal)  # (B, A)
         noise = 0.2 * torch.randn_like(next_action)
-        next_action = (next_action + noise.clamp(-0.5, 0.5)).clamp(-1, 1)
+        next_action = (next_action + noise.clamp(-0.5, 0.5)).clamp(-1, 1)  # DEVIATION 5
         next_q = torch.min(*critics_target(next_obs, next_goal, next_action))  # (B,)
         td_target = rewards + discount * next_q  # (B,)
     q1, q2 = critics(obs, goal, action)
@@ -342,12 +345,21 @@ class ReplayBuffer:
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         c = args.goal_steps
-        sizes = dict(obs=(c + 1, obs_dim), action=(c, action_dim), goal=(len(goal_range(obs_dim, args)),))
-        sizes |= dict(rewards=(), steps=(), terminations=())  # their sum, how many env steps happened, true end
+        shapes = dict(
+            obs=(c + 1, obs_dim),
+            action=(c, action_dim),
+            goal=(len(goal_range(obs_dim, args)),),
+            rewards=(),  # their sum
+            steps=(),  # how many of the c env steps happened
+            terminations=(),
+        )
         self.goal_steps = c
         self.device = args.device
-        self.columns = {name: torch.zeros(args.buffer_size, *size, device=args.device) for name, size in sizes.items()}
-        self.running = {name: torch.zeros(args.num_envs, *size) for name, size in sizes.items()}  # on the CPU
+        self.columns = {}
+        self.running = {}  # the row of each environment that is not complete yet, on the CPU
+        for name, shape in shapes.items():
+            self.columns[name] = torch.zeros(args.buffer_size, *shape, device=args.device)
+            self.running[name] = torch.zeros(args.num_envs, *shape)
         self.added = 0  # rows ever added
 
     def __len__(self):
@@ -385,7 +397,8 @@ class ReplayBuffer:
 
     def newest(self, count: int):
         """The last rows that were added, as `sample` returns them."""
-        index = torch.arange(max(0, self.added - count), self.added) % len(self.columns["obs"])
+        first = self.added - min(count, len(self))
+        index = torch.arange(first, self.added) % len(self.columns["obs"])
         return [column[index.to(self.device)] for column in self.columns.values()]
 
     def state_dict(self) -> dict:
@@ -584,11 +597,11 @@ class Agent(nn.Module):
         torch.compiler.cudagraph_mark_step_begin()
         self.updates += 1
         place = self.place(obs)  # (B, c+1, G)
-        # Low level: a random env step t of each row
+        # Low level: a random env step t of each row (DEVIATION 4)
         row = torch.arange(len(obs), device=obs.device)
         t = (torch.rand_like(steps) * steps).long()  # (B,)
         goal_t = goal_transition(place[:, 0], goal, place[row, t])  # (B, G)
-        next_goal = goal_transition(place[row, t], goal_t, place[row, t + 1])  # (B, G)
+        next_goal = goal_transition(place[row, t], goal_t, place[row, t + 1])  # (B, G), DEVIATION 2
         low_rewards = -next_goal.norm(dim=-1)  # eq. 3
         discount = torch.full_like(rewards, args.gamma)  # it never ends
         before = obs[row, t], goal_t, action[row, t], low_rewards
@@ -603,7 +616,7 @@ class Agent(nn.Module):
             if args.correction:
                 goal = self.corrected_goal(self.low.actor, obs, place, action, goal, steps)
             nothing = obs[:, 0, :0]  # (B, 0)
-            discount = args.gamma * (1 - terminations)
+            discount = args.gamma * (1 - terminations)  # DEVIATION 3
             before = obs[:, 0], nothing, goal, rewards
             after = obs[:, -1], nothing, discount
             even = self.updates // args.goal_steps % 2 == 0

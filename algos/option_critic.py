@@ -17,7 +17,8 @@ Repeat, with V(s) the value of choosing an option anew:
 
 Not goal-conditioned; not pre-trained; an option ends itself; on-policy.
 Expect 0 on our tasks: it sees no reward to follow, and options do not explore by themselves. Expect short options:
-with V the maximum no option is better than it, so all but the best one learn to end at once.
+with V the maximum no option is better than it, so all but the best one learn to end at once. Four rooms, 20 runs: 10.9
+steps (fewest possible: 8.4); 900 episodes after the goal moved 44 steps, one option 573; options last 1.5 steps.
 
 On the tasks the options are those of A2OC (Harb et al. 2018, https://arxiv.org/abs/1709.04571): E environments times T
 env steps per update, returns over them, and a deliberation cost, which is paid when an option ends by itself and keeps

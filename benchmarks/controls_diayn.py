@@ -2,14 +2,15 @@
 
     python benchmarks/controls_diayn.py box --out benchmarks/results/studies/diayn/box_seed1.csv
     python benchmarks/controls_diayn.py pendulum --out benchmarks/results/studies/diayn/pendulum_seed1.csv
-    python benchmarks/controls_diayn.py pendulum --no-log-p-z --out benchmarks/results/studies/diayn/without_seed1.csv
+    python benchmarks/controls_diayn.py pendulum --no-log-p-z \\
+        --out benchmarks/results/studies/diayn/pendulum_without_seed1.csv
 
 box (the paper's appendix C): a point in [0, 1]^2 begins in the middle and moves by at most 0.1 along each axis in a
 step; 100 steps. The csv has the path of each skill (no exploration); GATE is about its states, which the discriminator
 must tell apart. The picture beside it is drawn from it. Then the controller learns to stay near a corner, by skills.
 pendulum: Gymnasium's InvertedPendulum-v5, whose episodes end when it falls, and time out after 1,000 steps; discovery
-alone. The csv has the training episodes. Without - log p(z) each reward is negative, and falling early is the best
-that a skill can do.
+alone. The csv has the training episodes; the picture shows those of both runs above. Without - log p(z) each reward is
+negative, and falling early is the best that a skill can do.
 Both run the whole file as any task of one's own. A JSON beside the csv tells command, commit, machine, arguments.
 """
 
@@ -41,7 +42,7 @@ CORNER = np.array([1.0, 0.0])  # of the box; reward 1 for each step that ends le
 COMMON = dict(device="cpu", compile=False, num_envs=1, skill_dim=10, hidden_dim=128, updates_per_step=1.0)
 SETTINGS = {
     "box": dict(discover_steps=25_000, total_timesteps=30_000),
-    "pendulum": dict(discover_steps=30_000, total_timesteps=30_000),
+    "pendulum": dict(discover_steps=15_000, total_timesteps=15_000),
 }
 
 
@@ -135,6 +136,22 @@ def draw_box(table: Path, out: Path, title: str):
     figure.savefig(out, dpi=110)
 
 
+def draw_pendulum(folder: Path, out: Path, seed: int):
+    """The csv files of both rewards, as far as they are there -> a picture of the lengths of episodes."""
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for name, colour, label in (("", "C3", "with - log p(z)"), ("_without", "C7", "without")):
+        table = folder / f"pendulum{name}_seed{seed}.csv"
+        if table.exists():
+            steps, lengths, _ = np.loadtxt(table, delimiter=",", skiprows=1).T
+            window = min(20, len(lengths))
+            smooth = np.convolve(lengths, np.ones(window) / window, "valid")
+            axes.plot(steps[window - 1 :], smooth, color=colour, label=label)
+    axes.set(yscale="log", xlabel="env step", ylabel="steps until it falls", title="Mean of the last 20 episodes")
+    axes.legend()
+    figure.savefig(out, dpi=110)
+
+
 def learn(name: str, seed: int, subtract_log_p_z: bool):
     """A run: arguments, trained agent, training episodes [env step, return, length, minutes], results."""
     with tempfile.TemporaryDirectory() as folder:
@@ -172,7 +189,7 @@ def main():
     path, lengths = skill_paths(agent, args)
     if given.name == "box":
         header = ("skill", "step", "x", "y")
-        points = np.round(path, 4).tolist()
+        points = np.round(path.astype(float), 4).tolist()
         rows = [(k, t, *points[t][k]) for k in range(args.skill_dim) for t in range(len(path))]
         facts["bound"], facts["accuracy"] = told_apart(agent, path)
         in_control = [value for step, value, _, _ in episodes if step > args.discover_steps]
@@ -196,6 +213,8 @@ def main():
     if given.name == "box":
         title = f"{args.skill_dim} skills: {facts['bound']:.2f} of {np.log(args.skill_dim):.2f} nats"
         draw_box(given.out, given.out.with_suffix(".png"), title)
+    else:
+        draw_pendulum(given.out.parent, given.out.with_name(f"pendulum_seed{given.seed}.png"), given.seed)
     print({key: value for key, value in facts.items() if key != "args"})
 
 

@@ -1,5 +1,8 @@
 """diayn.py against mutual information, NumPy, soft value iteration, a counting environment, and a small box."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -303,3 +306,19 @@ def test_it_learns_skills_that_part_and_then_the_task(tmp_path, monkeypatch):
         returns.append(alone[0])
     assert min(returns) == 0 and max(returns) >= 2
     assert results["evaluations"][-1][1] == max(returns)
+
+
+# ------------------------------------------------------------------------------------------------- the committed logs
+LOGS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "studies" / "diayn"
+
+
+def test_the_committed_box_has_passed():
+    """Paths are possible ones, and skills end apart: so far that each end is told from all others."""
+    facts = json.loads((LOGS / "box_seed1.json").read_text())
+    assert facts["passed"] and facts["gate"]["bound"] < facts["bound"] < np.log(10)
+    paths = np.loadtxt(LOGS / "box_seed1.csv", delimiter=",", skiprows=1)[:, 2:].reshape(10, 101, 2)
+    assert (paths[:, 0] == 0.5).all() and paths.min() >= 0 and paths.max() <= 1
+    assert np.abs(np.diff(paths, axis=1)).max() < 0.1001
+    ends = paths[:, -1]
+    apart = np.linalg.norm(ends[:, None] - ends, axis=-1)[~np.eye(10, dtype=bool)]
+    assert apart.min() > 0.1

@@ -191,6 +191,7 @@ def test_ring_keeps_the_last_rows_and_survives_a_checkpoint():
         step(rb, t)
     assert len(rb) == 5 and rb.columns["obs"][:, 0, 0].tolist() == [20, 30, 30, 10, 20]
     assert rb.newest(4)[0][:, 0, 0].tolist() == [20, 20, 30, 30]
+    assert rb.newest(100)[0][:, 0, 0].tolist() == [10, 20, 20, 30, 30]
     other.load_state_dict(rb.state_dict())
     for t in range(47, 50):
         step(rb, t)

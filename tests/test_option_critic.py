@@ -3,6 +3,9 @@
 The task "line", a point that moves left or right for 8 env steps, is that of test_diayn.py.
 """
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -332,3 +335,17 @@ def test_it_learns_to_go_left(tmp_path, monkeypatch):
 def test_bad_input_is_a_sentence(changes, words):
     with pytest.raises(SystemExit, match=f"^error: .*{words}"):
         oc.main(tiny_args(**changes))
+
+
+# ------------------------------------------------------------------------------------------------- the committed logs
+def test_the_committed_four_rooms_have_passed():
+    table = Path(__file__).resolve().parents[1] / "benchmarks/results/studies/option_critic/four_rooms_seed1.csv"
+    facts = json.loads(table.with_suffix(".json").read_text())
+    episode, options, one = np.loadtxt(table, delimiter=",", skiprows=1).T
+    assert (episode == np.arange(2_000)).all()
+    for name, steps in (("four_options", options), ("one_option", one)):
+        assert steps[900:1_000].mean() == pytest.approx(facts[name]["last 100 before the goal moves"])
+        assert steps[1_900:].mean() == pytest.approx(facts[name]["last 100"])
+    assert facts["fewest_before"] < options[900:1_000].mean() < 20
+    assert facts["fewest_after"] < options[1_900:].mean() < 0.25 * one[1_900:].mean()
+    assert facts["passed"] and facts["fewest_before"] == pytest.approx(8.4, abs=0.05)
