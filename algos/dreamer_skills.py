@@ -39,9 +39,9 @@ Four questions: goals no; skills are pre-trained, the rest learns in RL; a skill
 Expect (paper, training episodes): maze 0; Kitchen .83 and 1.36 sub-tasks at .2 and .4 million env steps, Mis-aligned
 .49 and .70; CALVIN .04, then 0. The model has to learn from nothing what SkiMo's knows from the data.
 
-Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, PUBLISHED, QUADRATURE, SkillModel, sample_gaussian,
-make_networks, RSSM, ActionModel, pretrain_loss, prior_rollouts, pretrain_lr, find_pretrained, pretrain, Agent, train,
-evaluate, check_args.
+Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, PEOPLE, RELEASE, PUBLISHED, QUADRATURE, SkillModel,
+sample_gaussian, make_networks, RSSM, ActionModel, pretrain_loss, prior_rollouts, pretrain_lr, find_pretrained,
+pretrain, Agent, train, evaluate, check_args.
 A run's folder holds what skimo.py names.
 Shapes: B batch, L rows per window, O observation, F inputs, A action, Z skill, d = size of s and h, E environments,
 S starts, J imagined skills. Actions of dreamer.py's parts (..., A) are here skills u (..., Z).
@@ -163,9 +163,13 @@ TASK_DEFAULTS = {
     "calvin": dict(total_timesteps=2_000_000),
 }
 
+# With people's demonstrations (--data, --dataset d4rl) the arm is shifted (DEVIATION 3).
+PEOPLE = {"kitchen": dict(arm_noise=0.02)}
+PEOPLE["kitchen-misaligned"] = PEOPLE["kitchen"]
+
 # --published: what changes to give the release's values, on all tasks and on each.
 RELEASE = dict(
-    position_features=False, pretrain_updates=480_000, pretrain_lr_decay=False, kl_coef=5e-4, num_envs=1,
+    position_features=False, arm_noise=0.0, pretrain_updates=480_000, pretrain_lr_decay=False, kl_coef=5e-4, num_envs=1,
     squash_actions=True,
 )  # fmt: skip
 PUBLISHED = {
@@ -1277,6 +1281,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--env-id", choices=list(data_tools.TASKS), default="maze")
     first.add_argument("--published", action="store_true")
+    first.add_argument("--data")
+    first.add_argument("--dataset")
     first.add_argument("--device")
     first.add_argument("--resume")
     first.add_argument("--evaluate")
@@ -1284,6 +1290,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
     env_id = given.env_id
     defaults = dict(env_id=env_id, **TASK_DEFAULTS.get(env_id, {}))
+    if given.data or given.dataset == "d4rl":
+        defaults |= PEOPLE.get(env_id, {})
     if given.published:
         defaults |= PUBLISHED.get(env_id, RELEASE)
     if given.evaluate == "published":

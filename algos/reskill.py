@@ -29,8 +29,8 @@ Differences from the release, marked DEVIATION n below. 1, 2, 3 and 6 are spirl.
 The release's last skill of a roll-out enters PPO with the advantage of an older roll-out; here no row can be stale.
 --published takes the release's side of 2, 3, 6, widths and counts. Checked against formulas, not beside the release.
 
-Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, PUBLISHED, SkillModel, make_networks, pretrain_loss,
-prior_rollouts, pretrain_lr, find_pretrained, pretrain, Agent, train, evaluate, check_args, main.
+Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, PEOPLE, RELEASE, PUBLISHED, SkillModel, make_networks,
+pretrain_loss, prior_rollouts, pretrain_lr, find_pretrained, pretrain, Agent, train, evaluate, check_args, main.
 A run's folder holds what skimo.py names.
 Expect little at our budgets: 300,000 env steps are 30 roll-outs, each used once. The release takes 24M env steps.
 Score: maze, last 100 training episodes at 300,000 env steps: .35 / .37 (two seeds); the flow prior alone has .195.
@@ -149,10 +149,15 @@ TASK_DEFAULTS = {
 }
 TASK_DEFAULTS["kitchen-misaligned"] = TASK_DEFAULTS["kitchen"]
 
+# With people's demonstrations (--data, --dataset d4rl) the arm is shifted (DEVIATION 3).
+PEOPLE = {"kitchen": dict(arm_noise=0.02)}
+PEOPLE["kitchen-misaligned"] = PEOPLE["kitchen"]
+
 # --published: what changes to give the values of SPiRL's and ReSkill's releases, on all tasks and on each.
 RELEASE = dict(
-    position_features=False, pretrain_updates=480_000, pretrain_lr_decay=False, kl_coef=5e-4, squash_actions=True,
-    flow_dim=512, num_envs=15, rollout_skills=200, batch_size=30_000, residual_middle=270_000, residual_slope=6.7e-5,
+    position_features=False, arm_noise=0.0, pretrain_updates=480_000, pretrain_lr_decay=False, kl_coef=5e-4,
+    squash_actions=True, flow_dim=512, num_envs=15, rollout_skills=200, batch_size=30_000, residual_middle=270_000,
+    residual_slope=6.7e-5,
 )  # fmt: skip
 PUBLISHED = {
     "maze": dict(RELEASE, pretrain_updates=530_000, kl_coef=1e-3),
@@ -1303,6 +1308,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--env-id", choices=list(data_tools.TASKS), default="maze")
     first.add_argument("--published", action="store_true")
+    first.add_argument("--data")
+    first.add_argument("--dataset")
     first.add_argument("--device")
     first.add_argument("--resume")
     first.add_argument("--evaluate")
@@ -1310,6 +1317,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
     env_id = given.env_id
     defaults = dict(env_id=env_id, **TASK_DEFAULTS.get(env_id, {}))
+    if given.data or given.dataset == "d4rl":
+        defaults |= PEOPLE.get(env_id, {})
     if given.published:
         defaults |= PUBLISHED.get(env_id, RELEASE)
     if given.evaluate == "published":

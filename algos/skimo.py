@@ -20,6 +20,7 @@ Differences from the release, marked DEVIATION n below. Measurements are in algo
    beyond |x| = 8.66, where its atanh clamps.
 2. The skill policy is trained on bc_chunks random chunks of a window, not on all N. The mean gradient is the same.
 3. Pre-training is shorter, with a decaying learning rate and with sines and cosines of positions as inputs.
+   On people's demonstrations the arm is also shifted (`perturb`), which changes more than all the rest.
 4. E environments act side by side. Updates per env step are those of the release.
 5. CEM starts from plans of the task policy instead of N(0, 2^2), with fewer samples and less exploration noise.
 6. The target copy is faster (tau 0.05, not 0.01): value has to spread over 90 skills from the maze's goal.
@@ -176,10 +177,14 @@ TASK_DEFAULTS = {
 }  # fmt: skip
 TASK_DEFAULTS["kitchen-misaligned"] = TASK_DEFAULTS["kitchen"]
 
+# With people's demonstrations (--data, --dataset d4rl) skills hold more, and the arm is shifted (DEVIATION 3).
+PEOPLE = {"kitchen": dict(kl_coef=5e-4, arm_noise=0.02)}
+PEOPLE["kitchen-misaligned"] = PEOPLE["kitchen"]
+
 # --published: what changes to give the release's values, on all tasks and on each.
 RELEASE = dict(
     position_features=False, pretrain_updates=425_000, pretrain_skills=10, pretrain_batch_size=512, bc_chunks=10,
-    pretrain_lr_decay=False, kl_coef=1e-4, num_envs=1, policy_latents="imagined", tau=0.01, plan_start="wide",
+    pretrain_lr_decay=False, arm_noise=0.0, kl_coef=1e-4, num_envs=1, policy_latents="imagined", tau=0.01, plan_start="wide",
     num_samples=512, num_elites=64, cem_iters=6, min_std=0.5,
 )  # fmt: skip
 PUBLISHED = {
@@ -1209,6 +1214,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--env-id", choices=list(data_tools.TASKS), default="maze")
     first.add_argument("--published", action="store_true")
+    first.add_argument("--data")
+    first.add_argument("--dataset")
     first.add_argument("--device")
     first.add_argument("--resume")
     first.add_argument("--evaluate")
@@ -1216,6 +1223,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
     env_id = given.env_id
     defaults = dict(env_id=env_id, **TASK_DEFAULTS.get(env_id, {}))
+    if given.data or given.dataset == "d4rl":
+        defaults |= PEOPLE.get(env_id, {})
     if given.published:
         defaults |= PUBLISHED.get(env_id, RELEASE)
     if given.evaluate == "published":

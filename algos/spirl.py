@@ -30,8 +30,8 @@ Differences from the release, marked DEVIATION n below.
 Checked against the release with the same weights, batches and noise, in double precision: the losses and gradients of
 pre-training are equal to 1e-12, those of SAC to 5e-8 (of 3,700). The order of an update was read there, not run.
 
-Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, PUBLISHED, SkillModel, make_networks, pretrain_loss,
-prior_rollouts, ReplayBuffer, pretrain_lr, find_pretrained, pretrain, Agent, train, evaluate, check_args.
+Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, PEOPLE, RELEASE, PUBLISHED, SkillModel, make_networks,
+pretrain_loss, prior_rollouts, ReplayBuffer, pretrain_lr, find_pretrained, pretrain, Agent, train, evaluate, check_args.
 A run's folder holds what skimo.py names.
 Score: maze, share of training episodes that reach the goal in the last 50,000 of 300,000 env steps: .04 / .00 / .00.
 The prior's .23 is lost in all three seeds. Measured before the order of an update became the release's.
@@ -141,9 +141,13 @@ TASK_DEFAULTS = {
     "calvin": dict(total_timesteps=2_000_000),
 }
 
+# With people's demonstrations (--data, --dataset d4rl) the arm is shifted (DEVIATION 3).
+PEOPLE = {"kitchen": dict(arm_noise=0.02)}
+PEOPLE["kitchen-misaligned"] = PEOPLE["kitchen"]
+
 # --published: what changes to give the release's values, on all tasks and on each.
 RELEASE = dict(
-    position_features=False, pretrain_updates=480_000, pretrain_lr_decay=False, kl_coef=5e-4, num_envs=1,
+    position_features=False, arm_noise=0.0, pretrain_updates=480_000, pretrain_lr_decay=False, kl_coef=5e-4, num_envs=1,
     squash_actions=True,
 )  # fmt: skip
 PUBLISHED = {
@@ -963,6 +967,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--env-id", choices=list(data_tools.TASKS), default="maze")
     first.add_argument("--published", action="store_true")
+    first.add_argument("--data")
+    first.add_argument("--dataset")
     first.add_argument("--device")
     first.add_argument("--resume")
     first.add_argument("--evaluate")
@@ -970,6 +976,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
     env_id = given.env_id
     defaults = dict(env_id=env_id, **TASK_DEFAULTS.get(env_id, {}))
+    if given.data or given.dataset == "d4rl":
+        defaults |= PEOPLE.get(env_id, {})
     if given.published:
         defaults |= PUBLISHED.get(env_id, RELEASE)
     if given.evaluate == "published":

@@ -29,9 +29,9 @@ Checked against the release with the same weights, transitions and noise, in dou
 consistency and reward losses are equal to 1e-16. Value and policy losses were compared while the policy's mean had a
 bound (value: 2e-4); now it has none, as in the release, and the rest was read there, not run.
 
-Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, PUBLISHED, scalar_head, SkillModel, WorldModel,
-make_networks, pretrain_loss, model_loss, policy_loss, plan, Planner, ReplayBuffer, prior_rollouts, pretrain_lr,
-find_pretrained, pretrain, Agent, train, check_args.
+Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, PEOPLE, RELEASE, PUBLISHED, scalar_head, SkillModel,
+WorldModel, make_networks, pretrain_loss, model_loss, policy_loss, plan, Planner, ReplayBuffer, prior_rollouts,
+pretrain_lr, find_pretrained, pretrain, Agent, train, check_args.
 A run's folder holds what skimo.py names.
 Score: maze, 300,000 env steps at small sizes (algos/README.md): no training episode reaches the goal (seeds 1-2), so no
 reward was ever seen. Measured before the losses, windows and number of updates became the release's.
@@ -161,9 +161,13 @@ TASK_DEFAULTS = {
     "calvin": dict(total_timesteps=2_000_000),
 }
 
+# With people's demonstrations (--data, --dataset d4rl) the arm is shifted (DEVIATION 3).
+PEOPLE = {"kitchen": dict(arm_noise=0.02)}
+PEOPLE["kitchen-misaligned"] = PEOPLE["kitchen"]
+
 # --published: what changes to give the release's values, on all tasks and on each.
 RELEASE = dict(
-    position_features=False, pretrain_updates=480_000, pretrain_lr_decay=False, kl_coef=5e-4, num_envs=1,
+    position_features=False, arm_noise=0.0, pretrain_updates=480_000, pretrain_lr_decay=False, kl_coef=5e-4, num_envs=1,
     squash_actions=True,
 )  # fmt: skip
 PUBLISHED = {
@@ -1214,6 +1218,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--env-id", choices=list(data_tools.TASKS), default="maze")
     first.add_argument("--published", action="store_true")
+    first.add_argument("--data")
+    first.add_argument("--dataset")
     first.add_argument("--device")
     first.add_argument("--resume")
     first.add_argument("--evaluate")
@@ -1221,6 +1227,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
     env_id = given.env_id
     defaults = dict(env_id=env_id, **TASK_DEFAULTS.get(env_id, {}))
+    if given.data or given.dataset == "d4rl":
+        defaults |= PEOPLE.get(env_id, {})
     if given.published:
         defaults |= PUBLISHED.get(env_id, RELEASE)
     if given.evaluate == "published":

@@ -1,7 +1,9 @@
 """lsp.py: Dreamer where there are no skills, the mutual-information bound, the planner, and how long a skill lasts."""
 
 import copy
+import json
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from algos import dreamer, lsp
+from benchmarks import controls_lsp
 
 SIZES = dict(
     env_id="calvin", device="cpu", compile=False, position_features=False, num_envs=2, deter_dim=12, stoch_dim=4,
@@ -289,6 +292,24 @@ def test_losses_can_be_compiled_whole():
         compiled = torch.compile(lsp.skill_loss, backend="eager", fullgraph=True, dynamic=False)
         patch.setattr(lsp, "skill_loss", compiled)
         assert torch.equal(behave(agent, args)[0], parts.loss)
+
+
+def test_the_committed_control_has_passed(tmp_path, monkeypatch):
+    log = controls_lsp.ROOT / "benchmarks" / "results" / "studies" / "controls" / "lsp_point_seed1.csv"
+    values = np.loadtxt(log, delimiter=",", skiprows=1)[:, 1]
+    facts = json.loads(log.with_suffix(".json").read_text())
+    assert len(values) == 300 and values[:20].mean() < 0.1
+    assert values[-20:].mean() == pytest.approx(facts["last_20_nats"], abs=1e-3)
+    assert facts["last_20_nats"] > facts["gate"] == controls_lsp.GATE and facts["passed"]
+    monkeypatch.setattr(sys, "argv", ["controls_lsp.py", "--out", str(tmp_path / "log.csv"), "--updates", "2"])
+    controls_lsp.main()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "log.json", "log.png"]
+
+
+def test_explained_is_the_share_between_skills():
+    rng = np.random.default_rng(0)
+    ends = rng.normal(size=(500, 400, 2)) + 2 * rng.normal(size=(500, 1, 2))
+    assert controls_lsp.explained(ends) == pytest.approx(4 / 5, abs=0.03)
 
 
 @pytest.mark.parametrize("flags", [dict(batch_length=1), dict(skill_horizon=1), dict(num_elites=9), dict(num_skills=0)])

@@ -182,6 +182,16 @@ def test_arm_noise_of_zero_and_tasks_without_an_arm_leave_data_alone():
         skimo.check_args(tiny_args(arm_noise=0.1))
 
 
+def test_peoples_demonstrations_have_their_own_defaults_which_flags_and_the_release_beat():
+    scripted = skimo.parse_args(["--env-id", "kitchen"])
+    peoples = skimo.parse_args(["--env-id", "kitchen", "--data", "demonstrations.hdf5"])
+    assert scripted.arm_noise == 0 < peoples.arm_noise and peoples.kl_coef < scripted.kl_coef
+    chosen = skimo.parse_args(["--env-id", "kitchen", "--dataset", "d4rl", "--arm-noise", "0.05"])
+    assert chosen.arm_noise == 0.05 and chosen.kl_coef == peoples.kl_coef
+    assert skimo.parse_args(["--env-id", "kitchen", "--dataset", "d4rl", "--published"]).arm_noise == 0
+    assert skimo.parse_args(["--env-id", "maze", "--data", "paths.hdf5"]).arm_noise == 0
+
+
 def test_learning_rate_of_pretraining():
     args = tiny_args(pretrain_updates=2000, pretrain_lr=0.01)
     rates = {update: skimo.pretrain_lr(update, args) for update in (0, 249, 499, 999, 1999)}
