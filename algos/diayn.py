@@ -24,7 +24,8 @@ Expect about 0 on our tasks: skills that differ are not skills that help. In the
 goal is 34 away; in the Kitchen and on CALVIN an arm that moves by chance rarely moves an object.
 
 Free choices: sac.py's tanh Gaussian, two critics and weights to start from (release: a mixture of 4 Gaussians, one
-critic and a value network, Xavier); the discriminator sees where things are (DISC_ENTRIES; the paper's "DIAYN+prior").
+critic and a value network, Xavier); the discriminator sees where things are (DISC_ENTRIES; the paper's "DIAYN+prior");
+all of control, which the paper tells little about: batch, updates, gamma and tau are those of discovery.
 A run's folder holds the same files as skimo.py's.
 Differs from skimo.py in: Args, TASK_DEFAULTS, POSITION_PERIODS, Inputs, policy_loss, rollout, ReplayBuffer, Agent,
     train, evaluate, parse_args, check_args, main

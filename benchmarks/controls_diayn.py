@@ -2,7 +2,7 @@
 
     python benchmarks/controls_diayn.py box --out benchmarks/results/studies/diayn/box_seed1.csv
     python benchmarks/controls_diayn.py pendulum --out benchmarks/results/studies/diayn/pendulum_seed1.csv
-    python benchmarks/controls_diayn.py pendulum --no-log-p-z \\
+    python benchmarks/controls_diayn.py pendulum --no-log-p-z --env-steps 5000 \\
         --out benchmarks/results/studies/diayn/pendulum_without_seed1.csv
 
 box (the paper's appendix C): a point in [0, 1]^2 begins in the middle and moves by at most 0.1 along each axis in a
@@ -152,7 +152,7 @@ def draw_pendulum(folder: Path, out: Path, seed: int):
     figure.savefig(out, dpi=110)
 
 
-def learn(name: str, seed: int, subtract_log_p_z: bool):
+def learn(name: str, seed: int, subtract_log_p_z: bool, env_steps: int | None):
     """A run: arguments, trained agent, training episodes [env step, return, length, minutes], results."""
     with tempfile.TemporaryDirectory() as folder:
         args = diayn.Args(
@@ -166,6 +166,7 @@ def learn(name: str, seed: int, subtract_log_p_z: bool):
             **COMMON,
             **SETTINGS[name],
         )
+        args.total_timesteps = env_steps or args.total_timesteps
         results = diayn.main(args)
         (run_dir,) = Path(folder).iterdir()
         agent = diayn.Agent(args, *diayn.data_tools.env_sizes(name))
@@ -178,13 +179,14 @@ def main():
     parser.add_argument("name", choices=list(SETTINGS))
     parser.add_argument("--out", type=Path, required=True, help="csv; JSON and picture are put beside it")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--env-steps", type=int, help="stop early")
     parser.add_argument("--no-log-p-z", action="store_true", help="leave - log p(z) out of the reward")
     given = parser.parse_args()
     torch.set_num_threads(1)
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     given.out.parent.mkdir(parents=True, exist_ok=True)
     start = time.time()
-    args, agent, episodes, results = learn(given.name, given.seed, not given.no_log_p_z)
+    args, agent, episodes, results = learn(given.name, given.seed, not given.no_log_p_z, given.env_steps)
     facts = dict(minutes=(time.time() - start) / 60)
     path, lengths = skill_paths(agent, args)
     if given.name == "box":
