@@ -108,14 +108,14 @@ class Args:
     total_timesteps: int = 200_000  # env steps of fine-tuning
     num_envs: int = 8  # environments side by side
     rollout_skills: int = 10  # subgoals per environment between two rounds of updates
-    epochs: float = 10.0  # times that a round goes through what was collected
+    epochs: float = 5.0  # times that a round goes through what was collected
     batch_size: int = 256  # env steps per update
-    learning_rate: float = 1e-4  # of low level and value
+    learning_rate: float = 3e-5  # of low level and value
     gamma: float = 0.99  # discount per env step
     gae_lambda: float = 0.95  # weight of longer returns in the advantage
     clip: float = 0.2  # the policy's probabilities change by this factor at most, before the gradient stops
-    max_std: float = 0.3  # the low level explores with the std of RIL, but no more than this
-    subgoal_eps: float = 0.5  # a subgoal is reached within this distance (root mean square, in standard deviations)
+    max_std: float = 0.03  # the low level explores with the std of RIL, but no more than this
+    subgoal_eps: float = 0.3  # a subgoal is reached within this distance (root mean square, in standard deviations)
     demo_coef: float = 0.1  # lambda: weight of imitation
     demo_decay: float = 0.999  # factor on that weight after each round
     reward_scale: float = 1.0  # factor on the task's reward (only --flat learns from it)
@@ -689,7 +689,8 @@ class Agent(nn.Module):
         self.register_buffer("demo_coef", torch.tensor(args.demo_coef, device=args.device))
         with torch.no_grad():
             self.low.log_std.clamp_(max=float(np.log(args.max_std)))
-        trained = [*self.low.parameters(), *self.value.parameters()]
+        self.low.log_std.requires_grad_(False)  # imitation would raise it again
+        trained = [*self.low.net.parameters(), *self.value.parameters()]
         self.optimizer = torch.optim.Adam(trained, lr=args.learning_rate, fused=True)
         self.ppo_loss = torch.compile(ppo_loss, mode="reduce-overhead", dynamic=False, disable=not args.compile)
 
