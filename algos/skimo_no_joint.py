@@ -179,8 +179,8 @@ PEOPLE["kitchen-misaligned"] = PEOPLE["kitchen"]
 # --published: what changes to give the release's values, on all tasks and on each.
 RELEASE = dict(
     position_features=False, pretrain_updates=425_000, pretrain_skills=10, pretrain_batch_size=512, bc_chunks=10,
-    pretrain_lr_decay=False, arm_noise=0.0, kl_coef=1e-4, num_envs=1, policy_latents="imagined", tau=0.01, plan_start="wide",
-    num_samples=512, num_elites=64, cem_iters=6, min_std=0.5,
+    pretrain_lr_decay=False, arm_noise=0.0, kl_coef=1e-4, num_envs=1, policy_latents="imagined", tau=0.01,
+    plan_start="wide", num_samples=512, num_elites=64, cem_iters=6, min_std=0.5,
 )  # fmt: skip
 PUBLISHED = {
     "maze": dict(RELEASE, pretrain_updates=700_000, total_timesteps=2_000_000, std_steps=1_000_000),
