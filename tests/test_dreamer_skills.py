@@ -152,6 +152,15 @@ def test_policy_far_from_a_sharp_prior_comes_back_but_in_the_release(release_def
     assert (metrics["prior_kl"] == 100) == release_defects
 
 
+def test_the_releases_kl_is_larger_by_a_constant():
+    kls = []
+    for release_defects in (False, True):
+        args = tiny_args(release_defects=release_defects)
+        parts = actor_parts(args, prior_std=1.0)
+        kls.append(call_actor_loss(*parts, args)[1]["prior_kl"].item())
+    assert kls[1] - kls[0] == pytest.approx(3 * math.log(2), abs=1e-4)
+
+
 # ------------------------------------------------------------------------------------------------------- acting, replay
 class SkillNotes:
     """Notes the skills that training executes, and by what."""
