@@ -127,9 +127,12 @@ def place(end_steps, lengths, num_envs: int, longest: int) -> np.ndarray:
 
 
 def kind_of_data(facts: dict, path: Path) -> str:
-    """The name of the log's folder; where there is none for it, what the log says."""
+    """The name of the log's folder; where there is none for it, what the log says.
+
+    Methods without offline data, folder `none`, stand beside the others with scripted data, which all tasks have.
+    """
     if path.name != "args.json" and path.parent.name != facts["algo"]:
-        return path.parent.name
+        return "scripted" if path.parent.name == "none" else path.parent.name
     pretraining = (facts.get("results") or {}).get("pretraining") or {}
     return (pretraining.get("data") or {}).get("source", "not known")
 

@@ -279,7 +279,7 @@ def test_the_coverage_is_that_of_the_logs(cells):
     found = scores.coverage(cells, "scripted")
     seeds = Counter()
     steps = 0
-    for path in scores.RESULTS.glob("*/*/scripted/seed*.json"):
+    for path in [*scores.RESULTS.glob("*/*/scripted/seed*.json"), *scores.RESULTS.glob("*/*/none/seed*.json")]:
         facts = json.loads(path.read_text())
         if scores.METHODS[facts["algo"]].paper:  # it has curves there
             seeds[facts["env_id"], facts["algo"]] += 1
@@ -297,6 +297,15 @@ def test_the_readmes_table_stands_between_its_markers():
     assert new == f"above\n{report.BEGIN}\ntable\n{report.END}\nbelow\n"
     assert report.with_table(new, "table\n") == new
     assert report.with_table("no markers", "table\n") == "no markers"
+
+
+def test_methods_without_data_stand_beside_those_with_scripted_data(tmp_path):
+    write_log(tmp_path, "skimo", 1, 3.0, task="kitchen", length=200)
+    write_log(tmp_path, "sac", 1, 0.0, task="kitchen", data="none", length=200)
+    header, _, *rows = report.readme_text(scores.read_cells(tmp_path)).splitlines()[2:]
+    assert header.count("Kitchen") == 1
+    values = {row.split("<br>")[0]: row.split(" | ")[1] for row in rows if row.startswith("| S")}
+    assert "3.00" in values["| SkiMo"] and "0.00" in values["| SAC without skills"]
 
 
 def test_human_data_are_a_column_of_their_own(tmp_path):
