@@ -743,7 +743,7 @@ class Agent(nn.Module):
         loss, metrics = self.ppo_loss(self.low, self.value, *batch, demo, self.demo_coef, args)
         self.optimizer.zero_grad()
         loss.backward()
-        norm = gradient_norm(self.low) + gradient_norm(self.value)
+        norm = gradient_norm(self.low.net) + gradient_norm(self.value)
         self.optimizer.step()
         return dict(metrics, demo_coef=self.demo_coef, grad_norm=norm)
 
