@@ -418,16 +418,16 @@ def readme_text(cells) -> str:
         rows.append([f"{label(name)}<br>`{name}.py`", *row])
     text = f"![{PICTURE}](benchmarks/results/curves.png)\n\n" + table(header, rows)
     text += UNDER_TABLE + note(text)
+    words = "**How far this is from the paper.**"
     for data in kinds(cells):
         found = coverage(cells, data)
         pairs = [pair for pair in orderings(cells, data) if pair.training]
         holds = sum(pair.training == "holds" for pair in pairs)
-        text += "\n" + paragraph(
-            f"**How far this is from the paper** ({DATA.get(data, data)} data): {found['begun']} of its {len(PAPER)} "
-            f"curves are begun, {found['ended']} run to their end; of the {len(pairs)} orderings of methods that were "
-            f"tested {holds} hold."
+        words += (
+            f" {DATA.get(data, data).capitalize()} data: {found['begun']} of its {len(PAPER)} curves begun, "
+            f"{found['ended']} run to their end, {len(pairs)} orderings of methods tested, of which {holds} hold."
         )
-    return text
+    return text + "\n" + paragraph(words)
 
 
 def with_table(readme: str, text: str) -> str:
