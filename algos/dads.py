@@ -513,7 +513,10 @@ def tool_position(obs, args: Args):
         y = np.sin(angle) * point[..., 0] + np.cos(angle) * point[..., 1]
         h = point[..., 2] + offsets[i]
         t = twists[i] * np.pi / 2
-        point = np.stack([x + lengths[i], np.cos(t) * y - np.sin(t) * h, np.sin(t) * y + np.cos(t) * h], -1)
+        new_x = x + lengths[i]
+        new_y = np.cos(t) * y - np.sin(t) * h
+        new_h = np.sin(t) * y + np.cos(t) * h
+        point = np.stack([new_x, new_y, new_h], -1)
     return point
 
 
@@ -535,7 +538,8 @@ def draw_skills(agent, args: Args, path: Path):
             module, name = draw_map.split(":")
             getattr(importlib.import_module(module), name)(ax)
         for n, angle in enumerate(angles):
-            ax.plot(position[:, n, across], position[:, n, up], color=colormaps["hsv"](angle / 2 / np.pi))
+            colour = colormaps["hsv"](angle / 2 / np.pi)
+            ax.plot(position[:, n, across], position[:, n, up], color=colour)
         ax.set(aspect="equal", xlabel="xyz"[across], ylabel="xyz"[up])
     figure.suptitle(f"{args.env_id}: {args.hold_steps} env steps of 16 skills, coloured by the angle of z")
     figure.savefig(path, dpi=100)
@@ -600,7 +604,8 @@ class ReplayBuffer:
         count = (self.columns["rewards"][: len(self)] != 0).flatten().cumsum(0)  # (rows * E,) rewarded ones so far
         n = 1 + (torch.rand(half, device=count.device) * count[-1]).long()
         found = torch.searchsorted(count, n).clamp(max=len(count) - 1)
-        found_age = (found // E - oldest) % len(self) - torch.randint(H, (half,), device=count.device)
+        place = torch.randint(H, (half,), device=count.device)
+        found_age = (found // E - oldest) % len(self) - place
         age[:half] = torch.where(count[-1] > 0, found_age, age[:half])
         e[:half] = torch.where(count[-1] > 0, found % E, e[:half])
 
@@ -780,7 +785,8 @@ class Agent(nn.Module):
     def update_dynamics(self, obs, z, next_obs, start, later, rewards) -> dict:
         """One step of the skills' dynamics and R on observations (B, O), of q's batch and of R's; returns metrics."""
         torch.compiler.cudagraph_mark_step_begin()
-        x, next_x, start, later = (values[:, : self.dynamics.dim] for values in (obs, next_obs, start, later))
+        D = self.dynamics.dim
+        x, next_x, start, later = (values[:, :D] for values in (obs, next_obs, start, later))
         loss, metrics = self.dynamics_loss(self.dynamics, x, z, next_x, start, later, rewards)
         self.dynamics_optimizer.zero_grad()
         loss.backward()
@@ -819,7 +825,8 @@ class Agent(nn.Module):
         self.alpha_optimizer.step()
         update_target(self.target, self.critics, self.args.tau)
         norm = critic_norm + policy_norm
-        return dict(metrics, **policy_metrics, intrinsic_reward=reward.mean(), alpha=alpha, grad_norm=norm)
+        metrics |= dict(intrinsic_reward=reward.mean(), alpha=alpha, grad_norm=norm)
+        return dict(metrics, **policy_metrics)
 
 
 def gradient_norm(module):
@@ -1050,11 +1057,12 @@ def check_args(args: Args):
     if args.buffer_size < args.num_envs * args.skill_horizon:
         sys.exit("error: --buffer-size is smaller than --num-envs times --skill-horizon; raise it")
     if args.task_reward == "known" and args.env_id not in SUBTASK_GOALS:
-        sys.exit(
-            f"error: --task-reward known needs an entry for {args.env_id} in SUBTASK_GOALS; add one, or use learned"
-        )
-    if args.task_reward == "known" and args.dynamics_obs <= max(max(goal) for goal, _ in SUBTASK_GOALS[args.env_id]):
-        sys.exit(f"error: --dynamics-obs {args.dynamics_obs} leaves out what --task-reward known needs; raise it")
+        sys.exit(f"error: --task-reward known needs {args.env_id} in SUBTASK_GOALS; add it, or use learned")
+    if args.task_reward == "known":
+        goals = SUBTASK_GOALS[args.env_id]
+        least = 1 + max(max(entries) for entries, _ in goals)
+        if args.dynamics_obs < least:
+            sys.exit(f"error: --task-reward known needs --dynamics-obs {least} or more")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA device; use --device cpu")
 

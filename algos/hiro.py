@@ -249,7 +249,7 @@ def corrected_goal(actor, obs, place, action, goal, steps):
 
 # -------------------------------------------------------------------------------------------------------------- losses
 def td3_critic_loss(critics, critics_target, actor_target, obs, goal, action, rewards, next_obs, next_goal, discount):
-    """TD loss of both critics: a state is worth its reward plus the value of where the policy goes from there.
+    """TD loss of both critics (TD3, algorithm 1): a state is worth its reward plus the value of where the policy leads.
 
     The smaller critic counts, and noise on the action keeps the policy from living on a critic's narrow peaks. obs,
     next_obs (B, O), goal, next_goal (B, G), action (B, A), rewards, discount (B,), 0 at a true end. Returns the loss
@@ -257,7 +257,7 @@ def td3_critic_loss(critics, critics_target, actor_target, obs, goal, action, re
     """
     with torch.no_grad():
         next_action = actor_target(next_obs, next_goal)  # (B, A)
-        noise = 0.2 * torch.randn_like(next_action)
+        noise = 0.2 * torch.randn_like(next_action)  # .2 and its bound .5 are TD3's
         next_action = (next_action + noise.clamp(-0.5, 0.5)).clamp(-1, 1)  # DEVIATION 5
         next_q = torch.min(*critics_target(next_obs, next_goal, next_action))  # (B,)
         td_target = rewards + discount * next_q  # (B,)
@@ -269,7 +269,7 @@ def td3_critic_loss(critics, critics_target, actor_target, obs, goal, action, re
 
 
 def td3_policy_loss(critics, actor, obs, goal):
-    """Policy: do what the first critic likes best. obs (B, O), goal (B, G). Returns the loss ()."""
+    """Policy (TD3, algorithm 1): do what the first critic likes best. obs (B, O), goal (B, G). Returns the loss ()."""
     q1, _ = critics(obs, goal, actor(obs, goal))
     return -q1.mean()
 

@@ -301,7 +301,8 @@ def report_four_rooms(args: Args) -> dict:
         fewest_at_the_end=later,
         option_length=steps.sum() / choices.sum(),
     )
-    path = Path(args.run_dir) / f"four_rooms__{args.exp_name}__{args.seed}__{args.num_options}_options.csv"
+    name = f"four_rooms__{args.exp_name}__{args.seed}__{args.num_options}_options.csv"
+    path = Path(args.run_dir) / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
@@ -347,7 +348,8 @@ class OptionModel(nn.Module):
         super().__init__()
         u = args.hidden_dim
         self.inputs = Inputs(obs_dim, args)
-        self.net = nn.Sequential(nn.Linear(self.inputs.size, u), nn.Tanh(), nn.Linear(u, u), nn.Tanh())
+        first = [nn.Linear(self.inputs.size, u), nn.Tanh()]
+        self.net = nn.Sequential(*first, nn.Linear(u, u), nn.Tanh())
         self.q = nn.Linear(u, args.num_options)
         self.beta = nn.Linear(u, args.num_options)
         self.mean = nn.Linear(u, args.num_options * action_dim)
@@ -422,7 +424,8 @@ def option_critic_loss(model, obs, action, option, begins, rewards, terminations
     beta_loss = (next_own_beta * going_on * ~terminations).mean()
     loss = critic_loss + policy_loss - args.entropy_coef * entropy + beta_loss
     metrics = dict(value_loss=critic_loss, policy_loss=policy_loss, beta_loss=beta_loss, entropy=entropy)
-    metrics |= dict(q_value=own_q.mean(), beta=next_own_beta.mean(), choices_per_step=begins.float().mean())
+    metrics |= dict(q_value=own_q.mean(), beta=next_own_beta.mean())
+    metrics |= dict(choices_per_step=begins.float().mean())
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
@@ -863,7 +866,7 @@ def check_args(args: Args):
     if args.batch_size % args.num_envs:
         sys.exit(f"error: --batch-size must be a multiple of --num-envs, that is of {args.num_envs}")
     if args.num_episodes < 2:
-        sys.exit("error: --num-episodes 1 does not work; give at least 2, as the goal moves after half of them")
+        sys.exit("error: --num-episodes 1 does not work, the goal moves after half of them; give at least 2")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA device; use --device cpu")
 

@@ -149,7 +149,7 @@ TASK_DEFAULTS = {
 }
 TASK_DEFAULTS["kitchen-misaligned"] = TASK_DEFAULTS["kitchen"]
 
-# With people's demonstrations (--data, --dataset d4rl) the arm is shifted (DEVIATION 3).
+# With people's demonstrations (--data, --dataset d4rl) the arm is shifted (DEVIATION 3). Measured with skimo.py only.
 PEOPLE = {"kitchen": dict(arm_noise=0.02)}
 PEOPLE["kitchen-misaligned"] = PEOPLE["kitchen"]
 
@@ -452,15 +452,16 @@ def log_density(x, distribution):
 
 
 def flow_loss(flow, z, obs):
-    """Negative log-likelihood of skills z (B, Z) of the data that begin in obs (B, O), ()."""
+    """Negative log-likelihood (R-NVP eq. 3) of skills z (B, Z) of the data that begin in obs (B, O), ()."""
     # A prior is good if what people did next is likely under it.
     return -flow.log_prob(z, obs).mean()
 
 
 def gae(rewards, values, next_values, cut, discount: float, gae_lambda: float):
-    """Generalised advantages (T, E), time-first; next_values are 0 after a true end, cut is 1 where a path ends.
+    """Generalised advantages (GAE eq. 16), (T, E), time-first.
 
-    With gae_lambda 1 they are the discounted rewards up to there, plus next_values, less values.
+    next_values are 0 after a true end, cut is 1 where a path ends. With gae_lambda 1 they are the discounted rewards up
+    to there, plus next_values, less values.
     """
     errors = rewards + discount * next_values - values  # (T, E)
     keep = discount * gae_lambda * (1 - cut)
@@ -481,7 +482,7 @@ def ppo_loss(learner, x, actions, log_probs, advantages, returns, weights, args)
     log_ratio = log_density(actions, learner(x)) - log_probs
     ratio = log_ratio.exp()
 
-    # Make likelier what was better than expected, but gain nothing far from the policy that acted.
+    # Make likelier what was better than expected, but gain nothing far from the policy that acted (PPO eq. 7).
     clipped = ratio.clamp(1 - args.clip_ratio, 1 + args.clip_ratio)
     gain = torch.min(ratio * advantages, clipped * advantages)
     policy_loss = -(share * gain).sum()

@@ -11,9 +11,6 @@ import argparse
 import csv
 import importlib
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -25,6 +22,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from benchmarks.provenance import provenance
 
 GATE = -250.0
 # Sizes for minutes on one core. In the task calvin networks see observations as they are, as the pendulum needs it.
@@ -107,7 +105,7 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    origin = provenance()
     given.out.parent.mkdir(parents=True, exist_ok=True)
     start = time.time()
     cpu_start = time.process_time()
@@ -123,9 +121,7 @@ def main():
             print(f"{given.algo}: env step {step}: return {value:.0f}", flush=True)
     last = float(np.mean(returns[-20:]))
     facts = dict(
-        command=" ".join(["python", *sys.argv]),
-        commit=commit,
-        machine=f"{platform.machine()}, {os.cpu_count()} cores, one thread, torch {torch.__version__}",
+        **origin,
         env="Pendulum-v1",
         last_20_return=last,
         gate=GATE,

@@ -17,9 +17,6 @@ Both run the whole file as any task of one's own. A JSON beside the csv tells co
 import argparse
 import csv
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,8 +29,8 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-
 from algos import diayn
+from benchmarks.provenance import provenance
 from data_tools import TASKS, Task
 from data_tools.tasks.vector import MemberVectorEnv
 
@@ -183,7 +180,7 @@ def main():
     parser.add_argument("--no-log-p-z", action="store_true", help="leave - log p(z) out of the reward")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    origin = provenance()
     given.out.parent.mkdir(parents=True, exist_ok=True)
     start = time.time()
     args, agent, episodes, results = learn(given.name, given.seed, not given.no_log_p_z, given.env_steps)
@@ -208,9 +205,8 @@ def main():
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows)
-    facts |= dict(command=" ".join(["python", *sys.argv]), commit=commit, seed=given.seed, env=given.name)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, one thread, torch {torch.__version__}"
-    facts |= dict(machine=machine, args=vars(args) | dict(run_dir="(temporary)"))
+    facts |= dict(origin, seed=given.seed, env=given.name)
+    facts |= dict(args=vars(args) | dict(run_dir="(temporary)"))
     given.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
     if given.name == "box":
         title = f"{args.skill_dim} skills: {facts['bound']:.2f} of {np.log(args.skill_dim):.2f} nats"

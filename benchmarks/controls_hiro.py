@@ -12,9 +12,6 @@ level gave along the way: arrows start where the point was and end where it was 
 import argparse
 import csv
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 import threading
@@ -28,9 +25,9 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-
 import data_tools
 from algos import hiro
+from benchmarks.provenance import provenance
 from data_tools.files import imported
 from data_tools.tasks.vector import MemberVectorEnv
 
@@ -165,7 +162,7 @@ def control(given):
     args = hiro.Args(**SETTINGS, seed=given.seed, correction=given.correction)
     if given.env_steps:
         args.total_timesteps = given.env_steps
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    origin = provenance()
     given.out.parent.mkdir(parents=True, exist_ok=True)
     scalars = Scalars()
     start = time.time()
@@ -193,9 +190,7 @@ def control(given):
             writer.writerow((step, *("" if value is None else round(float(value), 4) for value in row)))
     successes = [row[0] for row in rows]
     facts = dict(
-        command=" ".join(["python", *sys.argv]),
-        commit=commit,
-        machine=f"{platform.machine()}, {os.cpu_count()} cores, one thread, torch {torch.__version__}",
+        **origin,
         env="open maze, 10 x 10, random starts and goals",
         best_success=max(successes),
         last_success=successes[-1],

@@ -10,9 +10,6 @@ between skills. The PNG shows where the policy's mode goes from the origin, one 
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -24,8 +21,8 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-
 from algos import lsp
+from benchmarks.provenance import provenance
 
 GATE = 1.0  # nats
 REPEATS = 8  # paths of each skill
@@ -99,7 +96,7 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    origin = provenance()
     args = lsp.Args(**SETTINGS, seed=given.seed)
     start = time.process_time()
     agent, information = learn(args, given.updates)
@@ -108,9 +105,7 @@ def main():
     share = explained(paths[-1])
     last = float(np.mean(information[-20:]))
     facts = dict(
-        command=" ".join(["python", *sys.argv]),
-        commit=commit,
-        machine=f"{platform.machine()}, {os.cpu_count()} cores, one thread, torch {torch.__version__}",
+        **origin,
         last_20_nats=last,
         gate=GATE,
         passed=last > GATE,

@@ -11,9 +11,6 @@ quarter of the steps that the one option takes.
 import argparse
 import csv
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -24,8 +21,8 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-
 from algos import option_critic
+from benchmarks.provenance import provenance
 
 WINDOWS = {
     "first 10": (0, 10),
@@ -57,7 +54,7 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--num-runs", type=int, default=20)
     given = parser.parse_args()
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    origin = provenance()
     args = option_critic.Args(seed=given.seed, num_runs=given.num_runs, four_rooms=True)
     transitions = option_critic.four_rooms(args.paper_slip)
     later = [option_critic.mean_fewest_steps(transitions, goal) for goal in option_critic.LATER_GOALS]
@@ -82,8 +79,7 @@ def main():
         writer = csv.writer(file)
         writer.writerow(("episode", "four_options", "one_option"))
         writer.writerows(zip(range(args.num_episodes), *columns))
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, one thread, numpy {np.__version__}"
-    facts |= dict(command=" ".join(["python", *sys.argv]), commit=commit, machine=machine, args=asdict(args))
+    facts |= dict(origin, args=asdict(args))
     given.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
     draw(given.out, given.out.with_suffix(".png"), fewest)
     print(f"share of the one option's steps {share:.2f}; {'passed' if facts['passed'] else 'NOT passed'}")

@@ -11,9 +11,6 @@ the checkpoint or, for a pre-trained model, are the file's defaults with --flat.
 
 import copy
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -28,9 +25,9 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-
 from algos import relay
 from benchmarks.pictures import Recorder, save_figure
+from benchmarks.provenance import provenance
 from data_tools.tasks import kitchen
 
 # First letters of microwave, kettle, bottom burner, top burner, light switch, slide cabinet, hinge cabinet.
@@ -138,6 +135,7 @@ def draw_subgoals(z, obs, subtasks, H: int, path: Path):
 
 
 def main(given: Args) -> dict:
+    origin = provenance()
     networks, args = load(given)
     torch.set_num_threads(1)
     start = time.time()
@@ -157,9 +155,7 @@ def main(given: Args) -> dict:
     demonstrated = [scores[name] for name in scores if name not in TASKS]
     keys = ("in_order", "any_order", "all_done_any_order") if demonstrated else ()
     means = {key: float(np.mean([score[key] for score in demonstrated])) for key in keys}
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    facts = dict(command=" ".join(["python", *sys.argv]), commit=commit, flat=args.flat, trained=vars(args))
-    facts |= dict(machine=f"{platform.machine()}, {os.cpu_count()} cores, one thread, torch {torch.__version__}")
+    facts = dict(origin, flat=args.flat, trained=vars(args))
     facts |= dict(minutes=(time.time() - start) / 60, demonstrated=means, goals=scores)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(facts, indent=1) + "\n")

@@ -423,9 +423,10 @@ def readme_text(cells) -> str:
         found = coverage(cells, data)
         pairs = [pair for pair in orderings(cells, data) if pair.training]
         holds = sum(pair.training == "holds" for pair in pairs)
+        tested = f"{len(pairs)} orderings of methods tested, of which {holds} hold" if pairs else "no ordering tested"
         words += (
             f" {DATA.get(data, data).capitalize()} data: {found['begun']} of its {len(PAPER)} curves begun, "
-            f"{found['ended']} run to their end, {len(pairs)} orderings of methods tested, of which {holds} hold."
+            f"{found['ended']} run to their end, {tested}."
         )
     return text + "\n" + paragraph(words)
 

@@ -39,6 +39,8 @@ import ray
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from benchmarks import provenance
+from benchmarks.provenance import describe_code, describe_machine
 from data_tools import TASKS
 
 LOCK_TIMEOUT = 300  # seconds to wait until a run whose runner or node was lost has saved and ended
@@ -139,31 +141,6 @@ def log_tail(folder: Path, lines: int = 8) -> str:
         return ""
     text = [line.split("\r")[-1] for line in text.rstrip("\r\n").split("\n")]
     return "\n".join([line for line in text if line.strip()][-lines:])
-
-
-def describe_code(root: Path) -> dict:
-    """Commit of a checkout and whether its files were changed since; commit None where there is no checkout."""
-
-    def git(*command):
-        result = subprocess.run(["git", "-C", root, *command], capture_output=True, text=True)
-        return result.stdout.strip() if result.returncode == 0 else None
-
-    return dict(commit=git("rev-parse", "HEAD"), changed=bool(git("status", "--porcelain", "--untracked-files=no")))
-
-
-def describe_machine() -> str:
-    """Processor, cores, GPUs and Python of this machine in one line."""
-    try:
-        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):
-        cpu = platform.processor() or platform.machine()
-    try:
-        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        gpus = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")
-    except OSError:
-        gpus = []
-    gpus = [gpu.strip() for gpu in gpus if gpu.strip()] or ["no GPU"]
-    return f"{cpu}, {os.cpu_count()} cores, {', '.join(gpus)}, Python {platform.python_version()}, {platform.system()}"
 
 
 def keep(source: Path, target: Path):
@@ -450,6 +427,7 @@ def why(error: Exception) -> str:
 
 def run_grid(args: Args, cells: list[Cell], gpus: float, display: Display):
     """Run what is not finished until every cell is finished or failed. Raises KeyboardInterrupt when stopped."""
+    ray.cloudpickle.register_pickle_by_value(provenance)  # Ray's workers do not find the folder benchmarks/
     remote = ray.remote(run_cell).options(num_cpus=args.threads_per_run, num_gpus=gpus, max_retries=0)
     flags, running = shlex.split(args.args), {}
     try:

@@ -15,9 +15,6 @@ was logged in training, a JSON beside it the measurements and the verdict:
 import argparse
 import csv
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 import threading
@@ -30,10 +27,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-
 import data_tools
 import data_tools.tasks.maze as maze
 from algos import dads
+from benchmarks.provenance import provenance
 
 HALL = (25, 25)  # its middle; free are rows 21 to 29 and columns 20 to 30
 STEPS = 200  # env steps of an episode
@@ -141,7 +138,7 @@ def main():
     given = parser.parse_args()
     torch.set_num_threads(1)
     maze.START = HALL
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    origin = provenance()
     steps = given.env_steps
     args = dads.Args(**dads.TASK_DEFAULTS["maze"], seed=given.seed, device="cpu", compile=False)
     args.total_timesteps = steps
@@ -167,9 +164,7 @@ def main():
         dads.draw_skills(agent, args, given.picture)
     facts |= dict(
         passed=verdict(facts),
-        command=" ".join(["python", *sys.argv]),
-        commit=commit,
-        machine=f"{platform.machine()}, {os.cpu_count()} cores, one thread, torch {torch.__version__}",
+        **origin,
         minutes=(time.time() - start) / 60,
         cpu_minutes=(time.process_time() - cpu_start) / 60,
         args=asdict(args),

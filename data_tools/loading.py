@@ -29,7 +29,10 @@ def load(
     if dataset != "scripted" and task.download is not None:
         try:
             path = imported(task.download)(cache_dir(data_dir), progress)
-            return _read(path, task, sizes, progress).to(device)
+            found = _read(path, task, sizes, progress).to(device)
+            if dataset == "auto":
+                print("NOTE: people's data; --dataset d4rl has the defaults that were chosen on such data", flush=True)
+            return found
         except Unreachable as error:
             if dataset == "d4rl":
                 raise
