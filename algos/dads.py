@@ -1062,7 +1062,8 @@ def check_args(args: Args):
         goals = SUBTASK_GOALS[args.env_id]
         least = 1 + max(max(entries) for entries, _ in goals)
         if args.dynamics_obs < least:
-            sys.exit(f"error: --task-reward known needs --dynamics-obs {least} or more")
+            given = f"--dynamics-obs {args.dynamics_obs}"
+            sys.exit(f"error: {given} is too small for --task-reward known; give at least {least}")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA device; use --device cpu")
 
