@@ -108,6 +108,7 @@ class Args:
     pretrain_lr: float = 1e-3  # peak learning rate
     pretrain_lr_decay: bool = True  # warm-up, then decay to zero (release: constant)
     arm_noise: float = 0.0  # std in rad of shifts of the demonstrated arm, see `perturb` (release: 0)
+    recombine: bool = False  # show demonstrations again among objects moved by others (release: no)
     pretrain_tau: float = 0.01  # share of the online weights in a target update of pre-training
     bc_coef: float = 2.0  # weight of the skill policy's squared error
     kl_coef: float = 1e-4  # weight of KL(q || N(0,1))
@@ -154,14 +155,15 @@ TASK_DEFAULTS = {
 }  # fmt: skip
 TASK_DEFAULTS["kitchen-misaligned"] = TASK_DEFAULTS["kitchen"]
 
-# With people's demonstrations (--data, --dataset d4rl) skills hold more, and the arm is shifted (DEVIATION 3).
-PEOPLE = {"kitchen": dict(kl_coef=5e-4, arm_noise=0.02)}
+# With people's demonstrations (--data, --dataset d4rl) skills hold more, the arm is shifted, and objects are
+# recombined (DEVIATION 3).
+PEOPLE = {"kitchen": dict(kl_coef=5e-4, arm_noise=0.02, recombine=True)}
 PEOPLE["kitchen-misaligned"] = PEOPLE["kitchen"]
 
 # --published: what changes to give the release's values, on all tasks and on each.
 RELEASE = dict(
     position_features=False, pretrain_updates=425_000, pretrain_skills=10, pretrain_batch_size=512, bc_chunks=10,
-    pretrain_lr_decay=False, arm_noise=0.0, kl_coef=1e-4, num_envs=1, tau=0.01,
+    pretrain_lr_decay=False, arm_noise=0.0, recombine=False, kl_coef=1e-4, num_envs=1, tau=0.01,
 )  # fmt: skip
 PUBLISHED = {
     "maze": dict(RELEASE, pretrain_updates=700_000, total_timesteps=2_000_000),
@@ -766,6 +768,8 @@ def find_pretrained(args: Args):
 def pretrain(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop: threading.Event):
     """Phase 1: learn skills, skill dynamics and prior from the offline data; writes them to path."""
     train_data, valid_data = data.to(args.device).split(0.99)
+    if args.recombine:
+        train_data = train_data.recombined(data_tools.TASKS[args.env_id].objects, args.seed)  # DEVIATION 3
     window = args.pretrain_skills * args.skill_horizon + 1
     target = copy.deepcopy(networks["model"])
     optimizer = torch.optim.Adam(networks.parameters(), lr=args.pretrain_lr, eps=1e-7, fused=True)
@@ -1128,6 +1132,8 @@ def check_args(args: Args):
         sys.exit("error: --bc-chunks exceeds --pretrain-skills; lower it")
     if args.arm_noise > 0 and args.env_id not in ARM:
         sys.exit(f"error: --arm-noise does not work on {args.env_id}, which has no entry in ARM; leave it out")
+    if args.recombine and not data_tools.TASKS[args.env_id].objects:
+        sys.exit(f"error: --recombine does not work on {args.env_id}, whose Task names no objects; leave it out")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA device; use --device cpu")
 

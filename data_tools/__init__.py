@@ -31,6 +31,7 @@ class Task:
     collect: str | None = None  # "module:function" of (noise, seed, progress) that makes scripted data
     noise: float = 0.0  # size of the disturbances in scripted data
     download: str | None = None  # "module:function" of (folder, progress): the path of published data, fetched once
+    objects: tuple[tuple[int, ...], ...] = ()  # entries of an observation that belong to each object
     data_obs_dim: int | None = None  # numbers in the observations of data that append something, which is cut off
     statistics: str | None = None  # "module:function" of (returns, obs, actions, ended) of roll-outs
     draw_map: str | None = None  # "module:function" of (axes): a map, on which an observation is at (obs[1], obs[0])
@@ -55,6 +56,7 @@ TASKS = {
         collect="data_tools.scripted.kitchen:collect",
         noise=0.05,
         download="data_tools.formats.d4rl:fetch_kitchen",
+        objects=((11, 12), (15, 16), (17, 18), (19,), (20, 21), (22,), tuple(range(23, 30))),
         data_obs_dim=60,  # with the goal, which is constant
         statistics="data_tools.tasks.kitchen:rollout_statistics",
     ),

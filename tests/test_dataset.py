@@ -146,6 +146,39 @@ def test_split_is_by_file_order():
         OfflineDataset(**make_arrays((7,))).split()
 
 
+def test_recombined_episodes_differ_in_untouched_objects_alone():
+    """Column 0 is the arm, 1 and (2, 3) are objects: episode 0 moves the first, 1 the second, 2 and 3 nothing."""
+    rng = np.random.default_rng(0)
+    lengths = [20, 15, 30, 10]
+    obs = rng.uniform(-0.01, 0.01, (75, 4)).astype(np.float32)
+    obs[:, 0] = np.arange(75)
+    obs[12:20, 1] += 2.0
+    obs[30:35, 2:] += [1.0, -3.0]
+    flags = np.zeros(75, dtype=bool)
+    flags[np.cumsum(lengths)[:3] - 1] = True  # none at the data's end
+    data = OfflineDataset(obs, rng.normal(size=(75, 2)), np.zeros(75), flags)
+    left = {1: np.float32([2.0]), 2: np.float32([1.0, -3.0])}
+    seen = set()
+    for seed in range(30):
+        both = data.recombined([[1], [2, 3]], seed)
+        assert both.episode_lengths.tolist() == 2 * lengths
+        assert torch.equal(both.observations[:75], data.observations)
+        assert torch.equal(both.actions, torch.cat([data.actions, data.actions]))
+        again = both.observations[75:].numpy()
+        assert np.array_equal(again[:, 0], obs[:, 0])
+        assert np.array_equal(again[:20, 1], obs[:20, 1]) and np.array_equal(again[20:35, 2:], obs[20:35, 2:])
+        for episode, rows in enumerate(np.split(np.arange(75), np.cumsum(lengths)[:3])):
+            for entries in ([1], [2, 3]):
+                if (episode, entries[0]) in ((0, 1), (1, 2)):
+                    continue
+                change = again[rows][:, entries] - obs[rows][:, entries]
+                np.testing.assert_allclose(change, np.tile(change[0], (len(rows), 1)), atol=1e-6)  # noise stays
+                if change.any():
+                    np.testing.assert_allclose(again[rows][:, entries].mean(0), left[entries[0]], atol=0.02)
+                seen.add((episode, entries[0], bool(change.any())))
+    assert len(seen) == 12  # each was moved and was left alone
+
+
 def test_fingerprint_depends_on_content_alone():
     dataset = make_dataset()
     assert dataset.fingerprint == OfflineDataset(**make_arrays()).fingerprint == dataset.to("cpu").fingerprint

@@ -467,6 +467,37 @@ def test_demonstrations_do_what_was_planned(dataset):
     assert np.array_equal(obs[:, 30:], np.tile(KitchenEnv(full_obs=True).reset()[0][30:], (len(obs), 1)))
 
 
+def test_recombined_demonstrations_are_true(dataset):
+    """In the simulator: an arm that starts among objects moved by others does what it did, and leaves those alone."""
+    objects = data_tools.TASKS["kitchen"].objects
+    assert sorted(map(list, objects)) == sorted(indices for indices, _ in kitchen.ELEMENTS.values())
+    both = dataset.narrowed(30).recombined(objects, seed=0)
+    obs, actions = both.observations.double().numpy(), both.actions.numpy()
+    done = left_alone = shown = moved = 0
+    for episode in range(5, 10):
+        start, length = int(both.episode_starts[episode]), int(both.episode_lengths[episode])
+        path = obs[start : start + length]
+        sim = kitchen.Kitchen(SUBTASKS["kitchen"])
+        sim.reset(np.random.default_rng(1))
+        before = sim.data.qpos.copy()
+        sim.data.qpos[9:] = np.where(np.abs(path[0, 9:] - before[9:]) > 0.05, path[0, 9:], before[9:])
+        reached = []
+        for t in range(length - 1):
+            sim.observed = path[t].copy()  # what the controller adds the action to
+            sim.step(actions[start + t])
+            reached.append(sim.data.qpos.copy())
+        recorded, replayed = elements_complete(path), elements_complete(reached)
+        for name, (indices, _) in kitchen.ELEMENTS.items():
+            if recorded[name].any() and not recorded[name][:5].any():
+                shown += 1
+                done += replayed[name].any()
+            elif np.abs(path[0, indices] - before[indices]).max() > 0.1:
+                moved += 1
+                left_alone += np.abs(np.array(reached)[:, indices] - path[0, indices]).max() < 0.1
+    assert shown >= 15 and moved >= 3
+    assert done >= 0.9 * shown and left_alone >= 0.7 * moved
+
+
 def test_stored_actions_lead_from_row_to_row(dataset):
     # With the noise of the episode, which enters the motion: row t holds the state before action t.
     start, length = int(dataset.episode_starts[1]), int(dataset.episode_lengths[1])

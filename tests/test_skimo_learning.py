@@ -173,18 +173,21 @@ def test_shifted_arm_with_corrected_actions_gets_to_the_same_place():
         np.testing.assert_allclose(*reached, atol=1e-9)
 
 
-def test_arm_noise_of_zero_and_tasks_without_an_arm_leave_data_alone():
+def test_arm_noise_of_zero_and_tasks_without_arm_or_objects_leave_data_alone():
     obs = torch.randn(2, 4, 30)
     actions = torch.randn(2, 3, 9)
     same = skimo.perturb(obs, actions, tiny_args(env_id="kitchen"))
     assert same[0] is obs and same[1] is actions
     with pytest.raises(SystemExit, match="--arm-noise"):
         skimo.check_args(tiny_args(arm_noise=0.1))
+    with pytest.raises(SystemExit, match="--recombine"):
+        skimo.check_args(tiny_args(recombine=True))
 
 
 def test_peoples_demonstrations_have_their_own_defaults_which_flags_and_the_release_beat():
     scripted = skimo.parse_args(["--env-id", "kitchen"])
     peoples = skimo.parse_args(["--env-id", "kitchen", "--data", "demonstrations.hdf5"])
+    assert peoples.recombine and not scripted.recombine
     assert scripted.arm_noise == 0 < peoples.arm_noise and peoples.kl_coef < scripted.kl_coef
     chosen = skimo.parse_args(["--env-id", "kitchen", "--dataset", "d4rl", "--arm-noise", "0.05"])
     assert chosen.arm_noise == 0.05 and chosen.kl_coef == peoples.kl_coef
