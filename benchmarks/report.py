@@ -64,7 +64,8 @@ it differs from what the logs give. How the numbers are made: [README](README.md
 - **Score**: training episodes, with exploration, smoothed as in the paper. First the mean over seeds, then each seed.
   *Paper, same step*: the paper's value at our env steps, smoothed in the same way, read off its figures (five seeds).
 - **Data** for pre-training. The authors' data were not to be had. *Scripted*: demonstrations by our own controllers.
-  *Human (187 episodes)*: people's demonstrations, 30 % of the paper's. So compare the order of methods, not heights.
+  *Human (187 episodes)*: people's demonstrations, 30 % of the paper's, with shifted arms and recombined objects, which
+  the paper does not have. So compare the order of methods, not heights.
 - **Clean evaluation**: without exploration noise. **On CALVIN 20 episodes are about one**: all start in the same
   state, and what acts is deterministic up to the planner's samples (of 20 such episodes, 18 stayed within 1 mm of each
   other; no log kept). In the other tasks every episode starts from another random state.
@@ -102,9 +103,9 @@ MISALIGNED = """
 """
 
 UNDER_TABLE = """
-Mean over seeds (each seed) of training episodes, smoothed as in the paper, beside the paper's value at the same env
-step. **The offline data are not the paper's: compare the order of methods, not heights.** Plans have at most 3 skills
-in the maze at this budget, 1 on CALVIN, 10 in the Kitchen. Clean evaluations and every seed are in RESULTS.md.
+Mean over seeds (each seed) of training episodes, smoothed as in the paper, beside the paper's value at the same env step.
+**The offline data are not the paper's: compare the order of methods, not heights.** On human data pre-training also shifts
+arms and recombines objects, the paper's does not. Plans: up to 3 skills in the maze, 1 on CALVIN, 10 in the Kitchen.
 """
 
 PICTURE = "Learning curves on all tasks: ours solid, the paper's dashed"
