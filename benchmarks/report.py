@@ -103,8 +103,8 @@ MISALIGNED = """
 """
 
 UNDER_TABLE = """
-Mean over seeds (each seed) of training episodes, smoothed as in the paper, beside the paper's value at the same env step.
-**The offline data are not the paper's: compare the order of methods, not heights.** On human data pre-training also shifts
+Mean over seeds (each seed) of training episodes, smoothed as in the paper, beside its value at the same env step.
+**The offline data are not the paper's: compare the order of methods, not heights.** On human data pre-training shifts
 arms and recombines objects, the paper's does not. Plans: up to 3 skills in the maze, 1 on CALVIN, 10 in the Kitchen.
 """
 
