@@ -165,7 +165,7 @@ TASK_DEFAULTS = {
 }
 
 # With people's demonstrations (--data, --dataset d4rl) the arm is shifted, and objects are recombined (DEVIATION 3).
-# Measured with skimo.py only.
+# Measured with skimo.py and skimo_sac.py only.
 PEOPLE = {"kitchen": dict(arm_noise=0.02, recombine=True)}
 PEOPLE["kitchen-misaligned"] = PEOPLE["kitchen"]
 

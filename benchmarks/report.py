@@ -424,7 +424,10 @@ def readme_text(cells) -> str:
         found = coverage(cells, data)
         pairs = [pair for pair in orderings(cells, data) if pair.training]
         holds = sum(pair.training == "holds" for pair in pairs)
-        tested = f"{len(pairs)} orderings of methods tested, of which {holds} hold" if pairs else "no ordering tested"
+        both = sum(pair.training == pair.clean == "holds" for pair in pairs)
+        tested = "no ordering tested"
+        if pairs:
+            tested = f"orderings of methods tested: {len(pairs)}, hold: {holds}, without noise too: {both}"
         words += (
             f" {DATA.get(data, data).capitalize()} data: {found['begun']} of its {len(PAPER)} curves begun, "
             f"{found['ended']} run to their end, {tested}."

@@ -43,3 +43,7 @@ print(f"after microwave, kettle ({len(pair)}):", dict(third.most_common()))
 three = [order for order in orders if set(order[:3]) == {"microwave", "kettle", "bottom_burner"}]
 fourth = collections.Counter(order[3] if len(order) > 3 else "nothing" for order in three)
 print(f"after microwave, kettle, bottom burner in any order ({len(three)}):", dict(fourth.most_common()))
+for first_two in (("kettle", "bottom_burner"), ("microwave", "bottom_burner")):
+    begun = [order for order in orders if tuple(order[:2]) == first_two]
+    third = collections.Counter(order[2] if len(order) > 2 else "nothing" for order in begun)
+    print(f"after {', '.join(first_two)} ({len(begun)}):", dict(third.most_common()))
