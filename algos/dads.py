@@ -255,7 +255,9 @@ class SkillDynamics(nn.Module):
     def set_scale(self, x, next_x):
         """Normalise by these transitions (n, D), n > 1; what never moves keeps std 1. DEVIATION 1"""
         change = next_x - x
-        for values, mean, std in ((x, self.x_mean, self.x_std), (change, self.change_mean, self.change_std)):
+        of_x = (x, self.x_mean, self.x_std)
+        of_change = (change, self.change_mean, self.change_std)
+        for values, mean, std in (of_x, of_change):
             mean.copy_(values.mean(0))
             spread = values.std(0)
             std.copy_(torch.where(spread < 1e-6, 1.0, spread))

@@ -598,7 +598,9 @@ class RolloutBuffer:
         A = env_action_dim
         shapes = dict(obs=(H, obs_dim), z=(args.skill_dim,), actions=(H, A), residuals=(H, A))
         shapes |= dict(rewards=(H,), terminations=(), truncations=(), steps=(), next_obs=(obs_dim,))
-        self.columns = {key: torch.zeros(self.size, *shape, device=args.device) for key, shape in shapes.items()}
+        self.columns = {}
+        for key, shape in shapes.items():
+            self.columns[key] = torch.zeros(self.size, *shape, device=args.device)
         self.filled = 0
 
     @property
@@ -830,8 +832,8 @@ def perturb(obs, actions, args: Args):
 def find_pretrained(args: Args):
     """Returns the file of the pre-trained model and, where it has to be trained first, the offline data or else None.
 
-    A model is found again by the data, the seed, the arguments under `# Model` and `# Pre-training`, and the code that
-    makes it: whoever changes one of them gets a new one.
+    A model is found again by the data, the seed, the arguments under `# Model` and `# Pre-training`, and this file's
+    code that makes it: whoever changes one of them gets a new one.
     """
     task = data_tools.TASKS[args.env_id].data or args.env_id  # both kitchens share their data
     if args.pretrained == "published":
@@ -937,9 +939,11 @@ def encode_windows(skills, data, num_windows: int, args: Args):
 
 def find_flow(args: Args, model: Path, data) -> Path:
     """The file of the flow prior for a pre-trained model; found again by model, data, arguments and code."""
-    names = ["recombine"] + [field.name for field in fields(Args) if field.name.startswith("flow_")]
+    names = [field.name for field in fields(Args)]
+    names = ["recombine"] + [name for name in names if name.startswith("flow_")]
     code = "".join(inspect.getsource(part) for part in (zero_net, FlowPrior, flow_loss, encode_windows))
-    made_from = [hashlib.sha256(model.read_bytes()).hexdigest(), data.fingerprint, ast.dump(ast.parse(code))]
+    model_hash = hashlib.sha256(model.read_bytes()).hexdigest()
+    made_from = [model_hash, data.fingerprint, ast.dump(ast.parse(code))]
     made_from += [[name, getattr(args, name)] for name in names]
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
     return data_tools.cache_dir(args.data_dir) / "flows" / f"{model.stem}_{key}.pt"
@@ -981,7 +985,8 @@ def learn_flow(args: Args, networks: nn.ModuleDict, path: Path, data, writer, st
         stopping = stop.is_set() and updates < args.flow_updates
         if stopping or updates % 100 == 0 or updates == args.flow_updates:
             check_finite(dict(grad_norm=grad_norm))
-            log(writer, "pretrain", dict(flow_loss=loss.detach(), flow_grad_norm=grad_norm), updates)
+            metrics = dict(flow_loss=loss.detach(), flow_grad_norm=grad_norm)
+            log(writer, "pretrain", metrics, updates)
             bar.set_postfix(flow_loss=f"{loss.item():.3g}")
         if stopping or updates % 2_500 == 0:
             save(unfinished, parts, updates=updates)
@@ -997,7 +1002,9 @@ def learn_flow(args: Args, networks: nn.ModuleDict, path: Path, data, writer, st
         flow_nll = float(flow_loss(flow, z, obs))
         gaussian_nll = float(-log_density(z, networks["prior"](obs)).mean())
     agent = Agent(args, networks)  # whose policy is the prior
-    returns, _ = rollout(agent.sample_policy, agent.actor(), 4 * args.pretrain_eval_episodes, args, args.seed)
+    num_episodes = 4 * args.pretrain_eval_episodes
+    actor = agent.actor()
+    returns, _ = rollout(agent.sample_policy, actor, num_episodes, args, args.seed)
     facts = dict(flow_nll=flow_nll, gaussian_nll=gaussian_nll, flow_updates=updates)
     facts |= dict(prior_return=float(returns.mean()), prior_success=success(returns, args))
     log(writer, "pretrain", facts, updates)
