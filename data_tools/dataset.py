@@ -115,7 +115,7 @@ class OfflineDataset:
     def recombined(self, objects, seed: int = 0) -> "OfflineDataset":
         """Return the episodes and each of them once more, among objects that others have moved.
 
-        objects: for each object, its entries in an observation. What nobody touches in an episode does not change what
+        objects: for each object, its entries in an observation. What nobody touches in an episode hardly changes what
         happens there: whoever shows the light switch beside a closed microwave has also shown it beside an open one
         (CoDA, Pitis et al. 2020, https://arxiv.org/abs/2007.02863). In a repeated episode each untouched object is
         where it was or, as often, where another episode has left it; sensors' noise stays.

@@ -48,6 +48,10 @@ PAIRS = ("relay",)
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
+def algo_module(name: str):
+    return importlib.import_module(f"algos.{name}")
+
+
 def short_flags(module) -> list[str]:
     """Tiny networks; 300 steps of four environments, the first 100 of them without updates."""
     names = {field.name for field in dataclasses.fields(module.Args)}
@@ -62,7 +66,7 @@ class Case:
     """One algorithm file, a cache that holds its pre-trained model, and one finished run."""
 
     def __init__(self, name: str, folder: Path, data_file: Path):
-        self.module = importlib.import_module(f"algos.{name}")
+        self.module = algo_module(name)
         self.script = ROOT / "algos" / f"{name}.py"
         self.folder = folder
         self.data_file = data_file
@@ -853,6 +857,51 @@ def test_pretrained_model_is_found_by_all_that_shaped_it(case, tmp_path, monkeyp
     assert module.find_pretrained(args)[0] != path
     monkeypatch.setattr(module.inspect, "getsource", lambda part: original(part) + "\n# a comment\n")
     assert module.find_pretrained(args)[0] == path
+
+
+@pytest.mark.parametrize(
+    ("name", "phase"),
+    [
+        (name, phase)
+        for name in ALGOS
+        for phase in ("pretrain", "learn_flow")
+        if hasattr(algo_module(name), phase) and hasattr(algo_module(name).Args, "recombine")
+    ],
+)
+def test_recombined_demonstrations_are_learnt_from(name, phase, monkeypatch, tmp_path):
+    """With --recombine windows are drawn from what recombined returns, without the validation's episodes."""
+    module = algo_module(name)
+    args = module.Args(env_id="kitchen", device="cpu", compile=False, seed=3, hidden_dim=16)
+    rng = np.random.default_rng(0)
+    ends = np.arange(1, 4001) % 40 == 0
+    data = data_tools.OfflineDataset(rng.normal(size=(4000, 30)), rng.normal(size=(4000, 9)), ends & False, ends)
+    networks = module.make_networks(args, 30, 9)
+    if phase == "learn_flow":
+        networks["flow"] = module.FlowPrior(30, args)
+    recombine = data_tools.OfflineDataset.recombined
+    recombined, drawn_from = [], []
+
+    class Drawn(Exception):
+        pass
+
+    def remember(self, objects, seed=0):
+        recombined.append((len(self), objects, recombine(self, objects, seed)))
+        return recombined[-1][-1]
+
+    def draw(self, *args, **kwargs):
+        drawn_from.append(self)
+        raise Drawn
+
+    monkeypatch.setattr(data_tools.OfflineDataset, "recombined", remember)
+    monkeypatch.setattr(data_tools.OfflineDataset, "sample_windows", draw)
+    for args.recombine in (False, True):
+        with pytest.raises(Drawn):
+            getattr(module, phase)(args, networks, tmp_path / "model.pt", data, None, threading.Event())
+    plain, again = drawn_from
+    ((rows, objects, result),) = recombined
+    assert len(plain) == rows == 99 * 40
+    assert again is result and len(again) == 2 * rows
+    assert objects == data_tools.TASKS["kitchen"].objects
 
 
 @with_data
