@@ -83,6 +83,7 @@ class Args:
 
     # Discovery of skills
     discover_steps: int = 200_000  # env steps without the task's reward, warm-up included; control follows
+    discover_length: int = 1_000  # env steps of an episode in discovery, at most; then another skill begins
     skill_dim: int = 20  # number of skills Z (release: 50)
     subtract_log_p_z: bool = True  # - log p(z) = log Z in the reward
     disc_obs: Literal["positions", "all"] = "positions"  # what the discriminator sees: DISC_ENTRIES or all of s
@@ -111,7 +112,7 @@ class Args:
 
 # Rewards of 100 are scaled to 1, so that one controller_alpha serves all tasks.
 TASK_DEFAULTS = {
-    "maze": dict(reward_scale=0.01),
+    "maze": dict(reward_scale=0.01, discover_length=400, skill_horizon=100),
     "kitchen": dict(total_timesteps=200_000, discover_steps=130_000),
     "kitchen-misaligned": dict(total_timesteps=200_000, discover_steps=130_000),
     "calvin": dict(reward_scale=0.01),
@@ -125,6 +126,9 @@ DISC_ENTRIES = {
     "kitchen-misaligned": (9, 30),
     "calvin": (15, 21),  # slider, drawer, button, switch, bulb, LED
 }
+
+# Factor on these entries: what is far apart must look so, 5 cells in the maze, .2 m of slider and drawer on CALVIN.
+DISC_SCALE = {"maze": 8.0, "calvin": 5.0}
 
 # Periods of the sines and cosines of an observation's first P entries, (P, F).
 POSITION_PERIODS = {
@@ -224,11 +228,12 @@ class Discriminator(nn.Module):
         self.first, self.last = 0, obs_dim
         if args.disc_obs == "positions":
             self.first, self.last = DISC_ENTRIES.get(args.env_id, (0, obs_dim))
+        self.scale = DISC_SCALE.get(args.env_id, 1.0)
         self.net = relu_mlp(self.last - self.first, u, u, args.skill_dim)
 
     def forward(self, obs):
         scaled = self.inputs(obs)  # (..., F), of which the first O are without sines
-        return self.net(scaled[..., self.first : self.last]).log_softmax(-1)
+        return self.net(self.scale * scaled[..., self.first : self.last]).log_softmax(-1)
 
 
 class SkillQ(nn.Module):
@@ -684,6 +689,8 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
         else:
             action = agent.act(obs, z, explore=True)
         next_obs, rewards, terminations, truncations, _ = envs.step(action)
+        if discovering:
+            truncations = truncations | (running_length + 1 >= args.discover_length)
         skill_rewards += args.reward_scale * rewards
         if discovering:
             rb.add(obs, action, z, rewards, terminations, next_obs)

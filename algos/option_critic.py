@@ -301,7 +301,8 @@ def report_four_rooms(args: Args) -> dict:
         fewest_at_the_end=later,
         option_length=steps.sum() / choices.sum(),
     )
-    name = f"four_rooms__{args.exp_name}__{args.seed}__{args.num_options}_options.csv"
+    slip = "_paper_slip" if args.paper_slip else ""
+    name = f"four_rooms__{args.exp_name}__{args.seed}__{args.num_options}_options{slip}.csv"
     path = Path(args.run_dir) / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -354,7 +355,7 @@ class OptionModel(nn.Module):
         self.beta = nn.Linear(u, args.num_options)
         self.mean = nn.Linear(u, args.num_options * action_dim)
         self.log_std = nn.Parameter(torch.full((args.num_options, action_dim), -0.5))
-        gains = {self.net[0]: 2**0.5, self.net[2]: 2**0.5, self.q: 1.0, self.beta: 0.01, self.mean: 0.01}
+        gains = {self.net[0]: 2**0.5, self.net[2]: 2**0.5, self.q: 0.01, self.beta: 0.01, self.mean: 0.01}
         for layer, gain in gains.items():
             nn.init.orthogonal_(layer.weight, gain)
             nn.init.zeros_(layer.bias)

@@ -24,9 +24,11 @@ The authors released environment and demonstrations, no learning code. DEVIATION
 4. Widths, step sizes and the like are not published: 256-256 ReLU, std independent of the state, Adam, sines and
    cosines of positions as inputs as in skimo.py (they are what makes it work, see algos/README.md). PPO explores with
    a small, fixed std: with that of RIL, .1, the arm reaches next to nothing.
-Ends and time-outs are told apart: after a time-out the value counts, after a true end or a subgoal's end nothing.
-What to expect: the kitchens' goals are at most 260 env steps from what the data show, so RIL does most sub-tasks. The
-maze's path takes 900 env steps, no trajectory is longer than 500, and nothing here puts two of them together.
+5. The end of the task cuts a subgoal short, as a time-out does: finishing must not cost the rewards of a subgoal that
+   nearly was reached. With --flat, whose reward is the task's, nothing comes after a true end.
+What to expect: an episode of the kitchens has 280 env steps, and goals of the high level lie up to 260 ahead, so RIL
+does most sub-tasks. The maze's path takes 900 env steps, no trajectory is longer than 500, and nothing here puts two of
+them together.
 
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, POSITION_PERIODS, make_networks, pretrain_loss,
     ppo_loss, prior_rollouts, RolloutBuffer, find_pretrained, pretrain, Agent, train, evaluate, parse_args, check_args.
@@ -115,7 +117,8 @@ class Args:
     rollout_skills: int = 10  # subgoals per environment between two rounds of updates
     epochs: float = 5.0  # times that a round goes through what was collected
     batch_size: int = 256  # env steps per update
-    learning_rate: float = 3e-5  # of low level and value
+    learning_rate: float = 3e-5  # of the low level
+    value_lr: float = 1e-3  # of its value
     gamma: float = 0.99  # discount per env step
     gae_lambda: float = 0.95  # weight of longer returns in the advantage
     clip: float = 0.2  # the policy's probabilities change by this factor at most, before the gradient stops
@@ -127,7 +130,7 @@ class Args:
 
 
 TASK_DEFAULTS = {
-    "maze": dict(high_window=460, reward_scale=0.01),
+    "maze": dict(high_window=460, reward_scale=0.01, subgoal_eps=0.05),  # .3 would pay for standing still
     "calvin": dict(high_window=360, reward_scale=0.01),
 }
 
@@ -277,11 +280,11 @@ def pretrain_loss(policies, batches: dict):
     return sum(metrics.values()), {name: value.detach() for name, value in metrics.items()}
 
 
-def ppo_loss(low, value, obs, z, action, log_prob, advantages, returns, demo, demo_coef, args):
+def ppo_loss(low, value, obs, z, action, log_prob, advantages, returns, demo, demo_std, demo_coef, args):
     """RRF of the low level (RPL eq. 2): PPO on the reward of subgoals, and imitation.
 
-    obs, z (B, O), action (B, A), log_prob, advantages, returns (B,), demo as `relabel` gives it, demo_coef (). Returns
-    the loss and metrics, scalars.
+    obs, z (B, O), action (B, A), log_prob, advantages, returns (B,), demo as `relabel` gives it, demo_std (A,),
+    demo_coef (). Returns the loss and metrics, scalars.
     """
     # Actions that did better than expected become more likely, but not by more than `clip` (PPO eq. 7).
     change = log_probability(low(obs, z), action) - log_prob  # (B,)
@@ -294,9 +297,11 @@ def ppo_loss(low, value, obs, z, action, log_prob, advantages, returns, demo, de
     predicted = value(obs, z).squeeze(-1)  # (B,)
     value_loss = 0.5 * (predicted - returns).square().mean()
 
-    # Imitation keeps what RL does not visit.
+    # Imitation keeps what RL does not visit. Its std is that of RIL: with the small one of exploration it would weigh
+    # ten times as much and hold everything where it is.
     demo_obs, demo_goal, demo_action = demo
-    demo_loss = -log_probability(low(demo_obs, demo_goal), demo_action).mean()
+    mean, _ = low(demo_obs, demo_goal)
+    demo_loss = -log_probability((mean, demo_std), demo_action).mean()
 
     loss = policy_loss + value_loss + demo_coef * demo_loss
     metrics = dict(policy_loss=policy_loss, value_loss=value_loss, demo_loss=demo_loss)
@@ -691,12 +696,15 @@ class Agent(nn.Module):
         self.value.mean.copy_(self.low.net.mean)
         self.value.std.copy_(self.low.net.std)
         nn.init.zeros_(self.value.net[-1].weight)  # nothing is expected before something was reached
+        nn.init.zeros_(self.value.net[-1].bias)
         self.register_buffer("demo_coef", torch.tensor(args.demo_coef, device=args.device))
+        self.register_buffer("demo_std", self.low.log_std.detach().exp())
         with torch.no_grad():
             self.low.log_std.clamp_(max=float(np.log(args.max_std)))
-        self.low.log_std.requires_grad_(False)  # imitation would raise it again
-        trained = [*self.low.net.parameters(), *self.value.parameters()]
-        self.optimizer = torch.optim.Adam(trained, lr=args.learning_rate, fused=True)
+        self.low.log_std.requires_grad_(False)
+        groups = [dict(params=self.low.net.parameters(), lr=args.learning_rate)]
+        groups += [dict(params=self.value.parameters(), lr=args.value_lr)]
+        self.optimizer = torch.optim.Adam(groups, fused=True)
         self.ppo_loss = torch.compile(ppo_loss, mode="reduce-overhead", dynamic=False, disable=not args.compile)
 
     def choose_subgoal(self, obs):
@@ -718,12 +726,14 @@ class Agent(nn.Module):
         ended = trace["terminations"] | trace["truncations"]  # (T, E)
         distance = ((next_obs - z) / self.low.net.std).square().mean(-1).sqrt()
         reached = distance < args.subgoal_eps  # (T, E)
-        bootstrap = ~trace["terminations"]
         if args.flat:
             rewards = args.reward_scale * trace["rewards"]
+            bootstrap = ~trace["terminations"]
         else:
             rewards = reached.float()
-            bootstrap[-1] &= trace["truncations"][-1]  # with the subgoal's last step its episode ends, unless cut short
+            bootstrap = torch.ones_like(ended)  # DEVIATION 5
+            if len(obs) == args.skill_horizon:
+                bootstrap[-1] = False  # after its last step a subgoal pays nothing
         values = self.value(obs, z).squeeze(-1)  # (T, E)
         next_values = self.value(next_obs, z).squeeze(-1)
         advantages, returns = advantages_and_returns(
@@ -740,7 +750,7 @@ class Agent(nn.Module):
         demo = self.networks["demonstrations"].sample(len(obs))
         batch = obs, z, action, log_prob, advantages, returns
         torch.compiler.cudagraph_mark_step_begin()
-        loss, metrics = self.ppo_loss(self.low, self.value, *batch, demo, self.demo_coef, args)
+        loss, metrics = self.ppo_loss(self.low, self.value, *batch, demo, self.demo_std, self.demo_coef, args)
         self.optimizer.zero_grad()
         loss.backward()
         norm = gradient_norm(self.low.net) + gradient_norm(self.value)

@@ -27,7 +27,7 @@ Differences from the release, marked DEVIATION n below. 1, 2, 3 and 6 are spirl.
 10. A skill ends with its episode (release: goes on). Time-outs are bootstrapped, as there.
 11. Evaluations draw skills (release: means), with w of training (release: 1). Kitchen: 30 observations, see spirl.py.
 The release's last skill of a roll-out enters PPO with the advantage of an older roll-out; here no row can be stale.
---published takes the release's side of 2, 3, 6, widths and counts. Checked against formulas, not beside the release.
+--published takes the release's side of 2, 3, 6, and its flow's width, roll-outs, batches and gate. Checked against formulas, not beside the release.
 
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, PEOPLE, RELEASE, PUBLISHED, SkillModel, make_networks,
 pretrain_loss, prior_rollouts, pretrain_lr, find_pretrained, pretrain, Agent, train, evaluate, check_args, main.
@@ -142,7 +142,7 @@ class Args:
     reward_scale: float = 1.0  # factor on the task's reward
 
 
-# Our own are kl_coef (as in spirl.py) and the roll-outs, half as long as an episode at most.
+# Our own are kl_coef (as in spirl.py) and the lengths of roll-outs.
 TASK_DEFAULTS = {
     "maze": dict(kl_coef=1e-2, total_timesteps=2_000_000, rollout_skills=125, reward_scale=0.01),
     "kitchen": dict(flow_windows=100_000, flow_updates=8_000),  # 603 demonstrations have 150,000 windows
@@ -366,7 +366,7 @@ class ActorCritic(nn.Module):
     def __init__(self, obs_dim: int, more: int, out_dim: int, std: float, min_std: float, args: Args):
         super().__init__()
         self.obs_dim = obs_dim
-        self.features = Features(obs_dim, args)
+        self.features = Features(obs_dim, args, always_scaled=True)
         F = self.features.size + more
         self.policy = zero_net(F, args.policy_dim, out_dim, nn.Tanh)
         self.value_net = zero_net(F, args.policy_dim, 1, nn.Tanh)
@@ -655,6 +655,12 @@ class RolloutBuffer:
         gamma = args.gamma ** (1 / H)  # DEVIATION 9
         self.residual = self.table(agent.residual, *rows, gamma)
 
+        # How much the residual does, without its noise, which is as large however little was learnt
+        taken = step < steps[:, None]  # (T E, H)
+        mean, _ = agent.residual(x)  # (T E, H, A)
+        self.action_size = actions[taken].abs().mean().item()
+        self.residual_size = mean[taken].abs().mean().item()
+
     def table(self, learner, x, actions, rewards, values, next_values, cut, weights, discount: float):
         """Rows of paths (T, E, ...): inputs, actions, log-probabilities, advantages, returns, weights."""
         path = self.args.reward_scale * rewards, values, next_values, cut, discount
@@ -675,10 +681,9 @@ class RolloutBuffer:
         return batch
 
     def residual_share(self, weight: float) -> float:
-        """Size of w d, as a share of the sizes of a' and w d together."""
-        size = self.columns["actions"].abs().mean().item()
-        change = weight * self.columns["residuals"].abs().mean().item()
-        return change / (size + change)
+        """Size of w times the mean of d in the roll-out just prepared, as a share of the sizes of a' and of it."""
+        change = weight * self.residual_size
+        return change / (self.action_size + change)
 
     def state_dict(self) -> dict:
         filled = {name: column[: self.filled].clone() for name, column in self.columns.items()}
@@ -933,6 +938,7 @@ def encode_windows(skills, data, num_windows: int, args: Args):
     parts = []
     for _ in range(-(-num_windows // 1_000)):
         obs, actions = data.sample_windows(1_000, args.skill_horizon + 1)
+        obs, actions = perturb(obs, actions, args)
         parts.append((obs[:, 0], *skills.encode_skill(obs[:, :-1], actions)))
     return [torch.cat(column) for column in zip(*parts)]
 
@@ -940,8 +946,8 @@ def encode_windows(skills, data, num_windows: int, args: Args):
 def find_flow(args: Args, model: Path, data) -> Path:
     """The file of the flow prior for a pre-trained model; found again by model, data, arguments and code."""
     names = [field.name for field in fields(Args)]
-    names = ["recombine"] + [name for name in names if name.startswith("flow_")]
-    code = "".join(inspect.getsource(part) for part in (zero_net, FlowPrior, flow_loss, encode_windows))
+    names = ["recombine", "arm_noise"] + [name for name in names if name.startswith("flow_")]
+    code = "".join(inspect.getsource(part) for part in (zero_net, FlowPrior, flow_loss, perturb, encode_windows))
     model_hash = hashlib.sha256(model.read_bytes()).hexdigest()
     made_from = [model_hash, data.fingerprint, ast.dump(ast.parse(code))]
     made_from += [[name, getattr(args, name)] for name in names]
@@ -1222,6 +1228,7 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
     if global_step < args.total_timesteps:
         sys.exit(f"stopped at env step {global_step}; go on with: python {sys.argv[0]} --resume {run_dir}")
     if args.capture_video:
+        actor.weight = residual_weight(global_step, args)
         rollout(agent.sample_policy, actor, 1, args, 10_000 + args.seed, run_dir / "evaluation.mp4")
         draw_pictures(args, agent, residuals, run_dir / "evaluation.png")
     last_100 = [row[1] for row in episodes[-100:]]

@@ -1,5 +1,6 @@
 """diayn.py against mutual information, NumPy, soft value iteration, a counting environment, and a small box."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -238,6 +239,25 @@ def test_rows_of_both_phases(count_args, tmp_path):
     found = sorted((m, b, r, a, round(float(d), 6)) for m, b, r, _, a, d in rows.tolist())
     assert found == sorted(row[:5] for row in expected)
     assert state["gradient_step"] == int((300 - 60) * 0.05)
+
+
+def test_long_episodes_are_cut_in_discovery_alone(count_args, tmp_path):
+    """Discovery: time-outs after 8 steps, then others' skills may begin; control: the task's own 13 and 17."""
+    count_args.discover_length = 8
+    diayn.main(count_args)
+    (run_dir,) = tmp_path.iterdir()
+    rb = torch.load(run_dir / "checkpoint.pt", weights_only=True)["rb"]
+    before = rb["obs"][:120, 1].reshape(40, 3)
+    assert torch.equal(before, (torch.arange(40) % 8).float()[:, None].expand(40, 3))
+    assert (rb["discount"][:120] == np.float32(0.9)).all()  # cut, not ended
+    z = rb["z"][:120].reshape(40, 3, 3)
+    same = (z[1:] == z[:-1]).all(-1)  # (39, 3)
+    begins = torch.arange(1, 40) % 8 == 0
+    assert same[~begins].all() and not same[begins].all()
+    with (run_dir / "episodes.csv").open() as file:
+        rows = [(int(row["env_step"]), int(row["episodic_length"])) for row in csv.DictReader(file)]
+    assert {length for step, length in rows if step <= 120} == {8}
+    assert {length for step, length in rows if step > 150} == {13, 17}
 
 
 def test_skills_do_not_change_in_control(count_args):

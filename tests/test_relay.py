@@ -129,14 +129,16 @@ def test_ppo_loss_is_the_clipped_one_plus_imitation():
     new = relay.log_probability(low(obs, z), action).detach()
     old = new - torch.linspace(-1, 1, 40, dtype=torch.float64)  # ratios from 1/e to e
     demo = [torch.randn(9, n, dtype=torch.float64) for n in (4, 4, 2)]
-    loss, metrics = relay.ppo_loss(low, value, obs, z, action, old, advantages, returns, demo, torch.tensor(0.3), args)
+    demo_std = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    rows = obs, z, action, old, advantages, returns
+    loss, metrics = relay.ppo_loss(low, value, *rows, demo, demo_std, torch.tensor(0.3), args)
     ratio = (new - old).exp().numpy()
     a = advantages.numpy()
     a = (a - a.mean()) / (a.std(ddof=1) + 0.01)
     gain = np.where(a > 0, np.minimum(ratio, 1.2), np.maximum(ratio, 0.8)) * a
     error = 0.5 * np.mean((value(obs, z).squeeze(1).detach().numpy() - returns.numpy()) ** 2)
-    mean, std = low(*demo[:2])
-    imitation = -normal_log_prob(mean.detach().numpy(), std.detach().numpy(), demo[2].numpy()).mean()
+    mean, _ = low(*demo[:2])
+    imitation = -normal_log_prob(mean.detach().numpy(), demo_std.numpy(), demo[2].numpy()).mean()
     assert metrics["policy_loss"].item() == pytest.approx(-gain.mean())
     assert loss.item() == pytest.approx(-gain.mean() + error + 0.3 * imitation)
 
@@ -164,17 +166,18 @@ def test_advantages_are_sums_of_weighted_errors_up_to_each_end():
 
 # ----------------------------------------------------------------------------------------------------------- line world
 class Line:
-    """E points on a line, s' = s + 0.1 a, for the vector environments' interface. Ends by time-outs only."""
+    """E points on a line, s' = s + 0.1 a, for the vector environments' interface. Time-outs, or true ends for some."""
 
     def __init__(self, starts, steps=WALK):
         self.s = np.array(starts, dtype=np.float32)
         self.left = np.full(len(self.s), steps)
+        self.finishes = np.zeros(len(self.s), dtype=bool)  # whose ends are true ones
 
     def step(self, actions):
         self.s = (self.s + 0.1 * actions.clip(-1, 1)).astype(np.float32)
         self.left -= 1
-        no = np.zeros(len(self.s), dtype=bool)
-        return self.s, np.zeros(len(self.s), np.float32), no, self.left <= 0, {}
+        ended = self.left <= 0
+        return self.s, np.ones(len(self.s), np.float32), ended & self.finishes, ended & ~self.finishes, {}
 
 
 def walks():
@@ -247,14 +250,18 @@ def test_fine_tuning_learns_to_reach_subgoals():
     assert np.mean(shares[:5]) < 0.5 and np.mean(shares[-5:]) > 0.9
 
 
-def test_rows_of_a_subgoal_end_with_it_but_time_outs_count():
-    """Two members: the second one times out after two of five steps."""
+@pytest.mark.parametrize("finishes", [False, True], ids=["time-out", "true end"])
+@pytest.mark.parametrize("flat", [False, True], ids=["subgoals", "flat"])
+def test_what_comes_after_a_subgoal_and_after_an_episode(flat, finishes):
+    """Two members, the second one's episode ends after two of five steps. A subgoal that is cut short keeps its value,
+    one that is over has none; the task (--flat, reward 1 per step) has none after its true end."""
     torch.manual_seed(0)
-    args = tiny_args(gamma=0.9, gae_lambda=1.0, subgoal_eps=0.25)
+    args = tiny_args(gamma=0.9, gae_lambda=1.0, subgoal_eps=0.25, flat=flat)
     agent = relay.Agent(args, line_networks(args))
     torch.nn.init.constant_(agent.value.net[-1].bias, 7.0)  # what the value says everywhere: its last weights are 0
     envs = Line([[0.0], [0.0]])
     envs.left[1] = 2
+    envs.finishes[1] = finishes
     walk = types.SimpleNamespace(explore=lambda obs, z: torch.tensor([[1.0], [0.5]]))
     z = torch.tensor([[0.6], [5.0]])
     obs, ended, trace = relay.collect(envs, walk, envs.s, z, args)
@@ -264,11 +271,14 @@ def test_rows_of_a_subgoal_end_with_it_but_time_outs_count():
     first = goal == np.float32(0.6)
     assert first.sum() == 5 and len(s) == 7  # three steps of the second member came after its end
     np.testing.assert_allclose(s[first], [0, 0.1, 0.2, 0.3, 0.4], atol=1e-6)
-    # Within .25 of .6 after the fourth and fifth step; no value after the fifth
-    np.testing.assert_allclose(
-        returns[first], [0.9**3 + 0.9**4, 0.9**2 + 0.9**3, 0.9 + 0.9**2, 1 + 0.9, 1.0], rtol=1e-5
-    )
-    np.testing.assert_allclose(returns[~first], [0.9**2 * 7, 0.9 * 7], rtol=1e-5)
+    # Within .25 of .6 after the fourth and fifth step
+    paid = np.ones(5) if flat else np.array([0, 0, 0, 1, 1])
+    later = 7 if flat else 0
+    expected = [sum(0.9 ** (k - t) * paid[k] for k in range(t, 5)) + 0.9 ** (5 - t) * later for t in range(5)]
+    np.testing.assert_allclose(returns[first], expected, rtol=1e-5)
+    later = 0 if flat and finishes else 7
+    expected = [0.9**2 * later, 0.9 * later] + flat * np.array([1.9, 1.0])
+    np.testing.assert_allclose(returns[~first], expected, rtol=1e-5)
     assert reached.item() == 0.5
 
 
