@@ -120,7 +120,7 @@ POSITION_PERIODS = {
 }
 POSITION_PERIODS["kitchen-misaligned"] = POSITION_PERIODS["kitchen"]
 
-# Goals ask for changes of up to so much within c env steps, (G,). Maze: cells; from rest, 30 steps of full force go one.
+# Goals ask for changes of up to so much within c env steps, (G,). Maze: cells; 30 steps of full force go one.
 # Others: 95 % of the changes within 10 env steps in the scripted data are smaller; at least .02.
 GOAL_RANGE = {
     "maze": [1.0, 1.0],

@@ -27,7 +27,8 @@ Differences from the release, marked DEVIATION n below. 1, 2, 3 and 6 are spirl.
 10. A skill ends with its episode (release: goes on). Time-outs are bootstrapped, as there.
 11. Evaluations draw skills (release: means), with w of training (release: 1). Kitchen: 30 observations, see spirl.py.
 The release's last skill of a roll-out enters PPO with the advantage of an older roll-out; here no row can be stale.
---published takes the release's side of 2, 3, 6, and its flow's width, roll-outs, batches and gate. Checked against formulas, not beside the release.
+--published takes the release's side of 2, 3, 6, and its flow's width, roll-outs, batches and gate. All is checked
+against formulas, not beside the release.
 
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, PEOPLE, RELEASE, PUBLISHED, SkillModel, make_networks,
 pretrain_loss, prior_rollouts, pretrain_lr, find_pretrained, pretrain, Agent, train, evaluate, check_args, main.
