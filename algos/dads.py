@@ -32,7 +32,8 @@ Differences from the release (google-research/dads), marked DEVIATION n below
    same for all rewards. Evaluation takes the policy's mode (release: samples).
 7. The release plans with a known dense reward. Our tasks' rewards are sparse, so R is learnt from what was seen, in
    both phases; nothing in the papers says how. Until a first reward, phase B executes random skills as phase A does.
-   --task-reward known tells the planner the task's success test: a labelled control, not the method.
+   --task-reward known tells the planner the task's success test: a labelled control, not the method. Where no plan
+   succeeds, as nearly everywhere in the maze, all are alike and their mean is a weak skill: no upper bound, then.
 Free choices: Z, hold_steps, the share of phase A. R cannot see which sub-tasks are done, which the reward depends on.
 
 Expect nearly no reward: plans look K x H = 10 env steps ahead, the maze's goal is 900 away; SkiMo's authors report the
@@ -403,7 +404,6 @@ class Planner:
         self.agent = agent
         self.args = args
         self.explore = explore
-        self.last_mean = torch.zeros(0, 0, 0, device=args.device)  # (E, K, Z)
 
     def plans(self, global_step: int) -> bool:
         """Whether skills are planned: in phase B, as soon as there is a reward to plan for."""
@@ -421,7 +421,6 @@ class Planner:
         torch.compiler.cudagraph_mark_step_begin()
         x = torch.from_numpy(obs).to(args.device)[:, : args.dynamics_obs]
         mean = plan_skills(agent.dynamics, agent.score, x, args)
-        self.last_mean = mean.clone()  # a CUDA graph overwrites its outputs
         return mean[:, 0].cpu().numpy()
 
 
@@ -436,6 +435,8 @@ class Executor:
     def __call__(self, obs, global_step: int):
         """Observations (E, O) -> actions (E, A), both NumPy."""
         planner = self.planner
+        if planner.plans(global_step):  # a random skill of before gives way to plans
+            self.left = np.minimum(self.left, planner.args.skill_horizon)
         due = self.left == 0
         if due.any():
             z = planner(obs, global_step)  # for all: shapes stay the same
@@ -529,8 +530,7 @@ def draw_skills(agent, args: Args, path: Path):
 
     angles = 2 * np.pi * np.arange(16) / 16
     z = np.zeros((16, args.skill_dim), dtype=np.float32)
-    z[:, 0] = np.cos(angles)
-    z[:, -1 if args.skill_dim == 2 else 1] = np.sin(angles)
+    z[:, :2] = np.stack([np.cos(angles), np.sin(angles)], 1)[:, : args.skill_dim]
     position = tool_position(skill_paths(agent, z, args.hold_steps, args, args.seed), args)  # (T+1, 16, 2 or 3)
     views = [(1, 0)] if position.shape[-1] == 2 else [(0, 1), (1, 2)]  # from above; from above and from the front
     figure = Figure(figsize=(6 * len(views), 6))

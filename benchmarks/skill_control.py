@@ -2,9 +2,9 @@
 
     python benchmarks/skill_control.py --out benchmarks/results/studies/dads/hall_seed1.csv
 
-Phase A is the file's own `train`; only the start is moved to an open hall. Then nothing is learnt any more, and goals
-3 cells away, which nothing had told it, are reached by its planner with minus the distance as score. The csv has what
-was logged in training, a JSON beside it the measurements and the verdict:
+Phase A is the file's own `train`, in a maze without its inner walls. Then nothing is learnt any more, and goals 3 cells
+away, which nothing had told it, are reached by its planner with minus the distance as score. The csv has what was
+logged in training, a JSON beside it the measurements and the verdict:
 
   resultant_over_skills   |mean of headings| over skills: 0 if they cover the circle, 1 if all go the same way
   resultant_of_a_skill    the same over starts of one skill: 1 if it does the same thing everywhere
@@ -32,7 +32,7 @@ import data_tools.tasks.maze as maze
 from algos import dads
 from benchmarks.provenance import provenance
 
-HALL = (25, 25)  # its middle; free are rows 21 to 29 and columns 20 to 30
+MIDDLE = (20, 20)
 STEPS = 200  # env steps of an episode
 DISTANCE = 3.0  # of goals, in cells
 NEAR = 0.5  # cells
@@ -137,7 +137,9 @@ def main():
     parser.add_argument("--picture", type=Path, help="where skills lead, PNG")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    maze.START = HALL
+    hall = np.pad(np.zeros((40, 40), dtype=bool), 1, constant_values=True)
+    maze.make_layout = lambda: hall
+    maze.START = MIDDLE
     origin = provenance()
     steps = given.env_steps
     args = dads.Args(**dads.TASK_DEFAULTS["maze"], seed=given.seed, device="cpu", compile=False)

@@ -208,7 +208,7 @@ def test_later_skills_of_a_plan_follow_the_first():
     assert torch.allclose(found, torch.stack(smooth))
 
 
-def test_skills_are_kept_and_change_with_the_episode():
+def test_skills_are_kept_and_change_with_the_episode(monkeypatch):
     torch.manual_seed(0)
     args = tiny_args(hold_steps=3, discover_steps=100)
     agent = dads.Agent(args, 4, 2)
@@ -229,10 +229,17 @@ def test_skills_are_kept_and_change_with_the_episode():
     assert not planner.plans(99) and not planner.plans(100)
     agent.rewarded.fill_(1)
     assert not planner.plans(99) and planner.plans(100)
-    executor.forget(np.array([True, True]))
+    planned = np.array([[0.1, 0.2], [0.3, 0.4]], np.float32)
+    plan = torch.from_numpy(planned)[:, None]
+    monkeypatch.setattr(agent, "compiled_plan", lambda *inputs: plan)
+    executor.left[:] = 70, 0  # a random skill that has begun ends within skill_horizon env steps
+    random_skill = executor.z.copy()
     executor(obs, 100)
     assert executor.left.tolist() == [9, 9]
-    assert np.allclose(executor.z, planner.last_mean[:, 0].numpy())
+    assert np.array_equal(executor.z, [random_skill[0], planned[1]])
+    for _ in range(10):
+        executor(obs, 100)
+    assert np.array_equal(executor.z, planned)
 
 
 # --------------------------------------------------------------------------------------------------------- replay
