@@ -114,8 +114,8 @@ class Args:
     # Downstream RL
     total_timesteps: int = 200_000  # env steps of fine-tuning
     num_envs: int = 8  # environments side by side
-    rollout_skills: int = 10  # subgoals per environment between two rounds of updates
-    epochs: float = 5.0  # times that a round goes through what was collected
+    rollout_skills: int = 50  # subgoals per environment between two rounds of updates
+    epochs: float = 3.0  # times that a round goes through what was collected
     batch_size: int = 256  # env steps per update
     learning_rate: float = 3e-5  # of the low level
     value_lr: float = 1e-3  # of its value

@@ -294,14 +294,23 @@ def test_losses_can_be_compiled_whole():
         assert torch.equal(behave(agent, args)[0], parts.loss)
 
 
-def test_the_committed_control_has_passed(tmp_path, monkeypatch):
-    log = controls_lsp.ROOT / "benchmarks" / "results" / "studies" / "controls" / "lsp_point_seed1.csv"
+@pytest.mark.parametrize("task", ["point", "maze"])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_committed_controls_have_passed(task, seed):
+    folder = controls_lsp.ROOT / "benchmarks" / "results" / "studies" / "controls"
+    log = folder / f"lsp_{task}_seed{seed}.csv"
     values = np.loadtxt(log, delimiter=",", skiprows=1)[:, 1]
     facts = json.loads(log.with_suffix(".json").read_text())
-    assert len(values) == 300 and values[:20].mean() < 0.1
+    assert len(values) == 600 and values[:20].mean() < 0.1
     assert values[-20:].mean() == pytest.approx(facts["last_20_nats"], abs=1e-3)
     assert facts["last_20_nats"] > facts["gate"] == controls_lsp.GATE and facts["passed"]
-    monkeypatch.setattr(sys, "argv", ["controls_lsp.py", "--out", str(tmp_path / "log.csv"), "--updates", "2"])
+    assert facts["explained"] > 3 * facts["explained_before"]
+
+
+@pytest.mark.parametrize("task", ["point", "maze"])
+def test_the_control_writes_its_log(task, tmp_path, monkeypatch):
+    argv = ["controls_lsp.py", "--task", task, "--out", str(tmp_path / "log.csv"), "--updates", "2"]
+    monkeypatch.setattr(sys, "argv", argv)
     controls_lsp.main()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "log.json", "log.png"]
 
