@@ -39,7 +39,7 @@ CORNER = np.array([1.0, 0.0])  # of the box; reward 1 for each step that ends le
 COMMON = dict(device="cpu", compile=False, num_envs=1, skill_dim=10, hidden_dim=128, updates_per_step=1.0)
 SETTINGS = {
     "box": dict(discover_steps=25_000, total_timesteps=30_000),
-    "pendulum": dict(discover_steps=15_000, total_timesteps=15_000),
+    "pendulum": dict(discover_steps=30_000, total_timesteps=30_000),
 }
 
 
