@@ -16,13 +16,13 @@ Repeat, with V(s) the value of choosing an option anew:
    ends: down the gradient of beta_w(s') times what w is better than V(s') (theorem 2)
 
 Not goal-conditioned; not pre-trained; an option ends itself; on-policy.
-Expect 0 on our tasks: it sees no reward to follow, and options do not explore by themselves. Expect short options:
-with V the maximum no option is better than it, so all but the best one learn to end at once. Four rooms, 20 runs: 10.9
-steps (fewest possible: 8.4); 900 episodes after the goal moved 44 steps, one option 573; options last 1.5 steps.
+Expect about 0 on our tasks: rewards are too rare to follow, and options do not explore by themselves. In tables options
+are short by construction: beta begins at .5, and as V is the maximum no option is better than it, so beta only rises.
+Four rooms, 20 runs: 10.9 steps (fewest possible: 8.4); 900 episodes after the goal moved 44 steps, one option 573.
 
 On the tasks the options are those of A2OC (Harb et al. 2018, https://arxiv.org/abs/1709.04571): E environments times T
 env steps per update, returns over them, and a deliberation cost, which is paid when an option ends by itself and keeps
-options alive. Free choices: Gaussians for actions, Adam (A2OC: RMSProp), networks, their beginning: beta = 0.12.
+options alive. Free choices: Gaussians for actions, Adam (A2OC: RMSProp), networks and their start: beta = 0.12, Q near 0.
 In tables: Algorithm 1 of the paper, with the noise of the release: a move is followed by a slip (--paper-slip: a slip
 in place of the move); softmax of both levels at 0.01 (paper: 0.001), whose gradient leaves out 1 / 0.01, as there.
 A run's folder holds the same files as skimo.py's.
