@@ -342,3 +342,13 @@ def test_the_committed_box_has_passed():
     ends = paths[:, -1]
     apart = np.linalg.norm(ends[:, None] - ends, axis=-1)[~np.eye(10, dtype=bool)]
     assert apart.min() > 0.1
+
+
+def test_the_committed_pendulums_differ():
+    """With - log p(z) skills learn to balance; without it, where each step costs, all let the pole fall at once."""
+    for name, least, most in (("pendulum", 40, 1_000), ("pendulum_without", 1, 4)):
+        facts = json.loads((LOGS / f"{name}_seed1.json").read_text())
+        lengths = np.loadtxt(LOGS / f"{name}_seed1.csv", delimiter=",", skiprows=1)[-20:, 1]
+        assert least <= lengths.mean() <= most and lengths.mean() == pytest.approx(facts["last_20_length"])
+        assert max(facts["skill_lengths"]) > 100 or name == "pendulum_without"
+        assert max(facts["skill_lengths"]) < 5 or name == "pendulum"
