@@ -556,7 +556,7 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
 
         # ALGO LOGIC: training
         updates_due = int((global_step - args.warmup_steps) * args.updates_per_step)
-        while gradient_step < updates_due:
+        while len(rb) > 0 and gradient_step < updates_due:  # with n_step the first rows come later
             metrics = agent.update(*rb.sample(args.batch_size))
             gradient_step += 1
             if gradient_step % 100 == 0:

@@ -22,7 +22,7 @@ Differences from SkiMo's release, whose TD-MPC this is, marked DEVIATION n below
 4. A true end has no future, a time-out has one. The release ignores both (--no-true-ends).
 5. The encoder sees scaled observations with sines and cosines of positions, as skimo.py's.
 6. reward_scale is applied; the release only logs it. With its value, 1, this is the same.
-7. As in TD-MPC's own code, plans without a number as value count as bad.
+7. Plans whose value is no number count as bad (TD-MPC's own code: as 0).
 Written from a description of the release's code; not run beside it.
 A run's folder holds the same files as skimo.py's.
 Differs from skimo.py in: Args, TASK_DEFAULTS, CPU_PRESET, POSITION_PERIODS, scalar_head, WorldModel, model_loss,
