@@ -22,7 +22,7 @@ Four rooms, 20 runs: 10.9 steps (fewest possible: 8.4); 900 episodes after the g
 
 On the tasks the options are those of A2OC (Harb et al. 2018, https://arxiv.org/abs/1709.04571): E environments times T
 env steps per update, returns over them, and a deliberation cost, which is paid when an option ends by itself and keeps
-options alive. Free choices: Gaussians for actions, Adam (A2OC: RMSProp), networks and their start: beta = 0.12, Q near 0.
+options alive. Free choices: Gaussians for actions, Adam (A2OC: RMSProp), networks; beta = 0.12 and Q near 0 at first.
 In tables: Algorithm 1 of the paper, with the noise of the release: a move is followed by a slip (--paper-slip: a slip
 in place of the move); softmax of both levels at 0.01 (paper: 0.001), whose gradient leaves out 1 / 0.01, as there.
 A run's folder holds the same files as skimo.py's.
