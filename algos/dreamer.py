@@ -22,8 +22,7 @@ Differences from SkiMo's release, whose Dreamer this is, marked DEVIATION n belo
 4. The encoder sees scaled observations with sines and cosines of positions, as skimo.py's. Raw ones are reconstructed.
 5. imagine_starts: imagination may begin in a random share of the states. The default is all, as in the release.
 6. --continue-head: a model of the end, from Dreamer's own code; off by default, as there: imagination never ends.
-7. The decoder begins at the mean of what was seen; reward model and critic at 0, so that nothing pulls the actor before
-   the first reward. Where they begin at random, an actor that follows them soon does the same everywhere.
+7. The decoder begins at the mean of what was seen (release: at 0).
 The critic's value of a state includes the reward predicted in it: rewards belong to the state that they led to.
 Written from a description of the release's code; not run beside it.
 A run's folder holds the same files as skimo.py's.
@@ -247,7 +246,7 @@ class RSSM(nn.Module):
 
     @torch.no_grad()
     def start_decoder(self, obs):
-        """DEVIATION 7, before learning: whatever the state, expect the mean of what was seen, obs (B, L, O).
+        """Before learning: whatever the state, expect the mean of what was seen, obs (B, L, O).
 
         From 0 it takes hundreds of updates to get to positions of 10 or 24 cells. Meanwhile states hold nothing else,
         and what is imagined does not depend on actions.
@@ -657,8 +656,6 @@ class Agent(nn.Module):
         self.model = RSSM(obs_dim, action_dim, args)
         self.actor = ActionModel(action_dim, args)
         self.critic = mlp(args.stoch_dim + args.deter_dim, u, u, u, 1)
-        for head in (self.model.reward_model, self.critic):  # DEVIATION 7
-            nn.init.zeros_(head[-1].weight)
         self.to(args.device)
         adam = functools.partial(torch.optim.Adam, eps=1e-7, fused=True)
         self.model_optimizer = adam(self.model.parameters(), lr=args.learning_rate)
@@ -786,7 +783,7 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
         while gradient_step < updates_due:
             batch = rb.sample(args.batch_size)
             if gradient_step == 0:
-                agent.model.start_decoder(batch[0])
+                agent.model.start_decoder(batch[0])  # DEVIATION 7
             metrics = agent.update(*batch)
             gradient_step += 1
             if gradient_step % 100 == 0:

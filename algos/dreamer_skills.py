@@ -31,8 +31,7 @@ Differences from the release, marked DEVIATION n below
 7. E environments act side by side (release: 1), with its updates per env step. Windows are any 15 rows of an episode,
    unfinished ones included (release: finished ones). Shorter episodes are never drawn, there and here.
 8. The maze's warm-up has skills of the prior, as all tasks; not clipped: the model takes any u.
-9. The decoder begins at the mean of what was seen; reward model and critic at 0, so that nothing pulls the actor before
-   the first reward. Where they begin at random, an actor that follows them soon does the same everywhere.
+9. The decoder begins at the mean of what was seen (release: at 0).
 --published takes the release's side of 2, 3 and 6, and of the E environments in 7.
 Written from a description of the release's code; not run beside it.
 
@@ -428,7 +427,7 @@ class RSSM(nn.Module):
 
     @torch.no_grad()
     def start_decoder(self, obs):
-        """DEVIATION 9, before learning: whatever the state, expect the mean of what was seen, obs (B, L, O).
+        """Before learning: whatever the state, expect the mean of what was seen, obs (B, L, O).
 
         From 0 it takes hundreds of updates to get to positions of 10 or 24 cells. Meanwhile states hold nothing else,
         and what is imagined does not depend on actions.
@@ -1056,8 +1055,6 @@ class Agent(nn.Module):
         self.model = RSSM(obs_dim, args.skill_dim, args)
         self.actor = ActionModel(args.skill_dim, args)
         self.critic = mlp(args.stoch_dim + args.deter_dim, u, u, u, 1)
-        for head in (self.model.reward_model, self.critic):  # DEVIATION 9
-            nn.init.zeros_(head[-1].weight)
         self.to(args.device)
         self.eval()  # BatchNorm keeps the statistics of pre-training
         for frozen in (self.skills, self.skill_prior):
@@ -1214,7 +1211,7 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
         while gradient_step < updates_due:
             batch = rb.sample(args.batch_size)
             if gradient_step == 0:
-                agent.model.start_decoder(batch[0])
+                agent.model.start_decoder(batch[0])  # DEVIATION 9
             metrics = agent.update(*batch)
             gradient_step += 1
             if gradient_step % 100 == 0:

@@ -23,8 +23,8 @@ with 16 plans and 4 elites.
 
 Marked DEVIATION n below, as in dreamer.py: 4. the encoder sees scaled observations with sines and cosines of positions,
 raw ones are reconstructed; 5. imagine_starts: imagination may begin in a random share of the states; 6. --continue-head
-is a model of the end, off by default: imagination never ends; 7. the decoder begins at the mean of what was seen,
-reward model and critic at 0, so that nothing pulls the actor before the first reward. E environments act side by side.
+is a model of the end, off by default: imagination never ends; 7. the decoder begins at the mean of what was seen.
+E environments act side by side.
 --skill-dim 0 --random-skills --skill-horizon 15 learns and acts as dreamer.py, bit for bit (a test); --random-skills
 alone is the paper's ablation: no plans.
 
@@ -265,7 +265,7 @@ class RSSM(nn.Module):
 
     @torch.no_grad()
     def start_decoder(self, obs):
-        """DEVIATION 7, before learning: whatever the state, expect the mean of what was seen, obs (B, L, O).
+        """Before learning: whatever the state, expect the mean of what was seen, obs (B, L, O).
 
         From 0 it takes hundreds of updates to get to positions of 10 or 24 cells. Meanwhile states hold nothing else,
         and what is imagined does not depend on actions.
@@ -784,8 +784,6 @@ class Agent(nn.Module):
         self.model = RSSM(obs_dim, action_dim, args)
         self.actor = SkillActor(action_dim, args)
         self.critic = mlp(args.stoch_dim + args.deter_dim, u, u, u, 1)
-        for head in (self.model.reward_model, self.critic):  # DEVIATION 7
-            nn.init.zeros_(head[-1].weight)
         self.predictor = SkillPredictor(args)
         self.to(args.device)
         adam = functools.partial(torch.optim.Adam, eps=1e-7, fused=True)
@@ -926,7 +924,7 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
         while gradient_step < updates_due:
             batch = rb.sample(args.batch_size)
             if gradient_step == 0:
-                agent.model.start_decoder(batch[0])
+                agent.model.start_decoder(batch[0])  # DEVIATION 7
             metrics = agent.update(*batch)
             gradient_step += 1
             if gradient_step % 100 == 0:
