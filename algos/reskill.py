@@ -839,7 +839,7 @@ def find_pretrained(args: Args):
     """Returns the file of the pre-trained model and, where it has to be trained first, the offline data or else None.
 
     A model is found again by the data, the seed, the arguments under `# Model` and `# Pre-training`, and this file's
-    code that makes it: whoever changes one of them gets a new one.
+    code of networks and losses: whoever changes one of them gets a new one.
     """
     task = data_tools.TASKS[args.env_id].data or args.env_id  # both kitchens share their data
     if args.pretrained == "published":

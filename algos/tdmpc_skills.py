@@ -21,7 +21,8 @@ Differences from the release, marked DEVIATION n below.
    is larger by a constant, Z ln 2 = 6.9, as it leaves out the slope of 2 u; so its bound of 100 is at 93.1 of ours.
 2. Pre-training is shorter, with a decaying learning rate, and in the maze with a larger KL weight.
 3. Sines and cosines of positions are inputs as well, and the maze is scaled, as in skimo.py.
-4. E environments side by side. Windows of 5 transitions (release: 5 stored items, 4 transitions); true ends are used.
+4. E environments side by side. Windows of 5 transitions (release: 5 stored items, 4 transitions). After ends and
+   time-outs nothing counts (release: both are ignored).
 5. Kitchen, CALVIN: as in spirl.py. Maze: warm-up with skills of the prior (release: random low-level actions).
 6. Actions are those that pi_L was trained for; the release acts with their tanh (--squash-actions), see spirl.py.
 --published takes the release's side of 2, 3 and 6, and of the E environments in 4.
@@ -690,7 +691,7 @@ class ReplayBuffer:
     def add(self, obs, z, rewards, ended, next_obs):
         """One skill of every environment: obs, next_obs (E, O) NumPy, z (E, Z), rewards, ended (E,) NumPy.
 
-        A time-out is stored as a true end, as in the release.
+        A time-out is stored as a true end (DEVIATION 4).
         """
         obs = torch.from_numpy(obs)
         next_obs = torch.from_numpy(next_obs)
@@ -889,7 +890,7 @@ def find_pretrained(args: Args):
     """Returns the file of the pre-trained model and, where it has to be trained first, the offline data or else None.
 
     A model is found again by the data, the seed, the arguments under `# Model` and `# Pre-training`, and this file's
-    code that makes it: whoever changes one of them gets a new one.
+    code of networks and losses: whoever changes one of them gets a new one.
     """
     task = data_tools.TASKS[args.env_id].data or args.env_id  # both kitchens share their data
     if args.pretrained == "published":

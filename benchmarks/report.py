@@ -403,9 +403,34 @@ def shown_end(cells, task: str, data: str) -> int:
     return cells[task, "skimo", data].main_end if (task, "skimo", data) in cells else max(ends)
 
 
+def without_data(cells) -> list[str]:
+    """Methods that have no offline data."""
+    found = {method for (_, method, _), cell in cells.items() if all(run.without_data for run in cell)}
+    return [name for name in METHODS if name in found]
+
+
+def without_data_text(cells) -> str:
+    """A sentence with the scores of methods without offline data, where SkiMo's are shown."""
+    values = []
+    counts = set()
+    for name in without_data(cells):
+        scores = []
+        for task in TASKS:
+            cell = cells.get((task, name, "scripted"), [])
+            counts |= {len(cell)} - {0}
+            scores.append(number(np.mean([score_at(run, cell.main_end) for run in cell])) if cell else "–")
+        values.append(f"{label(name)} {' / '.join(scores)}")
+    if not values:
+        return ""
+    seeds = "one seed each" if counts == {1} else f"{min(counts)} to {max(counts)} seeds"
+    tasks = " / ".join(facts.label for facts in TASKS.values())
+    return "\n" + paragraph(f"**Without offline data**, {seeds}, {tasks}: {'; '.join(values)}.")
+
+
 def readme_text(cells) -> str:
-    """The README's table: a row for every method, a column for every task and kind of data."""
-    methods = [name for name in METHODS if name in SHOWN or any(name == method for _, method, _ in cells)]
+    """The README's table: a row for every method with offline data, a column for every task and kind of data."""
+    run = {method for _, method, _ in cells} - set(without_data(cells))
+    methods = [name for name in METHODS if name in SHOWN or name in run]
     header = ["method"]
     for task, data in boards(cells):
         facts = TASKS[task]
@@ -418,7 +443,7 @@ def readme_text(cells) -> str:
         row = [readme_cell(cells, task, name, data) for task, data in boards(cells)]
         rows.append([f"{label(name)}<br>`{name}.py`", *row])
     text = f"![{PICTURE}](benchmarks/results/curves.png)\n\n" + table(header, rows)
-    text += UNDER_TABLE + note(text)
+    text += UNDER_TABLE + without_data_text(cells) + note(text)
     words = "**How far this is from the paper.**"
     for data in kinds(cells):
         found = coverage(cells, data)

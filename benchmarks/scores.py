@@ -103,6 +103,7 @@ class Run:
     evaluations: list
     env_steps: int  # of the whole run
     facts: dict  # the JSON
+    without_data: bool = False  # of a method that has no offline data
 
     @property
     def end(self) -> int:
@@ -182,6 +183,7 @@ def read_run(path: Path) -> Run:
             evaluations=evaluations,
             env_steps=int(env_steps),
             facts=facts,
+            without_data=path.parent.name == "none",
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         sys.exit(f"error: {path} and its CSV are no whole log ({type(error).__name__}: {error}); delete both")

@@ -302,10 +302,14 @@ def test_the_readmes_table_stands_between_its_markers():
 def test_methods_without_data_stand_beside_those_with_scripted_data(tmp_path):
     write_log(tmp_path, "skimo", 1, 3.0, task="kitchen", length=200)
     write_log(tmp_path, "sac", 1, 0.0, task="kitchen", data="none", length=200)
-    header, _, *rows = report.readme_text(scores.read_cells(tmp_path)).splitlines()[2:]
-    assert header.count("Kitchen") == 1
-    values = {row.split("<br>")[0]: row.split(" | ")[1] for row in rows if row.startswith("| S")}
-    assert "3.00" in values["| SkiMo"] and "0.00" in values["| SAC without skills"]
+    write_log(tmp_path, "sac", 2, 1.0, task="kitchen", data="none", length=200)
+    cells = scores.read_cells(tmp_path)
+    header, _, *rows = report.board_section(cells, "kitchen", "scripted").split("| method |")[1].splitlines()
+    values = {row.split(" | ")[0]: row.split(" | ")[3] for row in rows if row.startswith("| S")}
+    assert "3.00" in values["| SkiMo"] and "0.50" in values["| SAC without skills"]
+    text = report.readme_text(cells)
+    assert "| SAC without skills" not in text and text.count("Kitchen, ") == 1
+    assert "SAC without skills – / 0.50 / – / –" in text.replace("\n", " ")
 
 
 def test_human_data_are_a_column_of_their_own(tmp_path):
