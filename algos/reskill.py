@@ -657,10 +657,10 @@ class RolloutBuffer:
         self.residual = self.table(agent.residual, *rows, gamma)
 
         # How much the residual does, without its noise, which is as large however little was learnt
-        taken = step < steps[:, None]  # (T E, H)
+        acted = step < steps[:, None]  # (T E, H)
         mean, _ = agent.residual(x)  # (T E, H, A)
-        self.action_size = actions[taken].abs().mean().item()
-        self.residual_size = mean[taken].abs().mean().item()
+        self.action_size = actions[acted].abs().mean().item()
+        self.residual_size = mean[acted].abs().mean().item()
 
     def table(self, learner, x, actions, rewards, values, next_values, cut, weights, discount: float):
         """Rows of paths (T, E, ...): inputs, actions, log-probabilities, advantages, returns, weights."""

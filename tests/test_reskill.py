@@ -338,6 +338,39 @@ def test_ppo_finds_the_best_skill():
 
 
 # --------------------------------------------------------------------------------------------------------------- acting
+def test_the_share_of_the_residual_is_that_of_its_mean():
+    """Nothing at first, however large the noise; then w |mean d| beside |a'|, over the env steps that happened."""
+    args = tiny_args()
+    torch.manual_seed(0)
+    agent = noisy_agent(args)
+    rb, _ = filled_buffer(args, agent)
+    torch.nn.init.zeros_(agent.residual.policy[-1].weight)
+    torch.nn.init.zeros_(agent.residual.policy[-1].bias)
+    with mock.patch.object(torch.Tensor, "float", lambda tensor: tensor.double()):
+        rb.prepare(agent)
+        assert rb.residual_share(1.0) == 0
+        agent.residual.policy[-1].bias.data[:] = torch.tensor([0.3, -0.5])
+        rb.prepare(agent)
+    actions = rb.columns["actions"][: rb.filled]  # (T E, H, A)
+    rows = [action[: int(steps)] for action, steps in zip(actions, rb.columns["steps"])]
+    size = torch.cat(rows).abs().mean().item()
+    assert rb.residual_share(0.5) == pytest.approx(0.2 / (size + 0.2), rel=1e-5)
+
+
+def test_the_flow_sees_arms_that_are_shifted():
+    """As skills and prior do in pre-training, see `perturb`: here by 0.05 rad, seven joints."""
+    args = reskill.Args(env_id="kitchen", device="cpu", compile=False, hidden_dim=16, arm_noise=0.05)
+    skills = reskill.make_networks(args, 30, 9)["skills"].eval()
+    ends = np.arange(1, 2001) % 200 == 0
+    data = reskill.data_tools.OfflineDataset(np.ones((2000, 30)), np.full((2000, 9), 0.1), ends & False, ends)
+    torch.manual_seed(0)
+    obs, _, _ = reskill.encode_windows(skills, data, 3000, args)
+    shift = (obs - 1).std(0)
+    J, _ = reskill.ARM["kitchen"]
+    np.testing.assert_allclose(shift[:J], 0.05, rtol=0.1)
+    assert (shift[J:] == 0).all()
+
+
 def test_the_residual_opens_smoothly():
     args = tiny_args(residual_middle=50_000, residual_slope=1e-4)
     steps = np.arange(0, 200_001, 1_000)
