@@ -132,7 +132,7 @@ def verdict(facts: dict) -> bool:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="csv of what is logged; a JSON is put beside it")
-    parser.add_argument("--env-steps", type=int, default=100_000)
+    parser.add_argument("--env-steps", type=int, default=150_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--picture", type=Path, help="where skills lead, PNG")
     given = parser.parse_args()
