@@ -295,7 +295,7 @@ class TwoLevels:
         obs = torch.from_numpy(obs).to(self.goal.device)
         place = self.agent.place(obs)
         old_goal = goal_transition(self.place, self.goal, place)
-        guess = uniform or not self.agent.reward_seen  # DEVIATION 7
+        guess = uniform or not self.agent.rewarded  # DEVIATION 7
         new_goal = self.choose(self.agent.high.actor, obs, obs[:, :0], self.goal, guess)
         is_due = self.age % self.agent.args.goal_steps == 0  # (E,)
         self.goal = torch.where(is_due[:, None], new_goal, old_goal)
@@ -587,7 +587,7 @@ class Agent(nn.Module):
         self.goal_dim = len(goal_unit)
         self.low = TD3(obs_dim, self.goal_dim, action_dim, args)
         self.high = TD3(obs_dim, 0, self.goal_dim, args)  # its actions are goals; it has no goal itself
-        self.register_buffer("reward_seen", torch.tensor(False))  # on the CPU: asked at each env step
+        self.register_buffer("rewarded", torch.tensor(False))  # on the CPU: asked at each env step
         self.updates = 0  # of the low level
         compiled = functools.partial(torch.compile, mode="reduce-overhead", dynamic=False, disable=not args.compile)
         self.corrected_goal = compiled(corrected_goal)
@@ -617,7 +617,7 @@ class Agent(nn.Module):
         grad_norm = found["grad_norm"]
 
         # High level: the whole row
-        if self.reward_seen and self.updates % args.goal_steps == 0:
+        if self.rewarded and self.updates % args.goal_steps == 0:
             if args.correction:
                 goal = self.corrected_goal(self.low.actor, obs, place, action, goal, steps)
             nothing = obs[:, 0, :0]  # (B, 0)
@@ -693,7 +693,7 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
         goal = choose_action.goal.cpu()
         next_obs, rewards, terminations, truncations, _ = envs.step(action)
         rb.add(obs, action, goal, args.reward_scale * rewards, terminations, truncations, next_obs)
-        agent.reward_seen |= bool(rewards.any())
+        agent.rewarded |= bool(rewards.any())
         # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
         obs = next_obs
         ended = terminations | truncations

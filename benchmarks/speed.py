@@ -161,7 +161,7 @@ def make_agent(algo, size: str, config):
         return algo.Agent(config, make_networks(algo, size, config))
     torch.manual_seed(0)
     agent = algo.Agent(config, *DIMS[size])
-    if hasattr(agent, "rewarded"):  # dads.py plans as soon as there was a reward
+    if hasattr(agent, "rewarded"):  # from then on dads.py plans, and hiro.py's high level learns
         agent.rewarded.fill_(1)
     return agent
 

@@ -295,7 +295,16 @@ def both_phases(algo, folder):
     writer = mock.MagicMock()
     writer.add_scalar = lambda name, value, step: name.startswith("charts") or logged.append((name, float(value), step))
     networks = ()
+    agent_type = algo.Agent
+
+    def rewarded(*inputs):
+        agent = agent_type(*inputs)
+        if algo.__name__.endswith("hiro"):  # both levels learn
+            agent.rewarded |= True
+        return agent
+
     with (
+        mock.patch.object(algo, "Agent", rewarded),
         mock.patch.object(algo, "rollout", return_value=(np.zeros(1), np.zeros(1))),
         mock.patch.object(torch.Tensor, "cpu", torch.Tensor.clone),  # as from a GPU
     ):

@@ -28,7 +28,7 @@ def agent(monkeypatch):
     monkeypatch.setitem(hiro.GOAL_RANGE, "calvin", [0.5, 2.0, 1.0])
     torch.manual_seed(0)
     made = hiro.Agent(tiny_args(), 4, 2)
-    made.reward_seen |= True
+    made.rewarded |= True
     torch.nn.init.normal_(made.low.actor.net[-1].weight, std=1.0)
     torch.nn.init.normal_(made.high.actor.net[-1].weight, std=1.0)
     return made
@@ -348,7 +348,7 @@ def test_it_learns_to_go_where_it_is_sent_and_where_to_send(monkeypatch):
             rewards = -0.1 * np.linalg.norm(next_obs - best, axis=1)
             rb.add(obs, action, levels.goal, rewards, no, no, next_obs)
             obs = next_obs
-    agent.reward_seen |= True
+    agent.rewarded |= True
     for _ in range(600):
         metrics = agent.update(*rb.sample(args.batch_size))
     assert all(value.isfinite() for value in metrics.values())
@@ -372,7 +372,7 @@ def test_it_learns_to_go_where_it_is_sent_and_where_to_send(monkeypatch):
 
 def test_high_level_waits_for_a_first_reward(agent):
     """Before it goals are uniform in [-1, 1], also without exploration, and the high level does not change."""
-    agent.reward_seen &= False
+    agent.rewarded &= False
     obs, _, action, goal, rest = rows_of(agent)
     weights = copy.deepcopy(agent.high.state_dict())
     for _ in range(2 * C):
@@ -385,7 +385,7 @@ def test_high_level_waits_for_a_first_reward(agent):
     assert np.abs(goals).max() <= 1
     np.testing.assert_allclose(goals.mean(0), 0, atol=0.05)
     np.testing.assert_allclose(goals.std(0), 1 / np.sqrt(3), atol=0.02)
-    agent.reward_seen |= True
+    agent.rewarded |= True
     for _ in range(2 * C):
         agent.update(obs, action, goal, *rest)
     assert not all(torch.equal(weights[name], value) for name, value in agent.high.state_dict().items())
