@@ -26,15 +26,17 @@ Differences from the release, marked DEVIATION n below.
 7. Transitions are (s_0, z_0, s_10), (s_10, z_10, s_20), ... The release's sampler pairs skills with states one env step
    late, (s_0, z_0, s_11), (s_11, z_10, s_21), although z_10 was chosen and begun in s_10.
 8. Evaluations take the mode of the policy; the release's take samples.
---published takes the release's side of 2, 3 and 6, and of the E environments in 4.
+9. Maze: the policy stays within 3 nats of the prior (release: 10). At 10 it goes to skills that the data do not have,
+   where the critic runs away: Q 470, where no return exceeds 100, and success falls to 0.
+--published takes the release's side of 2, 3, 6 and 9, and of the E environments in 4.
 Checked against the release with the same weights, batches and noise, in double precision: the losses and gradients of
 pre-training are equal to 1e-12, those of SAC to 5e-8 (of 3,700). The order of an update was read there, not run.
 
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, PEOPLE, RELEASE, PUBLISHED, SkillModel, make_networks,
 pretrain_loss, prior_rollouts, ReplayBuffer, pretrain_lr, find_pretrained, pretrain, Agent, train, evaluate, check_args.
 A run's folder holds what skimo.py names.
-Score: maze, share of training episodes that reach the goal in the last 50,000 of 300,000 env steps: .04 / .00 / .00.
-The prior's .23 is lost in all three seeds. Measured before the order of an update became the release's.
+Score: maze, share of training episodes that reach the goal in the last 50,000 of 300,000 env steps: .90 / .00 / .58
+(prior: .23). Seed 2 loses what it had, .70 at 200,000. With the release's 10 nats: .04 / .00 / .00.
 Shapes: B batch, H steps per skill, O observation, F inputs, A action, Z skill, E environments.
 """
 
@@ -133,11 +135,11 @@ class Args:
     reward_scale: float = 1.0  # factor on the task's reward
 
 
-# The release's values where they differ from Args. Our own is the maze's kl_coef (DEVIATION 2); total_timesteps is the
-# paper's.
+# The release's values where they differ from Args. Our own are the maze's kl_coef (DEVIATION 2) and target_kl
+# (DEVIATION 9); total_timesteps is the paper's.
 TASK_DEFAULTS = {
     "maze": dict(
-        kl_coef=1e-2, total_timesteps=2_000_000, batch_size=128, buffer_size=100_000, critic_blocks=2, target_kl=10.0
+        kl_coef=1e-2, total_timesteps=2_000_000, batch_size=128, buffer_size=100_000, critic_blocks=2, target_kl=3.0
     ),
     "calvin": dict(total_timesteps=2_000_000),
 }
@@ -153,7 +155,7 @@ RELEASE = dict(
     kl_coef=5e-4, num_envs=1, squash_actions=True,
 )  # fmt: skip
 PUBLISHED = {
-    "maze": dict(RELEASE, pretrain_updates=530_000, kl_coef=1e-3),
+    "maze": dict(RELEASE, pretrain_updates=530_000, kl_coef=1e-3, target_kl=10.0),
 }
 
 # DEVIATION 3: periods of the sines and cosines of an observation's first P entries, (P, F).
