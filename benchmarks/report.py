@@ -69,7 +69,8 @@ it differs from what the logs give. How the numbers are made: [README](README.md
 - **Clean evaluation**: without exploration noise. **On CALVIN 20 episodes are about one**: all start in the same
   state, and what acts is deterministic up to the planner's samples (of 20 such episodes, 18 stayed within 1 mm of each
   other; no log kept). In the other tasks every episode starts from another random state.
-- **Prior alone**: roll-outs of the pre-trained prior, where RL begins.
+- **Prior alone**: roll-outs of the pre-trained prior, where RL begins. The Mis-aligned Kitchen uses the Kitchen's model,
+  and its roll-outs were in the Kitchen.
 - **RL minutes**: without pre-training, mostly one thread beside other jobs on two shared cores: upper bounds.
 - **Length of plans**: CEM plans 1 skill ahead on CALVIN and up to 10 in the kitchens. In the maze plans grow by the
   release's schedule, made for 2M env steps: 1 skill up to 111,000 env steps, 2 up to 222,000, 3 at 300,000. So only
