@@ -7,7 +7,7 @@ that are relabelled: with which goal would today's low level do what was done th
     python algos/hiro.py --env-id maze          # RL and evaluation
     python algos/hiro.py --resume runs/FOLDER   # go on after Ctrl-C or a crash
 
-phi(s) is a state's place: the first G entries of an observation, in units of GOAL_RANGE. Repeat:
+phi(s) is a state's place: G entries of an observation, in units of GOAL_RANGE. Repeat:
    act: every c env steps a goal g ~ high(s); between, h(s, g, s') = phi(s) + g - phi(s') (eq. 2); a ~ low(s, g)
    low: TD3 with the goal as an input (eq. 4) and reward -|phi(s) + g - phi(s')| (eq. 3)
    high: TD3 on (s_0, g~, sum of c rewards, s_c), where g~ is the best of ten goals (eq. 5): the one that was given, the
@@ -132,12 +132,16 @@ GOAL_RANGE = {
         0.12, 0.02, 0.02, 0.02, 0.02, 0.032,
     ],
     "calvin": [  # tool, grip, arm joints, grip command, objects
-        0.15, 0.11, 0.087, 0.11, 0.15, 0.32, 0.078, 0.39,
-        0.21, 0.3, 0.48, 0.19, 0.19, 0.38, 2.0, 0.02,
-        0.02, 0.02, 0.02, 0.02, 0.02,
+        0.15, 0.11, 0.087, 0.078, 0.39, 0.21, 0.3, 0.48,
+        0.19, 0.19, 0.38, 2.0, 0.02, 0.02, 0.02, 0.02,
+        0.02, 0.02,
     ],
 }  # fmt: skip
 GOAL_RANGE["kitchen-misaligned"] = GOAL_RANGE["kitchen"]
+
+# Where a goal's numbers stand in an observation, if they are not its first ones, (G,). CALVIN: without the tool's Euler
+# angles, which jump by 2 pi; the arm's joints hold the same.
+GOAL_ENTRIES = {"calvin": [0, 1, 2, *range(6, 21)]}
 
 
 # ------------------------------------------------------------------------------------------------------------ networks
@@ -585,6 +589,8 @@ class Agent(nn.Module):
         goal_unit = torch.tensor(goal_range(obs_dim, args), device=args.device)
         self.register_buffer("goal_unit", goal_unit)  # (G,)
         self.goal_dim = len(goal_unit)
+        entries = GOAL_ENTRIES.get(args.env_id, range(self.goal_dim))
+        self.register_buffer("goal_entries", torch.tensor(list(entries), device=args.device))  # (G,)
         self.low = TD3(obs_dim, self.goal_dim, action_dim, args)
         self.high = TD3(obs_dim, 0, self.goal_dim, args)  # its actions are goals; it has no goal itself
         self.register_buffer("rewarded", torch.tensor(False))  # on the CPU: asked at each env step
@@ -594,7 +600,7 @@ class Agent(nn.Module):
 
     def place(self, obs):
         """phi: obs (..., O) -> (..., G) in units of the goals' range."""
-        return obs[..., : self.goal_dim] / self.goal_unit
+        return obs[..., self.goal_entries] / self.goal_unit
 
     def update(self, obs, action, goal, rewards, steps, terminations) -> dict:
         """One step of learning on rows of the replay; returns metrics."""
