@@ -148,6 +148,9 @@ SUBTASK_GOALS = {
     "calvin": [({16: 0.22}, 0.1), ({19: 1.0}, 0.5), ({15: 0.28}, 0.13), ({20: 1.0}, 0.5)],  # drawer, bulb, slide, LED
 }
 
+# Entries of x that jump by 2 pi: the Euler angles of CALVIN's tool.
+ANGLES = {"calvin": (3, 4, 5)}
+
 # Periods of the sines and cosines of an observation's first P entries, (P, F).
 POSITION_PERIODS = {
     "maze": np.outer([1.0] * 2, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]),  # position, in cells
@@ -251,11 +254,19 @@ class SkillDynamics(nn.Module):
         self.register_buffer("x_std", torch.ones(dim))
         self.register_buffer("change_mean", torch.zeros(dim))
         self.register_buffer("change_std", torch.ones(dim))
+        angles = ANGLES.get(args.env_id, ())
+        self.register_buffer("is_angle", torch.tensor([i in angles for i in range(dim)]))  # (D,)
+
+    def change(self, x, next_x):
+        """x' - x, (..., D); an angle takes the short way."""
+        change = next_x - x
+        short = torch.remainder(change + math.pi, 2 * math.pi) - math.pi
+        return torch.where(self.is_angle, short, change)
 
     @torch.no_grad()
     def set_scale(self, x, next_x):
         """Normalise by these transitions (n, D), n > 1; what never moves keeps std 1. DEVIATION 1"""
-        change = next_x - x
+        change = self.change(x, next_x)
         of_x = (x, self.x_mean, self.x_std)
         of_change = (change, self.change_mean, self.change_std)
         for values, mean, std in (of_x, of_change):
@@ -274,7 +285,7 @@ class SkillDynamics(nn.Module):
     def log_prob(self, x, z, next_x):
         """log q(x' | x, z), (...), per unit of the normalised change."""
         log_weights, means = self(x, z)
-        change = (next_x - x - self.change_mean) / self.change_std  # (..., D)
+        change = (self.change(x, next_x) - self.change_mean) / self.change_std  # (..., D)
         error = (change[..., None, :] - means).square().sum(-1)  # (..., M)
         constant = 0.5 * self.dim * math.log(2 * math.pi)
         return torch.logsumexp(log_weights - 0.5 * error, -1) - constant

@@ -61,6 +61,21 @@ def test_log_q_is_that_of_the_mixture():
     np.testing.assert_allclose(found.detach().numpy(), numpy_log_q(dynamics, x, z, next_x), rtol=1e-4, atol=1e-4)
 
 
+def test_an_angle_that_jumps_has_not_moved():
+    """A tool that turns through pi has the likelihood and the scale of one that turns elsewhere."""
+    dynamics = dynamics_of(tiny_args(env_id="calvin"), dim=6)
+    x = torch.zeros(2, 6)
+    x[:, 3] = torch.tensor([3.12, -3.13])
+    next_x = x.clone()
+    next_x[:, 3] = torch.tensor([-3.13, 3.12])
+    np.testing.assert_allclose(dynamics.change(x, next_x)[:, 3], [0.0332, -0.0332], atol=1e-4)
+    x[:, 0] = next_x[:, 0] = 3.5  # a position may be as large, and move by more than pi
+    next_x[0, 0] = -3.5
+    assert dynamics.change(x, next_x)[:, 0].tolist() == [-7, 0]
+    dynamics.set_scale(x, next_x)
+    assert 0.03 < dynamics.change_std[3] < 0.06
+
+
 def test_reward_is_the_gain_of_knowing_the_skill(monkeypatch):
     args = tiny_args()
     dynamics = dynamics_of(args)
