@@ -37,7 +37,7 @@ Differences from the release (google-research/dads), marked DEVIATION n below
 Free choices: Z, hold_steps, the share of phase A. R cannot see which sub-tasks are done, which the reward depends on.
 
 Expect nearly no reward: plans look K x H = 10 env steps ahead, the maze's goal is 900 away; SkiMo's authors report the
-same. That it works where a goal is near is shown by `python benchmarks/skill_control.py`.
+same. That it works where a goal is near is shown by `python benchmarks/skill_control.py --out dads.csv`.
 A run's folder holds the same files as skimo.py's.
 Differs from skimo.py in: Args, TASK_DEFAULTS, POSITION_PERIODS, Inputs, policy_loss, plan, Planner, rollout,
     ReplayBuffer, Agent, train, evaluate, parse_args, check_args, main
@@ -714,7 +714,7 @@ def reading(path: Path):
         sys.exit(f"error: {path} does not exist; check the path")
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        sys.exit(f"error: {path} is damaged or does not fit ({type(error).__name__}: {reason}); give another file")
+        sys.exit(f"error: {path} is damaged or does not fit ({type(error).__name__}: {reason}); delete it, or give another")
 
 
 def load(path: Path, parts: dict) -> dict:
@@ -852,6 +852,8 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
     torch.manual_seed(args.seed)
     envs = data_tools.make_envs(args.env_id, args.num_envs)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
+    if args.capture_video:
+        envs.draw(0)  # a task or a machine without pictures is noticed now
     action_dim = envs.single_action_space.shape[0]
     agent = Agent(args, obs.shape[1], action_dim)
     rb = ReplayBuffer(obs.shape[1], action_dim, args)
@@ -1018,7 +1020,7 @@ MAY_CHANGE = "resume device compile checkpoint_interval eval_interval eval_episo
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line -> Args, whose defaults are those of the task, or of the run or agent given."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--env-id", choices=list(data_tools.TASKS), default="maze")
+    first.add_argument("--env-id", "--env_id", choices=list(data_tools.TASKS), default="maze")
     first.add_argument("--device")
     first.add_argument("--resume")
     first.add_argument("--evaluate")

@@ -603,7 +603,7 @@ def reading(path: Path):
         sys.exit(f"error: {path} does not exist; check the path")
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        sys.exit(f"error: {path} is damaged or does not fit ({type(error).__name__}: {reason}); give another file")
+        sys.exit(f"error: {path} is damaged or does not fit ({type(error).__name__}: {reason}); delete it, or give another")
 
 
 def load(path: Path, parts: dict) -> dict:
@@ -701,6 +701,8 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
     torch.manual_seed(args.seed)
     envs = data_tools.make_envs(args.env_id, args.num_envs)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
+    if args.capture_video:
+        envs.draw(0)  # a task or a machine without pictures is noticed now
     action_dim = envs.single_action_space.shape[0]
     agent = Agent(args, obs.shape[1], action_dim)
     choose_action = Filter(agent, args.num_envs, action_dim, explore=True)
@@ -867,7 +869,7 @@ MAY_CHANGE = "resume device compile checkpoint_interval eval_interval eval_episo
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line -> Args, whose defaults are those of the task, of --cpu-preset, or of the run or agent given."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--env-id", choices=list(data_tools.TASKS), default="maze")
+    first.add_argument("--env-id", "--env_id", choices=list(data_tools.TASKS), default="maze")
     first.add_argument("--cpu-preset", action="store_true")
     first.add_argument("--device")
     first.add_argument("--resume")

@@ -4,7 +4,7 @@ Idea: SkiMo shapes its skills by what its dynamics can predict. Here skills lear
 dynamics and prior have to make do with them; all three still train at the same time.
 
     python algos/skimo_no_joint.py --env-id maze             # as skimo.py, with a pre-trained model of its own
-    python algos/skimo_no_joint.py --env-id maze --published # with every value of the authors' release
+    python algos/skimo_no_joint.py --env-id maze --published # with the settings of the authors' release
 
 Differs from skimo.py in: PRETRAINED, pretrain_loss, pretrain
 Paper: benchmarks/paper_curves.csv, "SkiMo w/o joint training": 0 in the maze, a third of SkiMo's sub-tasks on CALVIN;
@@ -87,7 +87,7 @@ class Args:
     eval_episodes: int = 20  # episodes of an evaluation, without exploration noise
     capture_video: bool = False  # record an evaluation episode as MP4 at the end
     data_dir: str | None = None  # folder of offline data and pre-trained models (None: the user's cache)
-    dataset: Literal["auto", "d4rl", "scripted"] = "auto"  # auto: D4RL's data if they can be had, else scripted
+    dataset: Literal["scripted", "d4rl"] = "scripted"  # made by a script, or people's, fetched from D4RL (kitchens)
     data: str | None = None  # offline data of your own instead: a file or a folder
     pretrained: str | None = None  # start RL from this model: a path, or `published` for the one that we ship
     pretrain_eval_interval: int = 3_000  # updates between validations with roll-outs of the prior
@@ -173,8 +173,8 @@ TASK_DEFAULTS = {
 }  # fmt: skip
 TASK_DEFAULTS["kitchen-misaligned"] = TASK_DEFAULTS["kitchen"]
 
-# With people's demonstrations (--data, --dataset d4rl) skills hold more, the arm is shifted, and objects are
-# recombined (DEVIATION 3).
+# With people's demonstrations (--dataset d4rl, and all of --data) skills hold more, the arm is shifted, and objects
+# are recombined (DEVIATION 3).
 PEOPLE = {"kitchen": dict(kl_coef=5e-4, arm_noise=0.02, recombine=True)}
 PEOPLE["kitchen-misaligned"] = PEOPLE["kitchen"]
 
@@ -523,7 +523,7 @@ def plan(model, task_policy, obs, mean, min_std, noise_scale, args):
         pi = gaussian_parameters(task_policy(h))
         policy_plans.append(sample_skill(pi))  # (E, 25, Z)
         h = model.next(h, policy_plans[-1])
-    policy_plans = torch.stack(policy_plans, 2)  # (E, 25, K, Z)
+    policy_plans = torch.stack(policy_plans, 2).nan_to_num(0.0)  # (E, 25, K, Z); NaN: a state overflowed
     std = torch.full_like(mean, args.max_std)
     if args.plan_start == "policy":
         mean = policy_plans.mean(1)  # (E, K, Z)
@@ -813,7 +813,7 @@ def reading(path: Path):
         sys.exit(f"error: {path} does not exist; check the path")
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        sys.exit(f"error: {path} is damaged or does not fit ({type(error).__name__}: {reason}); give another file")
+        sys.exit(f"error: {path} is damaged or does not fit ({type(error).__name__}: {reason}); delete it, or give another")
 
 
 def load(path: Path, parts: dict) -> dict:
@@ -891,21 +891,25 @@ def find_pretrained(args: Args):
     """Returns the file of the pre-trained model and, where it has to be trained first, the offline data or else None.
 
     A model is found again by the data, the seed, the arguments under `# Model` and `# Pre-training`, and this file's
-    code of networks and losses: whoever changes one of them gets a new one.
+    code of networks and pre-training losses: whoever changes one of them gets a new one.
     """
-    task = data_tools.TASKS[args.env_id].data or args.env_id  # both kitchens share their data
+    task = data_tools.TASKS[args.env_id]
+    family = f"{PRETRAINED}_{task.data or args.env_id}"  # both kitchens share their data
     if args.pretrained == "published":
-        return SHIPPED / f"{PRETRAINED}_{task}_pretrained.pt", None
+        return SHIPPED / f"{family}_pretrained.pt", None
     if args.pretrained:
         return Path(args.pretrained), None
     data = data_tools.load_dataset(args.env_id, args.data_dir, args.dataset, args.data)
     names = [field.name for field in fields(Args)]
     names = names[names.index("skill_horizon") : names.index("max_grad_norm") + 1]
-    code = "".join(inspect.getsource(part) for part in (WorldModel, SkillModel, pretrain_loss, perturb))
+    parts = mlp, scalar_head, gaussian_parameters, sample_skill, kl_divergence, StateEncoder, WorldModel, SkillModel
+    code = "".join(inspect.getsource(part) for part in (*parts, make_networks, pretrain_loss, pretrain_lr, perturb))
     made_from = [data.fingerprint, args.seed, ast.dump(ast.parse(code))]
     made_from += [[name, getattr(args, name)] for name in names]
+    made_from += [np.asarray(POSITION_PERIODS.get(args.env_id, ())).tolist(), ARM.get(args.env_id)]
+    made_from += [task.obs_scale, task.obs_shift, task.objects]
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
-    path = data_tools.cache_dir(args.data_dir) / "pretrained" / f"{PRETRAINED}_{task}_{key}.pt"
+    path = data_tools.cache_dir(args.data_dir) / "pretrained" / f"{family}_{key}.pt"
     return path, None if path.exists() else data
 
 
@@ -915,6 +919,8 @@ def pretrain(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop
     if args.recombine:
         train_data = train_data.recombined(data_tools.TASKS[args.env_id].objects, args.seed)  # DEVIATION 3
     window = args.pretrain_skills * args.skill_horizon + 1
+    with kept_random_state(args):
+        valid_data.sample_windows(1, window)  # episodes that are too short for a validation are noticed now
     target = copy.deepcopy(networks["model"])
     adam = functools.partial(torch.optim.Adam, lr=args.pretrain_lr, eps=1e-7, fused=True)
     optimizers = {name: adam(part.parameters()) for name, part in networks.items()}  # world model, skills, prior
@@ -1055,6 +1061,11 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
     planner = Planner(agent, args, explore=True)
     envs = data_tools.make_envs(args.env_id, args.num_envs)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
+    if args.capture_video:
+        envs.draw(0)  # a task or a machine without pictures is noticed now
+    longest = -(-envs.max_episode_steps // args.skill_horizon)  # skills in an episode that does not end early
+    if longest < args.num_skills:
+        sys.exit(f"error: episodes have at most {longest} skills, fewer than a window; lower --num-skills")
     rb = ReplayBuffer(obs.shape[1], args)
     global_step = 0
     gradient_step = 0
@@ -1204,6 +1215,7 @@ def evaluate(args: Args):
     print(f"{args.env_id}: {args.eval_episodes} episodes of {path}: {words} on average")
     if args.capture_video:
         video = Path(args.run_dir) / f"{args.env_id}__{args.exp_name}__evaluation.mp4"
+        choose_skill = functools.partial(Planner(agent, args, explore=False), global_step=global_step)
         rollout(choose_skill, skills, 1, args, 10_000 + args.seed, video)
         print(f"video: {video}")
 
@@ -1216,7 +1228,7 @@ MAY_CHANGE = "resume device compile checkpoint_interval eval_interval eval_episo
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line -> Args, whose defaults are those of the task, of --published, or of the run or agent given."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--env-id", choices=list(data_tools.TASKS), default="maze")
+    first.add_argument("--env-id", "--env_id", choices=list(data_tools.TASKS), default="maze")
     first.add_argument("--published", action="store_true")
     first.add_argument("--data")
     first.add_argument("--dataset")

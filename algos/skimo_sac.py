@@ -4,7 +4,7 @@ Idea: pre-training is SkiMo's, skill dynamics included, but RL uses no model: SA
 place of the entropy, as in SPiRL. It shows what the model is worth.
 
     python algos/skimo_sac.py --env-id maze             # as skimo.py, with the same pre-trained model
-    python algos/skimo_sac.py --env-id maze --published # with every value of the authors' release
+    python algos/skimo_sac.py --env-id maze --published # with the settings of the authors' release
 
 Differs from skimo.py in: Args, TASK_DEFAULTS, RELEASE, PUBLISHED, Critic, model_loss, critic_loss, policy_loss, plan,
     Planner, Agent, train, evaluate, check_args
@@ -86,7 +86,7 @@ class Args:
     eval_episodes: int = 20  # episodes of an evaluation, without exploration noise
     capture_video: bool = False  # record an evaluation episode as MP4 at the end
     data_dir: str | None = None  # folder of offline data and pre-trained models (None: the user's cache)
-    dataset: Literal["auto", "d4rl", "scripted"] = "auto"  # auto: D4RL's data if they can be had, else scripted
+    dataset: Literal["scripted", "d4rl"] = "scripted"  # made by a script, or people's, fetched from D4RL (kitchens)
     data: str | None = None  # offline data of your own instead: a file or a folder
     pretrained: str | None = None  # start RL from this model: a path, or `published` for the one that we ship
     pretrain_eval_interval: int = 3_000  # updates between validations with roll-outs of the prior
@@ -155,8 +155,8 @@ TASK_DEFAULTS = {
 }  # fmt: skip
 TASK_DEFAULTS["kitchen-misaligned"] = TASK_DEFAULTS["kitchen"]
 
-# With people's demonstrations (--data, --dataset d4rl) skills hold more, the arm is shifted, and objects are
-# recombined (DEVIATION 3).
+# With people's demonstrations (--dataset d4rl, and all of --data) skills hold more, the arm is shifted, and objects
+# are recombined (DEVIATION 3).
 PEOPLE = {"kitchen": dict(kl_coef=5e-4, arm_noise=0.02, recombine=True)}
 PEOPLE["kitchen-misaligned"] = PEOPLE["kitchen"]
 
@@ -669,7 +669,7 @@ def reading(path: Path):
         sys.exit(f"error: {path} does not exist; check the path")
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        sys.exit(f"error: {path} is damaged or does not fit ({type(error).__name__}: {reason}); give another file")
+        sys.exit(f"error: {path} is damaged or does not fit ({type(error).__name__}: {reason}); delete it, or give another")
 
 
 def load(path: Path, parts: dict) -> dict:
@@ -747,21 +747,25 @@ def find_pretrained(args: Args):
     """Returns the file of the pre-trained model and, where it has to be trained first, the offline data or else None.
 
     A model is found again by the data, the seed, the arguments under `# Model` and `# Pre-training`, and this file's
-    code of networks and losses: whoever changes one of them gets a new one.
+    code of networks and pre-training losses: whoever changes one of them gets a new one.
     """
-    task = data_tools.TASKS[args.env_id].data or args.env_id  # both kitchens share their data
+    task = data_tools.TASKS[args.env_id]
+    family = f"{PRETRAINED}_{task.data or args.env_id}"  # both kitchens share their data
     if args.pretrained == "published":
-        return SHIPPED / f"{PRETRAINED}_{task}_pretrained.pt", None
+        return SHIPPED / f"{family}_pretrained.pt", None
     if args.pretrained:
         return Path(args.pretrained), None
     data = data_tools.load_dataset(args.env_id, args.data_dir, args.dataset, args.data)
     names = [field.name for field in fields(Args)]
     names = names[names.index("skill_horizon") : names.index("max_grad_norm") + 1]
-    code = "".join(inspect.getsource(part) for part in (WorldModel, SkillModel, pretrain_loss, perturb))
+    parts = mlp, scalar_head, gaussian_parameters, sample_skill, kl_divergence, StateEncoder, WorldModel, SkillModel
+    code = "".join(inspect.getsource(part) for part in (*parts, make_networks, pretrain_loss, pretrain_lr, perturb))
     made_from = [data.fingerprint, args.seed, ast.dump(ast.parse(code))]
     made_from += [[name, getattr(args, name)] for name in names]
+    made_from += [np.asarray(POSITION_PERIODS.get(args.env_id, ())).tolist(), ARM.get(args.env_id)]
+    made_from += [task.obs_scale, task.obs_shift, task.objects]
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
-    path = data_tools.cache_dir(args.data_dir) / "pretrained" / f"{PRETRAINED}_{task}_{key}.pt"
+    path = data_tools.cache_dir(args.data_dir) / "pretrained" / f"{family}_{key}.pt"
     return path, None if path.exists() else data
 
 
@@ -771,6 +775,8 @@ def pretrain(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop
     if args.recombine:
         train_data = train_data.recombined(data_tools.TASKS[args.env_id].objects, args.seed)  # DEVIATION 3
     window = args.pretrain_skills * args.skill_horizon + 1
+    with kept_random_state(args):
+        valid_data.sample_windows(1, window)  # episodes that are too short for a validation are noticed now
     target = copy.deepcopy(networks["model"])
     optimizer = torch.optim.Adam(networks.parameters(), lr=args.pretrain_lr, eps=1e-7, fused=True)
     loss_fn = torch.compile(pretrain_loss, mode="reduce-overhead", dynamic=False, disable=not args.compile)
@@ -916,6 +922,8 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
     agent = Agent(args, networks)
     envs = data_tools.make_envs(args.env_id, args.num_envs)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
+    if args.capture_video:
+        envs.draw(0)  # a task or a machine without pictures is noticed now
     rb = ReplayBuffer(obs.shape[1], args)
     global_step = 0
     gradient_step = 0
@@ -1067,7 +1075,7 @@ MAY_CHANGE = "resume device compile checkpoint_interval eval_interval eval_episo
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line -> Args, whose defaults are those of the task, of --published, or of the run or agent given."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--env-id", choices=list(data_tools.TASKS), default="maze")
+    first.add_argument("--env-id", "--env_id", choices=list(data_tools.TASKS), default="maze")
     first.add_argument("--published", action="store_true")
     first.add_argument("--data")
     first.add_argument("--dataset")

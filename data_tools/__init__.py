@@ -99,13 +99,13 @@ def env_sizes(env_id: str) -> tuple[int, int]:
 
 
 def load_dataset(
-    env_id: str, data_dir=None, dataset="auto", data=None, noise=None, seed=0, device="cpu", progress=True
+    env_id: str, data_dir=None, dataset="scripted", data=None, noise=None, seed=0, device="cpu", progress=True
 ) -> OfflineDataset:
     """Return the offline data of a task. Raises DataError.
 
     data: a file or folder in one of the formats of data_tools.formats; else
     dataset "scripted": made on first use, then kept in `cache_dir(data_dir)`; "d4rl": the published file, from the
-    cache or the network; "auto": the published file where there is one and it can be had, else scripted.
+    cache or the network.
     noise: size of the disturbances in scripted data (None: the task's), seed: their random seed; progress: show bars.
     """
     task = find_task(env_id)

@@ -23,10 +23,6 @@ class DataError(SystemExit):
         super().__init__(message if message.startswith("error: ") else f"error: {message}")
 
 
-class Unreachable(DataError):
-    """Published data cannot be had right now: no network, server down, or the file is gone there."""
-
-
 class NotFiniteError(DataError, ValueError):
     """Learning has diverged: an action is NaN or infinite."""
 

@@ -1,7 +1,7 @@
 """Where offline data come from: a file of the user's, the network, or a script."""
 
 from data_tools.dataset import OfflineDataset, made_once
-from data_tools.files import DataError, Unreachable, cache_dir, imported
+from data_tools.files import DataError, cache_dir, imported
 
 
 def load(
@@ -9,7 +9,7 @@ def load(
     env_id: str,
     sizes: tuple[int, int],
     data_dir=None,
-    dataset: str = "auto",
+    dataset: str = "scripted",
     data=None,
     noise: float | None = None,
     seed: int = 0,
@@ -20,24 +20,15 @@ def load(
 
     noise: size of the disturbances in scripted data (None: the task's); seed: their random seed. Raises DataError.
     """
-    if dataset not in ("auto", "d4rl", "scripted"):
-        raise DataError(f"--dataset {dataset} is unknown: use auto, d4rl or scripted.")
+    if dataset not in ("scripted", "d4rl"):
+        raise DataError(f"--dataset {dataset} is unknown: use scripted or d4rl.")
     if data is not None:
         return _read(data, task, sizes, progress).to(device)
-    if dataset == "d4rl" and task.download is None:
-        raise DataError(f"D4RL has no data for {env_id}: use --dataset auto or scripted.")
-    if dataset != "scripted" and task.download is not None:
-        try:
-            path = imported(task.download)(cache_dir(data_dir), progress)
-            found = _read(path, task, sizes, progress).to(device)
-            if dataset == "auto":
-                print("NOTE: people's data; --dataset d4rl has the defaults that were chosen on such data", flush=True)
-            return found
-        except Unreachable as error:
-            if dataset == "d4rl":
-                raise
-            reason = str(error).removeprefix("error: ")
-            print(f"NOTE: {reason}\nNOTE: goes on with SCRIPTED demonstrations instead of D4RL's", flush=True)
+    if dataset == "d4rl":
+        if task.download is None:
+            raise DataError(f"D4RL has no data for {env_id}: use --dataset scripted.")
+        path = imported(task.download)(cache_dir(data_dir), progress)
+        return _read(path, task, sizes, progress).to(device)
     if task.collect is None:
         raise DataError(f"{env_id} has no scripted data: give a file with --data PATH.")
     noise = task.noise if noise is None else noise

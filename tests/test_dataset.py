@@ -15,7 +15,6 @@ import torch
 
 import data_tools
 from data_tools import DataError, OfflineDataset, cache_dir, load_dataset
-from data_tools.files import Unreachable
 from data_tools.formats import d4rl
 from data_tools.scripted import kitchen, maze
 
@@ -460,7 +459,7 @@ def offline(monkeypatch):
 
     def fetch(folder, progress=True):
         tried.append(folder)
-        raise Unreachable("the host of D4RL's data cannot be reached: try later")
+        raise DataError("the host of D4RL's data cannot be reached: try later")
 
     monkeypatch.setattr(d4rl, "fetch_kitchen", fetch)
     monkeypatch.setattr(kitchen, "collect", lambda noise, seed, progress: kitchen_data(seed))
@@ -468,16 +467,13 @@ def offline(monkeypatch):
 
 
 @pytest.mark.parametrize("env_id", ["kitchen", "kitchen-misaligned"])
-def test_auto_falls_back_to_scripted_data_and_says_so(env_id, tmp_path, offline, capsys):
+def test_both_kitchens_have_scripted_data_by_default(env_id, tmp_path, offline):
     dataset = load_dataset(env_id, tmp_path, progress=False)
-    printed = capsys.readouterr().out
-    assert "NOTE: the host of D4RL's data cannot be reached" in printed and "SCRIPTED" in printed
     assert dataset.source == "scripted" and dataset.observations.shape == (90, 30)  # the constant goal is cut
     assert torch.equal(dataset.observations, kitchen_data().observations[:, :30])
     assert dataset.fingerprint == kitchen_data().fingerprint  # that of the file
-    assert offline == [tmp_path] and (tmp_path / "kitchen_noise0.05_seed0_v1.hdf5").exists()
-    load_dataset(env_id, tmp_path, "scripted", progress=False)
-    assert offline == [tmp_path] and "NOTE" not in capsys.readouterr().out  # no network for scripted data
+    assert (tmp_path / "kitchen_noise0.05_seed0_v1.hdf5").exists()
+    assert offline == []  # no network for scripted data
 
 
 def test_d4rl_never_falls_back(tmp_path, offline):
@@ -489,10 +485,10 @@ def test_d4rl_never_falls_back(tmp_path, offline):
         load_dataset("kitchen", tmp_path, "minari")
 
 
-def test_a_damaged_download_is_an_error_under_auto_too(tmp_path, monkeypatch):
+def test_a_damaged_download_is_an_error(tmp_path):
     (tmp_path / d4rl.KITCHEN_URL.rpartition("/")[2]).write_bytes(b"half of it")
     with pytest.raises(DataError, match="light-v0.hdf5 is not D4RL's published file .*: delete it, or move it"):
-        load_dataset("kitchen", tmp_path)
+        load_dataset("kitchen", tmp_path, "d4rl")
 
 
 def test_data_of_the_users_own(tmp_path, offline):

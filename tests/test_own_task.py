@@ -66,7 +66,7 @@ def test_its_data_are_made_once_and_read(walk, tmp_path, capsys):
 
 
 def test_what_it_lacks_is_one_sentence(walk, tmp_path, monkeypatch):
-    with pytest.raises(data_tools.DataError, match="^error: D4RL has no data for walk: use --dataset auto or scripted"):
+    with pytest.raises(data_tools.DataError, match="^error: D4RL has no data for walk: use --dataset scripted"):
         data_tools.load_dataset(walk, tmp_path, "d4rl")
     monkeypatch.setitem(data_tools.TASKS, "bare", data_tools.Task(envs="toy_walk:WalkVectorEnv", max_return=10.0))
     with pytest.raises(data_tools.DataError, match="bare has no scripted data: give a file with --data PATH"):

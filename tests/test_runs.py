@@ -4,12 +4,14 @@ A new file in algos/ is tested as soon as it has an entry in golden.FLAGS. Runs 
 maze episodes of 90 steps; only real signals need programs of their own. What costs much is tried on skimo.py alone.
 """
 
+import ast
 import copy
 import csv
 import dataclasses
 import errno
 import functools
 import importlib
+import inspect
 import json
 import os
 import resource
@@ -461,7 +463,7 @@ def test_damaged_files_are_refused_with_a_sentence(case, damaged):
         for damage in CORE.values():
             damage(path)
             broken = path.read_bytes()
-            refused(read, path, "damaged or does not fit", "give another file")
+            refused(read, path, "damaged or does not fit", "give another")
             assert path.read_bytes() == broken
             path.write_bytes(whole)
 
@@ -658,6 +660,13 @@ def test_senseless_flags_are_refused_with_a_sentence(case, flags, words):
 
 
 @skimo_only
+def test_underscores_in_flags_are_hyphens(case):
+    """tyro takes both: the task's defaults must come with either."""
+    hyphens = case.module.parse_args(["--env-id", "kitchen"])
+    assert case.module.parse_args(["--env_id", "kitchen"]) == hyphens
+    assert case.module.parse_args(["--env_id=kitchen"]) == hyphens
+
+
 def test_task_that_is_unknown_is_refused(case, capsys):
     with pytest.raises(SystemExit):
         case.main(["--env-id", "labyrinth"])
@@ -812,6 +821,20 @@ def another(field, value):
     return 2 * value + 1
 
 
+def used_by(module, *names):
+    """Names of a file's functions and classes that these ones use, themselves included, and of its tables of facts."""
+    tree = ast.parse(inspect.getsource(module))
+    nodes = {node.name: node for node in tree.body if hasattr(node, "name") and node.name != "Args"}
+    found, new = set(), nodes.keys() & names
+    while new:
+        found |= new
+        parts = [part for name in found for part in ast.walk(nodes[name]) if isinstance(part, ast.Name)]
+        own = {part.id for part in parts if isinstance(part.ctx, ast.Store)}  # local variables
+        words = {part.id for part in parts} - own
+        new = (words & nodes.keys()) - found
+    return found, words & {"POSITION_PERIODS", "ARM", "GOAL_ENTRIES"}
+
+
 @with_data
 def test_pretrained_model_is_found_by_all_that_shaped_it(case, tmp_path, monkeypatch):
     module = case.module
@@ -852,11 +875,25 @@ def test_pretrained_model_is_found_by_all_that_shaped_it(case, tmp_path, monkeyp
         file["actions"][5, 0] = 0.25
     shutil.copytree(case.data_dir / "pretrained", other / "pretrained")
     assert module.find_pretrained(dataclasses.replace(args, data_dir=str(other)))[0].name != path.name
-    original = module.inspect.getsource
-    monkeypatch.setattr(module.inspect, "getsource", lambda part: original(part) + "\nx = 1\n")
-    assert module.find_pretrained(args)[0] != path
-    monkeypatch.setattr(module.inspect, "getsource", lambda part: original(part) + "\n# a comment\n")
-    assert module.find_pretrained(args)[0] == path
+    original = inspect.getsource
+    parts, tables = used_by(module, "make_networks", "pretrain_loss", "pretrain_lr", "perturb", "prepare")
+    assert len(parts) >= 8 and "POSITION_PERIODS" in tables
+    for name in parts:
+        with monkeypatch.context() as patch:
+            edited = {getattr(module, name): "\nx = 1\n"}
+            patch.setattr(inspect, "getsource", lambda part: original(part) + edited.get(part, "\n# a comment\n"))
+            assert module.find_pretrained(args)[0] not in paths, name
+    with monkeypatch.context() as patch:
+        patch.setattr(inspect, "getsource", lambda part: original(part) + "\n# a comment\n")
+        assert module.find_pretrained(args)[0] == path
+    for name in tables:
+        with monkeypatch.context() as patch:
+            patch.setitem(getattr(module, name), "maze", [[1, 2.5]])
+            assert module.find_pretrained(args)[0] not in paths, name
+    if "obs_scale" in original(module):
+        task = dataclasses.replace(data_tools.TASKS["maze"], obs_scale=(0.5, 1, 1, 1))
+        monkeypatch.setitem(data_tools.TASKS, "maze", task)
+        assert module.find_pretrained(args)[0] not in paths
 
 
 @pytest.mark.parametrize(

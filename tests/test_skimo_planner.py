@@ -101,6 +101,25 @@ def test_plans_whose_states_overflow_are_never_elite():
     assert first.isfinite().all()
 
 
+@pytest.mark.parametrize("plan_start", ["policy", "wide"])
+def test_one_overflown_plan_of_the_policy_does_not_spoil_the_search(plan_start):
+    """The policy proposes NaN for the second skill of one plan in ten, as it does in a state that overflowed."""
+
+    def policy(h):
+        out = torch.zeros(*h.shape[:-1], 4)
+        if h.shape[1] == 10 and h[0, 0, -1] == 1:
+            out[:, 3] = torch.nan
+        return out
+
+    def reward(h, z):
+        return -20 * (z - 0.5).square().sum(-1)
+
+    args = plan_args(plan_start=plan_start)
+    first, mean = run_plan(Stub(reward), [[0.0, 0.0]], 2, args, policy=policy)
+    torch.testing.assert_close(mean, torch.full((1, 2, 2), 0.5), atol=0.1, rtol=0)
+    assert first.isfinite().all()
+
+
 def test_plans_stay_inside_the_skills_range():
     def reward(h, z):
         return 100 * z.sum(-1)  # the further the better

@@ -19,7 +19,7 @@ import data_tools
 from data_tools.tasks.calvin import CalvinVectorEnv
 from data_tools.tasks.kitchen import SUBTASKS, KitchenVectorEnv
 from data_tools.tasks.maze import GOAL, MazeVectorEnv
-from data_tools.tasks.vector import SingleEnv
+from data_tools.tasks.vector import MemberVectorEnv, SingleEnv
 
 # ------------------------------------------------------------------------------------- how each task is nearly solved
 
@@ -250,6 +250,29 @@ def test_a_video_is_recorded_when_the_environments_close(tmp_path):
     envs.close()
     assert [path.name for path in tmp_path.iterdir()] == ["episode.mp4"]
     assert (tmp_path / "episode.mp4").stat().st_size > 1000
+
+
+def test_observations_are_copies():
+    """An environment of the user's may hand out the array that it moves in place, of another type."""
+
+    class Rail(MemberVectorEnv):
+        def __init__(self, num_envs):
+            super().__init__(num_envs, 1, 1, 5, autoreset_mode="Disabled")
+            self.position = np.zeros((num_envs, 1))
+
+        def begin(self, members):
+            self.position[members] = 0
+
+        def advance(self, actions, running):
+            self.position += 1
+            return np.zeros(len(running)), np.zeros(len(running), dtype=bool)
+
+        def observations(self):
+            return self.position
+
+    envs = Rail(2)
+    seen = [envs.reset(seed=0)[0], *(envs.step(np.zeros((2, 1)))[0] for _ in range(3))]
+    assert [obs.tolist() for obs in seen] == [[[k], [k]] for k in range(4)] and seen[0].dtype == np.float32
 
 
 def test_nan_actions_end_a_program_in_one_sentence():

@@ -12,7 +12,7 @@ import requests
 from filelock import FileLock
 
 from data_tools.dataset import read_hdf5
-from data_tools.files import DataError, Unreachable
+from data_tools.files import DataError
 
 KITCHEN_URL = (
     "http://rail.eecs.berkeley.edu/datasets/offline_rl/kitchen/kitchen_microwave_kettle_bottomburner_light-v0.hdf5"
@@ -30,8 +30,7 @@ TIMEOUT = 10  # seconds without an answer or a byte until the server counts as n
 def fetch_kitchen(folder, progress: bool = True, url: str = KITCHEN_URL, sha256: str = KITCHEN_SHA256) -> Path:
     """Return D4RL's kitchen-mixed-v0 file in `folder`, which is fetched if it is not there.
 
-    Raises Unreachable if the server does not deliver, DataError if the file is not the published one or cannot be
-    written.
+    Raises DataError if the server does not deliver, or if the file is not the published one or cannot be written.
     """
     path = Path(folder) / url.rpartition("/")[2]
     pooch.get_logger().setLevel(logging.WARNING)
@@ -46,7 +45,7 @@ def fetch_kitchen(folder, progress: bool = True, url: str = KITCHEN_URL, sha256:
             downloader = pooch.HTTPDownloader(progressbar=progress, timeout=TIMEOUT)
             pooch.retrieve(url, sha256, path.name, path.parent, downloader=downloader)
     except requests.RequestException as error:
-        raise Unreachable(
+        raise DataError(
             f"{url} cannot be fetched ({type(error).__name__}): try again later, fetch it by hand and give it with "
             "--data PATH, or use --dataset scripted."
         ) from error

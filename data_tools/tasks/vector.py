@@ -129,7 +129,7 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
                 self.rngs[i] = seeding.np_random(seeds[i])[0]
                 self.seeded(i)
         self._start_episodes(mask)
-        return self.observations(), self.infos(mask)
+        return self._observed(), self.infos(mask)
 
     def step(self, actions) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
         """Apply one action (E, A) per member. Raises ValueError for a wrong shape, NotFiniteError for NaN."""
@@ -152,14 +152,14 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
         self.waiting = done
         if self.autoreset_mode == AutoresetMode.SAME_STEP and done.any():
             final_obs = np.full(self.num_envs, None, dtype=object)
-            observations = self.observations()
+            observations = self._observed()
             for i in np.flatnonzero(done):
                 final_obs[i] = observations[i]
             infos = {"final_obs": final_obs, "_final_obs": done.copy()}
             infos |= {"final_info": self.infos(done), "_final_info": done.copy()}
             self._start_episodes(done)
         rewards = np.asarray(rewards, dtype=np.float32)
-        return self.observations(), rewards, terminations, truncations, infos | self.infos(everyone)
+        return self._observed(), rewards, terminations, truncations, infos | self.infos(everyone)
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """Return one picture per member, or None without a render mode. Raises DataError where OpenGL is missing."""
@@ -205,7 +205,11 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
         for name, array in arrays.items():
             setattr(self, name, array)
         self.rngs = [rng_from_state(saved) for saved in state["rng"]]
-        return self.observations()
+        return self._observed()
+
+    def _observed(self):
+        """A copy of the observations: an environment may hand out an array that it goes on to change."""
+        return np.array(self.observations(), dtype=np.float32)
 
     def _check_started(self, what):
         if self.rngs is None:
