@@ -813,7 +813,7 @@ def reading(path: Path):
         sys.exit(f"error: {path} does not exist; check the path")
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        sys.exit(f"error: {path} is damaged or does not fit ({type(error).__name__}: {reason}); delete it, or give another")
+        sys.exit(f"error: {path} is damaged or does not fit ({type(error).__name__}: {reason}); delete or replace it")
 
 
 def load(path: Path, parts: dict) -> dict:

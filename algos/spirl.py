@@ -26,8 +26,8 @@ Differences from the release, marked DEVIATION n below.
 7. Transitions are (s_0, z_0, s_10), (s_10, z_10, s_20), ... The release's sampler pairs skills with states one env step
    late, (s_0, z_0, s_11), (s_11, z_10, s_21), although z_10 was chosen and begun in s_10.
 8. Evaluations take the mode of the policy; the release's take samples.
-9. Maze: the policy stays within 3 nats of the prior (release: 10). At 10 success fell to 0 in three seeds of older code;
-   once the critic was seen to run away, to Q 470, where no return exceeds 100.
+9. Maze: the policy stays within 3 nats of the prior (release: 10). At 10 the critic runs away, to Q 235 where no return
+   exceeds 100 (seed 3), and success falls to 0.
 --published takes the release's side of 2, 3, 6 and 9, and of the E environments in 4.
 Checked against the release with the same weights, batches and noise, in double precision: the losses and gradients of
 pre-training are equal to 1e-12, those of SAC to 5e-8 (of 3,700). The order of an update was read there, not run.
@@ -571,7 +571,7 @@ def reading(path: Path):
         sys.exit(f"error: {path} does not exist; check the path")
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        sys.exit(f"error: {path} is damaged or does not fit ({type(error).__name__}: {reason}); delete it, or give another")
+        sys.exit(f"error: {path} is damaged or does not fit ({type(error).__name__}: {reason}); delete or replace it")
 
 
 def load(path: Path, parts: dict) -> dict:

@@ -5,6 +5,7 @@ speed: updates and planner of all files, eager and compiled (speed.py)
 train: maze and kitchen from the published models, several seeds at once on one GPU, with their minutes (run.py)
 """
 
+import contextlib
 import csv
 import importlib.util
 import json
@@ -31,7 +32,6 @@ from benchmarks import speed
 
 OUT = Path(os.environ.get("OUT", "gpu_check"))
 PARTS = ("tests", "speed", "train")
-PART_SECONDS = 530  # a part ends within this time, so that it fits a limit of ten minutes for a command
 # For the rehearsal: a few episodes of a few skills' training.
 TINY = "--num-envs 2 --num-samples 8 --num-policy-trajs 4 --num-elites 4 --cem-iters 1 --batch-size 8 --eval-episodes 1"
 
@@ -50,13 +50,14 @@ class Args:
     algos: tuple[str, ...] = tuple(sorted(path.stem for path in (ROOT / "algos").glob("*.py")))  # files to check
     seeds: tuple[int, ...] = (1, 2, 3)  # of the trained runs, each task
     ray: bool = field(default_factory=runner_works)  # train by benchmarks/run.py, else by plain commands
+    part_seconds: float = 530.0  # a part ends within this time: it fits a limit of ten minutes for a command
 
 
 class Deadline:
     """The time that a part has left."""
 
-    def __init__(self):
-        self.end = time.time() + PART_SECONDS
+    def __init__(self, args: Args):
+        self.end = time.time() + args.part_seconds
 
     def left(self) -> float:
         return max(0.0, self.end - time.time())
@@ -74,7 +75,7 @@ def start(command: list, log: Path, **environment) -> subprocess.Popen:
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            process_group=0,
         )
 
 
@@ -89,30 +90,30 @@ def wait(process: subprocess.Popen, seconds: float) -> str:
 
 
 def stop(process: subprocess.Popen):
-    """SIGTERM, upon which runs save; SIGKILL to the program and what it started if that takes too long."""
+    """SIGTERM, upon which runs save; SIGKILL to what is left after 25 seconds of it and of what it started."""
     process.send_signal(signal.SIGTERM)
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(25)
-    except subprocess.TimeoutExpired:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process.wait()
 
 
 # ------------------------------------------------------------------------------------------------------------ the parts
 def check_tests(args: Args) -> dict:
     """Results of tests/test_cuda.py: counts, names of what failed, measured facts."""
-    deadline = Deadline()
+    deadline = Deadline(args)
     log = OUT / "tests.log"
     command = [sys.executable, "-m", "pytest", "-v", "-rA", "--tb=short", "-p", "no:cacheprovider"]
     command += ["tests/test_cuda.py", "tests/test_dataset.py", "-k", "cuda", "--continue-on-collection-errors"]
     if importlib.util.find_spec("xdist") and not args.cpu:  # compiling takes most of the time, on one core
         command += ["-n", "8"]
-    with tempfile.TemporaryDirectory() as folder:
-        facts = Path(folder) / "facts"
-        environment = dict(GPU_CHECK_ALGOS=" ".join(args.algos), GPU_CHECK_FACTS=str(facts))
-        environment["GPU_CHECK_DEVICE"] = "cpu" if args.cpu else "cuda"
-        status = wait(start(command, log, **environment), deadline.left())
-        measured = [json.loads(line) for line in facts.read_text().splitlines()] if facts.exists() else []
+    facts = OUT / "facts.jsonl"
+    facts.unlink(missing_ok=True)
+    environment = dict(GPU_CHECK_ALGOS=" ".join(args.algos), GPU_CHECK_FACTS=str(facts))
+    environment["GPU_CHECK_DEVICE"] = "cpu" if args.cpu else "cuda"
+    status = wait(start(command, log, **environment), deadline.left())
+    measured = [json.loads(line) for line in facts.read_text().splitlines()] if facts.exists() else []
     outcomes = {}
     for line in log.read_text().splitlines():
         name = re.search(r"tests/\w+\.py(::\S+)?", line)
@@ -126,12 +127,12 @@ def check_tests(args: Args) -> dict:
 
 def check_speed(args: Args) -> dict:
     """Rows of speed.py, of all files."""
-    deadline = Deadline()
+    deadline = Deadline(args)
     log = OUT / "speed.log"
     base = [sys.executable, "benchmarks/speed.py", "--only", "pretrain", "update", "plan", "act"]
     base += ["--plan-envs", "1", "8", "--device", "cpu" if args.cpu else "cuda"]
     base += ["--sizes", "maze" if args.cpu else "kitchen", "--modes", "eager"]
-    base += ["--quick"] if args.cpu else ["compiled"]
+    base += ["--quick"] if args.cpu else ["compiled", "--min-seconds", "0.5"]
     first = sorted(args.algos, key=lambda name: name != "skimo")  # should time run out
     rows = []
     problems = []
@@ -140,7 +141,7 @@ def check_speed(args: Args) -> dict:
         if not args.cpu:  # all compile at once, on several cores; what they compile is kept in torch's cache
             options = ["--min-seconds", "0.01"]
             warm = [start([*base, *options, "--algos", name, "--out", f"{folder}/{name}"], log) for name in first]
-            enough = time.time() + 240
+            enough = time.time() + 180
             for process in warm:
                 wait(process, max(0.1, enough - time.time()))
         for name in first:
@@ -151,6 +152,7 @@ def check_speed(args: Args) -> dict:
                 written = json.loads(out.read_text())
                 rows += written["rows"]
                 machine = written["machine"]
+                speed.write_json(OUT / "speed_rows.json", dict(machine=machine, rows=rows))
             if status != "ok":
                 problems.append(f"{name}: {status}")
     return dict(status="; ".join(problems) or "ok", rows=rows, machine=machine)
@@ -168,7 +170,7 @@ def training_flags(env_id: str, args: Args) -> list[str]:
 
 def check_training(args: Args) -> dict:
     """SkiMo on maze and kitchen, all seeds of both at once; what each run reached within the time."""
-    deadline = Deadline()
+    deadline = Deadline(args)
     log = OUT / "train.log"
     seeds = args.seeds[:1] if args.cpu else args.seeds
     device = "cpu" if args.cpu else "cuda"
@@ -189,12 +191,18 @@ def check_training(args: Args) -> dict:
                 command = [sys.executable, "algos/skimo.py", "--env-id", env_id, "--seed", str(seed)]
                 command += ["--device", device, "--run-dir", f"{folder}/runs/{env_id}/skimo/seed{seed}", *flags]
                 programs.append((f"{env_id}, seed {seed}", start(command, log)))
-        problems = []
-        for name, process in programs:
-            status = wait(process, max(1.0, deadline.left() - 60))  # stopping and saving takes time as well
-            if status.startswith("exit code"):
-                problems.append(f"{name}: {status}")
-        runs = [reached(path, device) for path in sorted(folder.glob("runs/*/skimo/*/*/args.json"))]
+        while deadline.left() > 60 and any(process.poll() is None for _, process in programs):
+            time.sleep(2)
+            speed.write_json(OUT / "train_runs.json", dict(runs=runs_in(folder, device)))
+        late = [process for _, process in programs if process.poll() is None]
+        for process in late:  # all at once: they save side by side
+            process.send_signal(signal.SIGTERM)
+        for process in late:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(1.0, deadline.left() - 30))
+        ended = [(name, process) for name, process in programs if process not in late]
+        problems = [f"{name}: exit code {process.returncode}" for name, process in ended if process.returncode]
+        runs = runs_in(folder, device)
     finally:
         for _, process in programs:
             if process.poll() is None:
@@ -206,14 +214,19 @@ def check_training(args: Args) -> dict:
     return dict(status="; ".join(problems) or "ok", how=how, runs=runs)
 
 
+def runs_in(folder: Path, device: str) -> list[dict]:
+    return [reached(path, device) for path in sorted(folder.glob("runs/*/skimo/*/*/args.json"))]
+
+
 def reached(args_file: Path, device: str) -> dict:
     """How far a run came: env steps, minutes, return of the last 20 training episodes."""
     args = json.loads(args_file.read_text())
     episodes = args_file.with_name("episodes.csv")
     rows = list(csv.DictReader(episodes.open())) if episodes.exists() else []
-    returns = [float(row["episodic_return"]) for row in rows]
     results = args_file.with_name("results.json")
+    rows = [row for row in rows if row["rl_minutes"]]  # the last line may be half written
     curve = [[int(row["env_step"]), float(row["episodic_return"]), float(row["rl_minutes"])] for row in rows]
+    returns = [value for _, value, _ in curve]
     return dict(
         env_id=args["env_id"],
         seed=args["seed"],
@@ -252,11 +265,14 @@ def main(args: Args):
     if not args.cpu and not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA device; --cpu is a rehearsal without one")
     OUT.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: stopped"))  # with all that was started
     device = "cpu" if args.cpu else "cuda"
     checks = dict(tests=check_tests, speed=check_speed, train=check_training)
     machine = speed.machine(speed.Args(device=device))
     print(f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}", flush=True)
     found = {}
+    if args.part != "all" and (OUT / "gpu_check.json").exists():  # parts that were run before
+        found = json.loads((OUT / "gpu_check.json").read_text())["parts"]
     for part in PARTS if args.part == "all" else (args.part,):
         print(f"{time.strftime('%H:%M:%S')} {part}: see {OUT / part}.log", flush=True)
         (OUT / f"{part}.log").unlink(missing_ok=True)

@@ -78,7 +78,7 @@ def draw_training(axes, cells, task: str, data: str, end: int, methods, large: b
             grid = np.arange(max(curve[0, 0] for curve in reaching), last + 1, 500)
             mean = np.mean([np.interp(grid, *curve.T) for curve in reaching], axis=0)
             axes.plot(grid, mean, color=colour, lw=2.2)
-            if large:
+            if large and len(grid) > 0:  # a young run has no score yet
                 short = METHODS[name].short if name in METHODS else name
                 seeds = f"{len(reaching)} seed" + "s" * (len(reaching) > 1)
                 ends.append((grid[-1], mean[-1], f"{short}, {seeds}", colour))

@@ -14,7 +14,10 @@ def describe_code(root: Path) -> dict:
     """Commit of a checkout and whether its files were changed since; commit None where there is no checkout."""
 
     def git(*command):
-        result = subprocess.run(["git", "-C", root, *command], capture_output=True, text=True)
+        try:
+            result = subprocess.run(["git", "-C", root, *command], capture_output=True, text=True)
+        except OSError:  # git is not installed
+            return None
         return result.stdout.strip() if result.returncode == 0 else None
 
     return dict(commit=git("rev-parse", "HEAD"), changed=bool(git("status", "--porcelain", "--untracked-files=no")))

@@ -7,7 +7,7 @@
 A cell of the grid is one plain command, `python algos/NAME.py --env-id TASK --seed SEED ...`. It works in a folder of
 its own, RUN_DIR/TASK/NAME/seedSEED, which holds the algorithm's run folder, `log.txt` and `attempts.jsonl` (time,
 commit and machine of every start). A run that fails, is killed or loses its node is started again from its checkpoint.
-What a finished run leaves is small: RESULTS_DIR/TASK/NAME/seedSEED.csv and .json, which benchmarks/plot.py draws; a
+What a finished run leaves is small: RESULTS_DIR/TASK/NAME/seedSEED.csv and .json, which benchmarks/report.py reads; a
 cell that has them is never run again. Its last checkpoint is kept as CHECKPOINTS_DIR/TASK/NAME/seedSEED.pt, which the
 JSON names; `python algos/NAME.py --evaluate THAT` evaluates it again. It is large: keep it outside git.
 """

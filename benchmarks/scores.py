@@ -72,7 +72,7 @@ METHODS = {
     "dreamer": Method("Dreamer", "Dreamer", "#17becf", "Dreamer"),
     "tdmpc": Method("TD-MPC", "TD-MPC", "#bcbd22", "TD-MPC"),
     "sac": Method("SAC without skills", "flat SAC", "#393b79"),
-    "diayn": Method("DIAYN with a controller", "DIAYN", "#e7ba52"),
+    "diayn": Method("DIAYN with a controller", "DIAYN", "#ce6dbd"),
     "option_critic": Method("Option-Critic", "Option-Critic", "#a55194"),
     "relay": Method("Relay Policy Learning", "Relay", "#8c6d31"),
     "hiro": Method("HIRO", "HIRO", "#8ca252"),
@@ -221,15 +221,17 @@ def mean_between(run: Run, low: float, high: float) -> float:
 
 
 def last_episodes(run: Run, end: int, count: int = 100) -> float:
-    """Mean of the last episodes that ended up to an env step."""
-    return run.ended[run.end_steps <= end + 1_000][-count:].mean()
+    """Mean of the last episodes that ended up to an env step; NaN if there are none."""
+    ended = run.ended[run.end_steps <= end + 1_000]
+    return ended[-count:].mean() if len(ended) else np.nan
 
 
 def minutes_at(run: Run, end: int) -> float:
-    """Minutes of RL up to an env step."""
+    """Minutes of RL up to an env step; NaN before the first episode's end."""
     if run.end <= end and run.facts.get("results"):
         return run.facts["results"]["rl_minutes"]
-    return run.minutes[run.end_steps <= end + 1_000][-1]
+    minutes = run.minutes[run.end_steps <= end + 1_000]
+    return minutes[-1] if len(minutes) else np.nan
 
 
 def prior_alone(run: Run) -> float:

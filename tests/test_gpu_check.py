@@ -1,6 +1,8 @@
 """benchmarks/gpu_check.py: parts that fail are named and stop nothing else; the report and the JSON are written."""
 
 import json
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +60,28 @@ def test_a_program_that_takes_too_long_is_stopped(tmp_path):
     assert gpu_check.wait(gpu_check.start(["true"], log), 20) == "ok"
     assert gpu_check.wait(gpu_check.start(["false"], log), 20) == "exit code 1"
     assert "=== sleep 60" in log.read_text()
+
+
+def test_what_a_stopped_program_started_is_stopped_as_well(tmp_path):
+    script = f"sleep 60 & echo $! > {tmp_path / 'child'}; wait"
+    process = gpu_check.start(["bash", "-c", script], tmp_path / "log")
+    while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text().strip():
+        time.sleep(0.05)
+    gpu_check.stop(process)
+    state = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}/stat")
+    deadline = time.time() + 20
+    while state.exists() and state.read_text().split()[2] != "Z":
+        assert time.time() < deadline
+        time.sleep(0.05)
+
+
+def test_parts_that_were_run_before_stay_in_the_report(out, monkeypatch):
+    monkeypatch.setattr(gpu_check, "check_tests", lambda args: dict(status="ok", passed=5, failed=[], measured=[]))
+    monkeypatch.setattr(gpu_check, "check_speed", lambda args: dict(status="ok", rows=[]))
+    gpu_check.main(gpu_check.Args(part="tests", cpu=True))
+    gpu_check.main(gpu_check.Args(part="speed", cpu=True))
+    assert list(json.loads((out / "gpu_check.json").read_text())["parts"]) == ["tests", "speed"]
+    assert "TESTS: 5 passed, 0 failed" in (out / "gpu_check.txt").read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")

@@ -10,6 +10,7 @@ import pytest
 from benchmarks import plot, report, scores
 
 HEADER = "env_step,episodic_return,episodic_length,eval_return,eval_success,wall_seconds"
+HEADER_OF_RUNS = "env_step,episodic_return,episodic_length,rl_minutes"
 
 
 def make_run(steps, values, method="skimo", task="kitchen", num_envs=1):
@@ -365,10 +366,21 @@ def test_a_run_folder_is_drawn(tmp_path):
     args = dict(exp_name="skimo", env_id="maze", seed=1, num_envs=8, eval_episodes=20)
     (folder / "args.json").write_text(json.dumps(args))
     rows = [f"{step},100.0,1000,{step / 1e4}" for step in range(8_000, 120_001, 8_000)]
-    (folder / "episodes.csv").write_text("env_step,episodic_return,episodic_length,rl_minutes\n" + "\n".join(rows))
+    (folder / "episodes.csv").write_text("\n".join([HEADER_OF_RUNS, *rows]))
     report.main(report.Args(folder))  # unfinished: without results.json
     assert "| SkiMo | 1 | 120,000 | **1.00** (1.00) |" in (folder / "RESULTS.md").read_text()
     assert (folder / "curves_maze.png").exists()
+    (folder / "episodes.csv").write_text("\n".join([HEADER_OF_RUNS, rows[0]]))  # its one episode counts at 16,000
+    report.main(report.Args(folder))
+    assert "| SkiMo | 1 | 8,000 | **–** (–) |" in (folder / "RESULTS.md").read_text()
+
+
+def test_runs_of_which_one_stopped_before_the_others_first_episode(tmp_path):
+    write_log(tmp_path, "skimo", 1, 1.0, steps=7_200, length=900)
+    write_log(tmp_path, "skimo", 2, 1.0, steps=160_000, length=16_000)
+    report.main(report.Args(tmp_path))
+    row = next(line for line in (tmp_path / "RESULTS.md").read_text().splitlines() if "| 7,000 |" in line)
+    assert "1.00 / –" in row
 
 
 def test_figures_are_small():

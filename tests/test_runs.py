@@ -463,7 +463,7 @@ def test_damaged_files_are_refused_with_a_sentence(case, damaged):
         for damage in CORE.values():
             damage(path)
             broken = path.read_bytes()
-            refused(read, path, "damaged or does not fit", "give another")
+            refused(read, path, "damaged or does not fit", "delete or replace it")
             assert path.read_bytes() == broken
             path.write_bytes(whole)
 
@@ -835,6 +835,11 @@ def used_by(module, *names):
     return found, words & {"POSITION_PERIODS", "ARM", "GOAL_ENTRIES"}
 
 
+def edited_source(original, edited, part):
+    """Source code of a part of a file, one of which somebody edited, the others got a comment."""
+    return original(part) + ("\nx = 1\n" if part is edited else "\n# a comment\n")
+
+
 @with_data
 def test_pretrained_model_is_found_by_all_that_shaped_it(case, tmp_path, monkeypatch):
     module = case.module
@@ -880,11 +885,11 @@ def test_pretrained_model_is_found_by_all_that_shaped_it(case, tmp_path, monkeyp
     assert len(parts) >= 8 and "POSITION_PERIODS" in tables
     for name in parts:
         with monkeypatch.context() as patch:
-            edited = {getattr(module, name): "\nx = 1\n"}
-            patch.setattr(inspect, "getsource", lambda part: original(part) + edited.get(part, "\n# a comment\n"))
+            part = getattr(module, name)
+            patch.setattr(inspect, "getsource", functools.partial(edited_source, original, part))
             assert module.find_pretrained(args)[0] not in paths, name
     with monkeypatch.context() as patch:
-        patch.setattr(inspect, "getsource", lambda part: original(part) + "\n# a comment\n")
+        patch.setattr(inspect, "getsource", functools.partial(edited_source, original, None))
         assert module.find_pretrained(args)[0] == path
     for name in tables:
         with monkeypatch.context() as patch:
