@@ -33,8 +33,8 @@ all joints and objects cannot be reached. What the low level learns is charts/go
 In an open maze with a reward for coming nearer it learns to reach random goals in 200 of 200 episodes, with two seeds
 (benchmarks/controls_hiro.py; uniform actions: 3 and 6).
 A run's folder holds the same files as skimo.py's.
-Differs from skimo.py in: Args, TASK_DEFAULTS, POSITION_PERIODS, rollout, ReplayBuffer, Agent, train, evaluate,
-    parse_args, check_args, main
+Differs from skimo.py in: Args, TASK_DEFAULTS, POSITION_PERIODS, GOAL_ENTRIES, rollout, ReplayBuffer, Agent, train,
+    evaluate, parse_args, check_args, main
 Shapes: B batch, O observation, F inputs, A action, G goal, c env steps per goal, E environments.
 """
 
