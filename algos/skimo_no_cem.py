@@ -21,7 +21,7 @@ Differences from the release, marked DEVIATION n below, with the numbers of skim
 1. KL divergences are exact.  2. The skill policy is trained on random chunks.  3. Pre-training is shorter, with sines
 and cosines as inputs.  4. E environments act side by side.  6. The target copy is faster.  7. Kitchen: alpha 0.05, and
 eq. 7 on encoded states.  8. Q in eq. 7 sees imagined states.  9. The target copy of RL starts as the online model.
---published takes the release's side of 2, 3, 4, 6 and 7.
+--published takes the release's side of 2, 3, 4, 6 and of alpha in 7.
 Checked against the release with the same weights, batches and noise: losses, gradients and updates are equal to
 rounding (1e-7) in double precision, samples and mode of the policy in single precision (2e-7).
 

@@ -23,7 +23,7 @@ Differences from the release, marked DEVIATION n below, with the numbers of skim
 and cosines as inputs.  4. E environments act side by side.  5. CEM starts from the policy's plans, with less noise.
 6. The target copy is faster.  7. Kitchen: alpha 0.05, and eq. 7 on encoded states.  8. Q in eq. 7 sees imagined states.
 9. The target copy of RL starts as the online model.
---published takes the release's side of 2, 3, 4, 5, 6 and 7.
+--published takes the release's side of 2 to 6 and of alpha in 7.
 Checked against the release with the same weights, batches and noise: losses, gradients and updates of both phases are
 equal to rounding (4e-7) in double precision.
 
