@@ -35,8 +35,8 @@ Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, PEOPLE, RELEASE, PUBL
 WorldModel, make_networks, pretrain_loss, model_loss, policy_loss, plan, Planner, ReplayBuffer, prior_rollouts,
 pretrain_lr, find_pretrained, pretrain, Agent, train, check_args.
 A run's folder holds what skimo.py names.
-Score: maze, 300,000 env steps at small sizes (algos/README.md): no training episode reaches the goal (seeds 1-2), so no
-reward was ever seen. Measured before the losses, windows and number of updates became the release's.
+Score: maze, 300,000 env steps at small sizes (algos/README.md), one seed: the warm-up's skills reach the goal in .32 of
+the episodes, plans in .04 of the next 50,000 env steps and never after that. The paper's is 0 to its end.
 Shapes: B batch, N skills per window, H steps per skill, O observation, F inputs, A action, Z skill, d latent state,
 E environments, K skills per plan, P plans.
 """
