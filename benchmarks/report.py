@@ -101,7 +101,7 @@ Comparisons of settings. They do not count in the tables above.
 """
 
 MISALIGNED = """
-\\* Our data are **not mis-aligned** with it: 106 of 603 demonstrations are made to do slide -> hinge, which people never did.
+\\* Our data are **not mis-aligned** with it: 106 of 603 demonstrations plan slide -> hinge, which people never did.
 """
 
 UNDER_TABLE = """
