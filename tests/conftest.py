@@ -65,3 +65,15 @@ def eager_random():
     # Not by monkeypatch: putting a value back by setattr deletes the setting for the rest of the process.
     with torch._inductor.config.patch(fallback_random=True):
         yield
+
+
+@pytest.fixture
+def quick_compile(request, monkeypatch):
+    """torch.compile without C++ on the CPU, where that takes a minute; the test of skimo.py has it."""
+    if "cuda" not in request.node.name:
+        compile_function = torch.compile
+
+        def compile(function, mode="default", **options):
+            return compile_function(function, backend="aot_eager", **options)
+
+        monkeypatch.setattr(torch, "compile", compile)

@@ -413,7 +413,7 @@ def test_noise_is_added_in_training_only_and_the_model_sees_it():
     assert np.abs(dreamer.Filter(agent, 5, 2, explore=False)(obs[:5])).max() == 0
 
 
-def test_compiled_updates_are_the_eager_ones(eager_random):
+def test_compiled_updates_are_the_eager_ones(eager_random, quick_compile):
     results = []
     for compiled in (False, True):
         torch.manual_seed(0)

@@ -408,7 +408,7 @@ def test_compiled_code_gives_the_numbers_of_eager_code(device, monkeypatch, eage
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_compiled_loss_serves_another_size_in_the_same_process(device, eager_random):
+def test_compiled_loss_serves_another_size_in_the_same_process(device, eager_random, quick_compile):
     """benchmarks/speed.py does that; left to itself, dynamo then looks for symbolic shapes and fails in the LSTM."""
     loss_fn = torch.compile(skimo.pretrain_loss, mode="reduce-overhead", dynamic=False)
     for B, N in ((6, 2), (3, 1)):

@@ -577,7 +577,7 @@ def few_updates(args, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_compiled_code_gives_the_numbers_of_eager_code(device, monkeypatch, eager_random):
+def test_compiled_code_gives_the_numbers_of_eager_code(device, monkeypatch, eager_random, quick_compile):
     args = tiny_args(hidden_dim=8, critic_dim=8, pretrain_lr_decay=False)
     eager = few_updates(args, device)
     compiled_functions = []

@@ -290,7 +290,7 @@ def test_noise_is_the_std_of_the_plan_in_training_only():
 
 
 # --------------------------------------------------------------------------------------------------------------- whole
-def test_compiled_updates_and_plans_are_the_eager_ones(eager_random):
+def test_compiled_updates_and_plans_are_the_eager_ones(eager_random, quick_compile):
     results = []
     for compiled in (False, True):
         args = tiny_args(compile=compiled, num_steps=2, policy_std=0.05)

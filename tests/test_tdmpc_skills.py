@@ -481,7 +481,7 @@ def few_updates(args, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_compiled_code_gives_the_numbers_of_eager_code(device, monkeypatch, eager_random):
+def test_compiled_code_gives_the_numbers_of_eager_code(device, monkeypatch, eager_random, quick_compile):
     args = tiny_args(num_skills=2, hidden_dim=8, model_dim=8, latent_dim=4, cem_iters=1)
     eager = few_updates(args, device)
     compiled_functions = []

@@ -592,22 +592,15 @@ def test_files_with_the_same_pretraining_share_its_model(monkeypatch, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------- compilation
-def compiled(function, device: str):
-    """As the algorithms do it, but without C++ on the CPU, which takes a minute; the updates below have it."""
-    if device == "cpu":
-        return torch.compile(function, backend="aot_eager", dynamic=False)
-    return torch.compile(function, mode="reduce-overhead", dynamic=False)
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("algo", [skimo_no_joint, skimo_single_step])
-def test_compiled_pretraining_gives_the_numbers_of_eager_code(algo, device, eager_random):
+def test_compiled_pretraining_gives_the_numbers_of_eager_code(algo, device, eager_random, quick_compile):
     sizes = dict(pretrain_skills=2, bc_chunks=1, skill_horizon=2, hidden_dim=8, latent_dim=4)
     args = tiny_args(algo, device=device, **sizes)
     torch.manual_seed(0)
     networks = algo.make_networks(args, 4, 2)
     window = floats(*pretraining_batch(args), device=device)
-    compiled_loss = compiled(algo.pretrain_loss, device)
+    compiled_loss = torch.compile(algo.pretrain_loss, mode="reduce-overhead", dynamic=False)
     numbers = []
     # Thrice, as a CUDA graph is warmed up, then recorded, and only then replayed
     for loss_fn in (algo.pretrain_loss, compiled_loss, compiled_loss, compiled_loss):
@@ -624,7 +617,7 @@ def test_compiled_pretraining_gives_the_numbers_of_eager_code(algo, device, eage
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("algo", [skimo_sac, skimo_single_step])
-def test_compiled_updates_give_the_numbers_of_eager_ones(algo, device, eager_random):
+def test_compiled_updates_give_the_numbers_of_eager_ones(algo, device, eager_random, quick_compile):
     args = tiny_args(algo, device=device, num_skills=1, skill_horizon=2, hidden_dim=8, latent_dim=4)
     batch = single_step_batch(args) if algo is skimo_single_step else rl_batch(args)
     batch = floats(*batch, device=device)
@@ -645,7 +638,7 @@ def test_compiled_updates_give_the_numbers_of_eager_ones(algo, device, eager_ran
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_compiled_plan_imagines_skills_by_single_steps(device, eager_random):
+def test_compiled_plan_imagines_skills_by_single_steps(device, eager_random, quick_compile):
     sizes = dict(num_skills=2, skill_horizon=2, hidden_dim=8, latent_dim=4, cem_iters=1)
     args = tiny_args(skimo_single_step, device=device, **sizes)
     torch.manual_seed(0)
@@ -659,4 +652,5 @@ def test_compiled_plan_imagines_skills_by_single_steps(device, eager_random):
             h = model.next(h, z[:, t])
         return h
 
-    torch.testing.assert_close(compiled(imagine, device)(h, z), imagine(h, z), atol=1e-4, rtol=1e-4)
+    compiled = torch.compile(imagine, mode="reduce-overhead", dynamic=False)
+    torch.testing.assert_close(compiled(h, z), imagine(h, z), atol=1e-4, rtol=1e-4)
