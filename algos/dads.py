@@ -542,7 +542,8 @@ def draw_skills(agent, args: Args, path: Path):
     angles = 2 * np.pi * np.arange(16) / 16
     z = np.zeros((16, args.skill_dim), dtype=np.float32)
     z[:, :2] = np.stack([np.cos(angles), np.sin(angles)], 1)[:, : args.skill_dim]
-    position = tool_position(skill_paths(agent, z, args.hold_steps, args, args.seed), args)  # (T+1, 16, 2 or 3)
+    paths = skill_paths(agent, z, args.hold_steps, args, args.seed)
+    position = tool_position(paths, args)  # (T+1, 16, 2 or 3)
     views = [(1, 0)] if position.shape[-1] == 2 else [(0, 1), (1, 2)]  # from above; from above and from the front
     figure = Figure(figsize=(6 * len(views), 6))
     draw_map = data_tools.TASKS[args.env_id].draw_map
@@ -555,7 +556,9 @@ def draw_skills(agent, args: Args, path: Path):
             ax.plot(position[:, n, across], position[:, n, up], color=colour)
         ax.set(aspect="equal", xlabel="xyz"[across], ylabel="xyz"[up])
     figure.suptitle(f"{args.env_id}: {args.hold_steps} env steps of 16 skills, coloured by the angle of z")
-    figure.savefig(path, dpi=100)
+    part = path.with_suffix(".part")
+    figure.savefig(part, dpi=100, format="png")
+    part.replace(path)
 
 
 # -------------------------------------------------------------------------------------------------------------- replay

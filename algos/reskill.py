@@ -1272,6 +1272,7 @@ def draw_pictures(args: Args, agent: Agent, residuals: list, path: Path):
     alive = (before != after).any(1)  # members that ended stand still
     windows, _ = data.sample_windows(50_000, args.skill_horizon + 1)
     sets = (windows[:, 0], windows[:, -1]), (before[alive], after[alive])
+    looks = ("grey", "data"), ("tab:orange", "flow prior")
     scale = windows[:, 0].std(0) + 1e-6
 
     def nearest(begin, state):
@@ -1290,16 +1291,20 @@ def draw_pictures(args: Args, agent: Agent, residuals: list, path: Path):
     candidates = before[alive][:: max(1, int(alive.sum()) // 200)]
     for axes, group in zip(panels, candidates.chunk(4)):  # early to late; of each, a state where data often differ
         state = max(group, key=variety)
-        for (begin, end), colour, label in zip(sets, ("grey", "tab:orange"), ("data", "flow prior")):
+        for (begin, end), (colour, label) in zip(sets, looks):
             _, rows = nearest(begin, state)
-            motion = (end - begin)[rows]
-            axes.scatter(motion[:, 0], motion[:, 1], s=14, alpha=0.6, color=colour, label=label, linewidths=0)
+            x, y = (end - begin)[rows, :2].T
+            axes.scatter(x, y, s=14, alpha=0.6, color=colour, label=label, linewidths=0)
         axes.set_title(f"from ({state[0]:.2f}, {state[1]:.2f})")
+        axes.set_xlabel("change of obs[0]")
         axes.axis("equal")
+    panels[0].set_ylabel("change of obs[1]")
     panels[0].legend()
-    last.plot(*zip(*[row[:2] for row in residuals]), label="w")
-    last.plot(*zip(*[row[::2] for row in residuals]), label="share of the action's size")
-    last.set_title("residual, over env steps")
+    steps, weights, shares = np.array(residuals).reshape(-1, 3).T  # none in a run without a whole roll-out
+    last.plot(steps, weights, label="w")
+    last.plot(steps, shares, label="share of the action's size")
+    last.set_title("residual")
+    last.set_xlabel("env step")
     last.legend()
     part = path.with_suffix(".part")
     figure.savefig(part, dpi=80, format="png")
