@@ -497,7 +497,7 @@ def success(returns, args: Args) -> float:
 
 # ------------------------------------------------------------------------------------------------------------ pictures
 def skill_paths(agent, z, num_steps: int, args: Args, seed: int):
-    """Observations (T+1, N, O) of N skills z (N, Z), each from the same start; NaN after an episode's end."""
+    """Observations (T+1, N, O) of N skills z (N, Z) from one start, until all have ended; NaN after a member's end."""
     envs = data_tools.make_envs(args.env_id, len(z))
     obs, _ = envs.reset(seed=[seed] * len(z))
     path = [obs]
@@ -506,7 +506,9 @@ def skill_paths(agent, z, num_steps: int, args: Args, seed: int):
         action = agent.act(np.concatenate([obs, z], 1), explore=False)
         obs, _, terminations, truncations, _ = envs.step(action)
         path.append(np.where(ended[:, None], np.nan, obs))
-        ended = terminations | truncations
+        ended |= terminations | truncations
+        if ended.all():
+            break
     envs.close()
     return np.stack(path)
 
@@ -555,7 +557,7 @@ def draw_skills(agent, args: Args, path: Path):
             colour = colormaps["hsv"](angle / 2 / np.pi)
             ax.plot(position[:, n, across], position[:, n, up], color=colour)
         ax.set(aspect="equal", xlabel="xyz"[across], ylabel="xyz"[up])
-    figure.suptitle(f"{args.env_id}: {args.hold_steps} env steps of 16 skills, coloured by the angle of z")
+    figure.suptitle(f"{args.env_id}: {len(paths) - 1} env steps of 16 skills, coloured by the angle of z")
     part = path.with_suffix(".part")
     figure.savefig(part, dpi=100, format="png")
     part.replace(path)

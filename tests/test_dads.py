@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import mujoco
 import numpy as np
@@ -421,6 +422,29 @@ def test_picture_of_skills(task, tmp_path):
     paths = dads.skill_paths(agent, z, 5, args, seed=1)
     assert len(paths) == 6 and np.array_equal(paths[0, 0], paths[0, 1])  # the same start for all skills
     assert (tmp_path / "skills.png").stat().st_size > 5_000
+
+
+def test_paths_of_skills_stop_at_their_own_ends(monkeypatch):
+    class Counters:
+        """Observes the env step; member 0 ends at step 2, member 1 at step 4. The flag falls again."""
+
+        def reset(self, seed):
+            self.t = 0
+            return np.zeros((2, 1), np.float32), {}
+
+        def step(self, action):
+            self.t += 1
+            ended = np.array([self.t == 2, self.t == 4])
+            return np.full((2, 1), self.t, np.float32), np.zeros(2), ended, np.zeros(2, bool), {}
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(dads.data_tools, "make_envs", lambda env_id, num_envs: Counters())
+    still = SimpleNamespace(act=lambda inputs, explore: np.zeros((2, 2)))
+    paths = dads.skill_paths(still, np.zeros((2, 1), np.float32), 9, dads.Args(), seed=0)[..., 0]
+    nan = np.nan
+    np.testing.assert_array_equal(paths.T, [[0, 1, 2, nan, nan], [0, 1, 2, 3, 4]])
 
 
 def test_the_committed_control_has_passed():
