@@ -14,6 +14,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -597,6 +598,20 @@ def test_evaluation_of_what_is_no_checkpoint_is_refused(case, tmp_path):
         refused(lambda: case.main(evaluate), path, "damaged or does not fit")
     shutil.copy(case.model, path)
     refused(lambda: case.main(evaluate), path, "args")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks" / "results" / "agents").iterdir()), ids=lambda path: path.stem
+)
+def test_shipped_agents_do_their_tasks(path, tmp_path, capsys):
+    """Without data and without a model of the user's; most of the highest return in each of two episodes."""
+    name, task = path.stem.split("_", 1)
+    algo = importlib.import_module(f"algos.{name}")
+    flags = f"--evaluate published --env-id {task} --eval-episodes 2 --device cpu --no-compile"
+    algo.main(algo.parse_args([*flags.split(), "--data-dir", str(tmp_path / "none"), "--run-dir", str(tmp_path)]))
+    mean = float(re.search(r"return ([\d.]+)", capsys.readouterr().out)[1])
+    assert mean >= 0.7 * data_tools.TASKS[task].max_return
+    assert not list(tmp_path.iterdir())
 
 
 @every_algo
