@@ -20,8 +20,9 @@ Differences from the release, marked DEVIATION n below. 1, 2, 3 and 6 are spirl.
 4. Skills are spirl.py's. The release's encoder and decoder are smaller, skills have 4 entries, KL next to no weight.
 5. The flow learns after the skills, not beside them (no gradient goes from one to the other). It starts as the
    identity, is 256 wide (512), and one network gives both scale and shift of a coupling.
-7. pi starts as N(0, I), that is as the prior (release: std .61), pi_res with std .14 (.61). Stds stay in .2 to 1 and
-   .02 to 1 because parameters are put back; the release clips values, which have no gradient from there on.
+7. pi starts as N(0, I), that is as the prior (release: std .61), pi_res with std .14 (.61); kitchens .05, as with .14
+   all is lost once the residual comes in. Stds stay in .2 to 1 and .02 to 1 because parameters are put back; the
+   release clips values, which have no gradient from there on.
 8. An update has batch_size rows of the roll-out (release: all). The early stop comes one update later.
 9. Values of pi_res see as far as those of pi: their discount is gamma^(1/H), not gamma. pi_res learns once w >= .01.
 10. A skill ends with its episode (release: goes on). Time-outs are bootstrapped, as there.
@@ -138,15 +139,16 @@ class Args:
     residual_kl: float = 0.9  # the same for the residual policy
     gamma: float = 0.99  # discount per skill; per env step its H-th root
     gae_lambda: float = 0.97  # weight of longer returns in the advantages
+    residual_std: float = 0.14  # of the residual's noise at the start, in units of actions
     residual_middle: int = 100_000  # C: env steps after which the residual has half its weight
     residual_slope: float = 1.33e-4  # k: from .1 to .9 of its weight in 4.4 / k env steps
     reward_scale: float = 1.0  # factor on the task's reward
 
 
-# Our own are kl_coef (as in spirl.py) and the lengths of roll-outs.
+# Our own are kl_coef (as in spirl.py), residual_std (DEVIATION 7) and the lengths of roll-outs.
 TASK_DEFAULTS = {
     "maze": dict(kl_coef=1e-2, total_timesteps=2_000_000, rollout_skills=125, reward_scale=0.01),
-    "kitchen": dict(flow_windows=100_000, flow_updates=8_000),  # 603 demonstrations have 150,000 windows
+    "kitchen": dict(flow_windows=100_000, flow_updates=8_000, residual_std=0.05),  # 603 demonstrations: 150,000 windows
     "calvin": dict(total_timesteps=2_000_000, rollout_skills=90, reward_scale=0.01),
 }
 TASK_DEFAULTS["kitchen-misaligned"] = TASK_DEFAULTS["kitchen"]
@@ -1054,7 +1056,7 @@ class Agent(nn.Module):
         # A run that is resumed or evaluated has its flow in the checkpoint
         self.flow = networks["flow"] if "flow" in networks else FlowPrior(obs_dim, args)
         self.high = ActorCritic(obs_dim, 0, Z, 1.0, 0.2, args)  # DEVIATION 7: N(0, I), so it starts as the prior
-        self.residual = ActorCritic(obs_dim, Z + A, A, math.exp(-2), 0.02, args)
+        self.residual = ActorCritic(obs_dim, Z + A, A, args.residual_std, 0.02, args)
         self.learners = dict(high=self.high, residual=self.residual)
         self.to(args.device)
         self.eval()  # BatchNorm keeps the statistics of pre-training
@@ -1401,6 +1403,8 @@ def check_args(args: Args):
             sys.exit(f"error: {flag} {value} does not work; give at most 1")
     if args.skill_dim < 2:
         sys.exit("error: --skill-dim 1 does not work, the flow prior halves skills; give at least 2")
+    if not 0.02 <= args.residual_std <= 1:
+        sys.exit(f"error: --residual-std {args.residual_std} does not work; give 0.02 to 1")
     if args.arm_noise > 0 and args.env_id not in ARM:
         sys.exit(f"error: --arm-noise does not work on {args.env_id}, which has no entry in ARM; leave it out")
     if args.recombine and not data_tools.TASKS[args.env_id].objects:

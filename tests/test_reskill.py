@@ -458,6 +458,7 @@ def test_pictures_and_senseless_flags(data_dir, tmp_path, monkeypatch):
         (dict(skill_dim=1), "--skill-dim 1"),
         (dict(gae_lambda=2.0), "--gae-lambda"),
         (dict(rollout_skills=0), "--rollout-skills 0"),
+        (dict(residual_std=0.0), "--residual-std 0.0"),
     ):
         with pytest.raises(SystemExit, match=f"^error: {words}"):
             reskill.check_args(tiny_args(**changes))
