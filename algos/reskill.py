@@ -139,7 +139,7 @@ class Args:
     residual_kl: float = 0.9  # the same for the residual policy
     gamma: float = 0.99  # discount per skill; per env step its H-th root
     gae_lambda: float = 0.97  # weight of longer returns in the advantages
-    residual_std: float = 0.14  # of the residual's noise at the start, in units of actions
+    residual_std: float = 0.135  # of the residual's noise at the start, in units of actions
     residual_middle: int = 100_000  # C: env steps after which the residual has half its weight
     residual_slope: float = 1.33e-4  # k: from .1 to .9 of its weight in 4.4 / k env steps
     reward_scale: float = 1.0  # factor on the task's reward
