@@ -35,8 +35,8 @@ Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, PEOPLE, RELEASE, PUBL
 pretrain_loss, prior_rollouts, pretrain_lr, find_pretrained, pretrain, Agent, train, evaluate, check_args, main.
 A run's folder holds what skimo.py names.
 It needs many env steps, 300,000 are 30 roll-outs, each used once, but they are cheap: 2M in the maze take 7 minutes.
-Score: maze, last 100 training episodes at 300,000 env steps: .39 / .49 / .59 (prior: .20 to .23), at 2M .94 / .85 / .98;
-Kitchen, sub-tasks of 4 at 200,000: 2.27 / 2.79 / 2.18 (prior: .81). The release takes 24M env steps.
+Score: maze, last 100 training episodes at 300,000 env steps: .39 / .49 / .59 (prior: .20 to .23), at 2M, other runs,
+.94 / .85 / .98; Kitchen, sub-tasks of 4 at 200,000: 2.27 / 2.79 / 2.18 (prior: .81). The release takes 24M env steps.
 Shapes: B batch, T skills of a roll-out, H steps per skill, O observation, F inputs, A action, Z skill, E environments.
 """
 
