@@ -400,6 +400,11 @@ def plan(dynamics, score, x, args):
                 x_later = dynamics.predict(x_later, z)
             returns = returns + score(start, x_later)  # (E, P)
 
+        # A plan whose states overflow, far from all that was seen, is as bad as the worst of the others
+        overflowed = ~returns.isfinite()
+        worst = returns.masked_fill(overflowed, math.inf).amin(1, keepdim=True)
+        returns = torch.where(overflowed, worst, returns).clamp(-1e6, 1e6)  # (E, P)
+
         # All plans count, the better the more. Equal returns: the mean of all
         advantage = returns - returns.amax(1, keepdim=True)
         advantage = advantage / (returns.std(1, correction=0, keepdim=True) + 1e-6)

@@ -210,6 +210,23 @@ def test_weights_of_plans():
     assert torch.allclose(*plans, atol=1e-3)
 
 
+@pytest.mark.parametrize("overflow", [math.nan, math.inf, -math.inf])
+def test_plans_that_overflow_are_bad_ones(overflow):
+    """The more of the first entry the better, but beyond 0.5 per skill states are no numbers."""
+    torch.manual_seed(0)
+    args = tiny_args(num_samples=2_000, temperature=1e3, skill_horizon=1)
+
+    def score(x, x_later):
+        return torch.where(x_later[..., 0] > limit, overflow, x_later[..., 0])
+
+    x = torch.zeros(2, 2)
+    limit = 0.5
+    best = dads.plan(Gaussian(1.0), score, x, args)[..., 0]
+    assert (best > 0.4).all() and (best <= 0.5).all()
+    limit = -2.0  # all do
+    assert dads.plan(Gaussian(1.0), score, x, args).abs().max() < 0.2
+
+
 def test_later_skills_of_a_plan_follow_the_first():
     """Smoothing 0.9: with one sample, a plan's skills are 0.9 of the one before plus 0.1 of a new one."""
     args = tiny_args(num_samples=1, mppi_iters=1, plan_skills=4)
