@@ -1,4 +1,4 @@
-"""Every import is required, and every algorithm file gives its help from any folder."""
+"""Every import is required, every algorithm file gives its help from any folder, shipped agents do their tasks."""
 
 import importlib
 import re
@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+import data_tools
+
 ROOT = Path(__file__).resolve().parents[1]
 ALGOS = sorted((ROOT / "algos").glob("*.py"))
+AGENTS = sorted((ROOT / "benchmarks" / "results" / "agents").glob("*.pt"))
 
 
 def test_every_import_is_required():
@@ -33,3 +36,15 @@ def test_help_from_another_folder_shows_the_task_defaults(path, tmp_path):
     words = re.sub(r"[│\s]+", " ", result.stdout)  # lines are wrapped inside a frame
     assert re.search(rf"--{name.replace('_', '-')} .*?\(default: {value}\)", words)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", AGENTS, ids=lambda path: path.stem)
+def test_shipped_agents_do_their_tasks(path, tmp_path, capsys):
+    """Without data and without a model of the user's; in two episodes most of the highest return."""
+    name, task = path.stem.split("_", 1)
+    algo = importlib.import_module(f"algos.{name}")
+    flags = f"--evaluate published --env-id {task} --eval-episodes 2 --device cpu --no-compile"
+    algo.main(algo.parse_args([*flags.split(), "--data-dir", str(tmp_path / "none"), "--run-dir", str(tmp_path)]))
+    mean = float(re.search(r"return ([\d.]+)", capsys.readouterr().out)[1])
+    assert mean >= 0.6 * data_tools.TASKS[task].max_return
+    assert not list(tmp_path.iterdir())
