@@ -21,7 +21,7 @@ Differences from the release, marked DEVIATION n below. 1, 2, 3 and 6 are spirl.
 5. The flow learns after the skills, not beside them (no gradient goes from one to the other). It starts as the
    identity, is 256 wide (512), and one network gives both scale and shift of a coupling.
 7. pi starts as N(0, I), that is as the prior (release: std .61), pi_res with std .14 (.61); kitchens .05, as with .14
-   all is lost once the residual comes in. Stds stay in .2 to 1 and .02 to 1 because parameters are put back; the
+   one seed lost all once the residual came in. Stds stay in .2 to 1 and .02 to 1 because parameters are put back; the
    release clips values, which have no gradient from there on.
 8. An update has batch_size rows of the roll-out (release: all). The early stop comes one update later.
 9. Values of pi_res see as far as those of pi: their discount is gamma^(1/H), not gamma. pi_res learns once w >= .01.
