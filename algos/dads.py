@@ -400,8 +400,8 @@ def plan(dynamics, score, x, args):
                 x_later = dynamics.predict(x_later, z)
             returns = returns + score(start, x_later)  # (E, P)
 
-        # A plan whose states overflow, far from all that was seen, is as bad as the worst of the others. If all do, they
-        # are alike: 1e6 is beyond any return
+        # A plan whose states overflow, far from all that was seen, is as bad as the worst of the others. All are alike
+        # if all do. 1e6 is beyond any return
         overflowed = ~returns.isfinite()
         worst = returns.masked_fill(overflowed, math.inf).amin(1, keepdim=True)
         returns = torch.where(overflowed, worst, returns).clamp(-1e6, 1e6)  # (E, P)
