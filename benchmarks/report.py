@@ -197,6 +197,13 @@ def result_row(name: str, runs: list[Run], end: int, paper: bool = True) -> list
     return row
 
 
+def bin_edges(last: int, width: int) -> list[int]:
+    """Edges of the bins of training means up to an env step: eight bins of a width, then bins four times as wide."""
+    edges = list(range(0, min(last, 8 * width), width))
+    edges += range(8 * width, last, 4 * width)
+    return [*edges, edges[-1] + (width if last <= 8 * width else 4 * width)]
+
+
 def board_section(cells, task: str, data: str) -> str:
     """Results of a task: a table of scores, and one of training means along the way."""
     facts = TASKS[task]
@@ -204,14 +211,14 @@ def board_section(cells, task: str, data: str) -> str:
     rows = [result_row(label(name), cell.reaching(end), end) for name, cell in here.items() for end in cell.ends]
     text = f"## {starred(task, data)}, {DATA.get(data, data)} data\n\n"
     text += f"Score: {facts.measure}, at best {facts.best:g}.\n\n" + table(RESULT_HEADER, rows)
-    text += f"\nTraining episodes, unsmoothed mean per {facts.bin:,} env steps:\n\n"
-    last = max(end for cell in here.values() for end in cell.ends)
-    edges = range(0, last, facts.bin)
-    header = ["method", "seed", *(f"{low // 1000}-{(low + facts.bin) // 1000}k" for low in edges)]
+    text += "\nTraining episodes, unsmoothed mean between two env steps:\n\n"
+    edges = bin_edges(max(end for cell in here.values() for end in cell.ends), facts.bin)
+    bins = list(zip(edges, edges[1:]))
+    header = ["method", "seed", *(f"{low // 1000}-{high // 1000}k" for low, high in bins)]
     rows = []
     for name, cell in here.items():
         for run in cell:
-            means = [mean_between(run, low, low + facts.bin) for low in edges]
+            means = [mean_between(run, low, high) for low, high in bins]
             rows.append([label(name), run.seed, *("" if np.isnan(mean) else number(mean) for mean in means)])
     text += table(header, rows)
     return text + note(text) + "\n"
@@ -316,6 +323,8 @@ def study_rows(study: Path, facts: dict, cells) -> list[list[str]]:
     rows = []
     for name in facts.get("compare", []):
         task, method, data = name.split("/")
+        if (task, method, data) not in cells:
+            sys.exit(f"error: {study / 'study.json'} compares with {name}, which has no logs; correct the name")
         cell = cells[task, method, data]
         for end in sorted({end for end in ends if end <= cell.main_end} | {cell.main_end}):
             rows.append(result_row(f"{label(method)}, default", cell.reaching(end), end, paper=False))

@@ -276,6 +276,21 @@ def test_the_readmes_table_is_what_the_logs_give(cells):
     assert readme == report.with_table(readme, report.readme_text(cells)), "run python benchmarks/report.py"
 
 
+def test_a_study_that_compares_with_a_cell_without_logs_ends_in_a_sentence(tmp_path):
+    write_log(tmp_path / "studies", "skimo", 1, 0.5)
+    study = tmp_path / "studies" / "maze"
+    with pytest.raises(SystemExit, match="error: .*study.json compares with maze/sac/none"):
+        report.study_rows(study, dict(compare=["maze/sac/none"]), scores.read_cells(tmp_path))
+
+
+@pytest.mark.parametrize("last", [30_000, 200_000, 300_000, 1_000_000, 2_000_000])
+def test_bins_of_training_means_cover_a_run_without_gaps_and_stay_few(last):
+    edges = report.bin_edges(last, 50_000)
+    assert edges[0] == 0 and edges[-2] < last <= edges[-1]
+    assert (np.diff(edges) > 0).all() and len(edges) <= 18
+    assert set(np.diff(edges[:9])) == {50_000}
+
+
 def test_the_coverage_is_that_of_the_logs(cells):
     found = scores.coverage(cells, "scripted")
     seeds = Counter()
