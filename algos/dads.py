@@ -542,7 +542,7 @@ def tool_position(obs, args: Args):
     return point
 
 
-def draw_skills(agent, args: Args, path: Path):
+def draw_skills(agent, args: Args, num_steps: int, path: Path):
     """Where 16 skills lead from the start, a colour for each: those around a circle in their first two numbers."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure  # only pictures need it
@@ -550,7 +550,7 @@ def draw_skills(agent, args: Args, path: Path):
     angles = 2 * np.pi * np.arange(16) / 16
     z = np.zeros((16, args.skill_dim), dtype=np.float32)
     z[:, :2] = np.stack([np.cos(angles), np.sin(angles)], 1)[:, : args.skill_dim]
-    paths = skill_paths(agent, z, args.hold_steps, args, args.seed)
+    paths = skill_paths(agent, z, num_steps, args, args.seed)
     position = tool_position(paths, args)  # (T+1, 16, 2 or 3)
     views = [(1, 0)] if position.shape[-1] == 2 else [(0, 1), (1, 2)]  # from above; from above and from the front
     figure = Figure(figsize=(6 * len(views), 6))
@@ -993,7 +993,7 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
     if args.capture_video:
         choose_action = executed(agent, args, 1)
         rollout(choose_action, 1, args, 10_000 + args.seed, run_dir / "evaluation.mp4")
-        draw_skills(agent, args, run_dir / "skills.png")
+        draw_skills(agent, args, args.hold_steps, run_dir / "skills.png")
     last_100 = [row[1] for row in episodes[-100:]]
     return dict(
         env_steps=global_step,
@@ -1019,7 +1019,7 @@ def evaluate(args: Args):
         video = Path(args.run_dir) / f"{args.env_id}__{args.exp_name}__evaluation.mp4"
         rollout(executed(agent, args, 1), 1, args, 10_000 + args.seed, video)
         picture = video.with_name(video.name.replace("evaluation.mp4", "skills.png"))
-        draw_skills(agent, args, picture)
+        draw_skills(agent, args, args.hold_steps, picture)
         print(f"video: {video}; picture of the skills: {picture}")
 
 

@@ -6,6 +6,7 @@ term in imagination; which one comes next is planned by CEM in the same model. N
     python algos/lsp.py --env-id maze              # RL and evaluation, with the sizes of SkiMo's Dreamer
     python algos/lsp.py --env-id maze --cpu-preset # small, for one core
     python algos/lsp.py --resume runs/FOLDER       # go on after Ctrl-C or a crash
+    python algos/lsp.py --evaluate runs/FOLDER/checkpoint.pt --capture-video   # also draws where 16 skills lead
 
 The model is that of dreamer.py, one env step at a time. Repeat:
    act: every K = 10 env steps plan a sequence of skills, keep the first; a ~ pi(s_t, h_t, z) plus noise
@@ -34,8 +35,8 @@ Expect (SkiMo's text): maze 0 and kitchens nearly 0, for 50 steps of plan see no
 Measured, with faster rates: skills differ, by 2.9 / 1.1 nats (two seeds) for a point and 1.3 in our maze
 (benchmarks/controls_lsp.py).
 A run's folder holds the same files as skimo.py's.
-Differs from skimo.py in: Args, TASK_DEFAULTS, CPU_PRESET, POSITION_PERIODS, kl_divergence, Filter, rollout, Agent,
-    train, evaluate, parse_args, check_args, main
+Differs from skimo.py in: Args, TASK_DEFAULTS, CPU_PRESET, POSITION_PERIODS, kl_divergence, Filter, rollout,
+    skill_paths, Agent, train, evaluate, parse_args, check_args, main
 Shapes: B batch, L rows per window, O observation, A action, Z skill, d = size of s and h, E environments, S starts, K
 steps per skill, M skills per plan, P plans.
 """
@@ -44,6 +45,7 @@ import argparse
 import contextlib
 import csv
 import functools
+import importlib
 import json
 import math
 import os
@@ -86,7 +88,7 @@ class Args:
     checkpoint_interval: int = 100_000  # env steps between checkpoints, which hold all experience
     eval_interval: int = 100_000  # env steps between evaluations (0: only at the end)
     eval_episodes: int = 20  # episodes of an evaluation, with the policy's mode
-    capture_video: bool = False  # record an evaluation episode as MP4 at the end
+    capture_video: bool = False  # at the end, record an evaluation episode (MP4) and draw where skills lead (PNG)
     data_dir: str | None = None  # not used: there are no offline data (the grid runner gives it to all files)
 
     # Model
@@ -584,6 +586,81 @@ def success(returns, args: Args) -> float:
     return float((np.asarray(returns) >= best).mean()) if len(returns) else 0.0
 
 
+# ------------------------------------------------------------------------------------------------------------ pictures
+def skill_paths(agent, z, num_steps: int, args: Args, seed: int):
+    """Observations (T+1, N, O) of N skills z (N, Z) from one start, until all have ended; NaN after a member's end.
+
+    A skill lasts K env steps; here it is chosen again and again, for ways that are long enough to be seen.
+    """
+    envs = data_tools.make_envs(args.env_id, len(z))
+    policy_mode = Filter(agent, len(z), envs.single_action_space.shape[0], explore=False)
+    policy_mode.z = torch.from_numpy(z).to(args.device)
+    ended = np.zeros(len(z), dtype=bool)
+    with kept_random_state(args):
+        torch.manual_seed(seed)
+        obs, _ = envs.reset(seed=[seed] * len(z))
+        path = [obs]
+        for _ in range(num_steps):
+            policy_mode.age[:] = 1  # no skill is over
+            obs, _, terminations, truncations, _ = envs.step(policy_mode(obs))
+            path.append(np.where(ended[:, None], np.nan, obs))
+            ended |= terminations | truncations
+            if ended.all():
+                break
+    envs.close()
+    return np.stack(path)
+
+
+def tool_position(obs, args: Args):
+    """Where the thing that moves is: the point mass (..., 2), or the hand (..., 3) in metres."""
+    if not args.env_id.startswith("kitchen"):
+        return obs[..., : 2 if args.env_id == "maze" else 3]
+    # The Franka arm's geometry (Denavit-Hartenberg, Craig's form) takes its seven joints to the point between fingers.
+    lengths = [0.0, 0.0, 0.0, 0.0825, -0.0825, 0.0, 0.088]
+    offsets = [0.333, 0.0, 0.316, 0.0, 0.384, 0.0, 0.0]
+    twists = [0.0, -1.0, 1.0, 1.0, -1.0, 1.0, 1.0]  # quarter turns
+    point = np.array([0.0, 0.0, 0.21])
+    point = np.broadcast_to(point, (*obs.shape[:-1], 3))
+    for i in reversed(range(7)):
+        angle = obs[..., i] + (np.pi / 2 if i == 5 else 0.0)
+        x = np.cos(angle) * point[..., 0] - np.sin(angle) * point[..., 1]
+        y = np.sin(angle) * point[..., 0] + np.cos(angle) * point[..., 1]
+        h = point[..., 2] + offsets[i]
+        t = twists[i] * np.pi / 2
+        new_x = x + lengths[i]
+        new_y = np.cos(t) * y - np.sin(t) * h
+        new_h = np.sin(t) * y + np.cos(t) * h
+        point = np.stack([new_x, new_y, new_h], -1)
+    return point
+
+
+def draw_skills(agent, args: Args, num_steps: int, path: Path):
+    """Where 16 skills lead from the start, a colour for each: those around a circle in their first two numbers."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure  # only pictures need it
+
+    angles = 2 * np.pi * np.arange(16) / 16
+    z = np.zeros((16, args.skill_dim), dtype=np.float32)
+    z[:, :2] = np.stack([np.cos(angles), np.sin(angles)], 1)[:, : args.skill_dim]
+    paths = skill_paths(agent, z, num_steps, args, args.seed)
+    position = tool_position(paths, args)  # (T+1, 16, 2 or 3)
+    views = [(1, 0)] if position.shape[-1] == 2 else [(0, 1), (1, 2)]  # from above; from above and from the front
+    figure = Figure(figsize=(6 * len(views), 6))
+    draw_map = data_tools.TASKS[args.env_id].draw_map
+    for ax, (across, up) in zip(figure.subplots(1, len(views), squeeze=False)[0], views):
+        if draw_map:
+            module, name = draw_map.split(":")
+            getattr(importlib.import_module(module), name)(ax)
+        for n, angle in enumerate(angles):
+            colour = colormaps["hsv"](angle / 2 / np.pi)
+            ax.plot(position[:, n, across], position[:, n, up], color=colour)
+        ax.set(aspect="equal", xlabel="xyz"[across], ylabel="xyz"[up])
+    figure.suptitle(f"{args.env_id}: {len(paths) - 1} env steps of 16 skills, coloured by the angle of z")
+    part = path.with_suffix(".part")
+    figure.savefig(part, dpi=100, format="png")
+    part.replace(path)
+
+
 # -------------------------------------------------------------------------------------------------------------- replay
 class SequenceBuffer:
     """All env steps as rows on the device, from which windows of L rows are drawn; nothing is ever dropped.
@@ -978,6 +1055,8 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
     if args.capture_video:
         policy_mode = Filter(agent, 1, action_dim, explore=False)
         rollout(policy_mode, 1, args, 10_000 + args.seed, run_dir / "evaluation.mp4")
+        if args.skill_dim:
+            draw_skills(agent, args, 10 * args.skill_horizon, run_dir / "skills.png")
     last_100 = [row[1] for row in episodes[-100:]]
     return dict(
         env_steps=global_step,
@@ -1005,6 +1084,10 @@ def evaluate(args: Args):
         policy_mode = Filter(agent, 1, action_dim, explore=False)
         rollout(policy_mode, 1, args, 10_000 + args.seed, video)
         print(f"video: {video}")
+        if args.skill_dim:
+            picture = video.with_name(video.name.replace("evaluation.mp4", "skills.png"))
+            draw_skills(agent, args, 10 * args.skill_horizon, picture)
+            print(f"picture of the skills: {picture}")
 
 
 # ----------------------------------------------------------------------------------------------------------------- main

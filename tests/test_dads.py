@@ -432,9 +432,8 @@ def test_hand_is_where_mujoco_puts_it():
 @pytest.mark.parametrize("task", ["maze", "kitchen", "calvin"])
 def test_picture_of_skills(task, tmp_path):
     args = dads.Args(env_id=task, device="cpu", compile=False, hidden_dim=16, **dads.TASK_DEFAULTS[task])
-    args.hold_steps = 5
     agent = dads.Agent(args, *dads.data_tools.env_sizes(task))
-    dads.draw_skills(agent, args, tmp_path / "skills.png")
+    dads.draw_skills(agent, args, 5, tmp_path / "skills.png")
     z = np.zeros((3, args.skill_dim), np.float32)
     paths = dads.skill_paths(agent, z, 5, args, seed=1)
     assert len(paths) == 6 and np.array_equal(paths[0, 0], paths[0, 1])  # the same start for all skills

@@ -284,6 +284,30 @@ def test_acting_filters_as_training_does(monkeypatch):
     torch.testing.assert_close(s[:, -1], states[1], atol=1e-6, rtol=1e-5)
 
 
+def test_skills_of_the_picture_are_held_and_leave_random_numbers_alone():
+    """Actions are twice the skill: the point goes where it says, also after a skill's usual end."""
+    args = tiny_args(env_id="maze", skill_dim=2)
+    agent = new_agent(args, obs_dim=4)
+    agent.actor.forward = lambda feature, z: (2 * z, torch.ones_like(z))
+    z = np.array([[1, 1], [1, -1], [-1, 1], [-1, -1]], np.float32)
+    before = torch.get_rng_state()
+    paths = lsp.skill_paths(agent, z, 3 * args.skill_horizon, args, seed=5)  # (T+1, N, 4)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert paths.shape == (13, 4, 4) and np.ptp(paths[0], axis=0).max() == 0
+    apart = paths[:, :, :2] - paths[:, :, :2].mean(1, keepdims=True)
+    assert (np.sign(apart[-1]) == z).all()
+    assert (np.diff(np.abs(apart).mean((1, 2))) > 0)[1:].all()  # further and further
+    np.testing.assert_array_equal(lsp.skill_paths(agent, z, 12, args, seed=5), paths)
+
+
+@pytest.mark.parametrize("task", ["maze", "kitchen", "calvin"])
+def test_picture_of_skills(task, tmp_path):
+    args = tiny_args(env_id=task)
+    agent = new_agent(args, 0, *lsp.data_tools.env_sizes(task))
+    lsp.draw_skills(agent, args, 5, tmp_path / "skills.png")
+    assert (tmp_path / "skills.png").stat().st_size > 5_000
+
+
 def test_losses_can_be_compiled_whole():
     args = tiny_args()
     agent = new_agent(args)
