@@ -473,17 +473,20 @@ def plan_skills(model, actor, critic, h, s, mean, noise_scale: float, args):
         plans = mean[:, None] + std[:, None] * noise
         plans = plans.clamp(-3, 3)  # (E, P, M, Z)
 
-        # Return of each plan: the rewards of M K steps, then the value of whatever skills follow
+        # Return of each plan: the rewards of M K steps. The last state's critic holds its reward and all that follows
         h = h0
         s = s0
         value = 0.0
         discount = 1.0
-        for t in range(M * args.skill_horizon):
+        steps = M * args.skill_horizon
+        for t in range(steps):
             z = plans[:, :, t // args.skill_horizon]  # (E, P, Z)
             mode, _ = actor(torch.cat([s, h], -1), z)
             h = model.step(h, s, torch.tanh(mode))
             s, _ = model.prior(h)
             feature = torch.cat([s, h], -1)  # (E, P, d)
+            if t == steps - 1:
+                break
             value = value + discount * model.reward(feature)
             goes_on = args.gamma
             if args.continue_head:

@@ -189,7 +189,7 @@ def test_planner_finds_the_best_skills():
 
     torch.manual_seed(0)
     nothing = torch.zeros(2, 1)
-    inputs = Line(reward), actor, lambda feature: 0 * feature[..., :1], nothing, nothing
+    inputs = Line(reward), actor, lambda feature: reward(feature)[..., None], nothing, nothing
     z, mean = lsp.plan_skills(*inputs, torch.zeros(2, 2, 1), 0.0, args)
     torch.testing.assert_close(mean[..., 0], best.expand(2, 2), atol=0.08, rtol=0)
     assert torch.equal(z, mean[:, 0])
@@ -197,8 +197,8 @@ def test_planner_finds_the_best_skills():
     assert 0 < (noisy - mean[:, 0]).abs().max() < 0.6
 
 
-def test_plans_count_all_discounted_rewards_and_the_value_behind_them():
-    """One plan is its own elite: compared with a walk by hand."""
+def test_plans_count_each_discounted_reward_once_and_the_value_of_the_last_state():
+    """One plan is its own elite: compared with a walk by hand. The critic holds the reward of the state it sees."""
     args = tiny_args(skill_dim=1, num_samples=2, num_elites=1, cem_iters=1, skill_horizon=3, gamma=0.9)
     values = []
 
@@ -220,8 +220,8 @@ def test_plans_count_all_discounted_rewards_and_the_value_behind_them():
         s, total = 0.0, 0.0
         for t in range(6):
             s += math.tanh(plans[0, p, t // 3, 0])
-            total += 0.9**t * s
-        assert seen[0][0, p].item() == pytest.approx(total + 0.9**6 * 7 * s, rel=1e-4)
+            total += 0.9**t * (s if t < 5 else 7 * s)
+        assert seen[0][0, p].item() == pytest.approx(total, rel=1e-4)
     assert len(values) == 1
 
 
