@@ -35,7 +35,7 @@ Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, PEOPLE, RELEASE, PUBL
 pretrain_loss, prior_rollouts, pretrain_lr, find_pretrained, pretrain, Agent, train, evaluate, check_args, main.
 A run's folder holds what skimo.py names.
 It needs many env steps, 300,000 are 30 roll-outs, each used once, but they are cheap: 2M in the maze take 7 minutes.
-Score: maze, last 100 training episodes at 300,000 env steps: .39 / .49 / .59 (prior: .20 to .23), at 2M, other runs,
+Score: maze, last 100 training episodes at 300,000 env steps: .39 / .49 / .59 (prior: .20 and .23), at 2M, other runs,
 .94 / .85 / .98; Kitchen, sub-tasks of 4 at 200,000: 2.27 / 2.79 / 2.18 (prior: .81). The release takes 24M env steps.
 Shapes: B batch, T skills of a roll-out, H steps per skill, O observation, F inputs, A action, Z skill, E environments.
 """
@@ -88,7 +88,7 @@ class Args:
     compile: bool = torch.cuda.is_available()  # torch.compile losses, with CUDA graphs
     run_dir: str = "runs"  # folder of the run folders
     resume: str | None = None  # run folder to go on with, with its arguments
-    evaluate: str | None = None  # only evaluate this checkpoint, or `published` for the agent that we ship
+    evaluate: str | None = None  # only evaluate this checkpoint, or `published`: our agent, if there is one
     checkpoint_interval: int = 50_000  # env steps between checkpoints
     eval_interval: int = 100_000  # env steps between evaluations (0: only at the end)
     eval_episodes: int = 20  # episodes of an evaluation, without noise in the residual
@@ -96,7 +96,7 @@ class Args:
     data_dir: str | None = None  # folder of offline data and pre-trained models (None: the user's cache)
     dataset: Literal["scripted", "d4rl"] = "scripted"  # made by a script, or people's, fetched from D4RL (kitchens)
     data: str | None = None  # offline data of your own instead: a file or a folder
-    pretrained: str | None = None  # start RL from this model: a path, or `published` for the one that we ship
+    pretrained: str | None = None  # start RL from this model: a path, or `published`: ours, if there is one
     pretrain_eval_interval: int = 12_000  # updates between validations with roll-outs of the prior
     pretrain_eval_episodes: int = 100  # roll-outs in a validation; four times as many at the end
 

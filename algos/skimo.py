@@ -88,7 +88,7 @@ class Args:
     compile: bool = torch.cuda.is_available()  # torch.compile losses and plans, with CUDA graphs
     run_dir: str = "runs"  # folder of the run folders
     resume: str | None = None  # run folder to go on with, with its arguments
-    evaluate: str | None = None  # only evaluate this checkpoint, or `published` for the agent that we ship
+    evaluate: str | None = None  # only evaluate this checkpoint, or `published`: our agent, if there is one
     checkpoint_interval: int = 50_000  # env steps between checkpoints
     eval_interval: int = 100_000  # env steps between evaluations (0: only at the end)
     eval_episodes: int = 20  # episodes of an evaluation, without exploration noise
@@ -96,7 +96,7 @@ class Args:
     data_dir: str | None = None  # folder of offline data and pre-trained models (None: the user's cache)
     dataset: Literal["scripted", "d4rl"] = "scripted"  # made by a script, or people's, fetched from D4RL (kitchens)
     data: str | None = None  # offline data of your own instead: a file or a folder
-    pretrained: str | None = None  # start RL from this model: a path, or `published` for the one that we ship
+    pretrained: str | None = None  # start RL from this model: a path, or `published`: ours, if there is one
     pretrain_eval_interval: int = 3_000  # updates between validations with roll-outs of the prior
     pretrain_eval_episodes: int = 100  # roll-outs in a validation; four times as many at the end
 
