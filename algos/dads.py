@@ -265,13 +265,13 @@ class SkillDynamics(nn.Module):
 
     @torch.no_grad()
     def set_scale(self, x, next_x):
-        """Normalise by these transitions (n, D), n > 1; what never moves keeps std 1. DEVIATION 1"""
+        """Normalise by these transitions (n, D), what never moves keeps std 1. DEVIATION 1"""
         change = self.change(x, next_x)
         of_x = (x, self.x_mean, self.x_std)
         of_change = (change, self.change_mean, self.change_std)
         for values, mean, std in (of_x, of_change):
             mean.copy_(values.mean(0))
-            spread = values.std(0)
+            spread = values.std(0, correction=0)
             std.copy_(torch.where(spread < 1e-6, 1.0, spread))
 
     def forward(self, x, z):
@@ -522,7 +522,7 @@ def skill_paths(agent, z, num_steps: int, args: Args, seed: int):
 def tool_position(obs, args: Args):
     """Where the thing that moves is: the point mass (..., 2), or the hand (..., 3) in metres."""
     if not args.env_id.startswith("kitchen"):
-        return obs[..., : 2 if args.env_id == "maze" else 3]
+        return obs[..., : 2 if data_tools.TASKS[args.env_id].draw_map else 3]
     # The Franka arm's geometry (Denavit-Hartenberg, Craig's form) takes its seven joints to the point between fingers.
     lengths = [0.0, 0.0, 0.0, 0.0825, -0.0825, 0.0, 0.088]
     offsets = [0.333, 0.0, 0.316, 0.0, 0.384, 0.0, 0.0]
@@ -552,7 +552,11 @@ def draw_skills(agent, args: Args, num_steps: int, path: Path):
     z[:, :2] = np.stack([np.cos(angles), np.sin(angles)], 1)[:, : args.skill_dim]
     paths = skill_paths(agent, z, num_steps, args, args.seed)
     position = tool_position(paths, args)  # (T+1, 16, 2 or 3)
-    views = [(1, 0)] if position.shape[-1] == 2 else [(0, 1), (1, 2)]  # from above; from above and from the front
+    if position.shape[-1] == 1:
+        return  # a task that observes one number has no such picture
+    # From above; from above and from the front. The kitchen's x points away from the robot, others' y does
+    front = 1 if args.env_id.startswith("kitchen") else 0
+    views = [(1, 0)] if position.shape[-1] == 2 else [(0, 1), (front, 2)]
     figure = Figure(figsize=(6 * len(views), 6))
     draw_map = data_tools.TASKS[args.env_id].draw_map
     for ax, (across, up) in zip(figure.subplots(1, len(views), squeeze=False)[0], views):
@@ -990,6 +994,7 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
     episodes_file.close()
     if global_step < args.total_timesteps:
         sys.exit(f"stopped at env step {global_step}; go on with: python {sys.argv[0]} --resume {run_dir}")
+    rl_minutes = (time.time() - start_time) / 60
     if args.capture_video:
         choose_action = executed(agent, args, 1)
         rollout(choose_action, 1, args, 10_000 + args.seed, run_dir / "evaluation.mp4")
@@ -998,7 +1003,7 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
     return dict(
         env_steps=global_step,
         updates=gradient_step,
-        rl_minutes=(time.time() - start_time) / 60,
+        rl_minutes=rl_minutes,
         last_100_return=float(np.mean(last_100)) if last_100 else None,
         last_100_success=success(last_100, args),
         evaluations=evaluations,

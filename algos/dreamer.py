@@ -703,6 +703,9 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
     if args.capture_video:
         envs.draw(0)  # a task or a machine without pictures is noticed now
+    longest = envs.max_episode_steps + 1  # rows of an episode that does not end early
+    if longest < args.batch_length:
+        sys.exit(f"error: episodes have at most {longest} rows, fewer than a window; lower --batch-length")
     action_dim = envs.single_action_space.shape[0]
     agent = Agent(args, obs.shape[1], action_dim)
     choose_action = Filter(agent, args.num_envs, action_dim, explore=True)
@@ -829,6 +832,7 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
     episodes_file.close()
     if global_step < args.total_timesteps:
         sys.exit(f"stopped at env step {global_step}; go on with: python {sys.argv[0]} --resume {run_dir}")
+    rl_minutes = (time.time() - start_time) / 60
     if args.capture_video:
         policy_mode = Filter(agent, 1, action_dim, explore=False)
         rollout(policy_mode, 1, args, 10_000 + args.seed, run_dir / "evaluation.mp4")
@@ -836,7 +840,7 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
     return dict(
         env_steps=global_step,
         updates=gradient_step,
-        rl_minutes=(time.time() - start_time) / 60,
+        rl_minutes=rl_minutes,
         last_100_return=float(np.mean(last_100)) if last_100 else None,
         last_100_success=success(last_100, args),
         evaluations=evaluations,
@@ -870,7 +874,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """Command line -> Args, whose defaults are those of the task, of --cpu-preset, or of the run or agent given."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--env-id", "--env_id", choices=list(data_tools.TASKS), default="maze")
-    first.add_argument("--cpu-preset", action="store_true")
+    first.add_argument("--cpu-preset", "--cpu_preset", action="store_true")
     first.add_argument("--device")
     first.add_argument("--resume")
     first.add_argument("--evaluate")

@@ -1129,6 +1129,9 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
     if args.capture_video:
         envs.draw(0)  # a task or a machine without pictures is noticed now
+    longest = -(-envs.max_episode_steps // args.skill_horizon) + 1  # rows of an episode that does not end early
+    if longest < args.batch_length:
+        sys.exit(f"error: episodes have at most {longest} rows, fewer than a window; lower --batch-length")
     choose_skill = Filter(agent, args.num_envs, args.skill_dim, explore=True)
     rb = SequenceBuffer(obs.shape[1], args.skill_dim, args.batch_length, args)  # DEVIATION 7
     rb.begin(obs, np.ones(args.num_envs, dtype=bool))
@@ -1262,13 +1265,14 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
     episodes_file.close()
     if global_step < args.total_timesteps:
         sys.exit(f"stopped at env step {global_step}; go on with: python {sys.argv[0]} --resume {run_dir}")
+    rl_minutes = (time.time() - start_time) / 60
     if args.capture_video:
         rollout(SkillMode(agent, 1), skills, 1, args, 10_000 + args.seed, run_dir / "evaluation.mp4")
     last_100 = [row[1] for row in episodes[-100:]]
     return dict(
         env_steps=global_step,
         updates=gradient_step,
-        rl_minutes=(time.time() - start_time) / 60,
+        rl_minutes=rl_minutes,
         last_100_return=float(np.mean(last_100)) if last_100 else None,
         last_100_success=success(last_100, args),
         evaluations=evaluations,

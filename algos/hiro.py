@@ -780,6 +780,7 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
     episodes_file.close()
     if global_step < args.total_timesteps:
         sys.exit(f"stopped at env step {global_step}; go on with: python {sys.argv[0]} --resume {run_dir}")
+    rl_minutes = (time.time() - start_time) / 60
     if args.capture_video:
         both_levels = TwoLevels(agent, 1, action_dim, explore=False)
         rollout(both_levels, 1, args, 10_000 + args.seed, run_dir / "evaluation.mp4")
@@ -787,7 +788,7 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
     return dict(
         env_steps=global_step,
         updates=gradient_step,
-        rl_minutes=(time.time() - start_time) / 60,
+        rl_minutes=rl_minutes,
         last_100_return=float(np.mean(last_100)) if last_100 else None,
         last_100_success=success(last_100, args),
         evaluations=evaluations,

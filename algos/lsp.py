@@ -26,8 +26,8 @@ Marked DEVIATION n below, as in dreamer.py: 4. the encoder sees scaled observati
 raw ones are reconstructed; 5. imagine_starts: imagination may begin in a random share of the states; 6. --continue-head
 is a model of the end, off by default: imagination never ends; 7. the decoder begins at the mean of what was seen.
 E environments act side by side.
---skill-dim 0 --random-skills --skill-horizon 15 learns and acts as dreamer.py, bit for bit (a test); --random-skills
-alone is the paper's ablation: no plans.
+--skill-dim 0 --random-skills --skill-horizon 15 learns and acts as dreamer.py, bit for bit from the same random numbers
+(a test); --random-skills alone is the paper's ablation: no plans.
 
 Four questions: goals no; end to end, nothing is pre-trained; a skill has a fixed rate of K steps; off-policy (replay
 for the model; policy and critic learn in imagination).
@@ -139,8 +139,8 @@ TASK_DEFAULTS = {
     "calvin": dict(total_timesteps=2_000_000, mi_coef=1.0),
 }
 
-# --cpu-preset: that of dreamer.py with half the updates and starts, plans of two skills, and faster rates: with the
-# others, skills do not differ after so few updates (0 nats after 700, not 1).
+# --cpu-preset: that of dreamer.py with half the updates and starts, plans of two skills, a larger c, and faster rates:
+# with Args' c and rates, skills do not differ after so few updates (0 nats after 700, not 1).
 CPU_PRESET = dict(
     deter_dim=128, stoch_dim=16, encoder_dim=128, hidden_dim=128, batch_size=16, batch_length=32, imagine_starts=128,
     updates_per_step=0.05, num_skills=2, mi_coef=1.0, learning_rate=1e-3, actor_lr=1e-3, predictor_lr=3e-3,
@@ -617,7 +617,7 @@ def skill_paths(agent, z, num_steps: int, args: Args, seed: int):
 def tool_position(obs, args: Args):
     """Where the thing that moves is: the point mass (..., 2), or the hand (..., 3) in metres."""
     if not args.env_id.startswith("kitchen"):
-        return obs[..., : 2 if args.env_id == "maze" else 3]
+        return obs[..., : 2 if data_tools.TASKS[args.env_id].draw_map else 3]
     # The Franka arm's geometry (Denavit-Hartenberg, Craig's form) takes its seven joints to the point between fingers.
     lengths = [0.0, 0.0, 0.0, 0.0825, -0.0825, 0.0, 0.088]
     offsets = [0.333, 0.0, 0.316, 0.0, 0.384, 0.0, 0.0]
@@ -647,7 +647,11 @@ def draw_skills(agent, args: Args, num_steps: int, path: Path):
     z[:, :2] = np.stack([np.cos(angles), np.sin(angles)], 1)[:, : args.skill_dim]
     paths = skill_paths(agent, z, num_steps, args, args.seed)
     position = tool_position(paths, args)  # (T+1, 16, 2 or 3)
-    views = [(1, 0)] if position.shape[-1] == 2 else [(0, 1), (1, 2)]  # from above; from above and from the front
+    if position.shape[-1] == 1:
+        return  # a task that observes one number has no such picture
+    # From above; from above and from the front. The kitchen's x points away from the robot, others' y does
+    front = 1 if args.env_id.startswith("kitchen") else 0
+    views = [(1, 0)] if position.shape[-1] == 2 else [(0, 1), (front, 2)]
     figure = Figure(figsize=(6 * len(views), 6))
     draw_map = data_tools.TASKS[args.env_id].draw_map
     for ax, (across, up) in zip(figure.subplots(1, len(views), squeeze=False)[0], views):
@@ -922,6 +926,9 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
     if args.capture_video:
         envs.draw(0)  # a task or a machine without pictures is noticed now
+    longest = envs.max_episode_steps + 1  # rows of an episode that does not end early
+    if longest < args.batch_length:
+        sys.exit(f"error: episodes have at most {longest} rows, fewer than a window; lower --batch-length")
     action_dim = envs.single_action_space.shape[0]
     agent = Agent(args, obs.shape[1], action_dim)
     choose_action = Filter(agent, args.num_envs, action_dim, explore=True)
@@ -1055,6 +1062,7 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
     episodes_file.close()
     if global_step < args.total_timesteps:
         sys.exit(f"stopped at env step {global_step}; go on with: python {sys.argv[0]} --resume {run_dir}")
+    rl_minutes = (time.time() - start_time) / 60
     if args.capture_video:
         policy_mode = Filter(agent, 1, action_dim, explore=False)
         rollout(policy_mode, 1, args, 10_000 + args.seed, run_dir / "evaluation.mp4")
@@ -1064,7 +1072,7 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
     return dict(
         env_steps=global_step,
         updates=gradient_step,
-        rl_minutes=(time.time() - start_time) / 60,
+        rl_minutes=rl_minutes,
         last_100_return=float(np.mean(last_100)) if last_100 else None,
         last_100_success=success(last_100, args),
         evaluations=evaluations,
@@ -1102,7 +1110,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """Command line -> Args, whose defaults are those of the task, of --cpu-preset, or of the run or agent given."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--env-id", "--env_id", choices=list(data_tools.TASKS), default="maze")
-    first.add_argument("--cpu-preset", action="store_true")
+    first.add_argument("--cpu-preset", "--cpu_preset", action="store_true")
     first.add_argument("--device")
     first.add_argument("--resume")
     first.add_argument("--evaluate")

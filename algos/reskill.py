@@ -92,7 +92,7 @@ class Args:
     checkpoint_interval: int = 50_000  # env steps between checkpoints
     eval_interval: int = 100_000  # env steps between evaluations (0: only at the end)
     eval_episodes: int = 20  # episodes of an evaluation, without noise in the residual
-    capture_video: bool = False  # record an evaluation episode as MP4 at the end, and draw prior and residual
+    capture_video: bool = False  # at the end: an episode as MP4, and prior and residual as PNG (with the data)
     data_dir: str | None = None  # folder of offline data and pre-trained models (None: the user's cache)
     dataset: Literal["scripted", "d4rl"] = "scripted"  # made by a script, or people's, fetched from D4RL (kitchens)
     data: str | None = None  # offline data of your own instead: a file or a folder
@@ -952,12 +952,13 @@ def encode_windows(skills, data, num_windows: int, args: Args):
 
 
 def find_flow(args: Args, model: Path, data) -> Path:
-    """The file of the flow prior for a pre-trained model; found again by model, data, arguments and code."""
+    """The file of the flow prior for a pre-trained model; found again by task, model, data, arguments, code."""
     names = [field.name for field in fields(Args)]
-    names = ["recombine", "arm_noise"] + [name for name in names if name.startswith("flow_")]
-    code = "".join(inspect.getsource(part) for part in (zero_net, FlowPrior, flow_loss, perturb, encode_windows))
+    names = ["skill_horizon", "recombine", "arm_noise"] + [name for name in names if name.startswith("flow_")]
+    parts = zero_net, Features, FlowPrior, log_density, draw, flow_loss, perturb, encode_windows
+    code = "".join(inspect.getsource(part) for part in parts)
     model_hash = hashlib.sha256(model.read_bytes()).hexdigest()
-    made_from = [model_hash, data.fingerprint, ast.dump(ast.parse(code))]
+    made_from = [args.env_id, model_hash, data.fingerprint, ast.dump(ast.parse(code))]
     made_from += [[name, getattr(args, name)] for name in names]
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
     return data_tools.cache_dir(args.data_dir) / "flows" / f"{model.stem}_{key}.pt"
@@ -1116,6 +1117,7 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
     if args.capture_video:
         envs.draw(0)  # a task or a machine without pictures is noticed now
+        data_tools.load_dataset(args.env_id, args.data_dir, args.dataset, args.data)  # for a picture
     rb = RolloutBuffer(obs.shape[1], envs.single_action_space.shape[0], args)
     global_step = 0
     gradient_step = 0
@@ -1237,6 +1239,7 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
     episodes_file.close()
     if global_step < args.total_timesteps:
         sys.exit(f"stopped at env step {global_step}; go on with: python {sys.argv[0]} --resume {run_dir}")
+    rl_minutes = (time.time() - start_time) / 60
     if args.capture_video:
         actor.weight = residual_weight(global_step, args)
         rollout(agent.sample_policy, actor, 1, args, 10_000 + args.seed, run_dir / "evaluation.mp4")
@@ -1245,7 +1248,7 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
     return dict(
         env_steps=global_step,
         updates=gradient_step,
-        rl_minutes=(time.time() - start_time) / 60,
+        rl_minutes=rl_minutes,
         last_100_return=float(np.mean(last_100)) if last_100 else None,
         last_100_success=success(last_100, args),
         evaluations=evaluations,
@@ -1274,6 +1277,8 @@ def draw_pictures(args: Args, agent: Agent, residuals: list, path: Path):
     after = torch.stack(seen[1:]).flatten(0, 1)  # (n, O)
     alive = (before != after).any(1)  # members that ended stand still
     windows, _ = data.sample_windows(50_000, args.skill_horizon + 1)
+    if windows.shape[-1] == 1:
+        return  # a task that observes one number has no such picture
     sets = (windows[:, 0], windows[:, -1]), (before[alive], after[alive])
     looks = ("grey", "data"), ("tab:orange", "flow prior")
     scale = windows[:, 0].std(0) + 1e-6

@@ -779,6 +779,7 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
     episodes_file.close()
     if global_step < args.total_timesteps:
         sys.exit(f"stopped at env step {global_step}; go on with: python {sys.argv[0]} --resume {run_dir}")
+    rl_minutes = (time.time() - start_time) / 60
     if args.capture_video:
         choose_action = functools.partial(Planner(agent, args, explore=False), global_step=global_step)
         rollout(choose_action, 1, args, 10_000 + args.seed, run_dir / "evaluation.mp4")
@@ -786,7 +787,7 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
     return dict(
         env_steps=global_step,
         updates=gradient_step,
-        rl_minutes=(time.time() - start_time) / 60,
+        rl_minutes=rl_minutes,
         last_100_return=float(np.mean(last_100)) if last_100 else None,
         last_100_success=success(last_100, args),
         evaluations=evaluations,
@@ -820,7 +821,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """Command line -> Args, whose defaults are those of the task, of --cpu-preset, or of the run or agent given."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--env-id", "--env_id", choices=list(data_tools.TASKS), default="maze")
-    first.add_argument("--cpu-preset", action="store_true")
+    first.add_argument("--cpu-preset", "--cpu_preset", action="store_true")
     first.add_argument("--device")
     first.add_argument("--resume")
     first.add_argument("--evaluate")

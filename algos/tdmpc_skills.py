@@ -1190,6 +1190,7 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
     episodes_file.close()
     if global_step < args.total_timesteps:
         sys.exit(f"stopped at env step {global_step}; go on with: python {sys.argv[0]} --resume {run_dir}")
+    rl_minutes = (time.time() - start_time) / 60
     if args.capture_video:
         choose_skill = functools.partial(Planner(agent, args, explore=False), global_step=global_step)
         rollout(choose_skill, skills, 1, args, 10_000 + args.seed, run_dir / "evaluation.mp4")
@@ -1197,7 +1198,7 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
     return dict(
         env_steps=global_step,
         updates=gradient_step,
-        rl_minutes=(time.time() - start_time) / 60,
+        rl_minutes=rl_minutes,
         last_100_return=float(np.mean(last_100)) if last_100 else None,
         last_100_success=success(last_100, args),
         evaluations=evaluations,

@@ -35,6 +35,13 @@ def dynamics_of(args, dim=2, seed=0):
 
 
 # -------------------------------------------------------------------------------------------- dynamics and reward
+def test_one_transition_gives_a_scale_of_one():
+    dynamics = dads.SkillDynamics(2, tiny_args())
+    dynamics.set_scale(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.5, 4.0]]))
+    assert dynamics.x_mean.tolist() == [3, 4] and dynamics.change_mean.tolist() == [0.5, 0]
+    assert dynamics.x_std.tolist() == dynamics.change_std.tolist() == [1, 1]
+
+
 def numpy_log_q(dynamics, x, z, next_x):
     """log q by SciPy, from the network's outputs alone."""
     x_mean, x_std, change_mean, change_std = (
@@ -427,6 +434,15 @@ def test_hand_is_where_mujoco_puts_it():
         expected.append(base.xmat.reshape(3, 3).T @ (data.site("end_effector").xpos - base.xpos))
     found = dads.tool_position(obs, dads.Args(env_id="kitchen"))
     np.testing.assert_allclose(found, expected, atol=2e-3)  # the model's numbers are rounded
+
+
+def test_positions_of_a_task_of_ones_own_are_those_of_its_map(monkeypatch):
+    tasks = dads.data_tools.TASKS
+    obs = np.arange(10.0).reshape(2, 5)
+    monkeypatch.setitem(tasks, "flat", data_tools.Task("", 1.0, draw_map="module:draw"))
+    monkeypatch.setitem(tasks, "deep", data_tools.Task("", 1.0))
+    np.testing.assert_array_equal(dads.tool_position(obs, SimpleNamespace(env_id="flat")), obs[:, :2])
+    np.testing.assert_array_equal(dads.tool_position(obs, SimpleNamespace(env_id="deep")), obs[:, :3])
 
 
 @pytest.mark.parametrize("task", ["maze", "kitchen", "calvin"])

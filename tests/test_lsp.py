@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from algos import dreamer, lsp
+from algos import dreamer, dreamer_skills, lsp
 from benchmarks import controls_lsp
 
 SIZES = dict(
@@ -298,6 +298,15 @@ def test_skills_of_the_picture_are_held_and_leave_random_numbers_alone():
     assert (np.sign(apart[-1]) == z).all()
     assert (np.diff(np.abs(apart).mean((1, 2))) > 0)[1:].all()  # further and further
     np.testing.assert_array_equal(lsp.skill_paths(agent, z, 12, args, seed=5), paths)
+
+
+@pytest.mark.parametrize(("file", "rows"), [(lsp, 361), (dreamer, 361), (dreamer_skills, 37)])
+def test_windows_longer_than_episodes_are_refused(file, rows, tmp_path):
+    """Nothing could be learnt from them. An episode of CALVIN has 360 env steps, and a row more than steps."""
+    args = file.Args(env_id="calvin", device="cpu", compile=False, num_envs=2, batch_length=rows + 1)
+    networks = [dreamer_skills.make_networks(args, 21, 7), {}] if file is dreamer_skills else []
+    with pytest.raises(SystemExit, match=f"episodes have at most {rows} rows, .*lower --batch-length"):
+        file.train(args, *networks, tmp_path, None, None)
 
 
 @pytest.mark.parametrize("task", ["maze", "kitchen", "calvin"])

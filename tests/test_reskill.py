@@ -337,6 +337,22 @@ def test_ppo_finds_the_best_skill():
     assert agent.high.log_std[0].exp() < 0.7 < agent.high.log_std[1:].exp().mean()  # sure where it matters
 
 
+def test_a_flow_is_found_again_only_for_what_made_it(tmp_path):
+    model = tmp_path / "model.pt"
+    model.write_bytes(b"weights")
+    data = mock.Mock(fingerprint="data")
+
+    def key(**changes):
+        return reskill.find_flow(tiny_args(data_dir=str(tmp_path), **changes), model, data).name
+
+    same = key()
+    assert key(seed=7, policy_lr=1.0) == same  # of RL
+    others = dict(skill_horizon=5), dict(env_id="kitchen"), dict(flow_lr=1.0), dict(arm_noise=0.5), dict(recombine=True)
+    assert len({same, *(key(**change) for change in others)}) == 6
+    data.fingerprint = "other"
+    assert key() != same
+
+
 # --------------------------------------------------------------------------------------------------------------- acting
 def test_the_share_of_the_residual_is_that_of_its_mean():
     """Nothing at first, however large the noise; then w |mean d| beside |a'|, over the env steps that happened."""

@@ -673,6 +673,8 @@ def test_underscores_in_flags_are_hyphens(case):
     hyphens = case.module.parse_args(["--env-id", "kitchen"])
     assert case.module.parse_args(["--env_id", "kitchen"]) == hyphens
     assert case.module.parse_args(["--env_id=kitchen"]) == hyphens
+    if hasattr(case.module, "CPU_PRESET"):
+        assert case.module.parse_args(["--cpu_preset"]) == case.module.parse_args(["--cpu-preset"])
 
 
 # ------------------------------------------------------------------------------------------------ full disks, diverging
