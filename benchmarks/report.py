@@ -319,22 +319,25 @@ def study_rows(study: Path, facts: dict, cells) -> list[list[str]]:
     variants = {}
     for path in sorted(study.glob("*/seed*.json")):
         variants.setdefault(path.parent.name, Cell()).append(read_run(path))
-    ends = {end for cell in variants.values() for end in cell.ends}
-    rows = []
+    compared = []
     for name in facts.get("compare", []):
         task, method, data = name.split("/")
+        data = "scripted" if data == "none" else data  # runs without data stand beside all others
         if (task, method, data) not in cells:
             sys.exit(f"error: {study / 'study.json'} compares with {name}, which has no logs; correct the name")
-        cell = cells[task, method, data]
+        compared.append((method, cells[task, method, data]))
+    ends = {end for cell in variants.values() for end in cell.ends}
+    rows = []
+    for method, cell in compared:
         for end in sorted({end for end in ends if end <= cell.main_end} | {cell.main_end}):
             rows.append(result_row(f"{label(method)}, default", cell.reaching(end), end, paper=False))
         ends.add(cell.main_end)
+    main_ends = {cell.main_end for _, cell in compared}
     for name, cell in variants.items():
         text = name.replace("_", " ")
         if name in facts.get("variants", {}):
             text += f": {facts['variants'][name]}"
-        compared = {cells[tuple(other.split("/"))].main_end for other in facts.get("compare", [])}
-        for end in sorted({*cell.ends, *(end for end in compared if end <= cell.ends[-1])}):
+        for end in sorted({*cell.ends, *(end for end in main_ends if end <= cell.ends[-1])}):
             rows.append(result_row(text, cell.reaching(end), end, paper=False))
     return rows
 
