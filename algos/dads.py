@@ -265,7 +265,7 @@ class SkillDynamics(nn.Module):
 
     @torch.no_grad()
     def set_scale(self, x, next_x):
-        """Normalise by these transitions (n, D), what never moves keeps std 1. DEVIATION 1"""
+        """Normalise by these transitions (n, D); what never moves keeps std 1. DEVIATION 1"""
         change = self.change(x, next_x)
         of_x = (x, self.x_mean, self.x_std)
         of_change = (change, self.change_mean, self.change_std)
@@ -551,7 +551,7 @@ def draw_skills(agent, args: Args, num_steps: int, path: Path):
     z = np.zeros((16, args.skill_dim), dtype=np.float32)
     z[:, :2] = np.stack([np.cos(angles), np.sin(angles)], 1)[:, : args.skill_dim]
     paths = skill_paths(agent, z, num_steps, args, args.seed)
-    position = tool_position(paths, args)  # (T+1, 16, 2 or 3)
+    position = tool_position(paths, args)  # (T+1, 16, 1 to 3)
     if position.shape[-1] == 1:
         return  # a task that observes one number has no such picture
     # From above; from above and from the front. The kitchen's x points away from the robot, others' y does
