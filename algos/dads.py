@@ -553,7 +553,7 @@ def draw_skills(agent, args: Args, num_steps: int, path: Path):
     paths = skill_paths(agent, z, num_steps, args, args.seed)
     position = tool_position(paths, args)  # (T+1, 16, 1 to 3)
     if position.shape[-1] == 1:
-        return  # a task that observes one number has no such picture
+        return print("no picture of the skills: the task observes one number")
     # From above; from above and from the front. The kitchen's x points away from the robot, others' y does
     front = 1 if args.env_id.startswith("kitchen") else 0
     views = [(1, 0)] if position.shape[-1] == 2 else [(0, 1), (front, 2)]
@@ -571,6 +571,7 @@ def draw_skills(agent, args: Args, num_steps: int, path: Path):
     part = path.with_suffix(".part")
     figure.savefig(part, dpi=100, format="png")
     part.replace(path)
+    print(f"picture of the skills: {path}")
 
 
 # -------------------------------------------------------------------------------------------------------------- replay
@@ -1023,9 +1024,9 @@ def evaluate(args: Args):
     if args.capture_video:
         video = Path(args.run_dir) / f"{args.env_id}__{args.exp_name}__evaluation.mp4"
         rollout(executed(agent, args, 1), 1, args, 10_000 + args.seed, video)
+        print(f"video: {video}")
         picture = video.with_name(video.name.replace("evaluation.mp4", "skills.png"))
         draw_skills(agent, args, args.hold_steps, picture)
-        print(f"video: {video}; picture of the skills: {picture}")
 
 
 # ----------------------------------------------------------------------------------------------------------------- main

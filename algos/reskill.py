@@ -1117,7 +1117,7 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
     if args.capture_video:
         envs.draw(0)  # a task or a machine without pictures is noticed now
-        data_tools.load_dataset(args.env_id, args.data_dir, args.dataset, args.data)  # for a picture
+        data_tools.load_dataset(args.env_id, args.data_dir, args.dataset, args.data)  # so are missing data
     rb = RolloutBuffer(obs.shape[1], envs.single_action_space.shape[0], args)
     global_step = 0
     gradient_step = 0
@@ -1278,7 +1278,7 @@ def draw_pictures(args: Args, agent: Agent, residuals: list, path: Path):
     alive = (before != after).any(1)  # members that ended stand still
     windows, _ = data.sample_windows(50_000, args.skill_horizon + 1)
     if windows.shape[-1] == 1:
-        return  # a task that observes one number has no such picture
+        return print("no picture: the task observes one number")
     sets = (windows[:, 0], windows[:, -1]), (before[alive], after[alive])
     looks = ("grey", "data"), ("tab:orange", "flow prior")
     scale = windows[:, 0].std(0) + 1e-6
@@ -1317,6 +1317,7 @@ def draw_pictures(args: Args, agent: Agent, residuals: list, path: Path):
     part = path.with_suffix(".part")
     figure.savefig(part, dpi=80, format="png")
     part.replace(path)
+    print(f"picture of prior and residual: {path}")
 
 
 def evaluate(args: Args):
@@ -1335,8 +1336,8 @@ def evaluate(args: Args):
     if args.capture_video:
         video = Path(args.run_dir) / f"{args.env_id}__{args.exp_name}__evaluation.mp4"
         rollout(agent.sample_policy, actor, 1, args, 10_000 + args.seed, video)
+        print(f"video: {video}")
         draw_pictures(args, agent, residuals, video.with_suffix(".png"))
-        print(f"video and picture: {video}, {video.with_suffix('.png')}")
 
 
 # ----------------------------------------------------------------------------------------------------------------- main

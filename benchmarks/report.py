@@ -104,6 +104,11 @@ MISALIGNED = """
 \\* Our data are **not mis-aligned** with it: 106 of 603 demonstrations plan slide -> hinge, which people never did.
 """
 
+SMALLER = (
+    "SAC, DIAYN, HIRO and LSP with fewer updates or smaller networks than by default "
+    "([what exactly](benchmarks/results/README.md))."
+)
+
 UNDER_TABLE = """
 Mean over seeds (each seed) of training episodes, smoothed as in the paper, beside its value at the same env step.
 **The offline data are not the paper's: compare the order of methods, not heights.** On human data pre-training shifts
@@ -439,7 +444,7 @@ def without_data_text(cells) -> str:
         return ""
     seeds = "one seed each" if counts == {1} else f"{min(counts)} to {max(counts)} seeds"
     tasks = " / ".join(facts.label for facts in TASKS.values())
-    return "\n" + paragraph(f"**Without offline data**, {seeds}, {tasks}: {'; '.join(values)}.")
+    return "\n" + paragraph(f"**Without offline data**, {seeds}, {tasks}: {'; '.join(values)}. {SMALLER}")
 
 
 def readme_text(cells) -> str:
