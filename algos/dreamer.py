@@ -117,8 +117,8 @@ TASK_DEFAULTS = {
     "calvin": dict(total_timesteps=2_000_000),
 }
 
-# --cpu-preset: 15,000 updates in 300,000 env steps, of TODO s each on one core; those of the release take seconds. As
-# they are a quarter of the release's, model and actor learn faster, at the rates that lsp.py was found to need.
+# --cpu-preset: 15,000 updates in 300,000 env steps, of about 0.1 s each on one core; those of the release take seconds.
+# As they are a quarter of the release's, model and actor learn faster, at the rates that lsp.py was found to need.
 CPU_PRESET = dict(
     deter_dim=128, stoch_dim=16, encoder_dim=128, hidden_dim=128, batch_size=16, batch_length=32, imagine_starts=128,
     updates_per_step=0.05, learning_rate=1e-3, actor_lr=1e-3,
@@ -197,14 +197,14 @@ class RSSM(nn.Module):
         self.deter_dim = h
         self.stoch_dim = s
         inputs = Inputs(obs_dim, args)  # DEVIATION 4
-        self.encoder = nn.Sequential(inputs, *mlp(inputs.size, e, e))
+        self.encoder = nn.Sequential(inputs, *mlp(inputs.size, e, e, e))
         self.cell_input = mlp(s + action_dim, h)
         self.gates_x = nn.Linear(h, 3 * h)
         self.gates_h = nn.Linear(h, 3 * h)
         self.prior_net = mlp(h, h, 2 * s)
         self.posterior_net = mlp(h + e, h, 2 * s)
-        self.decoder = mlp(s + h, e, 2 * obs_dim)
-        self.reward_model = mlp(s + h, u, 1)
+        self.decoder = mlp(s + h, e, e, 2 * obs_dim)
+        self.reward_model = mlp(s + h, u, u, 1)
         self.continue_model = mlp(s + h, u, u, u, 1) if args.continue_head else None
 
     def step(self, h, s, action):

@@ -220,14 +220,14 @@ class RSSM(nn.Module):
         self.deter_dim = h
         self.stoch_dim = s
         inputs = Inputs(obs_dim, args)  # DEVIATION 4
-        self.encoder = nn.Sequential(inputs, *mlp(inputs.size, e, e))
+        self.encoder = nn.Sequential(inputs, *mlp(inputs.size, e, e, e))
         self.cell_input = mlp(s + action_dim, h)
         self.gates_x = nn.Linear(h, 3 * h)
         self.gates_h = nn.Linear(h, 3 * h)
         self.prior_net = mlp(h, h, 2 * s)
         self.posterior_net = mlp(h + e, h, 2 * s)
-        self.decoder = mlp(s + h, e, 2 * obs_dim)
-        self.reward_model = mlp(s + h, u, 1)
+        self.decoder = mlp(s + h, e, e, 2 * obs_dim)
+        self.reward_model = mlp(s + h, u, u, 1)
         self.continue_model = mlp(s + h, u, u, u, 1) if args.continue_head else None
 
     def step(self, h, s, action):

@@ -213,7 +213,8 @@ def test_step_and_observe_against_numpy(no_noise):
         update = sigmoid(xu + hu)
         h = (1 - update) * np.tanh(xn + sigmoid(xr + hr) * hn) + update * h
         np.testing.assert_allclose(h, torch_h, rtol=1e-10)
-        embedding = linear(elu(linear(obs[:, t].numpy(), "encoder.1")), "encoder.3")
+        embedding = elu(linear(elu(linear(obs[:, t].numpy(), "encoder.1")), "encoder.3"))
+        embedding = linear(embedding, "encoder.5")
         q = linear(elu(linear(np.concatenate([h, embedding], 1), "posterior_net.0")), "posterior_net.2")
         s = q[:, :4]
         np.testing.assert_allclose(got_h[:, t].detach(), h, rtol=1e-9)
@@ -221,6 +222,23 @@ def test_step_and_observe_against_numpy(no_noise):
         np.testing.assert_allclose(std[:, t].detach(), np.log1p(np.exp(q[:, 4:])) + 0.1, rtol=1e-9)
         assert torch.equal(got_s, mean)
     assert model.gates_x.weight.abs().max() <= 1 / math.sqrt(12)  # a GRU's first weights
+
+
+def test_sizes_are_those_of_the_release():
+    """Numbers of weights in the Kitchen, counted in the authors' code (its networks see raw observations)."""
+    args = dreamer.Args(env_id="kitchen", device="cpu", position_features=False)
+    agent = dreamer.Agent(args, 30, 9)
+
+    def count(*parts):
+        return sum(weights.numel() for part in parts for weights in part.parameters())
+
+    model = agent.model
+    assert count(model.encoder) == 139_520
+    assert count(model.decoder) == 140_348
+    assert count(model.reward_model) == 253_201
+    assert count(model) - count(model.encoder, model.decoder, model.reward_model) == 404_920
+    assert count(agent.actor) == 580_818
+    assert count(agent.critic) == 413_601
 
 
 def test_posterior_that_ignores_the_observation_is_the_prior():
