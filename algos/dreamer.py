@@ -4,7 +4,7 @@ Idea: a recurrent model learns from experience what happens; the policy learns i
 gradients through the model. It explores by single noisy actions.
 
     python algos/dreamer.py --env-id calvin              # RL and evaluation, with the sizes of SkiMo's release
-    python algos/dreamer.py --env-id calvin --cpu-preset # small: 300,000 env steps in 1.5 hours on one core
+    python algos/dreamer.py --env-id calvin --cpu-preset --total-timesteps 300000 # small: TODO minutes on one core
     python algos/dreamer.py --resume runs/FOLDER         # go on after Ctrl-C or a crash
 
 The model keeps h_t (deterministic) and s_t (random): h_t = GRU(h_{t-1}, s_{t-1}, a_{t-1}), s_t ~ q(s_t | h_t, o_t)
@@ -28,7 +28,8 @@ Written from a description of the release's code; not run beside it.
 A run's folder holds the same files as skimo.py's.
 Differs from skimo.py in: Args, TASK_DEFAULTS, CPU_PRESET, POSITION_PERIODS, kl_divergence, rollout, Agent, train,
     evaluate, parse_args, check_args, main
-Shapes: B batch, L rows per window, O observation, A action, d = size of s and h, E environments, S starts, J steps.
+Shapes: B batch, L rows per window, O observation, A action, s and h their sizes, d = s + h, E environments, S starts,
+J steps.
 """
 
 import argparse
@@ -190,22 +191,22 @@ class RSSM(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        h = args.deter_dim
-        s = args.stoch_dim
-        e = args.encoder_dim
-        u = args.hidden_dim
-        self.deter_dim = h
-        self.stoch_dim = s
+        deter = args.deter_dim
+        stoch = args.stoch_dim
+        embed = args.encoder_dim
+        width = args.hidden_dim
+        self.deter_dim = deter
+        self.stoch_dim = stoch
         inputs = Inputs(obs_dim, args)  # DEVIATION 4
-        self.encoder = nn.Sequential(inputs, *mlp(inputs.size, e, e, e))
-        self.cell_input = mlp(s + action_dim, h)
-        self.gates_x = nn.Linear(h, 3 * h)
-        self.gates_h = nn.Linear(h, 3 * h)
-        self.prior_net = mlp(h, h, 2 * s)
-        self.posterior_net = mlp(h + e, h, 2 * s)
-        self.decoder = mlp(s + h, e, e, 2 * obs_dim)
-        self.reward_model = mlp(s + h, u, u, 1)
-        self.continue_model = mlp(s + h, u, u, u, 1) if args.continue_head else None
+        self.encoder = nn.Sequential(inputs, *mlp(inputs.size, embed, embed, embed))
+        self.cell_input = mlp(stoch + action_dim, deter)
+        self.gates_x = nn.Linear(deter, 3 * deter)
+        self.gates_h = nn.Linear(deter, 3 * deter)
+        self.prior_net = mlp(deter, deter, 2 * stoch)
+        self.posterior_net = mlp(deter + embed, deter, 2 * stoch)
+        self.decoder = mlp(stoch + deter, embed, embed, 2 * obs_dim)
+        self.reward_model = mlp(stoch + deter, width, width, 1)
+        self.continue_model = mlp(stoch + deter, width, width, width, 1) if args.continue_head else None
 
     def step(self, h, s, action):
         """The next h, by a GRU cell: h (..., h), s (..., s), action (..., A) -> (..., h)."""
@@ -457,11 +458,11 @@ def success(returns, args: Args) -> float:
 
 # -------------------------------------------------------------------------------------------------------------- replay
 class SequenceBuffer:
-    """All env steps as rows on the device, from which windows of L rows are drawn; nothing is ever dropped.
+    """All steps (env steps, in dreamer_skills.py skills) as rows on the device, from which windows of L rows are drawn.
 
     A row is an observation and what led to it: action, reward, and whether the episode really ended here (a time-out is
-    no end); zeros for the first observation of an episode. The i-th row of environment e is row i * E + e.
-    All windows inside one episode are drawn alike, those of unfinished episodes included.
+    no end); zeros for the first observation of an episode. The i-th row of environment e is row i * E + e. All windows
+    inside one episode are drawn alike, those of unfinished episodes included. Nothing is ever dropped.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, window: int, args: Args):
@@ -482,7 +483,7 @@ class SequenceBuffer:
         self.add_rows(obs, nothing, zeros, zeros, members)
 
     def add(self, next_obs, action, rewards, terminations):
-        """One env step of every environment, NumPy: next_obs (E, O), action (E, A), rewards, terminations (E,)."""
+        """One step of every environment, NumPy: next_obs (E, O), action (E, A), rewards, terminations (E,)."""
         everyone = np.ones(len(next_obs), dtype=bool)
         self.add_rows(next_obs, action, rewards, terminations, everyone)
 

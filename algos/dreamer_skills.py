@@ -13,10 +13,11 @@ executed as z = 2 u for H steps of the skill policy; its reward is the sum of th
    imagine: 5 skills from states of the batch (eq. 3); lambda-returns V of their rewards and values (eq. 4-6)
    actor: maximise V through the model (eq. 7) - alpha KL(2 u || p(z | o)); critic: v(s, h) -> V (eq. 8)
 
---release-defects: (a) 2 u is stored, but filter and imagination feed the model with u; (b) maze: the warm-up executes
-random actions and stores skills of the prior beside them; (c) the KL is too large by Z ln 2 = 6.9 nats (it leaves out
-the slope of 2 u) and bounded by 100: where the policy is farther from a sharp prior, the gradient is zero and it never
-comes back; (d) below; (e) actions are tanh of what the skill policy was trained to give (--squash-actions).
+--release-defects: (a) 2 u is stored, but imagination and, on a GPU, the filter feed the model with u; (b) maze: the
+warm-up executes random actions and stores skills of the prior beside them; (c) the KL is too large by Z ln 2 = 6.9 nats
+(it leaves out the slope of 2 u) and bounded by 100: where the policy is farther from a sharp prior, the gradient is
+zero and it never comes back; (d) below; (e) actions are tanh of what the skill policy was trained to give
+(--squash-actions).
 (d) is kept: although there is a prior, the actor begins with a std of 5 before the tanh (--actor-std).
 
 Differences from the release, marked DEVIATION n below
@@ -44,8 +45,8 @@ Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, PEOPLE, RELEASE, PUBL
 sample_gaussian, make_networks, RSSM, ActionModel, pretrain_loss, prior_rollouts, pretrain_lr, find_pretrained,
 pretrain, Agent, train, evaluate, check_args.
 A run's folder holds what skimo.py names.
-Shapes: B batch, L rows per window, O observation, F inputs, A action, Z skill, d = size of s and h, E environments,
-S starts, J imagined skills. Actions of dreamer.py's parts (..., A) are here skills u (..., Z).
+Shapes: B batch, L rows per window, O observation, F inputs, A action, Z skill, s and h their sizes, d = s + h,
+E environments, S starts, J imagined skills. Actions of dreamer.py's parts (..., A) are here skills u (..., Z).
 """
 
 import argparse
@@ -370,22 +371,22 @@ class RSSM(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        h = args.deter_dim
-        s = args.stoch_dim
-        e = args.encoder_dim
-        u = args.model_dim
-        self.deter_dim = h
-        self.stoch_dim = s
+        deter = args.deter_dim
+        stoch = args.stoch_dim
+        embed = args.encoder_dim
+        width = args.model_dim
+        self.deter_dim = deter
+        self.stoch_dim = stoch
         inputs = Features(obs_dim, args, always_scaled=True)  # DEVIATION 4
-        self.encoder = nn.Sequential(inputs, *mlp(inputs.size, e, e, e))
-        self.cell_input = mlp(s + action_dim, h)
-        self.gates_x = nn.Linear(h, 3 * h)
-        self.gates_h = nn.Linear(h, 3 * h)
-        self.prior_net = mlp(h, h, 2 * s)
-        self.posterior_net = mlp(h + e, h, 2 * s)
-        self.decoder = mlp(s + h, e, e, 2 * obs_dim)
-        self.reward_model = mlp(s + h, u, u, 1)
-        self.continue_model = mlp(s + h, u, u, u, 1) if args.continue_head else None
+        self.encoder = nn.Sequential(inputs, *mlp(inputs.size, embed, embed, embed))
+        self.cell_input = mlp(stoch + action_dim, deter)
+        self.gates_x = nn.Linear(deter, 3 * deter)
+        self.gates_h = nn.Linear(deter, 3 * deter)
+        self.prior_net = mlp(deter, deter, 2 * stoch)
+        self.posterior_net = mlp(deter + embed, deter, 2 * stoch)
+        self.decoder = mlp(stoch + deter, embed, embed, 2 * obs_dim)
+        self.reward_model = mlp(stoch + deter, width, width, 1)
+        self.continue_model = mlp(stoch + deter, width, width, width, 1) if args.continue_head else None
 
     def step(self, h, s, action):
         """The next h, by a GRU cell: h (..., h), s (..., s), action (..., A) -> (..., h)."""
@@ -449,9 +450,9 @@ class ActionModel(nn.Module):
 
     def __init__(self, action_dim: int, args: Args):
         super().__init__()
-        u = args.model_dim
+        width = args.model_dim
         d = args.stoch_dim + args.deter_dim
-        self.net = mlp(d, u, u, u, u, 2 * action_dim)
+        self.net = mlp(d, width, width, width, width, 2 * action_dim)
         self.raw_std = math.log(math.exp(args.actor_std) - 1)  # softplus of this is actor_std
 
     def forward(self, feature):
@@ -729,11 +730,11 @@ def success(returns, args: Args) -> float:
 
 # --------------------------------------------------------------------------------------------------------------- replay
 class SequenceBuffer:
-    """All env steps as rows on the device, from which windows of L rows are drawn; nothing is ever dropped.
+    """All steps (env steps, in dreamer_skills.py skills) as rows on the device, from which windows of L rows are drawn.
 
     A row is an observation and what led to it: action, reward, and whether the episode really ended here (a time-out is
-    no end); zeros for the first observation of an episode. The i-th row of environment e is row i * E + e.
-    All windows inside one episode are drawn alike, those of unfinished episodes included.
+    no end); zeros for the first observation of an episode. The i-th row of environment e is row i * E + e. All windows
+    inside one episode are drawn alike, those of unfinished episodes included. Nothing is ever dropped.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, window: int, args: Args):
@@ -754,7 +755,7 @@ class SequenceBuffer:
         self.add_rows(obs, nothing, zeros, zeros, members)
 
     def add(self, next_obs, action, rewards, terminations):
-        """One env step of every environment, NumPy: next_obs (E, O), action (E, A), rewards, terminations (E,)."""
+        """One step of every environment, NumPy: next_obs (E, O), action (E, A), rewards, terminations (E,)."""
         everyone = np.ones(len(next_obs), dtype=bool)
         self.add_rows(next_obs, action, rewards, terminations, everyone)
 
@@ -1051,14 +1052,14 @@ class Agent(nn.Module):
     def __init__(self, args: Args, networks: nn.ModuleDict):
         super().__init__()
         self.args = args
-        u = args.model_dim
+        width = args.model_dim
         self.skills = networks["skills"]
         self.skills.squash_actions |= args.release_defects  # (e)
         self.skill_prior = networks["prior"]
         obs_dim = len(self.skill_prior.features.scale)
         self.model = RSSM(obs_dim, args.skill_dim, args)
         self.actor = ActionModel(args.skill_dim, args)
-        self.critic = mlp(args.stoch_dim + args.deter_dim, u, u, u, 1)
+        self.critic = mlp(args.stoch_dim + args.deter_dim, width, width, width, 1)
         self.to(args.device)
         self.eval()  # BatchNorm keeps the statistics of pre-training
         for frozen in (self.skills, self.skill_prior):
@@ -1374,6 +1375,9 @@ def check_args(args: Args):
         sys.exit(f"error: --arm-noise does not work on {args.env_id}, which has no entry in ARM; leave it out")
     if args.recombine and not data_tools.TASKS[args.env_id].objects:
         sys.exit(f"error: --recombine does not work on {args.env_id}, whose Task names no objects; leave it out")
+    others = args.published or args.data or args.dataset != "scripted"
+    if args.pretrained == "published" and others:
+        sys.exit("error: --pretrained published goes with scripted data and without --published; leave one of them out")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA device; use --device cpu")
 

@@ -84,7 +84,7 @@ class Args:
     gamma: float = 0.99  # discount per env step
     tau: float = 0.005  # share of the online weights in a target update, after each update
     n_step: int = 1  # rewards that are added up before the critics take over
-    repeat: int = 1  # env steps for which an action is kept while exploring
+    repeat: int = 1  # env steps for which an action is kept while exploring, even if its episode ends before
     reward_scale: float = 1.0  # factor on the task's reward
     hidden_dim: int = 256  # width of hidden layers
     position_features: bool = True  # sines and cosines of positions as inputs, as in skimo.py

@@ -29,8 +29,8 @@ Differences from the release, marked DEVIATION n below. Measurements are in algo
 8. Elsewhere it sees the imagined states h_t of the paper. The release uses h_0 for all t (--release-defects).
 9. The target copy of RL starts as the online model. The release goes on with the slow copy of pre-training.
 --published takes the release's side of 2 to 6 and of alpha in 7, with the paper's states in eq. 7.
-Checked against the release with the same weights, batches and noise: losses, gradients, updates and plans are equal
-to rounding (1e-7) in double precision.
+Checked against the release with the same weights, batches and noise, its KL made exact and without DEVIATION 3, 8
+and 9: losses, gradients, updates and plans are equal to rounding (1e-7) in double precision.
 
 A run's folder holds episodes.csv (a row per training episode), TensorBoard's curves (charts/ losses/ pretrain/ eval/),
 args.json, checkpoint.pt and, once finished, results.json.
@@ -1302,6 +1302,9 @@ def check_args(args: Args):
         sys.exit(f"error: --arm-noise does not work on {args.env_id}, which has no entry in ARM; leave it out")
     if args.recombine and not data_tools.TASKS[args.env_id].objects:
         sys.exit(f"error: --recombine does not work on {args.env_id}, whose Task names no objects; leave it out")
+    others = args.published or args.data or args.dataset != "scripted"
+    if args.pretrained == "published" and others:
+        sys.exit("error: --pretrained published goes with scripted data and without --published; leave one of them out")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA device; use --device cpu")
 

@@ -4,7 +4,7 @@ Idea: learn a latent dynamics model, rewards and values by looking a few steps a
 model, with the value of what comes later. It explores by single noisy actions.
 
     python algos/tdmpc.py --env-id calvin              # RL and evaluation, with the sizes of SkiMo's release
-    python algos/tdmpc.py --env-id calvin --cpu-preset # small: 300,000 env steps in 1.5 hours on one core
+    python algos/tdmpc.py --env-id calvin --cpu-preset --total-timesteps 300000 # small: TODO minutes on one core
     python algos/tdmpc.py --resume runs/FOLDER         # go on after Ctrl-C or a crash
 
 Repeat:
@@ -14,8 +14,9 @@ Repeat:
    policy: maximise min Q(h_t, pi(h_t)) on the same h_t (eq. 11); move the slow copy
 
 Differences from SkiMo's release, whose TD-MPC this is, marked DEVIATION n below
-1. E environments act side by side (release: 1). The updates that the warm-up is worth are spread over some steps after
-   it, not done at once, so that a run can be stopped in between.
+1. E environments act side by side (release: 1), and planner and updates see each env step at once (release: in blocks
+   of 500). The updates that the warm-up is worth are spread over some steps after it, so that a run can be stopped in
+   between.
 2. A window is any N steps of an episode, unfinished ones included (release: an episode, then a start in it).
 3. loss_bound is 1e5, as in skimo.py (release: 1e4). The bound is for all losses of a window, and takes away their
    gradients: at 1e4 a reward of 100 at a window's start is not learnt while R predicts less than 0.
@@ -297,7 +298,7 @@ def plan(model, policy, obs, mean, min_std, noise_scale, args):
     for _ in range(K):
         policy_plans.append(sample_action(policy, h, args))  # (E, 25, A)
         h = model.next(h, policy_plans[-1])
-    policy_plans = torch.stack(policy_plans, 2)  # (E, 25, K, A)
+    policy_plans = torch.stack(policy_plans, 2).nan_to_num(0.0)  # (E, 25, K, A); NaN: a state overflowed
 
     std = torch.full_like(mean, args.max_std)
     for _ in range(args.cem_iters):
@@ -408,11 +409,11 @@ def success(returns, args: Args) -> float:
 
 # -------------------------------------------------------------------------------------------------------------- replay
 class SequenceBuffer:
-    """All env steps as rows on the device, from which windows of L rows are drawn; nothing is ever dropped.
+    """All steps (env steps, in dreamer_skills.py skills) as rows on the device, from which windows of L rows are drawn.
 
     A row is an observation and what led to it: action, reward, and whether the episode really ended here (a time-out is
-    no end); zeros for the first observation of an episode. The i-th row of environment e is row i * E + e.
-    All windows inside one episode are drawn alike, those of unfinished episodes included.
+    no end); zeros for the first observation of an episode. The i-th row of environment e is row i * E + e. All windows
+    inside one episode are drawn alike, those of unfinished episodes included. Nothing is ever dropped.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, window: int, args: Args):
@@ -433,7 +434,7 @@ class SequenceBuffer:
         self.add_rows(obs, nothing, zeros, zeros, members)
 
     def add(self, next_obs, action, rewards, terminations):
-        """One env step of every environment, NumPy: next_obs (E, O), action (E, A), rewards, terminations (E,)."""
+        """One step of every environment, NumPy: next_obs (E, O), action (E, A), rewards, terminations (E,)."""
         everyone = np.ones(len(next_obs), dtype=bool)
         self.add_rows(next_obs, action, rewards, terminations, everyone)
 
@@ -656,6 +657,9 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
     if args.capture_video:
         envs.draw(0)  # a task or a machine without pictures is noticed now
+    longest = envs.max_episode_steps + 1  # rows of an episode that does not end early
+    if longest <= args.num_steps:
+        sys.exit(f"error: episodes have at most {longest} rows, fewer than a window; lower --num-steps")
     action_dim = envs.single_action_space.shape[0]
     agent = Agent(args, obs.shape[1], action_dim)
     planner = Planner(agent, args, explore=True)

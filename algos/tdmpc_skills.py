@@ -13,8 +13,8 @@ rho^t min Q(h_t, u), and on the encoded E(s_t) - alpha KL(2 u || p(s_t)); move t
 --release-defects: (a) windows pair state t with the skill and reward that led *into* it, so that the reward at an
 episode's end is never learnt; (b) 2 u is stored, but planner, policy loss and targets evaluate the model at u; (c) the
 planner does not see the step: one skill ahead, std floor 0.5, for ever; (d) maze: the prior gets scaled states but was
-trained on raw ones; (e) a window's errors are bounded by 1e4, SkiMo's by 1e5: a reward of 100 that is predicted as 0
-reaches that bound, where the gradient is zero. It also ignores true ends, as TD-MPC does by design.
+trained on raw ones; (e) a window's errors are bounded by 1e4, SkiMo's by 1e5: a reward of 100 for its first skill that
+is predicted as 0 reaches that bound, where the gradient is zero. It also ignores true ends, as TD-MPC does by design.
 
 Differences from the release, marked DEVIATION n below.
 1. KL divergences without sampling: exact, or quadrature for the policy's tanh. The release averages 100 samples. Its KL
@@ -375,15 +375,15 @@ class WorldModel(nn.Module):
 
     def __init__(self, obs_dim: int, args: Args):
         super().__init__()
-        u = args.model_dim
+        width = args.model_dim
         d = args.latent_dim
         dz = d + args.skill_dim
         features = Features(obs_dim, args, always_scaled=True)
         self.encoder = nn.Sequential(features, *mlp(features.size, 256, d))
-        self.dynamics = mlp(dz, u, u, d)
-        self.reward_model = scalar_head(dz, u)
-        self.qf1 = scalar_head(dz, u)
-        self.qf2 = scalar_head(dz, u)
+        self.dynamics = mlp(dz, width, width, d)
+        self.reward_model = scalar_head(dz, width)
+        self.qf1 = scalar_head(dz, width)
+        self.qf2 = scalar_head(dz, width)
 
     def next(self, h, u):  # D(h, u): the latent state after the whole skill
         return self.dynamics(torch.cat([h, u], -1))  # (..., d)
@@ -1140,10 +1140,13 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
         running_length[ended] = 0
         bar.update(new_steps)
 
-        # ALGO LOGIC: training. As many updates as the env steps after the warm-up are worth
+        # ALGO LOGIC: training. As many updates as the env steps after the warm-up are worth. If the first episode ended
+        # late, they are made up for in parts
         updates_due = 0
         if len(rb.episodes) > 0:
+            at_once = math.ceil(10 * new_steps * args.updates_per_step)
             updates_due = int((global_step - args.warmup_steps) * args.updates_per_step)
+            updates_due = min(updates_due, gradient_step + at_once)
         while gradient_step < updates_due:
             metrics = agent.update(*rb.sample(args.batch_size))
             gradient_step += 1
@@ -1302,6 +1305,9 @@ def check_args(args: Args):
         sys.exit(f"error: --arm-noise does not work on {args.env_id}, which has no entry in ARM; leave it out")
     if args.recombine and not data_tools.TASKS[args.env_id].objects:
         sys.exit(f"error: --recombine does not work on {args.env_id}, whose Task names no objects; leave it out")
+    others = args.published or args.data or args.dataset != "scripted"
+    if args.pretrained == "published" and others:
+        sys.exit("error: --pretrained published goes with scripted data and without --published; leave one of them out")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA device; use --device cpu")
 

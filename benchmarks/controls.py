@@ -91,7 +91,10 @@ def learn(algo: str, env_steps: int, seed: int):
             begin(obs, ~no)
             forget(~no)
         while updates < (step - args.warmup_steps) * args.updates_per_step:
-            agent.update(*rb.sample(args.batch_size))
+            batch = rb.sample(args.batch_size)
+            if algo == "dreamer" and updates == 0:
+                agent.model.start_decoder(batch[0])
+            agent.update(*batch)
             updates += 1
             if algo == "tdmpc" and updates % args.target_update_interval == 0:
                 module.update_target(agent.target, agent.model, args.tau)

@@ -72,7 +72,9 @@ def draw_training(axes, cells, task: str, data: str, end: int, methods, large: b
         if cell:
             for run in cell:
                 if large or run.end > cell.main_end:
-                    axes.plot(*smooth(run).T, color=colour, lw=0.7, alpha=0.35)
+                    curve = smooth(run)
+                    curve = curve[curve[:, 0] <= run.end]
+                    axes.plot(*curve.T, color=colour, lw=0.7, alpha=0.35)
             last = cell.main_end
             reaching = [smooth(run) for run in cell.reaching(last)]
             grid = np.arange(max(curve[0, 0] for curve in reaching), last + 1, 500)
@@ -153,8 +155,8 @@ def enlarged(cells, task: str) -> Figure:
         style(clean, task, 1.03 * end)
         ends = [draw_evaluations(clean, name, cell) for name, cell in here.items()]
         label_ends(clean, [end for end in ends if end], 0.063 * facts.best)
-        episodes = "about 1 distinct episode" if facts.deterministic else "20 episodes"
-        clean.set_title(f"clean evaluation, {episodes} (small: a seed)", fontsize=12)
+        episodes = ", about 1 distinct episode" if facts.deterministic else ""
+        clean.set_title(f"clean evaluation{episodes} (small: a seed)", fontsize=12)
     return figure
 
 

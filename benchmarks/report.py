@@ -4,9 +4,9 @@
     python benchmarks/report.py runs/results     # results of your own from benchmarks/run.py
     python benchmarks/report.py runs/FOLDER      # one run of an algorithm file
 
-A log is TASK/METHOD/DATA/seedN.csv and .json, as benchmarks/run.py writes them; DATA (scripted, human) is the offline
-data of the pre-training. studies/NAME/VARIANT/seedN.* are comparisons of settings, explained in NAME/study.json. How
-scores are computed stands in scores.py; plot.py draws the curves.
+A log is TASK/METHOD/seedN.csv and .json, as benchmarks/run.py writes them. In this repository a folder DATA (scripted,
+human, none: the offline data of the pre-training) stands between the two. studies/NAME/VARIANT/seedN.* are comparisons
+of settings, explained in NAME/study.json. How scores are computed stands in scores.py; plot.py draws the curves.
 """
 
 import csv
@@ -79,6 +79,15 @@ it differs from what the logs give. How the numbers are made: [README](README.md
 - Hyper-parameters were chosen with SkiMo on these tasks, partly on these seeds. Its ablations inherit them.
 """
 
+OWN_INTRODUCTION = """
+# Results
+
+Made by `python benchmarks/report.py`. **Score**: training episodes, with exploration, smoothed as in the paper. First
+the mean over seeds, then each seed. *Paper, same step*: the paper's value at these env steps, smoothed in the same way,
+read off its figures (five seeds). **Clean evaluation**: without exploration noise. **Prior alone**: roll-outs of the
+pre-trained prior, where RL begins. **RL minutes**: without pre-training.
+"""
+
 ORDERINGS = """
 ## The paper's orderings
 
@@ -91,7 +100,8 @@ Anything else **fails**, ties too. *Paper then* is the paper's own relation at o
 
 COVERAGE = """
 The paper's figures have {curves} curves that can be read: nine methods on four tasks, five seeds each. Runs of a method
-without such a curve (single-step dynamics) count as runs only. Runs of studies do not count.
+without such a curve (single-step dynamics, for instance) count as runs only; those without offline data stand beside
+scripted data. Runs of studies do not count.
 """
 
 STUDIES = """
@@ -260,7 +270,6 @@ def ordering_row(cells, pair: Ordering, data: str) -> list[str]:
 
 
 def orderings_section(cells) -> str:
-    text = ORDERINGS
     header = [
         "task",
         "paper's order",
@@ -271,9 +280,10 @@ def orderings_section(cells) -> str:
         "training",
         "clean evaluation",
     ]
+    parts = []
     for data in kinds(cells):
         pairs = orderings(cells, data)
-        text += f"\n### With {DATA.get(data, data)} data\n\n"
+        text = f"\n### With {DATA.get(data, data)} data\n\n"
         text += paragraph(count_orderings(pairs)) + "\n"
         rows = [ordering_row(cells, pair, data) for pair in pairs if pair.training]
         text += table(header, rows) if rows else ""
@@ -284,7 +294,8 @@ def orderings_section(cells) -> str:
             untested = [pair for pair in here if not pair.training]
             counts.append(f"{facts.label} {len(untested)} of {len(here)}")
         text += f"\nUntested: {', '.join(counts)}.\n"
-    return text
+        parts.append(text)
+    return ORDERINGS + "".join(parts)
 
 
 def coverage_section(cells) -> str:
@@ -391,7 +402,8 @@ def studies_section(folder: Path, cells) -> str:
 
 def results_text(folder: Path, cells) -> str:
     """RESULTS.md."""
-    text = INTRODUCTION.lstrip() + coverage_section(cells)
+    introduction = INTRODUCTION if folder.resolve() == RESULTS else OWN_INTRODUCTION
+    text = introduction.lstrip() + coverage_section(cells)
     for task, data in boards(cells):
         text += board_section(cells, task, data)
     text += orderings_section(cells)
@@ -472,7 +484,10 @@ def readme_text(cells) -> str:
         both = sum(pair.training == pair.clean == "holds" for pair in pairs)
         tested = "no ordering tested"
         if pairs:
-            tested = f"orderings of methods tested: {len(pairs)}, hold: {holds}, without noise too: {both}"
+            tested = (
+                f"of its statements that one method is better than another {len(pairs)} could be tested: {holds} are "
+                f"true here in training, {both} also in evaluation without noise"
+            )
         words += (
             f" {DATA.get(data, data).capitalize()} data: {found['begun']} of its {len(PAPER)} curves begun, "
             f"{found['ended']} run to their end, {tested}."
@@ -502,7 +517,7 @@ def main(args: Args):
     """Write tables and figures, and print the coverage."""
     cells = read_cells(args.path)
     if not cells:
-        sys.exit(f"error: no logs in {args.path}; it should hold TASK/METHOD/DATA/seedN.json or a run's args.json")
+        sys.exit(f"error: no logs in {args.path}; it should hold TASK/METHOD/seedN.json or a run's args.json")
     ours = args.path.resolve() == RESULTS
     print(coverage_section(cells))
     write(RESULTS.parent / "RESULTS.md" if ours else args.path / "RESULTS.md", results_text(args.path, cells))

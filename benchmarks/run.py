@@ -44,7 +44,7 @@ from benchmarks.provenance import describe_code, describe_machine
 from data_tools import TASKS
 
 LOCK_TIMEOUT = 300  # seconds to wait until a run whose runner or node was lost has saved and ended
-STOP_TIMEOUT = 120  # seconds that runs get to save when the runner is stopped
+STOP_TIMEOUT = 600  # seconds that runs get to save when the runner is stopped: a block of updates can take minutes
 
 # Starts the command with SIGTERM (save and stop) as its fate when the Ray worker above it dies; only Linux can do that.
 LAUNCH = """
@@ -175,9 +175,9 @@ def run_cell(command: list[str], flags: list[str], folder: Path, checkpoint: Pat
 
         run_dir = find_run_dir(folder)
         if run_dir is None or read_json(run_dir / "results.json") is None:
-            if run_dir is not None and (run_dir / "checkpoint.pt").exists():
+            if run_dir is not None and (run_dir / "args.json").exists():  # keeps the curves of pre-training
                 command = [*command, "--resume", str(run_dir)]
-            elif run_dir is not None:  # stopped before its first checkpoint
+            elif run_dir is not None:  # stopped before there was anything
                 shutil.rmtree(run_dir)
             attempt = dict(time=time.strftime("%Y-%m-%d %H:%M:%S"), flags=flags, command=shlex.join(command))
             attempt |= dict(**describe_code(root), machine=describe_machine())

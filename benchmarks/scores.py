@@ -107,10 +107,11 @@ class Run:
 
     @property
     def end(self) -> int:
-        """Env steps of the run, rounded, for runs end at the next end of a skill or an episode."""
+        """Env steps of the run, rounded down, for runs end at the next end of a skill or an episode."""
         if self.env_steps < 1_000:
             return self.env_steps
-        return round(self.env_steps, -4 if self.env_steps >= 100_000 else -3)
+        unit = 10_000 if self.env_steps >= 98_000 else 1_000
+        return (self.env_steps + unit // 5) // unit * unit
 
     @property
     def machine(self) -> str:
@@ -132,10 +133,23 @@ def kind_of_data(facts: dict, path: Path) -> str:
 
     Methods without offline data, folder `none`, stand beside the others with scripted data, which all tasks have.
     """
-    if path.name != "args.json" and path.parent.name != facts["algo"]:
-        return "scripted" if path.parent.name == "none" else path.parent.name
+    if without_data(facts, path):
+        return "scripted"
+    if has_data_folder(facts, path):
+        return path.parent.name
     pretraining = (facts.get("results") or {}).get("pretraining") or {}
-    return (pretraining.get("data") or {}).get("source", "not known")
+    data = pretraining.get("data", "not known")
+    return data if isinstance(data, str) else data["source"]
+
+
+def without_data(facts: dict, path: Path) -> bool:
+    """Whether the log is of a method that has no offline data."""
+    return path.parent.name == "none" if has_data_folder(facts, path) else "dataset" not in facts["args"]
+
+
+def has_data_folder(facts: dict, path: Path) -> bool:
+    """Whether the log's folder is named after the data, TASK/METHOD/DATA, or TASK/METHOD as the runner writes it."""
+    return path.name != "args.json" and path.parent.name != facts["algo"]
 
 
 def read_run(path: Path) -> Run:
@@ -147,6 +161,8 @@ def read_run(path: Path) -> Run:
             results = path.with_name("results.json")
             facts["results"] = json.loads(results.read_text()) if results.exists() else None
             table = path.with_name("episodes.csv")
+            if not table.exists():
+                sys.exit(f"error: in {path.parent} RL has not begun yet; wait for its pre-training")
         else:
             facts = json.loads(path.read_text())
             table = path.with_suffix(".csv")
@@ -183,7 +199,7 @@ def read_run(path: Path) -> Run:
             evaluations=evaluations,
             env_steps=int(env_steps),
             facts=facts,
-            without_data=path.parent.name == "none",
+            without_data=without_data(facts, path),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         sys.exit(f"error: {path} and its CSV are no whole log ({type(error).__name__}: {error}); delete both")
@@ -215,9 +231,12 @@ def score_at(run: Run, step: float) -> float:
 
 
 def mean_between(run: Run, low: float, high: float) -> float:
-    """Unsmoothed mean of the episodes placed in (low, high]; NaN if there are none."""
+    """Unsmoothed mean of the episodes placed in (low, high]; NaN if there are none.
+
+    Beyond the run's end only episodes are placed that ended early, as successes do: they count for nothing.
+    """
     inside = (run.steps > low) & (run.steps <= high)
-    return run.scores[inside].mean() if inside.any() else np.nan
+    return run.scores[inside].mean() if inside.any() and low < run.end else np.nan
 
 
 def last_episodes(run: Run, end: int, count: int = 100) -> float:

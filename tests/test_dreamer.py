@@ -241,6 +241,18 @@ def test_sizes_are_those_of_the_release():
     assert count(agent.critic) == 413_601
 
 
+def test_the_decoder_begins_at_the_mean_of_what_was_seen():
+    torch.manual_seed(0)
+    model = dreamer.RSSM(3, 2, tiny_args())
+    feature = torch.randn(4, 16)
+    before, std = model.decode(feature)
+    obs = torch.tensor([10.0, 24.0, -5.0]) + torch.randn(6, 5, 3)
+    model.start_decoder(obs)
+    after, same_std = model.decode(feature)
+    torch.testing.assert_close(after, before + torch.from_numpy(obs.numpy().reshape(30, 3).mean(0)))
+    assert torch.equal(std, same_std)
+
+
 def test_posterior_that_ignores_the_observation_is_the_prior():
     torch.manual_seed(0)
     args = tiny_args()
@@ -364,14 +376,12 @@ def test_imagination_starts_from_states_of_the_batch(monkeypatch):
     assert torch.equal(first_h[:, 0], -first_s[:, 0])  # h and s of one state
 
 
-def test_continue_head_learns_ends():
+def test_loss_of_the_continue_head_is_a_cross_entropy():
     args = tiny_args(continue_head=True)
     torch.manual_seed(0)
     agent = dreamer.Agent(args, 3, 2)
     obs, action, rewards, terminals = tiny_batch(args)
     terminals[:3, -1] = 1
-    state = agent.model.observe(obs, action)
-    feature = torch.cat([state[1], state[0]], -1)
     torch.manual_seed(1)
     h, s, _ = agent.model.observe(obs, action)
     logits = agent.model.continue_model(torch.cat([s, h], -1)).squeeze(-1)
@@ -381,7 +391,6 @@ def test_continue_head_learns_ends():
     loss, metrics, _, _ = dreamer.rssm_loss(agent.model, obs, action, rewards, terminals, args)
     assert metrics["continue_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
     assert loss.item() == pytest.approx(metrics["model_loss"].item() + 10 * expected.item(), rel=1e-5)
-    assert feature.shape[-1] == 16
 
 
 # -------------------------------------------------------------------------------------------------------------- acting

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from algos import dreamer, dreamer_skills, lsp
+from algos import dreamer, dreamer_skills, lsp, tdmpc
 from benchmarks import controls_lsp
 
 SIZES = dict(
@@ -148,7 +148,7 @@ def test_information_rises_where_actions_can_be_seen():
     agent = new_agent(args, obs_dim=2)
     rng = np.random.default_rng(0)
     information = []
-    for _ in range(250):
+    for _ in range(400):
         action = rng.uniform(-1, 1, (16, 5, 2)).astype(np.float32)
         obs = torch.from_numpy(action.cumsum(1))
         nothing = torch.zeros(16, 5)
@@ -300,12 +300,13 @@ def test_skills_of_the_picture_are_held_and_leave_random_numbers_alone():
     np.testing.assert_array_equal(lsp.skill_paths(agent, z, 12, args, seed=5), paths)
 
 
-@pytest.mark.parametrize(("file", "rows"), [(lsp, 361), (dreamer, 361), (dreamer_skills, 37)])
+@pytest.mark.parametrize(("file", "rows"), [(lsp, 361), (dreamer, 361), (dreamer_skills, 37), (tdmpc, 361)])
 def test_windows_longer_than_episodes_are_refused(file, rows, tmp_path):
     """Nothing could be learnt from them. An episode of CALVIN has 360 env steps, and a row more than steps."""
-    args = file.Args(env_id="calvin", device="cpu", compile=False, num_envs=2, batch_length=rows + 1)
+    window = dict(num_steps=rows) if file is tdmpc else dict(batch_length=rows + 1)  # a window of N steps has N+1 rows
+    args = file.Args(env_id="calvin", device="cpu", compile=False, num_envs=2, **window)
     networks = [dreamer_skills.make_networks(args, 21, 7), {}] if file is dreamer_skills else []
-    with pytest.raises(SystemExit, match=f"episodes have at most {rows} rows, .*lower --batch-length"):
+    with pytest.raises(SystemExit, match=f"episodes have at most {rows} rows, .*lower --(batch-length|num-steps)"):
         file.train(args, *networks, tmp_path, None, None)
 
 

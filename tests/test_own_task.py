@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import toy_walk
 
 import data_tools
+from algos import dreamer, lsp, sac, tdmpc
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,7 +77,7 @@ def test_what_it_lacks_is_one_sentence(walk, tmp_path, monkeypatch):
         data_tools.make_envs("wolk", 1)
     envs = data_tools.make_envs(walk, 1, video=tmp_path / "walk.mp4")
     envs.reset(seed=0)
-    with pytest.raises(NotImplementedError, match=r"WalkVectorEnv has no pictures: write its method draw\(member\)"):
+    with pytest.raises(data_tools.DataError, match=r"WalkVectorEnv has no pictures: write its method draw\(member\)"):
         envs.step(np.zeros((1, 2)))
 
 
@@ -115,3 +117,40 @@ def test_copy_of_skimo_alone_learns_it(tmp_path):
         lengths = [int(row[2]) for row in list(csv.reader(file))[1:]]
     assert len(lengths) > 70 and max(lengths) == 60 > min(lengths)
     assert learned > prior + 0.2
+
+
+@pytest.mark.parametrize("file", [sac, tdmpc, dreamer, lsp])
+def test_replay_tells_true_ends_from_time_outs(file, walk, monkeypatch, tmp_path):
+    """Against what the environments gave: the goal, which random walks often reach, is an end; 60 env steps are not."""
+    monkeypatch.setattr(toy_walk, "GOAL", np.array([-0.5, -0.5]))
+    given, buffers = [], []
+    step = toy_walk.WalkVectorEnv.step
+
+    def record(envs, action):
+        result = step(envs, action)
+        given.append(result[1:4])
+        return result
+
+    name = "ReplayBuffer" if file is sac else "SequenceBuffer"
+    add = getattr(file, name).add
+    monkeypatch.setattr(toy_walk.WalkVectorEnv, "step", record)
+    monkeypatch.setattr(getattr(file, name), "add", lambda rb, *inputs: (buffers.append(rb), add(rb, *inputs)))
+    monkeypatch.setattr(file, "rollout", lambda *args: (np.zeros(1), np.zeros(1)))
+    flags = f"--env-id {walk} --device cpu --num-envs 2 --warmup-steps 600 --total-timesteps 600 --reward-scale 0.5"
+    file.main(file.parse_args([*flags.split(), "--run-dir", str(tmp_path)]))
+    rewards, ends, time_outs = np.array(given).swapaxes(0, 1)  # 3 x (300, E)
+    assert ends.sum() > 2 and (time_outs > ends).sum() > 2
+    rb = buffers[0]
+    if file is sac:
+        got = [rb.columns["rewards"], rb.columns["discount"] == 0]
+        got = [values[: len(rb)].numpy().reshape(300, 2) for values in got]
+    else:
+        rows = rb.rows.reshape(-1, 2, rb.rows.shape[1])
+        got = []
+        for e in range(2):
+            mine = rows[: rb.filled[e], e]
+            first = (mine[:, 2:] == 0).all(1)  # of an episode: nothing led to it
+            got.append(mine[~first, 4:])
+        got = torch.stack(got, 1).numpy().transpose(2, 0, 1)  # 2 x (300, E)
+    np.testing.assert_allclose(got[0], 0.5 * rewards)
+    np.testing.assert_array_equal(got[1], ends)

@@ -390,6 +390,54 @@ def test_a_run_folder_is_drawn(tmp_path):
     assert "| SkiMo | 1 | 8,000 | **–** (–) |" in (folder / "RESULTS.md").read_text()
 
 
+def test_logs_as_the_runner_and_the_algorithm_files_write_them(tmp_path):
+    """Without a folder DATA: the results say which data, or have none of it."""
+    for method, pretraining in (
+        ("skimo", dict(data="scripted")),
+        ("spirl", dict(data=dict(source="d4rl"))),
+        ("sac", None),
+    ):
+        write_log(tmp_path, method, 1, 0.5)
+        for path in list((tmp_path / "maze" / method / "scripted").iterdir()):
+            path.rename(tmp_path / "maze" / method / path.name)
+        (tmp_path / "maze" / method / "scripted").rmdir()
+        path = tmp_path / "maze" / method / "seed1.json"
+        facts = json.loads(path.read_text())
+        if pretraining:
+            facts["results"]["pretraining"] = pretraining
+            facts["args"]["dataset"] = "scripted"
+        path.write_text(json.dumps(facts))
+    cells = scores.read_cells(tmp_path)
+    assert set(cells) == {("maze", "skimo", "scripted"), ("maze", "spirl", "d4rl"), ("maze", "sac", "scripted")}
+    assert [cells[key][0].without_data for key in sorted(cells)] == [True, False, False]
+
+
+def test_a_run_that_still_pretrains_is_left_alone(tmp_path):
+    (tmp_path / "args.json").write_text(json.dumps(dict(exp_name="skimo", env_id="maze", seed=1, num_envs=8)))
+    with pytest.raises(SystemExit, match="RL has not begun yet"):
+        scores.read_run(tmp_path / "args.json")
+
+
+def test_nothing_is_reported_beyond_a_runs_end(tmp_path):
+    """Only episodes that ended early are placed there: successes."""
+    write_log(tmp_path, "skimo", 1, 1.0, steps=205_000)
+    (run,) = scores.read_cells(tmp_path)["maze", "skimo", "scripted"]
+    assert run.steps.max() > 205_000
+    assert scores.mean_between(run, 150_000, 200_000) == 1.0
+    assert np.isnan(scores.mean_between(run, 205_000, 250_000))
+
+
+@pytest.mark.parametrize(
+    ("env_steps", "end"),
+    [(999, 999), (60_055, 60_000), (99_980, 100_000), (300_068, 300_000), (345_151, 340_000), (199_990, 200_000)],
+)
+def test_ends_are_rounded_down(env_steps, end, tmp_path):
+    write_log(tmp_path, "skimo", 1, 1.0)
+    (run,) = scores.read_cells(tmp_path)["maze", "skimo", "scripted"]
+    run.env_steps = env_steps
+    assert run.end == end
+
+
 def test_runs_of_which_one_stopped_before_the_others_first_episode(tmp_path):
     write_log(tmp_path, "skimo", 1, 1.0, steps=7_200, length=900)
     write_log(tmp_path, "skimo", 2, 1.0, steps=160_000, length=16_000)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from algos import sac
+from data_tools.tasks.maze import MazeVectorEnv
 
 
 def tiny_args(**changes):
@@ -130,7 +131,7 @@ def test_alpha_rises_while_the_policy_is_not_random_enough(target_entropy, direc
 
 
 def test_policy_goes_to_the_best_action():
-    """Q = -(a - 0.3)^2 and little entropy: the mode goes to 0.3, and the critics get no gradient."""
+    """Q = -(a - 0.3)^2 and little entropy: the mode goes to 0.3."""
     torch.manual_seed(0)
 
     class Peak(torch.nn.Module):
@@ -148,6 +149,45 @@ def test_policy_goes_to_the_best_action():
         optimizer.step()
     mode = torch.tanh(actor(obs)[0])
     assert (mode - 0.3).abs().max() < 0.05
+
+
+def test_an_update_moves_the_slow_copies_by_tau_and_the_critics_by_their_own_loss():
+    torch.manual_seed(0)
+    args = tiny_args(tau=0.1)
+    agent = sac.Agent(args, 4, 2)
+    reference = copy.deepcopy(agent)
+    batch = torch.randn(8, 4), torch.rand(8, 2), torch.randn(8), torch.randn(8, 4), torch.full((8,), 0.9)
+    torch.manual_seed(1)
+    loss, _ = sac.soft_critic_loss(
+        reference.critics, reference.target, reference.actor, *batch, reference.log_alpha.exp().detach()
+    )
+    loss.backward()
+    for weight in reference.critics.parameters():  # the first step of Adam is one learning rate against the gradient
+        weight.data -= args.learning_rate * weight.grad / (weight.grad.abs() + 1e-8)
+    torch.manual_seed(1)
+    agent.update(*batch)
+    groups = agent.critics, reference.critics, agent.target, reference.target
+    for now, expected, slow, old in zip(*(group.parameters() for group in groups)):
+        torch.testing.assert_close(now, expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(slow, 0.9 * old + 0.1 * now)
+    mean, _ = agent.actor(batch[0])
+    np.testing.assert_allclose(agent.act(batch[0].numpy(), explore=False), torch.tanh(mean).detach().numpy())
+    assert np.abs(agent.act(batch[0].numpy(), explore=True) - torch.tanh(mean).detach().numpy()).max() > 0.01
+
+
+def test_actions_are_kept_for_repeat_env_steps(monkeypatch, tmp_path):
+    """In training, not in evaluation; the replay holds what was executed."""
+    seen = []
+    step = MazeVectorEnv.step
+    monkeypatch.setattr(MazeVectorEnv, "step", lambda envs, action: seen.append(action.copy()) or step(envs, action))
+    monkeypatch.setattr(sac, "rollout", lambda *args: (np.zeros(1), np.zeros(1)))
+    flags = f"--device cpu --num-envs 2 --repeat 3 --warmup-steps 20 --total-timesteps 48 --run-dir {tmp_path}"
+    args = sac.parse_args([*flags.split(), "--hidden-dim", "8", "--updates-per-step", "0.1", "--batch-size", "4"])
+    results = sac.main(args)
+    actions = np.array(seen)  # (24, E, A)
+    np.testing.assert_array_equal(actions, np.repeat(actions[::3], 3, axis=0))
+    assert (np.diff(actions[::3], axis=0) != 0).all()
+    assert results["updates"] == 2  # .1 per env step after the warm-up
 
 
 def pendulum(agent, rb, args, env_steps: int, seed: int, updates_per_step: float = 1.0):

@@ -239,6 +239,19 @@ def test_value_without_a_number_is_the_worst():
     assert action.isfinite().all() and mean.isfinite().all() and (action[:, 0] <= 0).all()
 
 
+def test_a_policy_without_a_number_does_not_spoil_the_plan():
+    """Its plans count as bad; as elites of weight 0 they would still make every action NaN."""
+    torch.manual_seed(0)
+    args = tiny_args(num_samples=4, num_policy_trajs=4, num_elites=8)  # all are elites
+
+    def policy(h):
+        return torch.full((*h.shape[:-1], 2), float("nan"))
+
+    inputs = torch.zeros(2, 3), torch.zeros(2, 2, 2), torch.tensor(0.05), 0.0, args
+    action, mean = tdmpc.plan(Counting([[0.3, -0.2]] * 3), policy, *inputs)
+    assert action.isfinite().all() and mean.isfinite().all()
+
+
 def test_schedules_and_the_last_plan(monkeypatch):
     args = tiny_args(num_steps=5)
     agent = new_agent(args)
@@ -316,7 +329,8 @@ def test_updates_keep_step_with_the_environments(module, warmup, total, num_envs
     monkeypatch.setattr(MazeVectorEnv, "step", lambda envs, action: ticks.append(0) or step(envs, action))
     monkeypatch.setattr(actor, "__call__", lambda self, obs, *_: np.zeros((len(obs), 2), np.float32))
     monkeypatch.setattr(module, "rollout", lambda *args: (np.zeros(1), np.zeros(1)))
-    monkeypatch.setattr(module, "update_target", lambda *args: None, raising=False)
+    moved = []
+    monkeypatch.setattr(module, "update_target", lambda *args: moved.append(args), raising=False)
 
     def update(self, obs, action, rewards, terminals):
         ticks[-1] += 1
@@ -337,6 +351,9 @@ def test_updates_keep_step_with_the_environments(module, warmup, total, num_envs
         assert max(ticks) == 10 * num_envs
         assert (done[steps > warmup + 5_000 / 9 + num_envs] == steps[steps > warmup + 5_000 / 9 + num_envs]).all()
     assert results["updates"] == done[-1]
+    if module is tdmpc:  # every second update
+        assert len(moved) == done[-1] // 2
+        assert all(isinstance(model, tdmpc.WorldModel) and tau == args.tau for _, model, tau in moved)
 
 
 def test_it_learns_the_toy():

@@ -14,7 +14,7 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
-from data_tools.files import NotFiniteError, imported, write_atomically
+from data_tools.files import DataError, NotFiniteError, imported, write_atomically
 
 FLAGS = ("terminations", "truncations", "successes", "unstable", "waiting")
 
@@ -96,7 +96,7 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
 
     def draw(self, member: int) -> np.ndarray:
         """Return a picture of a member, (height, width, 3) uint8. Raises DataError where OpenGL is missing."""
-        raise NotImplementedError(f"{type(self).__name__} has no pictures: write its method draw(member)")
+        raise DataError(f"{type(self).__name__} has no pictures: write its method draw(member).")
 
     # ----------------------------------------------------------------------------------- Gymnasium's vector environment
 
