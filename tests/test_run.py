@@ -66,7 +66,7 @@ if not model.exists():
     note(f"pretrained {model.stem}")
     write(model, {})
 rng, step, minutes, episodes = random.Random(args.seed), 0, 0.0, []
-if args.resume:
+if (run_dir / "checkpoint.pt").exists():  # not yet, if it was stopped in pre-training
     step, state, episodes, minutes = json.loads((run_dir / "checkpoint.pt").read_text())
     rng.setstate((state[0], tuple(state[1]), state[2]))
 if args.graceful:
