@@ -96,6 +96,8 @@ better, `=` means that no difference can be read (up to 0.03 in the maze, 0.1 su
 here if our scores have the same relation. For `>` the means must differ by more than that, and every seed of one method
 must be above every seed of the other. It must be so at the env steps that both reached and at the end of each.
 Anything else **fails**, ties too. *Paper then* is the paper's own relation at our env steps, far from its end.
+**Dreamer and TD-MPC ran here with smaller networks and fewer updates than the paper's** ([what
+exactly](results/README.md)): where they lose, that may be why.
 """
 
 COVERAGE = """
@@ -115,7 +117,7 @@ MISALIGNED = """
 """
 
 SMALLER = (
-    "SAC, DIAYN, HIRO and LSP with fewer updates or smaller networks than by default "
+    "SAC, Dreamer, TD-MPC, DIAYN, HIRO and LSP with fewer updates or smaller networks than by default "
     "([what exactly](benchmarks/results/README.md))."
 )
 
