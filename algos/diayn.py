@@ -21,11 +21,13 @@ where an episode can end early, skills learn to end it. Why not just a high entr
 states, and what is random cannot be controlled. p(z) stays uniform: a learnt one collapses to a few skills.
 Not goal-conditioned; pre-trained, without data; a skill lasts a fixed time; off-policy.
 Expect about 0 on our tasks: skills that differ are not skills that help. In the maze they go some cells far and the
-goal is 34 away; in the Kitchen and on CALVIN an arm that moves by chance rarely moves an object.
+goal is 34 away; in the Kitchen an arm that moves by chance rarely moves an object. On CALVIN training episodes do .4
+sub-tasks, by exploration.
 
 Free choices: sac.py's tanh Gaussian, two critics and weights to start from (release: a mixture of 4 Gaussians, one
 critic and a value network, Xavier); the discriminator sees where things are (DISC_ENTRIES; the paper's "DIAYN+prior");
-all of control, which the paper tells little about: batch, updates, gamma and tau are those of discovery.
+how far apart positions look to it (DISC_SCALE); episodes of 400 and skills of 100 env steps in the maze; all of
+control, which the paper tells little about: batch, updates, gamma and tau are those of discovery.
 A run's folder holds the same files as skimo.py's.
 Differs from skimo.py in: Args, TASK_DEFAULTS, POSITION_PERIODS, Inputs, policy_loss, rollout, ReplayBuffer, Agent,
     train, evaluate, parse_args, check_args, main
@@ -82,7 +84,7 @@ class Args:
     data_dir: str | None = None  # not used: there are no offline data (the grid runner gives it to all files)
 
     # Discovery of skills
-    discover_steps: int = 200_000  # env steps without the task's reward, warm-up included; control follows
+    discover_steps: int = 200_000  # env steps without the task's reward, warm-up included; control has the rest
     discover_length: int = 1_000  # env steps of an episode in discovery, at most; then another skill begins
     skill_dim: int = 20  # number of skills Z (release: 50)
     subtract_log_p_z: bool = True  # - log p(z) = log Z in the reward

@@ -94,7 +94,7 @@ class Args:
     hidden_dim: int = 64  # width of hidden layers
     position_features: bool = True  # sines and cosines of positions as inputs, as in skimo.py
 
-    # Four rooms
+    # Four rooms. The last three do nothing without the first.
     four_rooms: bool = False  # learn the paper's example in tables, and no task
     paper_slip: bool = False  # a slip replaces the move, as in the paper; else it follows it, as in the release
     num_runs: int = 20  # side by side
@@ -881,10 +881,10 @@ def main(args: Args) -> dict:
     torch.set_num_threads(min(torch.get_num_threads(), 8))  # more do not help networks of this size
     if args.evaluate:
         return evaluate(args)
-    if args.four_rooms:
-        return report_four_rooms(args)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: sys.exit("stopped before there was anything to save"))
+    if args.four_rooms:
+        return report_four_rooms(args)
 
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
     run_dir = Path(args.resume or f"{args.run_dir}/{run_name}")

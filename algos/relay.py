@@ -622,6 +622,8 @@ def prepare(networks, data, args: Args):
 def pretrain(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop: threading.Event):
     """Phase 1, RIL: both levels imitate the relabelled offline data; writes them to path."""
     train_data, valid_data = data.to(args.device).split(0.99)
+    with kept_random_state(args):
+        relabel(valid_data, 1, args)  # episodes that are too short for a validation are noticed now
     prepare(networks, train_data, args)
     optimizer = torch.optim.Adam(networks.parameters(), lr=args.pretrain_lr, fused=True)
     loss_fn = torch.compile(pretrain_loss, mode="reduce-overhead", dynamic=False, disable=not args.compile)
@@ -981,7 +983,9 @@ def check_args(args: Args):
             sys.exit(f"error: {flag} {value} does not work; give at most 1")
         if name in ("min_scale", "max_std") and value == 0:
             sys.exit(f"error: {flag} 0 does not work; give a small number")
-    if args.env_id in data_tools.TASKS and args.env_id not in GOALS:
+    if args.batch_size < 2:
+        sys.exit("error: --batch-size 1 does not work, one advantage has no std; give at least 2")
+    if args.env_id in data_tools.TASKS and not (args.env_id in GOALS and args.env_id in GOAL_ENTRIES):
         sys.exit(f"error: --env-id {args.env_id} has no goal here; add it to GOALS and GOAL_ENTRIES")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA device; use --device cpu")

@@ -18,7 +18,8 @@ prior by a KL instead of the entropy. This is the closed-loop version of SkiLD, 
 Differences from the release, marked DEVIATION n below.
 1. KL divergences are exact (both sides are Gaussian, before the tanh). The release averages 10 samples.
 2. Pre-training is shorter, with a decaying learning rate, and in the maze with a larger KL weight.
-3. Sines and cosines of positions are inputs as well, and the maze is scaled, as in skimo.py.
+3. Sines and cosines of positions are inputs as well, and the maze is scaled, as in skimo.py. On people's data arms are
+   shifted and objects recombined (--arm-noise, --recombine).
 4. E environments act side by side, E updates after E skills. The warm-up counts as env steps (release: it does not).
 5. Kitchen: 30 observations, not 60; the others are a constant goal. CALVIN's pre-training, not released: as kitchen's.
 6. Actions are those that pi_L was trained for. The release acts with their tanh (--squash-actions), which halves what

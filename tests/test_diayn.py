@@ -271,7 +271,7 @@ def test_skills_do_not_change_in_control(count_args):
 
 
 def test_an_evaluation_changes_the_skill_every_few_steps(count_args):
-    """The controller is told to take skill t of the step t at which it is asked."""
+    """The controller is told to take skill n (modulo 3) when it is asked for the n-th time."""
     agent = diayn.Agent(count_args, 2, 1)
     asked = []
 

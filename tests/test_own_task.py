@@ -14,7 +14,7 @@ import torch
 import toy_walk
 
 import data_tools
-from algos import dreamer, lsp, sac, tdmpc
+from algos import dreamer, hiro, lsp, sac, tdmpc
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -154,3 +154,53 @@ def test_replay_tells_true_ends_from_time_outs(file, walk, monkeypatch, tmp_path
         got = torch.stack(got, 1).numpy().transpose(2, 0, 1)  # 2 x (300, E)
     np.testing.assert_allclose(got[0], 0.5 * rewards)
     np.testing.assert_array_equal(got[1], ends)
+
+
+def test_hiros_rows_are_what_happened_under_a_goal(walk, monkeypatch, tmp_path):
+    """Against a loop over the recorded env steps: a row has up to five of them, and episodes do not share one."""
+    monkeypatch.setattr(toy_walk, "GOAL", np.array([-0.5, -0.5]))
+    given, goals, buffers = [], [], []
+    step = toy_walk.WalkVectorEnv.step
+    act = hiro.TwoLevels.__call__
+    add = hiro.ReplayBuffer.add
+
+    def record_step(envs, action):
+        before = envs.observations()
+        result = step(envs, action)
+        given.append((before, action.copy(), *result[:4]))
+        return result
+
+    def record_goal(levels, obs, **how):
+        action = act(levels, obs, **how)
+        goals.append(levels.goal.numpy().copy())
+        return action
+
+    monkeypatch.setattr(toy_walk.WalkVectorEnv, "step", record_step)
+    monkeypatch.setattr(hiro.TwoLevels, "__call__", record_goal)
+    monkeypatch.setattr(hiro.ReplayBuffer, "add", lambda rb, *inputs: (buffers.append(rb), add(rb, *inputs)))
+    monkeypatch.setattr(hiro, "rollout", lambda *args: (np.zeros(1), np.zeros(1)))
+    flags = f"--env-id {walk} --device cpu --num-envs 2 --warmup-steps 600 --total-timesteps 600 --reward-scale 0.5"
+    hiro.main(hiro.parse_args([*flags.split(), "--goal-steps", "5", "--run-dir", str(tmp_path)]))
+    expected = []
+    running = [[], []]
+    for t, (before, action, after, rewards, ends, time_outs) in enumerate(given):
+        for e in range(2):
+            running[e].append((before[e], action[e], after[e], rewards[e], goals[t][e]))
+            if len(running[e]) == 5 or ends[e] or time_outs[e]:
+                expected.append((running[e], ends[e]))
+                running[e] = []
+    rb = buffers[0]
+    assert len(rb) == len(expected) and 2 < sum(end for _, end in expected) < len(expected) - 2
+    columns = {name: column[: len(rb)].numpy() for name, column in rb.columns.items()}
+    for i, (steps, end) in enumerate(expected):
+        n = len(steps)
+        assert columns["steps"][i] == n and columns["terminations"][i] == end
+        np.testing.assert_allclose(columns["obs"][i, :n], [first for first, *_ in steps], rtol=1e-6)
+        np.testing.assert_allclose(columns["obs"][i, n], steps[-1][2], rtol=1e-6)
+        np.testing.assert_allclose(columns["action"][i, :n], [a for _, a, *_ in steps], rtol=1e-6)
+        np.testing.assert_allclose(columns["goal"][i], steps[0][4], rtol=1e-6)
+        assert columns["rewards"][i] == pytest.approx(0.5 * sum(reward for *_, reward, _ in steps))
+        # The goal was a new one when the row began: else it would be what the last step left of the old one
+        moved = steps[0][4] + steps[0][0]
+        if n > 1:
+            np.testing.assert_allclose(steps[1][4] + steps[1][0], moved, atol=1e-5)

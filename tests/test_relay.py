@@ -250,6 +250,17 @@ def test_fine_tuning_learns_to_reach_subgoals():
     assert np.mean(shares[:5]) < 0.5 and np.mean(shares[-5:]) > 0.9
 
 
+def test_exploration_is_small_but_imitation_keeps_the_std_of_ril():
+    args = tiny_args(max_std=0.03, demo_coef=0.7)
+    networks = line_networks(args)
+    with torch.no_grad():
+        networks["low"].log_std.fill_(float(np.log(0.2)))
+    agent = relay.Agent(args, networks)
+    np.testing.assert_allclose(agent.low.log_std.exp(), 0.03, rtol=1e-5)
+    np.testing.assert_allclose(agent.demo_std, 0.2, rtol=1e-5)
+    assert agent.demo_coef.item() == pytest.approx(0.7)
+
+
 @pytest.mark.parametrize("finishes", [False, True], ids=["time-out", "true end"])
 @pytest.mark.parametrize("flat", [False, True], ids=["subgoals", "flat"])
 def test_what_comes_after_a_subgoal_and_after_an_episode(flat, finishes):
@@ -337,8 +348,13 @@ def test_imitation_alone_leaves_an_agent_that_can_be_fine_tuned(data_dir, tmp_pa
     (run,) = (tmp_path / "runs").iterdir()
     relay.main(relay.parse_args(["--evaluate", str(run / "checkpoint.pt")]))
     assert "maze: 2 episodes of" in capsys.readouterr().out
+    agent = torch.load(run / "checkpoint.pt", weights_only=True)["agent"]
+    assert agent["demo_coef"].item() == pytest.approx(relay.Args.demo_coef)
     results = relay.main(relay.parse_args(["--resume", str(run), "--total-timesteps", "300"]))
     assert results["env_steps"] == 320 and results["updates"] > 0
+    agent = torch.load(run / "checkpoint.pt", weights_only=True)["agent"]
+    expected = relay.Args.demo_coef * relay.Args.demo_decay ** results["updates"]  # one for each roll-out
+    assert agent["demo_coef"].item() == pytest.approx(expected) != relay.Args.demo_coef
 
 
 def test_task_without_a_goal_is_refused(monkeypatch):
