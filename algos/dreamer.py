@@ -270,9 +270,9 @@ class ActionModel(nn.Module):
 
     def __init__(self, action_dim: int, args: Args):
         super().__init__()
-        u = args.hidden_dim
+        width = args.hidden_dim
         d = args.stoch_dim + args.deter_dim
-        self.net = mlp(d, u, u, u, u, 2 * action_dim)
+        self.net = mlp(d, width, width, width, width, 2 * action_dim)
         self.raw_std = math.log(math.exp(5) - 1)  # softplus of this is 5
 
     def forward(self, feature):

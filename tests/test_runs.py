@@ -267,8 +267,9 @@ def test_finished_run_can_be_lengthened(case, no_data):
 def test_interrupted_pretraining_goes_on_bit_for_bit(case, by, stop, monkeypatch):
     data_dir = case.new_data_dir()
     with monkeypatch.context() as patch:
-        # The third call is the validation after two updates: also what is stopped there has to be saved.
-        after_calls(patch, data_tools.OfflineDataset, case.sampling, 2 * case.draws + 1, stop.set)
+        # In the second update. Before the first one: a draw for validation, and relay's demonstrations.
+        before = 4 if case.draws == 2 else 1
+        after_calls(patch, data_tools.OfflineDataset, case.sampling, before + case.draws + 1, stop.set)
         part = case.interrupted("stopped in pre-training; the same command goes on", data_dir=data_dir)
     unfinished = only(data_dir / "pretrained")
     updates = torch.load(unfinished, weights_only=True)["updates"]
