@@ -1377,7 +1377,7 @@ def check_args(args: Args):
         sys.exit(f"error: --recombine does not work on {args.env_id}, whose Task names no objects; leave it out")
     others = args.published or args.data or args.dataset != "scripted"
     if args.pretrained == "published" and others:
-        sys.exit("error: --pretrained published goes with scripted data and without --published; leave one of them out")
+        sys.exit("error: --pretrained published needs scripted data and our settings; leave out the other flag")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA device; use --device cpu")
 

@@ -655,7 +655,8 @@ class RolloutBuffer:
         behind = paths(last_values[:, None].expand(-1, H))
         next_values = torch.where(paths(cut), behind, values.roll(-1, 0))
         taken = (step < steps[:, None]).float()
-        rows = paths(x), paths(residuals), paths(rewards), values, next_values, paths(cut.float()), paths(taken)
+        rows = [paths(x), paths(residuals), paths(rewards), values, next_values]
+        rows += [paths(cut.float()), paths(taken)]
         gamma = args.gamma ** (1 / H)  # DEVIATION 9
         self.residual = self.table(agent.residual, *rows, gamma)
 
@@ -953,8 +954,8 @@ def encode_windows(skills, data, num_windows: int, args: Args):
 
 def find_flow(args: Args, model: Path, data) -> Path:
     """The file of the flow prior for a pre-trained model; found again by task, model, data, arguments, code."""
-    names = [field.name for field in fields(Args)]
-    names = ["skill_horizon", "recombine", "arm_noise"] + [name for name in names if name.startswith("flow_")]
+    names = [field.name for field in fields(Args) if field.name.startswith("flow_")]
+    names = ["skill_horizon", "recombine", "arm_noise", *names]
     parts = zero_net, Features, FlowPrior, log_density, draw, flow_loss, perturb, encode_windows
     code = "".join(inspect.getsource(part) for part in parts)
     model_hash = hashlib.sha256(model.read_bytes()).hexdigest()
@@ -1330,12 +1331,13 @@ def evaluate(args: Args):
         residuals = state["residuals"]
     actor = agent.actor()
     actor.weight = residual_weight(state["global_step"], args)
-    returns, lengths = rollout(agent.sample_policy, actor, args.eval_episodes, args, 10_000 + args.seed)
+    seed = 10_000 + args.seed
+    returns, lengths = rollout(agent.sample_policy, actor, args.eval_episodes, args, seed)
     words = f"return {returns.mean():.4g}, success {success(returns, args):.0%}, {lengths.mean():.0f} env steps"
     print(f"{args.env_id}: {args.eval_episodes} episodes of {path}: {words} on average")
     if args.capture_video:
         video = Path(args.run_dir) / f"{args.env_id}__{args.exp_name}__evaluation.mp4"
-        rollout(agent.sample_policy, actor, 1, args, 10_000 + args.seed, video)
+        rollout(agent.sample_policy, actor, 1, args, seed, video)
         print(f"video: {video}")
         draw_pictures(args, agent, residuals, video.with_suffix(".png"))
 
@@ -1418,7 +1420,7 @@ def check_args(args: Args):
         sys.exit(f"error: --recombine does not work on {args.env_id}, whose Task names no objects; leave it out")
     others = args.published or args.data or args.dataset != "scripted"
     if args.pretrained == "published" and others:
-        sys.exit("error: --pretrained published goes with scripted data and without --published; leave one of them out")
+        sys.exit("error: --pretrained published needs scripted data and our settings; leave out the other flag")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA device; use --device cpu")
 

@@ -487,8 +487,8 @@ def readme_text(cells) -> str:
         tested = "no ordering tested"
         if pairs:
             tested = (
-                f"of its statements that one method is better than another {len(pairs)} could be tested: {holds} are "
-                f"true here in training, {both} also in evaluation without noise"
+                f"of its comparisons of two methods {len(pairs)} could be tested: {holds} with the same result here in "
+                f"training, {both} also in evaluation without noise"
             )
         words += (
             f" {DATA.get(data, data).capitalize()} data: {found['begun']} of its {len(PAPER)} curves begun, "

@@ -160,6 +160,7 @@ def read_run(path: Path) -> Run:
             facts = dict(algo=args["exp_name"], env_id=args["env_id"], seed=args["seed"], args=args)
             results = path.with_name("results.json")
             facts["results"] = json.loads(results.read_text()) if results.exists() else None
+            facts["machine"] = (facts["results"] or {}).get("machine")
             table = path.with_name("episodes.csv")
             if not table.exists():
                 sys.exit(f"error: in {path.parent} RL has not begun yet; wait for its pre-training")
@@ -235,8 +236,8 @@ def mean_between(run: Run, low: float, high: float) -> float:
 
     Beyond the run's end only episodes are placed that ended early, as successes do: they count for nothing.
     """
-    inside = (run.steps > low) & (run.steps <= high)
-    return run.scores[inside].mean() if inside.any() and low < run.end else np.nan
+    inside = (run.steps > low) & (run.steps <= min(high, run.end))
+    return run.scores[inside].mean() if inside.any() else np.nan
 
 
 def last_episodes(run: Run, end: int, count: int = 100) -> float:

@@ -176,7 +176,7 @@ def test_an_update_moves_the_slow_copies_by_tau_and_the_critics_by_their_own_los
 
 
 def test_actions_are_kept_for_repeat_env_steps(monkeypatch, tmp_path):
-    """In training, not in evaluation; the replay holds what was executed."""
+    """In the warm-up and after it."""
     seen = []
     step = MazeVectorEnv.step
     monkeypatch.setattr(MazeVectorEnv, "step", lambda envs, action: seen.append(action.copy()) or step(envs, action))
