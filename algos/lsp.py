@@ -34,7 +34,7 @@ for the model; policy and critic learn in imagination).
 Expect (SkiMo's text): maze 0 and kitchens nearly 0, for 50 steps of plan see nothing 34 cells away. With --cpu-preset,
 and one hidden layer less in encoder, decoder and reward model than now: maze and Kitchen 0, though skills differ (by 2
 nats), and on CALVIN .44 sub-tasks with seed 2, .01 with seed 1, whose skills do not come to differ. Without reward
-skills differ by 1.4 nats in our maze, and by 1.4 / .6 nats (two seeds) for a point (benchmarks/controls_lsp.py).
+skills differ by 1.4 nats in our maze, and by 3.2 nats for a point (benchmarks/controls_lsp.py).
 A run's folder holds the same files as skimo.py's.
 Differs from skimo.py in: Args, TASK_DEFAULTS, CPU_PRESET, POSITION_PERIODS, kl_divergence, Filter, rollout,
     skill_paths, Agent, train, evaluate, parse_args, check_args, main
