@@ -725,7 +725,8 @@ def prior_rollouts(networks, args: Args, num_episodes: int):
 def success(returns, args: Args) -> float:
     """Share of episodes in which everything was done."""
     best = data_tools.TASKS[args.env_id].max_return
-    return float((np.asarray(returns) >= best).mean()) if len(returns) else 0.0
+    reached = np.asarray(returns) >= best - 1e-5 * abs(best)  # rewards are float32
+    return float(reached.mean()) if len(returns) else 0.0
 
 
 # --------------------------------------------------------------------------------------------------------------- replay
@@ -1375,7 +1376,7 @@ def check_args(args: Args):
         sys.exit(f"error: --arm-noise does not work on {args.env_id}, which has no entry in ARM; leave it out")
     if args.recombine and not data_tools.TASKS[args.env_id].objects:
         sys.exit(f"error: --recombine does not work on {args.env_id}, whose Task names no objects; leave it out")
-    others = args.published or args.data or args.dataset != "scripted"
+    others = args.published or args.data or args.dataset != "scripted" or args.skill_horizon != Args.skill_horizon
     if args.pretrained == "published" and others:
         sys.exit("error: --pretrained published needs scripted data and our settings; leave out the other flag")
     if args.device == "cuda" and not torch.cuda.is_available():

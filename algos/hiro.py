@@ -345,7 +345,8 @@ def rollout(choose_action, num_episodes: int, args: Args, seed: int, video: Path
 def success(returns, args: Args) -> float:
     """Share of episodes in which everything was done."""
     best = data_tools.TASKS[args.env_id].max_return
-    return float((np.asarray(returns) >= best).mean()) if len(returns) else 0.0
+    reached = np.asarray(returns) >= best - 1e-5 * abs(best)  # rewards are float32
+    return float(reached.mean()) if len(returns) else 0.0
 
 
 # -------------------------------------------------------------------------------------------------------------- replay

@@ -29,7 +29,7 @@ rounding (5e-7) in double precision.
 A run's folder is like skimo.py's.
 Score: maze, share of the last 100 training episodes that reach the goal after 300,000 env steps: 1.00 / 1.00 / 1.00.
 Shapes: B batch, N skills per window, H steps per skill, O observation, A action, Z skill, d latent state,
-E environments, C chunks, F inputs of the state encoder.
+E environments, C chunks, F inputs of networks (in StateEncoder: P positions, F periods of each).
 """
 
 import argparse
@@ -73,7 +73,7 @@ SHIPPED = Path(__file__).resolve().parents[1] / "benchmarks" / "results"  # mode
 @dataclass
 class Args:
     env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned, calvin or one of your own
-    published: bool = False  # take every value of the paper's release for this task
+    published: bool = False  # take the release's values for this task, as the header says
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # of networks, sampling and environments
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and act
@@ -522,14 +522,16 @@ def prior_rollouts(networks, args: Args, num_episodes: int):
 def success(returns, args: Args) -> float:
     """Share of episodes in which everything was done."""
     best = data_tools.TASKS[args.env_id].max_return
-    return float((np.asarray(returns) >= best).mean()) if len(returns) else 0.0
+    reached = np.asarray(returns) >= best - 1e-5 * abs(best)  # rewards are float32
+    return float(reached.mean()) if len(returns) else 0.0
 
 
 # -------------------------------------------------------------------------------------------------------------- replay
 class ReplayBuffer:
-    """Finished episodes of at least N skills, back to back in flat tensors on the device; nothing is ever dropped.
+    """Finished episodes of at least N skills, back to back in flat tensors on the device; none is ever dropped.
 
-    An episode of T skills takes T + 1 rows; the last one holds its final observation.
+    From shorter ones nothing is learnt, as in the release. An episode of T skills takes T + 1 rows; the last one holds
+    its final observation.
     """
 
     def __init__(self, obs_dim: int, args: Args):
@@ -1143,7 +1145,7 @@ def check_args(args: Args):
         sys.exit(f"error: --arm-noise does not work on {args.env_id}, which has no entry in ARM; leave it out")
     if args.recombine and not data_tools.TASKS[args.env_id].objects:
         sys.exit(f"error: --recombine does not work on {args.env_id}, whose Task names no objects; leave it out")
-    others = args.published or args.data or args.dataset != "scripted"
+    others = args.published or args.data or args.dataset != "scripted" or args.skill_horizon != Args.skill_horizon
     if args.pretrained == "published" and others:
         sys.exit("error: --pretrained published needs scripted data and our settings; leave out the other flag")
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -668,14 +668,16 @@ def prior_rollouts(networks, args: Args, num_episodes: int):
 def success(returns, args: Args) -> float:
     """Share of episodes in which everything was done."""
     best = data_tools.TASKS[args.env_id].max_return
-    return float((np.asarray(returns) >= best).mean()) if len(returns) else 0.0
+    reached = np.asarray(returns) >= best - 1e-5 * abs(best)  # rewards are float32
+    return float(reached.mean()) if len(returns) else 0.0
 
 
 # -------------------------------------------------------------------------------------------------------------- replay
 class ReplayBuffer:
-    """Finished episodes of at least N skills, back to back in flat tensors on the device; nothing is ever dropped.
+    """Finished episodes of at least N skills, back to back in flat tensors on the device; none is ever dropped.
 
-    An episode of T skills takes T + 1 rows; the last one holds its final observation.
+    From shorter ones nothing is learnt, as in the release. An episode of T skills takes T + 1 rows; the last one holds
+    its final observation.
     """
 
     def __init__(self, obs_dim: int, args: Args):
@@ -1297,15 +1299,15 @@ def check_args(args: Args):
             sys.exit(f"error: {flag} 0 does not work; give at least 1")
         if name in ("tau", "gamma", "rho", "momentum") and value > 1:
             sys.exit(f"error: {flag} {value} does not work; give at most 1")
-    if args.policy_std == 0:
-        sys.exit("error: --policy-std 0 does not work; give a small number")
+    if not 0 < args.policy_std <= 1:  # beyond, the quadrature of squashed_kl is wrong by more than 1 %
+        sys.exit(f"error: --policy-std {args.policy_std} does not work; give a small number, at most 1")
     if args.num_elites > args.num_samples + args.num_policy_trajs:
         sys.exit("error: --num-elites exceeds --num-samples + --num-policy-trajs; lower it")
     if args.arm_noise > 0 and args.env_id not in ARM:
         sys.exit(f"error: --arm-noise does not work on {args.env_id}, which has no entry in ARM; leave it out")
     if args.recombine and not data_tools.TASKS[args.env_id].objects:
         sys.exit(f"error: --recombine does not work on {args.env_id}, whose Task names no objects; leave it out")
-    others = args.published or args.data or args.dataset != "scripted"
+    others = args.published or args.data or args.dataset != "scripted" or args.skill_horizon != Args.skill_horizon
     if args.pretrained == "published" and others:
         sys.exit("error: --pretrained published needs scripted data and our settings; leave out the other flag")
     if args.device == "cuda" and not torch.cuda.is_available():

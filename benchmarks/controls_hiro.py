@@ -221,9 +221,10 @@ def main():
     torch.set_num_threads(1)
     if not given.checkpoint:
         return control(given)
-    args = hiro.Args(**hiro.load(given.checkpoint, {})["args"] | dict(device="cpu", compile=False))
-    agent = hiro.Agent(args, *data_tools.env_sizes(args.env_id))
-    hiro.load(given.checkpoint, dict(agent=agent))
+    with hiro.reading(given.checkpoint):
+        args = hiro.Args(**hiro.load(given.checkpoint, {})["args"] | dict(device="cpu", compile=False))
+        agent = hiro.Agent(args, *data_tools.env_sizes(args.env_id))
+        hiro.load(given.checkpoint, dict(agent=agent))
     share = draw_goals(agent, args, given.out, 10_000 + given.seed)
     print(f"{args.env_id}: without noise {share:.2f} of the way to the goals is covered, in twelve episodes")
 

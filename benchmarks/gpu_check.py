@@ -1,4 +1,4 @@
-"""The parts of benchmarks/gpu_check.sh: tests on the GPU, speed beside the authors' code, training with several seeds.
+"""The parts of benchmarks/gpu_check.sh: tests on the GPU, speed of all files, training with several seeds.
 
 tests: compiled = eager with CUDA graphs replayed, no waits in updates, resume, memory (tests/test_cuda.py)
 speed: updates and planner of all files, eager and compiled (speed.py)
@@ -241,7 +241,7 @@ def reached(args_file: Path, device: str) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------- the report
-def report(found: dict, device: str) -> str:
+def report(found: dict) -> str:
     """The table of what was found, part -> result."""
     lines = [f"{part}: {result['status']} ({result['minutes']:.1f} minutes)" for part, result in found.items()]
     if "passed" in found.get("tests", {}):
@@ -250,7 +250,7 @@ def report(found: dict, device: str) -> str:
         lines += [f"  failed: {name}" for name in tests["failed"]]
         lines += [f"  {fact['algo']}: {fact['fact']} {fact['value']:.3g}" for fact in tests["measured"]]
     if found.get("speed", {}).get("rows"):
-        lines += ["", "SPEED", speed.table(found["speed"]["rows"], device)]
+        lines += ["", "SPEED", speed.table(found["speed"]["rows"])]
     if "runs" in found.get("train", {}):
         lines += ["", f"TRAINING: {found['train']['how']}"]
         for run in found["train"]["runs"]:
@@ -284,8 +284,8 @@ def main(args: Args):
             result = dict(status=f"failed: {traceback.format_exc().splitlines()[-1]}")
         found[part] = dict(result, minutes=(time.time() - began) / 60)
         speed.write_json(OUT / "gpu_check.json", dict(machine=machine, rehearsal=args.cpu, parts=found))
-        (OUT / "gpu_check.txt").write_text(report(found, device) + "\n")
-    print(report(found, device))
+        (OUT / "gpu_check.txt").write_text(report(found) + "\n")
+    print(report(found))
     print(f"written: {OUT / 'gpu_check.json'}, {OUT / 'gpu_check.txt'}")
     bad = [part for part, result in found.items() if result["status"] != "ok"]
     if bad:

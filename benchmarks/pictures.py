@@ -19,7 +19,6 @@ before the step.
 
 import copy
 import functools
-import importlib.util
 import json
 import math
 import sys
@@ -36,6 +35,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.provenance import load_algorithm
 from data_tools import TASKS
 from data_tools.files import imported, write_atomically
 
@@ -52,19 +52,6 @@ class Args:
 
 
 # ----------------------------------------------------------------------------------------------- what the files give us
-def load_algorithm(name: str):
-    """Import an algorithm file."""
-    path = ROOT / "algos" / f"{name}.py"
-    if not path.is_file():
-        known = ", ".join(sorted(path.stem for path in path.parent.glob("*.py")))
-        sys.exit(f"error: --algo {name} is no file in algos/; there are: {known}")
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 def load_run(path: Path, name: str | None):
     """A run's folder or checkpoint -> (algorithm file, arguments, agent on the CPU, choose_skill, observations)."""
     checkpoint = path if path.is_file() else path / "checkpoint.pt"
@@ -74,11 +61,16 @@ def load_run(path: Path, name: str | None):
     if name is None and (ROOT / "algos" / f"{args['exp_name']}.py").is_file():
         name = args["exp_name"]
     algo = load_algorithm(name or "skimo")
+    refusal = f"error: runs of {algo.__name__}.py hold no skills in a replay buffer of observations; give another run"
+    if not hasattr(algo, "make_networks"):
+        sys.exit(refusal)
     with algo.reading(checkpoint):
         args = algo.Args(**args | dict(device="cpu", compile=False))
         agent = algo.Agent(args, algo.make_networks(args, *algo.data_tools.env_sizes(args.env_id)))
         state = algo.load(checkpoint, dict(agent=agent))
-        obs = state["rb"]["obs"].numpy()
+    if "obs" not in state.get("rb", {}):
+        sys.exit(refusal)
+    obs = state["rb"]["obs"].numpy()
     if obs.ndim == 3:  # files that store all env steps of a skill: where the skill begins
         obs = obs[:, 0]
     if hasattr(agent, "sample_policy"):

@@ -19,6 +19,7 @@ from benchmarks.scores import (
     evaluation_at,
     smooth,
 )
+from data_tools.files import write_atomically
 
 SHOWN = ("skimo", "skimo_no_cem", "skimo_sac", "skimo_no_joint", "spirl")  # methods in the overview
 
@@ -117,10 +118,7 @@ def overview(cells) -> Figure:
         style(axes, task, facts.paper_end, 13)
         ends = draw_training(axes, cells, task, data, facts.paper_end, names, large=False)
         label_ends(axes, ends, 0.09 * facts.best, 13)
-        kind = f"{DATA.get(data, data)} data"
-        if (task, data) == ("kitchen-misaligned", "scripted"):
-            kind = "scripted, not mis-aligned"
-        axes.set_title(f"{facts.label}\n{kind}", fontsize=15)
+        axes.set_title(f"{facts.label}\n{DATA.get(data, data)} data", fontsize=15)
         axes.set_ylabel(facts.measure, fontsize=13)
         axes.set_xticks([0, facts.paper_end / 2, facts.paper_end])
         axes.text(0, -0.34, "Run here:", transform=axes.transAxes, va="center", weight="bold", size=13)
@@ -130,7 +128,7 @@ def overview(cells) -> Figure:
             text = f"{METHODS[name].short}, {count} seed{'s' * (count > 1)} to {thousands(cell.main_end)}"
             at = dict(transform=axes.transAxes, va="center", size=13)
             axes.text(0, -0.34 - 0.115 * line, text, color=METHODS[name].colour, **at)
-    text = "Solid: our runs (mean of the seeds). Dashed: the paper's curves (other data, five seeds)."
+    text = "Solid: our runs (mean of the seeds; thin: those that went on). Dashed: the paper's (other data, five seeds)."
     figure.text(0.5, 0.955, text, ha="center", va="center", fontsize=15)
     return figure
 
@@ -178,11 +176,5 @@ def draw_evaluations(axes, name: str, cell: Cell) -> tuple | None:
 
 def save(figure: Figure, path: Path):
     """Write a picture whole or not at all, with the same bytes for the same logs."""
-    part = path.with_name(f"part_{path.name}")
-    try:
-        figure.savefig(part, dpi=90, metadata={"Software": None})
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        sys.exit(f"error: {path} cannot be written ({error})")
+    write_atomically(path, lambda part: figure.savefig(part, dpi=90, metadata={"Software": None}))
     print(f"wrote {path}")

@@ -1,5 +1,6 @@
 """Where a number comes from: command, code and machine."""
 
+import importlib.util
 import os
 import platform
 import re
@@ -21,6 +22,19 @@ def describe_code(root: Path) -> dict:
         return result.stdout.strip() if result.returncode == 0 else None
 
     return dict(commit=git("rev-parse", "HEAD"), changed=bool(git("status", "--porcelain", "--untracked-files=no")))
+
+
+def load_algorithm(name: str):
+    """Import an algorithm file."""
+    path = ROOT / "algos" / f"{name}.py"
+    if not path.is_file():
+        known = ", ".join(sorted(path.stem for path in path.parent.glob("*.py")))
+        sys.exit(f"error: {name} is no file in algos/; there are: {known}")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def describe_machine() -> str:

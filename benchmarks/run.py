@@ -354,7 +354,10 @@ def make_cells(args: Args) -> list[Cell]:
                 command = ["python", str(file), "--env-id", env_id, "--seed", str(seed), "--run-dir", str(folder)]
                 command += ["--data-dir", str(Path(args.data_dir).resolve())] if args.data_dir else []
                 command += ["--device", args.device] if args.device else []
-                flags = shlex.split(args.args)
+                try:
+                    flags = shlex.split(args.args)
+                except ValueError as error:
+                    sys.exit(f"error: --args {args.args} cannot be split into flags ({error}); check its quotes")
                 cell = Cell(algo, env_id, seed, command + flags, folder, result, checkpoint, family)
                 cell.pretrained = any(flag.split("=")[0] == "--pretrained" for flag in flags)
                 check_flags(args, cell)

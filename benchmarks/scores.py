@@ -107,7 +107,7 @@ class Run:
 
     @property
     def end(self) -> int:
-        """Env steps of the run, rounded down, for runs end at the next end of a skill or an episode."""
+        """Env steps of the run, rounded down, or up by less than a fifth: runs end with a skill or an episode."""
         if self.env_steps < 1_000:
             return self.env_steps
         unit = 10_000 if self.env_steps >= 98_000 else 1_000

@@ -163,7 +163,7 @@ def main():
             if any(name in row for name in columns):
                 writer.writerow((step, *(f"{row[name]:.4g}" if name in row else "" for name in columns)))
     if given.picture:
-        dads.draw_skills(agent, args, given.picture)
+        dads.draw_skills(agent, args, args.hold_steps, given.picture)
     facts |= dict(
         passed=verdict(facts),
         **origin,

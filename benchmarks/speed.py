@@ -9,22 +9,20 @@ logs and target updates. An RL update draws its batch from the file's replay buf
 K = N or, in files without one, from the task policy. Files without skills have no pre-training, and choose actions: by
 the planner (row `plan`) or the policy (row `act`). The training loop is `train` itself on random networks: all
 schedules of the real run are shrunk to --loop-steps, so that plan lengths and updates have the mix of the real run.
-Every number is the median of repeated calls after a warm-up, with CUDA synchronisation. The authors' numbers stand
-beside ours where both compute the same. Threads are torch's: OMP_NUM_THREADS sets them.
+Every number is the median of repeated calls after a warm-up, with CUDA synchronisation. Threads are torch's:
+OMP_NUM_THREADS sets them.
 """
 
 import contextlib
 import copy
 import dataclasses
 import functools
-import importlib.util
 import inspect
 import io
 import json
 import math
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import threading
@@ -42,16 +40,13 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from benchmarks.provenance import describe_code, load_algorithm
+from data_tools.files import write_atomically
+
 # Entries of an observation and of an action
 DIMS = {"maze": (4, 2), "kitchen": (30, 9), "kitchen-misaligned": (30, 9), "calvin": (21, 7)}
 RELEASE = ", release's sizes"  # ends the name of a row with the batch or the planner of the authors' release
-
-# The authors' code at the kitchen's sizes, ms per call: (on an H200, on two CPU cores).
-AUTHORS = {
-    "pre-training update" + RELEASE: (74.0, None),
-    "RL update": (196.0, 252.0),
-    "plan, 1 env" + RELEASE: (46.9, None),
-}
 
 
 @dataclass
@@ -91,15 +86,6 @@ def check_args(args: Args):
         sys.exit("error: nothing to time; give at least one of --algos and of --modes")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA device; use --device cpu")
-
-
-def load_algorithm(name: str):
-    """Import an algorithm file."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "algos" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def size_args(algo, size: str, mode: str, args: Args):
@@ -544,9 +530,8 @@ def time_everything(args: Args):
         bar.set_postfix_str(f"{algo} {name} ({size}, {mode})")
         torch.manual_seed(0)
         row = dict(algo=algo, name=name, size=size, mode=mode, num_envs=num_envs, **make(), **facts)
-        gpu, cpu = AUTHORS.get(name, (None, None)) if (algo, size) == ("skimo", "kitchen") else (None, None)
         bar.update()
-        return dict(row, authors_h200_ms=gpu, authors_cpu_ms=cpu)
+        return row
 
     if "step" in wanted:
         first = {}  # env steps per second on one core
@@ -574,9 +559,9 @@ def training_row(algo, mode: str, args: Args):
 
 
 # ---------------------------------------------------------------------------------------------------------- the report
-def table(rows: list[dict], device: str) -> str:
-    """Aligned text, eager and compiled side by side; the last columns are the authors' code and the ratio to it."""
-    lines = [["file", "", "size", "eager ms", "+-", "compiled ms", "+-", "env steps/s", "authors ms", "ratio"]]
+def table(rows: list[dict]) -> str:
+    """Aligned text, eager and compiled side by side."""
+    lines = [["file", "", "size", "eager ms", "+-", "compiled ms", "+-", "env steps/s"]]
     found = {}
     for row in rows:
         found.setdefault((row["algo"], row["name"], row["size"]), {})[row["mode"]] = row
@@ -587,10 +572,7 @@ def table(rows: list[dict], device: str) -> str:
             line.append(f"{row['ms']:.3g}" if row else "")
             line.append(f"{row['iqr_ms']:.2g}" if "iqr_ms" in row else "")
         best = min(modes.values(), key=lambda row: row["ms"])
-        authors = best["authors_h200_ms" if device == "cuda" else "authors_cpu_ms"]
         line.append(f"{best['per_second']:,.0f}" if "per_second" in best else "")
-        line.append(f"{authors:g}" if authors else "")
-        line.append(f"{authors / best['ms']:.2g}x" if authors else "")  # above 1x: faster than theirs
         lines.append(line)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     aligned = [[text.ljust(w) if i < 3 else text.rjust(w) for i, (text, w) in enumerate(zip(c, widths))] for c in lines]
@@ -603,22 +585,17 @@ def machine(args: Args) -> dict:
     with contextlib.suppress(OSError):  # Linux only
         info = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.split(":", 1)[1].strip() for line in info if line.startswith("model name")), cpu)
-    commit = "unknown"
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
-        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
     facts = dict(cpu=cpu, cores=os.cpu_count(), gpu=gpu, load=os.getloadavg(), system=platform.platform())
     facts |= dict(python=platform.python_version(), torch=torch.__version__, device=args.device)
-    return facts | dict(threads=torch.get_num_threads(), commit=commit, date=time.strftime("%Y-%m-%d %H:%M:%S"))
+    facts |= dict(threads=torch.get_num_threads(), date=time.strftime("%Y-%m-%d %H:%M:%S"))
+    return facts | describe_code(ROOT)
 
 
 def write_json(path: Path, values: dict):
     """Values as JSON, in a file that is whole at any time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(values, indent=1, default=str) + "\n")
-    part.replace(path)
+    text = json.dumps(values, indent=1, default=str) + "\n"
+    write_atomically(path, lambda part: part.write_text(text))
 
 
 def main(args: Args) -> dict:
@@ -635,7 +612,7 @@ def main(args: Args) -> dict:
         sys.exit("error: nothing to time; give --sizes and --plan-envs or --step-envs for the parts in --only")
     print(f"{facts['gpu'] or facts['cpu']}, {facts['threads']} CPU threads, load {facts['load'][0]:.1f} of", end=" ")
     print(f"{facts['cores']} cores, torch {facts['torch']}, commit {facts['commit']}")
-    print(table(rows, args.device))
+    print(table(rows))
     for row in rows:
         if "shares" in row:
             shares = ", ".join(f"{name} {share:.0%}" for name, share in row["shares"].items())

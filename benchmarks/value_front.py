@@ -41,8 +41,9 @@ def values_by_distance(run: Path, algo, num_episodes: int) -> tuple[np.ndarray, 
     checkpoint = run / "checkpoint.pt"
     with algo.reading(checkpoint):
         args = algo.load(checkpoint, {})["args"]
-        if args["env_id"] != "maze":
-            raise ValueError(f"it is a run of {args['env_id']}, not of the maze")
+    if args["env_id"] != "maze":
+        sys.exit(f"error: {run} is a run of {args['env_id']}, not of the maze; give another")
+    with algo.reading(checkpoint):
         args = algo.Args(**args | dict(device="cpu", compile=False))
         agent = algo.Agent(args, algo.make_networks(args, *env_sizes("maze")))
         replay = algo.load(checkpoint, dict(agent=agent))["rb"]

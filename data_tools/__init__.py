@@ -10,9 +10,8 @@ from pathlib import Path
 
 import gymnasium
 
-from data_tools.dataset import OfflineDataset
+from data_tools.dataset import OfflineDataset, made_once
 from data_tools.files import DataError, cache_dir, imported
-from data_tools.loading import load
 from data_tools.tasks.vector import SingleEnv, VideoRecorder
 
 __all__ = ["TASKS", "DataError", "OfflineDataset", "Task", "cache_dir", "env_sizes", "load_dataset", "make_envs"]
@@ -35,6 +34,11 @@ class Task:
     data_obs_dim: int | None = None  # numbers in the observations of data that append something, which is cut off
     statistics: str | None = None  # "module:function" of (returns, obs, actions, ended) of roll-outs
     draw_map: str | None = None  # "module:function" of (axes): a map, on which an observation is at (obs[1], obs[0])
+
+    def __post_init__(self):
+        for name in ("obs_scale", "obs_shift"):  # NumPy's numbers would make networks' inputs float64
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(map(float, value)))
 
 
 TASKS = {
@@ -99,7 +103,14 @@ def env_sizes(env_id: str) -> tuple[int, int]:
 
 
 def load_dataset(
-    env_id: str, data_dir=None, dataset="scripted", data=None, noise=None, seed=0, device="cpu", progress=True
+    env_id: str,
+    data_dir=None,
+    dataset: str = "scripted",
+    data=None,
+    noise: float | None = None,
+    seed: int = 0,
+    device="cpu",
+    progress: bool = True,
 ) -> OfflineDataset:
     """Return the offline data of a task. Raises DataError.
 
@@ -108,8 +119,27 @@ def load_dataset(
     cache or the network.
     noise: size of the disturbances in scripted data (None: the task's), seed: their random seed; progress: show bars.
     """
+    from data_tools import formats  # not needed for tasks alone
+
     task = find_task(env_id)
-    return load(task, env_id, env_sizes(env_id), data_dir, dataset, data, noise, seed, device, progress)
+    sizes = env_sizes(env_id)
+    if dataset not in ("scripted", "d4rl"):
+        raise DataError(f"--dataset {dataset} is unknown: use scripted or d4rl.")
+    if data is None and dataset == "d4rl":
+        if task.download is None:
+            raise DataError(f"D4RL has no data for {env_id}: use --dataset scripted.")
+        data = imported(task.download)(cache_dir(data_dir), progress)
+    if data is not None:
+        return formats.read_data(data, *sizes, task.data_obs_dim, progress).to(device)
+    if task.collect is None:
+        raise DataError(f"{env_id} has no scripted data: give a file with --data PATH.")
+    noise = task.noise if noise is None else noise
+    path = cache_dir(data_dir) / f"{task.data or env_id}_noise{float(noise)}_seed{seed}_v1.hdf5"
+    scripted = made_once(path, lambda: imported(task.collect)(noise=noise, seed=seed, progress=progress))
+    found = scripted.observations.shape[1], scripted.actions.shape[1]
+    if found not in (sizes, (task.data_obs_dim, sizes[1])):
+        raise DataError(f"{path} has {found} numbers per observation and action, {env_id} {sizes}: delete the file.")
+    return scripted.narrowed(sizes[0]).to(device)
 
 
 for name, task in TASKS.items():  # as skimo/Maze-v0, skimo/KitchenMisaligned-v0, ...

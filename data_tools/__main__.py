@@ -9,6 +9,7 @@ from pathlib import Path
 import tyro
 
 import data_tools
+from data_tools.files import check_writable
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Args:
 
 
 def main(args: Args) -> None:
+    check_writable(args.out)
     data_tools.load_dataset(args.env_id, data=args.data).save(args.out)
     print(f"Wrote {args.out}")
 

@@ -8,6 +8,7 @@ Shapes: R rows, M episodes, B batch, O observation, A action.
 import copy
 import hashlib
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -198,7 +199,7 @@ class OfflineDataset:
         # Built in memory first: HDF5 cannot close a file cleanly once the disk is full.
         image = io.BytesIO()
         with h5py.File(image, "w") as file:
-            for key in ("observations", "actions", "terminals", "timeouts"):
+            for key in KEYS:
                 file.create_dataset(key, data=getattr(self, key).cpu().numpy(), compression="gzip")
             # D4RL readers expect rewards. Pre-training has none: SkiMo learns skills from task-agnostic data.
             file.create_dataset("rewards", data=np.zeros(len(self), dtype=np.float32), compression="gzip")
@@ -210,7 +211,9 @@ class OfflineDataset:
     def load(cls, path, device="cpu") -> "OfflineDataset":
         """Read a D4RL file (`rewards` are not needed). Raises DataError if it is missing, damaged or does not fit."""
         arrays, attributes = read_hdf5(path)
-        return cls(**arrays, attributes=attributes, device=device, name=str(path))
+        dataset = cls(**arrays, attributes=attributes, device=device, name=str(path))
+        check_not_zero(dataset, str(path))
+        return dataset
 
 
 def read_hdf5(path) -> tuple[dict[str, np.ndarray], dict]:
@@ -254,11 +257,17 @@ def check_arrays(arrays: dict[str, np.ndarray], name: str) -> None:
         require(finite.all(), f"{key} contain NaN or infinity, first in row {finite.argmin():,}")
         largest = np.abs(array).max()
         require(largest <= LARGEST, f"{key} reach {largest:.3g}, which cannot be")
-        require(largest > 0, f"{key} are all zero")
     for key in ("terminals", "timeouts"):
         require(
             np.isin(arrays[key], (0, 1)).all(), f"{key} are {arrays[key].dtype}, expected True and False, or 1 and 0"
         )
+
+
+def check_not_zero(dataset: OfflineDataset, name: str) -> None:
+    """Raise DataError for a file, called `name`, of zeros only. A part of good data may be that: whoever rests."""
+    for key in ("observations", "actions"):
+        if not getattr(dataset, key).any():
+            raise DataError(f"{name}: {key} are all zero: {CURE}.")
 
 
 def _plain(value):
@@ -276,7 +285,7 @@ def made_once(path, make: Callable[[], OfflineDataset]) -> OfflineDataset:
     Processes that start together make them once: one does, the others wait for it. Raises DataError.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):  # pathlib's raises an error in a folder that may not be entered
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(f"{path}.lock")

@@ -29,7 +29,8 @@ class NotFiniteError(DataError, ValueError):
 
 def cache_dir(data_dir=None) -> Path:
     """Return the folder of the data files: `data_dir`, else $SKIMO_DATA_DIR, else the user's cache folder."""
-    return Path(data_dir or os.environ.get("SKIMO_DATA_DIR") or platformdirs.user_cache_dir("skimo")).expanduser()
+    folder = data_dir or os.environ.get("SKIMO_DATA_DIR") or platformdirs.user_cache_dir("skimo")
+    return Path(os.path.expanduser(folder))
 
 
 def imported(name: str):
@@ -56,7 +57,7 @@ def reading(path, cure: str = CURE):
 
 def check_regular(path: Path) -> None:
     """Raise DataError unless `path` is a regular file: reading a pipe or a device might never end."""
-    if not path.exists():
+    if not os.path.exists(path):  # pathlib's raises an error in a folder that may not be entered
         raise DataError(f"{path} does not exist: check the path.")
     if not path.is_file():
         raise DataError(f"{path} is not a regular file: check the path.")
@@ -68,16 +69,26 @@ def write_atomically(path, write: Callable[[Path], None]) -> None:
     Raises DataError when the disk is full or the folder cannot be written; an older file at `path` stays as it was.
     """
     path = Path(path)
-    part = path.with_name(f"part_{uuid.uuid4().hex}_{path.name}")  # keeps the suffix, which tells writers the format
+    part = path.parent / f"part_{uuid.uuid4().hex}_{path.name}"  # keeps the suffix, which tells writers the format
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(part)
         with open(part, "rb") as file:
             os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # ValueError: a picture's suffix that nobody knows
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"cannot write {path} ({reason}); free some space or choose another folder") from error
+        raise DataError(f"cannot write {path} ({reason}); free some space or choose another path") from error
     finally:
         with contextlib.suppress(OSError):  # renamed, or never begun
             part.unlink()
+
+
+def check_writable(path) -> None:
+    """Raise DataError now, before hours of work, if a file cannot be written to `path`."""
+    path = Path(path)
+    if path.is_dir():
+        raise DataError(f"{path} is a folder: give the path of a file.")
+    trial = path.with_name(f"trial_{uuid.uuid4().hex}_{path.name}")
+    write_atomically(trial, Path.touch)
+    trial.unlink()

@@ -343,7 +343,7 @@ def test_human_data_are_a_column_of_their_own(tmp_path):
     assert [cell.split("**")[1] for cell in row.split("|")[2:-1]] == ["3.00", "2.00", "2.00"]
     text = report.results_text(tmp_path, cells)
     assert "## Kitchen, human (187 episodes) data" in text
-    assert "not mis-aligned" not in text  # people's data are
+    assert "demonstrations" not in text  # the note on scripted data
 
 
 def test_scripted_data_of_the_misaligned_kitchen_carry_a_note(tmp_path):
@@ -351,7 +351,7 @@ def test_scripted_data_of_the_misaligned_kitchen_carry_a_note(tmp_path):
     cells = scores.read_cells(tmp_path)
     for text in (report.readme_text(cells), report.board_section(cells, "kitchen-misaligned", "scripted")):
         assert "Mis-aligned Kitchen\\*" in text
-        assert "**not mis-aligned**" in text
+        assert "slide -> hinge" in text
 
 
 def test_labels_are_moved_apart():

@@ -55,7 +55,6 @@ def test_quick_run_of_every_file_writes_every_row(name, tmp_path, capsys):
     shares = written["rows"][-1]["shares"]
     assert set(shares) == {"env", "choose", "update"}
     assert all(0 < share < 1 for share in shares.values()) and sum(shares.values()) < 1
-    assert not any(row["authors_cpu_ms"] for row in written["rows"])  # theirs are of the kitchen's sizes
 
 
 def test_command_line_writes_into_the_working_directory_only(tmp_path):
@@ -107,8 +106,6 @@ def test_the_releases_sizes():
     release = speed.release_args(algo, config, "kitchen", args)
     assert (release.pretrain_batch_size, release.pretrain_skills, release.bc_chunks) == (512, 10, 10)
     assert (release.num_samples, release.num_elites, release.cem_iters) == (512, 64, 6)
-    names = [row[1] for row in speed.algorithm_rows(algo, "kitchen", "eager", args)]
-    assert set(speed.AUTHORS) <= set(names)
 
 
 def test_time_is_taken_from_batch_to_batch():
@@ -123,14 +120,12 @@ def test_time_is_taken_from_batch_to_batch():
     assert 0.005 <= min(data.times) and sorted(data.times)[len(data.times) // 2] < 0.05
 
 
-def test_the_table_has_eager_and_compiled_beside_the_authors():
+def test_the_table_has_eager_beside_compiled():
     row = dict(algo="skimo", name="RL update", size="kitchen", num_envs=None, iqr_ms=1.0, calls=9)
-    row |= dict(authors_h200_ms=196.0, authors_cpu_ms=None)
     rows = [dict(row, mode="eager", ms=50.0), dict(row, mode="compiled", ms=9.8)]
-    lines = speed.table(rows, "cuda").splitlines()
+    lines = speed.table(rows).splitlines()
     assert len(lines) == 2
-    assert lines[1].split() == ["skimo", "RL", "update", "kitchen", "50", "1", "9.8", "1", "196", "20x"]
-    assert "196" not in speed.table(rows, "cpu")  # another kind of device
+    assert lines[1].split() == ["skimo", "RL", "update", "kitchen", "50", "1", "9.8", "1"]
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,12 @@ The format is recognised by content, not by name:
 """
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
 
-from data_tools.dataset import OfflineDataset
+from data_tools.dataset import OfflineDataset, check_not_zero
 from data_tools.files import DataError, check_regular, reading
 from data_tools.formats import calvin, d4rl, skimo_release
 
@@ -26,12 +27,13 @@ def read_data(path, obs_dim: int, action_dim: int, data_obs_dim: int | None = No
     attributes["source"] is a short name for run names: d4rl (d4rl-partial, -complete), skimo-release, calvin, scripted,
     hdf5. Raises DataError if nothing of the task can be read from `path`, or what is there is damaged or incomplete.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     arrays, attributes = _read(path, progress)
     observations = arrays["observations"]
     if observations.ndim == 2 and observations.shape[1] == data_obs_dim:
         arrays["observations"] = observations[:, :obs_dim]
     dataset = OfflineDataset(**arrays, attributes=attributes, name=str(path))
+    check_not_zero(dataset, str(path))
     sizes = dataset.observations.shape[1], dataset.actions.shape[1]
     if sizes != (obs_dim, action_dim):
         raise DataError(
@@ -55,7 +57,7 @@ def read_data(path, obs_dim: int, action_dim: int, data_obs_dim: int | None = No
 
 def _read(path, progress):
     """Return arrays (by KEYS) and attributes of a file or folder."""
-    if path.is_dir():
+    if os.path.isdir(path):  # pathlib's raises an error in a folder that may not be entered
         if calvin.is_calvin(path):
             return calvin.read(path, progress)
         raise DataError(f"--data {path} holds no data that we know; expected was {EXPECTED}.")

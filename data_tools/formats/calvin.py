@@ -1,5 +1,6 @@
 """CALVIN's recordings (https://arxiv.org/abs/2112.03227): the extracted folder task_D_D, one npz file per frame."""
 
+import os
 import re
 
 import numpy as np
@@ -23,7 +24,7 @@ def is_calvin(folder) -> bool:
 def _parts(folder):
     """Return the folders with recordings: the folder itself, or its training and validation."""
     parts = [folder / name for name in ("", "training", "validation")]
-    return [part for part in parts if (part / "ep_start_end_ids.npy").is_file()]
+    return [part for part in parts if os.path.isfile(part / "ep_start_end_ids.npy")]
 
 
 def read(path, progress: bool = True) -> tuple[dict[str, np.ndarray], dict]:

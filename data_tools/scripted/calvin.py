@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from data_tools import load_dataset
 from data_tools.dataset import OfflineDataset
-from data_tools.files import DataError
+from data_tools.files import DataError, check_writable, write_atomically
 from data_tools.scripted import calvin_play
 from data_tools.tasks.calvin import (
     BULB,
@@ -332,7 +332,7 @@ def plot_play(dataset: OfflineDataset, path, num_trajectories: int = 40) -> None
     side.set(title="from the side", xlabel="y (m)", ylabel="z (m)")
     above.set_aspect("equal")
     side.set_aspect("equal")
-    figure.savefig(path, dpi=110)
+    write_atomically(path, lambda part: figure.savefig(part, dpi=110))
 
 
 @dataclass
@@ -361,6 +361,8 @@ def main(args: Args) -> None:
         solved = returns == SUBTASK_REWARD * len(SUBTASKS)
         print(f"{solved.sum()} of {args.expert} episodes earn 400; mean length {lengths.mean():.0f} steps")
         return
+    for path in filter(None, (args.out, args.plot)):
+        check_writable(path)
     if args.out is not None:
         dataset = collect(args.num_trajectories, args.noise, args.seed)
         dataset.save(args.out)

@@ -2,8 +2,7 @@
 
 The paper learns from 603 episodes of people's tele-operation (D4RL's kitchen-mixed). These are their stand-in where
 that file cannot be had: the sets of sub-tasks that people demonstrated, in D4RL's layout, with variation in plan, pace,
-way-points and actions. They lack people's detours, other grasps and idle stretches, and do the slide cabinet before the
-hinge cabinet, which people do the other way round; label results as "scripted data".
+way-points and actions. They lack people's detours, other grasps and idle stretches; label results as "scripted data".
 Units and frame as in tasks/kitchen.py. Shapes: T steps; a position (3,) is that of the tip of the hand.
 
     python -m data_tools.scripted.kitchen --help               # make the demonstrations, print their statistics
@@ -14,7 +13,7 @@ import os
 import pickle
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 from data_tools import load_dataset
 from data_tools.dataset import OfflineDataset
-from data_tools.files import DataError, write_atomically
+from data_tools.files import DataError, check_writable, write_atomically
 from data_tools.tasks.kitchen import (
     ELEMENTS,
     INITIAL_QPOS,
@@ -49,9 +48,9 @@ NUM_EPISODES = 603  # paper, section 4.1
 GENERATOR = "data_tools.scripted.kitchen"
 
 # The planned sets of sub-tasks of the real demonstrations (folders of relay-policy-learning's tele-operation logs), in
-# an order that the script can do: an open hinge door is in the arm's way, hence last, though people did it before the
-# slide cabinet. Left out is {microwave, light switch, hinge, slide cabinet}, which in this order would be the
-# misaligned task itself. The letters are the elements' first ones.
+# the order in which people did them: an open hinge door is in the arm's way, hence last. Left out is {microwave, light
+# switch, slide cabinet, hinge cabinet}, which would be the misaligned task itself. The letters are the elements' first
+# ones.
 PLANS = (
     "kbsh kbls klsh ktbs ktls kblh ktbh ktbl ktlh mbsh mbls mbls mkbh "
     "mkbs mksh mkls mkth mktl mklh mtbh mtbs mtbl mtlh tbls tbsh"
@@ -446,19 +445,21 @@ def _make_episodes(num_episodes, noise, seed, num_workers, progress):
     paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", "from data_tools.scripted.kitchen import _worker; _worker()"]
-    workers = []
+    workers = []  # in sessions of their own: Ctrl-C reaches only this program, which ends them
 
     def follow(first):
         for i in range(first, num_episodes, num_workers):
             episodes[i] = pickle.load(workers[first].stdout)
             bar.update()
 
-    for first in range(num_workers):
-        arguments = [str(value) for value in (seed, first, num_episodes, num_workers, noise)]
-        workers.append(subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, env=environment))
     with bar, ThreadPoolExecutor(num_workers) as pool:
         try:
-            list(pool.map(follow, range(num_workers)))
+            for first in range(num_workers):
+                arguments = [str(value) for value in (seed, first, num_episodes, num_workers, noise)]
+                options = dict(stdout=subprocess.PIPE, env=environment, start_new_session=True)
+                workers.append(subprocess.Popen([*command, *arguments], **options))
+            for done in as_completed([pool.submit(follow, first) for first in range(num_workers)]):
+                done.result()  # or the error, as soon as one worker has died
         except (EOFError, pickle.UnpicklingError) as error:
             raise DataError("A process that makes kitchen demonstrations ended early; see its message.") from error
         finally:
@@ -512,7 +513,7 @@ def statistics(dataset: OfflineDataset) -> dict[str, float]:
     """Return the figures by which kitchen data are compared: lengths in steps, shares in [0, 1].
 
     `has X`: episodes in which element X was complete at some time. `all of TASK`: episodes in which all sub-tasks of a
-    target task were, in any order; zero in the scripted data and in people's. For scripted data also `X as planned`,
+    target task were, in any order; zero in the scripted data. For scripted data also `X as planned`,
     the share of success among the episodes that were to do X, and `all as planned`.
     """
     starts, lengths = dataset.episode_starts.cpu().numpy(), dataset.episode_lengths.cpu().numpy()
@@ -582,6 +583,8 @@ class Args:
 
 def main(args: Args) -> None:
     """Do what the command line asks for. Raises DataError."""
+    for path in filter(None, (args.out, args.video)):
+        check_writable(path)
     if args.out is not None:
         dataset = collect(args.num_episodes, args.noise, args.seed, args.num_workers)
         dataset.save(args.out)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from data_tools import load_dataset
 from data_tools.dataset import OfflineDataset
-from data_tools.files import DataError
+from data_tools.files import DataError, check_writable, write_atomically
 from data_tools.tasks.maze import Physics, draw_maze, geodesic_distance, make_layout
 
 NUM_TRAJECTORIES = 3046  # paper, section 4.1
@@ -183,7 +183,7 @@ def plot_trajectories(dataset: OfflineDataset, path, num_trajectories: int = 60)
         ax.plot(rows[0, 1], rows[0, 0], ".", color=line.get_color(), markersize=7)
     ax.set_title(f"{len(chosen)} of {len(starts)} maze trajectories (dots: starts)")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(path, dpi=120)
+    write_atomically(path, lambda part: figure.savefig(part, dpi=120))
 
 
 @dataclass
@@ -205,6 +205,8 @@ class Args:
 
 
 def main(args: Args) -> None:
+    for path in filter(None, (args.out, args.plot)):
+        check_writable(path)
     if args.out is not None:
         dataset = collect(args.num_trajectories, args.noise, args.seed)
         dataset.save(args.out)

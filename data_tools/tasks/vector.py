@@ -4,6 +4,7 @@ Shapes: E members of a vector environment, n of them; O numbers in an observatio
 """
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import ClassVar
@@ -274,7 +275,7 @@ class VideoRecorder(gymnasium.vector.VectorWrapper):
         self.path = Path(path)
         self.frames = []
         self.steps = 0
-        self.every = max(1, round(self.metadata["render_fps"] / 50))  # steps per picture
+        self.every = math.ceil(self.metadata["render_fps"] / 50)  # steps per picture
 
     def step(self, actions):
         result = self.env.step(actions)
