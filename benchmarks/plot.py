@@ -128,7 +128,7 @@ def overview(cells) -> Figure:
             text = f"{METHODS[name].short}, {count} seed{'s' * (count > 1)} to {thousands(cell.main_end)}"
             at = dict(transform=axes.transAxes, va="center", size=13)
             axes.text(0, -0.34 - 0.115 * line, text, color=METHODS[name].colour, **at)
-    text = "Solid: our runs (mean of the seeds; thin: those that went on). Dashed: the paper's (other data, five seeds)."
+    text = "Solid: our runs (mean of seeds; thin: those that went on). Dashed: the paper's (other data, five seeds)."
     figure.text(0.5, 0.955, text, ha="center", va="center", fontsize=15)
     return figure
 

@@ -207,7 +207,7 @@ def test_a_pretrained_model_alone(tmp_path, monkeypatch):
         (dict(), "give a run's folder or checkpoint, or --pretrained"),
         (dict(run="x", pretrained="y"), "give a run's folder or checkpoint, or --pretrained"),
         (dict(run="nowhere"), "nowhere does not exist|nowhere/checkpoint.pt does not exist"),
-        (dict(run="x", algo="nothing"), "--algo nothing is no file in algos/"),
+        (dict(run="x", algo="nothing"), "nothing is no file in algos/"),
         (dict(run="x", episodes=-1), "--episodes needs at least 2"),
         (dict(pretrained="x", env_id="kitchn"), "--env-id kitchn is no task"),
     ],
