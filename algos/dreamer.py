@@ -4,7 +4,7 @@ Idea: a recurrent model learns from experience what happens; the policy learns i
 gradients through the model. It explores by single noisy actions.
 
     python algos/dreamer.py --env-id calvin              # RL and evaluation, with the sizes of SkiMo's release
-    python algos/dreamer.py --env-id calvin --cpu-preset --total-timesteps 300000 # small: 35 minutes on one core
+    python algos/dreamer.py --env-id calvin --cpu-preset --total-timesteps 300000 # small: 25 minutes on one core
     python algos/dreamer.py --resume runs/FOLDER         # go on after Ctrl-C or a crash
 
 The model keeps h_t (deterministic) and s_t (random): h_t = GRU(h_{t-1}, s_{t-1}, a_{t-1}), s_t ~ q(s_t | h_t, o_t)

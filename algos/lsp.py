@@ -31,10 +31,10 @@ E environments act side by side.
 
 Four questions: goals no; end to end, nothing is pre-trained; a skill has a fixed rate of K steps; off-policy (replay
 for the model; policy and critic learn in imagination).
-Expect (SkiMo's text): maze 0 and kitchens nearly 0, for 50 steps of plan see nothing 34 cells away. With --cpu-preset,
-and one hidden layer less in encoder, decoder and reward model than now: maze and Kitchen 0, though skills differ (by 2
-nats), and on CALVIN .44 sub-tasks with seed 2, .01 with seed 1, whose skills do not come to differ. Without reward
-skills differ by 1.4 nats in our maze, and by 3.2 nats for a point (benchmarks/controls_lsp.py).
+Expect (SkiMo's text): maze 0 and kitchens nearly 0, for 50 steps of plan see nothing 34 cells away. With --cpu-preset:
+maze and Kitchen 0, though skills differ (by 2.4 nats; in one of two Kitchen runs not at all), and on CALVIN .26 / .74
+sub-tasks. Without reward skills differ by 1.4 nats in our maze, and by 3.2 nats for a point
+(benchmarks/controls_lsp.py).
 A run's folder holds the same files as skimo.py's.
 Differs from skimo.py in: Args, TASK_DEFAULTS, CPU_PRESET, POSITION_PERIODS, kl_divergence, Filter, rollout,
     skill_paths, Agent, train, evaluate, parse_args, check_args, main
@@ -140,10 +140,11 @@ TASK_DEFAULTS = {
     "calvin": dict(total_timesteps=2_000_000, mi_coef=1.0),
 }
 
-# --cpu-preset: that of dreamer.py, with plans of two skills, a larger c and a fast predictor, for few updates.
+# --cpu-preset: that of dreamer.py, with plans of two skills, a larger c, and fast actor and predictor. An actor this
+# fast can end in the corners of the tanh, without gradient (one of two Kitchen runs); at 8e-5 it did less on CALVIN.
 CPU_PRESET = dict(
     deter_dim=128, stoch_dim=16, encoder_dim=128, hidden_dim=128, batch_size=16, batch_length=32, imagine_starts=128,
-    updates_per_step=0.05, num_skills=2, mi_coef=1.0, learning_rate=1e-3, predictor_lr=3e-3,
+    updates_per_step=0.05, num_skills=2, mi_coef=1.0, learning_rate=1e-3, actor_lr=1e-3, predictor_lr=3e-3,
 )  # fmt: skip
 
 # Periods of the sines and cosines of an observation's first P entries, (P, F).
