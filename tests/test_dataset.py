@@ -15,6 +15,7 @@ import torch
 
 import data_tools
 from data_tools import DataError, OfflineDataset, cache_dir, load_dataset
+from data_tools.files import check_writable
 from data_tools.formats import d4rl
 from data_tools.scripted import kitchen, maze
 
@@ -130,6 +131,32 @@ def test_windows_inside_a_cuda_graph():
     graph.replay()
     assert not torch.equal(first, obs)
     assert (obs[:, :, 0] == obs[:, :1, 0]).all()
+
+
+def test_an_episode_at_rest_may_be_all_there_is_to_validate():
+    arrays = make_arrays((30, 32))
+    arrays["actions"][30:] = 0.0
+    train, valid = OfflineDataset(**arrays).split(0.5)
+    assert len(train) == 30 and len(valid) == 32 and not valid.actions.any()
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path):
+    with pytest.raises(DataError, match="is a folder: give the path of a file"):
+        check_writable(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="cannot write .*; free some space or choose another path"):
+        check_writable(tmp_path / "file" / "out.hdf5")
+    check_writable(tmp_path / "out.hdf5")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    data = OfflineDataset(**make_arrays())
+    with pytest.raises(DataError, match=r"cannot write .*a\.foo"):
+        maze.plot_trajectories(data, tmp_path / "a.foo")
+
+
+def test_numbers_of_numpy_scale_observations_in_single_precision():
+    task = data_tools.Task(envs="x:y", max_return=1.0, obs_scale=np.ones(2) / 2, obs_shift=tuple(np.zeros(2)))
+    for values in (task.obs_scale, task.obs_shift):
+        assert torch.tensor(values).dtype == torch.float32
 
 
 def test_split_is_by_file_order():

@@ -331,15 +331,13 @@ def test_losses_can_be_compiled_whole():
 @pytest.mark.parametrize("task", ["point", "maze"])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_committed_controls_have_passed(task, seed):
-    """But for the point's second seed, which missed the gate, as algos/README.md says."""
     folder = controls_lsp.ROOT / "benchmarks" / "results" / "studies" / "controls"
     log = folder / f"lsp_{task}_seed{seed}.csv"
     values = np.loadtxt(log, delimiter=",", skiprows=1)[:, 1]
     facts = json.loads(log.with_suffix(".json").read_text())
     assert len(values) == 600 and values[:20].mean() < 0.1
     assert values[-20:].mean() == pytest.approx(facts["last_20_nats"], abs=1e-3)
-    assert facts["gate"] == controls_lsp.GATE and facts["passed"] == (facts["last_20_nats"] > facts["gate"])
-    assert facts["passed"] == ((task, seed) != ("point", 2))
+    assert facts["gate"] == controls_lsp.GATE and facts["passed"] and facts["last_20_nats"] > facts["gate"]
     assert facts["explained"] > 3 * facts["explained_before"]
 
 

@@ -70,7 +70,7 @@ def test_other_runs_are_refused_in_a_sentence(run, tmp_path):
     state = torch.load(run / "checkpoint.pt")
     state["args"]["env_id"] = "kitchen"
     torch.save(state, run / "checkpoint.pt")
-    with pytest.raises(SystemExit, match="it is a run of kitchen, not of the maze"):
+    with pytest.raises(SystemExit, match="is a run of kitchen, not of the maze"):
         value_front.values_by_distance(run, skimo, num_episodes=2)
     with pytest.raises(SystemExit, match="--episodes and --bin"):
         value_front.main(value_front.Args(run, episodes=0))
