@@ -1307,7 +1307,8 @@ def check_args(args: Args):
         sys.exit(f"error: --arm-noise does not work on {args.env_id}, which has no entry in ARM; leave it out")
     if args.recombine and not data_tools.TASKS[args.env_id].objects:
         sys.exit(f"error: --recombine does not work on {args.env_id}, whose Task names no objects; leave it out")
-    others = args.published or args.data or args.dataset != "scripted" or args.skill_horizon != Args.skill_horizon
+    others = args.published or args.data or args.dataset != "scripted"
+    others = others or args.skill_horizon != Args.skill_horizon
     if args.pretrained == "published" and others:
         sys.exit("error: --pretrained published needs scripted data and our settings; leave out the other flag")
     if args.device == "cuda" and not torch.cuda.is_available():
