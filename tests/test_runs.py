@@ -650,6 +650,9 @@ def test_arguments_of_a_run_cannot_change(case):
         ("--updates-per-step nan", ["--updates-per-step"]),
         ("--reward-scale inf", ["--reward-scale"]),
         ("--pretrain-skills 200", ["rows", "longest"]),
+        ("--pretrained published --data x.hdf5", ["--pretrained published", "our settings"]),
+        ("--pretrained published --dataset d4rl", ["--pretrained published", "our settings"]),
+        ("--pretrained published --skill-horizon 5", ["--pretrained published", "our settings"]),
         pytest.param(
             "--device cuda",
             ["--device cpu"],
