@@ -334,18 +334,21 @@ def lambda_return(rewards, values, discount, share: float):
 
 
 def imagine(model, actor, h, s, steps: int):
-    """Features (J, S, d), time-first, of what the model expects when the actor acts from h (S, h) and s (S, s).
+    """What the model expects when the actor acts from h (S, h) and s (S, s).
 
-    The start is not among them. Gradients reach the actor through all states, but not through what it looks at.
+    Returns features (J, S, d) and actions (J, S, A), time-first. The start is not among them. Gradients reach the
+    actor through all states, but not through what it looks at.
     """
     features = []
+    actions = []
     for _ in range(steps):
         feature = torch.cat([s, h], -1).detach()
         action = torch.tanh(sample_gaussian(actor(feature)))
         h = model.step(h, s, action)
         s = sample_gaussian(model.prior(h))
         features.append(torch.cat([s, h], -1))
-    return torch.stack(features)
+        actions.append(action)
+    return torch.stack(features), torch.stack(actions)
 
 
 def behaviour_loss(model, actor, critic, h, s, args):
@@ -364,7 +367,8 @@ def behaviour_loss(model, actor, critic, h, s, args):
         chosen = order.topk(args.imagine_starts).indices  # (S,)
         h = h[chosen]
         s = s[chosen]
-    feature = imagine(model, actor, h, s, args.imagine_steps)  # (J, S, d)
+    imagined = imagine(model, actor, h, s, args.imagine_steps)
+    feature, actions = imagined  # (J, S, d), (J, S, A)
     rewards = model.reward(feature)  # (J, S)
     values = critic(feature).squeeze(-1)  # (J, S)
     discount = torch.full_like(rewards, args.gamma)
@@ -380,6 +384,7 @@ def behaviour_loss(model, actor, critic, h, s, args):
         imagined_return=returns.mean(),
         imagined_reward=rewards.mean(),
         value=values.mean(),
+        extreme_actions=(actions.abs() > 0.999).float().mean(),
     )
     metrics = {name: value.detach() for name, value in metrics.items()}
     return loss, metrics, feature[:-1].detach(), returns.detach(), weight

@@ -371,18 +371,21 @@ def lambda_return(rewards, values, discount, share: float):
 
 
 def imagine_skill(model, actor, h, s, z, steps: int):
-    """Features (K+1, S, d), time-first: the start h (S, h), s (S, s), and what the model expects while z (S, Z) lasts.
+    """What the model expects from h (S, h) and s (S, s) while z (S, Z) lasts.
 
+    Returns features (K+1, S, d), the first of the start, and actions (K, S, A), time-first.
     Gradients reach the actor through all states, but not through what it looks at.
     """
     features = [torch.cat([s, h], -1)]
+    actions = []
     for _ in range(steps):
         feature = features[-1].detach()
         action = torch.tanh(sample_gaussian(actor(feature, z)))
         h = model.step(h, s, action)
         s = sample_gaussian(model.prior(h))
         features.append(torch.cat([s, h], -1))
-    return torch.stack(features)
+        actions.append(action)
+    return torch.stack(features), torch.stack(actions)
 
 
 def skill_information(predictor, start, feature, z):
@@ -413,7 +416,8 @@ def skill_loss(model, actor, critic, predictor, h, s, args):
         h = h[chosen]
         s = s[chosen]
     z = torch.randn(len(h), args.skill_dim, device=h.device)  # (S, Z), one for the whole imagination
-    features = imagine_skill(model, actor, h, s, z, args.skill_horizon)  # (K+1, S, d)
+    imagined = imagine_skill(model, actor, h, s, z, args.skill_horizon)
+    features, actions = imagined  # (K+1, S, d), (K, S, A)
     start = features[0]
     feature = features[1:]
     rewards = model.reward(feature)  # (K, S)
@@ -435,6 +439,7 @@ def skill_loss(model, actor, critic, predictor, h, s, args):
         imagined_return=returns.mean(),
         imagined_reward=rewards.mean(),
         value=values.mean(),
+        extreme_actions=(actions.abs() > 0.999).float().mean(),
         skill_information=information,
     )
     metrics = {name: value.detach() for name, value in metrics.items()}

@@ -376,6 +376,23 @@ def test_imagination_starts_from_states_of_the_batch(monkeypatch):
     assert torch.equal(first_h[:, 0], -first_s[:, 0])  # h and s of one state
 
 
+def test_extreme_actions_are_seen():
+    torch.manual_seed(0)
+    args = tiny_args(imagine_steps=15, imagine_starts=10_000)
+    agent = dreamer.Agent(args, 3, 2)
+    h = torch.randn(20, 5, 12)
+    s = torch.randn(20, 5, 4)
+    last = agent.actor.net[-1]
+    with torch.no_grad():
+        last.weight.zero_()
+    share = behave(agent, args, h, s)[1]["extreme_actions"].item()
+    beyond = 1 - math.erf(math.atanh(0.999) / 5.0001 / 2**0.5)  # a Gaussian of std 5, as at the start
+    assert share == pytest.approx(beyond, abs=0.04)
+    with torch.no_grad():
+        last.bias[:] = torch.tensor([1e6, 0.0, -1e6, -1e6])  # one of two actions in its corner, no noise
+    assert behave(agent, args, h, s)[1]["extreme_actions"].item() == 0.5
+
+
 def test_loss_of_the_continue_head_is_a_cross_entropy():
     args = tiny_args(continue_head=True)
     torch.manual_seed(0)
