@@ -146,6 +146,8 @@ GOALS = {
 }  # fmt: skip
 # DEVIATION 3: first and last + 1 of the entries of a goal that the high level looks at: the objects'.
 GOAL_ENTRIES = {"maze": (0, 2), "kitchen": (9, 30), "kitchen-misaligned": (9, 30), "calvin": (15, 21)}
+# First and last + 1 of the entries that jump by 2 pi: the Euler angles of CALVIN's tool.
+ANGLES = {"calvin": (3, 6)}
 
 # Periods of the sines and cosines of an observation's first P entries, (P, F).
 POSITION_PERIODS = {
@@ -165,6 +167,15 @@ def relu_mlp(*sizes: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
+def unwrap(obs, near, env_id: str):
+    """obs (..., O) with its angles as the numbers nearest to those of near (..., O), for they jump by 2 pi."""
+    first, last = ANGLES.get(env_id, (0, 0))
+    obs = obs.clone()
+    turns = (obs - near)[..., first:last] / (2 * np.pi)
+    obs[..., first:last] -= 2 * np.pi * turns.round()
+    return obs
+
+
 class GoalNetwork(nn.Module):
     """Observations (..., O) and goals (..., O), of which it sees the entries `seen` -> (..., out_dim)."""
 
@@ -173,6 +184,7 @@ class GoalNetwork(nn.Module):
         periods = np.zeros((0, 0))
         if args.position_features:
             periods = POSITION_PERIODS.get(args.env_id, periods)
+        self.env_id = args.env_id
         self.seen = slice(*seen)
         self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))
         self.register_buffer("mean", torch.zeros(obs_dim))  # (O,) of the offline data
@@ -182,6 +194,8 @@ class GoalNetwork(nn.Module):
         self.net = relu_mlp(in_dim, u, u, out_dim)
 
     def forward(self, obs, goal):
+        obs = unwrap(obs, self.mean, self.env_id)
+        goal = unwrap(goal, obs, self.env_id)
         position = obs[..., : len(self.frequency), None]  # (..., P, 1)
         phase = (position * self.frequency).flatten(-2)
         state = (obs - self.mean) / self.std
@@ -263,6 +277,7 @@ def relabel(data, batch_size: int, args: Args) -> dict:
     if not args.flat:
         t, w = data.sample_pairs(batch_size, args.high_window)
         subgoal = data.observations[t + w.clamp(max=args.low_window)]
+        subgoal = unwrap(subgoal, data.observations[t], args.env_id)
         batches["high"] = data.observations[t], data.observations[t + w], subgoal
     return batches
 
@@ -596,9 +611,10 @@ def find_pretrained(args: Args):
     data = data_tools.load_dataset(args.env_id, args.data_dir, args.dataset, args.data)
     names = [field.name for field in fields(Args)]
     names = names[names.index("skill_horizon") : names.index("demo_rows") + 1]
-    parts = relu_mlp, GoalNetwork, GoalPolicy, HighPolicy, log_probability, Demonstrations, make_networks, relabel
-    code = "".join(inspect.getsource(part) for part in (*parts, pretrain_loss, prepare))
-    made_from = [data.fingerprint, args.seed, ast.dump(ast.parse(code)), GOAL_ENTRIES[args.env_id]]
+    parts = relu_mlp, unwrap, GoalNetwork, GoalPolicy, HighPolicy, log_probability, Demonstrations, make_networks
+    code = "".join(inspect.getsource(part) for part in (*parts, relabel, pretrain_loss, prepare))
+    made_from = [data.fingerprint, args.seed, ast.dump(ast.parse(code))]
+    made_from += [GOAL_ENTRIES[args.env_id], ANGLES.get(args.env_id)]
     made_from += [[name, getattr(args, name)] for name in names]
     made_from += [np.asarray(POSITION_PERIODS.get(args.env_id, ())).tolist()]
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
@@ -609,10 +625,11 @@ def find_pretrained(args: Args):
 @torch.no_grad()
 def prepare(networks, data, args: Args):
     """Before pre-training: scales of observations, and the pairs that fine-tuning will imitate."""
+    observations = unwrap(data.observations, data.observations[0], args.env_id)
     for level in networks.keys() - {"demonstrations"}:
         network = networks[level].net
-        network.mean.copy_(data.observations.mean(0))
-        network.std.copy_(data.observations.std(0).clamp(min=args.min_scale))
+        network.mean.copy_(observations.mean(0))
+        network.std.copy_(observations.std(0).clamp(min=args.min_scale))
     kept = networks["demonstrations"]
     obs, goal, action = relabel(data, args.demo_rows, args)["low"]
     kept.obs.copy_(obs)
@@ -730,7 +747,8 @@ class Agent(nn.Module):
         z = z.to(args.device).expand_as(obs)  # (T, E, O)
         running = trace["running"]
         ended = trace["terminations"] | trace["truncations"]  # (T, E)
-        distance = ((next_obs - z) / self.low.net.std).square().mean(-1).sqrt()
+        way = unwrap(z, next_obs, args.env_id) - next_obs
+        distance = (way / self.low.net.std).square().mean(-1).sqrt()
         reached = distance < args.subgoal_eps  # (T, E)
         if args.flat:
             rewards = args.reward_scale * trace["rewards"]

@@ -72,6 +72,34 @@ def test_subgoals_are_goals_cut_at_the_low_window():
     assert flat.keys() == {"low"} and (goal - obs).max() == 40 and np.array_equal(obs, action)
 
 
+def test_an_angle_that_jumps_has_hardly_turned():
+    """CALVIN's tool hangs upside down: its roll is about pi, and goes from 3.13 to -3.13 by a turn of .02 rad."""
+    torch.manual_seed(0)
+    args = tiny_args(env_id="calvin", low_window=3, demo_rows=20)
+    obs = torch.randn(40, 21)
+    obs[:, 3] = torch.tensor([3.13, -3.13]).repeat(20)
+    ended = np.arange(40) == 39
+    data = data_tools.OfflineDataset(obs.numpy(), np.zeros((40, 7), np.float32), ended, ended)
+    start, _, subgoal = relay.relabel(data, 200, args)["high"]
+    assert (subgoal - start)[:, 3].abs().max() < 0.03 and (subgoal - start)[:, 6].abs().max() > 0.5
+
+    networks = relay.make_networks(args, 21, 7)
+    relay.prepare(networks, data, args)
+    for level in ("low", "high"):
+        net = networks[level].net
+        assert net.std[3] == pytest.approx(args.min_scale) and net.std[6] > 0.5
+        turned = obs.clone()
+        turned[:, 3:6] -= 2 * np.pi  # the same state
+        torch.testing.assert_close(net(turned, obs), net(obs, turned), atol=1e-3, rtol=1e-3)
+
+    agent = relay.Agent(args, networks)
+    none = torch.zeros(5, 8, dtype=torch.bool)
+    trace = dict(obs=obs.view(5, 8, 21), next_obs=turned.view(5, 8, 21), action=torch.zeros(5, 8, 7))
+    trace |= dict(rewards=torch.zeros(5, 8), terminations=none, truncations=none, running=~none)
+    _, share = agent.rows(obs.view(5, 8, 21)[2], trace)  # one state of the five is the subgoal itself
+    assert share == 1
+
+
 # --------------------------------------------------------------------------------------------------------------- losses
 def normal_log_prob(mean, std, x):
     return (-0.5 * ((x - mean) / std) ** 2 - np.log(std) - 0.5 * np.log(2 * np.pi)).sum(-1)
