@@ -22,18 +22,21 @@ after a fixed number of env steps. Off-policy: SAC, with rewards of today's q fo
 
 Differences from the release (google-research/dads), marked DEVIATION n below
 1. x and its change are normalised by mean and std of the replay; the release's batch norm has an eps that hides slow
-   objects (CALVIN, Kitchen), and a start-up of 43,000 env steps without a reward worth the name.
+   objects (CALVIN, Kitchen), and a start-up of 43,000 env steps without a reward worth the name. The price: what has
+   hardly ever moved counts much when it moves, at worst -50 nats, until q has seen it more often.
 2. q sees the position as well, as walls depend on it (release on Ant: z alone). x: position (maze), all (others).
 3. Replay of 100,000 steps (10,000), not weighted by pi_now / pi_then, which the release does in some configurations.
 4. Policy and critics are those of sac.py: sines and cosines of positions, its log std and weights; 128 units (512) and
    a learning rate of 1e-3 (3e-4), as updates are few; L = 16 (100). They are meant for one core.
 5. Updates come one at a time: one of q, then eight of SAC (8, then 64, every 500 env steps).
-6. MPPI begins at mean 0 (N(0, I)), and returns are divided by their std over the plans, so that a temperature means the
-   same for all rewards. Evaluation takes the policy's mode (release: samples).
+6. MPPI begins at mean 0 each time (N(0, I), then what is left of the last plan), and returns are divided by their std
+   over the plans, so that a temperature means the same for all rewards. Evaluation takes the policy's mode (release:
+   samples).
 7. The release plans with a known dense reward. Our tasks' rewards are sparse, so R is learnt from what was seen, in
    both phases; nothing in the papers says how. Until a first reward, phase B executes random skills as phase A does.
    --task-reward known tells the planner the task's success test: a labelled control, not the method. Where no plan
    succeeds, as nearly everywhere in the maze, all are alike and their mean is a weak skill: no upper bound, then.
+A time-out is no end here: SAC and R look beyond it.
 Free choices: Z, hold_steps, the share of phase A. R cannot see which sub-tasks are done, which the reward depends on.
 
 Expect nearly no reward: plans look K x H = 10 env steps ahead, the maze's goal is 900 away; SkiMo's authors report the
@@ -623,7 +626,7 @@ class ReplayBuffer:
     def sample_rewards(self, batch_size: int):
         """What R learns: start (B, O), end (B, O) and sum of rewards (B,) of H env steps, cut where an episode ends.
 
-        Half of them hold a reward, if any in the buffer do.
+        Half of them are drawn around a reward, if the buffer has any; an end before it may cut it off.
         """
         H = min(self.args.skill_horizon, len(self))
         E = self.args.num_envs
@@ -914,7 +917,7 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
         action = executor(obs, global_step)  # (E, A)
         next_obs, rewards, terminations, truncations, _ = envs.step(action)
         rb.add(obs, action, executor.z, args.reward_scale * rewards, terminations, truncations, next_obs)
-        if (rewards > 0).any():
+        if rewards.any():
             agent.rewarded.fill_(1)
         # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
         obs = next_obs
@@ -1087,6 +1090,8 @@ def check_args(args: Args):
             sys.exit(f"error: {flag} 0 does not work; give at least 1")
         if name in ("tau", "gamma") and value > 1:
             sys.exit(f"error: {flag} {value} does not work; give at most 1")
+    if args.warmup_steps >= args.discover_steps:
+        sys.exit("error: --warmup-steps leaves nothing of --discover-steps, so no skill would be learnt; lower it")
     if args.buffer_size < args.num_envs * args.skill_horizon:
         sys.exit("error: --buffer-size is smaller than --num-envs times --skill-horizon; raise it")
     if args.task_reward == "known" and args.env_id not in SUBTASK_GOALS:

@@ -27,7 +27,8 @@ sub-tasks, by exploration.
 Free choices: sac.py's tanh Gaussian, two critics and weights to start from (release: a mixture of 4 Gaussians, one
 critic and a value network, Xavier); the discriminator sees where things are (DISC_ENTRIES; the paper's "DIAYN+prior");
 how far apart positions look to it (DISC_SCALE); episodes of 400 and skills of 100 env steps in the maze; all of
-control, which the paper tells little about: batch, updates, gamma and tau are those of discovery.
+control, which the paper tells little about: batch, updates, gamma and tau are those of discovery. Only true ends have
+no future, time-outs have one.
 A run's folder holds the same files as skimo.py's.
 Differs from skimo.py in: Args, TASK_DEFAULTS, POSITION_PERIODS, Inputs, policy_loss, rollout, ReplayBuffer, Agent,
     train, evaluate, parse_args, check_args, main
@@ -865,6 +866,8 @@ def check_args(args: Args):
             sys.exit(f"error: {flag} {value} does not work; give at most 1")
     if args.controller_alpha == 0:
         sys.exit("error: --controller-alpha 0 does not work; give more than 0")
+    if args.warmup_steps >= args.discover_steps:
+        sys.exit("error: --warmup-steps leaves nothing of --discover-steps, so no skill would be learnt; lower it")
     if args.buffer_size < args.num_envs:
         sys.exit("error: --buffer-size is smaller than --num-envs; raise it")
     if args.device == "cuda" and not torch.cuda.is_available():

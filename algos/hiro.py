@@ -752,8 +752,9 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
             writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
             writer.add_scalar("eval/episodic_length", lengths.mean(), global_step)
             writer.add_scalar("eval/success", success(returns, args), global_step)
-            progress = agent.progress(*rb.newest(1_000))
-            writer.add_scalar("charts/goal_progress", progress, global_step)
+            if len(rb):
+                progress = agent.progress(*rb.newest(1_000))
+                writer.add_scalar("charts/goal_progress", progress, global_step)
             bar.write(f"env step {global_step}: evaluation {returns.mean():.4g}, success {success(returns, args):.0%}")
 
         # Save all that the future of the run depends on

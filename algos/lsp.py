@@ -18,7 +18,8 @@ The model is that of dreamer.py, one env step at a time. Repeat:
 There is no public code; SkiMo's authors had it privately. Six things are known from nowhere and are **our choices**:
 (i) c = .1; 1 on CALVIN, whose rewards are 100, and with --cpu-preset; (ii) q sees the first and the present state of a
 skill; (iii) v does not see z: it is the value when other skills follow, which a plan's end needs; (iv) plans of 5
-skills; (v) skills are N(0, I), planned ones at most 3; (vi) in imagination one z per start, held for one whole skill.
+skills; (v) skills are N(0, I), planned ones at most 3 before noise; (vi) in imagination one z per start, held for one
+whole skill.
 Known from notes on the paper: 3 numbers per skill, held for 10 env steps. Recalled, not verified: CEM of 4 iterations
 with 16 plans and 4 elites.
 
@@ -26,8 +27,8 @@ Marked DEVIATION n below, as in dreamer.py: 4. the encoder sees scaled observati
 raw ones are reconstructed; 5. imagine_starts: imagination may begin in a random share of the states; 6. --continue-head
 is a model of the end, off by default: imagination never ends; 7. the decoder begins at the mean of what was seen.
 E environments act side by side.
---skill-dim 0 --random-skills --skill-horizon 15 learns and acts as dreamer.py, bit for bit from the same random numbers
-(a test); --random-skills alone is the paper's ablation: no plans.
+--skill-dim 0 --random-skills --skill-horizon 15 learns and acts as dreamer.py does with the same rates, bit for bit
+from the same random numbers (a test); --random-skills alone is the paper's ablation: no plans.
 
 Four questions: goals no; end to end, nothing is pre-trained; a skill has a fixed rate of K steps; off-policy (replay
 for the model; policy and critic learn in imagination).

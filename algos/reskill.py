@@ -166,7 +166,7 @@ PEOPLE["kitchen-misaligned"] = PEOPLE["kitchen"]
 RELEASE = dict(
     position_features=False, arm_noise=0.0, recombine=False, pretrain_updates=480_000, pretrain_lr_decay=False,
     kl_coef=5e-4, squash_actions=True, flow_dim=512, num_envs=15, rollout_skills=200, batch_size=30_000,
-    residual_middle=270_000, residual_slope=6.7e-5,
+    residual_middle=270_000, residual_slope=6.7e-5, flow_batch_size=128,
 )  # fmt: skip
 PUBLISHED = {
     "maze": dict(RELEASE, pretrain_updates=530_000, kl_coef=1e-3),

@@ -142,8 +142,9 @@ def draw_goals(agent, args, path: Path, seed: int):
         for t in range(0, length, args.goal_steps):
             end = min(t + args.goal_steps, length)
             goal = goals[t, e]
-            change = (obs[end, e] - obs[t, e])[: len(goal)]
             unit = agent.goal_unit.cpu().numpy()
+            entries = agent.goal_entries.cpu().numpy()
+            change = (obs[end, e] - obs[t, e])[entries]
             given += np.linalg.norm(goal / unit)
             left += np.linalg.norm((goal - change) / unit)
     return float(1 - left / given)

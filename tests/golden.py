@@ -40,7 +40,7 @@ FLAGS = {
     "relay": """--skill-horizon 10 --low-window 10 --high-window 40 --demo-rows 100 --rollout-skills 6 --epochs 1
         --pretrain-batch-size 8 --pretrain-updates 60 --pretrain-eval-interval 30 --pretrain-eval-episodes 2""",
     "sac": "--buffer-size 4000",
-    "diayn": "--buffer-size 4000 --controller-dim 16 --skill-dim 3 --discover-steps 2000",
+    "diayn": "--buffer-size 4000 --controller-dim 16 --skill-dim 3 --warmup-steps 1200 --discover-steps 2000",
     "hiro": "--buffer-size 1000",
     "option_critic": "--batch-size 400",
     "dreamer": """--deter-dim 12 --stoch-dim 4 --encoder-dim 16 --batch-length 8 --imagine-starts 32 --imagine-steps 4
@@ -49,7 +49,8 @@ FLAGS = {
         --imagine-starts 16 --imagine-steps 3""",
     "lsp": """--deter-dim 12 --stoch-dim 4 --encoder-dim 16 --batch-length 8 --imagine-starts 32 --skill-horizon 4
         --num-skills 2 --num-samples 6 --num-elites 2 --cem-iters 2 --updates-per-step 0.01""",
-    "dads": "--buffer-size 4000 --policy-updates 2 --num-samples 8 --mppi-iters 2 --hold-steps 40",
+    "dads": """--buffer-size 4000 --policy-updates 2 --num-samples 8 --mppi-iters 2 --hold-steps 40 --warmup-steps 1200
+        --discover-steps 2000""",
     "tdmpc": f"--encoder-dim 16 --latent-dim 8 --num-steps 3 {PLANNER} --horizon-steps 8000",
 }
 FLAT = ("sac", "diayn", "option_critic", "hiro", "dreamer", "tdmpc", "dads", "lsp")  # without skills and offline data
@@ -117,7 +118,7 @@ def golden(algo: str, task: str, folder: Path, script: Path) -> dict[str, str]:
     data = folder / f"{task}.hdf5"
     if not data.exists():
         make_data(data, *{"maze": (4, 2), "kitchen": (30, 9)}[task])
-    flags = f"{TINY} {FLAGS[algo]} {TASKS[task]}"
+    flags = f"{TINY} {TASKS[task]} {FLAGS[algo]}"
     if algo in NO_WARMUP:
         words = flags.split()
         for flag in ("--warmup-steps", "--updates-per-step"):

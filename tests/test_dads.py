@@ -493,6 +493,7 @@ def test_the_committed_control_has_passed():
         ("--buffer-size 10", ["--buffer-size"]),
         ("--task-reward known --env-id kitchen --dynamics-obs 9", ["--dynamics-obs 9", "--task-reward"]),
         ("--discover-steps 0", ["--discover-steps"]),
+        ("--discover-steps 2000", ["--warmup-steps", "--discover-steps"]),
         ("--temperature nan", ["--temperature"]),
     ],
 )

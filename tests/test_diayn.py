@@ -352,3 +352,9 @@ def test_the_committed_pendulums_differ():
         assert least <= lengths.mean() <= most and lengths.mean() == pytest.approx(facts["last_20_length"])
         assert max(facts["skill_lengths"]) > 100 or name == "pendulum_without"
         assert max(facts["skill_lengths"]) < 5 or name == "pendulum"
+
+
+def test_a_warmup_that_leaves_no_discovery_is_refused():
+    with pytest.raises(SystemExit) as caught:
+        diayn.main(diayn.parse_args("--discover-steps 1000 --warmup-steps 1000".split()))
+    assert "--warmup-steps" in caught.value.code

@@ -253,6 +253,38 @@ def test_the_decoder_begins_at_the_mean_of_what_was_seen():
     assert torch.equal(std, same_std)
 
 
+def test_the_models_loss_is_a_sum_of_likelihoods():
+    """Of all numbers of an observation, of the reward for coming here, and the KL of Gaussians; by torch's own."""
+    torch.manual_seed(0)
+    args = tiny_args(free_nats=0.01)
+    model = dreamer.RSSM(3, 2, args)
+    obs, action, rewards, terminals = tiny_batch(args)
+    torch.manual_seed(1)
+    loss, metrics, h, s = dreamer.rssm_loss(model, obs, action, rewards, terminals, args)
+    torch.manual_seed(1)
+    same_h, same_s, posterior = model.observe(obs, action)
+    assert torch.equal(h, same_h) and torch.equal(s, same_s)
+    with torch.no_grad():
+        prior = model.prior(h)
+        feature = torch.cat([s, h], -1)
+        decoder = model.decoder(feature)
+        predicted = model.reward_model(feature)[..., 0]
+    q = torch.distributions.Normal(*posterior)
+    p = torch.distributions.Normal(*prior)
+    assert (posterior[1] - prior[1]).abs().max() > 0.01
+    kl = torch.distributions.kl_divergence(q, p).sum(-1).mean().item()
+    assert kl > 0.01 and metrics["kl"].item() == pytest.approx(kl, rel=1e-4)
+
+    mean, raw = (x.numpy() for x in decoder.chunk(2, -1))
+    std = 0.1 + 0.7 * (np.tanh(raw) + 1)
+    error = (obs.numpy() - mean) / std
+    recon = (0.5 * error**2 + np.log(std) + 0.5 * np.log(2 * np.pi)).sum(-1).mean()
+    reward = 0.5 * np.mean((rewards - predicted).numpy() ** 2) + 0.5 * np.log(2 * np.pi)
+    assert metrics["recon_loss"].item() == pytest.approx(recon, rel=1e-4)
+    assert metrics["reward_loss"].item() == pytest.approx(reward, rel=1e-4)
+    assert loss.item() == pytest.approx(kl + recon + reward, rel=1e-4)
+
+
 def test_posterior_that_ignores_the_observation_is_the_prior():
     torch.manual_seed(0)
     args = tiny_args()

@@ -168,13 +168,23 @@ class SkillNotes:
     def __init__(self, monkeypatch):
         self.executed = []
         self.actors = []
+        self.rewards = []
+        self.ends = []
         real = dreamer_skills.execute_skill
 
         def execute_skill(envs, skills, obs, z, ended, args):
             if len(obs) == 2:  # training
                 self.executed.append(z.clone())
                 self.actors.append(skills)
-            return real(envs, skills, obs, z, ended, args)
+            result = real(envs, skills, obs, z, ended, args)
+            if len(obs) == 2:
+                next_obs, _, over, steps = result
+                rewards = np.float32([len(self.rewards), -1])
+                envs.terminations[:] = over & (np.arange(2) == 0)  # the episodes of the second one time out
+                self.rewards.append(rewards)
+                self.ends.append(envs.terminations.copy())
+                result = next_obs, rewards, over, steps
+            return result
 
         monkeypatch.setattr(dreamer_skills, "execute_skill", execute_skill)
 
@@ -190,7 +200,7 @@ def train(args, tmp_path):
 @pytest.mark.parametrize("release_defects", [False, True])
 def test_replay_holds_the_executed_skills_at_the_models_scale(release_defects, tmp_path, monkeypatch, short_episodes):
     notes = SkillNotes(monkeypatch)
-    args = tiny_args(release_defects=release_defects, updates_per_step=0.02, eval_episodes=3)
+    args = tiny_args(release_defects=release_defects, updates_per_step=0.02, eval_episodes=3, reward_scale=0.5)
     results, state, _ = train(args, tmp_path)
     executed = torch.stack(notes.executed, 1)  # (E, skills, Z)
     for e in range(2):
@@ -198,6 +208,10 @@ def test_replay_holds_the_executed_skills_at_the_models_scale(release_defects, t
         stored = rows[:, 4:7]
         first = (stored == 0).all(1)  # of an episode
         assert torch.allclose(stored[~first] * (1 if release_defects else 2), executed[e])
+        rewards, ends = rows[~first, 7:].T
+        assert torch.equal(rewards, 0.5 * torch.tensor(np.array(notes.rewards)[:, e]))
+        assert torch.equal(ends.bool(), torch.tensor(np.array(notes.ends)[:, e]))
+        assert ends.any() == (e == 0) and not rows[first, 7:].any()
     # after the warm-up all skills are 2 tanh or its noise, clipped
     warmup = 400 // (2 * 5)
     assert executed[:, warmup:].abs().max() <= 2 and executed[:, warmup:].abs().max() > 1

@@ -203,6 +203,61 @@ def test_plan_finds_the_best_action_of_every_step(K):
     np.testing.assert_allclose(action, torch.tensor(best[:1]).expand(2, -1), atol=0.12)
 
 
+def test_plan_against_numpy():
+    """Every part of it: proposals, discount, value at the end, weights, deviations, momentum, bounds, noise."""
+    args = tiny_args(
+        num_samples=12, num_policy_trajs=3, num_elites=5, cem_iters=3, gamma=0.8, temperature=0.7, momentum=0.2,
+        max_std=0.25, policy_std=0.3,
+    )  # fmt: skip
+    agent = new_agent(args)
+    model = NpModel(agent.model)
+    obs = torch.randn(2, 3)
+    start = torch.rand(2, 2, 2) - 0.5
+    torch.manual_seed(5)
+    inputs = agent.model, agent.policy, obs, start, torch.tensor(0.15), torch.tensor(1.0), args
+    action, fitted = tdmpc.plan(*inputs)
+
+    torch.manual_seed(5)
+
+    def sample(h):
+        mean = np_net(agent.policy, h)
+        return np.tanh(mean + 0.3 * torch.randn(mean.shape).numpy())
+
+    h0 = model.encode(obs.numpy())[:, None]
+    h = np.repeat(h0, 3, 1)
+    proposed = []
+    for _ in range(2):
+        proposed.append(sample(h))
+        h = model.next(h, proposed[-1])
+    mean, std = start.numpy(), np.full((2, 2, 2), 0.25)
+    spreads = []
+    for _ in range(3):
+        plans = mean[:, None] + std[:, None] * torch.randn(2, 12, 2, 2).numpy()
+        plans = np.concatenate([plans.clip(-1, 1), np.stack(proposed, 2)], 1)
+        h = np.repeat(h0, 15, 1)
+        value = 0.0
+        for t in range(2):
+            value = value + 0.8**t * model.reward(h, plans[:, :, t])
+            h = model.next(h, plans[:, :, t])
+        value = value + 0.8**2 * np.minimum(*model.q(h, sample(h)))
+        index = np.argsort(-value, 1)[:, :5]
+        elites = np.take_along_axis(plans, index[..., None, None], 1)
+        weight = np.exp(0.7 * np.take_along_axis(value, index, 1))
+        weight /= weight.sum(1, keepdims=True)
+        w = weight[..., None, None]
+        centre = (w * elites).sum(1)
+        spread = np.sqrt((w * (elites - centre[:, None]) ** 2).sum(1))
+        std = spread.clip(0.15, 0.25)
+        spreads.append(spread)
+        mean = 0.2 * mean + 0.8 * centre
+    np.testing.assert_allclose(fitted, mean, atol=1e-5)
+    assert np.min(spreads) < 0.15 and np.max(spreads) > 0.25  # both bounds were met
+    race = weight / torch.empty(2, 5).exponential_().numpy()
+    chosen = elites[np.arange(2), race.argmax(1), 0]
+    expected = chosen + std[:, 0] * torch.randn(2, 2).numpy()
+    np.testing.assert_allclose(action, expected.clip(-1, 1), atol=1e-5)
+
+
 def test_the_policys_plans_compete():
     """Samples cannot find the narrow peak at 0.987, but the policy proposes it."""
     torch.manual_seed(0)
