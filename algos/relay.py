@@ -1000,8 +1000,10 @@ def check_args(args: Args):
             sys.exit(f"error: {flag} 0 does not work; give at least 1")
         if name in ("gamma", "gae_lambda", "demo_decay") and value > 1:
             sys.exit(f"error: {flag} {value} does not work; give at most 1")
-        if name in ("min_scale", "max_std") and value == 0:
+        if name == "min_scale" and value == 0:
             sys.exit(f"error: {flag} 0 does not work; give a small number")
+        if name == "max_std" and value < 0.007:  # policies have no smaller std
+            sys.exit(f"error: {flag} {value} does not work; give at least .007")
     if args.batch_size < 2:
         sys.exit("error: --batch-size 1 does not work, one advantage has no std; give at least 2")
     if args.env_id in data_tools.TASKS and not (args.env_id in GOALS and args.env_id in GOAL_ENTRIES):

@@ -959,12 +959,13 @@ def encode_windows(skills, data, num_windows: int, args: Args):
 def find_flow(args: Args, model: Path, data) -> Path:
     """The file of the flow prior for a pre-trained model; found again by task, model, data, arguments, code."""
     names = [field.name for field in fields(Args) if field.name.startswith("flow_")]
-    names = ["skill_horizon", "recombine", "arm_noise", *names]
+    names = ["skill_horizon", "position_features", "recombine", "arm_noise", *names]
     parts = zero_net, Features, FlowPrior, log_density, draw, flow_loss, perturb, encode_windows
     code = "".join(inspect.getsource(part) for part in parts)
     model_hash = hashlib.sha256(model.read_bytes()).hexdigest()
     made_from = [args.env_id, model_hash, data.fingerprint, ast.dump(ast.parse(code))]
     made_from += [[name, getattr(args, name)] for name in names]
+    made_from += [np.asarray(POSITION_PERIODS.get(args.env_id, ())).tolist(), ARM.get(args.env_id)]
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
     return data_tools.cache_dir(args.data_dir) / "flows" / f"{model.stem}_{key}.pt"
 

@@ -353,6 +353,47 @@ def test_a_flow_is_found_again_only_for_what_made_it(tmp_path):
     assert key() != same
 
 
+def test_an_interrupted_flow_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
+    """Stopped in the third of eight updates: the same command goes on, and gets to the same weights and facts."""
+    args = tiny_args(flow_windows=1_000, flow_updates=8, flow_batch_size=16, pretrain_eval_episodes=1)
+    rng = np.random.default_rng(0)
+    ends = np.arange(3_000) % 30 == 29
+    obs = random_obs(rng, 3_000).astype(np.float32)
+    data = data_tools.OfflineDataset(obs, rng.uniform(-1, 1, (3_000, 2)).astype(np.float32), ends & False, ends)
+    monkeypatch.setattr(reskill, "rollout", lambda *inputs: (np.ones(4), None))
+    norm = reskill.gradient_norm
+    stop = threading.Event()
+
+    def learn(name, stop_at=0):
+        torch.manual_seed(0)
+        networks = noisy(reskill.make_networks(args, 4, 2), 0.1)
+        networks["flow"] = noisy(reskill.FlowPrior(4, args))
+        seen = []
+
+        def gradient_norm(flow):
+            seen.append(flow)
+            if len(seen) == stop_at:
+                stop.set()
+            return norm(flow)
+
+        monkeypatch.setattr(reskill, "gradient_norm", gradient_norm)
+        reskill.learn_flow(args, networks, tmp_path / f"{name}.pt", data, mock.Mock(), stop)
+        return torch.load(tmp_path / f"{name}.pt", weights_only=True), len(seen)
+
+    whole, updates = learn("whole")
+    assert updates == 8
+    with pytest.raises(SystemExit, match="goes on"):
+        learn("parts", stop_at=3)
+    assert not (tmp_path / "parts.pt").exists() and (tmp_path / "parts.unfinished").exists()
+    stop.clear()
+    torch.rand(7)  # other random numbers in between
+    resumed, updates = learn("parts")
+    assert updates == 5 and not (tmp_path / "parts.unfinished").exists()
+    assert resumed["facts"] == whole["facts"]
+    for name, weight in whole["flow"].items():
+        assert torch.equal(resumed["flow"][name], weight), name
+
+
 # --------------------------------------------------------------------------------------------------------------- acting
 def test_the_share_of_the_residual_is_that_of_its_mean():
     """Nothing at first, however large the noise; then w |mean d| beside |a'|, over the env steps that happened."""
