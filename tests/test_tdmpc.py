@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_dreamer import learn_toy
 
-from algos import dreamer, tdmpc
+from algos import dreamer, lsp, tdmpc
 from data_tools.tasks.maze import MazeVectorEnv
 
 
@@ -375,14 +375,21 @@ def test_compiled_updates_and_plans_are_the_eager_ones(eager_random, quick_compi
 
 
 @pytest.mark.parametrize("num_envs", [1, 8])
-@pytest.mark.parametrize(("module", "warmup", "total"), [(dreamer, 2_500, 3_200), (tdmpc, 5_000, 6_400)])
+@pytest.mark.parametrize(
+    ("module", "warmup", "total"), [(dreamer, 2_500, 3_200), (lsp, 2_500, 3_200), (tdmpc, 5_000, 6_400)]
+)
 def test_updates_keep_step_with_the_environments(module, warmup, total, num_envs, monkeypatch, tmp_path):
-    """Dreamer: 0.2 per env step after the warm-up. TD-MPC: 1 per env step, the warm-up's caught up soon after it."""
+    """Dreamer: 0.2 per env step after the warm-up. TD-MPC: 1 per env step, the warm-up's caught up soon after it.
+
+    In the warm-up nobody filters: the states begin with zeros when it ends, in the midst of an episode.
+    """
     ticks = []  # updates after each env step
     step = MazeVectorEnv.step
-    actor = dreamer.Filter if module is dreamer else tdmpc.Planner
+    actor = tdmpc.Planner if module is tdmpc else module.Filter
+    calls = []
     monkeypatch.setattr(MazeVectorEnv, "step", lambda envs, action: ticks.append(0) or step(envs, action))
-    monkeypatch.setattr(actor, "__call__", lambda self, obs, *_: np.zeros((len(obs), 2), np.float32))
+    act = lambda self, obs, *_: calls.append(len(ticks)) or np.zeros((len(obs), 2), np.float32)  # noqa: E731
+    monkeypatch.setattr(actor, "__call__", act)
     monkeypatch.setattr(module, "rollout", lambda *args: (np.zeros(1), np.zeros(1)))
     moved = []
     monkeypatch.setattr(module, "update_target", lambda *args: moved.append(args), raising=False)
@@ -393,14 +400,15 @@ def test_updates_keep_step_with_the_environments(module, warmup, total, num_envs
 
     monkeypatch.setattr(module.Agent, "update", update)
     flags = f"--device cpu --num-envs {num_envs} --total-timesteps {total} --cpu-preset --run-dir {tmp_path}"
-    ratio = 0.2 if module is dreamer else 1.0
+    ratio = 1.0 if module is tdmpc else 0.2
     args = module.parse_args([*flags.split(), "--updates-per-step", str(ratio)])
     results = module.main(args)
     done = np.cumsum(ticks)
     steps = num_envs * np.arange(1, len(ticks) + 1)
     assert results["env_steps"] == steps[-1] == total
     assert (done[steps < warmup] == 0).all()
-    if module is dreamer:
+    assert calls == list(range(-(-warmup // num_envs), len(ticks)))
+    if module is not tdmpc:
         np.testing.assert_array_equal(done, np.maximum(0, (steps - warmup) * 0.2 + 1e-9).astype(int))
     else:
         assert max(ticks) == 10 * num_envs
