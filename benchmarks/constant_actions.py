@@ -38,7 +38,7 @@ def corners(action_dim: int) -> np.ndarray:
     return np.array(list(itertools.product([-1.0, 1.0], repeat=action_dim)), dtype=np.float32)
 
 
-def constant_returns(env_id: str, actions: np.ndarray, noise: float, seed: int, progress=None) -> np.ndarray:
+def constant_returns(env_id: str, actions: np.ndarray, noise: float, seed: int) -> np.ndarray:
     """Returns (N,) of an episode for each of the actions (N, A), with Gaussian noise of this std on each env step."""
     envs = data_tools.make_envs(env_id, len(actions))
     envs.reset(seed=seed)
@@ -50,8 +50,6 @@ def constant_returns(env_id: str, actions: np.ndarray, noise: float, seed: int, 
         _, rewards, terminations, truncations, _ = envs.step(noisy.clip(-1, 1).astype(np.float32))
         returns += np.where(ended, 0.0, rewards)
         ended |= terminations | truncations
-        if progress is not None:
-            progress.update()
     envs.close()
     return returns
 
@@ -69,10 +67,10 @@ def main(args: Args):
     actions = corners(data_tools.env_sizes(args.env_id)[1])
     names = ["".join("+" if number > 0 else "-" for number in action) for action in actions]
     rows = []
-    with tqdm(desc="env steps", unit="step") as bar:
-        for noise, seed in itertools.product((0.0, args.explore_std), range(1, args.seeds + 1)):
-            returns = constant_returns(args.env_id, actions, noise, seed, bar)
-            rows += [(name, noise, seed, value) for name, value in zip(names, returns.tolist())]
+    rounds = list(itertools.product((0.0, args.explore_std), range(1, args.seeds + 1)))
+    for noise, seed in tqdm(rounds, desc="an episode of each action"):
+        returns = constant_returns(args.env_id, actions, noise, seed)
+        rows += [(name, noise, seed, value) for name, value in zip(names, returns.tolist())]
     write_atomically(args.out, lambda path: write_rows(path, rows))
     args.out.with_suffix(".json").write_text(json.dumps(origin, indent=1) + "\n")
     for noise in (0.0, args.explore_std):

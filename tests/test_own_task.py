@@ -15,6 +15,7 @@ import toy_walk
 
 import data_tools
 from algos import dreamer, hiro, lsp, sac, tdmpc
+from benchmarks import constant_actions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,6 +26,20 @@ def walk(monkeypatch):
     task = data_tools.Task(envs="toy_walk:WalkVectorEnv", max_return=10.0, collect="toy_walk:collect", noise=0.2)
     monkeypatch.setitem(data_tools.TASKS, "walk", task)  # in a program: data_tools.TASKS["walk"] = task
     return "walk"
+
+
+def test_returns_of_constant_actions_against_straight_lines(walk):
+    """A constant action goes straight on: it scores if the line passes the goal, once."""
+    actions = constant_actions.corners(2)
+    assert sorted(map(tuple, actions)) == [(-1, -1), (-1, 1), (1, -1), (1, 1)]
+    many = actions.repeat(50, 0)
+    found = constant_actions.constant_returns(walk, many, 0.0, seed=3)
+    start, _ = data_tools.make_envs(walk, 200).reset(seed=3)
+    line = start[:, None] + 0.1 * many[:, None] * np.arange(1, 61)[:, None]
+    near = np.linalg.norm(line - toy_walk.GOAL, axis=-1) < 0.2
+    assert np.array_equal(found, 10.0 * near.any(1)) and 0 < near.any(1).sum() < 50
+    noisy = constant_actions.constant_returns(walk, many, 1.0, seed=3)
+    assert not np.array_equal(noisy, found)
 
 
 def test_its_environments_are_stepped_frozen_and_saved(walk):
