@@ -1,6 +1,6 @@
 """What a constant action does in a task: the control that a score has to beat before it tells of planning or skills.
 
-    python benchmarks/constant_actions.py --env-id calvin --out FILE.csv    # 6 minutes on one core
+    python benchmarks/constant_actions.py --env-id calvin --out FILE.csv    # 11 minutes on one core
 
 Tries all corners of the action box, 2^A actions (A numbers of -1 or 1), each for whole episodes: once as it is and once
 with the noise that Dreamer and LSP explore with. Writes a row per episode, and FILE.json with command and machine.
