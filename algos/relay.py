@@ -147,7 +147,7 @@ GOALS = {
 # DEVIATION 3: first and last + 1 of the entries of a goal that the high level looks at: the objects'.
 GOAL_ENTRIES = {"maze": (0, 2), "kitchen": (9, 30), "kitchen-misaligned": (9, 30), "calvin": (15, 21)}
 # First and last + 1 of the entries that jump by 2 pi: the Euler angles of CALVIN's tool.
-ANGLES = {"calvin": (3, 6)}
+ANGLE_ENTRIES = {"calvin": (3, 6)}
 
 # Periods of the sines and cosines of an observation's first P entries, (P, F).
 POSITION_PERIODS = {
@@ -169,7 +169,7 @@ def relu_mlp(*sizes: int) -> nn.Sequential:
 
 def unwrap(obs, near, env_id: str):
     """obs (..., O) with its angles as the numbers nearest to those of near (..., O), for they jump by 2 pi."""
-    first, last = ANGLES.get(env_id, (0, 0))
+    first, last = ANGLE_ENTRIES.get(env_id, (0, 0))
     obs = obs.clone()
     turns = (obs - near)[..., first:last] / (2 * np.pi)
     obs[..., first:last] -= 2 * np.pi * turns.round()
@@ -614,7 +614,7 @@ def find_pretrained(args: Args):
     parts = relu_mlp, unwrap, GoalNetwork, GoalPolicy, HighPolicy, log_probability, Demonstrations, make_networks
     code = "".join(inspect.getsource(part) for part in (*parts, relabel, pretrain_loss, prepare))
     made_from = [data.fingerprint, args.seed, ast.dump(ast.parse(code))]
-    made_from += [GOAL_ENTRIES[args.env_id], ANGLES.get(args.env_id)]
+    made_from += [GOAL_ENTRIES[args.env_id], ANGLE_ENTRIES.get(args.env_id)]
     made_from += [[name, getattr(args, name)] for name in names]
     made_from += [np.asarray(POSITION_PERIODS.get(args.env_id, ())).tolist()]
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
