@@ -62,7 +62,10 @@ def write_rows(path: Path, rows: list):
 
 
 def main(args: Args):
-    check_writable(args.out)
+    try:
+        check_writable(args.out)
+    except data_tools.DataError as error:
+        sys.exit(str(error))
     origin = provenance()
     actions = corners(data_tools.env_sizes(args.env_id)[1])
     names = ["".join("+" if number > 0 else "-" for number in action) for action in actions]
