@@ -27,8 +27,8 @@ Marked DEVIATION n below, as in dreamer.py: 4. the encoder sees scaled observati
 raw ones are reconstructed; 5. imagine_starts: imagination may begin in a random share of the states; 6. --continue-head
 is a model of the end, off by default: imagination never ends; 7. the decoder begins at the mean of what was seen.
 E environments act side by side.
---skill-dim 0 --random-skills --skill-horizon 15 learns and acts as dreamer.py does with the same rates, bit for bit
-from the same random numbers (a test); --random-skills alone is the paper's ablation: no plans.
+--skill-dim 0 --random-skills --skill-horizon 15 learns and acts as dreamer.py does with the same rates (a test; bit for
+bit, where both draw the same random numbers); --random-skills alone is the paper's ablation: no plans.
 
 Four questions: goals no; end to end, nothing is pre-trained; a skill has a fixed rate of K steps; off-policy (replay
 for the model; policy and critic learn in imagination).

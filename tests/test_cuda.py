@@ -301,7 +301,7 @@ def both_phases(algo, folder):
     def rewarded(*inputs):
         agent = agent_type(*inputs)
         if hasattr(agent, "rewarded"):  # both of HIRO's levels learn, DADS plans
-            agent.rewarded |= True
+            agent.rewarded.fill_(1)
         return agent
 
     with (
