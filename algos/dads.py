@@ -1091,7 +1091,7 @@ def check_args(args: Args):
         if name in ("tau", "gamma") and value > 1:
             sys.exit(f"error: {flag} {value} does not work; give at most 1")
     if args.warmup_steps >= args.discover_steps:
-        sys.exit("error: --warmup-steps leaves nothing of --discover-steps, so no skill would be learnt; lower it")
+        sys.exit("error: --warmup-steps leaves nothing of --discover-steps; lower it")
     if args.buffer_size < args.num_envs * args.skill_horizon:
         sys.exit("error: --buffer-size is smaller than --num-envs times --skill-horizon; raise it")
     if args.task_reward == "known" and args.env_id not in SUBTASK_GOALS:

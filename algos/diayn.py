@@ -867,7 +867,7 @@ def check_args(args: Args):
     if args.controller_alpha == 0:
         sys.exit("error: --controller-alpha 0 does not work; give more than 0")
     if args.warmup_steps >= args.discover_steps:
-        sys.exit("error: --warmup-steps leaves nothing of --discover-steps, so no skill would be learnt; lower it")
+        sys.exit("error: --warmup-steps leaves nothing of --discover-steps; lower it")
     if args.buffer_size < args.num_envs:
         sys.exit("error: --buffer-size is smaller than --num-envs; raise it")
     if args.device == "cuda" and not torch.cuda.is_available():
