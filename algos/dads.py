@@ -392,7 +392,8 @@ def plan(dynamics, score, x, args):
         plans = plans.clamp(-1, 1)  # (E, P, K, Z)
         skills = [plans[:, :, 0]]
         for k in range(1, args.plan_skills):
-            skills.append(args.plan_smoothing * skills[-1] + (1 - args.plan_smoothing) * plans[:, :, k])
+            fresh = (1 - args.plan_smoothing) * plans[:, :, k]
+            skills.append(args.plan_smoothing * skills[-1] + fresh)
 
         # Return of each plan: the dynamics are rolled out env step by env step, rewards are those of whole skills
         x_later = x[:, None].expand(-1, args.num_samples, -1)  # (E, P, D)
@@ -643,7 +644,8 @@ class ReplayBuffer:
         e[:half] = torch.where(count[-1] > 0, found % E, e[:half])
 
         first = age.clamp(0, len(self) - H)
-        t = (first[:, None] + torch.arange(H, device=count.device) + oldest) % len(self)  # (B, H)
+        offset = torch.arange(H, device=count.device)
+        t = (first[:, None] + offset + oldest) % len(self)  # (B, H)
         e = e[:, None]
         ended = self.columns["ended"][t, e]
         running = ended.cumsum(1) - ended == 0  # (B, H), not behind an end

@@ -318,7 +318,9 @@ def zero_net(in_dim: int, u: int, out_dim: int, activation) -> nn.Sequential:
     last = nn.Linear(u, out_dim)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
-    return nn.Sequential(nn.Linear(in_dim, u), activation(), nn.Linear(u, u), activation(), last)
+    first = nn.Linear(in_dim, u)
+    second = nn.Linear(u, u)
+    return nn.Sequential(first, activation(), second, activation(), last)
 
 
 class FlowPrior(nn.Module):
@@ -457,7 +459,8 @@ def log_density(x, distribution):
     """log N(x; mean, std) of x (..., n), summed over its last axis: (...)."""
     mean, std = distribution
     error = (x - mean) / std
-    return (-0.5 * error.square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+    normaliser = std.log() + 0.5 * math.log(2 * math.pi)
+    return (-0.5 * error.square() - normaliser).sum(-1)
 
 
 def flow_loss(flow, z, obs):
@@ -650,25 +653,26 @@ class RolloutBuffer:
 
         z_steps = z[:, None].expand(-1, H, -1)
         x = torch.cat([obs, z_steps, actions], -1)  # (T E, H, O + Z + A)
-        last = torch.cat([next_obs, z, agent.skills.act(next_obs, z)], -1)  # (T E, O + Z + A)
+        next_action = agent.skills.act(next_obs, z)
+        last = torch.cat([next_obs, z, next_action], -1)  # (T E, O + Z + A)
         last_values = agent.residual.value(last) * (1 - terminations)
         step = torch.arange(H, device=obs.device)
         final = torch.arange(T * E, device=obs.device) >= (T - 1) * E
-        cut = (step == steps[:, None] - 1) & (ended.bool() | final)[:, None]  # (T E, H)
+        stops = ended.bool() | final  # (T E,)
+        cut = (step == steps[:, None] - 1) & stops[:, None]  # (T E, H)
         values = paths(agent.residual.value(x))  # (T H, E)
         behind = paths(last_values[:, None].expand(-1, H))
         next_values = torch.where(paths(cut), behind, values.roll(-1, 0))
-        taken = (step < steps[:, None]).float()
+        taken = step < steps[:, None]  # (T E, H)
         rows = [paths(x), paths(residuals), paths(rewards), values, next_values]
-        rows += [paths(cut.float()), paths(taken)]
+        rows += [paths(cut.float()), paths(taken.float())]
         gamma = args.gamma ** (1 / H)  # DEVIATION 9
         self.residual = self.table(agent.residual, *rows, gamma)
 
         # How much the residual does, without its noise, which is as large however little was learnt
-        acted = step < steps[:, None]  # (T E, H)
         mean, _ = agent.residual(x)  # (T E, H, A)
-        self.action_size = actions[acted].abs().mean().item()
-        self.residual_size = mean[acted].abs().mean().item()
+        self.action_size = actions[taken].abs().mean().item()
+        self.residual_size = mean[taken].abs().mean().item()
 
     def table(self, learner, x, actions, rewards, values, next_values, cut, weights, discount: float):
         """Rows of paths (T, E, ...): inputs, actions, log-probabilities, advantages, returns, weights."""
@@ -677,9 +681,11 @@ class RolloutBuffer:
         returns = values + gae(*path, 1.0)
         share = weights / weights.sum()
         centred = advantages - (share * advantages).sum()
-        advantages = centred / ((share * centred.square()).sum().sqrt() + 1e-8)
+        variance = (share * centred.square()).sum()
+        advantages = centred / (variance.sqrt() + 1e-8)
         log_probs = log_density(actions, learner(x))
-        return [column.flatten(0, 1) for column in (x, actions, log_probs, advantages, returns, weights)]
+        columns = x, actions, log_probs, advantages, returns, weights
+        return [column.flatten(0, 1) for column in columns]
 
     def sample(self, batch_size: int):
         """Rows of both tables, no row twice: 2 x 6 columns (B, ...), all rows if there are fewer (DEVIATION 8)."""

@@ -82,6 +82,26 @@ def test_files_differ_where_they_say_so():
     assert complaints({path.name: path.read_text() for path in sorted(FOLDER.glob("*.py"))}) == []
 
 
+# What some files share though all of them say that it differs from skimo.py's
+ALIKE = [
+    ("sac diayn hiro option_critic dreamer tdmpc dads lsp", "rollout POSITION_PERIODS"),
+    ("sac diayn hiro dreamer tdmpc dads lsp", "main"),
+    ("sac diayn dads", "policy_loss"),
+    ("dreamer lsp", "kl_divergence"),
+    ("tdmpc tdmpc_skills", "scalar_head"),
+    ("skimo_no_cem skimo_sac spirl", "evaluate"),
+    ("spirl reskill tdmpc_skills dreamer_skills", "PEOPLE SkillModel find_pretrained make_networks pretrain_loss"),
+    ("spirl reskill tdmpc_skills dreamer_skills", "prior_rollouts pretrain pretrain_lr"),
+]
+
+
+@pytest.mark.parametrize(("names", "shared"), ALIKE)
+def test_files_that_differ_alike(names, shared):
+    found = [definitions((FOLDER / f"{name}.py").read_text()) for name in names.split()]
+    for definition in shared.split():
+        assert len({own[definition] for own in found}) == 1, definition
+
+
 def test_every_variant_has_the_line(files):
     assert [name for name in files if name != "skimo.py" and differs(files[name]) is None] == []
     assert all(name in files for name in VARIANTS)

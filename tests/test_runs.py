@@ -25,6 +25,7 @@ import time
 import typing
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import golden
 import numpy as np
@@ -41,7 +42,7 @@ ALGOS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
 SHORT = dict(
     pretrain_updates=6, pretrain_eval_interval=2, pretrain_eval_episodes=1, total_timesteps=1200, eval_interval=500,
     warmup_steps=400, updates_per_step=0.05, horizon_steps=800, std_steps=800, plan_start="wide",
-    warmup_skills=40, updates_per_skill=0.5, discover_steps=600,
+    warmup_skills=40, updates_per_skill=0.5, discover_steps=600, reward_scale=0.5,
 )  # fmt: skip
 
 
@@ -117,9 +118,51 @@ class Case:
         return path
 
 
+def recording(module, patch):
+    """What a run does from now on, as it comes. Of all env steps what they were given and gave; of the replay's rows
+    how many env steps of training there had been.
+    """
+    record = SimpleNamespace(training=None, evaluations=[], rows=[])
+    maze = data_tools.tasks.maze.MazeVectorEnv
+    seeds = []
+
+    def manual_seed(seed, original=torch.manual_seed):
+        seeds.append(seed)
+        return original(seed)
+
+    def reset(envs, original=maze.reset, **how):
+        if how.get("seed") is not None:
+            envs.record = SimpleNamespace(torch_seed=seeds[-1], seed=how["seed"], steps=[])
+            if in_training(envs):
+                record.training = envs.record  # the last one: earlier ones belong to pre-training
+            elif envs.num_envs == 2:
+                record.evaluations.append(envs.record)
+        return original(envs, **how)
+
+    def step(envs, action, original=maze.step):
+        before = envs.observations()
+        result = original(envs, action)
+        envs.record.steps.append([np.array(value) for value in (before, action, *result[:4])])
+        return result
+
+    patch.setattr(torch, "manual_seed", manual_seed)
+    patch.setattr(maze, "reset", reset)
+    patch.setattr(maze, "step", step)
+    (buffer,) = (value for name, value in vars(module).items() if name.endswith("Buffer"))
+
+    def add(*inputs, original=buffer.add):
+        row = inspect.signature(original).bind(*inputs).arguments
+        row = {name: np.asarray(value).copy() for name, value in row.items() if name != "self"}
+        record.rows.append((len(record.training.steps), row))
+        return original(*inputs)
+
+    patch.setattr(buffer, "add", add)
+    return record
+
+
 @pytest.fixture(scope="module")
 def case(request, tiny_data_file, tmp_path_factory):
-    """Parametrised by the name of an algorithm file."""
+    """Parametrised by the name of an algorithm file; case.record is what its first run did."""
     maze = data_tools.tasks.maze.MazeVectorEnv
     init, advance = maze.__init__, maze.advance
 
@@ -133,7 +176,11 @@ def case(request, tiny_data_file, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(maze, "__init__", short)
         patch.setattr(maze, "advance", rewarded)
-        yield Case(request.param, tmp_path_factory.mktemp(request.param), tiny_data_file)
+        with pytest.MonkeyPatch.context() as first:
+            record = recording(algo_module(request.param), first)
+            case = Case(request.param, tmp_path_factory.mktemp(request.param), tiny_data_file)
+        case.record = record
+        yield case
 
 
 every_algo = pytest.mark.parametrize("case", ALGOS, indirect=True)
@@ -325,6 +372,111 @@ def test_run_leaves_its_results(case):
     assert args["total_timesteps"] == 1200 and args["seed"] == 3
     files = sorted(path.name for path in case.run_dir.iterdir() if "tfevents" not in path.name)
     assert files == ["args.json", "checkpoint.pt", "episodes.csv", "results.json"]
+
+
+@every_algo
+def test_episodes_are_what_the_environments_gave(case):
+    """Returns are sums of the task's rewards, without reward_scale; 300 env steps hold three episodes of 90."""
+    rewards = np.array([step[3] for step in case.record.training.steps])  # (300, E)
+    returns = rewards[:270].reshape(3, 90, 4).sum(1)
+    np.testing.assert_allclose([float(row[1]) for row in rows_of(case.run_dir)], returns.flatten(), rtol=1e-5)
+    evaluated = [np.sum([step[3] for step in of.steps], 0).mean() for of in case.record.evaluations]
+    assert [mean for _, mean, _ in case.results["evaluations"]] == pytest.approx(evaluated, rel=1e-5)
+
+
+@every_algo
+def test_seeds_of_a_run(case):
+    """Torch and the environments begin with the run's seed; evaluations have other starts, always the same."""
+    of = case.record.training
+    assert (of.torch_seed, of.seed) == (3, 3)
+    assert [(of.torch_seed, of.seed) for of in case.record.evaluations] == [(10_003, 10_003)] * 3
+
+
+@pytest.mark.parametrize("case", [name for name in ALGOS if name not in ("relay", "diayn")], indirect=True)
+def test_replay_holds_what_the_environments_gave(case):
+    """A row is an env step or the ten of a skill. relay stores advantages, diayn has two buffers and its own test."""
+    first = 0
+    for last, row in case.record.rows:
+        steps = case.record.training.steps[first:last]
+        before, action, after, rewards, ends, time_outs = (np.stack(of, 1) for of in zip(*steps))  # (E, n, ...)
+        ended = ends | time_outs
+        expected = dict(next_obs=after[:, -1], rewards=0.5 * rewards.sum(1), step_rewards=rewards, actions=action)
+        expected |= dict(terminations=ends[:, -1], truncations=time_outs[:, -1], ended=ended[:, -1])
+        expected["steps"] = np.full(4, last - first)
+        expected["obs"] = before if "actions" in row else before[:, 0]
+        if last - first == 1:
+            expected["action"] = action[:, 0]
+        if "residuals" in row:
+            del expected["actions"]  # before the residual
+        for name in row.keys() & expected.keys():
+            np.testing.assert_allclose(row[name], expected[name], rtol=1e-5, err_msg=name)
+        first = last
+    assert first == len(case.record.training.steps) == 300
+    assert {"rewards", "step_rewards"} & row.keys()
+
+
+@every_algo
+def test_scores_are_those_of_the_last_100_episodes(case):
+    """Of 150 with returns 0 to 149, of which the maze's 100 and more are successes."""
+    run = case.copy_of_run()
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    state["episodes"] = [(k, float(k), 90, 0.0) for k in range(150)]
+    torch.save(state, run / "checkpoint.pt")
+    results = case.resume(run)
+    assert (results["last_100_return"], results["last_100_success"]) == (99.5, 0.5)
+
+
+# Each file with a slow copy: what it follows
+SLOW = dict.fromkeys(["skimo", "skimo_no_cem", "skimo_no_joint", "skimo_single_step", "tdmpc", "tdmpc_skills"], "model")
+SLOW |= dict(skimo_sac="critic", spirl="critics", sac="critics", dads="critics", diayn="critics")
+
+
+@pytest.mark.parametrize("case", SLOW, indirect=True)
+def test_the_slow_copy_follows(case, monkeypatch):
+    """Against the weights after every update: it goes a share tau of the way to them, in some files not every time."""
+    name = SLOW[case.module.__name__.removeprefix("algos.")]
+    update = case.module.Agent.update
+    weights = []
+    slow = []
+
+    def numbers(part):
+        return torch.nn.utils.parameters_to_vector(part.parameters()).detach().double()
+
+    def recorded(agent, *inputs):
+        if not weights:
+            slow.append(numbers(agent.target))
+        metrics = update(agent, *inputs)
+        weights.append(numbers(getattr(agent, name)))
+        slow[1:] = [agent.target]
+        return metrics
+
+    monkeypatch.setattr(case.module.Agent, "update", recorded)
+    _, run_dir = case.start("--tau 0.1")
+    args = json.loads((run_dir / "args.json").read_text())
+    every = args.get("target_update_interval", 1)
+    expected, target = slow
+    for k, online in enumerate(weights, 1):
+        if k % every == 0:
+            expected = 0.9 * expected + 0.1 * online
+    assert len(weights) > 8 and not torch.allclose(expected, online, rtol=1e-4)
+    torch.testing.assert_close(numbers(target), expected, rtol=1e-5, atol=1e-6)
+
+
+# Each file with a policy over skills: how it draws them in training, and for how many of the 30 skills
+DRAWS = dict.fromkeys(["spirl", "skimo_sac", "skimo_no_cem"], ("sample_policy", 30))
+DRAWS |= dict.fromkeys(["skimo", "skimo_no_joint", "skimo_single_step"], ("sample_policy", 10))
+DRAWS |= dict(tdmpc_skills=("sample_prior", 10))
+
+
+@pytest.mark.parametrize("case", DRAWS, indirect=True)
+def test_training_draws_skills_and_evaluation_does_not(case, monkeypatch):
+    name, number = DRAWS[case.module.__name__.removeprefix("algos.")]
+    draws = after_calls(monkeypatch, case.module.Agent, name, 0, None)
+    modes = []
+    if number == 30:  # else a planner chooses after the warm-up, and in evaluations
+        modes = after_calls(monkeypatch, case.module.Agent, "policy_mode", 0, None)
+    case.start("--eval-interval 0")
+    assert (len(draws), len(modes)) == (number, 9 if number == 30 else 0)
 
 
 @skimo_only
