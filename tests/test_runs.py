@@ -42,7 +42,8 @@ ALGOS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
 SHORT = dict(
     pretrain_updates=6, pretrain_eval_interval=2, pretrain_eval_episodes=1, total_timesteps=1200, eval_interval=500,
     warmup_steps=400, updates_per_step=0.05, horizon_steps=800, std_steps=800, plan_start="wide",
-    warmup_skills=40, updates_per_skill=0.5, discover_steps=600, reward_scale=0.5,
+    warmup_skills=40, updates_per_skill=0.5, discover_steps=600, reward_scale=0.5, learning_rate=1e-3, actor_lr=2e-4,
+    critic_lr=3e-4, predictor_lr=4e-4, alpha_lr=5e-4,
 )  # fmt: skip
 
 
@@ -120,9 +121,10 @@ class Case:
 
 def recording(module, patch):
     """What a run does from now on, as it comes. Of all env steps what they were given and gave; of the replay's rows
-    how many env steps of training there had been.
+    how many env steps of training there had been; of the losses' inputs whether they are the agent's parts of that
+    name; of the optimizers how far the first step moved a weight.
     """
-    record = SimpleNamespace(training=None, evaluations=[], rows=[])
+    record = SimpleNamespace(training=None, evaluations=[], rows=[], inputs={}, moved={})
     maze = data_tools.tasks.maze.MazeVectorEnv
     seeds = []
 
@@ -157,6 +159,42 @@ def recording(module, patch):
         return original(*inputs)
 
     patch.setattr(buffer, "add", add)
+    agents = []
+
+    def init(agent, *inputs, original=module.Agent.__init__):
+        agents.append(agent)
+        original(agent, *inputs)
+
+    def checked(loss):
+        @functools.wraps(loss)
+        def wrapper(*inputs):
+            for name, value in inspect.signature(loss).bind(*inputs).arguments.items():
+                owners = [vars(owner)["_modules"] for owner in agents[-1].modules()]
+                longer = loss.__name__.replace("loss", name)  # controller_loss's target is the controller_target
+                parts = [owner[longer] for owner in owners if longer in owner]
+                parts = parts or [owner[name] for owner in owners if name in owner]
+                if isinstance(value, torch.nn.Module) and parts:
+                    record.inputs[loss.__name__, name] = any(part is value for part in parts)
+            return loss(*inputs)
+
+        return wrapper
+
+    def adam_step(optimizer, *closure, original=torch.optim.Adam.step):
+        owners = [vars(part) for agent in agents for part in agent.modules()]
+        names = [name for owner in owners for name, value in owner.items() if value is optimizer]
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        before = [weight.detach().clone() for weight in weights]
+        result = original(optimizer, *closure)
+        for name in names:
+            moves = [(weight - old).abs().max().item() for weight, old in zip(weights, before)]
+            record.moved.setdefault(name, max(moves))
+        return result
+
+    patch.setattr(module.Agent, "__init__", init)
+    patch.setattr(torch.optim.Adam, "step", adam_step)
+    for name, loss in list(vars(module).items()):
+        if name.endswith("_loss") and name not in ("pretrain_loss", "flow_loss"):
+            patch.setattr(module, name, checked(loss))
     return record
 
 
@@ -424,6 +462,23 @@ def test_scores_are_those_of_the_last_100_episodes(case):
     torch.save(state, run / "checkpoint.pt")
     results = case.resume(run)
     assert (results["last_100_return"], results["last_100_success"]) == (99.5, 0.5)
+
+
+@every_algo
+def test_losses_are_given_the_parts_that_they_name(case):
+    """A slow copy, a frozen encoder, a policy cannot stand for another."""
+    wrong = [of for of, right in case.record.inputs.items() if not right]
+    assert not wrong and (case.record.inputs or case.module.__name__.endswith(("relay", "reskill")))
+
+
+@pytest.mark.parametrize("case", [name for name in ALGOS if name not in ("relay", "reskill")], indirect=True)
+def test_every_part_has_its_learning_rate(case):
+    """Adam's first step moves a weight by the rate. relay and reskill have one optimizer for two rates."""
+    args = json.loads((case.run_dir / "args.json").read_text())
+    assert case.record.moved
+    for name, moved in case.record.moved.items():
+        rate = args.get(name.replace("optimizer", "lr"), args.get("learning_rate"))
+        assert moved == pytest.approx(rate, rel=0.02), name
 
 
 # Each file with a slow copy: what it follows

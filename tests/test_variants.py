@@ -6,6 +6,7 @@ command line are those of tests/test_runs.py.
 
 import copy
 import dataclasses
+import inspect
 import threading
 from types import SimpleNamespace
 
@@ -79,6 +80,53 @@ def single_step_batch(args, B=5):
     steps[0, -1] = 1  # cut short
     steps[1, -1] = 3
     return obs, actions, z, rewards, dones, steps
+
+
+# -------------------------------------------------------------------------------------------------------------- updates
+
+FAMILY = [skimo, skimo_no_cem, skimo_no_joint, skimo_single_step, skimo_sac]
+
+
+@pytest.mark.parametrize("algo", FAMILY)
+def test_an_update_gives_the_policy_the_states_where_skills_begin(algo, monkeypatch):
+    """In the second update, when E has left its frozen copy: h is E of these states, h_pred begins with it, too."""
+    args = tiny_args(algo)
+    agent = algo.Agent(args, algo.make_networks(args, 4, 2))
+    batch = floats(*(single_step_batch(args) if algo is skimo_single_step else rl_batch(args)))
+    obs = batch[0][:, :: args.skill_horizon] if algo is skimo_single_step else batch[0]
+    agent.update(*batch)
+    given = {}
+
+    def recorded(name):
+        loss = getattr(agent, name)
+
+        def wrapper(*inputs):
+            given[name] = inspect.signature(getattr(algo, name)).bind(*inputs).arguments
+            return loss(*inputs)
+
+        return wrapper
+
+    first = "critic_loss" if algo is skimo_sac else "model_loss"
+    for name in (first, "policy_loss"):
+        monkeypatch.setattr(agent, name, recorded(name))
+    encoder = agent.encoder if algo is skimo_sac else agent.model.encoder
+    with torch.no_grad():
+        h = encoder(obs)
+    alpha = agent.log_alpha.exp().item()
+    agent.update(*batch)
+    policy = given["policy_loss"]
+    assert policy["alpha"].item() == alpha
+    for name, value in zip(inspect.signature(agent.update).parameters, batch):
+        if (algo, name) != (skimo_sac, "obs"):
+            assert torch.equal(given[first][name], value), name
+    if algo is skimo_sac:
+        assert torch.equal(given[first]["obs"], obs[:, :1]) and torch.equal(given[first]["next_obs"], obs[:, 1:])
+        assert torch.equal(policy["obs"], obs[:, :1])
+    else:
+        assert torch.equal(policy["obs"], obs)
+        torch.testing.assert_close(policy["h"], h)
+        torch.testing.assert_close(policy["h_pred"][:, 0], h[:, 0])
+        assert not torch.allclose(policy["h_pred"][:, 1], h[:, 1])
 
 
 # --------------------------------------------------------------------------------------------------------- without CEM
