@@ -364,6 +364,45 @@ def test_high_level_sees_the_objects_of_a_goal_only():
     assert not torch.equal(networks["low"](obs, goal)[0], networks["low"](obs, other)[0])
     other[:, 9] += 1
     assert not torch.equal(networks["high"](obs, goal)[0], networks["high"](obs, other)[0])
+    low = random_networks(tiny_args(env_id="kitchen", flat=True), 30, 9)[
+        "low"
+    ]  # without levels it gets the user's goal
+    other[:, 9] -= 1
+    assert torch.equal(low(obs, goal)[0], low(obs, other)[0])
+    other[:, 9] += 1
+    assert not torch.equal(low(obs, goal)[0], low(obs, other)[0])
+
+
+def test_subgoals_are_where_the_high_level_goes_from_here():
+    args = tiny_args()
+    networks = relay.make_networks(args, 4, 2)
+    torch.nn.init.zeros_(networks["high"].net.net[-1].weight)
+    torch.nn.init.zeros_(networks["high"].net.net[-1].bias)  # it does not go anywhere
+    obs = np.random.default_rng(0).uniform(5, 35, (3, 4)).astype(np.float32)
+    np.testing.assert_array_equal(relay.choose_subgoal(networks, obs, args), obs)
+
+
+def test_distances_to_a_subgoal_are_in_standard_deviations():
+    """Root mean square over the entries: sqrt((d_1^2 / 4 + d_2^2 / .25) / 2) for the stds 2 and .5."""
+    args = tiny_args(subgoal_eps=0.3)
+    agent = relay.Agent(args, relay.make_networks(args, 2, 2))
+    agent.low.net.std.copy_(torch.tensor([2.0, 0.5]))
+    ways = torch.tensor([[0.8, 0.0], [0.9, 0.0], [0.0, 0.2], [0.0, 0.22], [0.6, 0.14], [0.65, 0.15]])
+    inside = [(d1**2 / 4 + d2**2 / 0.25) / 2 < 0.09 for d1, d2 in ways.tolist()]
+    none = torch.zeros(1, 6, dtype=torch.bool)
+    trace = dict(obs=torch.zeros(1, 6, 2), next_obs=torch.zeros(1, 6, 2), action=torch.zeros(1, 6, 2))
+    trace |= dict(rewards=torch.zeros(1, 6), terminations=none, truncations=none, running=~none)
+    _, share = agent.rows(ways, trace)
+    assert share.item() == pytest.approx(np.mean(inside)) and inside == [True, False] * 3
+
+
+def test_fine_tuning_imitates_pairs_of_the_low_level():
+    torch.manual_seed(0)
+    args = tiny_args()
+    networks = relay.make_networks(args, 1, 1)
+    relay.prepare(networks, episodes(30, 50), args)
+    obs, goal, action = networks["demonstrations"].sample(200)
+    assert torch.equal(obs, action) and set((goal - obs).flatten().tolist()) == {1, 2, 3, 4, 5}
 
 
 # ----------------------------------------------------------------------------------------------------------------- runs

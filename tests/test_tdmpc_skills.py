@@ -287,6 +287,22 @@ def float_batch(args, B=8):
     return [torch.from_numpy(x).float() for x in rl_batch(args, B)]
 
 
+def test_an_update_gives_the_policy_encoded_and_imagined_states(monkeypatch):
+    args = tiny_args()
+    agent = new_agent(args)
+    obs, u, rewards, dones = float_batch(args)
+    with torch.no_grad():
+        h = agent.model.encoder(obs)
+        second = agent.model.next(h[:, 0], u[:, 0])
+    given = []
+    loss = agent.policy_loss
+    monkeypatch.setattr(agent, "policy_loss", lambda *inputs: given.append(inputs) or loss(*inputs))
+    agent.update(obs, u, rewards, dones)
+    *_, encoded, imagined, _ = given[0]
+    torch.testing.assert_close(encoded, h)
+    torch.testing.assert_close(imagined[:, :2], torch.stack([h[:, 0], second], 1))
+
+
 def test_agent_update_moves_what_it_should():
     args = tiny_args(tau=0.1, target_update_interval=2)
     agent = new_agent(args)
@@ -324,6 +340,42 @@ def test_warmup_explores_with_the_priors_samples_as_they_are():
     torch.manual_seed(0)
     mean, std = agent.skill_prior(obs)
     assert torch.equal(z, mean + std * torch.randn(5, 3))
+
+
+def test_planner_starts_from_its_last_plan_moved_on_by_one_skill(monkeypatch):
+    means = []
+
+    def plan(model, task_policy, obs, mean, *rest):
+        means.append(mean.clone())
+        numbers = 1 + torch.arange(float(mean.shape[1]))[None, :, None].expand_as(mean)
+        return torch.zeros(len(obs), 3), numbers  # skills 1, 2, 3 of the plan
+
+    monkeypatch.setattr(tdmpc, "plan", plan)
+    planner = tdmpc.Planner(tdmpc.Agent(tiny_args(), tdmpc.make_networks(tiny_args(), 4, 2)), tiny_args(), True)
+    obs = np.zeros((2, 4), dtype=np.float32)
+    planner(obs, 10**6)
+    planner.forget(np.array([False, True]))  # the second one begins a new episode
+    planner(obs, 10**6)
+    assert not means[0].any() and means[1][:, :, 0].tolist() == [[2, 3, 0], [0, 0, 0]]
+
+
+def test_windows_hold_skills_in_order_with_their_ends():
+    """Two members, whose episodes of 3 and 5 skills end at other times; 1 and 2 skills are no window of 3."""
+    args = tiny_args()
+    rb = tdmpc.ReplayBuffer(1, args)
+    ends = [[3, 4, 9], [5, 7, 12]]  # skills after which an episode ends
+    for t in range(12):
+        obs = np.array([[t], [100 + t]], dtype=np.float32)
+        ended = np.array([t + 1 in ends[0], t + 1 in ends[1]])
+        rb.add(obs, torch.from_numpy(obs).expand(2, 3), obs[:, 0] + 1000, ended, obs + 1)
+    torch.manual_seed(0)
+    obs, u, rewards, dones = rb.sample(3_000)
+    first = obs[:, 0, 0]
+    assert set(first.tolist()) == {0, 4, 5, 6, 100, 101, 102, 107, 108, 109}
+    assert torch.equal(obs[..., 0], first[:, None] + torch.arange(4))
+    assert torch.equal(u, obs[:, :3].expand(-1, -1, 3)) and torch.equal(rewards, obs[:, :3, 0] + 1000)
+    last = torch.tensor([3, 9, 105, 112]) - 1
+    assert torch.equal(dones.bool(), torch.isin(obs[:, :3, 0], last.float()))
 
 
 def test_windows_start_uniformly():
