@@ -1340,8 +1340,9 @@ def evaluate(args: Args):
     with reading(path):
         state = load(path, dict(agent=agent))
         residuals = state["residuals"]
+        global_step = int(state["global_step"])
     actor = agent.actor()
-    actor.weight = residual_weight(state["global_step"], args)
+    actor.weight = residual_weight(global_step, args)
     seed = 10_000 + args.seed
     returns, lengths = rollout(agent.sample_policy, actor, args.eval_episodes, args, seed)
     words = f"return {returns.mean():.4g}, success {success(returns, args):.0%}, {lengths.mean():.0f} env steps"

@@ -39,7 +39,7 @@ FLAGS = {
     "tdmpc_skills": f"{TDMPC} {PLANNER} --horizon-steps 8000",
     "relay": """--skill-horizon 10 --low-window 10 --high-window 40 --demo-rows 100 --rollout-skills 6 --epochs 1
         --pretrain-batch-size 8 --pretrain-updates 60 --pretrain-eval-interval 30 --pretrain-eval-episodes 2""",
-    "sac": "--buffer-size 4000",
+    "sac": "--buffer-size 4000 --repeat 4",
     "diayn": "--buffer-size 4000 --controller-dim 16 --skill-dim 3 --warmup-steps 1200 --discover-steps 2000",
     "hiro": "--buffer-size 1000",
     "option_critic": "--batch-size 400",

@@ -208,9 +208,18 @@ def test_planned_skills_are_at_most_3():
     assert mean.max() == 3
 
 
-def test_plans_count_each_discounted_reward_once_and_the_value_of_the_last_state():
-    """One plan is its own elite: compared with a walk by hand. The critic holds the reward of the state it sees."""
-    args = tiny_args(skill_dim=1, num_samples=2, num_elites=1, cem_iters=1, skill_horizon=3, gamma=0.9)
+@pytest.mark.parametrize("continue_head", [False, True])
+def test_plans_count_each_discounted_reward_once_and_the_value_of_the_last_state(continue_head):
+    """One plan is its own elite: compared with a walk by hand. The critic holds the reward of the state it sees.
+
+    A model of the end that says .8 everywhere takes the place of gamma, .9.
+    """
+    args = tiny_args(
+        skill_dim=1, num_samples=2, num_elites=1, cem_iters=1, skill_horizon=3, gamma=0.9, continue_head=continue_head
+    )
+    goes_on = 0.8 if continue_head else 0.9
+    model = Line(lambda feature: feature[..., 0])
+    model.continue_model = lambda feature: torch.full_like(feature[..., :1], math.log(4))
     values = []
 
     def critic(feature):
@@ -223,7 +232,7 @@ def test_plans_count_each_discounted_reward_once_and_the_value_of_the_last_state
         patch.setattr(torch.Tensor, "topk", lambda value, *rest: seen.append(value) or real(value, *rest))
         torch.manual_seed(0)
         nothing = torch.zeros(1, 1)
-        inputs = Line(lambda feature: feature[..., 0]), lambda feature, z: (z, None), critic, nothing, nothing
+        inputs = model, lambda feature, z: (z, None), critic, nothing, nothing
         lsp.plan_skills(*inputs, torch.zeros(1, 2, 1), 0.0, args)
         torch.manual_seed(0)
         plans = torch.randn(1, 2, 2, 1).clamp(-3, 3)
@@ -231,7 +240,7 @@ def test_plans_count_each_discounted_reward_once_and_the_value_of_the_last_state
         s, total = 0.0, 0.0
         for t in range(6):
             s += math.tanh(plans[0, p, t // 3, 0])
-            total += 0.9**t * (s if t < 5 else 7 * s)
+            total += goes_on**t * (s if t < 5 else 7 * s)
         assert seen[0][0, p].item() == pytest.approx(total, rel=1e-4)
     assert len(values) == 1
 

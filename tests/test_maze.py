@@ -200,6 +200,18 @@ def test_start_distribution():
     assert np.mean(obs[free, 2:] == 0) > 0.8  # at rest, unless a wall touches
 
 
+def test_an_episode_begins_one_step_without_force_after_its_draw():
+    """A quarter of the draws lie in walls, which push them."""
+    obs, _ = MazeVectorEnv(50).reset(seed=7)
+    drawn = np.zeros((50, 5))
+    for i in range(50):
+        rng, _ = gymnasium.utils.seeding.np_random(7 + i)
+        drawn[i, 1:3] = START + rng.uniform(-2, 2, 2)
+    first = Physics(0).step(drawn, np.zeros((50, 2)))[:, 1:]
+    np.testing.assert_allclose(obs, first, rtol=1e-6)
+    assert np.abs(first[:, :2] - drawn[:, 1:3]).max() > 0.01
+
+
 def test_success_within_the_goal_radius():
     env = MazeEnv()
     env.reset(seed=0)

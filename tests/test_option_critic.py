@@ -245,6 +245,34 @@ def test_with_one_option_the_gradient_is_that_of_an_actor_critic(ends):
     assert found[0].abs().max() > 1e-3
 
 
+def test_the_critics_loss_against_a_loop_forward():
+    """Three options: what follows is U(w, s') where the batch or the time ends, V(s') - .3 where the option ends."""
+    args = tiny_args(deliberation_cost=0.3, option_epsilon=0.2, gamma=0.9)
+    torch.manual_seed(0)
+    model = oc.OptionModel(4, 2, args)
+    torch.nn.init.normal_(model.q.weight)
+    batch = random_batch(args)
+    q = model(batch["obs"])[0].detach().numpy()
+    next_q, next_beta, _ = [x.detach().numpy() for x in model(batch["next_obs"])]
+    b = {name: value.numpy() for name, value in batch.items()}
+    errors = []
+    for e, t in np.ndindex(2, 6):
+        total = 0.0
+        for k in range(t, 6):
+            total += 0.9 ** (k - t) * b["rewards"][e, k]
+            new = 0.8 * next_q[e, k].max() + 0.2 * next_q[e, k].mean() - 0.3
+            w = b["option"][e, k]
+            on = (1 - next_beta[e, k, w]) * next_q[e, k, w] + next_beta[e, k, w] * new
+            stops = k == 5 or b["truncations"][e, k] or b["terminations"][e, k] or b["begins"][e, k + 1]
+            if stops:
+                own = k == 5 or b["truncations"][e, k]
+                total += 0.9 ** (k - t + 1) * (not b["terminations"][e, k]) * (on if own else new)
+                break
+        errors.append(total - q[e, t, b["option"][e, t]])
+    _, metrics = oc.option_critic_loss(model, **batch, args=args)
+    assert metrics["value_loss"].item() == pytest.approx(0.5 * np.mean(np.square(errors)), rel=1e-4)
+
+
 def test_ends_follow_their_advantage_and_nothing_else_follows_them():
     args = tiny_args(deliberation_cost=0.3, option_epsilon=0.2)
     torch.manual_seed(0)

@@ -174,7 +174,7 @@ def test_replay_tells_true_ends_from_time_outs(file, walk, monkeypatch, tmp_path
 def test_hiros_rows_are_what_happened_under_a_goal(walk, monkeypatch, tmp_path):
     """Against a loop over the recorded env steps: a row has up to five of them, and episodes do not share one."""
     monkeypatch.setattr(toy_walk, "GOAL", np.array([-0.5, -0.5]))
-    given, goals, buffers = [], [], []
+    given, goals, buffers, knew = [], [], [], []
     step = toy_walk.WalkVectorEnv.step
     act = hiro.TwoLevels.__call__
     add = hiro.ReplayBuffer.add
@@ -188,6 +188,7 @@ def test_hiros_rows_are_what_happened_under_a_goal(walk, monkeypatch, tmp_path):
     def record_goal(levels, obs, **how):
         action = act(levels, obs, **how)
         goals.append(levels.goal.numpy().copy())
+        knew.append(levels.agent.rewarded.item())
         return action
 
     monkeypatch.setattr(toy_walk.WalkVectorEnv, "step", record_step)
@@ -196,6 +197,8 @@ def test_hiros_rows_are_what_happened_under_a_goal(walk, monkeypatch, tmp_path):
     monkeypatch.setattr(hiro, "rollout", lambda *args: (np.zeros(1), np.zeros(1)))
     flags = f"--env-id {walk} --device cpu --num-envs 2 --warmup-steps 600 --total-timesteps 600 --reward-scale 0.5"
     hiro.main(hiro.parse_args([*flags.split(), "--goal-steps", "5", "--run-dir", str(tmp_path)]))
+    rewarded = np.cumsum([rewards.any() for _, _, _, rewards, *_ in given]) > 0
+    assert knew == [False, *rewarded[:-1]] and not rewarded[3]  # the high level waits for a first reward
     expected = []
     running = [[], []]
     for t, (before, action, after, rewards, ends, time_outs) in enumerate(given):

@@ -337,7 +337,11 @@ def test_a_real_run(data_dir, tmp_path, cluster):
     result = execute([sys.executable, ROOT / "benchmarks" / "run.py", *arguments, "--args", flags])
     assert result.returncode == 0, result.stdout + result.stderr
     (run_dir,) = (tmp_path / "runs" / "maze" / "skimo" / "seed3").glob("maze__skimo__*")
-    own = [(row["env_step"], row["episodic_return"]) for row in csv.DictReader((run_dir / "episodes.csv").open())]
+    rows = list(csv.DictReader((run_dir / "episodes.csv").open()))
+    with (tmp_path / "results" / "maze" / "skimo" / "seed3.csv").open() as file:
+        seconds = [float(row["wall_seconds"]) for row in csv.DictReader(file) if row["episodic_return"]]
+    assert seconds == pytest.approx([60 * float(row["rl_minutes"]) for row in rows], abs=0.06)
+    own = [(row["env_step"], row["episodic_return"]) for row in rows]
     assert episodes_of(tmp_path / "results" / "maze" / "skimo" / "seed3.csv") == own and len(own) > 0
     facts = json.loads((tmp_path / "results" / "maze" / "skimo" / "seed3.json").read_text())
     assert facts["flags"] == shlex.split(flags) and facts["args"]["seed"] == 3

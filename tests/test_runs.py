@@ -122,9 +122,10 @@ class Case:
 def recording(module, patch):
     """What a run does from now on, as it comes. Of all env steps what they were given and gave; of the replay's rows
     how many env steps of training there had been; of the losses' inputs whether they are the agent's parts of that
-    name; of the optimizers how far the first step moved a weight.
+    name; of the optimizers how far the first step moved a weight; after how many env steps of training who acts was
+    told to forget; whether the decoder began with the first batch of all.
     """
-    record = SimpleNamespace(training=None, evaluations=[], rows=[], inputs={}, moved={})
+    record = SimpleNamespace(training=None, evaluations=[], rows=[], inputs={}, moved={}, forgotten=[], started=[])
     maze = data_tools.tasks.maze.MazeVectorEnv
     seeds = []
 
@@ -190,6 +191,26 @@ def recording(module, patch):
             record.moved.setdefault(name, max(moves))
         return result
 
+    for actor in [value for value in vars(module).values() if hasattr(value, "forget")]:
+
+        def forget(self, ended, original=actor.forget):
+            record.forgotten.append((len(record.training.steps), *ended))
+            original(self, ended)
+
+        patch.setattr(actor, "forget", forget)
+    if hasattr(module, "RSSM"):
+        batches = []
+
+        def sample(rb, size, original=buffer.sample):
+            batches.append(original(rb, size))
+            return batches[-1]
+
+        def start_decoder(model, obs, original=module.RSSM.start_decoder):
+            record.started.append(len(batches) == 1 and obs is batches[0][0])
+            original(model, obs)
+
+        patch.setattr(buffer, "sample", sample)
+        patch.setattr(module.RSSM, "start_decoder", start_decoder)
     patch.setattr(module.Agent, "__init__", init)
     patch.setattr(torch.optim.Adam, "step", adam_step)
     for name, loss in list(vars(module).items()):
@@ -331,6 +352,18 @@ def test_interrupted_rl_goes_on_bit_for_bit(case, step, stop, no_data, monkeypat
     assert rows_of(part) == rows_of(case.run_dir)
     for name in ("env_steps", "updates", "last_100_return", "evaluations"):
         assert results[name] == case.results[name], name
+
+
+@pytest.mark.parametrize("case", ["tdmpc_skills", "dreamer_skills"], indirect=True)
+def test_interrupted_run_with_the_releases_defects_goes_on(case, stop, monkeypatch):
+    """They store what led into a state: it has to be in the checkpoint."""
+    _, whole = case.start("--release-defects")
+    with monkeypatch.context() as patch:
+        after_calls(patch, data_tools.tasks.maze.MazeVectorEnv, "step", 195, stop.set, in_training)
+        part = case.interrupted("stopped at env step", "--release-defects")
+    stop.clear()
+    case.resume(part)
+    assert_same(state_of(part), state_of(whole))
 
 
 @every_algo
@@ -479,6 +512,19 @@ def test_every_part_has_its_learning_rate(case):
     for name, moved in case.record.moved.items():
         rate = args.get(name.replace("optimizer", "lr"), args.get("learning_rate"))
         assert moved == pytest.approx(rate, rel=0.02), name
+
+
+@pytest.mark.parametrize(
+    "case", ["skimo", "tdmpc", "tdmpc_skills", "dreamer", "dreamer_skills", "lsp", "dads"], indirect=True
+)
+def test_new_episodes_know_nothing_of_the_old_ones(case):
+    """Plans, states of the model and skills are forgotten as soon as the four episodes of 90 env steps end."""
+    assert case.record.forgotten == [(steps, True, True, True, True) for steps in (90, 180, 270)]
+
+
+@pytest.mark.parametrize("case", ["dreamer", "dreamer_skills", "lsp"], indirect=True)
+def test_decoder_begins_with_the_first_batch(case):
+    assert case.record.started == [True]
 
 
 # Each file with a slow copy: what it follows
@@ -1161,6 +1207,32 @@ def test_recombined_demonstrations_are_learnt_from(name, phase, monkeypatch, tmp
     assert len(plain) == rows == 99 * 40
     assert again is result and len(again) == 2 * rows
     assert objects == data_tools.TASKS["kitchen"].objects
+
+
+@pytest.mark.parametrize("name", [name for name in ALGOS if hasattr(algo_module(name), "perturb")])
+def test_pretraining_learns_from_shifted_arms_and_is_judged_without(name, monkeypatch, tmp_path):
+    """Four updates on what `perturb` returns; after the second and fourth a look at the held-out episode as it is."""
+    module = algo_module(name)
+    flags = "--env-id kitchen --device cpu --hidden-dim 16 --pretrain-updates 4 --pretrain-eval-interval 2"
+    args = module.parse_args([*flags.split(), "--pretrain-batch-size", "4"])
+    networks = module.make_networks(args, 30, 9)
+    ends = np.arange(1, 40_001) % 400 == 0
+    obs = np.where(np.arange(40_000) < 39_600, 1, 2)[:, None] * np.ones(30)  # the last of 100 episodes is held out
+    data = data_tools.OfflineDataset(obs, np.zeros((40_000, 9)), ends & False, ends)
+    seen = []
+
+    def loss(*inputs):
+        obs = inputs[-3]
+        seen.append((obs.min().item(), obs.max().item()))
+        return sum(weight.sum() for weight in networks.parameters()), {}
+
+    monkeypatch.setattr(module, "pretrain_loss", loss)
+    monkeypatch.setattr(module, "perturb", lambda obs, actions, args: (obs + 10, actions))
+    monkeypatch.setattr(module, "prior_rollouts", lambda *inputs: np.zeros(1))
+    writer = SimpleNamespace(add_scalar=lambda *values: None)
+    module.pretrain(args, networks, tmp_path / "model.pt", data, writer, threading.Event())
+    learnt, judged = (11, 11), (2, 2)
+    assert seen == [learnt, learnt, judged] * 2
 
 
 @with_data

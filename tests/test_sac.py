@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from algos import sac
+from algos import dads, sac
 from data_tools.tasks.maze import MazeVectorEnv
 
 
-def tiny_args(**changes):
+def tiny_args(file=sac, **changes):
     small = dict(device="cpu", compile=False, hidden_dim=32, num_envs=2, batch_size=16, buffer_size=50)
-    return sac.Args(**(small | changes))
+    return file.Args(**(small | changes))
 
 
 def test_log_probability_is_that_of_the_squashed_gaussian():
@@ -117,17 +117,30 @@ def test_ring_keeps_the_last_rows_and_survives_a_checkpoint():
     assert all(torch.equal(rb.columns[name], other.columns[name]) for name in rb.columns)
 
 
-@pytest.mark.parametrize(("target_entropy", "direction"), [(100.0, 1), (-100.0, -1)])
-def test_alpha_rises_while_the_policy_is_not_random_enough(target_entropy, direction):
+@pytest.mark.parametrize("file", [sac, dads])
+def test_alpha_rises_while_the_policy_is_not_random_enough(file):
+    """Against the policy's entropy in NumPy: log alpha goes up by the rate if it is .1 below its target, else down."""
     torch.manual_seed(0)
-    agent = sac.Agent(tiny_args(), 4, 2)
-    agent.target_entropy = target_entropy
-    before = agent.log_alpha.item()
-    critics = copy.deepcopy(agent.critics.state_dict())
-    batch = torch.randn(8, 4), torch.rand(8, 2), torch.randn(8), torch.randn(8, 4), torch.full((8,), 0.9)
-    agent.update(*batch)
-    assert np.sign(agent.log_alpha.item() - before) == direction
-    assert any(not torch.equal(value, critics[name]) for name, value in agent.critics.state_dict().items())
+    agent = file.Agent(tiny_args(file, learning_rate=1e-3), 4, 2)
+    torch.nn.init.normal_(agent.actor.net[-1].weight, std=0.1)  # stds and means of many sizes
+    obs, next_obs = torch.randn(2, 10_000, 4)
+    z = []
+    if file is dads:  # the skill is a part of the state
+        z = [2 * torch.rand(10_000, agent.args.skill_dim) - 1]
+    with torch.no_grad():
+        mean, std = (x.numpy() for x in agent.actor(torch.cat([obs, *z], 1)))
+    noise = np.random.default_rng(0).normal(size=mean.shape)
+    log_density = -0.5 * noise**2 - np.log(std) - 0.5 * np.log(2 * np.pi)
+    log_density -= np.log(1 - np.tanh(mean + std * noise) ** 2 + 1e-12)
+    entropy = -log_density.sum(1).mean()
+    rest = [*z, next_obs] if file is dads else [torch.randn(10_000), next_obs]
+    start = copy.deepcopy(agent)
+    for excess in (-0.1, 0.1):
+        other = copy.deepcopy(start)
+        other.alpha_optimizer = torch.optim.Adam([other.log_alpha], lr=1e-3)
+        other.target_entropy = entropy - excess
+        other.update(obs, torch.rand(10_000, 2), *rest, torch.full((10_000,), 0.9))
+        assert other.log_alpha.item() - start.log_alpha.item() == pytest.approx(-0.01 * excess, rel=0.01)
 
 
 def test_policy_goes_to_the_best_action():

@@ -331,6 +331,23 @@ def random_agent(args, seed=0):
     return agent
 
 
+def test_prior_acts_alone_as_among_others(monkeypatch):
+    """z = 2 tanh of its Gaussian, with the statistics of BatchNorm that pre-training has left, not of those who act."""
+    args = tiny_args()
+    networks = noisy_copy(spirl.make_networks(args, 4, 2))
+    choose = []
+    monkeypatch.setattr(spirl, "rollout", lambda choose_skill, *rest: choose.append(choose_skill) or [None])
+    spirl.prior_rollouts(networks, args, 3)
+    obs = random_obs(np.random.default_rng(0), 5).astype(np.float32)
+    mean, std = np_prior(networks["prior"], obs)
+    for members in (slice(5), slice(1)):
+        torch.manual_seed(0)
+        z = choose[0](obs[members])
+        torch.manual_seed(0)
+        noise = torch.randn(z.shape).numpy()
+        np.testing.assert_allclose(z, 2 * np.tanh(mean[members] + std[members] * noise), rtol=1e-4, atol=1e-5)
+
+
 def test_update_moves_what_it_should():
     agent = random_agent(tiny_args())
     start = copy.deepcopy(agent)
