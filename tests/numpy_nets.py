@@ -13,12 +13,18 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 DEVICES = [pytest.param("cpu", marks=needs_compiler), pytest.param("cuda", marks=needs_cuda)]  # that torch compiles for
 
 
-def np_net(net, x):
-    """An nn.Sequential."""
+def np_net(net, x, training=False):
+    """Layers one after the other, (..., in) -> (..., out); training: BatchNorm by the batch's own statistics."""
     for layer in net:
         weights = {name: value.detach().cpu().numpy().astype(np.float64) for name, value in layer.named_parameters()}
         if isinstance(layer, nn.Linear):
             x = x @ weights["weight"].T + weights["bias"]
+        elif isinstance(layer, nn.BatchNorm1d):
+            axes = tuple(range(x.ndim - 1))
+            mean, var = (x.mean(axes), x.var(axes)) if training else (layer.running_mean, layer.running_var)
+            x = (x - np.asarray(mean)) / np.sqrt(np.asarray(var) + 1e-5) * weights["weight"] + weights["bias"]
+        elif isinstance(layer, nn.LeakyReLU):
+            x = np.where(x > 0, x, 0.2 * x)
         elif isinstance(layer, nn.LayerNorm):
             x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
             x = x * weights["weight"] + weights["bias"]
@@ -27,7 +33,7 @@ def np_net(net, x):
         elif isinstance(layer, nn.Tanh):
             x = np.tanh(x)
         else:
-            raise AssertionError(f"no {layer} in the paper")
+            raise AssertionError(f"no {layer} in the papers")
     return x
 
 

@@ -556,6 +556,5 @@ def test_it_learns_the_toy():
 def test_the_command_line():
     args = dreamer.parse_args(["--env-id", "calvin", "--cpu-preset", "--imagine-starts", "100"])
     assert args.deter_dim == dreamer.CPU_PRESET["deter_dim"] and args.imagine_starts == 100
-    assert args.total_timesteps == 2_000_000 and args.cpu_preset
     with pytest.raises(SystemExit, match="at least 2"):
         dreamer.check_args(tiny_args(batch_length=1))

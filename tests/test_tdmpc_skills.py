@@ -10,11 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from numpy_nets import DEVICES, has_gradient, np_features, random_obs, same_weights
+from numpy_nets import DEVICES, has_gradient, np_features, np_net, random_obs, same_weights
 from test_spirl import (
     noisy_copy,
     np_log_prob,
-    np_net,
     np_prior,
     optimizer_state,
     same_statistics,
