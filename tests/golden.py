@@ -90,27 +90,12 @@ def hash_of(values) -> str:
 
 
 def read_checkpoint(path: Path) -> dict:
-    """Weights, optimizers, replay and random state of a checkpoint, in the layout of this or of the older files."""
-    older = [np._core.multiarray._reconstruct, np.ndarray, np.dtype]
-    older += [type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64, np.bool_)]
-    with torch.serialization.safe_globals(older):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    if "learner" in state:
-        weights = state["learner"]["weights"]
-        optimizers = state["learner"]["optimizers"]
-        random = state["random"][0]
-    else:
-        weights = state["agent"]
-        optimizers = [value for value in state.values() if isinstance(value, dict) and "param_groups" in value]
-        random = state["rng"][0]
+    """Weights, optimizers, replay and random state of a checkpoint."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    optimizers = [value for value in state.values() if isinstance(value, dict) and "param_groups" in value]
     moments = [m for o in optimizers for p in o["state"].values() for m in (p["exp_avg"], p["exp_avg_sq"])]
-    rb = state["rb"]
-    if "rows" in rb:
-        rows = rb["rows"]
-    else:  # a tensor for each column, in the order in which rows held them
-        columns = [value for value in rb.values() if isinstance(value, torch.Tensor) and value.is_floating_point()]
-        rows = torch.cat([column.reshape(len(column), -1) for column in columns], 1)
-    return dict(weights=[weights[name] for name in sorted(weights)], optimizers=moments, replay=[rows], random=[random])
+    replay = [value for value in state["rb"].values() if isinstance(value, torch.Tensor)]
+    return dict(weights=state["agent"].values(), optimizers=moments, replay=replay, random=state["rng"])
 
 
 def golden(algo: str, task: str, folder: Path, script: Path) -> dict[str, str]:

@@ -332,7 +332,7 @@ def test_windows_of_rewards_against_a_loop(steps):
                 break
         assert (x, r) == (1000 * e + last + 0.5, total)
     if steps > 8:
-        assert (rewards[:200] > 0).float().mean() > 0.4 > 0.3 > 8 * 0.1 * 0.3
+        assert (rewards[:200] > 0).float().mean() > (rewards[200:] > 0).float().mean()  # half are drawn around one
         assert len(set(start.flatten().tolist())) > 10
 
 
@@ -387,9 +387,10 @@ def test_phase_b_leaves_the_policy_and_goes_on_bit_for_bit(tmp_path, monkeypatch
     again = torch.load(next((tmp_path / "part").iterdir()) / "checkpoint.pt", weights_only=True)
     for name, value in whole["agent"].items():
         assert torch.equal(value, again["agent"][name]), name
-        frozen = not name.startswith("dynamics")
-        same = torch.equal(value, part["agent"][name])
-        assert same == frozen or name.startswith("rewarded") or "std" in name or name.endswith("is_angle"), name
+        if not name.startswith(("dynamics", "rewarded")):
+            assert torch.equal(value, part["agent"][name]), name
+    for name in ("dynamics.net.0.weight", "dynamics.reward_net.0.weight"):
+        assert not torch.equal(whole["agent"][name], part["agent"][name]), name
     assert all(torch.equal(whole["rb"][name], again["rb"][name]) for name in ("obs", "action", "z", "rewards"))
     assert torch.equal(whole["z"], again["z"]) and torch.equal(whole["left"], again["left"])
     # Skills of phase A are held for 40 env steps, planned ones for 10

@@ -152,6 +152,8 @@ def test_replay_tells_true_ends_from_time_outs(file, walk, monkeypatch, tmp_path
     monkeypatch.setattr(getattr(file, name), "add", lambda rb, *inputs: (buffers.append(rb), add(rb, *inputs)))
     monkeypatch.setattr(file, "rollout", lambda *args: (np.zeros(1), np.zeros(1)))
     flags = f"--env-id {walk} --device cpu --num-envs 2 --warmup-steps 600 --total-timesteps 600 --reward-scale 0.5"
+    if file is not sac:
+        flags += " --cpu-preset"  # a few small updates at the end
     file.main(file.parse_args([*flags.split(), "--run-dir", str(tmp_path)]))
     rewards, ends, time_outs = np.array(given).swapaxes(0, 1)  # 3 x (300, E)
     assert ends.sum() > 2 and (time_outs > ends).sum() > 2

@@ -121,7 +121,6 @@ def test_a_reward_of_100_at_a_windows_start_is_learnt(bound, learns):
     with torch.no_grad():
         agent.model.reward_model[-1].weight.zero_()
         agent.model.reward_model[-1].bias.fill_(-0.1)
-    obs, action, rewards, terminals = (x[:, 1:] if x.ndim < 4 else x for x in tiny_batch(args))
     rewards = torch.tensor([[100.0, 0.0, 0.0]])
     obs = torch.randn(1, 4, 3)
     action = torch.zeros(1, 3, 2)
