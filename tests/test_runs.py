@@ -32,6 +32,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DATA_FILE
+from recording import NUM_ENVS, recording
 
 import data_tools
 import data_tools.tasks.maze
@@ -119,109 +120,9 @@ class Case:
         return path
 
 
-def recording(module, patch):
-    """What a run does from now on, as it comes. Of all env steps what they were given and gave; of the replay's rows
-    how many env steps of training there had been; of the losses' inputs whether they are the agent's parts of that
-    name; of the optimizers how far the first step moved a weight; after how many env steps of training who acts was
-    told to forget; whether the decoder began with the first batch of all.
-    """
-    record = SimpleNamespace(training=None, evaluations=[], rows=[], inputs={}, moved={}, forgotten=[], started=[])
-    maze = data_tools.tasks.maze.MazeVectorEnv
-    seeds = []
-
-    def manual_seed(seed, original=torch.manual_seed):
-        seeds.append(seed)
-        return original(seed)
-
-    def reset(envs, original=maze.reset, **how):
-        if how.get("seed") is not None:
-            envs.record = SimpleNamespace(torch_seed=seeds[-1], seed=how["seed"], steps=[])
-            if in_training(envs):
-                record.training = envs.record  # the last one: earlier ones belong to pre-training
-            elif envs.num_envs == 2:
-                record.evaluations.append(envs.record)
-        return original(envs, **how)
-
-    def step(envs, action, original=maze.step):
-        before = envs.observations()
-        result = original(envs, action)
-        envs.record.steps.append([np.array(value) for value in (before, action, *result[:4])])
-        return result
-
-    patch.setattr(torch, "manual_seed", manual_seed)
-    patch.setattr(maze, "reset", reset)
-    patch.setattr(maze, "step", step)
-    (buffer,) = (value for name, value in vars(module).items() if name.endswith("Buffer"))
-
-    def add(*inputs, original=buffer.add):
-        row = inspect.signature(original).bind(*inputs).arguments
-        row = {name: np.asarray(value).copy() for name, value in row.items() if name != "self"}
-        record.rows.append((len(record.training.steps), row))
-        return original(*inputs)
-
-    patch.setattr(buffer, "add", add)
-    agents = []
-
-    def init(agent, *inputs, original=module.Agent.__init__):
-        agents.append(agent)
-        original(agent, *inputs)
-
-    def checked(loss):
-        @functools.wraps(loss)
-        def wrapper(*inputs):
-            for name, value in inspect.signature(loss).bind(*inputs).arguments.items():
-                owners = [vars(owner)["_modules"] for owner in agents[-1].modules()]
-                longer = loss.__name__.replace("loss", name)  # controller_loss's target is the controller_target
-                parts = [owner[longer] for owner in owners if longer in owner]
-                parts = parts or [owner[name] for owner in owners if name in owner]
-                if isinstance(value, torch.nn.Module) and parts:
-                    record.inputs[loss.__name__, name] = any(part is value for part in parts)
-            return loss(*inputs)
-
-        return wrapper
-
-    def adam_step(optimizer, *closure, original=torch.optim.Adam.step):
-        owners = [vars(part) for agent in agents for part in agent.modules()]
-        names = [name for owner in owners for name, value in owner.items() if value is optimizer]
-        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-        before = [weight.detach().clone() for weight in weights]
-        result = original(optimizer, *closure)
-        for name in names:
-            moves = [(weight - old).abs().max().item() for weight, old in zip(weights, before)]
-            record.moved.setdefault(name, max(moves))
-        return result
-
-    for actor in [value for value in vars(module).values() if hasattr(value, "forget")]:
-
-        def forget(self, ended, original=actor.forget):
-            record.forgotten.append((len(record.training.steps), *ended))
-            original(self, ended)
-
-        patch.setattr(actor, "forget", forget)
-    if hasattr(module, "RSSM"):
-        batches = []
-
-        def sample(rb, size, original=buffer.sample):
-            batches.append(original(rb, size))
-            return batches[-1]
-
-        def start_decoder(model, obs, original=module.RSSM.start_decoder):
-            record.started.append(len(batches) == 1 and obs is batches[0][0])
-            original(model, obs)
-
-        patch.setattr(buffer, "sample", sample)
-        patch.setattr(module.RSSM, "start_decoder", start_decoder)
-    patch.setattr(module.Agent, "__init__", init)
-    patch.setattr(torch.optim.Adam, "step", adam_step)
-    for name, loss in list(vars(module).items()):
-        if name.endswith("_loss") and name not in ("pretrain_loss", "flow_loss"):
-            patch.setattr(module, name, checked(loss))
-    return record
-
-
 @pytest.fixture(scope="module")
 def case(request, tiny_data_file, tmp_path_factory):
-    """Parametrised by the name of an algorithm file; case.record is what its first run did."""
+    """Parametrised by the name of an algorithm file; case.notes are what its first run did (recording.py)."""
     maze = data_tools.tasks.maze.MazeVectorEnv
     init, advance = maze.__init__, maze.advance
 
@@ -236,9 +137,9 @@ def case(request, tiny_data_file, tmp_path_factory):
         patch.setattr(maze, "__init__", short)
         patch.setattr(maze, "advance", rewarded)
         with pytest.MonkeyPatch.context() as first:
-            record = recording(algo_module(request.param), first)
+            notes = recording(algo_module(request.param), first)
             case = Case(request.param, tmp_path_factory.mktemp(request.param), tiny_data_file)
-        case.record = record
+        case.notes = notes
         yield case
 
 
@@ -305,7 +206,7 @@ def after_calls(monkeypatch, owner, name, number, then, counts=lambda *args: Tru
 
 def in_training(envs, *args):
     """Whether an env step is one of training: evaluations have two environments."""
-    return envs.num_envs == 4
+    return envs.num_envs == NUM_ENVS
 
 
 @pytest.fixture
@@ -448,27 +349,27 @@ def test_run_leaves_its_results(case):
 @every_algo
 def test_episodes_are_what_the_environments_gave(case):
     """Returns are sums of the task's rewards, without reward_scale; 300 env steps hold three episodes of 90."""
-    rewards = np.array([step[3] for step in case.record.training.steps])  # (300, E)
+    rewards = np.array([step[3] for step in case.notes.training.steps])  # (300, E)
     returns = rewards[:270].reshape(3, 90, 4).sum(1)
     np.testing.assert_allclose([float(row[1]) for row in rows_of(case.run_dir)], returns.flatten(), rtol=1e-5)
-    evaluated = [np.sum([step[3] for step in of.steps], 0).mean() for of in case.record.evaluations]
+    evaluated = [np.sum([step[3] for step in of.steps], 0).mean() for of in case.notes.evaluations]
     assert [mean for _, mean, _ in case.results["evaluations"]] == pytest.approx(evaluated, rel=1e-5)
 
 
 @every_algo
 def test_seeds_of_a_run(case):
     """Torch and the environments begin with the run's seed; evaluations have other starts, always the same."""
-    of = case.record.training
+    of = case.notes.training
     assert (of.torch_seed, of.seed) == (3, 3)
-    assert [(of.torch_seed, of.seed) for of in case.record.evaluations] == [(10_003, 10_003)] * 3
+    assert [(of.torch_seed, of.seed) for of in case.notes.evaluations] == [(10_003, 10_003)] * 3
 
 
 @pytest.mark.parametrize("case", [name for name in ALGOS if name not in ("relay", "diayn")], indirect=True)
 def test_replay_holds_what_the_environments_gave(case):
     """A row is an env step or the ten of a skill. relay stores advantages, diayn has two buffers and its own test."""
     first = 0
-    for last, row in case.record.rows:
-        steps = case.record.training.steps[first:last]
+    for last, row in case.notes.rows:
+        steps = case.notes.training.steps[first:last]
         before, action, after, rewards, ends, time_outs = (np.stack(of, 1) for of in zip(*steps))  # (E, n, ...)
         ended = ends | time_outs
         expected = dict(next_obs=after[:, -1], rewards=0.5 * rewards.sum(1), step_rewards=rewards, actions=action)
@@ -482,7 +383,7 @@ def test_replay_holds_what_the_environments_gave(case):
         for name in row.keys() & expected.keys():
             np.testing.assert_allclose(row[name], expected[name], rtol=1e-5, err_msg=name)
         first = last
-    assert first == len(case.record.training.steps) == 300
+    assert first == len(case.notes.training.steps) == 300
     assert {"rewards", "step_rewards"} & row.keys()
 
 
@@ -500,16 +401,16 @@ def test_scores_are_those_of_the_last_100_episodes(case):
 @every_algo
 def test_losses_are_given_the_parts_that_they_name(case):
     """A slow copy, a frozen encoder, a policy cannot stand for another."""
-    wrong = [of for of, right in case.record.inputs.items() if not right]
-    assert not wrong and (case.record.inputs or case.module.__name__.endswith(("relay", "reskill")))
+    wrong = [of for of, right in case.notes.inputs.items() if not right]
+    assert not wrong and (case.notes.inputs or case.module.__name__.endswith(("relay", "reskill")))
 
 
 @pytest.mark.parametrize("case", [name for name in ALGOS if name not in ("relay", "reskill")], indirect=True)
 def test_every_part_has_its_learning_rate(case):
     """Adam's first step moves a weight by the rate. relay and reskill have one optimizer for two rates."""
     args = json.loads((case.run_dir / "args.json").read_text())
-    assert case.record.moved
-    for name, moved in case.record.moved.items():
+    assert case.notes.moved
+    for name, moved in case.notes.moved.items():
         rate = args.get(name.replace("optimizer", "lr"), args.get("learning_rate"))
         assert moved == pytest.approx(rate, rel=0.02), name
 
@@ -519,12 +420,12 @@ def test_every_part_has_its_learning_rate(case):
 )
 def test_new_episodes_know_nothing_of_the_old_ones(case):
     """Plans, states of the model and skills are forgotten as soon as the four episodes of 90 env steps end."""
-    assert case.record.forgotten == [(steps, True, True, True, True) for steps in (90, 180, 270)]
+    assert case.notes.forgotten == [(steps, True, True, True, True) for steps in (90, 180, 270)]
 
 
 @pytest.mark.parametrize("case", ["dreamer", "dreamer_skills", "lsp"], indirect=True)
 def test_decoder_begins_with_the_first_batch(case):
-    assert case.record.started == [True]
+    assert case.notes.decoder_starts == [True]
 
 
 # Each file with a slow copy: what it follows

@@ -1,0 +1,150 @@
+"""What the first run of each algorithm file did, noted while it went on; tests/test_runs.py judges it."""
+
+import functools
+import inspect
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from data_tools.tasks.maze import MazeVectorEnv
+
+NUM_ENVS = 4  # of training; evaluations have two, and what pre-training tries has any number
+
+
+def recording(module, patch) -> SimpleNamespace:
+    """Begins to note what runs of an algorithm's module do, until the patch is undone. Returns the notes."""
+    notes = SimpleNamespace()
+    note_environments(notes, patch)
+    note_replay(notes, module, patch)
+    note_forgetting(notes, module, patch)
+    note_losses_and_optimizers(notes, module, patch)
+    if hasattr(module, "RSSM"):
+        note_decoder(notes, module, patch)
+    return notes
+
+
+def note_environments(notes, patch):
+    """training, evaluations: torch's seed at the reset, its own seed, and of each env step what it was given and gave.
+
+    Steps are lists of arrays: observations (E, O), actions (E, A), next observations, rewards, ends, time-outs (E,).
+    """
+    notes.training = None
+    notes.evaluations = []
+    seeds = []
+
+    def manual_seed(seed, original=torch.manual_seed):
+        seeds.append(seed)
+        return original(seed)
+
+    def reset(envs, original=MazeVectorEnv.reset, **how):
+        if how.get("seed") is not None:
+            envs.notes = SimpleNamespace(torch_seed=seeds[-1], seed=how["seed"], steps=[])
+            if envs.num_envs == NUM_ENVS:
+                notes.training = envs.notes  # the last one: earlier ones belong to pre-training
+            elif envs.num_envs == 2:
+                notes.evaluations.append(envs.notes)
+        return original(envs, **how)
+
+    def step(envs, action, original=MazeVectorEnv.step):
+        before = envs.observations()
+        result = original(envs, action)
+        envs.notes.steps.append([np.array(value) for value in (before, action, *result[:4])])
+        return result
+
+    patch.setattr(torch, "manual_seed", manual_seed)
+    patch.setattr(MazeVectorEnv, "reset", reset)
+    patch.setattr(MazeVectorEnv, "step", step)
+
+
+def buffer_of(module):
+    (buffer,) = (value for name, value in vars(module).items() if name.endswith("Buffer"))
+    return buffer
+
+
+def note_replay(notes, module, patch):
+    """rows: of every addition to the replay the env steps of training so far, and its columns by name."""
+    notes.rows = []
+    buffer = buffer_of(module)
+
+    def add(*inputs, original=buffer.add):
+        row = inspect.signature(original).bind(*inputs).arguments
+        row = {name: np.asarray(value).copy() for name, value in row.items() if name != "self"}
+        notes.rows.append((len(notes.training.steps), row))
+        return original(*inputs)
+
+    patch.setattr(buffer, "add", add)
+
+
+def note_forgetting(notes, module, patch):
+    """forgotten: each time who acts was told to forget, the env steps of training so far and whose episodes ended."""
+    notes.forgotten = []
+    for actor in [value for value in vars(module).values() if hasattr(value, "forget")]:
+
+        def forget(self, ended, original=actor.forget):
+            notes.forgotten.append((len(notes.training.steps), *ended))
+            original(self, ended)
+
+        patch.setattr(actor, "forget", forget)
+
+
+def note_losses_and_optimizers(notes, module, patch):
+    """inputs: for a network that a loss was given, whether it is the agent's part of that name; moved: how far the
+    first step of an optimizer of the agent moved a weight, the largest of all.
+    """
+    notes.inputs = {}
+    notes.moved = {}
+    agents = []
+
+    def init(agent, *inputs, original=module.Agent.__init__):
+        agents.append(agent)
+        original(agent, *inputs)
+
+    def checked(loss):
+        @functools.wraps(loss)  # inspect.getsource finds the original: the pre-trained model's key stays
+        def wrapper(*inputs):
+            for name, value in inspect.signature(loss).bind(*inputs).arguments.items():
+                owners = [vars(owner)["_modules"] for owner in agents[-1].modules()]
+                longer = loss.__name__.replace("loss", name)  # controller_loss's target is the controller_target
+                parts = [owner[longer] for owner in owners if longer in owner]
+                parts = parts or [owner[name] for owner in owners if name in owner]
+                if isinstance(value, torch.nn.Module) and parts:
+                    notes.inputs[loss.__name__, name] = any(part is value for part in parts)
+            return loss(*inputs)
+
+        return wrapper
+
+    def adam_step(optimizer, *closure, original=torch.optim.Adam.step):
+        owners = [vars(part) for agent in agents for part in agent.modules()]
+        names = [name for owner in owners for name, value in owner.items() if value is optimizer]
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        before = [weight.detach().clone() for weight in weights]
+        result = original(optimizer, *closure)
+        for name in names:
+            moves = [(weight - old).abs().max().item() for weight, old in zip(weights, before)]
+            notes.moved.setdefault(name, max(moves))
+        return result
+
+    patch.setattr(module.Agent, "__init__", init)
+    patch.setattr(torch.optim.Adam, "step", adam_step)
+    for name, loss in list(vars(module).items()):
+        if name.endswith("_loss") and name not in ("pretrain_loss", "flow_loss"):
+            patch.setattr(module, name, checked(loss))
+
+
+def note_decoder(notes, module, patch):
+    """decoder_starts: each time the decoder was begun anew, whether it was with the first batch of all."""
+    notes.decoder_starts = []
+    batches = []
+    buffer = buffer_of(module)
+
+    def sample(rb, size, original=buffer.sample):
+        batches.append(original(rb, size))
+        return batches[-1]
+
+    def start_decoder(model, obs, original=module.RSSM.start_decoder):
+        notes.decoder_starts.append(len(batches) == 1 and obs is batches[0][0])
+        original(model, obs)
+
+    patch.setattr(buffer, "sample", sample)
+    patch.setattr(module.RSSM, "start_decoder", start_decoder)
