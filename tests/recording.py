@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,8 @@ def recording(module, patch) -> SimpleNamespace:
     note_replay(notes, module, patch)
     note_forgetting(notes, module, patch)
     note_losses_and_optimizers(notes, module, patch)
+    note_updates(notes, module, patch)
+    note_choices(notes, module, patch)
     if hasattr(module, "RSSM"):
         note_decoder(notes, module, patch)
     return notes
@@ -130,6 +133,43 @@ def note_losses_and_optimizers(notes, module, patch):
     for name, loss in list(vars(module).items()):
         if name.endswith("_loss") and name not in ("pretrain_loss", "flow_loss"):
             patch.setattr(module, name, checked(loss))
+
+
+def note_updates(notes, module, patch):
+    """slow, slow_start: the slow copy, and its weights in a row before the first update; online: a list with those of
+    the networks that it may follow, by name, after each update.
+    """
+    notes.online = []
+
+    def numbers(part):
+        return torch.nn.utils.parameters_to_vector(part.parameters()).detach().double()
+
+    def update(agent, *inputs, original=module.Agent.update):
+        if not notes.online and hasattr(agent, "target"):
+            notes.slow = agent.target
+            notes.slow_start = numbers(agent.target)
+        metrics = original(agent, *inputs)
+        parts = {name: getattr(agent, name, None) for name in ("model", "critic", "critics")}
+        notes.online.append({name: numbers(part) for name, part in parts.items() if part})
+        return metrics
+
+    patch.setattr(module.Agent, "update", update)
+
+
+def note_choices(notes, module, patch):
+    """choices: how often skills were drawn from the policy or prior, or were the policy's mode."""
+    notes.choices = Counter()
+
+    def counted(name, choose):
+        def wrapper(agent, obs):
+            notes.choices[name] += 1
+            return choose(agent, obs)
+
+        return wrapper
+
+    for name in ("sample_policy", "sample_prior", "policy_mode"):
+        if hasattr(module.Agent, name):
+            patch.setattr(module.Agent, name, counted(name, getattr(module.Agent, name)))
 
 
 def note_decoder(notes, module, patch):

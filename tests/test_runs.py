@@ -44,7 +44,7 @@ SHORT = dict(
     pretrain_updates=6, pretrain_eval_interval=2, pretrain_eval_episodes=1, total_timesteps=1200, eval_interval=500,
     warmup_steps=400, updates_per_step=0.05, horizon_steps=800, std_steps=800, plan_start="wide",
     warmup_skills=40, updates_per_skill=0.5, discover_steps=600, reward_scale=0.5, learning_rate=1e-3, actor_lr=2e-4,
-    critic_lr=3e-4, predictor_lr=4e-4, alpha_lr=5e-4,
+    critic_lr=3e-4, predictor_lr=4e-4, alpha_lr=5e-4, tau=0.1,
 )  # fmt: skip
 
 
@@ -434,51 +434,30 @@ SLOW |= dict(skimo_sac="critic", spirl="critics", sac="critics", dads="critics",
 
 
 @pytest.mark.parametrize("case", SLOW, indirect=True)
-def test_the_slow_copy_follows(case, monkeypatch):
+def test_the_slow_copy_follows(case):
     """Against the weights after every update: it goes a share tau of the way to them, in some files not every time."""
-    name = SLOW[case.module.__name__.removeprefix("algos.")]
-    update = case.module.Agent.update
-    weights = []
-    slow = []
-
-    def numbers(part):
-        return torch.nn.utils.parameters_to_vector(part.parameters()).detach().double()
-
-    def recorded(agent, *inputs):
-        if not weights:
-            slow.append(numbers(agent.target))
-        metrics = update(agent, *inputs)
-        weights.append(numbers(getattr(agent, name)))
-        slow[1:] = [agent.target]
-        return metrics
-
-    monkeypatch.setattr(case.module.Agent, "update", recorded)
-    _, run_dir = case.start("--tau 0.1")
-    args = json.loads((run_dir / "args.json").read_text())
+    args = json.loads((case.run_dir / "args.json").read_text())
     every = args.get("target_update_interval", 1)
-    expected, target = slow
-    for k, online in enumerate(weights, 1):
+    name = SLOW[case.module.__name__.removeprefix("algos.")]
+    expected = case.notes.slow_start
+    for k, networks in enumerate(case.notes.online, 1):
         if k % every == 0:
-            expected = 0.9 * expected + 0.1 * online
-    assert len(weights) > 8 and not torch.allclose(expected, online, rtol=1e-4)
-    torch.testing.assert_close(numbers(target), expected, rtol=1e-5, atol=1e-6)
+            expected = 0.9 * expected + 0.1 * networks[name]
+    found = torch.nn.utils.parameters_to_vector(case.notes.slow.parameters()).detach().double()
+    assert k > 8 and not torch.allclose(expected, networks[name], rtol=1e-4)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-# Each file with a policy over skills: how it draws them in training, and for how many of the 30 skills
-DRAWS = dict.fromkeys(["spirl", "skimo_sac", "skimo_no_cem"], ("sample_policy", 30))
-DRAWS |= dict.fromkeys(["skimo", "skimo_no_joint", "skimo_single_step"], ("sample_policy", 10))
-DRAWS |= dict(tdmpc_skills=("sample_prior", 10))
+# Each file with a policy over skills: how 30 skills of training, ten of them in the warm-up, and 27 of evaluations are
+# chosen, if not by a planner
+CHOICES = dict.fromkeys(["spirl", "skimo_sac", "skimo_no_cem"], dict(sample_policy=30, policy_mode=27))
+CHOICES |= dict.fromkeys(["skimo", "skimo_no_joint", "skimo_single_step"], dict(sample_policy=10))
+CHOICES |= dict(tdmpc_skills=dict(sample_prior=10))
 
 
-@pytest.mark.parametrize("case", DRAWS, indirect=True)
-def test_training_draws_skills_and_evaluation_does_not(case, monkeypatch):
-    name, number = DRAWS[case.module.__name__.removeprefix("algos.")]
-    draws = after_calls(monkeypatch, case.module.Agent, name, 0, None)
-    modes = []
-    if number == 30:  # else a planner chooses after the warm-up, and in evaluations
-        modes = after_calls(monkeypatch, case.module.Agent, "policy_mode", 0, None)
-    case.start("--eval-interval 0")
-    assert (len(draws), len(modes)) == (number, 9 if number == 30 else 0)
+@pytest.mark.parametrize("case", CHOICES, indirect=True)
+def test_training_draws_skills_and_evaluation_does_not(case):
+    assert case.notes.choices == CHOICES[case.module.__name__.removeprefix("algos.")]
 
 
 @skimo_only
