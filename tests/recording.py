@@ -144,11 +144,11 @@ def note_updates(notes, module, patch):
     def numbers(part):
         return torch.nn.utils.parameters_to_vector(part.parameters()).detach().double()
 
-    def update(agent, *inputs, original=module.Agent.update):
+    def update(agent, *inputs, original=module.Agent.update, **how):
         if not notes.online and hasattr(agent, "target"):
             notes.slow = agent.target
             notes.slow_start = numbers(agent.target)
-        metrics = original(agent, *inputs)
+        metrics = original(agent, *inputs, **how)
         parts = {name: getattr(agent, name, None) for name in ("model", "critic", "critics")}
         notes.online.append({name: numbers(part) for name, part in parts.items() if part})
         return metrics
