@@ -92,16 +92,20 @@ def note_forgetting(notes, module, patch):
 
 
 def note_losses_and_optimizers(notes, module, patch):
-    """inputs: for a network that a loss was given, whether it is the agent's part of that name; moved: how far the
-    first step of an optimizer of the agent moved a weight, the largest of all.
+    """inputs: for a network that a loss was given, whether it is the agent's part of that name; optimizers: those of
+    the agent, by name; moved: how far the first step of each moved a weight, the largest of all.
     """
     notes.inputs = {}
+    notes.optimizers = set()
     notes.moved = {}
     agents = []
 
     def init(agent, *inputs, original=module.Agent.__init__):
         agents.append(agent)
         original(agent, *inputs)
+        owners = [vars(part) for part in agent.modules()]
+        found = {name for owner in owners for name in owner if isinstance(owner[name], torch.optim.Optimizer)}
+        notes.optimizers |= found
 
     def checked(loss):
         @functools.wraps(loss)  # inspect.getsource finds the original: the pre-trained model's key stays

@@ -332,7 +332,8 @@ def test_windows_of_rewards_against_a_loop(steps):
                 break
         assert (x, r) == (1000 * e + last + 0.5, total)
     if steps > 8:
-        assert (rewards[:200] > 0).float().mean() > (rewards[200:] > 0).float().mean()  # half are drawn around one
+        around, anywhere = (rewards > 0).float().view(2, 200).mean(1)  # half are drawn around a reward
+        assert around > 0.4 and around > anywhere
         assert len(set(start.flatten().tolist())) > 10
 
 
@@ -389,8 +390,8 @@ def test_phase_b_leaves_the_policy_and_goes_on_bit_for_bit(tmp_path, monkeypatch
         assert torch.equal(value, again["agent"][name]), name
         if not name.startswith(("dynamics", "rewarded")):
             assert torch.equal(value, part["agent"][name]), name
-    for name in ("dynamics.net.0.weight", "dynamics.reward_net.0.weight"):
-        assert not torch.equal(whole["agent"][name], part["agent"][name]), name
+        if name.startswith(("dynamics.net", "dynamics.reward_net")):
+            assert not torch.equal(value, part["agent"][name]), name
     assert all(torch.equal(whole["rb"][name], again["rb"][name]) for name in ("obs", "action", "z", "rewards"))
     assert torch.equal(whole["z"], again["z"]) and torch.equal(whole["left"], again["left"])
     # Skills of phase A are held for 40 env steps, planned ones for 10

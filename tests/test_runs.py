@@ -407,9 +407,9 @@ def test_losses_are_given_the_parts_that_they_name(case):
 
 @pytest.mark.parametrize("case", [name for name in ALGOS if name not in ("relay", "reskill")], indirect=True)
 def test_every_part_has_its_learning_rate(case):
-    """Adam's first step moves a weight by the rate. relay and reskill have one optimizer for two rates."""
+    """All optimizers take steps; Adam's first moves a weight by the rate. relay and reskill have one for two rates."""
     args = json.loads((case.run_dir / "args.json").read_text())
-    assert case.notes.moved
+    assert case.notes.moved.keys() == case.notes.optimizers
     for name, moved in case.notes.moved.items():
         rate = args.get(name.replace("optimizer", "lr"), args.get("learning_rate"))
         assert moved == pytest.approx(rate, rel=0.02), name
