@@ -967,6 +967,8 @@ def main(args: Args) -> dict:
         sys.exit(f"error: torch.compile failed ({reason}); use --no-compile or install a C++ compiler")
     except OSError as error:  # while logs, episodes.csv or results.json were written
         sys.exit(f"error: cannot write to {run_dir} ({error}); free some space or choose another --run-dir")
+    if results["updates"] == 0:
+        print("RL made no update: it ended before the first was due; give more --total-timesteps")
     print(f"finished: {run_dir}; curves: tensorboard --logdir {run_dir}")
     return results
 

@@ -355,9 +355,9 @@ class Planner:
         """Observations (E, O) -> actions (E, A), both NumPy."""
         args = self.args
         agent = self.agent
-        growth = min(1.0, global_step / max(args.horizon_steps, 1))
+        growth = min(1.0, global_step / args.horizon_steps)
         K = int(1 + growth * (args.num_steps - 1))  # steps per plan
-        progress = min(1.0, global_step / max(args.std_steps, 1))
+        progress = min(1.0, global_step / args.std_steps)
         min_std = args.min_std + progress * (args.min_std_end - args.min_std)
         min_std = torch.full((), min_std, device=args.device)  # made there: torch.tensor would wait for the device
         noise_scale = torch.full((), float(self.explore), device=args.device)
@@ -911,6 +911,8 @@ def main(args: Args) -> dict:
         sys.exit(f"error: torch.compile failed ({reason}); use --no-compile or install a C++ compiler")
     except OSError as error:  # while logs, episodes.csv or results.json were written
         sys.exit(f"error: cannot write to {run_dir} ({error}); free some space or choose another --run-dir")
+    if results["updates"] == 0:
+        print("RL made no update: it ended before the first was due; give more --total-timesteps")
     print(f"finished: {run_dir}; curves: tensorboard --logdir {run_dir}")
     return results
 

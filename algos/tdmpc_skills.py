@@ -587,9 +587,9 @@ class Planner:
         steps = max(0, global_step - args.warmup_steps)  # since the first plan, DEVIATION 5
         if args.release_defects:
             steps = 0  # defect (c)
-        growth = min(1.0, steps / max(args.horizon_steps, 1))
+        growth = min(1.0, steps / args.horizon_steps)
         K = int(1 + growth * (args.num_skills - 1))  # skills per plan
-        progress = min(1.0, steps / max(args.std_steps, 1))
+        progress = min(1.0, steps / args.std_steps)
         min_std = args.min_std + progress * (args.min_std_end - args.min_std)
         min_std = torch.tensor(min_std, device=args.device)
         noise_scale = torch.tensor(float(self.explore), device=args.device)
@@ -1353,6 +1353,8 @@ def main(args: Args) -> dict:
         sys.exit(f"error: torch.compile failed ({reason}); use --no-compile or install a C++ compiler")
     except OSError as error:  # while logs, episodes.csv or results.json were written
         sys.exit(f"error: cannot write to {run_dir} ({error}); free some space or choose another --run-dir")
+    if results["updates"] == 0:
+        print("RL made no update: it ended before the first was due; give more --total-timesteps")
     print(f"finished: {run_dir}; curves: tensorboard --logdir {run_dir}")
     return results
 

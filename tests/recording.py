@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections import Counter
+from collections import Counter, defaultdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -93,11 +93,13 @@ def note_forgetting(notes, module, patch):
 
 def note_losses_and_optimizers(notes, module, patch):
     """inputs: for a network that a loss was given, whether it is the agent's part of that name; optimizers: those of
-    the agent, by name; moved: how far the first step of each moved a weight, the largest of all.
+    the agent, by name; moved: how far the first step of each moved a weight, the largest of all; norms: the gradient's
+    norm at every step of each.
     """
     notes.inputs = {}
     notes.optimizers = set()
     notes.moved = {}
+    notes.norms = defaultdict(list)
     agents = []
 
     def init(agent, *inputs, original=module.Agent.__init__):
@@ -126,10 +128,12 @@ def note_losses_and_optimizers(notes, module, patch):
         names = [name for owner in owners for name, value in owner.items() if value is optimizer]
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         before = [weight.detach().clone() for weight in weights]
+        gradients = [weight.grad.norm() for weight in weights if weight.grad is not None]
         result = original(optimizer, *closure)
         for name in names:
             moves = [(weight - old).abs().max().item() for weight, old in zip(weights, before)]
             notes.moved.setdefault(name, max(moves))
+            notes.norms[name].append(torch.stack(gradients).norm().item())
         return result
 
     patch.setattr(module.Agent, "__init__", init)

@@ -44,7 +44,7 @@ SHORT = dict(
     pretrain_updates=6, pretrain_eval_interval=2, pretrain_eval_episodes=1, total_timesteps=1200, eval_interval=500,
     warmup_steps=400, updates_per_step=0.05, horizon_steps=800, std_steps=800, plan_start="wide",
     warmup_skills=40, updates_per_skill=0.5, discover_steps=600, reward_scale=0.5, learning_rate=1e-3, actor_lr=2e-4,
-    critic_lr=3e-4, predictor_lr=4e-4, alpha_lr=5e-4, tau=0.1,
+    critic_lr=3e-4, predictor_lr=4e-4, alpha_lr=5e-4, tau=0.1, max_grad_norm=0.01,
 )  # fmt: skip
 
 
@@ -347,6 +347,15 @@ def test_run_leaves_its_results(case):
 
 
 @every_algo
+def test_run_that_is_too_short_to_learn_says_so(case, capsys):
+    results, _ = case.start("--total-timesteps 120")
+    assert results["updates"] == 0
+    assert "no update" in capsys.readouterr().out
+    case.resume(case.copy_of_run())
+    assert "no update" not in capsys.readouterr().out
+
+
+@every_algo
 def test_episodes_are_what_the_environments_gave(case):
     """Returns are sums of the task's rewards, without reward_scale; 300 env steps hold three episodes of 90."""
     rewards = np.array([step[3] for step in case.notes.training.steps])  # (300, E)
@@ -413,6 +422,16 @@ def test_every_part_has_its_learning_rate(case):
     for name, moved in case.notes.moved.items():
         rate = args.get(name.replace("optimizer", "lr"), args.get("learning_rate"))
         assert moved == pytest.approx(rate, rel=0.02), name
+
+
+BOUNDED = [name for name in ALGOS if hasattr(algo_module(name).Args, "max_grad_norm")]
+
+
+@pytest.mark.parametrize("case", BOUNDED, indirect=True)
+def test_gradients_are_shortened_to_the_bound(case):
+    """Of every optimizer but alpha's, whose gradient has one number."""
+    norms = {name: max(of) for name, of in case.notes.norms.items() if name != "alpha_optimizer"}
+    assert norms == pytest.approx(dict.fromkeys(norms, 0.01), rel=1e-3) and norms
 
 
 REMEMBER = ["skimo", "skimo_no_joint", "skimo_single_step", "tdmpc_skills", "dreamer_skills"]
