@@ -153,7 +153,7 @@ class Args:
 TASK_DEFAULTS = {
     "maze": dict(kl_coef=1e-2, total_timesteps=2_000_000, rollout_skills=125, reward_scale=0.01),
     "kitchen": dict(flow_windows=100_000, flow_updates=8_000, residual_std=0.05),  # 603 demonstrations: 150,000 windows
-    "calvin": dict(total_timesteps=2_000_000, rollout_skills=90, reward_scale=0.01),
+    "calvin": dict(kl_coef=1e-2, total_timesteps=2_000_000, rollout_skills=90, reward_scale=0.01),
 }
 TASK_DEFAULTS["kitchen-misaligned"] = TASK_DEFAULTS["kitchen"]
 
