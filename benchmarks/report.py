@@ -124,9 +124,10 @@ SMALLER = (
 )
 
 UNDER_TABLE = """
-Mean over seeds (each seed) of training episodes, smoothed as in the paper, beside its value at the same env step.
-**The offline data are not the paper's: compare the order of methods, not heights.** On human data pre-training shifts
-arms and recombines objects, the paper's does not. Plans: up to 3 skills in the maze, 1 on CALVIN, 10 in the Kitchen.
+Mean over seeds (each seed) of training episodes, smoothed as in the paper (over some 50,000 env steps, SPiRL's over
+10,000), beside its value at the same env step. **The offline data are not the paper's: compare the order of methods,
+not heights.** On human data pre-training shifts arms and recombines objects, the paper's does not. Plans: up to 3
+skills in the maze, 1 on CALVIN, 10 in the Kitchen.
 """
 
 PICTURE = "Learning curves on all tasks: ours solid, the paper's dashed"
@@ -374,7 +375,7 @@ def pretraining_row(path: Path) -> list[str] | None:
         rows = [row for row in csv.DictReader(file) if row.get("prior_return")]
     if not rows:
         return None
-    unit = TASKS[path.parent.name.removesuffix("_pretraining")].unit
+    unit = TASKS[path.parent.name.split("_")[0]].unit  # the folder is TASK_..._pretraining
 
     def series(name: str, unit: float = 1.0, digits: int = 2) -> str:
         return " / ".join(f"{float(row[name]) / unit:.{digits}f}" for row in rows) if rows[0].get(name) else "–"
