@@ -93,12 +93,15 @@ def note_forgetting(notes, module, patch):
 
 def note_losses_and_optimizers(notes, module, patch):
     """inputs: for a network that a loss was given, whether it is the agent's part of that name; optimizers: those of
-    the agent, by name; moved: how far the first step of each moved a weight, the largest of all; norms: the gradient's
-    norm at every step of each.
+    the agent, by name; moved: how far the first step of each moved a weight, the largest of all; value_lr: the rates of
+    weights with "value" in their name, and other_lr, of the others, where there is more than one rate; norms: the
+    gradient's norm at every step of each.
     """
     notes.inputs = {}
     notes.optimizers = set()
     notes.moved = {}
+    notes.value_lr = set()
+    notes.other_lr = set()
     notes.norms = defaultdict(list)
     agents = []
 
@@ -130,6 +133,11 @@ def note_losses_and_optimizers(notes, module, patch):
         before = [weight.detach().clone() for weight in weights]
         gradients = [weight.grad.norm() for weight in weights if weight.grad is not None]
         result = original(optimizer, *closure)
+        values = [weight for agent in agents for name, weight in agent.named_parameters() if "value" in name]
+        for group in optimizer.param_groups if len(optimizer.param_groups) > 1 else []:
+            for weight in group["params"]:
+                of_value = any(weight is value for value in values)
+                (notes.value_lr if of_value else notes.other_lr).add(group["lr"])
         for name in names:
             moves = [(weight - old).abs().max().item() for weight, old in zip(weights, before)]
             notes.moved.setdefault(name, max(moves))

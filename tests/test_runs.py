@@ -44,7 +44,7 @@ SHORT = dict(
     pretrain_updates=6, pretrain_eval_interval=2, pretrain_eval_episodes=1, total_timesteps=1200, eval_interval=500,
     warmup_steps=400, updates_per_step=0.05, horizon_steps=800, std_steps=800, plan_start="wide",
     warmup_skills=40, updates_per_skill=0.5, discover_steps=600, reward_scale=0.5, learning_rate=1e-3, actor_lr=2e-4,
-    critic_lr=3e-4, predictor_lr=4e-4, alpha_lr=5e-4, tau=0.1, max_grad_norm=0.01,
+    critic_lr=3e-4, predictor_lr=4e-4, alpha_lr=5e-4, policy_lr=6e-4, value_lr=7e-4, tau=0.1, max_grad_norm=0.01,
 )  # fmt: skip
 
 
@@ -422,6 +422,14 @@ def test_every_part_has_its_learning_rate(case):
     for name, moved in case.notes.moved.items():
         rate = args.get(name.replace("optimizer", "lr"), args.get("learning_rate"))
         assert moved == pytest.approx(rate, rel=0.02), name
+
+
+@pytest.mark.parametrize("case", ["relay", "reskill"], indirect=True)
+def test_policies_and_values_in_one_optimizer_have_their_rates(case):
+    args = json.loads((case.run_dir / "args.json").read_text())
+    assert case.notes.moved["optimizer"] > 0
+    assert case.notes.value_lr == {args["value_lr"]}
+    assert case.notes.other_lr == {args.get("policy_lr", args.get("learning_rate"))}
 
 
 BOUNDED = [name for name in ALGOS if hasattr(algo_module(name).Args, "max_grad_norm")]
