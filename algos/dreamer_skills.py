@@ -45,8 +45,8 @@ Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, PEOPLE, RELEASE, PUBL
 sample_gaussian, make_networks, RSSM, ActionModel, pretrain_loss, prior_rollouts, pretrain_lr, find_pretrained,
 pretrain, Agent, train, evaluate, check_args.
 A run's folder holds what skimo.py names.
-Score, seed 1, sub-tasks per training episode in the last 25,000 of 200,000 env steps: Kitchen 2.7
-(prior: .84), Mis-aligned 2.3. CALVIN: 0 (prior: .16), because values run away.
+Score, sub-tasks per training episode in the last 25,000 of 200,000 env steps: Kitchen 2.7 / 2.3 (seeds 1, 2;
+prior: .84), Mis-aligned 2.3 (seed 1). CALVIN: 0 (prior: .16), because values run away.
 Shapes: B batch, L rows per window, O observation, F inputs, A action, Z skill, s and h their sizes, d = s + h,
 E environments, S starts, J imagined skills. Actions of dreamer.py's parts (..., A) are here skills u (..., Z).
 """
