@@ -120,6 +120,27 @@ def test_time_is_taken_from_batch_to_batch():
     assert 0.005 <= min(data.times) and sorted(data.times)[len(data.times) // 2] < 0.05
 
 
+def test_per_second_are_env_steps_of_all_members():
+    """Four members stepped in 20 ms are 200 env steps a second; a loop of 600 env steps in .1 minutes does 100."""
+    args = speed.Args(only=("step",), step_envs=(4,), env_id="calvin", quick=True, **CPU)
+    ms = {1: 20.0, 2: 16.0}  # by threads
+    with mock.patch.object(speed, "time_stepping", lambda args, E, threads: dict(ms=ms[threads])):
+        one, two = speed.time_everything(args)
+    assert (one["per_second"], two["per_second"]) == (200, 250)
+    assert (one["speedup"], two["speedup"]) == (1, 1.25)
+
+    algo = speed.load_algorithm("sac")
+    config = speed.size_args(algo, "maze", "eager", args)
+    with mock.patch.object(algo, "train", return_value=dict(updates=1, rl_minutes=0.1, env_steps=600)):
+        row = speed.time_training(algo, "maze", config, args)
+    assert row["per_second"] == pytest.approx(100) and row["ms"] == pytest.approx(10)
+
+
+def test_a_call_is_timed_whole():
+    row = speed.measure(lambda: time.sleep(0.02), speed.Args(quick=True, **CPU))
+    assert row["ms"] >= 20 and row["calls"] >= 1
+
+
 def test_the_table_has_eager_beside_compiled():
     row = dict(algo="skimo", name="RL update", size="kitchen", num_envs=None, iqr_ms=1.0, calls=9)
     rows = [dict(row, mode="eager", ms=50.0), dict(row, mode="compiled", ms=9.8)]
