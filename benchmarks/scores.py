@@ -174,6 +174,9 @@ def read_run(path: Path) -> Run:
         task = TASKS[facts["env_id"]]
         results = facts.get("results") or {}
         evaluations = [(int(step), value / task.unit) for step, value, _ in results.get("evaluations", [])]
+        if not evaluations:  # of a stopped run
+            found = [row for row in rows if row.get("eval_return")]
+            evaluations = [(int(row["env_step"]), float(row["eval_return"]) / task.unit) for row in found]
         rows = [row for row in rows if row["episodic_return"]]
         if not rows:
             sys.exit(f"error: in {table} no episode has ended yet")

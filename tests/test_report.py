@@ -300,7 +300,9 @@ def test_the_coverage_is_that_of_the_logs(cells):
         if scores.METHODS[facts["algo"]].paper:  # it has curves there
             seeds[facts["env_id"], facts["algo"]] += 1
             curve = scores.PAPER[facts["env_id"], scores.METHODS[facts["algo"]].paper]
-            steps += min(facts["results"]["env_steps"], curve[-1, 0])
+            table = path.with_suffix(".csv").read_text().splitlines()
+            last = facts["results"]["env_steps"] if facts["results"] else int(table[-1].split(",")[0])  # it was stopped
+            steps += min(last, curve[-1, 0])
     assert found["begun"] == len(seeds)
     if max(seeds.values()) <= 5:
         assert found["done"] == steps
@@ -437,6 +439,20 @@ def test_ends_are_rounded_down(env_steps, end, tmp_path):
     (run,) = scores.read_cells(tmp_path)["maze", "skimo", "scripted"]
     run.env_steps = env_steps
     assert run.end == end
+
+
+def test_evaluations_of_a_stopped_run_are_those_of_its_table(tmp_path):
+    """Its JSON has no results; the runner's table has a row for each clean evaluation."""
+    write_log(tmp_path, "skimo", 1, 2.0, task="calvin", steps=210_000)
+    log = tmp_path / "calvin" / "skimo" / "scripted" / "seed1.json"
+    log.write_text(json.dumps(json.loads(log.read_text()) | dict(results=None)))
+    with log.with_suffix(".csv").open("a") as file:
+        file.write("100040,,,300.0,0.0,1000.4\n200080,,,400.0,1.0,2000.8\n")
+    run = scores.read_run(log)
+    assert run.end == 210_000
+    assert scores.evaluation_at(run, 100_000) == 3 and scores.evaluation_at(run, 200_000) == 4
+    assert np.isnan(scores.evaluation_at(run, 210_000))
+    assert scores.last_episodes(run, run.end) == 2  # not among the training episodes
 
 
 def test_runs_of_which_one_stopped_before_the_others_first_episode(tmp_path):
