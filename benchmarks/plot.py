@@ -1,6 +1,7 @@
 """Learning curves over the paper's; drawn by report.py."""
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,8 @@ def draw_training(axes, cells, task: str, data: str, end: int, methods, large: b
                 if large or run.end > cell.main_end:
                     curve = smooth(run)
                     curve = curve[curve[:, 0] <= run.end]
-                    axes.plot(*curve.T, color=colour, lw=0.7, alpha=0.35)
+                    thin = dict(lw=0.7, alpha=0.35) if large else dict(lw=1.1, alpha=0.7)
+                    axes.plot(*curve.T, color=colour, **thin)
             last = cell.main_end
             reaching = [smooth(run) for run in cell.reaching(last)]
             grid = np.arange(max(curve[0, 0] for curve in reaching), last + 1, 500)
@@ -126,6 +128,8 @@ def overview(cells) -> Figure:
             cell = cells[task, name, data]
             count = len(cell.reaching(cell.main_end))
             text = f"{METHODS[name].short}, {count} seed{'s' * (count > 1)} to {thousands(cell.main_end)}"
+            further = Counter(run.end for run in cell if run.end > cell.main_end)
+            text += "".join(f", {n} to {thousands(end)}" for end, n in sorted(further.items()))
             at = dict(transform=axes.transAxes, va="center", size=13)
             axes.text(0, -0.34 - 0.115 * line, text, color=METHODS[name].colour, **at)
     text = "Solid: our runs (mean of seeds; thin: those that went on). Dashed: the paper's (other data, five seeds)."
