@@ -283,8 +283,8 @@ class Cell(list):
 
     @property
     def main_end(self) -> int:
-        """The most env steps that at least half of the seeds reached."""
-        return max(end for end in self.ends if 2 * len(self.reaching(end)) >= len(self))
+        """The most env steps that more than half of the seeds reached."""
+        return max(end for end in self.ends if 2 * len(self.reaching(end)) > len(self))
 
 
 def read_cells(folder: Path) -> dict[tuple[str, str, str], Cell]:

@@ -128,15 +128,19 @@ def test_bins_and_last_episodes():
     assert scores.last_episodes(run, 40, count=2) == 4
 
 
-def test_the_main_end_is_where_half_of_the_seeds_got():
+def test_the_main_end_is_where_more_than_half_of_the_seeds_got():
     runs = [make_run([steps], [1]) for steps in (60_055, 200_080, 199_990)]
     cell = scores.Cell(runs)
     assert cell.ends == [60_000, 200_000]
     assert cell.main_end == 200_000
     assert cell.reaching(200_000) == runs[1:]
     cell.append(make_run([2_000_050], [1]))  # one seed to the paper's end
+    assert cell.ends == [60_000, 200_000, 2_000_000]
     assert cell.main_end == 200_000
     assert len(cell.reaching(60_000)) == 4
+    cell.append(make_run([60_000], [1]))
+    cell.append(make_run([60_000], [1]))  # half of the six got to 200,000
+    assert cell.main_end == 60_000
 
 
 # ---------------------------------------------------------------------------------------------------------- orderings
