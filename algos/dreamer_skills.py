@@ -46,7 +46,7 @@ sample_gaussian, make_networks, RSSM, ActionModel, pretrain_loss, prior_rollouts
 pretrain, Agent, train, evaluate, check_args.
 A run's folder holds what skimo.py names.
 Score, sub-tasks per training episode in the last 25,000 of 200,000 env steps: Kitchen 2.7 / 2.3 (seeds 1, 2;
-prior: .84), Mis-aligned 2.3 (seed 1). CALVIN, of 300,000: 0 / .85 (prior: .16); in seed 1 values run away.
+prior: .84), Mis-aligned 2.2 / 2.3. CALVIN, of 300,000: 0 / .85 (prior: .16); in seed 1 values run away.
 Shapes: B batch, L rows per window, O observation, F inputs, A action, Z skill, s and h their sizes, d = s + h,
 E environments, S starts, J imagined skills. Actions of dreamer.py's parts (..., A) are here skills u (..., Z).
 """
