@@ -63,7 +63,7 @@ class Args:
     step_envs: tuple[int, ...] = (1, 8, 64)  # environments stepped together
     loop_steps: int = 20_000  # env steps of the whole training loop
     min_seconds: float = 2.0  # least measuring time of a row, and at least five calls
-    quick: bool = False  # a check that everything runs: tiny batches; the numbers mean nothing
+    quick: bool = False  # a check that everything runs: tiny batches and networks; the numbers mean nothing
     out: Path = Path("runs/speed.json")  # where the JSON goes
 
 
@@ -96,6 +96,7 @@ def size_args(algo, size: str, mode: str, args: Args):
         small = dict(pretrain_batch_size=8, batch_size=8, num_samples=16, num_policy_trajs=4, num_elites=4, cem_iters=1)
         small |= dict(updates_per_step=0.02, updates_per_skill=0.2, num_skills=min(3, getattr(result, "num_skills", 1)))
         small |= dict(batch_length=8, imagine_starts=16, mppi_iters=1, imagine_steps=4, demo_rows=100, epochs=0.2)
+        small |= dict(hidden_dim=32, model_dim=32, deter_dim=32, encoder_dim=32, latent_dim=32)
         result = replaced(result, small)
     return result
 
