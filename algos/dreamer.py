@@ -10,7 +10,7 @@ gradients through the model. It explores by single noisy actions.
 The model keeps h_t (deterministic) and s_t (random): h_t = GRU(h_{t-1}, s_{t-1}, a_{t-1}), s_t ~ q(s_t | h_t, o_t)
 where o_t is seen, s_t ~ p(s_t | h_t) where it is imagined. Repeat:
    act: a ~ pi(s_t, h_t) plus noise, with h_t, s_t updated by each observation
-   model: explain observations and rewards, KL(q || p) down to free_nats (eq. 10)
+   model: explain observations and rewards; make KL(q || p) small, but not below free_nats (eq. 10)
    imagine: 15 steps from states of the batch (eq. 3); lambda-returns V of their rewards and values (eq. 4-6)
    actor: maximise V through the model (eq. 7); critic: v(s, h) -> V (eq. 8)
 
@@ -23,13 +23,13 @@ Differences from SkiMo's release, whose Dreamer this is, marked DEVIATION n belo
 5. imagine_starts: imagination may begin in a random share of the states. The default is all, as in the release.
 6. --continue-head: a model of the end, from Dreamer's own code; off by default, as there: imagination never ends.
 7. The decoder begins at the mean of what was seen (release: at 0).
-The critic's value of a state includes the reward predicted in it: rewards belong to the state that they led to.
+v(s, h) counts the reward for arriving in this state, then the later ones. (Later Dreamers leave out the first.)
 Written from a description of the release's code; not run beside it.
 A run's folder holds the same files as skimo.py's.
 Differs from skimo.py in: Args, TASK_DEFAULTS, CPU_PRESET, POSITION_PERIODS, kl_divergence, rollout, Agent, train,
     evaluate, parse_args, check_args, main
-Shapes: B batch, L rows per window, O observation, A action, s and h their sizes, d = s + h, E environments, S starts,
-J steps.
+Shapes: B batch, L rows per window, O observation, A action, s and h the sizes of these states, d = s + h,
+E environments, S starts, J steps.
 """
 
 import argparse
@@ -293,8 +293,8 @@ def rssm_loss(model, obs, action, rewards, terminals, args):
     h, s, posterior = model.observe(obs, action)
     feature = torch.cat([s, h], -1)  # (B, L, d)
 
-    # KL: what the observation adds must be little, so that the model can go on without it. Both sides move. Below
-    # free_nats on average there is no gradient: else s would rather stay empty.
+    # KL: what the observation adds must be little, so that the model can go on without it. Both sides move. A mean
+    # below free_nats is not reduced: else the model would put nothing into s.
     kl = kl_divergence(posterior, model.prior(h)).mean()
     kl_loss = kl.clamp(min=args.free_nats)
 
@@ -375,7 +375,7 @@ def behaviour_loss(model, actor, critic, h, s, args):
     if args.continue_head:
         discount = torch.sigmoid(model.continue_model(feature)).squeeze(-1)
     returns = lambda_return(rewards[:-1], values, discount[:-1], args.td_lambda)  # (J-1, S)
-    # What comes later counts less, as in the return of the start
+    # State k comes k - 1 steps after the first imagined one: its return weighs gamma^(k - 1).
     weight = torch.cat([torch.ones_like(discount[:1]), discount[:-2]])
     weight = weight.cumprod(0).detach()  # (J-1, S)
     loss = -(weight * returns).mean()
@@ -465,11 +465,11 @@ def success(returns, args: Args) -> float:
 
 # -------------------------------------------------------------------------------------------------------------- replay
 class SequenceBuffer:
-    """All steps (env steps, in dreamer_skills.py skills) as rows on the device, from which windows of L rows are drawn.
+    """All steps (of the environment, or whole skills) as rows on the device, from which windows of L rows are drawn.
 
     A row is an observation and what led to it: action, reward, and whether the episode really ended here (a time-out is
-    no end); zeros for the first observation of an episode. The i-th row of environment e is row i * E + e. All windows
-    inside one episode are drawn alike, those of unfinished episodes included. Nothing is ever dropped.
+    no end); zeros for the first observation of an episode. The i-th row of environment e is row i * E + e. Each window
+    inside one episode, finished or not, is drawn with the same probability. Nothing is ever dropped.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, window: int, args: Args):
@@ -586,7 +586,7 @@ def save(path: Path, parts: dict, **values):
 
     The file is renamed when it is whole, so that a crash while writing leaves the one of before.
     """
-    part = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same pre-trained model
+    part = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
     state = {name: part.state_dict() for name, part in parts.items()}
     rng = [torch.get_rng_state()]
     if torch.cuda.is_initialized():
@@ -608,11 +608,13 @@ def reading(path: Path):
     """A file that is missing, damaged or of other sizes ends the program with a sentence."""
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         sys.exit(f"error: {path} does not exist; check the path")
+    except (IsADirectoryError, PermissionError, torch.OutOfMemoryError) as error:
+        sys.exit(f"error: {path} cannot be read ({error}); check its path, its permissions and the free memory")
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        sys.exit(f"error: {path} is damaged or does not fit ({type(error).__name__}: {reason}); delete or replace it")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        sys.exit(f"error: {path} is damaged or does not fit ({reason}); give another, or delete it to make it again")
 
 
 def load(path: Path, parts: dict) -> dict:
@@ -903,8 +905,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
         with reading(path):
             defaults = json.loads(path.read_text())
             check_types(defaults)
-            for field in fields(Args):
-                defaults[field.name]  # all are there
+            missing = {field.name for field in fields(Args)} - defaults.keys()
+            if missing:
+                raise ValueError(f"it has no {missing}")
     if given.device:
         defaults["compile"] = given.device == "cuda"
     args = tyro.cli(Args, args=argv, default=Args(**defaults), description=__doc__.split("\n")[0])

@@ -10,7 +10,7 @@ term in imagination; which one comes next is planned by CEM in the same model. N
 
 The model is that of dreamer.py, one env step at a time. Repeat:
    act: every K = 10 env steps plan a sequence of skills, keep the first; a ~ pi(s_t, h_t, z) plus noise
-   model: explain observations and rewards, KL(q || p) down to free_nats (Dreamer eq. 10)
+   model: explain observations and rewards, make KL(q || p) small, not below free_nats (Dreamer eq. 10)
    imagine: K steps with one z ~ N(0, I) per start; lambda-returns V of their rewards and values (Dreamer eq. 4-6)
    policy: maximise V + c I, I = log q(z | start, state) - log N(z; 0, I), a lower bound on the mutual information
    predictor: q(z | start, state) -> z; critic: v(s, h) -> V (Dreamer eq. 8)
@@ -330,8 +330,8 @@ def rssm_loss(model, obs, action, rewards, terminals, args):
     h, s, posterior = model.observe(obs, action)
     feature = torch.cat([s, h], -1)  # (B, L, d)
 
-    # KL: what the observation adds must be little, so that the model can go on without it. Both sides move. Below
-    # free_nats on average there is no gradient: else s would rather stay empty.
+    # KL: what the observation adds must be little, so that the model can go on without it. Both sides move. A mean
+    # below free_nats is not reduced: else the model would put nothing into s.
     kl = kl_divergence(posterior, model.prior(h)).mean()
     kl_loss = kl.clamp(min=args.free_nats)
 
@@ -426,7 +426,7 @@ def skill_loss(model, actor, critic, predictor, h, s, args):
     if args.continue_head:
         discount = torch.sigmoid(model.continue_model(feature)).squeeze(-1)
     returns = lambda_return(rewards[:-1], values, discount[:-1], args.td_lambda)  # (K-1, S)
-    # What comes later counts less, as in the return of the start
+    # State k comes k - 1 steps after the first imagined one: its return weighs gamma^(k - 1).
     weight = torch.cat([torch.ones_like(discount[:1]), discount[:-2]])
     weight = weight.cumprod(0).detach()  # (K-1, S)
 
@@ -678,11 +678,11 @@ def draw_skills(agent, args: Args, num_steps: int, path: Path):
 
 # -------------------------------------------------------------------------------------------------------------- replay
 class SequenceBuffer:
-    """All steps (env steps, in dreamer_skills.py skills) as rows on the device, from which windows of L rows are drawn.
+    """All steps (of the environment, or whole skills) as rows on the device, from which windows of L rows are drawn.
 
     A row is an observation and what led to it: action, reward, and whether the episode really ended here (a time-out is
-    no end); zeros for the first observation of an episode. The i-th row of environment e is row i * E + e. All windows
-    inside one episode are drawn alike, those of unfinished episodes included. Nothing is ever dropped.
+    no end); zeros for the first observation of an episode. The i-th row of environment e is row i * E + e. Each window
+    inside one episode, finished or not, is drawn with the same probability. Nothing is ever dropped.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, window: int, args: Args):
@@ -799,7 +799,7 @@ def save(path: Path, parts: dict, **values):
 
     The file is renamed when it is whole, so that a crash while writing leaves the one of before.
     """
-    part = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same pre-trained model
+    part = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
     state = {name: part.state_dict() for name, part in parts.items()}
     rng = [torch.get_rng_state()]
     if torch.cuda.is_initialized():
@@ -821,11 +821,13 @@ def reading(path: Path):
     """A file that is missing, damaged or of other sizes ends the program with a sentence."""
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         sys.exit(f"error: {path} does not exist; check the path")
+    except (IsADirectoryError, PermissionError, torch.OutOfMemoryError) as error:
+        sys.exit(f"error: {path} cannot be read ({error}); check its path, its permissions and the free memory")
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        sys.exit(f"error: {path} is damaged or does not fit ({type(error).__name__}: {reason}); delete or replace it")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        sys.exit(f"error: {path} is damaged or does not fit ({reason}); give another, or delete it to make it again")
 
 
 def load(path: Path, parts: dict) -> dict:
@@ -1137,8 +1139,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
         with reading(path):
             defaults = json.loads(path.read_text())
             check_types(defaults)
-            for field in fields(Args):
-                defaults[field.name]  # all are there
+            missing = {field.name for field in fields(Args)} - defaults.keys()
+            if missing:
+                raise ValueError(f"it has no {missing}")
     if given.device:
         defaults["compile"] = given.device == "cuda"
     args = tyro.cli(Args, args=argv, default=Args(**defaults), description=__doc__.split("\n")[0])

@@ -529,7 +529,7 @@ def save(path: Path, parts: dict, **values):
 
     The file is renamed when it is whole, so that a crash while writing leaves the one of before.
     """
-    part = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same pre-trained model
+    part = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
     state = {name: part.state_dict() for name, part in parts.items()}
     rng = [torch.get_rng_state()]
     if torch.cuda.is_initialized():
@@ -551,11 +551,13 @@ def reading(path: Path):
     """A file that is missing, damaged or of other sizes ends the program with a sentence."""
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         sys.exit(f"error: {path} does not exist; check the path")
+    except (IsADirectoryError, PermissionError, torch.OutOfMemoryError) as error:
+        sys.exit(f"error: {path} cannot be read ({error}); check its path, its permissions and the free memory")
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        sys.exit(f"error: {path} is damaged or does not fit ({type(error).__name__}: {reason}); delete or replace it")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        sys.exit(f"error: {path} is damaged or does not fit ({reason}); give another, or delete it to make it again")
 
 
 def load(path: Path, parts: dict) -> dict:
@@ -968,8 +970,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
         with reading(path):
             defaults = json.loads(path.read_text())
             check_types(defaults)
-            for field in fields(Args):
-                defaults[field.name]  # all are there
+            missing = {field.name for field in fields(Args)} - defaults.keys()
+            if missing:
+                raise ValueError(f"it has no {missing}")
     if given.device:
         defaults["compile"] = given.device == "cuda"
     args = tyro.cli(Args, args=argv, default=Args(**defaults), description=__doc__.split("\n")[0])

@@ -9,7 +9,8 @@ reference without hierarchy: it explores by single actions and is expected to fi
 Repeat:
    act: a ~ pi(s), kept for `repeat` env steps
    critics: Q(s, a) -> r_1 + .. + gamma^(n-1) r_n + gamma^n (min Q'(s', a') - alpha log pi(a' | s')) (eq. 5, 6)
-   policy: maximise min Q(s, a) - alpha log pi(a | s) (eq. 9); tune alpha so that the entropy is A nats below 0
+   policy: maximise min Q(s, a) - alpha log pi(a | s) (eq. 9); tune alpha so that the policy's entropy
+      becomes -A nats, A being the number of entries of an action
 
 Why hierarchy may help (Nachum et al. 2019, https://arxiv.org/abs/1909.10618): it trains over longer times, which n-step
 targets do as well (--n-step 3), and it explores over longer times, which repeated actions do as well (--repeat 10).
@@ -17,6 +18,10 @@ Soft Q-learning (Haarnoja et al. 2017) is the same idea with a soft maximum over
 Not goal-conditioned; not pre-trained; decides at each env step; off-policy.
 
 Free choices, where the paper's versions differ: log std in [-5, 2] by a tanh, min of both critics in the policy loss.
+Differences from the paper, marked DEVIATION n below
+1. 8 environments side by side (paper: 1), with .5 updates per env step (paper: 1; our results: .1, --updates-per-step).
+2. Observations are scaled, with sines and cosines of positions, as in skimo.py (--no-position-features: scaled only).
+3. Rewards are scaled: by .01 where a success gives 100.
 Ends and time-outs are told apart: only a true end has no future.
 A run's folder holds the same files as skimo.py's.
 Differs from skimo.py in: Args, TASK_DEFAULTS, POSITION_PERIODS, policy_loss, rollout, ReplayBuffer, Agent, train,
@@ -75,9 +80,9 @@ class Args:
 
     # RL
     total_timesteps: int = 1_000_000  # env steps, warm-up included
-    num_envs: int = 8  # environments side by side
+    num_envs: int = 8  # environments side by side (DEVIATION 1)
     warmup_steps: int = 10_000  # env steps with uniform actions, before updates start
-    updates_per_step: float = 0.5  # gradient updates per env step after the warm-up (paper: 1)
+    updates_per_step: float = 0.5  # gradient updates per env step after the warm-up (DEVIATION 1)
     batch_size: int = 256  # transitions per update
     buffer_size: int = 1_000_000  # transitions kept
     learning_rate: float = 3e-4  # of critics, policy and log alpha
@@ -87,10 +92,10 @@ class Args:
     repeat: int = 1  # env steps for which an action is kept while exploring, even if its episode ends before
     reward_scale: float = 1.0  # factor on the task's reward
     hidden_dim: int = 256  # width of hidden layers
-    position_features: bool = True  # sines and cosines of positions as inputs, as in skimo.py
+    position_features: bool = True  # sines and cosines of positions as inputs (DEVIATION 2)
 
 
-# Rewards of 100 are scaled to 1: else alpha, which is tuned in nats, would have to grow a hundredfold.
+# DEVIATION 3: rewards of 100 become 1; else alpha, which is tuned in nats, would have to grow a hundredfold.
 TASK_DEFAULTS = {
     "maze": dict(reward_scale=0.01),
     "kitchen": dict(),
@@ -304,7 +309,10 @@ class ReplayBuffer:
             [[obs.numpy(), action.numpy(), *numbers] for obs, action, *numbers in steps] for steps in state["running"]
         ]
         for name, column in self.columns.items():
-            column[: len(self)] = state[name].to(self.device)
+            filled = column[: len(self)]
+            if state[name].shape != filled.shape or not state[name].isfinite().all():
+                raise ValueError(f"{name} of the replay buffer has another shape or is not finite")
+            filled.copy_(state[name])
 
 
 # --------------------------------------------------------------------------------------------------- logs, checkpoints
@@ -350,7 +358,7 @@ def save(path: Path, parts: dict, **values):
 
     The file is renamed when it is whole, so that a crash while writing leaves the one of before.
     """
-    part = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same pre-trained model
+    part = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
     state = {name: part.state_dict() for name, part in parts.items()}
     rng = [torch.get_rng_state()]
     if torch.cuda.is_initialized():
@@ -372,11 +380,13 @@ def reading(path: Path):
     """A file that is missing, damaged or of other sizes ends the program with a sentence."""
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         sys.exit(f"error: {path} does not exist; check the path")
+    except (IsADirectoryError, PermissionError, torch.OutOfMemoryError) as error:
+        sys.exit(f"error: {path} cannot be read ({error}); check its path, its permissions and the free memory")
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        sys.exit(f"error: {path} is damaged or does not fit ({type(error).__name__}: {reason}); delete or replace it")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        sys.exit(f"error: {path} is damaged or does not fit ({reason}); give another, or delete it to make it again")
 
 
 def load(path: Path, parts: dict) -> dict:
@@ -658,8 +668,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
         with reading(path):
             defaults = json.loads(path.read_text())
             check_types(defaults)
-            for field in fields(Args):
-                defaults[field.name]  # all are there
+            missing = {field.name for field in fields(Args)} - defaults.keys()
+            if missing:
+                raise ValueError(f"it has no {missing}")
     if given.device:
         defaults["compile"] = given.device == "cuda"
     args = tyro.cli(Args, args=argv, default=Args(**defaults), description=__doc__.split("\n")[0])

@@ -18,8 +18,8 @@ Differences from SkiMo's release, whose TD-MPC this is, marked DEVIATION n below
    of 500). The updates that the warm-up is worth are spread over some steps after it, so that a run can be stopped in
    between.
 2. A window is any N steps of an episode, unfinished ones included (release: an episode, then a start in it).
-3. loss_bound is 1e5, as in skimo.py (release: 1e4). The bound is for all losses of a window, and takes away their
-   gradients: at 1e4 a reward of 100 at a window's start is not learnt while R predicts less than 0.
+3. loss_bound is 1e5, as in skimo.py (release: 1e4). Each of a window's three losses is cut at it, and has no gradient
+   beyond: at 1e4 a reward of 100 in a window's first step is not learnt while R predicts less than 0.
 4. A true end has no future, a time-out has one. The release ignores both (--no-true-ends).
 5. The encoder sees scaled observations with sines and cosines of positions, as skimo.py's.
 6. reward_scale is applied; the release only logs it. With its value, 1, this is the same.
@@ -411,11 +411,11 @@ def success(returns, args: Args) -> float:
 
 # -------------------------------------------------------------------------------------------------------------- replay
 class SequenceBuffer:
-    """All steps (env steps, in dreamer_skills.py skills) as rows on the device, from which windows of L rows are drawn.
+    """All steps (of the environment, or whole skills) as rows on the device, from which windows of L rows are drawn.
 
     A row is an observation and what led to it: action, reward, and whether the episode really ended here (a time-out is
-    no end); zeros for the first observation of an episode. The i-th row of environment e is row i * E + e. All windows
-    inside one episode are drawn alike, those of unfinished episodes included. Nothing is ever dropped.
+    no end); zeros for the first observation of an episode. The i-th row of environment e is row i * E + e. Each window
+    inside one episode, finished or not, is drawn with the same probability. Nothing is ever dropped.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, window: int, args: Args):
@@ -532,7 +532,7 @@ def save(path: Path, parts: dict, **values):
 
     The file is renamed when it is whole, so that a crash while writing leaves the one of before.
     """
-    part = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same pre-trained model
+    part = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
     state = {name: part.state_dict() for name, part in parts.items()}
     rng = [torch.get_rng_state()]
     if torch.cuda.is_initialized():
@@ -554,11 +554,13 @@ def reading(path: Path):
     """A file that is missing, damaged or of other sizes ends the program with a sentence."""
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         sys.exit(f"error: {path} does not exist; check the path")
+    except (IsADirectoryError, PermissionError, torch.OutOfMemoryError) as error:
+        sys.exit(f"error: {path} cannot be read ({error}); check its path, its permissions and the free memory")
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        sys.exit(f"error: {path} is damaged or does not fit ({type(error).__name__}: {reason}); delete or replace it")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        sys.exit(f"error: {path} is damaged or does not fit ({reason}); give another, or delete it to make it again")
 
 
 def load(path: Path, parts: dict) -> dict:
@@ -847,8 +849,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
         with reading(path):
             defaults = json.loads(path.read_text())
             check_types(defaults)
-            for field in fields(Args):
-                defaults[field.name]  # all are there
+            missing = {field.name for field in fields(Args)} - defaults.keys()
+            if missing:
+                raise ValueError(f"it has no {missing}")
     if given.device:
         defaults["compile"] = given.device == "cuda"
     args = tyro.cli(Args, args=argv, default=Args(**defaults), description=__doc__.split("\n")[0])

@@ -62,6 +62,13 @@ def label_ends(axes, ends: list[tuple], gap: float, size: int = 11):
         axes.text(right * 1.04, height, text, color=colour, va="center", clip_on=False, size=size)
 
 
+def look(method: str) -> tuple[str, str]:
+    """Short name and colour; a method of a user's own is black."""
+    if method in METHODS:
+        return METHODS[method].short, METHODS[method].colour
+    return method, "black"
+
+
 def draw_training(axes, cells, task: str, data: str, end: int, methods, large: bool) -> list[tuple]:
     """Our curves, their mean thick up to the main end, and the paper's dashed. Returns the lines' ends.
 
@@ -69,7 +76,7 @@ def draw_training(axes, cells, task: str, data: str, end: int, methods, large: b
     """
     ends = []
     for name in methods:
-        colour = METHODS[name].colour if name in METHODS else "black"
+        short, colour = look(name)
         cell = cells.get((task, name, data))
         if cell:
             for run in cell:
@@ -84,7 +91,6 @@ def draw_training(axes, cells, task: str, data: str, end: int, methods, large: b
             mean = np.mean([np.interp(grid, *curve.T) for curve in reaching], axis=0)
             axes.plot(grid, mean, color=colour, lw=2.2)
             if large and len(grid) > 0:  # a young run has no score yet
-                short = METHODS[name].short if name in METHODS else name
                 seeds = f"{len(reaching)} seed" + "s" * (len(reaching) > 1)
                 ends.append((grid[-1], mean[-1], f"{short}, {seeds}", colour))
         curve = PAPER.get((task, METHODS[name].paper if name in METHODS else None))
@@ -92,7 +98,7 @@ def draw_training(axes, cells, task: str, data: str, end: int, methods, large: b
             axes.plot(*curve.T, "--", color=colour, lw=1.3, dashes=(4, 2))
             x = min(end, curve[-1, 0])
             y = np.interp(x, *curve.T)
-            ends.append((x, y, f"{METHODS[name].short}{', paper' if large else ''}", colour))
+            ends.append((x, y, f"{short}{', paper' if large else ''}", colour))
     return ends
 
 
@@ -116,7 +122,8 @@ def overview(cells) -> Figure:
     row = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (task, data) in zip(row, panels):
         facts = TASKS[task]
-        names = [name for name in SHOWN if (task, name, data) in cells]
+        present = [name for t, name, d in cells if (t, d) == (task, data)]
+        names = [name for name in SHOWN if name in present] or present  # runs of a user's own
         style(axes, task, facts.paper_end, 13)
         ends = draw_training(axes, cells, task, data, facts.paper_end, names, large=False)
         label_ends(axes, ends, 0.09 * facts.best, 13)
@@ -127,11 +134,12 @@ def overview(cells) -> Figure:
         for line, name in enumerate(names, 1):
             cell = cells[task, name, data]
             count = len(cell.reaching(cell.main_end))
-            text = f"{METHODS[name].short}, {count} seed{'s' * (count > 1)} to {thousands(cell.main_end)}"
+            short, colour = look(name)
+            text = f"{short}, {count} seed{'s' * (count > 1)} to {thousands(cell.main_end)}"
             further = Counter(run.end for run in cell if run.end > cell.main_end)
             text += "".join(f", {n} to {thousands(end)}" for end, n in sorted(further.items()))
             at = dict(transform=axes.transAxes, va="center", size=13)
-            axes.text(0, -0.34 - 0.115 * line, text, color=METHODS[name].colour, **at)
+            axes.text(0, -0.34 - 0.115 * line, text, color=colour, **at)
     text = "Solid: our runs (mean of seeds; thin: those that went on). Dashed: the paper's (other data, five seeds)."
     figure.text(0.5, 0.955, text, ha="center", va="center", fontsize=15)
     return figure
@@ -164,7 +172,7 @@ def enlarged(cells, task: str) -> Figure:
 
 def draw_evaluations(axes, name: str, cell: Cell) -> tuple | None:
     """Clean evaluations of every seed, and the mean of those that reached the main end. Returns the line's end."""
-    colour = METHODS[name].colour if name in METHODS else "black"
+    short, colour = look(name)
     for run in cell:
         for step, value in run.evaluations:
             axes.plot(step, value, "o", color=colour, ms=3.5, alpha=0.5)
@@ -175,7 +183,7 @@ def draw_evaluations(axes, name: str, cell: Cell) -> tuple | None:
         return None
     means = [np.mean([evaluation_at(run, step) for run in runs]) for step in steps]
     axes.plot(steps, means, "o-", color=colour, lw=1.8, ms=6)
-    return steps[-1], means[-1], METHODS[name].short if name in METHODS else name, colour
+    return steps[-1], means[-1], short, colour
 
 
 def save(figure: Figure, path: Path):

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def describe_code(root: Path) -> dict:
-    """Commit of a checkout and whether its files were changed since; commit None where there is no checkout."""
+    """Commit of a checkout and whether its code is another now; commit None where there is no checkout."""
 
     def git(*command):
         try:
@@ -21,7 +21,9 @@ def describe_code(root: Path) -> dict:
             return None
         return result.stdout.strip() if result.returncode == 0 else None
 
-    return dict(commit=git("rev-parse", "HEAD"), changed=bool(git("status", "--porcelain", "--untracked-files=no")))
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    new = git("status", "--porcelain", "algos", "data_tools")  # files that no commit holds
+    return dict(commit=git("rev-parse", "HEAD"), changed=bool(changed or new))
 
 
 def load_algorithm(name: str):

@@ -51,6 +51,7 @@ from benchmarks.scores import (
     read_run,
     score_at,
 )
+from data_tools.files import write_atomically
 
 BEGIN = "<!-- results -->"  # the README's table stands between these two lines
 END = "<!-- /results -->"
@@ -97,7 +98,9 @@ better, `=` means that no difference can be read (up to 0.03 in the maze, 0.1 su
 here if our scores have the same relation. For `>` the means must differ by more than that, and every seed of one method
 must be above every seed of the other. It must be so at the env steps that both reached and at the end of each.
 Anything else **fails**, ties too. *Paper then* is the paper's own relation at our env steps, far from its end.
-**Dreamer and TD-MPC ran here with smaller networks and fewer updates than the paper's** ([what
+"""
+
+SMALLER = """**Dreamer and TD-MPC ran here with smaller networks and fewer updates than the paper's** ([what
 exactly](results/README.md)): where they lose, that may be why.
 """
 
@@ -306,7 +309,7 @@ def orderings_section(cells) -> str:
             counts.append(f"{facts.label} {len(untested)} of {len(here)}")
         text += f"\nUntested: {', '.join(counts)}.\n"
         parts.append(text)
-    return ORDERINGS + "".join(parts)
+    return "".join(parts)
 
 
 def coverage_section(cells) -> str:
@@ -414,11 +417,12 @@ def studies_section(folder: Path, cells) -> str:
 
 def results_text(folder: Path, cells) -> str:
     """RESULTS.md."""
-    introduction = INTRODUCTION if folder.resolve() == RESULTS else OWN_INTRODUCTION
+    ours = folder.resolve() == RESULTS
+    introduction = INTRODUCTION if ours else OWN_INTRODUCTION
     text = introduction.lstrip() + coverage_section(cells)
     for task, data in boards(cells):
         text += board_section(cells, task, data)
-    text += orderings_section(cells)
+    text += ORDERINGS + (SMALLER if ours else "") + orderings_section(cells)
     if (folder / "studies").is_dir():
         text += studies_section(folder, cells)
     return text.rstrip() + "\n"
@@ -521,10 +525,7 @@ def with_table(readme: str, text: str) -> str:
 
 # -------------------------------------------------------------------------------------------------------------- main
 def write(path: Path, text: str):
-    try:
-        path.write_text(text)
-    except OSError as error:
-        sys.exit(f"error: {path} cannot be written ({error})")
+    write_atomically(path, lambda part: part.write_text(text))
     print(f"wrote {path}")
 
 

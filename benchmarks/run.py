@@ -122,8 +122,11 @@ def read_json(path: Path):
 
 def read_attempts(folder: Path) -> list[dict]:
     """Starts of a cell so far; a line that a power cut tore is left out."""
+    path = folder / "attempts.jsonl"
+    if not path.exists():
+        return []
     attempts = []
-    for line in (folder / "attempts.jsonl").read_text().splitlines() if (folder / "attempts.jsonl").exists() else []:
+    for line in path.read_text().splitlines():
         try:
             attempts.append(json.loads(line))
         except ValueError:
@@ -175,14 +178,12 @@ def run_cell(command: list[str], flags: list[str], folder: Path, checkpoint: Pat
 
         run_dir = find_run_dir(folder)
         if run_dir is None or read_json(run_dir / "results.json") is None:
-            if run_dir is not None and (run_dir / "args.json").exists():  # keeps the curves of pre-training
+            if run_dir is not None:  # keeps the curves of pre-training
                 command = [*command, "--resume", str(run_dir)]
-            elif run_dir is not None:  # stopped before there was anything
-                shutil.rmtree(run_dir)
             attempt = dict(time=time.strftime("%Y-%m-%d %H:%M:%S"), flags=flags, command=shlex.join(command))
             attempt |= dict(**describe_code(root), machine=describe_machine())
             with (folder / "attempts.jsonl").open("a") as file:
-                file.write(json.dumps(attempt) + "\n")
+                file.write("\n" + json.dumps(attempt) + "\n")  # a new line, even after one that was torn
             log.write(f"\n=== {attempt['time']} on {platform.node()}: {attempt['command']}\n".encode())
             log.flush()
 
@@ -419,7 +420,10 @@ def connect(args: Args) -> float:
 def may_start(cell: Cell, cells: list[Cell]) -> bool:
     """Whether the family's model is there, or the cell is the one to pre-train it: the family's first that can."""
     family = [other for other in cells if other.family == cell.family]
-    return any(other.pretrained for other in family) or cell is next(c for c in family if c.state != "failed")
+    if any(other.pretrained for other in family):
+        return True
+    able = [other for other in family if other.state != "failed"]
+    return cell is able[0]  # it makes the model
 
 
 def why(error: Exception) -> str:
@@ -486,9 +490,13 @@ def main(args: Args):
     todo = sum(cell.state != "finished" for cell in cells)
     print(f"{len(cells)} runs, {len(cells) - todo} of them finished before")
     if todo:
+        try:
+            args.run_dir.mkdir(parents=True, exist_ok=True)
+            (args.run_dir / "ray.txt").touch()
+        except OSError as error:
+            sys.exit(f"error: --run-dir {args.run_dir} cannot be written ({error.strerror}); choose another")
         gpus, display = connect(args), Display()
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
-        args.run_dir.mkdir(parents=True, exist_ok=True)
         # Ray's own threads print pages about lost nodes, which would tear the table.
         with (args.run_dir / "ray.txt").open("a") as messages, contextlib.redirect_stdout(messages):
             try:

@@ -128,28 +128,16 @@ def place(end_steps, lengths, num_envs: int, longest: int) -> np.ndarray:
     return starts + num_envs * longest
 
 
-def kind_of_data(facts: dict, path: Path) -> str:
-    """The name of the log's folder; where there is none for it, what the log says.
-
-    Methods without offline data, folder `none`, stand beside the others with scripted data, which all tasks have.
-    """
-    if without_data(facts, path):
-        return "scripted"
-    if has_data_folder(facts, path):
-        return path.parent.name
-    pretraining = (facts.get("results") or {}).get("pretraining") or {}
-    data = pretraining.get("data", "not known")
-    return data if isinstance(data, str) else data["source"]
-
-
-def without_data(facts: dict, path: Path) -> bool:
-    """Whether the log is of a method that has no offline data."""
-    return path.parent.name == "none" if has_data_folder(facts, path) else "dataset" not in facts["args"]
-
-
-def has_data_folder(facts: dict, path: Path) -> bool:
-    """Whether the log's folder is named after the data, TASK/METHOD/DATA, or TASK/METHOD as the runner writes it."""
-    return path.name != "args.json" and path.parent.name != facts["algo"]
+def offline_data(facts: dict, path: Path) -> str:
+    """The name of the log's folder, TASK/METHOD/DATA. A log elsewhere says itself: "none" without offline data."""
+    folder = path.parent.name
+    if path.name != "args.json" and folder != facts["algo"]:  # the runner writes TASK/METHOD
+        return folder
+    if "dataset" not in facts["args"]:
+        return "none"
+    results = facts.get("results") or {}
+    pretraining = results.get("pretraining") or {}
+    return pretraining.get("data", "not known")
 
 
 def read_run(path: Path) -> Run:
@@ -187,13 +175,14 @@ def read_run(path: Path) -> Run:
             minutes = np.array([float(row["rl_minutes"]) for row in rows])
         else:
             minutes = np.array([float(row["wall_seconds"]) for row in rows]) / 60
+        data = offline_data(facts, path)
         steps = place(end_steps, lengths, facts["args"].get("num_envs", 1), task.longest)
         order = np.argsort(steps, kind="stable")
         env_steps = results.get("env_steps", end_steps[-1])
         return Run(
             task=facts["env_id"],
             method=facts["algo"],
-            data=kind_of_data(facts, path),
+            data="scripted" if data == "none" else data,  # they stand beside each other
             seed=facts["seed"],
             steps=steps[order],
             scores=scores[order],
@@ -203,10 +192,10 @@ def read_run(path: Path) -> Run:
             evaluations=evaluations,
             env_steps=int(env_steps),
             facts=facts,
-            without_data=without_data(facts, path),
+            without_data=data == "none",
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        sys.exit(f"error: {path} and its CSV are no whole log ({type(error).__name__}: {error}); delete both")
+        sys.exit(f"error: {path} and its CSV are no whole log ({type(error).__name__}: {error}); move both elsewhere")
 
 
 def smooth(run: Run) -> np.ndarray:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import platformdirs
 
-CURE = "delete it, so that it is made again, or give other data"
+CURE = "give other data; a file that data_tools made may be deleted, then it is made again"
 
 
 class DataError(SystemExit):

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEVICE = os.environ.get("GPU_CHECK_DEVICE", "cuda")
 ALGOS = os.environ.get("GPU_CHECK_ALGOS", "").split() or sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
 CUDA = DEVICE == "cuda"
-COMPILE = CUDA  # on a CPU the files' own tests compile
+COMPILE = CUDA  # on a CPU tests of the files compile, if at all
 SIZES = dict(
     hidden_dim=16, latent_dim=8, skill_dim=3, model_dim=16, critic_dim=16, critic_blocks=1, num_envs=2,
     pretrain_skills=3, bc_chunks=2, batch_size=16, pretrain_batch_size=8, num_samples=16, num_policy_trajs=4,

@@ -391,6 +391,51 @@ def test_behaviour_loss_of_constant_rewards_and_values(continue_head):
     assert value_loss.item() == pytest.approx(terms.mean(), rel=1e-4)
 
 
+@pytest.mark.parametrize("continue_head", [False, True])
+def test_behaviour_loss_against_a_double_loop(continue_head, no_noise):
+    """Rewards, values and discounts differ from state to state: whoever shifts one of them is found out."""
+    torch.manual_seed(0)
+    args = tiny_args(imagine_steps=7, imagine_starts=10_000, continue_head=continue_head, gamma=0.9, td_lambda=0.8)
+    agent = dreamer.Agent(args, 3, 2)
+    for module in (agent.model, agent.actor, agent.critic):
+        for weight in module.parameters():
+            torch.nn.init.normal_(weight, std=0.5)
+    h, s = torch.randn(3, 5, 12), torch.randn(3, 5, 4)
+    loss, _, feature, returns, weight = behave(agent, args, h, s)
+    starts = h[:, : 4 if continue_head else 5].reshape(-1, 12), s[:, : 4 if continue_head else 5].reshape(-1, 4)
+
+    states = []  # (s, h) after 1, 2, ... actions, without noise
+    h, s = starts
+    with torch.no_grad():
+        for _ in range(7):
+            action = torch.tanh(agent.actor(torch.cat([s, h], -1))[0])
+            h = agent.model.step(h, s, action)
+            s = agent.model.prior(h)[0]
+            states.append(torch.cat([s, h], -1))
+        states = torch.stack(states)
+        rewards = agent.model.reward(states).numpy()
+        values = agent.critic(states).squeeze(-1).numpy()
+        discount = np.full(rewards.shape, 0.9)
+        if continue_head:
+            discount = 1 / (1 + np.exp(-agent.model.continue_model(states).squeeze(-1).numpy()))
+    torch.testing.assert_close(feature, states[:-1])
+    expected, weights = np.zeros((6, len(rewards[0]))), np.ones((6, len(rewards[0])))
+    for k in range(6):
+        for n in range(1, 7 - k):  # n rewards, then the value: (Dreamer eq. 5, 6)
+            total = np.prod(discount[k : k + n], 0) * values[k + n]
+            for i in range(n):
+                total = total + np.prod(discount[k : k + i], 0) * rewards[k + i]
+            expected[k] += total * (0.8 ** (n - 1) * (0.2 if n < 6 - k else 1.0))
+        weights[k] = np.prod(discount[:k], 0)
+    assert rewards.std() > 0.1 and values.std() > 0.1 and (discount.std() > 0.01 or not continue_head)
+    np.testing.assert_allclose(returns, expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(weight, weights, rtol=1e-3)
+    assert loss.item() == pytest.approx(-(weights * expected).mean(), rel=1e-3)
+    value_loss = dreamer.imagined_value_loss(agent.critic, feature, returns, weight)
+    terms = weights * (0.5 * (values[:-1] - expected) ** 2 + 0.5 * math.log(2 * math.pi))
+    assert value_loss.item() == pytest.approx(terms.mean(), rel=1e-3)
+
+
 def test_imagination_starts_from_states_of_the_batch(monkeypatch):
     args = tiny_args(imagine_starts=7)
     agent = dreamer.Agent(args, 3, 2)

@@ -298,6 +298,19 @@ def test_actor_loss_can_be_compiled_whole():
     assert torch.equal(compiled(*nets, h, s, obs, args)[0], call_actor_loss(agent, h, s, obs, args)[0])
 
 
+def test_compiled_updates_are_the_eager_ones(eager_random, quick_compile):
+    results = []
+    for compiled in (False, True):
+        args = tiny_args(compile=compiled, batch_length=3, imagine_steps=2, continue_head=True)
+        agent = new_agent(args)
+        torch.manual_seed(1)
+        for k in range(3):
+            metrics = agent.update(*tiny_batch(args, seed=k))
+        results.append([*metrics.values(), *agent.state_dict().values()])
+    for eager, other in zip(*results):
+        torch.testing.assert_close(eager, other, rtol=2e-4, atol=2e-5)
+
+
 @pytest.mark.parametrize("flags", [dict(actor_std=0.0), dict(batch_length=1), dict(imagine_steps=1), dict(gamma=2.0)])
 def test_senseless_arguments_are_refused(flags):
     with pytest.raises(SystemExit, match="error: --"):

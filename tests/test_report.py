@@ -401,7 +401,7 @@ def test_logs_as_the_runner_and_the_algorithm_files_write_them(tmp_path):
     """Without a folder DATA: the results say which data, or have none of it."""
     for method, pretraining in (
         ("skimo", dict(data="scripted")),
-        ("spirl", dict(data=dict(source="d4rl"))),
+        ("spirl", dict(data="d4rl")),
         ("sac", None),
     ):
         write_log(tmp_path, method, 1, 0.5)

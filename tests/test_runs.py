@@ -575,6 +575,24 @@ def nan_weight(state):
     weights[name][0, 0] = torch.nan
 
 
+def largest_replay_column(state):
+    columns = {name: value for name, value in state["rb"].items() if isinstance(value, torch.Tensor)}
+    return state["rb"], max(columns, key=lambda name: columns[name].numel() * columns[name].is_floating_point())
+
+
+def nan_replay(state):
+    columns, name = largest_replay_column(state)
+    if len(columns[name]) == 0:  # a roll-out that was just used: nothing in it may be lost
+        return stack_replay(state)
+    columns[name].view(-1)[-1] = torch.nan
+
+
+def stack_replay(state):
+    """One row for many: torch would spread it over all of them without a word."""
+    columns, name = largest_replay_column(state)
+    columns[name] = torch.zeros(1, *columns[name].shape[1:])
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -592,6 +610,7 @@ def other_type(path):
 
 
 CORE = {"bit": flip_bit, "key": edited(drop_weight), "shape": edited(cut_weight), "NaN": edited(nan_weight)}
+EXPERIENCE = {"replay NaN": edited(nan_replay), "replay shape": edited(stack_replay)}
 BYTES = dict(truncated=truncate, empty=empty, text=text, type=other_type)
 
 
@@ -622,12 +641,12 @@ def damaged(case, stop, monkeypatch):
 
 @every_algo
 def test_damaged_files_are_refused_with_a_sentence(case, damaged):
-    for path, read in damaged.values():
+    for kind, (path, read) in damaged.items():
         whole = path.read_bytes()
-        for damage in CORE.values():
+        for damage in (CORE | EXPERIENCE if kind == "checkpoint" else CORE).values():
             damage(path)
             broken = path.read_bytes()
-            refused(read, path, "damaged or does not fit", "delete or replace it")
+            refused(read, path, "damaged or does not fit", "give another, or delete it")
             assert path.read_bytes() == broken
             path.write_bytes(whole)
 

@@ -143,6 +143,45 @@ def test_alpha_rises_while_the_policy_is_not_random_enough(file):
         assert other.log_alpha.item() - start.log_alpha.item() == pytest.approx(-0.01 * excess, rel=0.01)
 
 
+def test_policy_loss_against_numpy():
+    """alpha log pi - min(Q1, Q2) of 100,000 actions that NumPy draws; the critics disagree, alpha is not small."""
+
+    class Critics(torch.nn.Module):
+        def forward(self, obs, action):
+            return action[:, 0] + obs[:, 0], 2 * action[:, 1] - obs[:, 1]
+
+    torch.manual_seed(0)
+    actor = sac.Actor(4, 2, tiny_args())
+    torch.nn.init.normal_(actor.net[-1].weight, std=0.1)
+    obs = torch.randn(100_000, 4)
+    with torch.no_grad():
+        loss, metrics = sac.policy_loss(Critics(), actor, obs, torch.tensor(0.5))
+        mean, std = (x.numpy() for x in actor(obs))
+    noise = np.random.default_rng(0).normal(size=mean.shape)
+    action = np.tanh(mean + std * noise)
+    log_density = -0.5 * noise**2 - np.log(std) - 0.5 * np.log(2 * np.pi) - np.log(1 - action**2 + 1e-12)
+    log_density = log_density.sum(1)
+    q_value = np.minimum(action[:, 0] + obs[:, 0].numpy(), 2 * action[:, 1] - obs[:, 1].numpy())
+    assert loss.item() == pytest.approx((0.5 * log_density - q_value).mean(), abs=0.03)
+    assert metrics["entropy"].item() == pytest.approx(-log_density.mean(), abs=0.03)
+    assert metrics["policy_q"].item() == pytest.approx(q_value.mean(), abs=0.03)
+
+
+def test_compiled_updates_are_the_eager_ones(eager_random, quick_compile):
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        agent = sac.Agent(tiny_args(compile=compiled), 4, 2)
+        torch.manual_seed(1)
+        for _ in range(3):
+            obs, next_obs = torch.randn(2, 16, 4)
+            action = 2 * torch.rand(16, 2) - 1
+            metrics = agent.update(obs, action, torch.randn(16), next_obs, torch.full((16,), 0.9))
+        results.append([*metrics.values(), *agent.state_dict().values()])
+    for eager, other in zip(*results):
+        torch.testing.assert_close(eager, other, rtol=2e-4, atol=2e-5)
+
+
 def test_policy_goes_to_the_best_action():
     """Q = -(a - 0.3)^2 and little entropy: the mode goes to 0.3."""
     torch.manual_seed(0)
