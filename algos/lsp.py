@@ -34,7 +34,7 @@ Four questions: goals no; end to end, nothing is pre-trained; a skill has a fixe
 for the model; policy and critic learn in imagination).
 Expect (SkiMo's text): maze 0 and kitchens nearly 0, for 50 steps of plan see nothing 34 cells away. With --cpu-preset
 nearly 0 in maze and kitchens, .01 / .42 sub-tasks on CALVIN, where a constant action does more, though skills differ
-(2.8, 4.3, 3.3 nats). In its controls, without reward, they differ by 1.4 nats in our maze, 3.2 for a point.
+(2.6, 4.5, 3.3 nats). In its controls, without reward, they differ by 1.4 nats in our maze, 3.2 for a point.
 A run's folder holds the same files as skimo.py's.
 Differs from skimo.py in: Args, TASK_DEFAULTS, CPU_PRESET, POSITION_PERIODS, kl_divergence, Filter, rollout,
     skill_paths, Agent, train, evaluate, parse_args, check_args, main

@@ -165,7 +165,7 @@ def enlarged(cells, task: str) -> Figure:
         style(clean, task, 1.03 * end)
         ends = [draw_evaluations(clean, name, cell) for name, cell in here.items()]
         label_ends(clean, [end for end in ends if end], 0.063 * facts.best)
-        episodes = ", about 1 distinct episode" if facts.deterministic else ""
+        episodes = ", few distinct episodes" if facts.deterministic else ""
         clean.set_title(f"clean evaluation{episodes} (small: a seed)", fontsize=12)
     return figure
 
