@@ -100,7 +100,7 @@ must be above every seed of the other. It must be so at the env steps that both 
 Anything else **fails**, ties too. *Paper then* is the paper's own relation at our env steps, far from its end.
 """
 
-SMALLER = """**Dreamer and TD-MPC ran here with smaller networks and fewer updates than the paper's** ([what
+UNFAIR = """**Dreamer and TD-MPC ran here with smaller networks and fewer updates than the paper's** ([what
 exactly](results/README.md)): where they lose, that may be why.
 """
 
@@ -422,7 +422,7 @@ def results_text(folder: Path, cells) -> str:
     text = introduction.lstrip() + coverage_section(cells)
     for task, data in boards(cells):
         text += board_section(cells, task, data)
-    text += ORDERINGS + (SMALLER if ours else "") + orderings_section(cells)
+    text += ORDERINGS + (UNFAIR if ours else "") + orderings_section(cells)
     if (folder / "studies").is_dir():
         text += studies_section(folder, cells)
     return text.rstrip() + "\n"
