@@ -571,7 +571,8 @@ def plan(model, task_policy, obs, mean, min_std, noise_scale, args):
         std = std.clamp(max=args.max_std)
         mean = args.momentum * mean + (1 - args.momentum) * elite_mean
 
-    # First skill of an elite, drawn by its weight: this is torch.multinomial without its wait for the GPU
+    # First skill of an elite: weight / Exp(1) is largest at elite i with probability weight_i. So this draws like
+    # torch.multinomial, without its wait for the GPU.
     race = weight / torch.empty_like(weight).exponential_()
     picked = race.argmax(1)  # (E,)
     z = elites[torch.arange(E, device=obs.device), picked, 0]  # (E, Z)
@@ -735,8 +736,8 @@ class ReplayBuffer:
         N = self.num_skills
         index = torch.randint(len(self.episodes), (batch_size,), device=self.device)  # (B,)
         first, T = self.episodes[index].unbind(1)  # (B,)
-        start = (torch.rand(batch_size, device=self.device) * T).long()
-        start = first + start.minimum(T - N)  # (B,)
+        offset = (torch.rand(batch_size, device=self.device) * T).long()
+        start = first + offset.minimum(T - N)  # (B,)
         rows = start[:, None] + torch.arange(N + 1, device=self.device)  # (B, N+1)
         obs, z, rewards, dones = (column[rows] for column in self.columns.values())
         return obs, z[:, :-1], rewards[:, :-1], dones[:, :-1]

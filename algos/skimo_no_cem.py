@@ -603,8 +603,8 @@ class ReplayBuffer:
         N = self.num_skills
         index = torch.randint(len(self.episodes), (batch_size,), device=self.device)  # (B,)
         first, T = self.episodes[index].unbind(1)  # (B,)
-        start = (torch.rand(batch_size, device=self.device) * T).long()
-        start = first + start.minimum(T - N)  # (B,)
+        offset = (torch.rand(batch_size, device=self.device) * T).long()
+        start = first + offset.minimum(T - N)  # (B,)
         rows = start[:, None] + torch.arange(N + 1, device=self.device)  # (B, N+1)
         obs, z, rewards, dones = (column[rows] for column in self.columns.values())
         return obs, z[:, :-1], rewards[:, :-1], dones[:, :-1]

@@ -334,7 +334,8 @@ def plan(model, policy, obs, mean, min_std, noise_scale, args):
         std = std.clamp(max=args.max_std)
         mean = args.momentum * mean + (1 - args.momentum) * elite_mean
 
-    # First action of an elite, drawn by its weight: this is torch.multinomial without its wait for the GPU
+    # First action of an elite: weight / Exp(1) is largest at elite i with probability weight_i. So this draws like
+    # torch.multinomial, without its wait for the GPU.
     race = weight / torch.empty_like(weight).exponential_()
     picked = race.argmax(1)  # (E,)
     action = elites[torch.arange(E, device=obs.device), picked, 0]  # (E, A)

@@ -562,7 +562,8 @@ def plan(model, task_policy, obs, mean, min_std, noise_scale, args):
         std = std.clamp(max=args.max_std)
         mean = args.momentum * mean + (1 - args.momentum) * elite_mean
 
-    # First skill of an elite, drawn by its weight: this is torch.multinomial without its wait for the GPU
+    # First skill of an elite: weight / Exp(1) is largest at elite i with probability weight_i. So this draws like
+    # torch.multinomial, without its wait for the GPU.
     race = weight / torch.empty_like(weight).exponential_()
     picked = race.argmax(1)  # (E,)
     u = elites[torch.arange(E, device=obs.device), picked, 0]  # (E, Z)
