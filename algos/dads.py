@@ -3,7 +3,7 @@ https://arxiv.org/abs/2004.12974
 
 Idea: without any reward, learn skills whose outcome can be predicted: a model q(x' | x, z) of the next state must gain
 much from knowing the skill z, and the policy is rewarded for going where it does. Skills then differ from each other
-and each does one thing reliably. A task comes later: plan which skills to use in this model, without further learning.
+and each does one thing reliably. A task comes later: plan which skills to use in this model; the policy learns no more.
 
     python algos/dads.py --env-id maze           # both phases and evaluation
     python algos/dads.py --resume runs/FOLDER    # go on after Ctrl-C or a crash
@@ -36,7 +36,7 @@ Differences from the release (google-research/dads), marked DEVIATION n below
    both phases; nothing in the papers says how. Until a first reward, phase B executes random skills as phase A does.
    --task-reward known tells the planner the task's success test: a labelled control, not the method. Where no plan
    succeeds, as nearly everywhere in the maze, all are alike and their mean is a weak skill: no upper bound, then.
-A time-out is no end here: SAC and R look beyond it.
+A time-out is no end for SAC, which counts the next state's value.
 Free choices: Z, hold_steps, the share of phase A. R cannot see which sub-tasks are done, which the reward depends on.
 
 Expect nearly no reward: plans look K x H = 10 env steps ahead, the maze's goal is 900 away; SkiMo's authors report the

@@ -486,7 +486,7 @@ def pretrain_loss(skills, prior, obs, actions, args):
     normal = torch.zeros_like(q[0]), torch.ones_like(q[1])
     kl_loss = kl_divergence(q, normal).mean()
 
-    # The prior says which skills people choose in a state. It learns from samples, and its gradient does not reach q.
+    # The prior says which skills the data show in a state. It learns from samples, and its gradient does not reach q.
     p = prior(obs[:, 0])  # 2 x (B, Z)
     likelihood = torch.distributions.Normal(*p, validate_args=False)
     log_prob = likelihood.log_prob(z.detach())  # (B, Z)

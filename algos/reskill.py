@@ -22,8 +22,8 @@ Differences from the release, marked DEVIATION n below. 1, 2, 3 and 6 are spirl.
    identity, is 256 wide (512), and one network gives both scale and shift of a coupling. Its batches are 256 (128), and
    its rate decays to zero.
 7. pi starts as N(0, I), that is as the prior (release: std .61), pi_res with std .14 (.61); kitchens .05, as with .14
-   one seed lost all once the residual came in. Stds stay in .2 to 1 and .02 to 1 because parameters are put back; the
-   release clips values, which have no gradient from there on.
+   one seed lost all once the residual came in. Stds stay in .2 to 1 and .02 to 1 (release: both .2 to 1) because
+   parameters are put back; the release clips values, which have no gradient from there on.
 8. An update has batch_size rows of the roll-out (release: all). The early stop comes one update later. Roll-outs are
    5,600 to 10,000 env steps (30,000), the residual's gate opens at 100,000 (270,000); rewards of maze and CALVIN x .01.
 9. Values of pi_res see as far as those of pi: their discount is gamma^(1/H), not gamma. pi_res learns once w >= .01.
@@ -442,7 +442,7 @@ def pretrain_loss(skills, prior, obs, actions, args):
     normal = torch.zeros_like(q[0]), torch.ones_like(q[1])
     kl_loss = kl_divergence(q, normal).mean()
 
-    # The prior says which skills people choose in a state. It learns from samples, and its gradient does not reach q.
+    # The prior says which skills the data show in a state. It learns from samples, and its gradient does not reach q.
     p = prior(obs[:, 0])  # 2 x (B, Z)
     likelihood = torch.distributions.Normal(*p, validate_args=False)
     log_prob = likelihood.log_prob(z.detach())  # (B, Z)

@@ -1,7 +1,7 @@
 """SkiMo without CEM: the task policy acts (ablation of Shi, Lim & Lee, CoRL 2022), https://arxiv.org/abs/2207.07560
 
-Idea: SkiMo without its planner: skills are samples of the task policy and, in evaluation, its mode. World model, policy
-and their losses are SkiMo's: the model still shapes the policy (eq. 7), but nobody plans in it.
+Idea: SkiMo without its planner: skills are samples of the task policy and, in evaluation, its mode. World model,
+critics and policy learn as in SkiMo; nobody plans.
 
     python algos/skimo_no_cem.py --env-id maze             # as skimo.py, with the same pre-trained model
     python algos/skimo_no_cem.py --env-id maze --published # with the settings of the authors' release
@@ -140,7 +140,7 @@ class Args:
 
 
 # The release's values where they differ from Args. Our own are the pre-training (DEVIATION 3), the kitchen's alpha and
-# policy_latents (DEVIATION 7), and the maze's total_timesteps; --published has the release's.
+# policy_latents (DEVIATION 7), and the maze's total_timesteps; --published has the release's, but for policy_latents.
 TASK_DEFAULTS = {
     "maze": dict(
         latent_dim=128, skill_encoder="mlp", kl_coef=3e-3, total_timesteps=300_000, warmup_steps=50_000,
@@ -390,7 +390,7 @@ def pretrain_loss(model, skills, prior, target, obs, actions, args):
         consistency = consistency + args.rho**i * error
     consistency_loss = consistency.clamp(max=1e4).mean()
 
-    # Eq. 5: the prior says which skills people choose in a state. Its gradient reaches the state encoder, not q.
+    # Eq. 5: the prior says which skills the data show in a state. Its gradient reaches the state encoder, not q.
     p = gaussian_parameters(prior(h[:, :-1]))  # 2 x (B, N, Z)
     prior_loss = kl_divergence((q_mean.detach(), q_std.detach()), p).mean()
 
@@ -475,7 +475,7 @@ def policy_loss(model, task_policy, prior_encoder, skill_prior, obs, h, h_pred, 
     z = sample_skill(gaussian_parameters(task_policy(latents)))  # (B, N, Z)
     q_value = torch.min(*model.q(latents, z))  # (B, N)
 
-    # Stay close to the prior, on encoded states: the task is solved by skills that people use.
+    # Stay close to the prior, on encoded states: the task is solved by skills that the data show.
     with torch.no_grad():
         prior = gaussian_parameters(skill_prior(prior_encoder(obs[:, :-1])))  # 2 x (B, N, Z)
     pi = gaussian_parameters(task_policy(h[:, :-1]))  # 2 x (B, N, Z)

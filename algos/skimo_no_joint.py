@@ -156,7 +156,8 @@ class Args:
 
 
 # The release's values where they differ from Args. Our own are the pre-training (DEVIATION 3), the kitchen's alpha and
-# policy_latents (DEVIATION 7), and the maze's total_timesteps and std_steps; --published has the release's.
+# policy_latents (DEVIATION 7), and the maze's total_timesteps and std_steps; --published has the release's, and the
+# paper's policy_latents.
 TASK_DEFAULTS = {
     "maze": dict(
         latent_dim=128, skill_encoder="mlp", kl_coef=3e-3, total_timesteps=300_000, warmup_steps=50_000,
@@ -407,7 +408,7 @@ def pretrain_loss(model, skills, prior, target, obs, actions, args):
         consistency = consistency + args.rho**i * error
     consistency_loss = consistency.clamp(max=1e4).mean()
 
-    # Eq. 5: the prior says which skills people choose in a state. Its gradient reaches neither state encoder nor q.
+    # Eq. 5: the prior says which skills the data show in a state. Its gradient reaches neither state encoder nor q.
     p = gaussian_parameters(prior(h[:, :-1].detach()))  # 2 x (B, N, Z)
     prior_loss = kl_divergence((q_mean.detach(), q_std.detach()), p).mean()
 
@@ -492,7 +493,7 @@ def policy_loss(model, task_policy, prior_encoder, skill_prior, obs, h, h_pred, 
     z = sample_skill(gaussian_parameters(task_policy(latents)))  # (B, N, Z)
     q_value = torch.min(*model.q(latents, z))  # (B, N)
 
-    # Stay close to the prior, on encoded states: the task is solved by skills that people use.
+    # Stay close to the prior, on encoded states: the task is solved by skills that the data show.
     with torch.no_grad():
         prior = gaussian_parameters(skill_prior(prior_encoder(obs[:, :-1])))  # 2 x (B, N, Z)
     pi = gaussian_parameters(task_policy(h[:, :-1]))  # 2 x (B, N, Z)

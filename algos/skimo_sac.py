@@ -402,7 +402,7 @@ def pretrain_loss(model, skills, prior, target, obs, actions, args):
         consistency = consistency + args.rho**i * error
     consistency_loss = consistency.clamp(max=1e4).mean()
 
-    # Eq. 5: the prior says which skills people choose in a state. Its gradient reaches the state encoder, not q.
+    # Eq. 5: the prior says which skills the data show in a state. Its gradient reaches the state encoder, not q.
     p = gaussian_parameters(prior(h[:, :-1]))  # 2 x (B, N, Z)
     prior_loss = kl_divergence((q_mean.detach(), q_std.detach()), p).mean()
 
@@ -455,7 +455,7 @@ def policy_loss(critic, encoder, task_policy, prior_encoder, skill_prior, obs, a
     z = sample_skill(pi)  # (B, 1, Z)
     q_value = torch.min(*critic(encoder.features(obs), z))  # (B, 1)
 
-    # Stay close to the prior: the task is solved by skills that people use.
+    # Stay close to the prior: the task is solved by skills that the data show.
     with torch.no_grad():
         prior = gaussian_parameters(skill_prior(prior_encoder(obs)))  # 2 x (B, 1, Z)
     prior_kl = kl_divergence(pi, prior).clamp(-100, 100)  # (B, 1)

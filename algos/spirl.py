@@ -343,7 +343,7 @@ def pretrain_loss(skills, prior, obs, actions, args):
     normal = torch.zeros_like(q[0]), torch.ones_like(q[1])
     kl_loss = kl_divergence(q, normal).mean()
 
-    # The prior says which skills people choose in a state. It learns from samples, and its gradient does not reach q.
+    # The prior says which skills the data show in a state. It learns from samples, and its gradient does not reach q.
     p = prior(obs[:, 0])  # 2 x (B, Z)
     likelihood = torch.distributions.Normal(*p, validate_args=False)
     log_prob = likelihood.log_prob(z.detach())  # (B, Z)
@@ -386,7 +386,7 @@ def policy_terms(critics, task_policy, skill_prior, obs):
     # Maximise Q: choose the skills that the critics like best.
     q_value = torch.min(*critics(obs, squash(draw(pi))))  # (B,)
 
-    # Stay close to the prior: the task is solved by skills that people use.
+    # Stay close to the prior: the task is solved by skills that the data show.
     with torch.no_grad():
         prior = skill_prior(obs)  # 2 x (B, Z)
     prior_kl = kl_divergence(pi, prior).clamp(-100, 100)  # (B,)

@@ -428,7 +428,7 @@ def pretrain_loss(skills, prior, obs, actions, args):
     normal = torch.zeros_like(q[0]), torch.ones_like(q[1])
     kl_loss = kl_divergence(q, normal).mean()
 
-    # The prior says which skills people choose in a state. It learns from samples, and its gradient does not reach q.
+    # The prior says which skills the data show in a state. It learns from samples, and its gradient does not reach q.
     p = prior(obs[:, 0])  # 2 x (B, Z)
     likelihood = torch.distributions.Normal(*p, validate_args=False)
     log_prob = likelihood.log_prob(z.detach())  # (B, Z)
@@ -501,7 +501,7 @@ def policy_loss(model, task_policy, skill_prior, obs, h, h_pred, args):
     u = sample_skill(task_policy(h_pred))  # (B, N+1, Z)
     q_value = torch.min(*model.q(h_pred, u))  # (B, N+1)
 
-    # Stay close to the prior on encoded states: the task is solved by skills that people use. The prior is frozen.
+    # Stay close to the prior on encoded states: the task is solved by skills that the data show. The prior is frozen.
     pi = task_policy(h)  # 2 x (B, N+1, Z)
     prior_kl = squashed_kl(pi, skill_prior(obs)).clamp(-100, 100)  # (B, N+1)
 

@@ -22,6 +22,7 @@ def recording(module, patch) -> SimpleNamespace:
     note_losses_and_optimizers(notes, module, patch)
     note_updates(notes, module, patch)
     note_choices(notes, module, patch)
+    note_exploring(notes, module, patch)
     if hasattr(module, "RSSM"):
         note_decoder(notes, module, patch)
     return notes
@@ -153,9 +154,10 @@ def note_losses_and_optimizers(notes, module, patch):
 
 def note_updates(notes, module, patch):
     """slow, slow_start: the slow copy, and its weights in a row before the first update; online: a list with those of
-    the networks that it may follow, by name, after each update.
+    the networks that it may follow, by name, after each update; updated_at: the env steps before each.
     """
     notes.online = []
+    notes.updated_at = []
 
     def numbers(part):
         return torch.nn.utils.parameters_to_vector(part.parameters()).detach().double()
@@ -164,6 +166,7 @@ def note_updates(notes, module, patch):
         if not notes.online and hasattr(agent, "target"):
             notes.slow = agent.target
             notes.slow_start = numbers(agent.target)
+        notes.updated_at.append(NUM_ENVS * len(notes.training.steps))
         metrics = original(agent, *inputs, **how)
         parts = {name: getattr(agent, name, None) for name in ("model", "critic", "critics")}
         notes.online.append({name: numbers(part) for name, part in parts.items() if part})
@@ -186,6 +189,42 @@ def note_choices(notes, module, patch):
     for name in ("sample_policy", "sample_prior", "policy_mode"):
         if hasattr(module.Agent, name):
             patch.setattr(module.Agent, name, counted(name, getattr(module.Agent, name)))
+
+
+def note_exploring(notes, module, patch):
+    """explored: whether it explored whenever something was chosen, and for how many environments: {(E, bool), ...};
+    planned_at: of each plan of training the env step that the planner was told, and the one that it was.
+    """
+    notes.explored = set()
+    notes.planned_at = []
+
+    def init(actor, *inputs, original, **how):
+        original(actor, *inputs, **how)
+        bound = inspect.signature(original).bind(actor, *inputs, **how)
+        actor.was_to_explore = bound.arguments["explore"]
+
+    def call(actor, obs, *inputs, original, **how):
+        notes.explored.add((len(obs), actor.was_to_explore))
+        if len(obs) == NUM_ENVS and inputs and type(inputs[0]) is int:
+            notes.planned_at.append((inputs[0], NUM_ENVS * len(notes.training.steps)))
+        return original(actor, obs, *inputs, **how)
+
+    def choose(agent, *inputs, original, **how):
+        bound = inspect.signature(original).bind(agent, *inputs, **how).arguments
+        notes.explored.add((len(bound["obs"]), bound["explore"]))
+        return original(agent, *inputs, **how)
+
+    def wrapped(owner, name, wrapper):
+        original = getattr(owner, name)
+        patch.setattr(owner, name, lambda *inputs, **how: wrapper(*inputs, original=original, **how))
+
+    for part in [value for value in vars(module).values() if inspect.isclass(value)]:
+        if part.__module__ == module.__name__ and "explore" in inspect.signature(part).parameters:
+            wrapped(part, "__init__", init)
+            wrapped(part, "__call__", call)
+    for name, method in list(vars(module.Agent).items()):
+        if inspect.isfunction(method) and {"obs", "explore"} <= inspect.signature(method).parameters.keys():
+            wrapped(module.Agent, name, choose)
 
 
 def note_decoder(notes, module, patch):

@@ -77,6 +77,23 @@ def test_names_of_skills_mean_nothing():
     assert torch.allclose(loss, other_loss) and torch.allclose(rewards, other_rewards)
 
 
+@pytest.mark.parametrize(
+    ("env_id", "obs_dim", "seen"),
+    [
+        ("maze", 4, lambda obs: 8 * (obs[:, :2] / 40 - 0.5)),  # cells
+        ("kitchen", 30, lambda obs: obs[:, 9:]),  # what is no arm
+        ("calvin", 21, lambda obs: 5 * obs[:, 15:]),  # slider, drawer, button, switch and lights
+    ],
+)
+def test_the_discriminator_sees_where_things_are_as_far_apart_as_matters(env_id, obs_dim, seen):
+    discriminator = diayn.Discriminator(obs_dim, tiny_args(env_id=env_id))
+    given = []
+    discriminator.net.register_forward_pre_hook(lambda net, inputs: given.append(inputs[0]))
+    obs = 40 * torch.rand(6, obs_dim)
+    discriminator(obs)
+    torch.testing.assert_close(given[0], seen(obs))
+
+
 def test_the_discriminator_sees_positions_alone():
     obs = torch.randn(5, 4)
     moving = obs + torch.tensor([0.0, 0.0, 3.0, -3.0])

@@ -268,6 +268,27 @@ def test_every_element_counts_for_itself():
         assert [element for element, done in elements_complete(obs).items() if done] == [name]
 
 
+def test_an_element_counts_within_three_tenths_of_d4rls_goal():
+    """Goals and distance as D4RL's environment has them, written down once more."""
+    goals = {
+        "microwave": {22: -0.75},
+        "kettle": {23: -0.23, 24: 0.75, 25: 1.62, 26: 0.99, 27: 0.0, 28: 0.0, 29: -0.06},
+        "bottom_burner": {11: -0.88, 12: -0.01},
+        "top_burner": {15: -0.92, 16: -0.01},
+        "light_switch": {17: -0.69, 18: -0.05},
+        "slide_cabinet": {19: 0.37},
+        "hinge_cabinet": {20: 0.0, 21: 1.45},
+    }
+    assert goals.keys() == kitchen.ELEMENTS.keys()
+    for name, goal in goals.items():
+        for entry in goal:
+            for sign in (-1, 1):
+                obs = np.full((2, 30), 5.0)
+                obs[:, list(goal)] = list(goal.values())
+                obs[:, entry] += sign * np.array([0.299, 0.301])
+                assert elements_complete(obs)[name].tolist() == [True, False]
+
+
 def test_tasks_are_the_papers():
     assert SUBTASKS["kitchen"] == ("microwave", "kettle", "bottom_burner", "light_switch")
     assert SUBTASKS["kitchen-misaligned"] == ("microwave", "light_switch", "slide_cabinet", "hinge_cabinet")

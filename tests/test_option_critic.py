@@ -377,3 +377,20 @@ def test_the_committed_four_rooms_have_passed():
     assert facts["fewest_before"] < options[900:1_000].mean() < 20
     assert facts["fewest_after"] < options[1_900:].mean() < 0.25 * one[1_900:].mean()
     assert facts["passed"] and facts["fewest_before"] == pytest.approx(8.4, abs=0.05)
+
+
+def test_an_evaluation_keeps_its_option_until_it_ends():
+    """Options that hardly ever end: the first choice acts in states in which another one would be chosen."""
+    torch.manual_seed(0)
+    agent = oc.Agent(tiny_args(num_options=2), 4, 2)
+
+    def model(obs):  # in state +1 option 0 is the better one, in -1 option 1; each has an action of its own
+        q = torch.cat([obs[:, :1], -obs[:, :1]], 1)
+        mean = torch.tensor([[0.1, 0.1], [0.2, 0.2]]).expand(len(obs), 2, 2)
+        return q, torch.full_like(q, 1e-9), mean
+
+    agent.model.forward = model
+    actor = oc.OptionActor(agent)
+    states = np.array([[1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]], dtype=np.float32)  # (T, E)
+    actions = np.stack([actor(np.repeat(state[:, None], 4, axis=1))[:, 0] for state in states])
+    np.testing.assert_allclose(actions, [[0.1, 0.2]] * 3)

@@ -394,6 +394,32 @@ def test_an_interrupted_flow_ends_as_an_uninterrupted_one(tmp_path, monkeypatch)
         assert torch.equal(resumed["flow"][name], weight), name
 
 
+def test_the_flow_learns_skills_beside_the_states_they_were_chosen_in(tmp_path, monkeypatch):
+    """Skills that are their first observation, so that every pair can be checked; and the rate falls to 0."""
+    args = tiny_args(flow_windows=1_000, flow_updates=8, flow_batch_size=16, pretrain_eval_episodes=1)
+    rng = np.random.default_rng(0)
+    ends = np.arange(3_000) % 30 == 29
+    obs = random_obs(rng, 3_000).astype(np.float32)
+    data = data_tools.OfflineDataset(obs, rng.uniform(-1, 1, (3_000, 2)).astype(np.float32), ends & False, ends)
+    networks = noisy(reskill.make_networks(args, 4, 2), 0.1)
+    networks["flow"] = noisy(reskill.FlowPrior(4, args))
+    Z = args.skill_dim
+    first = lambda obs, actions: (obs[:, 0, :Z], torch.full_like(obs[:, 0, :Z], 1e-6))  # noqa: E731
+    monkeypatch.setattr(networks["skills"], "encode_skill", first)
+    monkeypatch.setattr(reskill, "rollout", lambda *inputs: (np.ones(4), None))
+    pairs, rates = [], []
+    loss, step = reskill.flow_loss, torch.optim.Adam.step
+    monkeypatch.setattr(reskill, "flow_loss", lambda flow, z, obs: pairs.append((z, obs)) or loss(flow, z, obs))
+    noted = lambda optimizer: rates.append(optimizer.param_groups[0]["lr"]) or step(optimizer)  # noqa: E731
+    monkeypatch.setattr(torch.optim.Adam, "step", noted)
+    reskill.learn_flow(args, networks, tmp_path / "flow.pt", data, mock.Mock(), threading.Event())
+    assert len(pairs) == 9  # the last one are windows that it has not seen
+    for z, states in pairs:
+        torch.testing.assert_close(z, states[:, :Z], atol=1e-4, rtol=0)
+        assert len(states.unique(dim=0)) > 10
+    np.testing.assert_allclose(rates, args.flow_lr * np.sqrt(1 - np.arange(8) / 8))
+
+
 # --------------------------------------------------------------------------------------------------------------- acting
 def test_the_share_of_the_residual_is_that_of_its_mean():
     """Nothing at first, however large the noise; then w |mean d| beside |a'|, over the env steps that happened."""

@@ -489,6 +489,29 @@ def test_training_draws_skills_and_evaluation_does_not(case):
     assert case.notes.choices == CHOICES[case.module.__name__.removeprefix("algos.")]
 
 
+@every_algo
+def test_it_explores_in_training_and_in_no_evaluation(case):
+    if not case.notes.explored:
+        pytest.skip("it chooses by samples of its policy or by their mode: see CHOICES")
+    assert case.notes.explored == {(NUM_ENVS, True), (2, False)}
+
+
+@pytest.mark.parametrize(
+    "case", ["skimo", "skimo_no_joint", "skimo_single_step", "tdmpc_skills", "tdmpc"], indirect=True
+)
+def test_planners_know_the_env_step(case):
+    """Their plans grow and their noise falls with it."""
+    told, true = zip(*case.notes.planned_at)
+    assert told == true and told[0] == SHORT["warmup_steps"] and told[-1] > 1100
+
+
+@every_algo
+def test_nothing_is_learnt_in_the_warm_up(case):
+    if "warmup_steps" not in {field.name for field in dataclasses.fields(case.module.Args)}:
+        pytest.skip("it has none that is counted in env steps")
+    assert case.notes.updated_at[0] >= SHORT["warmup_steps"]
+
+
 @skimo_only
 def test_updates_keep_step_with_the_environments(case):
     results, run_dir = case.start("--updates-per-step 0.0133 --eval-interval 0")

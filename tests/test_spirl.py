@@ -234,14 +234,26 @@ def double_agent(args):
     return agent
 
 
+def near_the_prior(agent):
+    """A task policy some tenths of a nat away from the prior: no KL gets to its bound."""
+    agent.task_policy = copy.deepcopy(agent.skill_prior)
+    with torch.no_grad():
+        for weight in agent.task_policy.parameters():
+            weight += 0.01 * torch.randn_like(weight)
+    agent.task_policy.requires_grad_(True)
+    return agent
+
+
 def np_critics(critics, obs, z):
     inputs = np.concatenate([np_features(obs), z], -1)
     return np_net(critics.qf1, inputs)[:, 0], np_net(critics.qf2, inputs)[:, 0]
 
 
-def test_critic_loss_holds_the_policy_to_the_prior_in_its_target():
+@pytest.mark.parametrize("near", [True, False])
+def test_critic_loss_holds_the_policy_to_the_prior_in_its_target(near):
     args = tiny_args(gamma=0.9)
-    agent = double_agent(args)
+    torch.manual_seed(4)
+    agent = near_the_prior(double_agent(args)) if near else double_agent(args)
     obs, z, rewards, dones, next_obs = batch = rl_batch()
     torch.manual_seed(5)
     nets = agent.critics, agent.target, agent.task_policy, agent.skill_prior
@@ -251,7 +263,9 @@ def test_critic_loss_holds_the_policy_to_the_prior_in_its_target():
     noise = torch.randn(5, 3, dtype=torch.float64).numpy()
 
     pi = np_prior(agent.task_policy, next_obs)
-    kl = np.clip(np_kl(pi, np_prior(agent.skill_prior, next_obs)), -100, 100)
+    kl = np_kl(pi, np_prior(agent.skill_prior, next_obs))
+    assert ((kl > 0.01) & (kl < 100)).all() if near else (kl > 100).any()
+    kl = np.clip(kl, -100, 100)
     next_q = np.minimum(*np_critics(agent.target, next_obs, 2 * np.tanh(pi[0] + pi[1] * noise)))
     td_target = rewards + 0.9 * np.where(dones, 0, next_q - 0.7 * kl)
     q1, q2 = np_critics(agent.critics, obs, z)
@@ -264,9 +278,11 @@ def test_critic_loss_holds_the_policy_to_the_prior_in_its_target():
         assert not has_gradient(module)
 
 
-def test_policy_terms_are_prior_kl_and_value():
+@pytest.mark.parametrize("near", [True, False])
+def test_policy_terms_are_prior_kl_and_value(near):
     args = tiny_args()
-    agent = double_agent(args)
+    torch.manual_seed(4)
+    agent = near_the_prior(double_agent(args)) if near else double_agent(args)
     obs = rl_batch()[0]
     agent.critics.requires_grad_(False)
     torch.manual_seed(6)
@@ -274,11 +290,15 @@ def test_policy_terms_are_prior_kl_and_value():
     torch.manual_seed(6)
     noise = torch.randn(5, 3, dtype=torch.float64).numpy()
     pi = np_prior(agent.task_policy, obs)
-    kl = np.clip(np_kl(pi, np_prior(agent.skill_prior, obs)), -100, 100)
+    kl = np_kl(pi, np_prior(agent.skill_prior, obs))
+    assert ((kl > 0.01) & (kl < 100)).all() if near else (kl > 100).any()
+    kl = np.clip(kl, -100, 100)
     q = np.minimum(*np_critics(agent.critics, obs, 2 * np.tanh(pi[0] + pi[1] * noise)))
     assert prior_kl.item() == pytest.approx(kl.mean(), rel=1e-5)
     assert q_value.item() == pytest.approx(q.mean(), rel=1e-5)
-    (0.7 * prior_kl - q_value).backward()
+    prior_kl.backward(retain_graph=True)
+    assert has_gradient(agent.task_policy) == near  # none beyond the bound
+    (-q_value).backward()
     assert has_gradient(agent.task_policy)
     assert not has_gradient(agent.critics) and not has_gradient(agent.skill_prior)
 

@@ -88,6 +88,42 @@ FAMILY = [skimo, skimo_no_cem, skimo_no_joint, skimo_single_step, skimo_sac]
 
 
 @pytest.mark.parametrize("algo", FAMILY)
+def test_rl_begins_with_what_pretraining_has_left(algo):
+    """The policy is the prior, the frozen prior's encoder and the slow copies are the online ones."""
+    args = tiny_args(algo)
+    agent = algo.Agent(args, noisy_copy(algo.make_networks(args, 4, 2)))
+    online = agent.critic if algo is skimo_sac else agent.model
+    pairs = [(agent.task_policy, agent.skill_prior), (agent.target, online)]
+    if hasattr(agent, "prior_encoder"):  # where E learns in RL, too
+        pairs.append((agent.prior_encoder, agent.encoder if algo is skimo_sac else agent.model.encoder))
+    for part, source in pairs:
+        weights = [*zip(part.parameters(), source.parameters(), strict=True)]
+        assert weights and all(torch.equal(one, other) and one is not other for one, other in weights)
+
+
+@pytest.mark.parametrize("algo", FAMILY)
+def test_the_prior_alone_is_what_the_warm_up_draws(algo, monkeypatch):
+    """tanh of the Gaussian that the prior gives for E of what is seen; these are the scores of the prior in RESULTS."""
+    args = tiny_args(algo)
+    networks = noisy_copy(algo.make_networks(args, 4, 2))
+    given = []
+    monkeypatch.setattr(algo, "rollout", lambda choose, *rest: given.append((choose, rest)) or [None])
+    algo.prior_rollouts(networks, args, 3)
+    ((choose_skill, rest),) = given
+    assert rest[1] == 3
+    obs = random_obs(np.random.default_rng(0), 5).astype(np.float32)
+    encoder = networks["model"].encoder
+    with torch.no_grad():
+        mean, log_std = networks["prior"](encoder(torch.from_numpy(obs))).numpy().astype(np.float64).T.reshape(2, 3, 5)
+    torch.manual_seed(0)
+    z = choose_skill(obs)
+    torch.manual_seed(0)
+    noise = torch.randn(5, 3).numpy().T
+    expected = np.tanh(5 * np.tanh(mean / 5) + (np.exp(log_std.clip(-10, 2)) + 1e-4) * noise)
+    np.testing.assert_allclose(z, expected.T, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("algo", FAMILY)
 def test_an_update_gives_the_policy_the_states_where_skills_begin(algo, monkeypatch):
     """In the second update, when E has left its frozen copy: h is E of these states, h_pred begins with it, too."""
     args = tiny_args(algo)

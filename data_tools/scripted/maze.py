@@ -60,7 +60,7 @@ def _plan(seed, attempt):
         cell = cell + MOVES[_policy(tuple(goal))[tuple(cell)]]
         cells.append(cell)
     waypoints = np.array(cells, dtype=np.float64).reshape(-1, 2)
-    # Half of the time towards the centre of the free space, which is at c - 0.2; the goal cell itself is not shifted.
+    # On average half of the way to the centre of the free space, which is at c - 0.2; the goal cell is not shifted.
     shift = 0.2 * rng.uniform(0.0, 1.0, waypoints.shape)
     shift[np.all(waypoints == goal, axis=1)] = 0.0
     return state, waypoints - shift, rng
@@ -115,7 +115,8 @@ def collect(
     `noise` is the standard deviation of Gaussian action noise (then clipped); without it the data show no recovery and
     skills learned from them drift into walls. `num_workers` threads step the physics (None: the calling one, as fast as
     two); the result depends on `num_trajectories`, `noise` and `seed` only. A trajectory has 51..500 steps; its last
-    row has `terminals` if it reached its goal, else `timeouts`. Raises DataError for arguments without meaning.
+    row has `terminals` if it reached its last way-point, else `timeouts`; that is its goal but where start or goal is
+    the sealed cell (16, 20): four of the default data. Raises DataError for arguments without meaning.
     """
     if num_trajectories < 1 or not 0.0 <= noise < np.inf or seed < 0:
         raise DataError(

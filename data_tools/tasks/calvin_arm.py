@@ -12,7 +12,7 @@ from data_tools.tasks.calvin_scene import ARM, HOME, arm_model
 JOINT_LOW = np.array([-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973])  # rad
 JOINT_HIGH = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973])  # rad
 MOTOR_FORCE = 200.0  # N m, N for the fingers when they close
-OPENING_FORCE = 4.0  # N
+OPENING_FORCE = 4.0  # N: twice the original's, for a finger of ours has .1 kg of armature beside its .1 kg of mass
 SUBSTEPS = 8  # steps of physics per step
 
 

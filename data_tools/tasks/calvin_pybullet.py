@@ -21,7 +21,7 @@ import gymnasium
 import numpy as np
 
 from data_tools.files import DataError
-from data_tools.tasks.calvin_arm import JOINT_HIGH, JOINT_LOW, MOTOR_FORCE, OPENING_FORCE, SUBSTEPS
+from data_tools.tasks.calvin_arm import JOINT_HIGH, JOINT_LOW, MOTOR_FORCE, SUBSTEPS
 from data_tools.tasks.calvin_scene import (
     ANGLE_SCALE,
     ARM,
@@ -57,6 +57,7 @@ ROBOT_BASE = (-0.34, -0.46, 0.24)  # m
 SCALE = 0.8  # of table and blocks
 GRAVITY = -9.8  # m/s^2
 ARM_SPEED, FINGER_SPEED = 2.0, 1.0  # rad/s, m/s
+FINGER_FORCE = 2.0  # N, to open
 FIXTURE_FORCE = 4.0  # N, dry friction; the most that the button's spring can do
 MIN_SIZE = 0.005  # m; an unreadable mesh becomes a shape of 0.002 m, all real ones are larger
 NULL_SPACE = 7.0  # rad; the original gives every joint the limits -7 and 7 and the range 7 for its inverse kinematics
@@ -239,7 +240,7 @@ class _World:
             [*HOME, FINGER_OPEN, FINGER_OPEN],
         )
         self._drive(self.arm, np.clip(joints[:7], JOINT_LOW, JOINT_HIGH), MOTOR_FORCE, ARM_SPEED)
-        opening, force = (FINGER_OPEN, OPENING_FORCE) if is_open else (0.0, MOTOR_FORCE)
+        opening, force = (FINGER_OPEN, FINGER_FORCE) if is_open else (0.0, MOTOR_FORCE)
         self._drive(self.fingers, [opening] * 2, force, FINGER_SPEED)
         for _ in range(SUBSTEPS):
             client.stepSimulation()
