@@ -459,7 +459,8 @@ def model_loss(model, target, task_policy, obs, z, rewards, dones, args):
     error = (h_pred[:, 1:] - h_target).square().mean(-1)  # (B, N)
     consistency = (rho * error).sum(1)  # (B,)
 
-    # Reward and value learn on imagined states (weight rho^t), where plans need them, and on encoded ones (weight 1).
+    # Reward and value learn on imagined states, where plans need them (0 on axis 1, weight rho^t), and on encoded ones
+    # (1 on axis 1, weight 1).
     states = torch.stack([h_pred[:, :-1], h[:, :-1]], 1)  # (B, 2, N, d)
     both_z = z[:, None].expand(-1, 2, -1, -1)  # (B, 2, N, Z)
     weight = torch.stack([rho, torch.ones_like(rho)])  # (2, N)

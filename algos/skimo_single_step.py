@@ -479,7 +479,8 @@ def model_loss(model, target, task_policy, obs, actions, z, rewards, dones, step
     error = (h_pred - h_target).square().mean(-1)  # (B, N, H)
     consistency = (weight * happened * error).sum((1, 2))  # (B,)
 
-    # Reward and value learn on imagined states (weight rho^t), where plans need them, and on encoded ones (weight 1).
+    # Reward and value learn on imagined states, where plans need them (0 on axis 1, weight rho^t), and on encoded ones
+    # (1 on axis 1, weight 1).
     rho = args.rho ** torch.arange(N, device=obs.device)  # (N,)
     h_pred = torch.cat([h[:, :1], h_pred[:, :, -1]], 1)  # (B, N+1, d)
     states = torch.stack([h_pred[:, :-1], h[:, :-1]], 1)  # (B, 2, N, d)

@@ -1,0 +1,54 @@
+"""How much of SkiMo's score in the Kitchen is its planner's, how much is less noise?
+
+python benchmarks/results/studies/kitchen_acting/acting.py EPISODES
+
+One agent, the published one of skimo.py, acts in five ways: planned with and without the noise of training, planned one
+skill ahead, by samples of its task policy, as SkiMo without CEM acts in training, and by the policy's mode.
+"""
+
+import copy
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[4]
+sys.path.insert(0, str(ROOT))
+import data_tools
+from algos import skimo
+
+E = int(sys.argv[1])
+args = skimo.parse_args(["--env-id", "kitchen", "--evaluate", "published"])
+networks = skimo.make_networks(args, *data_tools.env_sizes("kitchen"))
+agent = skimo.Agent(args, networks)
+step = int(skimo.load(Path(args.evaluate), dict(agent=agent))["global_step"])
+
+
+def planner(explore: bool, **changes):
+    """Observations -> skills of the planner, with other arguments."""
+    changed = copy.copy(args)
+    for name, value in changes.items():
+        setattr(changed, name, value)
+    choose = skimo.Planner(agent, changed, explore)
+    return lambda obs: choose(obs, step)
+
+
+@torch.no_grad()
+def mode(obs):
+    h = agent.model.encoder(torch.from_numpy(obs))
+    return torch.tanh(skimo.gaussian_parameters(agent.task_policy(h))[0])
+
+
+for name, choose_skill in {
+    "planner, noise of training": planner(explore=True),
+    "planner": planner(explore=False),
+    "planner, one skill ahead": planner(explore=False, horizon_steps=10**9),
+    "samples of the policy": agent.sample_policy,
+    "mode of the policy": mode,
+}.items():
+    returns, lengths = skimo.rollout(choose_skill, agent.skills, E, args, 20_000)
+    error = returns.std() / np.sqrt(E)
+    shares = " / ".join(f"{(returns >= n).mean():.2f}" for n in (1, 2, 3, 4))
+    words = f"{returns.mean():.2f} +- {error:.2f} sub-tasks, at least 1 / 2 / 3 / 4 in {shares}"
+    print(f"{name}: {E} episodes, {words}, {lengths.mean():.0f} env steps", flush=True)
