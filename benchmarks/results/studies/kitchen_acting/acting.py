@@ -2,8 +2,8 @@
 
 python benchmarks/results/studies/kitchen_acting/acting.py EPISODES
 
-One agent, the published one of skimo.py, acts in five ways: planned with and without the noise of training, planned one
-skill ahead, by samples of its task policy, as SkiMo without CEM acts in training, and by the policy's mode.
+One agent, the published one of skimo.py, acts in five ways: by its task policy's mode, by samples of it, as SkiMo
+without CEM acts in training, planned one skill ahead, planned as in evaluation, and with the noise of training.
 """
 
 import copy
@@ -41,11 +41,11 @@ def mode(obs):
 
 
 for name, choose_skill in {
-    "planner, noise of training": planner(explore=True),
-    "planner": planner(explore=False),
-    "planner, one skill ahead": planner(explore=False, horizon_steps=10**9),
-    "samples of the policy": agent.sample_policy,
     "mode of the policy": mode,
+    "samples of the policy": agent.sample_policy,
+    "planner, one skill ahead": planner(explore=False, horizon_steps=10**9),
+    "planner": planner(explore=False),
+    "planner, noise of training": planner(explore=True),
 }.items():
     returns, lengths = skimo.rollout(choose_skill, agent.skills, E, args, 20_000)
     error = returns.std() / np.sqrt(E)
