@@ -490,12 +490,12 @@ def main(args: Args):
     todo = sum(cell.state != "finished" for cell in cells)
     print(f"{len(cells)} runs, {len(cells) - todo} of them finished before")
     if todo:
+        gpus, display = connect(args), Display()
         try:
             args.run_dir.mkdir(parents=True, exist_ok=True)
             (args.run_dir / "ray.txt").touch()
         except OSError as error:
             sys.exit(f"error: --run-dir {args.run_dir} cannot be written ({error.strerror}); choose another")
-        gpus, display = connect(args), Display()
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
         # Ray's own threads print pages about lost nodes, which would tear the table.
         with (args.run_dir / "ray.txt").open("a") as messages, contextlib.redirect_stdout(messages):

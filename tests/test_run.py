@@ -215,7 +215,15 @@ def check_finished(folder, algos, seeds, flags=""):
 
 def started(folder):
     """How often runs were started so far."""
-    return sum(len(path.read_text().splitlines()) for path in folder.glob("run/maze/*/*/attempts.jsonl"))
+    return sum(len(run.read_attempts(path.parent)) for path in folder.glob("run/maze/*/*/attempts.jsonl"))
+
+
+def test_a_torn_line_of_attempts_takes_no_other_with_it(tmp_path):
+    (tmp_path / "attempts.jsonl").write_text('{"time": "2026')
+    command = ["python", "-c", "raise SystemExit(3)"]
+    outcome = run.run_cell(command, ["--seed"], tmp_path, tmp_path / "checkpoint.pt", run.ROOT, 1)
+    assert outcome["exit_code"] == 3
+    assert [attempt["flags"] for attempt in run.read_attempts(tmp_path)] == [["--seed"]]
 
 
 def cells_under(ancestor):
@@ -265,7 +273,7 @@ def test_a_lost_node_costs_nothing_but_time(grid, cluster, ray_dir):
     assert "queued, try 2 (" in output
     assert "Raylet is terminated" not in output  # Ray's messages go to ray.txt
     check_finished(grid, ["skimo", "skimo_no_cem"], [1, 2])
-    attempts = [len(path.read_text().splitlines()) for path in grid.glob("run/maze/*/*/attempts.jsonl")]
+    attempts = [len(run.read_attempts(path.parent)) for path in grid.glob("run/maze/*/*/attempts.jsonl")]
     assert max(attempts) == 2, attempts
     assert "--resume" in "".join(path.read_text() for path in grid.glob("run/maze/*/*/log.txt"))
 
