@@ -4,7 +4,7 @@ Idea: skills and prior of spirl.py, frozen; Dreamer (https://arxiv.org/abs/1912.
 actions, its policy held to the prior by a KL. Nobody plans: the policy learns by gradients through imagined skills.
 
     python algos/dreamer_skills.py --env-id kitchen                   # pre-training as spirl.py (shared), RL, evaluate
-    python algos/dreamer_skills.py --env-id kitchen --release-defects # what the authors' code does
+    python algos/dreamer_skills.py --env-id kitchen --release-defects # with the defects below
     python algos/dreamer_skills.py --resume runs/FOLDER               # go on after Ctrl-C or a crash
 
 The model keeps h_t (deterministic) and s_t (random) as in dreamer.py, but a step is a whole skill: u_t in (-1, 1),
@@ -886,11 +886,16 @@ def reading(path: Path):
         yield
     except (FileNotFoundError, NotADirectoryError):
         sys.exit(f"error: {path} does not exist; check the path")
-    except (IsADirectoryError, PermissionError, torch.OutOfMemoryError) as error:
-        sys.exit(f"error: {path} cannot be read ({error}); check its path, its permissions and the free memory")
+    except (IsADirectoryError, PermissionError) as error:
+        reason = error.strerror
+        sys.exit(f"error: {path} cannot be read ({reason}); check the path")
+    except torch.OutOfMemoryError:
+        sys.exit(f"error: no memory for {path}; end other programs")
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        sys.exit(f"error: {path} is damaged or does not fit ({reason}); give another, or delete it to make it again")
+        kind = type(error).__name__
+        reason = " ".join(str(error).split())[:200]
+        problem = f"{path} is damaged or does not fit ({kind}: {reason})"
+        sys.exit(f"error: {problem}; give another, or delete it to make it again")
 
 
 def load(path: Path, parts: dict) -> dict:
@@ -1347,7 +1352,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         with reading(path):
             defaults = json.loads(path.read_text())
             check_types(defaults)
-            missing = {field.name for field in fields(Args)} - defaults.keys()
+            names = {field.name for field in fields(Args)}
+            missing = names - defaults.keys()
             if missing:
                 raise ValueError(f"it has no {missing}")
     if given.device:

@@ -826,11 +826,16 @@ def reading(path: Path):
         yield
     except (FileNotFoundError, NotADirectoryError):
         sys.exit(f"error: {path} does not exist; check the path")
-    except (IsADirectoryError, PermissionError, torch.OutOfMemoryError) as error:
-        sys.exit(f"error: {path} cannot be read ({error}); check its path, its permissions and the free memory")
+    except (IsADirectoryError, PermissionError) as error:
+        reason = error.strerror
+        sys.exit(f"error: {path} cannot be read ({reason}); check the path")
+    except torch.OutOfMemoryError:
+        sys.exit(f"error: no memory for {path}; end other programs")
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        sys.exit(f"error: {path} is damaged or does not fit ({reason}); give another, or delete it to make it again")
+        kind = type(error).__name__
+        reason = " ".join(str(error).split())[:200]
+        problem = f"{path} is damaged or does not fit ({kind}: {reason})"
+        sys.exit(f"error: {problem}; give another, or delete it to make it again")
 
 
 def load(path: Path, parts: dict) -> dict:
@@ -1269,7 +1274,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         with reading(path):
             defaults = json.loads(path.read_text())
             check_types(defaults)
-            missing = {field.name for field in fields(Args)} - defaults.keys()
+            names = {field.name for field in fields(Args)}
+            missing = names - defaults.keys()
             if missing:
                 raise ValueError(f"it has no {missing}")
     if given.device:

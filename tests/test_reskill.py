@@ -353,13 +353,18 @@ def test_a_flow_is_found_again_only_for_what_made_it(tmp_path):
     assert key() != same
 
 
-def test_an_interrupted_flow_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
-    """Stopped in the third of eight updates: the same command goes on, and gets to the same weights and facts."""
-    args = tiny_args(flow_windows=1_000, flow_updates=8, flow_batch_size=16, pretrain_eval_episodes=1)
+def flow_data():
+    """100 episodes of 30 random rows."""
     rng = np.random.default_rng(0)
     ends = np.arange(3_000) % 30 == 29
     obs = random_obs(rng, 3_000).astype(np.float32)
-    data = data_tools.OfflineDataset(obs, rng.uniform(-1, 1, (3_000, 2)).astype(np.float32), ends & False, ends)
+    return data_tools.OfflineDataset(obs, rng.uniform(-1, 1, (3_000, 2)).astype(np.float32), ends & False, ends)
+
+
+def test_an_interrupted_flow_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
+    """Stopped in the third of eight updates: the same command goes on, and gets to the same weights and facts."""
+    args = tiny_args(flow_windows=1_000, flow_updates=8, flow_batch_size=16, pretrain_eval_episodes=1)
+    data = flow_data()
     monkeypatch.setattr(reskill, "rollout", lambda *inputs: (np.ones(4), None))
     norm = reskill.gradient_norm
     stop = threading.Event()
@@ -397,10 +402,7 @@ def test_an_interrupted_flow_ends_as_an_uninterrupted_one(tmp_path, monkeypatch)
 def test_the_flow_learns_skills_beside_the_states_they_were_chosen_in(tmp_path, monkeypatch):
     """Skills that are their first observation, so that every pair can be checked; and the rate falls to 0."""
     args = tiny_args(flow_windows=1_000, flow_updates=8, flow_batch_size=16, pretrain_eval_episodes=1)
-    rng = np.random.default_rng(0)
-    ends = np.arange(3_000) % 30 == 29
-    obs = random_obs(rng, 3_000).astype(np.float32)
-    data = data_tools.OfflineDataset(obs, rng.uniform(-1, 1, (3_000, 2)).astype(np.float32), ends & False, ends)
+    data = flow_data()
     networks = noisy(reskill.make_networks(args, 4, 2), 0.1)
     networks["flow"] = noisy(reskill.FlowPrior(4, args))
     Z = args.skill_dim
