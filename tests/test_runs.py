@@ -1055,6 +1055,8 @@ def edited_source(original, edited, part):
 @with_data
 def test_pretrained_model_is_found_by_all_that_shaped_it(case, tmp_path, monkeypatch):
     module = case.module
+    # To read the source of a class its whole file is parsed, each time anew: a minute in all files together.
+    monkeypatch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
     args = module.parse_args(case.argv())
     path, data = module.find_pretrained(args)
     assert path == case.model and data is None
