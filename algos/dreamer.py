@@ -17,14 +17,18 @@ where o_t is seen, s_t ~ p(s_t | h_t) where it is imagined. Repeat:
 Differences from SkiMo's release, whose Dreamer this is, marked DEVIATION n below
 1. E environments act side by side (release: 1), with its updates per env step, which are not done in blocks of 100.
 2. A window is any batch_length steps of an episode, unfinished ones included. The release cuts its stream at every
-   500th step and can never draw the pieces that are too short.
+   500th step and can never draw the pieces that are too short. So the warm-up need not finish an episode.
 3. reward_scale is applied; the release only logs it. With its value, 1, this is the same.
 4. The encoder sees scaled observations with sines and cosines of positions, as skimo.py's. Raw ones are reconstructed.
 5. imagine_starts: imagination may begin in a random share of the states. The default is all, as in the release.
 6. --continue-head: a model of the end, from Dreamer's own code; off by default, as there: imagination never ends.
 7. The decoder begins at the mean of what was seen (release: at 0).
+8. --cpu-preset: h of 128, s of 16, widths of 128, 16 windows of 32 rows, 128 starts, .05 updates per env step, the
+   model's learning rate 1e-3 (release: 200, 30, 256 and 400, 50 windows of 50, all 2,500 starts, .2, 6e-4).
 v(s, h) counts the reward for arriving in this state, then the later ones. (Later Dreamers leave out the first.)
 Written from a description of the release's code; not run beside it.
+
+Not goal-conditioned; not pre-trained; decides at each env step; off-policy.
 A run's folder holds the same files as skimo.py's.
 Differs from skimo.py in: Args, TASK_DEFAULTS, CPU_PRESET, POSITION_PERIODS, kl_divergence, rollout, Agent, train,
     evaluate, parse_args, check_args, main
@@ -119,8 +123,8 @@ TASK_DEFAULTS = {
 }
 
 # --cpu-preset: 15,000 updates in 300,000 env steps, of about 0.1 s each on one core; those of the release take seconds.
-# As they are a quarter of the release's, the model learns faster. The actor must not: at 1e-3 it ends in the corners of
-# the action space, where the tanh has no gradient, and stays there whatever is found.
+# They are a quarter of the release's, so the model's learning rate is higher. The actor's must not be: at 1e-3 it ends
+# in the corners of the action space, where the tanh has no gradient, and stays there whatever is found.
 CPU_PRESET = dict(
     deter_dim=128, stoch_dim=16, encoder_dim=128, hidden_dim=128, batch_size=16, batch_length=32, imagine_starts=128,
     updates_per_step=0.05, learning_rate=1e-3,
@@ -251,8 +255,8 @@ class RSSM(nn.Module):
     def start_decoder(self, obs):
         """Before learning: whatever the state, expect the mean of what was seen, obs (B, L, O).
 
-        From 0 it takes hundreds of updates to get to positions of 10 or 24 cells. Meanwhile states hold nothing else,
-        and what is imagined does not depend on actions.
+        From 0 a decoder needs hundreds of updates until it predicts positions of 10 or 24 cells. Meanwhile states hold
+        nothing else, and what is imagined does not depend on actions.
         """
         self.decoder[-1].bias[: obs.shape[-1]] = obs.mean((0, 1))
 
@@ -465,7 +469,7 @@ def success(returns, args: Args) -> float:
 
 # -------------------------------------------------------------------------------------------------------------- replay
 class SequenceBuffer:
-    """All steps (of the environment, or whole skills) as rows on the device, from which windows of L rows are drawn.
+    """All rows that were ever added, on the device, from which windows of L rows are drawn.
 
     A row is an observation and what led to it: action, reward, and whether the episode really ended here (a time-out is
     no end); zeros for the first observation of an episode. The i-th row of environment e is row i * E + e. Each window

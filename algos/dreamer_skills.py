@@ -16,9 +16,9 @@ executed as z = 2 u for H steps of the skill policy; its reward is the sum of th
 --release-defects: (a) 2 u is stored, but imagination and, on a GPU, the filter feed the model with u, half of what it
 learnt from; (b) maze: the warm-up executes random actions and stores skills of the prior beside them; (c) the KL is too
 large by Z ln 2 = 6.9 nats (it leaves out the slope of 2 u) and bounded by 100: where the policy is farther from a sharp
-prior, the gradient is zero and it never comes back; (d) below; (e) actions are tanh of what the skill policy was
-trained to give (--squash-actions).
-(d) is kept: although there is a prior, the actor begins with a std of 5 before the tanh (--actor-std).
+prior, the gradient is zero and it never comes back; (d) actions are tanh of what the skill policy was trained to give
+(--squash-actions). With and without it the actor begins with a std of 5 before the tanh, although there is a prior
+(--actor-std).
 
 Differences from the release, marked DEVIATION n below
 1. KL divergences without sampling: exact, or quadrature for the policy's tanh. The release averages 100 samples.
@@ -27,14 +27,15 @@ Differences from the release, marked DEVIATION n below
 4. The model's encoder gets them, too. Raw observations are reconstructed; the release's maze is scaled, where the
    decoder's least std of 0.1 means 4 cells. Kitchens: 30 observations, not 60; the others are a constant goal.
 5. imagine_starts: imagination may begin in a random share of the states. The default is all, as in the release.
-6. Actions are those that pi_L was trained for, see (e). --continue-head: a model of the end, from Dreamer's own code;
-   off by default: imagination never ends.
+6. Actions are those that pi_L was trained for, see (d). As 6 of dreamer.py, --continue-head: a model of the end, from
+   Dreamer's own code; off by default: imagination never ends.
 7. E environments act side by side (release: 1), with its updates per env step. Windows are any 15 rows of an episode,
    unfinished ones included (release: finished ones). Shorter episodes are never drawn, there and here.
 8. The maze's warm-up has skills of the prior, as all tasks (release: (b)), and 50,000 env steps (release: 5,000), so
    that it finishes episodes. Skills are not clipped there: the model takes any u.
 9. The decoder begins at the mean of what was seen (release: at 0).
---published takes the release's side of 2, 3 and 6, and of the E environments in 7.
+10. reward_scale is applied; the release only logs it (100 in its kitchens and on CALVIN, without effect).
+--published takes the release's side of 2, 3, the actions in 6, the E environments in 7 and the 50,000 env steps in 8.
 Written from a description of the release's code; not run beside it.
 
 Four questions: goals no; skills are pre-trained, the rest learns in RL; a skill has a fixed rate of H steps; off-policy
@@ -155,7 +156,7 @@ class Args:
     continue_coef: float = 10.0  # weight of the continue head's loss
     alpha: float = 0.01  # weight of the KL to the prior, per nat
     actor_std: float = 5.0  # std of the actor before training, before the tanh
-    release_defects: bool = False  # do what the authors' code does, see above
+    release_defects: bool = False  # do what the authors' code does in (a) to (d) above
     gamma: float = 0.99  # discount per skill
     td_lambda: float = 0.95  # share of longer returns in the lambda-return
     explore_std: float = 0.3  # std of the noise on skills
@@ -182,7 +183,7 @@ RELEASE = dict(
     kl_coef=5e-4, num_envs=1, squash_actions=True,
 )  # fmt: skip
 PUBLISHED = {
-    "maze": dict(RELEASE, pretrain_updates=530_000, kl_coef=1e-3),
+    "maze": dict(RELEASE, pretrain_updates=530_000, kl_coef=1e-3, warmup_steps=5_000),
 }
 
 # DEVIATION 3: periods of the sines and cosines of an observation's first P entries, (P, F).
@@ -435,8 +436,8 @@ class RSSM(nn.Module):
     def start_decoder(self, obs):
         """Before learning: whatever the state, expect the mean of what was seen, obs (B, L, O).
 
-        From 0 it takes hundreds of updates to get to positions of 10 or 24 cells. Meanwhile states hold nothing else,
-        and what is imagined does not depend on actions.
+        From 0 a decoder needs hundreds of updates until it predicts positions of 10 or 24 cells. Meanwhile states hold
+        nothing else, and what is imagined does not depend on actions.
         """
         self.decoder[-1].bias[: obs.shape[-1]] = obs.mean((0, 1))
 
@@ -741,7 +742,7 @@ def success(returns, args: Args) -> float:
 
 # --------------------------------------------------------------------------------------------------------------- replay
 class SequenceBuffer:
-    """All steps (of the environment, or whole skills) as rows on the device, from which windows of L rows are drawn.
+    """All rows that were ever added, on the device, from which windows of L rows are drawn.
 
     A row is an observation and what led to it: action, reward, and whether the episode really ended here (a time-out is
     no end); zeros for the first observation of an episode. The i-th row of environment e is row i * E + e. Each window
@@ -1072,7 +1073,7 @@ class Agent(nn.Module):
         self.args = args
         width = args.model_dim
         self.skills = networks["skills"]
-        self.skills.squash_actions |= args.release_defects  # (e)
+        self.skills.squash_actions |= args.release_defects  # (d)
         self.skill_prior = networks["prior"]
         obs_dim = len(self.skill_prior.features.scale)
         self.model = RSSM(obs_dim, args.skill_dim, args)
@@ -1204,7 +1205,7 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
             z = 2 * torch.from_numpy(choose_skill(obs))
         next_obs, rewards, ended, steps = execute_skill(envs, actor, obs, z, nobody, args)
         stored = z.numpy() if args.release_defects else z.numpy() / 2  # defect (a): z, everywhere else u
-        rb.add(next_obs, stored, args.reward_scale * rewards, envs.terminations)
+        rb.add(next_obs, stored, args.reward_scale * rewards, envs.terminations)  # DEVIATION 10
         # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
         obs = next_obs
         if ended.any():

@@ -272,8 +272,8 @@ class RSSM(nn.Module):
     def start_decoder(self, obs):
         """Before learning: whatever the state, expect the mean of what was seen, obs (B, L, O).
 
-        From 0 it takes hundreds of updates to get to positions of 10 or 24 cells. Meanwhile states hold nothing else,
-        and what is imagined does not depend on actions.
+        From 0 a decoder needs hundreds of updates until it predicts positions of 10 or 24 cells. Meanwhile states hold
+        nothing else, and what is imagined does not depend on actions.
         """
         self.decoder[-1].bias[: obs.shape[-1]] = obs.mean((0, 1))
 
@@ -678,7 +678,7 @@ def draw_skills(agent, args: Args, num_steps: int, path: Path):
 
 # -------------------------------------------------------------------------------------------------------------- replay
 class SequenceBuffer:
-    """All steps (of the environment, or whole skills) as rows on the device, from which windows of L rows are drawn.
+    """All rows that were ever added, on the device, from which windows of L rows are drawn.
 
     A row is an observation and what led to it: action, reward, and whether the episode really ended here (a time-out is
     no end); zeros for the first observation of an episode. The i-th row of environment e is row i * E + e. Each window

@@ -21,7 +21,7 @@ Free choices, where the paper's versions differ: log std in [-5, 2] by a tanh, m
 Differences from the paper, marked DEVIATION n below
 1. 8 environments side by side (paper: 1), with .5 updates per env step (paper: 1; our results: .1, --updates-per-step).
 2. Observations are scaled, with sines and cosines of positions, as in skimo.py (--no-position-features: scaled only).
-3. Rewards are scaled: by .01 where a success gives 100.
+3. Rewards are scaled: by .01 in the maze and on CALVIN, where the goal and each sub-task give 100.
 Ends and time-outs are told apart: only a true end has no future.
 A run's folder holds the same files as skimo.py's.
 Differs from skimo.py in: Args, TASK_DEFAULTS, POSITION_PERIODS, policy_loss, rollout, ReplayBuffer, Agent, train,

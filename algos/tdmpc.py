@@ -17,14 +17,19 @@ Differences from SkiMo's release, whose TD-MPC this is, marked DEVIATION n below
 1. E environments act side by side (release: 1), and planner and updates see each env step at once (release: in blocks
    of 500). The updates that the warm-up is worth are spread over some steps after it, so that a run can be stopped in
    between.
-2. A window is any N steps of an episode, unfinished ones included (release: an episode, then a start in it).
+2. A window is any N steps of an episode, unfinished ones included (release: an episode, then a start in it). So the
+   warm-up need not finish an episode.
 3. loss_bound is 1e5, as in skimo.py (release: 1e4). Each of a window's three losses is cut at it, and has no gradient
    beyond: at 1e4 a reward of 100 in a window's first step is not learnt while R predicts less than 0.
 4. A true end has no future, a time-out has one. The release ignores both (--no-true-ends).
 5. The encoder sees scaled observations with sines and cosines of positions, as skimo.py's.
 6. reward_scale is applied; the release only logs it. With its value, 1, this is the same.
 7. Plans whose value is no number count as bad (TD-MPC's own code: as 0).
+8. --cpu-preset: hidden width 128, 128 windows, 128 sampled plans, 32 elites, 3 iterations, .1 updates per env step
+   (release: 512, 512, 512, 64, 6, 1).
 Written from a description of the release's code; not run beside it.
+
+Not goal-conditioned; not pre-trained; decides at each env step; off-policy.
 A run's folder holds the same files as skimo.py's.
 Differs from skimo.py in: Args, TASK_DEFAULTS, CPU_PRESET, POSITION_PERIODS, scalar_head, WorldModel, model_loss,
     policy_loss, plan, Planner, rollout, Agent, train, evaluate, parse_args, check_args, main
@@ -130,8 +135,8 @@ TASK_DEFAULTS = {
     "calvin": dict(total_timesteps=2_000_000),
 }
 
-# --cpu-preset: on one core 24 ms per update and 7 ms per env step of planning; the release's sizes take half a second.
-# So there are 30,000 updates in 300,000 env steps, a tenth of the release's.
+# --cpu-preset: on one core 24 ms per update and 7 ms per env step of planning; the release's sizes take half a second
+# for each of the two. There are 30,000 updates in 300,000 env steps, a tenth of the release's.
 CPU_PRESET = dict(
     hidden_dim=128, batch_size=128, num_samples=128, num_elites=32, cem_iters=3, updates_per_step=0.1,
 )  # fmt: skip
@@ -227,7 +232,7 @@ def model_loss(model, target, policy, obs, action, rewards, terminals, args):
     (B, N+1, d) rolled out from h_0, detached, for the policy.
     """
     N = action.shape[1]
-    # Eq. 10, TD target: the reward, then the value of going on with the policy. The slow copy keeps it steady.
+    # TD target of eq. 9: the reward, then the value of going on with the policy. The slow copy keeps it steady.
     with torch.no_grad():
         next_h = model.encoder(obs[:, 1:])  # (B, N, d)
         next_action = sample_action(policy, next_h, args)
@@ -244,7 +249,7 @@ def model_loss(model, target, policy, obs, action, rewards, terminals, args):
     reward = model.reward(h[:, :-1], action)  # (B, N)
     q1, q2 = model.q(h[:, :-1], action)  # (B, N)
 
-    # Eq. 7-9: imagined states agree with encoded ones, rewards and values with what was seen; the near future counts
+    # Eq. 7-10: imagined states agree with encoded ones, rewards and values with what was seen; the near future counts
     # most, because errors of the model grow.
     rho = args.rho ** torch.arange(N, device=obs.device)  # (N,)
     error = (h[:, 1:] - h_target).square().mean(-1)  # (B, N)
@@ -412,7 +417,7 @@ def success(returns, args: Args) -> float:
 
 # -------------------------------------------------------------------------------------------------------------- replay
 class SequenceBuffer:
-    """All steps (of the environment, or whole skills) as rows on the device, from which windows of L rows are drawn.
+    """All rows that were ever added, on the device, from which windows of L rows are drawn.
 
     A row is an observation and what led to it: action, reward, and whether the episode really ended here (a time-out is
     no end); zeros for the first observation of an episode. The i-th row of environment e is row i * E + e. Each window

@@ -23,6 +23,7 @@ from benchmarks.scores import (
 from data_tools.files import write_atomically
 
 SHOWN = ("skimo", "skimo_no_cem", "skimo_sac", "skimo_no_joint", "spirl")  # methods in the overview
+LABEL = 0.2  # inches between names beside curves
 
 
 def thousands(value: float, _=None) -> str:
@@ -130,12 +131,11 @@ def overview(cells) -> Figure:
         axes.set_title(f"{facts.label}\n{DATA.get(data, data)} data", fontsize=15)
         axes.set_ylabel(facts.measure, fontsize=13)
         axes.set_xticks([0, facts.paper_end / 2, facts.paper_end])
-        axes.text(0, -0.34, "Run here:", transform=axes.transAxes, va="center", weight="bold", size=13)
+        axes.text(0, -0.34, "Seeds run here:", transform=axes.transAxes, va="center", weight="bold", size=13)
         for line, name in enumerate(names, 1):
             cell = cells[task, name, data]
-            count = len(cell.reaching(cell.main_end))
             short, colour = look(name)
-            text = f"{short}, {count} seed{'s' * (count > 1)} to {thousands(cell.main_end)}"
+            text = f"{short}: {len(cell.reaching(cell.main_end))} to {thousands(cell.main_end)}"
             further = Counter(run.end for run in cell if run.end > cell.main_end)
             text += "".join(f", {n} to {thousands(end)}" for end, n in sorted(further.items()))
             at = dict(transform=axes.transAxes, va="center", size=13)
@@ -145,27 +145,36 @@ def overview(cells) -> Figure:
     return figure
 
 
+def count_labels(task: str, here: dict[str, Cell]) -> int:
+    """How many lines of ours and of the paper have their names beside the curves of a task."""
+    return len(here) + sum(name in METHODS and (task, METHODS[name].paper) in PAPER for name in here)
+
+
 def enlarged(cells, task: str) -> Figure:
     """The part of a task's curves that was run here, and clean evaluations; a row for each kind of data."""
-    kinds = [data for t, data in boards(cells) if t == task]
+    boards_here = {}
+    for (t, method, data), cell in cells.items():
+        if t == task:
+            boards_here.setdefault(data, {})[method] = cell
     facts = TASKS[task]
-    height = 4.8 * len(kinds)
+    heights = [max(3.75, LABEL * count_labels(task, here)) for here in boards_here.values()]  # of axes, in inches
+    height = sum(heights) + 1.3 * len(heights) - 0.25
     figure = Figure(figsize=(13.5, height))
-    figure.subplots_adjust(left=0.055, right=0.875, wspace=0.56, hspace=0.35, top=1 - 0.45 / height)
-    figure.subplots_adjust(bottom=0.6 / height)
-    rows = figure.subplots(len(kinds), 2, squeeze=False)
-    for (training, clean), data in zip(rows, kinds):
-        here = {method: cell for (t, method, d), cell in cells.items() if (t, d) == (task, data)}
+    figure.subplots_adjust(left=0.055, right=0.875, wspace=0.56, hspace=1.3 * len(heights) / sum(heights))
+    figure.subplots_adjust(top=1 - 0.45 / height, bottom=0.6 / height)
+    rows = figure.subplots(len(heights), 2, squeeze=False, gridspec_kw=dict(height_ratios=heights))
+    for (training, clean), inches, (data, here) in zip(rows, heights, boards_here.items()):
+        gap = LABEL / inches * 1.08 * facts.best
         end = max(cell.main_end for cell in here.values())
         style(training, task, end)
         ends = draw_training(training, cells, task, data, end, here, large=True)
-        label_ends(training, ends, 0.063 * facts.best)
+        label_ends(training, ends, gap)
         training.set_ylabel(facts.measure, fontsize=11)
         training.set_title(f"{facts.label}, {DATA.get(data, data)} data: training (thin: a seed)", fontsize=12)
         style(clean, task, 1.03 * end)
         ends = [draw_evaluations(clean, name, cell) for name, cell in here.items()]
-        label_ends(clean, [end for end in ends if end], 0.063 * facts.best)
-        episodes = ", few distinct episodes" if facts.deterministic else ""
+        label_ends(clean, [end for end in ends if end], gap)
+        episodes = ", all episodes from one state" if facts.one_start else ""
         clean.set_title(f"clean evaluation{episodes} (small: a seed)", fontsize=12)
     return figure
 
