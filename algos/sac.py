@@ -26,6 +26,8 @@ Ends and time-outs are told apart: only a true end has no future.
 A run's folder holds the same files as skimo.py's.
 Differs from skimo.py in: Args, TASK_DEFAULTS, POSITION_PERIODS, policy_loss, rollout, ReplayBuffer, Agent, train,
     evaluate, parse_args, check_args, main
+Score with --updates-per-step 0.1, two seeds: 0 in the maze and both kitchens; CALVIN 0 in the last 50,000 of 300,000
+env steps. Its control, Gymnasium's pendulum: -119 (algos/README.md).
 Shapes: B batch, O observation, F inputs, A action, E environments.
 """
 
