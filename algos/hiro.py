@@ -920,6 +920,11 @@ def main(args: Args) -> dict:
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = str(error).split("\n")[0]
         sys.exit(f"error: torch.compile failed ({reason}); use --no-compile or install a C++ compiler")
+    except RuntimeError as error:
+        reason = str(error).split("\n")[0][:120]
+        if "allocate" not in reason:  # what torch says of a full GPU and of full memory
+            raise
+        sys.exit(f"error: no memory left ({reason}); end other programs or choose smaller sizes")
     except OSError as error:  # while logs, episodes.csv or results.json were written
         sys.exit(f"error: cannot write to {run_dir} ({error}); free some space or choose another --run-dir")
     if results["updates"] == 0:

@@ -224,7 +224,7 @@ def plot_prediction(env_id: str, paths: list, path: Path):
     """
     columns = math.ceil(len(paths) ** 0.5)
     rows = math.ceil(len(paths) / columns)
-    figure = Figure(figsize=(5 * columns, 5.2 * rows), layout="tight")
+    figure = Figure(figsize=(5 * columns, 5.2 * rows + 0.4), layout="constrained")
     draw_map = TASKS[env_id].draw_map
     for axes, (real, predicted) in zip(figure.subplots(rows, columns, squeeze=False).flat, paths):
         error, yardstick = prediction_errors(env_id, real, predicted)
@@ -232,7 +232,6 @@ def plot_prediction(env_id: str, paths: list, path: Path):
             imported(draw_map)(axes)
             axes.plot(real[:, 1], real[:, 0], "o-", ms=3, lw=1.5, color="tab:blue", label="simulator")
             axes.plot(predicted[:, 1], predicted[:, 0], "x--", ms=4, lw=1, color="tab:red", label="predicted")
-            axes.legend(loc="lower right")
             unit = "cells off"
         else:
             for k in range(real.shape[1]):
@@ -241,6 +240,8 @@ def plot_prediction(env_id: str, paths: list, path: Path):
             unit = "std off; solid: simulator, dashed: predicted"
         title = f"{len(real) - 1} skills from the first state alone\nmedian {error:.1f} {unit}"
         axes.set_title(f"{title}\n(it stays where it is: {yardstick:.1f})", fontsize="medium")
+    if draw_map is not None:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     save_figure(figure, path)
 
 

@@ -947,6 +947,20 @@ def test_full_disk_keeps_the_old_checkpoint(case, monkeypatch):
     assert_same(state_of(run_dir), state_of(case.run_dir))
 
 
+@every_algo
+def test_full_memory_is_a_sentence_and_other_errors_of_torch_are_not(case, monkeypatch):
+    def full_gpu(*inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of\nmuch more")
+
+    monkeypatch.setattr(case.module, "train", full_gpu)
+    refused(case.start, "no memory left (CUDA out of memory", "end other programs")
+    monkeypatch.setattr(case.module, "train", lambda *inputs: torch.empty(10**16))
+    refused(case.start, "no memory left", "can't allocate memory", "end other programs")
+    monkeypatch.setattr(case.module, "train", lambda *inputs: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        case.start()
+
+
 @skimo_only
 @pytest.mark.parametrize("name", ["add_scalar", "episodes.csv", "results.json"])
 def test_full_disk_elsewhere_is_a_sentence(case, name, monkeypatch):
