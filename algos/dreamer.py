@@ -33,7 +33,7 @@ A run's folder holds the same files as skimo.py's.
 Differs from skimo.py in: Args, TASK_DEFAULTS, CPU_PRESET, POSITION_PERIODS, kl_divergence, rollout, Agent, train,
     evaluate, parse_args, check_args, main
 Score with --cpu-preset, sub-tasks per training episode in the last 50,000 of 300,000 env steps: CALVIN .47 / .35 (two
-seeds); Kitchen, 200,000 env steps, 0 (two seeds); maze 0 (one seed). Its control, Gymnasium's pendulum: -131
+seeds); Kitchen, 200,000 env steps, 0 (two seeds); maze 0 (two seeds). Its control, Gymnasium's pendulum: -131
 (algos/README.md).
 Shapes: B batch, L rows per window, O observation, A action, s and h the sizes of these states, d = s + h,
 E environments, S starts, J steps.
