@@ -33,8 +33,8 @@ than 500; yet RIL alone gets there in .03 to .59 of the episodes (five seeds): w
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, POSITION_PERIODS, make_networks, pretrain_loss,
     ppo_loss, prior_rollouts, RolloutBuffer, find_pretrained, pretrain, Agent, train, evaluate, parse_args, check_args.
 A run's folder holds what skimo.py names.
-Score: RIL alone, scripted data, seed 1: 3.30 of 4 sub-tasks in the Kitchen, 2.95 in the Mis-aligned Kitchen (--flat:
-2.65, 2.10), 20 episodes each. The paper has 2.4 (one level: 2.2) on its own goals.
+Score: RIL alone, scripted data, three seeds, sub-tasks of 4: Kitchen 3.2 (--flat: 2.6), Mis-aligned Kitchen 2.1 (2.2),
+17 demonstrated sets 2.9 (2.6). The paper, on its own goals in any order, has 2.4 (2.2).
 Shapes: B batch, O observation, A action, E environments, H steps per subgoal. A goal or subgoal z is a state (O,).
 """
 
