@@ -34,7 +34,7 @@ Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, POSITION_PERIODS, mak
     ppo_loss, prior_rollouts, RolloutBuffer, find_pretrained, pretrain, Agent, train, evaluate, parse_args, check_args.
 A run's folder holds what skimo.py names.
 Score: RIL alone, scripted data, three seeds, sub-tasks of 4: Kitchen 3.2 (--flat: 2.6), Mis-aligned Kitchen 2.1 (2.2),
-17 demonstrated sets 2.9 (2.6). The paper, on its own goals in any order, has 2.4 (2.2).
+17 demonstrated sets, in any order, 3.1 (2.7). The paper has 2.4 (2.2) there, on its own choice of 17.
 Shapes: B batch, O observation, A action, E environments, H steps per subgoal. A goal or subgoal z is a state (O,).
 """
 
