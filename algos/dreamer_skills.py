@@ -1154,6 +1154,9 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
     longest = -(-envs.max_episode_steps // args.skill_horizon) + 1  # rows of an episode that does not end early
     if longest < args.batch_length:
         sys.exit(f"error: episodes have at most {longest} rows, fewer than a window; lower --batch-length")
+    whole = args.num_envs * envs.max_episode_steps  # env steps until every environment has finished an episode
+    if args.warmup_steps < whole:
+        print(f"note: the warm-up is shorter than an episode; --warmup-steps {whole} lets all environments finish one")
     choose_skill = Filter(agent, args.num_envs, args.skill_dim, explore=True)
     rb = SequenceBuffer(obs.shape[1], args.skill_dim, args.batch_length, args)  # DEVIATION 7
     rb.begin(obs, np.ones(args.num_envs, dtype=bool))

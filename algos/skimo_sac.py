@@ -933,6 +933,9 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
     if args.capture_video:
         envs.draw(0)  # a task or a machine without pictures is noticed now
+    whole = args.num_envs * envs.max_episode_steps  # env steps until every environment has finished an episode
+    if args.warmup_steps < whole:
+        print(f"note: the warm-up is shorter than an episode; --warmup-steps {whole} lets all environments finish one")
     rb = ReplayBuffer(obs.shape[1], args)
     global_step = 0
     gradient_step = 0

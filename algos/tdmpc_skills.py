@@ -1073,6 +1073,9 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
     longest = -(-envs.max_episode_steps // args.skill_horizon)  # skills in an episode that does not end early
     if longest < args.num_skills:
         sys.exit(f"error: episodes have at most {longest} skills, fewer than a window; lower --num-skills")
+    whole = args.num_envs * envs.max_episode_steps  # env steps until every environment has finished an episode
+    if args.warmup_steps < whole:
+        print(f"note: the warm-up is shorter than an episode; --warmup-steps {whole} lets all environments finish one")
     rb = ReplayBuffer(obs.shape[1], args)
     led_here = torch.zeros(args.num_envs, args.skill_dim), np.zeros(args.num_envs, dtype=np.float32)  # defect (a)
     global_step = 0

@@ -355,6 +355,18 @@ def test_run_that_is_too_short_to_learn_says_so(case, capsys):
     assert "no update" not in capsys.readouterr().out
 
 
+WARM_UP_OF_SKILLS = ["skimo", "skimo_no_cem", "skimo_no_joint", "skimo_sac", "skimo_single_step"]
+WARM_UP_OF_SKILLS += ["dreamer_skills", "tdmpc_skills"]
+
+
+@pytest.mark.parametrize("case", WARM_UP_OF_SKILLS, indirect=True)
+@pytest.mark.parametrize("steps", [359, 360])
+def test_a_warm_up_shorter_than_an_episode_says_so(case, steps, capsys):
+    """Four environments have finished an episode of 90 env steps each after 360."""
+    case.start(f"--total-timesteps 40 --warmup-steps {steps}")
+    assert ("--warmup-steps 360 lets" in capsys.readouterr().out) == (steps < 360)
+
+
 @every_algo
 def test_episodes_are_what_the_environments_gave(case):
     """Returns are sums of the task's rewards, without reward_scale; 300 env steps hold three episodes of 90."""
