@@ -562,8 +562,9 @@ def reading(path: Path):
     except Exception as error:
         kind = type(error).__name__
         reason = " ".join(str(error).split())[:200]
-        problem = f"{path} is damaged or does not fit ({kind}: {reason})"
-        sys.exit(f"error: {problem}; give another, or delete it to make it again")
+        problem = f"{path} is damaged or does not fit this file, task and arguments ({kind}: {reason})"
+        cure = "delete it to make it again" if Path(path).parent.name == "pretrained" else "give another"
+        sys.exit(f"error: {problem}; {cure}")
 
 
 def load(path: Path, parts: dict) -> dict:
@@ -606,11 +607,27 @@ def check_finite(metrics: dict):
         sys.exit("error: the gradient is no number any more: lower the learning rate; the last checkpoint is kept")
 
 
+def code_of(*parts) -> dict:
+    """Source of functions and classes of this file, and of those that they use in turn, by name."""
+    code = {}
+    waiting = list(parts)
+    while waiting:
+        part = waiting.pop()
+        code[part.__name__] = inspect.getsource(part)
+        names = [node for node in ast.walk(ast.parse(code[part.__name__])) if isinstance(node, ast.Name)]
+        own = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+        for name in {node.id for node in names} - own - {"Args", *code}:
+            used = globals().get(name)
+            if getattr(used, "__module__", None) == __name__:
+                waiting.append(used)
+    return code
+
+
 def find_pretrained(args: Args):
     """Returns the file of the pre-trained model and, where it has to be trained first, the offline data or else None.
 
     A model is found again by the data, the seed, the arguments under `# Model` and `# Pre-training`, and this file's
-    code of networks and pre-training losses: whoever changes one of them gets a new one.
+    code of networks and pre-training, with all it uses: whoever changes one of them gets a new one.
     """
     task = data_tools.TASKS[args.env_id]
     family = f"{PRETRAINED}_{task.data or args.env_id}"  # both kitchens share their data
@@ -619,9 +636,9 @@ def find_pretrained(args: Args):
     data = data_tools.load_dataset(args.env_id, args.data_dir, args.dataset, args.data)
     names = [field.name for field in fields(Args)]
     names = names[names.index("skill_horizon") : names.index("demo_rows") + 1]
-    parts = relu_mlp, unwrap, GoalNetwork, GoalPolicy, HighPolicy, log_probability, Demonstrations, make_networks
-    code = "".join(inspect.getsource(part) for part in (*parts, relabel, pretrain_loss, prepare))
-    made_from = [data.fingerprint, args.seed, ast.dump(ast.parse(code))]
+    code = code_of(make_networks, relabel, pretrain_loss, prepare) | {"pretrain": inspect.getsource(pretrain)}
+    made_from = [data.fingerprint, args.seed]
+    made_from += [ast.dump(ast.parse(source)) for _, source in sorted(code.items())]
     made_from += [GOAL_ENTRIES[args.env_id], ANGLE_ENTRIES.get(args.env_id)]
     made_from += [[name, getattr(args, name)] for name in names]
     made_from += [np.asarray(POSITION_PERIODS.get(args.env_id, ())).tolist()]
@@ -975,6 +992,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
         path = Path(given.resume) / "args.json"
         with reading(path):
             defaults = json.loads(path.read_text())
+            script = defaults.pop("script", Path(__file__).name)
+            if script != Path(__file__).name:
+                sys.exit(f"error: {given.resume} is a run of {script}: go on with that file")
             check_types(defaults)
             names = {field.name for field in fields(Args)}
             missing = names - defaults.keys()
@@ -983,6 +1003,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if given.device:
         defaults["compile"] = given.device == "cuda"
     args = tyro.cli(Args, args=argv, default=Args(**defaults), description=__doc__.split("\n")[0])
+    if given.evaluate and args.env_id != defaults["env_id"]:
+        sys.exit(f"error: {given.evaluate} is an agent of {defaults['env_id']}: leave out --env-id {args.env_id}")
     for name, value in asdict(args).items():
         if given.resume and name not in MAY_CHANGE.split() and value != defaults[name]:
             sys.exit(f"error: --{name.replace('_', '-')} cannot change with --resume: leave it out, or begin a new run")
@@ -1042,7 +1064,7 @@ def main(args: Args) -> dict:
     facts = {}
     try:
         run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-        write_json(run_dir / "args.json", asdict(args))
+        write_json(run_dir / "args.json", dict(asdict(args), script=Path(__file__).name))
         with SummaryWriter(run_dir) as writer:
             writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
             stop = stop_at_signals()

@@ -23,7 +23,7 @@ Differences from the release, marked DEVIATION n below, with the numbers of skim
 and cosines as inputs.  4. E environments act side by side.  5. CEM starts from the policy's plans, with less noise.
 6. The target copy is faster.  7. Kitchen: alpha 0.05, and eq. 7 on encoded states.  8. Q in eq. 7 sees imagined states.
 9. The target copy of RL starts as the online model.
---published takes the release's side of 2 to 6 and of alpha in 7.
+--published takes the release's side of 2, 3, 4, 6 and of alpha in 7.
 Checked against the release as skimo.py was, on equal terms: losses, gradients and updates of both phases are
 equal to rounding (4e-7) in double precision.
 
@@ -147,17 +147,15 @@ class Args:
     cem_iters: int = 3  # iterations (release: 6)
     temperature: float = 0.5  # factor on the values in the elites' softmax
     momentum: float = 0.1  # share of the old mean in the new one
-    plan_start: Literal["policy", "wide"] = "policy"  # the policy's plans, or the last plan and max_std (release)
-    max_std: float = 2.0  # largest std of the sampled skills
     min_std: float = 0.05  # least std, and exploration noise, at the start of the schedule (release: 0.5)
     min_std_end: float = 0.01  # the same after std_steps
     std_steps: int = 25_000  # env steps over which min_std falls
     horizon_steps: int = 25_000  # env steps over which plans grow from 1 to N skills
 
 
-# The release's values where they differ from Args. Our own are the pre-training (DEVIATION 3), the kitchen's alpha and
-# policy_latents (DEVIATION 7), and the maze's total_timesteps and std_steps; --published has the release's, and the
-# paper's policy_latents.
+# The release's values where they differ from Args. Our own are the pre-training (DEVIATION 3), the planner's (DEVIATION
+# 5), the kitchen's alpha and policy_latents (DEVIATION 7), and the maze's total_timesteps; --published has the
+# release's, but for the planner, and the paper's policy_latents.
 TASK_DEFAULTS = {
     "maze": dict(
         latent_dim=128, skill_encoder="mlp", kl_coef=3e-3, total_timesteps=300_000, warmup_steps=50_000,
@@ -183,10 +181,10 @@ PEOPLE["kitchen-misaligned"] = PEOPLE["kitchen"]
 RELEASE = dict(
     position_features=False, pretrain_updates=425_000, pretrain_skills=10, pretrain_batch_size=512, bc_chunks=10,
     pretrain_lr_decay=False, arm_noise=0.0, recombine=False, kl_coef=1e-4, num_envs=1, policy_latents="imagined",
-    tau=0.01, plan_start="wide", num_samples=512, num_elites=64, cem_iters=6, min_std=0.5,
+    tau=0.01,
 )  # fmt: skip
 PUBLISHED = {
-    "maze": dict(RELEASE, pretrain_updates=700_000, total_timesteps=2_000_000, std_steps=1_000_000),
+    "maze": dict(RELEASE, pretrain_updates=700_000, total_timesteps=2_000_000),
     "kitchen": dict(RELEASE, alpha=0.5),
     "calvin": dict(RELEASE, pretrain_skills=1, bc_chunks=1),
 }
@@ -508,14 +506,14 @@ def policy_loss(model, task_policy, prior_encoder, skill_prior, obs, h, h_pred, 
 
 # -------------------------------------------------------------------------------------------------- planner and acting
 @torch.no_grad()
-def plan(model, task_policy, obs, mean, min_std, noise_scale, args):
+def plan(model, task_policy, obs, K, min_std, noise_scale, args):
     """CEM over sequences of K skills in the skill dynamics, for all environments at once (SkiMo, section 3.4).
 
-    obs (E, O); mean (E, K, Z): the last plan, moved on by one skill, which only plan_start wide begins with;
-    min_std () least std of samples; noise_scale () 1 to explore, 0 to evaluate. Returns the first skill (E, Z) and the
-    fitted mean (E, K, Z).
+    obs (E, O); K skills per plan; min_std () least std of samples; noise_scale () 1 to explore, 0 to evaluate. Returns
+    the first skill (E, Z) and the fitted mean of all (E, K, Z).
     """
-    E, K, Z = mean.shape
+    E = len(obs)
+    Z = args.skill_dim
     h0 = model.encoder(obs)  # (E, d)
 
     # Plans that the task policy proposes: they begin the search (DEVIATION 5) and compete with its samples
@@ -526,10 +524,8 @@ def plan(model, task_policy, obs, mean, min_std, noise_scale, args):
         policy_plans.append(sample_skill(pi))  # (E, 25, Z)
         h = model.next(h, policy_plans[-1])
     policy_plans = torch.stack(policy_plans, 2).nan_to_num(0.0)  # (E, 25, K, Z); NaN: a state overflowed
-    std = torch.full_like(mean, args.max_std)
-    if args.plan_start == "policy":
-        mean = policy_plans.mean(1)  # (E, K, Z)
-        std = policy_plans.std(1).maximum(min_std)  # (E, K, Z)
+    mean = policy_plans.mean(1)  # (E, K, Z)
+    std = policy_plans.std(1).maximum(min_std)  # (E, K, Z)
 
     for _ in range(args.cem_iters):
         # Sample plans
@@ -560,7 +556,6 @@ def plan(model, task_policy, obs, mean, min_std, noise_scale, args):
         deviation = elites - elite_mean[:, None]
         variance = (w * deviation.square()).sum(1)  # (E, K, Z)
         std = variance.sqrt().maximum(min_std)
-        std = std.clamp(max=args.max_std)
         mean = args.momentum * mean + (1 - args.momentum) * elite_mean
 
     # First skill of an elite: weight / Exp(1) is largest at elite i with probability weight_i. So this draws like
@@ -568,49 +563,36 @@ def plan(model, task_policy, obs, mean, min_std, noise_scale, args):
     race = weight / torch.empty_like(weight).exponential_()
     picked = race.argmax(1)  # (E,)
     z = elites[torch.arange(E, device=obs.device), picked, 0]  # (E, Z)
-    noise_std = std[:, 0] if args.plan_start == "wide" else min_std  # DEVIATION 5: std of the policy's plans stays wide
-    z = z + noise_scale * noise_std * torch.randn_like(z)
+    z = z + noise_scale * min_std * torch.randn_like(z)
     return z.clamp(-0.999, 0.999), mean
 
 
 class Planner:
-    """Chooses skills for E environments at once; follows the schedules and keeps the last plans for plan_start wide."""
+    """Chooses skills for E environments at once; follows the schedules."""
 
     def __init__(self, agent, args: Args, explore: bool):
         self.agent = agent
         self.args = args
         self.explore = explore
-        self.last_mean = torch.zeros(0, 0, args.skill_dim, device=args.device)  # (E, K, Z)
 
     def __call__(self, obs, global_step: int):
         """Observations (E, O), NumPy -> skills (E, Z) on the CPU."""
         args = self.args
         agent = self.agent
-        E = len(obs)
         growth = min(1.0, global_step / args.horizon_steps)
         K = int(1 + growth * (args.num_skills - 1))  # skills per plan
         progress = min(1.0, global_step / args.std_steps)
         min_std = args.min_std + progress * (args.min_std_end - args.min_std)
         min_std = torch.full((), min_std, device=args.device)  # made there: torch.tensor would wait for the device
         noise_scale = torch.full((), float(self.explore), device=args.device)
-        mean = torch.zeros(E, K, args.skill_dim, device=args.device)
-        if self.last_mean.shape == mean.shape:
-            mean[:, :-1] = self.last_mean[:, 1:]
 
         # Each K and E is compiled anew, which takes a minute: only the longest plans of training are worth it.
         longest = self.explore and K == args.num_skills
         plan_skills = agent.compiled_plan if longest else plan
         torch.compiler.cudagraph_mark_step_begin()
         obs = torch.from_numpy(obs).to(args.device)
-        z, mean = plan_skills(agent.model, agent.task_policy, obs, mean, min_std, noise_scale, args)
-        self.last_mean = mean.clone()  # a CUDA graph overwrites its outputs
+        z, _ = plan_skills(agent.model, agent.task_policy, obs, K, min_std, noise_scale, args)
         return z.cpu()
-
-    def forget(self, ended):
-        """Plans of episodes that ended, (E,) bool, mean nothing to the next ones."""
-        if len(self.last_mean) > 0:
-            goes_on = torch.from_numpy(~ended)[:, None, None]
-            self.last_mean = self.last_mean * goes_on.to(self.args.device)
 
 
 @torch.no_grad()
@@ -824,8 +806,9 @@ def reading(path: Path):
     except Exception as error:
         kind = type(error).__name__
         reason = " ".join(str(error).split())[:200]
-        problem = f"{path} is damaged or does not fit ({kind}: {reason})"
-        sys.exit(f"error: {problem}; give another, or delete it to make it again")
+        problem = f"{path} is damaged or does not fit this file, task and arguments ({kind}: {reason})"
+        cure = "delete it to make it again" if Path(path).parent.name == "pretrained" else "give another"
+        sys.exit(f"error: {problem}; {cure}")
 
 
 def load(path: Path, parts: dict) -> dict:
@@ -899,11 +882,27 @@ def perturb(obs, actions, args: Args):
     return obs, actions
 
 
+def code_of(*parts) -> dict:
+    """Source of functions and classes of this file, and of those that they use in turn, by name."""
+    code = {}
+    waiting = list(parts)
+    while waiting:
+        part = waiting.pop()
+        code[part.__name__] = inspect.getsource(part)
+        names = [node for node in ast.walk(ast.parse(code[part.__name__])) if isinstance(node, ast.Name)]
+        own = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+        for name in {node.id for node in names} - own - {"Args", *code}:
+            used = globals().get(name)
+            if getattr(used, "__module__", None) == __name__:
+                waiting.append(used)
+    return code
+
+
 def find_pretrained(args: Args):
     """Returns the file of the pre-trained model and, where it has to be trained first, the offline data or else None.
 
     A model is found again by the data, the seed, the arguments under `# Model` and `# Pre-training`, and this file's
-    code of networks and pre-training losses: whoever changes one of them gets a new one.
+    code of networks and pre-training, with all it uses: whoever changes one of them gets a new one.
     """
     task = data_tools.TASKS[args.env_id]
     family = f"{PRETRAINED}_{task.data or args.env_id}"  # both kitchens share their data
@@ -914,9 +913,9 @@ def find_pretrained(args: Args):
     data = data_tools.load_dataset(args.env_id, args.data_dir, args.dataset, args.data)
     names = [field.name for field in fields(Args)]
     names = names[names.index("skill_horizon") : names.index("max_grad_norm") + 1]
-    parts = mlp, scalar_head, gaussian_parameters, sample_skill, kl_divergence, StateEncoder, WorldModel, SkillModel
-    code = "".join(inspect.getsource(part) for part in (*parts, make_networks, pretrain_loss, pretrain_lr, perturb))
-    made_from = [data.fingerprint, args.seed, ast.dump(ast.parse(code))]
+    code = code_of(make_networks, pretrain_loss, pretrain_lr, perturb) | {"pretrain": inspect.getsource(pretrain)}
+    made_from = [data.fingerprint, args.seed]
+    made_from += [ast.dump(ast.parse(source)) for _, source in sorted(code.items())]
     made_from += [[name, getattr(args, name)] for name in names]
     made_from += [np.asarray(POSITION_PERIODS.get(args.env_id, ())).tolist(), ARM.get(args.env_id)]
     made_from += [task.obs_scale, task.obs_shift, task.objects]
@@ -927,12 +926,10 @@ def find_pretrained(args: Args):
 
 def pretrain(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop: threading.Event):
     """Phase 1: learn skills, skill dynamics and prior from the offline data; writes them to path."""
-    train_data, valid_data = data.to(args.device).split(0.99)
+    window = args.pretrain_skills * args.skill_horizon + 1
+    train_data, valid_data = data.to(args.device).split(0.99, window)
     if args.recombine:
         train_data = train_data.recombined(data_tools.TASKS[args.env_id].objects, args.seed)  # DEVIATION 3
-    window = args.pretrain_skills * args.skill_horizon + 1
-    with kept_random_state(args):
-        valid_data.sample_windows(1, window)  # episodes that are too short for a validation are noticed now
     target = copy.deepcopy(networks["model"])
     adam = functools.partial(torch.optim.Adam, lr=args.pretrain_lr, eps=1e-7, fused=True)
     optimizers = {name: adam(part.parameters()) for name, part in networks.items()}  # world model, skills, prior
@@ -1078,9 +1075,8 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
     longest = -(-envs.max_episode_steps // args.skill_horizon)  # skills in an episode that does not end early
     if longest < args.num_skills:
         sys.exit(f"error: episodes have at most {longest} skills, fewer than a window; lower --num-skills")
-    whole = args.num_envs * envs.max_episode_steps  # env steps until every environment has finished an episode
-    if args.warmup_steps < whole:
-        print(f"note: the warm-up is shorter than an episode; --warmup-steps {whole} lets all environments finish one")
+    # What ends first succeeds first: learnt from that alone, nothing works. So every environment finishes an episode.
+    args.warmup_steps = max(args.warmup_steps, args.num_envs * envs.max_episode_steps)
     rb = ReplayBuffer(obs.shape[1], args)
     global_step = 0
     gradient_step = 0
@@ -1097,7 +1093,6 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
         with reading(checkpoint):
             state = load(checkpoint, parts)
             obs = envs.set_state(state["envs"])
-            planner.last_mean = state["last_mean"].to(args.device)
             global_step = int(state["global_step"])
             gradient_step = int(state["gradient_step"])
             running_return[:] = state["running_return"].numpy()
@@ -1129,7 +1124,6 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
         obs = next_obs
         if ended.any():
             obs, _ = envs.reset(options=dict(reset_mask=ended))
-            planner.forget(ended)
 
         # TRY NOT TO MODIFY: record the episodes that ended
         new_steps = int(steps.sum())
@@ -1162,6 +1156,7 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
                 update_target(agent.target, agent.model, args.tau)  # DEVIATION 6
             if gradient_step % 100 == 0:
                 log(writer, "losses", metrics, global_step)
+                bar.set_postfix(updates=f"{gradient_step} of {updates_due}")
             if gradient_step == updates_due:
                 check_finite(metrics)  # the planner waits for the device anyway
 
@@ -1184,7 +1179,6 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
                 parts,
                 args=asdict(args),
                 envs=envs.get_state(),
-                last_mean=planner.last_mean,
                 global_step=global_step,
                 gradient_step=gradient_step,
                 running_return=torch.from_numpy(running_return),
@@ -1239,6 +1233,9 @@ def evaluate(args: Args):
 # ----------------------------------------------------------------------------------------------------------------- main
 # With --resume all other flags stay as they were.
 MAY_CHANGE = "resume device compile checkpoint_interval eval_interval eval_episodes capture_video total_timesteps"
+# With --pretrained, whose model is finished, these would do nothing.
+PRETRAINING = """pretrain_updates pretrain_skills pretrain_batch_size pretrain_lr pretrain_lr_decay pretrain_tau
+    bc_chunks arm_noise recombine bc_coef kl_coef prior_coef recon_coef clip_updates clip_norm"""
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -1270,6 +1267,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
         path = Path(given.resume) / "args.json"
         with reading(path):
             defaults = json.loads(path.read_text())
+            script = defaults.pop("script", Path(__file__).name)
+            if script != Path(__file__).name:
+                sys.exit(f"error: {given.resume} is a run of {script}: go on with that file")
             check_types(defaults)
             names = {field.name for field in fields(Args)}
             missing = names - defaults.keys()
@@ -1279,9 +1279,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
         defaults["compile"] = given.device == "cuda"
     args = tyro.cli(Args, args=argv, default=Args(**defaults), description=__doc__.split("\n")[0])
     args.evaluate = given.evaluate
+    if given.evaluate and args.env_id != defaults["env_id"]:
+        sys.exit(f"error: {given.evaluate} is an agent of {defaults['env_id']}: leave out --env-id {args.env_id}")
     for name, value in asdict(args).items():
+        flag = f"--{name.replace('_', '-')}"
         if given.resume and name not in MAY_CHANGE.split() and value != defaults[name]:
-            sys.exit(f"error: --{name.replace('_', '-')} cannot change with --resume: leave it out, or begin a new run")
+            sys.exit(f"error: {flag} cannot change with --resume: leave it out, or begin a new run")
+        if args.pretrained and name in PRETRAINING.split() and value != defaults.get(name, getattr(Args, name)):
+            sys.exit(f"error: {flag} does nothing to the finished model of --pretrained: leave out one of them")
     return args
 
 
@@ -1307,7 +1312,7 @@ def check_args(args: Args):
             sys.exit(f"error: {flag} {value} does not work; give at most 1")
     if args.alpha == 0:
         sys.exit("error: --alpha 0 does not work, its logarithm is tuned; give a small number")
-    if args.plan_start == "policy" and args.num_policy_trajs == 1:
+    if args.num_policy_trajs == 1:
         sys.exit("error: --num-policy-trajs 1 does not work, one plan has no std; give at least 2")
     if args.num_elites > args.num_samples + args.num_policy_trajs:
         sys.exit("error: --num-elites exceeds --num-samples + --num-policy-trajs; lower it")
@@ -1345,7 +1350,7 @@ def main(args: Args) -> dict:
     facts = {}
     try:
         run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-        write_json(run_dir / "args.json", asdict(args))
+        write_json(run_dir / "args.json", dict(asdict(args), script=Path(__file__).name))
         with SummaryWriter(run_dir) as writer:
             writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
             stop = stop_at_signals()

@@ -582,8 +582,9 @@ def reading(path: Path):
     except Exception as error:
         kind = type(error).__name__
         reason = " ".join(str(error).split())[:200]
-        problem = f"{path} is damaged or does not fit ({kind}: {reason})"
-        sys.exit(f"error: {problem}; give another, or delete it to make it again")
+        problem = f"{path} is damaged or does not fit this file, task and arguments ({kind}: {reason})"
+        cure = "delete it to make it again" if Path(path).parent.name == "pretrained" else "give another"
+        sys.exit(f"error: {problem}; {cure}")
 
 
 def load(path: Path, parts: dict) -> dict:
@@ -656,11 +657,27 @@ def perturb(obs, actions, args: Args):
     return obs, actions
 
 
+def code_of(*parts) -> dict:
+    """Source of functions and classes of this file, and of those that they use in turn, by name."""
+    code = {}
+    waiting = list(parts)
+    while waiting:
+        part = waiting.pop()
+        code[part.__name__] = inspect.getsource(part)
+        names = [node for node in ast.walk(ast.parse(code[part.__name__])) if isinstance(node, ast.Name)]
+        own = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+        for name in {node.id for node in names} - own - {"Args", *code}:
+            used = globals().get(name)
+            if getattr(used, "__module__", None) == __name__:
+                waiting.append(used)
+    return code
+
+
 def find_pretrained(args: Args):
     """Returns the file of the pre-trained model and, where it has to be trained first, the offline data or else None.
 
     A model is found again by the data, the seed, the arguments under `# Model` and `# Pre-training`, and this file's
-    code of networks and pre-training losses: whoever changes one of them gets a new one.
+    code of networks and pre-training, with all it uses: whoever changes one of them gets a new one.
     """
     task = data_tools.TASKS[args.env_id]
     family = f"{PRETRAINED}_{task.data or args.env_id}"  # both kitchens share their data
@@ -671,9 +688,9 @@ def find_pretrained(args: Args):
     data = data_tools.load_dataset(args.env_id, args.data_dir, args.dataset, args.data)
     names = [field.name for field in fields(Args)]
     names = names[names.index("skill_horizon") : names.index("clip_norm") + 1]
-    parts = Predictor, gaussian, draw, squash, kl_divergence, Features, SkillModel, SkillPrior
-    code = "".join(inspect.getsource(part) for part in (*parts, make_networks, pretrain_loss, pretrain_lr, perturb))
-    made_from = [data.fingerprint, args.seed, ast.dump(ast.parse(code))]
+    code = code_of(make_networks, pretrain_loss, pretrain_lr, perturb) | {"pretrain": inspect.getsource(pretrain)}
+    made_from = [data.fingerprint, args.seed]
+    made_from += [ast.dump(ast.parse(source)) for _, source in sorted(code.items())]
     made_from += [[name, getattr(args, name)] for name in names]
     made_from += [np.asarray(POSITION_PERIODS.get(args.env_id, ())).tolist(), ARM.get(args.env_id)]
     made_from += [task.obs_scale, task.obs_shift, task.objects]
@@ -684,12 +701,10 @@ def find_pretrained(args: Args):
 
 def pretrain(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop: threading.Event):
     """Phase 1: learn skills and prior from the offline data; writes them to path."""
-    train_data, valid_data = data.to(args.device).split(0.99)
+    window = args.skill_horizon + 1
+    train_data, valid_data = data.to(args.device).split(0.99, window)
     if args.recombine:
         train_data = train_data.recombined(data_tools.TASKS[args.env_id].objects, args.seed)  # DEVIATION 3
-    window = args.skill_horizon + 1
-    with kept_random_state(args):
-        valid_data.sample_windows(1, window)  # episodes that are too short for a validation are noticed now
     networks.train()  # BatchNorm's statistics move in pre-training only
     optimizer = torch.optim.RAdam(networks.parameters(), lr=args.pretrain_lr)
     loss_fn = torch.compile(pretrain_loss, mode="reduce-overhead", dynamic=False, disable=not args.compile)
@@ -985,6 +1000,9 @@ def evaluate(args: Args):
 # ----------------------------------------------------------------------------------------------------------------- main
 # With --resume all other flags stay as they were.
 MAY_CHANGE = "resume device compile checkpoint_interval eval_interval eval_episodes capture_video total_timesteps"
+# With --pretrained, whose model is finished, these would do nothing.
+PRETRAINING = """pretrain_updates pretrain_skills pretrain_batch_size pretrain_lr pretrain_lr_decay pretrain_tau
+    bc_chunks arm_noise recombine bc_coef kl_coef prior_coef recon_coef clip_updates clip_norm"""
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -1016,6 +1034,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
         path = Path(given.resume) / "args.json"
         with reading(path):
             defaults = json.loads(path.read_text())
+            script = defaults.pop("script", Path(__file__).name)
+            if script != Path(__file__).name:
+                sys.exit(f"error: {given.resume} is a run of {script}: go on with that file")
             check_types(defaults)
             names = {field.name for field in fields(Args)}
             missing = names - defaults.keys()
@@ -1025,9 +1046,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
         defaults["compile"] = given.device == "cuda"
     args = tyro.cli(Args, args=argv, default=Args(**defaults), description=__doc__.split("\n")[0])
     args.evaluate = given.evaluate
+    if given.evaluate and args.env_id != defaults["env_id"]:
+        sys.exit(f"error: {given.evaluate} is an agent of {defaults['env_id']}: leave out --env-id {args.env_id}")
     for name, value in asdict(args).items():
+        flag = f"--{name.replace('_', '-')}"
         if given.resume and name not in MAY_CHANGE.split() and value != defaults[name]:
-            sys.exit(f"error: --{name.replace('_', '-')} cannot change with --resume: leave it out, or begin a new run")
+            sys.exit(f"error: {flag} cannot change with --resume: leave it out, or begin a new run")
+        if args.pretrained and name in PRETRAINING.split() and value != defaults.get(name, getattr(Args, name)):
+            sys.exit(f"error: {flag} does nothing to the finished model of --pretrained: leave out one of them")
     return args
 
 
@@ -1088,7 +1114,7 @@ def main(args: Args) -> dict:
     facts = {}
     try:
         run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-        write_json(run_dir / "args.json", asdict(args))
+        write_json(run_dir / "args.json", dict(asdict(args), script=Path(__file__).name))
         with SummaryWriter(run_dir) as writer:
             writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
             stop = stop_at_signals()

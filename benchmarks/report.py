@@ -80,6 +80,8 @@ it differs from what the logs give. How the numbers are made: [README](README.md
 - **Length of plans**: CEM plans 1 skill ahead on CALVIN and up to 10 in the kitchens. In the maze plans grow by the
   release's schedule, made for 2M env steps: 1 skill up to 111,000 env steps, 2 up to 222,000, 3 at 300,000. So only
   the kitchens test long plans here.
+- **Seeds of a cell share a pre-trained model**, so their spread is that of RL alone. Relay's seeds have models of their
+  own, and so has one seed each of SkiMo without joint training in the maze and of SkiMo on human data.
 - Hyper-parameters were chosen with SkiMo on these tasks, partly on these seeds. Its ablations inherit them.
 """
 
@@ -134,7 +136,8 @@ UNDER_TABLE = """
 Mean over seeds (each seed) of training episodes, smoothed as in the paper (over some 50,000 env steps, SPiRL's over
 10,000), beside its value at the same env step and at its end. **The offline data are not the paper's: compare the order
 of methods, not heights.** On human data pre-training shifts arms and recombines objects, the paper's does not. Plans:
-up to 3 skills in the maze, 1 on CALVIN, 10 in the Kitchen.
+up to 3 skills in the maze, 1 on CALVIN, 10 in the Kitchen. **Seeds differ in RL alone**: those of a cell start from one
+pre-trained model, but for Relay's and one each of SkiMo without joint training and of SkiMo on human data.
 """
 
 

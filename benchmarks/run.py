@@ -46,6 +46,8 @@ from data_tools import TASKS
 LOCK_TIMEOUT = 300  # seconds to wait until a run whose runner or node was lost has saved and ended
 STOP_TIMEOUT = 600  # seconds that runs get to save when the runner is stopped: a block of updates can take minutes
 
+OURS = "--env-id --seed --run-dir --data-dir --resume --evaluate".split()  # a run's flags that the runner alone sets
+
 # Starts the command with SIGTERM (save and stop) as its fate when the Ray worker above it dies; only Linux can do that.
 LAUNCH = """
 import ctypes, os, sys
@@ -359,6 +361,9 @@ def make_cells(args: Args) -> list[Cell]:
                     flags = shlex.split(args.args)
                 except ValueError as error:
                     sys.exit(f"error: --args {args.args} cannot be split into flags ({error}); check its quotes")
+                for flag in flags:
+                    if flag.split("=")[0].replace("_", "-") in OURS:
+                        sys.exit(f"error: {flag.split('=')[0]} in --args would mix up the grid; leave it out")
                 cell = Cell(algo, env_id, seed, command + flags, folder, result, checkpoint, family)
                 cell.pretrained = any(flag.split("=")[0] == "--pretrained" for flag in flags)
                 check_flags(args, cell)

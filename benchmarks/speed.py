@@ -8,7 +8,8 @@ Networks and data are random and have the shapes of the task. Pre-training is th
 logs and target updates. An RL update draws its batch from the file's replay buffer. Skills come from the planner with
 K = N or, in files without one, from the task policy. Files without skills have no pre-training, and choose actions: by
 the planner (row `plan`) or the policy (row `act`). The training loop is `train` itself on random networks: all
-schedules of the real run are shrunk to --loop-steps, so that plan lengths and updates have the mix of the real run.
+schedules of the real run are shrunk to --loop-steps, so that plan lengths and updates have the mix of the real run;
+where a warm-up waits for whole episodes, these are short.
 Every number is the median of repeated calls after a warm-up, with CUDA synchronisation. Threads are torch's:
 OMP_NUM_THREADS sets them.
 """
@@ -103,9 +104,9 @@ def size_args(algo, size: str, mode: str, args: Args):
 
 def release_args(algo, config, size: str, args: Args):
     """The same arguments with the release's batch of pre-training and its planner."""
-    names = "pretrain_batch_size pretrain_skills bc_chunks num_samples num_elites cem_iters"
     values = algo.PUBLISHED.get(size, algo.RELEASE)
-    values = {name: values[name] for name in names.split() if name in values}
+    values = {name: values[name] for name in ("pretrain_batch_size", "pretrain_skills", "bc_chunks") if name in values}
+    values |= dict(num_samples=512, num_elites=64, cem_iters=6)  # in its planner
     if args.quick:
         values |= dict(pretrain_batch_size=8, num_samples=16, num_elites=4)
     return replaced(config, values)
@@ -350,7 +351,7 @@ class TimedData:
         self.data = self.data.to(device)
         return self
 
-    def split(self, fraction):
+    def split(self, fraction, length=1):
         return self, self
 
     def __getattr__(self, name):  # what relay.py reads
@@ -416,6 +417,9 @@ def time_training(algo, env_id: str, config, args: Args) -> dict:
         seconds = dict(env=0.0, choose=0.0, update=0.0)
         networks = (make_networks(algo, env_id, config), {}) if has_skills(algo) else ()
         envs = algo.data_tools.make_envs(env_id, config.num_envs)
+        if has_skills(algo) and hasattr(config, "warmup_steps"):  # it waits for whole episodes: they shrink as well
+            longest = max(10, getattr(config, "num_skills", 0), getattr(config, "batch_length", 0))  # in skills
+            envs.max_episode_steps = longest * config.skill_horizon
         with (
             tempfile.TemporaryDirectory() as folder,
             silence(),

@@ -97,15 +97,20 @@ class OfflineDataset:
         narrowed.observations = self.observations[:, :obs_dim].contiguous()
         return narrowed
 
-    def split(self, fraction: float = 0.99) -> tuple["OfflineDataset", "OfflineDataset"]:
+    def split(self, fraction: float = 0.99, length: int = 1) -> tuple["OfflineDataset", "OfflineDataset"]:
         """Return (train, validation): the first `fraction` of the episodes in file order, and the rest.
 
-        Each side has at least one episode. Raises DataError if there are fewer than two.
+        Only episodes of at least `length` rows count, and each side has one; says so if there are shorter ones. Raises
+        DataError if there are fewer than two.
         """
-        num_episodes = len(self.episode_starts)
-        if num_episodes < 2:
-            raise DataError(f"{self!r} cannot be split: collect at least two episodes.")
-        cut = min(max(int(fraction * num_episodes), 1), num_episodes - 1)
+        lengths = self.episode_lengths
+        usable = (lengths >= length).nonzero().flatten()  # numbers of the episodes
+        found = f"{len(usable):,} of {len(lengths):,} episodes have the {length:,} rows of a window"
+        if len(usable) < 2:
+            raise DataError(f"{found}, the longest has {int(lengths.max()):,}: use at least two, or shorter windows.")
+        if len(usable) < len(lengths):
+            print(f"{found}; the others are left out", flush=True)
+        cut = int(usable[min(max(int(fraction * len(usable)), 1), len(usable) - 1)])
         row = int(self.episode_starts[cut])
         parts = []
         for rows in (slice(None, row), slice(row, None)):
@@ -300,7 +305,10 @@ def made_once(path, make: Callable[[], OfflineDataset]) -> OfflineDataset:
                 for leftover in path.parent.glob(f"part_*_{path.name}"):  # of a process that was killed while writing
                     leftover.unlink(missing_ok=True)
                 print(f"Making the data, once: {path}", flush=True)
-                make().save(path)
+                made = make()
+                made.save(path)
+                if (largest := float(made.actions.abs().max())) > 1.001:
+                    print(f"note: actions reach {largest:.2f}, beyond the [-1, 1] of the policies", flush=True)
         finally:
             lock.release()
     return OfflineDataset.load(path)

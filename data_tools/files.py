@@ -34,9 +34,13 @@ def cache_dir(data_dir=None) -> Path:
 
 
 def imported(name: str):
-    """Return what "module:name" names."""
+    """Return what "module:name" names. Raises DataError if there is no such module or name."""
     module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ModuleNotFoundError, AttributeError) as error:
+        cure = "correct the entry in TASKS, or put the module's folder into PYTHONPATH"
+        raise DataError(f"{name} cannot be imported ({error}): {cure}.") from error
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ def tiny_args(**changes):
         pretrain_skills=3, bc_chunks=3, skill_encoder="mlp", num_envs=2, batch_size=8, num_samples=16,
         num_policy_trajs=4, num_elites=6, cem_iters=2, pretrain_batch_size=8, pretrain_updates=6,
         pretrain_eval_episodes=1, eval_episodes=2, horizon_steps=1000, std_steps=1000, alpha=1.0, autotune=True,
-        plan_start="wide", min_std=0.5, tau=0.01,
+        min_std=0.5, tau=0.01,
     )  # fmt: skip
     return skimo.Args(**(small | changes))
 

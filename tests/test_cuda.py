@@ -288,7 +288,7 @@ def tensors(values) -> list:
 def both_phases(algo, folder):
     """Pre-training, where there is one, and RL on the CPU, with logs and planner: checkpoint and all logged numbers."""
     args = tiny_args(algo, True, "cpu")
-    args = speed.replaced(args, dict(pretrain_updates=110, total_timesteps=600, warmup_steps=10, warmup_skills=2))
+    args = speed.replaced(args, dict(pretrain_updates=110, total_timesteps=700, warmup_steps=10, warmup_skills=2))
     args = speed.replaced(args, dict(updates_per_step=0.2, updates_per_skill=2.0, eval_interval=0))
     if algo.__name__ == "option_critic":  # on-policy: an update for every batch
         args.total_timesteps = 210 * args.batch_size
@@ -304,7 +304,12 @@ def both_phases(algo, folder):
             agent.rewarded.fill_(1)
         return agent
 
+    short = {}
+    if speed.has_skills(algo):  # the warm-up waits for whole episodes
+        short = dict(max_episode_steps=70)
+        args = speed.replaced(args, dict(num_envs=2))
     with (
+        mock.patch.dict(algo.data_tools.TASKS["kitchen"].env_kwargs, short),
         mock.patch.object(algo, "Agent", rewarded),
         mock.patch.object(algo, "rollout", return_value=(np.zeros(1), np.zeros(1))),
         mock.patch.object(torch.Tensor, "cpu", torch.Tensor.clone),  # as from a GPU

@@ -172,6 +172,19 @@ def test_split_is_by_file_order():
         OfflineDataset(**make_arrays((7,))).split()
 
 
+def test_split_counts_the_episodes_that_are_long_enough(capsys):
+    """Both sides have one of them, wherever short ones stand in the file."""
+    dataset = OfflineDataset(**make_arrays((2, 9, 2, 9, 9, 2)))
+    for fraction, train, validation in ((0.99, [2, 9, 2, 9], [9, 2]), (0.4, [2, 9, 2], [9, 9, 2])):
+        parts = dataset.split(fraction, 9)
+        assert [part.episode_lengths.tolist() for part in parts] == [train, validation]
+        assert "3 of 6 episodes have the 9 rows of a window; the others" in capsys.readouterr().out
+    dataset.split(0.5, 2)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(DataError, match="0 of 6 episodes have the 10 rows of a window, the longest has 9"):
+        dataset.split(0.99, 10)
+
+
 def test_recombined_episodes_differ_in_untouched_objects_alone():
     """Column 0 is the arm, 1 and (2, 3) are objects: episode 0 moves the first, 1 the second, 2 and 3 nothing."""
     rng = np.random.default_rng(0)

@@ -551,7 +551,18 @@ def test_other_bad_input_is_refused_in_a_sentence(tmp_path):
     log.with_name("seed01.csv").write_text(log.with_suffix(".csv").read_text())
     with pytest.raises(SystemExit, match="error: seed 1 of maze/skimo/scripted is there twice"):
         report.main(report.Args(tmp_path))
-    log.with_name("seed01.json").unlink()
+
+
+def test_a_task_of_ones_own_has_tables_and_curves(tmp_path, monkeypatch):
+    monkeypatch.setattr(scores, "TASKS", dict(scores.TASKS))
+    for module in (plot, report):
+        monkeypatch.setattr(module, "TASKS", scores.TASKS)
+    write_log(tmp_path, "mine", 1, 0.5, steps=4_800, length=60)
+    log = tmp_path / "maze" / "mine" / "scripted" / "seed1.json"
     log.write_text(log.read_text().replace('"env_id": "maze"', '"env_id": "moon"'))
-    with pytest.raises(SystemExit, match="is of the task moon; add it to TASKS"):
-        report.main(report.Args(tmp_path))
+    report.main(report.Args(tmp_path))
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "## moon, scripted data" in text and "Score: return, at best 50." in text
+    row = next(line for line in text.splitlines() if line.startswith("| mine | 1 |"))
+    assert "**50.00** (50.00)" in row
+    assert (tmp_path / "curves_moon.png").stat().st_size > 10_000

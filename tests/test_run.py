@@ -384,6 +384,8 @@ def test_dry_run_prints_commands_that_a_user_could_type(tmp_path):
         (dict(algos=("nothing",)), "--algos nothing is no file in"),
         (dict(env_ids=("kitchn",)), "--env-ids kitchn is no task; choose from maze"),
         (dict(seeds=()), "the grid is empty"),
+        (dict(args="--tau 0.1 --seed 7"), "--seed in --args would mix up the grid"),
+        (dict(args="--env_id=kitchen"), "--env_id in --args would mix up the grid"),
         (dict(threads_per_run=0), "--threads-per-run 0 is too small"),
         (dict(num_cpus=-2), "--num-cpus -2 is too small"),
         (dict(max_retries=-1), "--max-retries -1 is too small"),

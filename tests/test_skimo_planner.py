@@ -44,12 +44,11 @@ def plan_args(**changes):
     return tiny_args(**(sizes | changes))
 
 
-def run_plan(model, obs, K, args, policy=None, min_std=0.01, noise_scale=0.0, mean=None, seed=0):
+def run_plan(model, obs, K, args, policy=None, min_std=0.01, noise_scale=0.0, seed=0):
     torch.manual_seed(seed)
     obs = torch.as_tensor(obs, dtype=torch.float32)
-    mean = torch.zeros(len(obs), K, 2) if mean is None else mean
     policy = policy or gaussian_policy(0.0, 0.0)
-    return skimo.plan(model, policy, obs, mean, torch.tensor(min_std), torch.tensor(noise_scale), args)
+    return skimo.plan(model, policy, obs, K, torch.tensor(min_std), torch.tensor(noise_scale), args)
 
 
 @pytest.mark.parametrize("K", [1, 3])
@@ -73,7 +72,10 @@ def test_plan_follows_the_critic_behind_the_last_skill(K):
         assert torch.all(h[..., -1] == K)
         return -100 * (h[..., :2] - goal).square().sum(-1) - 30 * (z[..., 0] - 0.5).square()
 
-    _, mean = run_plan(Stub(q=q), [[0.0, 0.0]], K, plan_args(), policy=gaussian_policy(0.5, -10.0))
+    def policy(h):  # proposes anything, but goes on with 0.5
+        return torch.where(h[..., -1:] < K, gaussian_policy(0.0, 0.0)(h), gaussian_policy(0.5, -10.0)(h))
+
+    _, mean = run_plan(Stub(q=q), [[0.0, 0.0]], K, plan_args(), policy=policy)
     torch.testing.assert_close(mean.sum(1), goal[None], atol=0.1, rtol=0)
 
 
@@ -92,17 +94,13 @@ def test_plans_whose_states_overflow_are_never_elite():
         value = -20 * (z - 0.5).square().sum(-1)
         return torch.where((z > 0.6).any(-1), torch.full_like(value, torch.nan), value)
 
-    args = tiny_args(num_samples=2000, num_policy_trajs=10, num_elites=50, cem_iters=10, skill_dim=2)
-    torch.manual_seed(0)
-    scalars = torch.tensor(0.01), torch.tensor(0.0)
-    policy = gaussian_policy(0.0, 0.0)
-    first, mean = skimo.plan(Stub(reward), policy, torch.zeros(2, 2), torch.zeros(2, 1, 2), *scalars, args)
+    args = plan_args(num_samples=2000, num_elites=50)
+    first, mean = run_plan(Stub(reward), torch.zeros(2, 2), 1, args)
     torch.testing.assert_close(mean, torch.full((2, 1, 2), 0.5), atol=0.08, rtol=0)
     assert first.isfinite().all()
 
 
-@pytest.mark.parametrize("plan_start", ["policy", "wide"])
-def test_one_overflown_plan_of_the_policy_does_not_spoil_the_search(plan_start):
+def test_one_overflown_plan_of_the_policy_does_not_spoil_the_search():
     """The policy proposes NaN for the second skill of one plan in ten, as it does in a state that overflowed."""
 
     def policy(h):
@@ -114,8 +112,7 @@ def test_one_overflown_plan_of_the_policy_does_not_spoil_the_search(plan_start):
     def reward(h, z):
         return -20 * (z - 0.5).square().sum(-1)
 
-    args = plan_args(plan_start=plan_start)
-    first, mean = run_plan(Stub(reward), [[0.0, 0.0]], 2, args, policy=policy)
+    first, mean = run_plan(Stub(reward), [[0.0, 0.0]], 2, plan_args(), policy=policy)
     torch.testing.assert_close(mean, torch.full((1, 2, 2), 0.5), atol=0.1, rtol=0)
     assert first.isfinite().all()
 
@@ -127,7 +124,7 @@ def test_plans_stay_inside_the_skills_range():
     args = plan_args()
     first, mean = run_plan(Stub(reward), [[0.0, 0.0]], 2, args, noise_scale=1.0, min_std=0.5)
     torch.testing.assert_close(mean, torch.full((1, 2, 2), 0.999), atol=1e-3, rtol=0)
-    firsts = torch.cat([run_plan(Stub(reward), [[0.0, 0.0]], 2, args, None, 0.5, 1.0, None, s)[0] for s in range(20)])
+    firsts = torch.cat([run_plan(Stub(reward), [[0.0, 0.0]], 2, args, None, 0.5, 1.0, s)[0] for s in range(20)])
     assert firsts.abs().max() <= 0.999 + 1e-6
     assert (firsts < 0.99).any() and (firsts > 0.998).any()
 
@@ -156,15 +153,16 @@ def test_plans_of_the_policy_win_where_samples_are_useless():
 
 
 def test_elite_is_drawn_with_the_softmax_of_its_value():
-    args = plan_args(num_samples=2, num_policy_trajs=1, num_elites=3, cem_iters=1, temperature=0.5)
+    args = plan_args(num_samples=1, num_policy_trajs=2, num_elites=3, cem_iters=1, temperature=0.5)
     draws = 4000
     firsts, _ = run_plan(Stub(lambda h, z: 2 * z[..., 0]), torch.zeros(draws, 2), 1, args)
     torch.manual_seed(0)
-    policy = torch.tanh((1 + 1e-4) * torch.randn(draws, 1, 2))
-    samples = (2 * torch.randn(draws, 2, 1, 2)[:, :, 0]).clamp(-0.999, 0.999)
-    plans = torch.cat([samples, policy], 1)  # (draws, 3, 2)
+    policy = torch.tanh((1 + 1e-4) * torch.randn(draws, 2, 2))
+    mean, std = policy.mean(1), policy.std(1).maximum(torch.tensor(0.01))
+    sample = (mean + std * torch.randn(draws, 1, 1, 2)[:, 0, 0]).clamp(-0.999, 0.999)
+    plans = torch.cat([sample[:, None], policy], 1)  # (draws, 3, 2)
     weight = torch.softmax(plans[..., 0], 1)  # 0.5 * 2 z
-    picked = (plans - firsts[:, None]).abs().sum(-1)
+    picked = (plans.clamp(-0.999, 0.999) - firsts[:, None]).abs().sum(-1)
     assert picked.min(1).values.max() < 1e-5
     picked = picked.argmin(1)
     for rank in range(3):  # how often the k-th plan is taken, against the sum of its probabilities
@@ -172,19 +170,17 @@ def test_elite_is_drawn_with_the_softmax_of_its_value():
         assert abs((picked == rank).sum() - expected) < 4.5 * variance.sqrt()
 
 
-@pytest.mark.parametrize("plan_start", ["wide", "policy"])
-def test_plan_agrees_with_a_numpy_planner(plan_start):
+def test_plan_agrees_with_a_numpy_planner():
     args = tiny_args(num_samples=12, num_policy_trajs=3, num_elites=5, cem_iters=3, gamma=0.8, momentum=0.2)
-    args.temperature, args.max_std, args.plan_start = 0.7, 1.5, plan_start
+    args.temperature = 0.7
     E, K, Z, P = 2, 3, args.skill_dim, 15
     networks = double_networks(args)
     model, policy = networks["model"], networks["prior"]
     rng = np.random.default_rng(4)
-    obs, first_mean = random_obs(rng, E), rng.uniform(-0.5, 0.5, (E, K, Z))
+    obs = random_obs(rng, E)
     torch.manual_seed(9)
-    mean_in = torch.from_numpy(first_mean)
     scalars = torch.tensor([0.3, 1.0], dtype=torch.float64)
-    skill, mean_out = skimo.plan(model, policy, torch.from_numpy(obs), mean_in, *scalars, args)
+    skill, mean_out = skimo.plan(model, policy, torch.from_numpy(obs), K, *scalars, args)
     torch.manual_seed(9)
 
     def normal(*shape, dtype=torch.float64):
@@ -196,13 +192,11 @@ def test_plan_agrees_with_a_numpy_planner(plan_start):
         m, s = np_gaussian(np_net(policy, h))
         proposals.append(np.tanh(m + s * normal(E, 3, Z)))
         h = np_net(model.dynamics, np.concatenate([h, proposals[-1]], -1))
-    mean, std = first_mean, np.full((E, K, Z), 1.5)
-    if plan_start == "policy":
-        proposed = np.stack(proposals, 2)
-        mean, std = proposed.mean(1), np.maximum(proposed.std(1, ddof=1), 0.3)
+    proposed = np.stack(proposals, 2)
+    mean, std = proposed.mean(1), np.maximum(proposed.std(1, ddof=1), 0.3)
     for _ in range(3):
         plans = mean[:, None] + std[:, None] * normal(E, 12, K, Z, dtype=torch.float32)
-        plans = np.concatenate([np.clip(plans, -0.999, 0.999), np.stack(proposals, 2)], 1)
+        plans = np.concatenate([np.clip(plans, -0.999, 0.999), proposed], 1)
         h, value = np.repeat(h0[:, None], P, 1), np.zeros((E, P))
         for t in range(K):
             hz = np.concatenate([h, plans[:, :, t]], -1)
@@ -222,25 +216,23 @@ def test_plan_agrees_with_a_numpy_planner(plan_start):
             new_mean[e] = 0.2 * mean[e] + 0.8 * centre
             elites.append(elite)
             weights.append(w)
-        mean, std = new_mean, np.clip(new_std, 0.3, 1.5)
+        mean, std = new_mean, np.maximum(new_std, 0.3)
     np.testing.assert_allclose(mean_out.numpy(), mean, atol=1e-5)
     race = torch.empty(E, 5, dtype=torch.float64).exponential_().numpy()
     picked = [np.argmax(weights[e] / race[e]) for e in range(E)]
-    noise_std = 0.3 if plan_start == "policy" else std[:, 0]
-    expected = np.stack([elites[e][picked[e]][0] for e in range(E)]) + noise_std * normal(E, Z)
+    expected = np.stack([elites[e][picked[e]][0] for e in range(E)]) + 0.3 * normal(E, Z)
     np.testing.assert_allclose(skill.numpy(), np.clip(expected, -0.999, 0.999), atol=1e-5)
 
 
 class PlannerLog:
-    """In place of `plan`: notes its arguments, answers with a mean that counts the calls."""
+    """In place of `plan`: notes its arguments."""
 
     def __init__(self):
         self.calls = []
 
-    def __call__(self, model, task_policy, obs, mean, min_std, noise_scale, args):
-        self.calls.append(SimpleNamespace(mean=mean.clone(), min_std=min_std.item(), noise=noise_scale.item()))
-        steps = torch.arange(1.0, mean.shape[1] + 1)[None, :, None]
-        return torch.zeros(len(obs), args.skill_dim), 100.0 * len(self.calls) + steps.expand_as(mean)
+    def __call__(self, model, task_policy, obs, K, min_std, noise_scale, args):
+        self.calls.append(SimpleNamespace(K=K, min_std=min_std.item(), noise=noise_scale.item()))
+        return torch.zeros(len(obs), args.skill_dim), None
 
 
 def logged_planner(monkeypatch, **changes):
@@ -257,7 +249,7 @@ def test_planner_follows_its_schedules(monkeypatch):
     obs = np.zeros((2, 4), dtype=np.float32)
     for step in (0, 2777, 2778, 12_500, 24_999, 25_000, 50_000, 10**6):
         planner(obs, step)
-    assert [call.mean.shape[1] for call in calls] == [1, 1, 2, 5, 9, 10, 10, 10]
+    assert [call.K for call in calls] == [1, 1, 2, 5, 9, 10, 10, 10]
     stds = [0.5, 0.4727854, 0.4727756, 0.3775, 0.2550098, 0.255, 0.01, 0.01]
     assert [call.min_std for call in calls] == pytest.approx(stds, rel=1e-5)
     skimo.Planner(planner.agent, planner.args, explore=False)(obs, 0)
@@ -276,26 +268,6 @@ def test_only_the_longest_plans_of_training_are_compiled(monkeypatch):
     for step in (25_000, 10**6):
         planner(obs, step)
     assert (len(calls), len(compiled.calls)) == (3, 2)
-
-
-def test_planner_starts_from_its_last_plan_moved_on_by_one_skill(monkeypatch):
-    planner, calls = logged_planner(monkeypatch)
-    obs = np.zeros((2, 4), dtype=np.float32)
-    planner.forget(np.array([True, True]))  # before the first plan there is nothing to forget
-    planner(obs, 6000)  # K = 3
-    assert not calls[0].mean.any()
-    planner.forget(np.array([False, True]))
-    planner(obs, 6010)
-    assert calls[1].mean[0, :, 0].tolist() == [102, 103, 0]
-    assert not calls[1].mean[1].any()  # a new episode
-    planner(obs, 6020)
-    assert calls[2].mean[:, :, 1].tolist() == [[202, 203, 0]] * 2
-    planner(obs, 9000)  # K = 4
-    assert calls[3].mean.shape[1] == 4 and not calls[3].mean.any()
-    planner, calls = logged_planner(monkeypatch, num_skills=1)
-    for _ in range(2):
-        planner(obs, 10**6)
-    assert not calls[1].mean.any()
 
 
 # ------------------------------------------------------------------------------------------------- acting and roll-outs

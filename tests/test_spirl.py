@@ -192,7 +192,7 @@ def aligned_windows(data, H=5):
 
     windows = SimpleNamespace(sample_windows=sample_windows, source="a test")
     windows.to = lambda device: windows
-    windows.split = lambda share: (windows, windows)
+    windows.split = lambda share, length: (windows, windows)
     return windows
 
 

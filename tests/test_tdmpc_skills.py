@@ -21,7 +21,8 @@ from test_spirl import (
 )
 
 import data_tools
-from algos import skimo, spirl
+from algos import spirl
+from algos import tdmpc as flat
 from algos import tdmpc_skills as tdmpc
 
 __all__ = ["short_episodes"]  # a fixture
@@ -198,22 +199,23 @@ def test_policy_loss_takes_value_on_imagined_and_kl_on_encoded_states():
 # -------------------------------------------------------------------------------------------------------------- planner
 
 
-def test_plan_is_that_of_skimo_with_the_releases_start(monkeypatch):
-    """Up to the bound of the plans, +-1 here and +-0.999 there, which is why the samples stay inside both."""
-    args = tiny_args(num_samples=40, cem_iters=3, temperature=0.7, momentum=0.2, gamma=0.8, max_std=0.1)
-    known = {field.name for field in dataclasses.fields(skimo.Args)}
-    shared = {name: value for name, value in vars(args).items() if name in known}
-    theirs = skimo.Args(**shared, plan_start="wide")
+def test_plan_is_that_of_flat_tdmpc_over_skills():
+    """tdmpc.py's planner is compared with NumPy in tests/test_tdmpc.py; what it calls an action is u here, z = 2 u."""
+    args = tiny_args(num_samples=40, cem_iters=3, temperature=0.7, momentum=0.2, gamma=0.8, max_std=0.6)
+    known = {field.name for field in dataclasses.fields(flat.Args)}
+    theirs = flat.Args(**{name: value for name, value in vars(args).items() if name in known})
     agent = new_agent(args)
     obs, mean = torch.rand(2, 4) * 30, torch.rand(2, 3, 3) - 0.5
-    monkeypatch.setattr(skimo, "gaussian_parameters", lambda pi: pi)  # our policy returns mean and std
     results = []
-    for plan, chosen in ((tdmpc.plan, args), (skimo.plan, theirs)):
+    for plan, policy, chosen in (
+        (tdmpc.plan, agent.task_policy, args),
+        (flat.plan, lambda h: agent.task_policy(h)[0], theirs),
+    ):
         torch.manual_seed(0)
         scalars = torch.tensor(0.05), torch.tensor(1.0)
-        results.append(plan(agent.model, agent.task_policy, obs, mean.clone(), *scalars, chosen))
-    (z, fitted), (u, expected) = results
-    assert torch.equal(z, 2 * u) and torch.equal(fitted, expected)
+        results.append(plan(agent.model, policy, obs, mean.clone(), *scalars, chosen))
+    (z, fitted), (action, expected) = results
+    assert torch.equal(z, 2 * action) and torch.equal(fitted, expected)
 
 
 class Stub:
