@@ -501,8 +501,9 @@ def reading(path: Path):
     except Exception as error:
         kind = type(error).__name__
         reason = " ".join(str(error).split())[:200]
-        problem = f"{path} is damaged or does not fit this file, task and arguments ({kind}: {reason})"
-        cure = "delete it to make it again" if Path(path).parent.name == "pretrained" else "give another"
+        problem = f"{path} is damaged or does not fit this file and task ({kind}: {reason})"
+        made = Path(path).parent.name in ("pretrained", "flows")
+        cure = "delete it to make it again" if made else "give another"
         sys.exit(f"error: {problem}; {cure}")
 
 
@@ -854,9 +855,10 @@ def parse_args(argv: list[str] | None = None) -> Args:
         path = Path(given.resume) / "args.json"
         with reading(path):
             defaults = json.loads(path.read_text())
-            script = defaults.pop("script", Path(__file__).name)
-            if script != Path(__file__).name:
-                sys.exit(f"error: {given.resume} is a run of {script}: go on with that file")
+            this = Path(__file__).name
+            script = defaults.pop("script", this)
+            if script != this:
+                sys.exit(f"error: {given.resume} is a run of {script}: go on with it")
             check_types(defaults)
             names = {field.name for field in fields(Args)}
             missing = names - defaults.keys()
@@ -866,7 +868,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         defaults["compile"] = given.device == "cuda"
     args = tyro.cli(Args, args=argv, default=Args(**defaults), description=__doc__.split("\n")[0])
     if given.evaluate and args.env_id != defaults["env_id"]:
-        sys.exit(f"error: {given.evaluate} is an agent of {defaults['env_id']}: leave out --env-id {args.env_id}")
+        task = defaults["env_id"]
+        sys.exit(f"error: {given.evaluate} is an agent of {task}: leave out --env-id")
     for name, value in asdict(args).items():
         if given.resume and name not in MAY_CHANGE.split() and value != defaults[name]:
             sys.exit(f"error: --{name.replace('_', '-')} cannot change with --resume: leave it out, or begin a new run")
@@ -916,7 +919,8 @@ def main(args: Args) -> dict:
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {args.device}, torch {torch.__version__}"
     try:
         run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-        write_json(run_dir / "args.json", dict(asdict(args), script=Path(__file__).name))
+        saved = dict(asdict(args), script=Path(__file__).name)
+        write_json(run_dir / "args.json", saved)
         with SummaryWriter(run_dir) as writer:
             writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
             stop = stop_at_signals()

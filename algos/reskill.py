@@ -372,7 +372,7 @@ class FlowPrior(nn.Module):
 class ActorCritic(nn.Module):
     """Gaussian policy and value of PPO for inputs (..., O + more). There is one for skills and one for residuals."""
 
-    def __init__(self, obs_dim: int, more: int, out_dim: int, std: float, min_std: float, args: Args):
+    def __init__(self, obs_dim, more, out_dim, std, min_std, args: Args):
         super().__init__()
         self.obs_dim = obs_dim
         self.features = Features(obs_dim, args, always_scaled=True)
@@ -789,8 +789,9 @@ def reading(path: Path):
     except Exception as error:
         kind = type(error).__name__
         reason = " ".join(str(error).split())[:200]
-        problem = f"{path} is damaged or does not fit this file, task and arguments ({kind}: {reason})"
-        cure = "delete it to make it again" if Path(path).parent.name == "pretrained" else "give another"
+        problem = f"{path} is damaged or does not fit this file and task ({kind}: {reason})"
+        made = Path(path).parent.name in ("pretrained", "flows")
+        cure = "delete it to make it again" if made else "give another"
         sys.exit(f"error: {problem}; {cure}")
 
 
@@ -999,9 +1000,10 @@ def find_flow(args: Args, model: Path, data) -> Path:
     return data_tools.cache_dir(args.data_dir) / "flows" / f"{model.stem}_{key}.pt"
 
 
-def learn_flow(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop: threading.Event):
+def learn_flow(args: Args, networks, path: Path, data, writer, stop):
     """Between the phases: learn the flow prior of the frozen skills (DEVIATION 5); writes it to path."""
-    train_data, valid_data = data.to(args.device).split(0.99, args.skill_horizon + 1)
+    window = args.skill_horizon + 1
+    train_data, valid_data = data.to(args.device).split(0.99, window)
     if args.recombine:
         train_data = train_data.recombined(data_tools.TASKS[args.env_id].objects)  # DEVIATION 3
     networks.eval()
@@ -1064,7 +1066,7 @@ def learn_flow(args: Args, networks: nn.ModuleDict, path: Path, data, writer, st
     unfinished.unlink(missing_ok=True)
 
 
-def add_flow(args: Args, networks: nn.ModuleDict, model: Path, facts: dict, writer, stop: threading.Event):
+def add_flow(args: Args, networks, model: Path, facts: dict, writer, stop):
     """Put the flow prior for the pre-trained model into networks, from the cache or learnt now; complete the facts."""
     data = data_tools.load_dataset(args.env_id, args.data_dir, args.dataset, args.data)
     torch.manual_seed(0)
@@ -1414,9 +1416,10 @@ def parse_args(argv: list[str] | None = None) -> Args:
         path = Path(given.resume) / "args.json"
         with reading(path):
             defaults = json.loads(path.read_text())
-            script = defaults.pop("script", Path(__file__).name)
-            if script != Path(__file__).name:
-                sys.exit(f"error: {given.resume} is a run of {script}: go on with that file")
+            this = Path(__file__).name
+            script = defaults.pop("script", this)
+            if script != this:
+                sys.exit(f"error: {given.resume} is a run of {script}: go on with it")
             check_types(defaults)
             names = {field.name for field in fields(Args)}
             missing = names - defaults.keys()
@@ -1427,12 +1430,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = tyro.cli(Args, args=argv, default=Args(**defaults), description=__doc__.split("\n")[0])
     args.evaluate = given.evaluate
     if given.evaluate and args.env_id != defaults["env_id"]:
-        sys.exit(f"error: {given.evaluate} is an agent of {defaults['env_id']}: leave out --env-id {args.env_id}")
+        task = defaults["env_id"]
+        sys.exit(f"error: {given.evaluate} is an agent of {task}: leave out --env-id")
     for name, value in asdict(args).items():
         flag = f"--{name.replace('_', '-')}"
-        if given.resume and name not in MAY_CHANGE.split() and value != defaults[name]:
+        before = defaults.get(name, getattr(Args, name))
+        if given.resume and name not in MAY_CHANGE.split() and value != before:
             sys.exit(f"error: {flag} cannot change with --resume: leave it out, or begin a new run")
-        if args.pretrained and name in PRETRAINING.split() and value != defaults.get(name, getattr(Args, name)):
+        if args.pretrained and name in PRETRAINING.split() and value != before:
             sys.exit(f"error: {flag} does nothing to the finished model of --pretrained: leave out one of them")
     return args
 
@@ -1494,7 +1499,8 @@ def main(args: Args) -> dict:
     facts = {}
     try:
         run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-        write_json(run_dir / "args.json", dict(asdict(args), script=Path(__file__).name))
+        saved = dict(asdict(args), script=Path(__file__).name)
+        write_json(run_dir / "args.json", saved)
         with SummaryWriter(run_dir) as writer:
             writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
             stop = stop_at_signals()
