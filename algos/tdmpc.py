@@ -34,7 +34,7 @@ A run's folder holds the same files as skimo.py's.
 Differs from skimo.py in: Args, TASK_DEFAULTS, CPU_PRESET, POSITION_PERIODS, scalar_head, WorldModel, model_loss,
     policy_loss, plan, Planner, rollout, Agent, train, evaluate, parse_args, check_args, main
 Score with --cpu-preset, sub-tasks per training episode in the last 50,000 of 300,000 env steps: CALVIN .26 / .52;
-maze 0 (one seed); Kitchen, 200,000 env steps, 0 (two seeds). Its control, Gymnasium's pendulum: -130 (algos/README.md).
+maze 0 / 0; Kitchen, 200,000 env steps, 0 / 0. Its control, Gymnasium's pendulum: -130 (algos/README.md).
 Shapes: B batch, N steps per window, O observation, A action, d latent state, E environments, K steps per plan, P plans.
 """
 
