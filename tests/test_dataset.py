@@ -1,5 +1,6 @@
 """Data files and the window sampler, on small data made by hand."""
 
+import dataclasses
 import errno
 import os
 import pickle
@@ -427,13 +428,22 @@ def test_load_dataset_makes_the_file_once(tmp_path, monkeypatch, capsys):
     leftover = tmp_path / "part_0123_maze_noise0.5_seed0_v1.hdf5"  # of a process that was killed
     leftover.write_bytes(b"half a file")
     first = load_dataset("maze", tmp_path, progress=False)
-    assert str(tmp_path / "maze_noise0.5_seed0_v1.hdf5") in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert str(tmp_path / "maze_noise0.5_seed0_v1.hdf5") in said
+    assert f"actions reach {first.actions.abs().max():.2f}, beyond" in said
     again = load_dataset("maze", tmp_path, progress=False)
     assert capsys.readouterr().out == ""
     assert calls == [(0.5, 0)] and first.fingerprint == again.fingerprint == maze_data().fingerprint
     assert not leftover.exists()
     load_dataset("maze", tmp_path, noise=0, seed=2, progress=False)
     assert calls[1:] == [(0, 2)] and (tmp_path / "maze_noise0.0_seed2_v1.hdf5").exists()
+
+
+@pytest.mark.parametrize("name", ["nowhere.maze:collect", "data_tools.scripted.maze:nothing"])
+def test_a_wrong_name_in_a_task_is_an_error(name, tmp_path, monkeypatch):
+    monkeypatch.setitem(data_tools.TASKS, "maze", dataclasses.replace(data_tools.TASKS["maze"], collect=name))
+    with pytest.raises(DataError, match=f"{name} cannot be imported .*PYTHONPATH"):
+        load_dataset("maze", tmp_path, progress=False)
 
 
 def test_load_dataset_errors(tmp_path):
