@@ -28,7 +28,7 @@ Differs from skimo.py in: Args, TASK_DEFAULTS, POSITION_PERIODS, policy_loss, ro
     evaluate, parse_args, check_args, main
 Score with --updates-per-step 0.1, two seeds: 0 in the maze and both kitchens; CALVIN 0 in the last 50,000 of 300,000
 env steps. Its control, Gymnasium's pendulum: -119 (algos/README.md). No CPU preset: on two threads of a Xeon an update
-takes 6 ms, all of 300,000 env steps 15 minutes.
+takes 6 ms, so those of 300,000 env steps should take 15 minutes (not run).
 Shapes: B batch, O observation, F inputs, A action, E environments.
 """
 
