@@ -736,16 +736,17 @@ class ReplayBuffer:
         return obs, z[:, :-1], rewards[:, :-1], dones[:, :-1]
 
     def state_dict(self) -> dict:
-        return dict(self.columns, episodes=self.episodes, running=self.running)
+        unfinished = [[torch.stack(values) for values in zip(*rows)] for rows in self.running]
+        return dict(self.columns, episodes=self.episodes, unfinished=unfinished)
 
     def load_state_dict(self, state: dict):
         rows = int((state["episodes"][:, 1] + 1).sum())
         for name, column in self.columns.items():
             if state[name].shape != (rows, *column.shape[1:]) or not state[name].isfinite().all():
                 raise ValueError(f"{name} of the replay buffer has another shape or is not finite")
-        if len(state["running"]) != len(self.running):
+        if len(state["unfinished"]) != len(self.running):
             raise ValueError("the replay buffer is that of another number of environments")
-        self.running = state["running"]
+        self.running = [list(zip(*columns)) for columns in state["unfinished"]]
         self.episodes = state["episodes"].to(self.device)
         self.columns = {name: state[name].to(self.device) for name in self.columns}
 

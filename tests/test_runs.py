@@ -763,7 +763,7 @@ def longer(x):
         replay_column(with_nan),
         replay_column(lambda x: x[:, None]),
         lambda state: state["rb"].update(episodes=state["rb"]["episodes"] + 1),
-        lambda state: state["rb"].update(running=state["rb"]["running"][:2]),
+        lambda state: state["rb"].update(unfinished=state["rb"]["unfinished"][:2]),
         lambda state: state.update(rng=[state["rng"][0][:-1]]),
         lambda state: state.update(running_return=torch.zeros(3)),
         lambda state: state.update(running_length=torch.zeros(3, dtype=torch.int64)),
