@@ -593,8 +593,8 @@ class Planner:
         K = int(1 + growth * (args.num_skills - 1))  # skills per plan
         progress = min(1.0, steps / args.std_steps)
         min_std = args.min_std + progress * (args.min_std_end - args.min_std)
-        min_std = torch.tensor(min_std, device=args.device)
-        noise_scale = torch.tensor(float(self.explore), device=args.device)
+        min_std = torch.full((), min_std, device=args.device)  # made there: torch.tensor would wait for the device
+        noise_scale = torch.full((), float(self.explore), device=args.device)
         mean = torch.zeros(E, K, args.skill_dim, device=args.device)
         if self.last_mean.shape == mean.shape:
             mean[:, :-1] = self.last_mean[:, 1:]

