@@ -720,7 +720,7 @@ class ReplayBuffer:
         return obs, z[:, :-1], rewards[:, :-1], dones[:, :-1]
 
     def state_dict(self) -> dict:
-        unfinished = [[torch.stack(values) for values in zip(*rows)] for rows in self.running]
+        unfinished = [list(map(torch.stack, zip(*rows))) for rows in self.running]
         return dict(self.columns, episodes=self.episodes, unfinished=unfinished)
 
     def load_state_dict(self, state: dict):

@@ -438,7 +438,8 @@ def critic_loss(
 
     # Twice, as in the release: SkiMo's errors on imagined and on encoded states are the same in windows of one skill.
     q1, q2 = critic(encoder.features(obs), z)  # (B, 1)
-    value_error = 2 * ((q1 - td_target).square() + (q2 - td_target).square())  # (B, 1)
+    value_error = (q1 - td_target).square()  # (B, 1)
+    value_error = 2 * (value_error + (q2 - td_target).square())
     loss = args.value_coef * value_error.clamp(max=1e5).mean()
     metrics = dict(value_loss=value_error, td_target=td_target, q_value=q1)
     return loss, {name: value.detach().mean() for name, value in metrics.items()}
@@ -588,7 +589,7 @@ class ReplayBuffer:
         return obs, z[:, :-1], rewards[:, :-1], dones[:, :-1]
 
     def state_dict(self) -> dict:
-        unfinished = [[torch.stack(values) for values in zip(*rows)] for rows in self.running]
+        unfinished = [list(map(torch.stack, zip(*rows))) for rows in self.running]
         return dict(self.columns, episodes=self.episodes, unfinished=unfinished)
 
     def load_state_dict(self, state: dict):
