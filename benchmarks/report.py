@@ -72,9 +72,9 @@ it differs from what the logs give. How the numbers are made: [README](README.md
 - **Clean evaluation**: without exploration noise. **On CALVIN 20 episodes are not 20 samples**: all start in the same
   state, without noise, and most policies are deterministic up to a planner's samples (of 20 such episodes of SkiMo, 18
   stayed within 1 mm of each other; no log kept). How many differ in each cell was not logged. They begin with an open
-  gripper, most training episodes with a closed one ([why](../data_tools/README.md#calvin)): the two are not alike. In
-  the maze every episode starts elsewhere. In the kitchens all start in the same state, and what is observed has noise
-  of its own in each.
+  gripper, training episodes with the last one's command, often closed ([more](../data_tools/README.md#calvin)): the two
+  are not alike. In the maze every episode starts elsewhere. In the kitchens all start in the same state, and what is
+  observed has noise of its own in each.
 - **Prior alone**: roll-outs of the pre-trained prior, where RL begins. The Mis-aligned Kitchen uses the Kitchen's
   model, and its roll-outs were in the Kitchen.
 - **RL minutes**: without pre-training, mostly one thread beside other jobs on two shared cores: upper bounds.
