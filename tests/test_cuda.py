@@ -127,15 +127,9 @@ def test_compiled_updates_and_plans_are_eager_ones(name, eager_random):
     fact("compiled RL is off by (share of the way)", name, apart)
     assert apart < 0.05
     drawn_in_order = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
-    near = dict(atol=1e-2, rtol=1e-2)
-    other_plans = set()
-    for key, value in eager_numbers.items():
-        if not key.startswith(("skills", "plan")):
-            torch.testing.assert_close(numbers[key], value, **near, msg=key)
-        elif not torch.allclose(numbers[key], value, **near):
-            other_plans.add(key[-1])
-    if drawn_in_order:  # rounding may decide between two plans of nearly the same value, but not in every round
-        assert len(other_plans) <= 1, other_plans
+    for key in eager_numbers:
+        if drawn_in_order or not key.startswith(("skills", "plan")):
+            torch.testing.assert_close(numbers[key], eager_numbers[key], atol=1e-2, rtol=1e-2, msg=key)
 
 
 @contextlib.contextmanager

@@ -517,7 +517,7 @@ def test_runs_of_which_one_stopped_before_the_others_first_episode(tmp_path):
 
 def test_figures_are_small():
     for path in [scores.RESULTS / "curves.png", *scores.RESULTS.glob("*/curves.png")]:
-        assert path.stat().st_size <= 400_000
+        assert path.stat().st_size <= 300_000
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
