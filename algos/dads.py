@@ -33,9 +33,10 @@ Differences from the release (google-research/dads), marked DEVIATION n below
    over the plans, so that a temperature means the same for all rewards. Evaluation takes the policy's mode (release:
    samples).
 7. The release plans with a known dense reward. Our tasks' rewards are sparse, so R is learnt from what was seen, in
-   both phases; nothing in the papers says how. Until a first reward, phase B executes random skills as phase A does.
-   --task-reward known tells the planner the task's success test: a labelled control, not the method. Where no plan
-   succeeds, as nearly everywhere in the maze, all are alike and their mean is a weak skill: no upper bound, then.
+   both phases, and so is q; nothing in the papers says how (release: q is that of phase A). Until a first reward, phase
+   B executes random skills as phase A does. --task-reward known tells the planner the task's success test: a labelled
+   control, not the method, and no upper bound. Where no sampled plan succeeds, as nearly everywhere in the maze, all
+   plans weigh the same, and their mean, a skill near 0, is executed.
 A time-out is no end for SAC, which counts the next state's value.
 Free choices: Z, hold_steps, the share of phase A. R cannot see which sub-tasks are done, which the reward depends on.
 
@@ -68,7 +69,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 # OpenMP's threads wait 1,000 turns for work before they sleep. With torch's default, 300 times that, an update beside
-# a busy program takes 1.6 times as long (table in algos/README.md). Must be set before torch is loaded.
+# a busy program takes 1.6 times as long (algos/README.md). Must be set before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -88,7 +89,7 @@ class Args:
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # of networks, sampling and environments
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and act
-    compile: bool = torch.cuda.is_available()  # torch.compile losses, with CUDA graphs
+    compile: bool = torch.cuda.is_available()  # torch.compile losses and plans, with CUDA graphs
     run_dir: str = "runs"  # folder of the run folders
     resume: str | None = None  # run folder to go on with, with its arguments
     evaluate: str | None = None  # only evaluate this checkpoint
@@ -129,7 +130,7 @@ class Args:
     num_samples: int = 50  # P: sampled plans per iteration
     mppi_iters: int = 10  # iterations
     plan_variance: float = 1.5  # of sampled skills around the mean, before they are clipped to [-1, 1]
-    plan_smoothing: float = 0.9  # share of the skill before in the next one of a plan
+    plan_smoothing: float = 0.9  # share of the skill before in the next one of a plan, where plan_skills is above 1
     temperature: float = 10.0  # factor on the plans' normalised returns in the softmax
 
 
@@ -154,7 +155,7 @@ SUBTASK_GOALS = {
 # Entries of x that jump by 2 pi: the Euler angles of CALVIN's tool.
 ANGLES = {"calvin": (3, 4, 5)}
 
-# Periods of the sines and cosines of an observation's first P entries, (P, F).
+# Periods of the sines and cosines of an observation's first entries, a row for each entry.
 POSITION_PERIODS = {
     "maze": np.outer([1.0] * 2, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]),  # position, in cells
     "kitchen": np.outer([1.0] * 7 + [0.1] * 2, [0.25, 0.5, 1.0, 2.0, 4.0]),  # arm joints in rad, fingers in m
@@ -366,12 +367,20 @@ def policy_loss(critics, actor, obs, alpha):
 
 
 # -------------------------------------------------------------------------------------------------- planner and acting
+def known_goals(args: Args):
+    """Of each sub-task: entries (n,) of x, their values (n,), radius. Made before plans are compiled, on the device."""
+    goals = []
+    for values, radius in SUBTASK_GOALS[args.env_id]:
+        entries = torch.tensor(list(values), device=args.device)
+        goal = torch.tensor(list(values.values()), device=args.device)
+        goals.append((entries, goal, radius))
+    return goals
+
+
 def known_reward(x, x_later, goals):
     """How many more sub-tasks are done at x_later than at x, by the task's own test: (..., D) twice -> (...)."""
     gained = 0.0
-    for values, radius in goals:
-        entries = list(values)
-        goal = torch.tensor(list(values.values()), device=x.device)
+    for entries, goal, radius in goals:
         before = (x[..., entries] - goal).norm(dim=-1) < radius
         after = (x_later[..., entries] - goal).norm(dim=-1) < radius
         gained = gained + after.float() - before.float()
@@ -472,7 +481,7 @@ class Executor:
         self.left[ended] = 0
 
 
-def executed(agent, args: Args, num_envs: int):
+def planned_actions(agent, args: Args, num_envs: int):
     """Function obs (E, O) -> actions (E, A) of an evaluation: planned skills and the policy's mode."""
     executor = Executor(Planner(agent, args, explore=False), num_envs)
     return functools.partial(executor, global_step=args.discover_steps)
@@ -714,19 +723,19 @@ def save(path: Path, parts: dict, **values):
 
     The file is renamed when it is whole, so that a crash while writing leaves the one of before.
     """
-    part = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
+    temporary = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
     state = {name: part.state_dict() for name, part in parts.items()}
     rng = [torch.get_rng_state()]
     if torch.cuda.is_initialized():
         rng.append(torch.cuda.get_rng_state())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(state, **values, rng=rng), part)
-        with part.open("rb") as file:
+        torch.save(dict(state, **values, rng=rng), temporary)
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
-        part.replace(path)
+        temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         reason = str(error).split("\n")[0]
         sys.exit(f"error: cannot write {path} ({reason}); free some space or choose another folder")
 
@@ -801,16 +810,16 @@ class Agent(nn.Module):
         self.args = args
         dim = min(args.dynamics_obs, obs_dim)
         self.dynamics = SkillDynamics(dim, args)
-        self.register_buffer("rewarded", torch.zeros(()))  # 1 as soon as the task gave a reward
         self.actor = Actor(obs_dim, action_dim, args)
         self.critics = TwinQ(obs_dim, action_dim, args)
         self.target = copy.deepcopy(self.critics).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.zeros(()))
         self.target_entropy = -0.5 * action_dim  # nats
         self.to(args.device)
+        self.register_buffer("rewarded", torch.tensor(False))  # by the task, ever; on the CPU: asked at each env step
         self.score = self.dynamics.reward  # what plans are for
         if args.task_reward == "known":
-            self.score = functools.partial(known_reward, goals=SUBTASK_GOALS[args.env_id])
+            self.score = functools.partial(known_reward, goals=known_goals(args))
         adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
         self.dynamics_optimizer = adam(self.dynamics.parameters())
         self.critic_optimizer = adam(self.critics.parameters())
@@ -878,8 +887,9 @@ class Agent(nn.Module):
 
 
 def gradient_norm(module):
-    """Norm of a module's gradient, (), which keeps it; what check_finite looks at."""
-    return nn.utils.clip_grad_norm_(module.parameters(), float("inf"))
+    """Norm of a module's gradient, (), which stays as it is; what check_finite looks at."""
+    gradients = [weight.grad for weight in module.parameters() if weight.grad is not None]
+    return nn.utils.get_total_norm(gradients)
 
 
 def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
@@ -932,8 +942,7 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
         action = executor(obs, global_step)  # (E, A)
         next_obs, rewards, terminations, truncations, _ = envs.step(action)
         rb.add(obs, action, executor.z, args.reward_scale * rewards, terminations, truncations, next_obs)
-        if rewards.any():
-            agent.rewarded.fill_(1)
+        agent.rewarded |= bool(rewards.any())
         # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
         obs = next_obs
         ended = terminations | truncations
@@ -982,7 +991,7 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
         # Evaluate with planned skills and the policy's mode
         finished = global_step >= args.total_timesteps
         if finished or passed(args.eval_interval, global_step, new_steps):
-            choose_action = executed(agent, args, args.eval_episodes)
+            choose_action = planned_actions(agent, args, args.eval_episodes)
             returns, lengths = rollout(choose_action, args.eval_episodes, args, 10_000 + args.seed)
             evaluations.append((global_step, float(returns.mean()), success(returns, args)))
             writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
@@ -996,6 +1005,7 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
             save(
                 checkpoint,
                 parts,
+                script=Path(__file__).name,
                 args=asdict(args),
                 envs=envs.get_state(),
                 z=torch.from_numpy(executor.z),
@@ -1014,9 +1024,11 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
     episodes_file.close()
     if global_step < args.total_timesteps:
         sys.exit(f"stopped at env step {global_step}; go on with: python {sys.argv[0]} --resume {run_dir}")
+    if global_step <= args.discover_steps:
+        print("RL ended in phase A: no skill was planned; give more --total-timesteps")
     rl_minutes = (time.time() - start_time) / 60
     if args.capture_video:
-        choose_action = executed(agent, args, 1)
+        choose_action = planned_actions(agent, args, 1)
         rollout(choose_action, 1, args, 10_000 + args.seed, run_dir / "evaluation.mp4")
         draw_skills(agent, args, args.hold_steps, run_dir / "skills.png")
     last_100 = [row[1] for row in episodes[-100:]]
@@ -1036,13 +1048,13 @@ def evaluate(args: Args):
     path = Path(args.evaluate)
     with reading(path):
         load(path, dict(agent=agent))
-    choose_action = executed(agent, args, args.eval_episodes)
+    choose_action = planned_actions(agent, args, args.eval_episodes)
     returns, lengths = rollout(choose_action, args.eval_episodes, args, 10_000 + args.seed)
     words = f"return {returns.mean():.4g}, success {success(returns, args):.0%}, {lengths.mean():.0f} env steps"
     print(f"{args.env_id}: {args.eval_episodes} episodes of {path}: {words} on average")
     if args.capture_video:
         video = Path(args.run_dir) / f"{args.env_id}__{args.exp_name}__evaluation.mp4"
-        rollout(executed(agent, args, 1), 1, args, 10_000 + args.seed, video)
+        rollout(planned_actions(agent, args, 1), 1, args, 10_000 + args.seed, video)
         print(f"video: {video}")
         picture = video.with_name(video.name.replace("evaluation.mp4", "skills.png"))
         draw_skills(agent, args, args.hold_steps, picture)
@@ -1066,17 +1078,16 @@ def parse_args(argv: list[str] | None = None) -> Args:
     defaults = dict(env_id=env_id, **TASK_DEFAULTS.get(env_id, {}))
     if given.evaluate:
         with reading(given.evaluate):
-            defaults = load(given.evaluate, {})["args"]
+            state = load(given.evaluate, {})
+            check_script(state, given.evaluate)
+            defaults = state["args"]
             check_types(defaults)
         defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile)
     if given.resume:
         path = Path(given.resume) / "args.json"
         with reading(path):
             defaults = json.loads(path.read_text())
-            this = Path(__file__).name
-            script = defaults.pop("script", this)
-            if script != this:
-                sys.exit(f"error: {given.resume} is a run of {script}: go on with it")
+            check_script(defaults, given.resume)
             check_types(defaults)
             names = {field.name for field in fields(Args)}
             missing = names - defaults.keys()
@@ -1092,6 +1103,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
         if given.resume and name not in MAY_CHANGE.split() and value != defaults[name]:
             sys.exit(f"error: --{name.replace('_', '-')} cannot change with --resume: leave it out, or begin a new run")
     return args
+
+
+def check_script(saved: dict, source: str):
+    """End the program if a run or an agent was made by another file; the oldest do not say by which."""
+    this = Path(__file__).name
+    script = saved.pop("script", this)
+    if script != this:
+        sys.exit(f"error: {source} was made by {script}: use that file")
 
 
 def check_types(values: dict):
@@ -1164,7 +1183,7 @@ def main(args: Args) -> dict:
     except OSError as error:  # while logs, episodes.csv or results.json were written
         sys.exit(f"error: cannot write to {run_dir} ({error}); free some space or choose another --run-dir")
     if results["updates"] == 0:
-        print("RL made no update: it ended before the first was due; give more --total-timesteps")
+        print("RL made no update: none was due before its end")
     print(f"finished: {run_dir}; curves: tensorboard --logdir {run_dir}")
     return results
 

@@ -54,7 +54,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 # OpenMP's threads wait 1,000 turns for work before they sleep. With torch's default, 300 times that, an update beside
-# a busy program takes 1.6 times as long (table in algos/README.md). Must be set before torch is loaded.
+# a busy program takes 1.6 times as long (algos/README.md). Must be set before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -133,7 +133,7 @@ DISC_ENTRIES = {
 # Factor on these entries: what is far apart must look so, 5 cells in the maze, .2 m of slider and drawer on CALVIN.
 DISC_SCALE = {"maze": 8.0, "calvin": 5.0}
 
-# Periods of the sines and cosines of an observation's first P entries, (P, F).
+# Periods of the sines and cosines of an observation's first entries, a row for each entry.
 POSITION_PERIODS = {
     "maze": np.outer([1.0] * 2, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]),  # position, in cells
     "kitchen": np.outer([1.0] * 7 + [0.1] * 2, [0.25, 0.5, 1.0, 2.0, 4.0]),  # arm joints in rad, fingers in m
@@ -391,10 +391,10 @@ class ReplayBuffer:
         A time-out is no end: the value of next_obs counts.
         """
         discount = self.gamma * (1.0 - terminations)
-        index = torch.arange(self.added, self.added + len(obs)) % len(self.columns["obs"])
+        index = torch.arange(self.added, self.added + len(obs), device=self.device) % len(self.columns["obs"])
         for name, values in zip(self.columns, (obs, action, z, rewards, next_obs, discount)):
             values = torch.from_numpy(np.asarray(values, dtype=np.float32))
-            self.columns[name][index.to(self.device)] = values.to(self.device)
+            self.columns[name][index] = values.to(self.device)
         self.added += len(obs)
 
     def sample(self, batch_size: int):
@@ -459,19 +459,19 @@ def save(path: Path, parts: dict, **values):
 
     The file is renamed when it is whole, so that a crash while writing leaves the one of before.
     """
-    part = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
+    temporary = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
     state = {name: part.state_dict() for name, part in parts.items()}
     rng = [torch.get_rng_state()]
     if torch.cuda.is_initialized():
         rng.append(torch.cuda.get_rng_state())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(state, **values, rng=rng), part)
-        with part.open("rb") as file:
+        torch.save(dict(state, **values, rng=rng), temporary)
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
-        part.replace(path)
+        temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         reason = str(error).split("\n")[0]
         sys.exit(f"error: cannot write {path} ({reason}); free some space or choose another folder")
 
@@ -639,8 +639,9 @@ def one_hot(index, args: Args):
 
 
 def gradient_norm(module):
-    """Norm of a module's gradient, (), which keeps it; what check_finite looks at."""
-    return nn.utils.clip_grad_norm_(module.parameters(), float("inf"))
+    """Norm of a module's gradient, (), which stays as it is; what check_finite looks at."""
+    gradients = [weight.grad for weight in module.parameters() if weight.grad is not None]
+    return nn.utils.get_total_norm(gradients)
 
 
 def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
@@ -756,9 +757,9 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
             if gradient_step == updates_due:
                 check_finite(metrics)  # acting waits for the device anyway
 
-        # Evaluate without exploration
+        # Evaluate without exploration; in discovery there is no controller yet
         finished = global_step >= args.total_timesteps
-        if finished or passed(args.eval_interval, global_step, new_steps):
+        if finished or (not discovering and passed(args.eval_interval, global_step, new_steps)):
             returns, lengths = rollout(Controller(agent), args.eval_episodes, args, 10_000 + args.seed)
             evaluations.append((global_step, float(returns.mean()), success(returns, args)))
             writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
@@ -772,6 +773,7 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
             save(
                 checkpoint,
                 parts,
+                script=Path(__file__).name,
                 args=asdict(args),
                 envs=envs.get_state(),
                 z=torch.from_numpy(z),
@@ -791,6 +793,8 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
     episodes_file.close()
     if global_step < args.total_timesteps:
         sys.exit(f"stopped at env step {global_step}; go on with: python {sys.argv[0]} --resume {run_dir}")
+    if global_step <= args.discover_steps:
+        print("RL ended in discovery: nothing was learnt of the task; give more --total-timesteps")
     rl_minutes = (time.time() - start_time) / 60
     if args.capture_video:
         rollout(Controller(agent), 1, args, 10_000 + args.seed, run_dir / "evaluation.mp4")
@@ -838,17 +842,16 @@ def parse_args(argv: list[str] | None = None) -> Args:
     defaults = dict(env_id=env_id, **TASK_DEFAULTS.get(env_id, {}))
     if given.evaluate:
         with reading(given.evaluate):
-            defaults = load(given.evaluate, {})["args"]
+            state = load(given.evaluate, {})
+            check_script(state, given.evaluate)
+            defaults = state["args"]
             check_types(defaults)
         defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile)
     if given.resume:
         path = Path(given.resume) / "args.json"
         with reading(path):
             defaults = json.loads(path.read_text())
-            this = Path(__file__).name
-            script = defaults.pop("script", this)
-            if script != this:
-                sys.exit(f"error: {given.resume} is a run of {script}: go on with it")
+            check_script(defaults, given.resume)
             check_types(defaults)
             names = {field.name for field in fields(Args)}
             missing = names - defaults.keys()
@@ -864,6 +867,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
         if given.resume and name not in MAY_CHANGE.split() and value != defaults[name]:
             sys.exit(f"error: --{name.replace('_', '-')} cannot change with --resume: leave it out, or begin a new run")
     return args
+
+
+def check_script(saved: dict, source: str):
+    """End the program if a run or an agent was made by another file; the oldest do not say by which."""
+    this = Path(__file__).name
+    script = saved.pop("script", this)
+    if script != this:
+        sys.exit(f"error: {source} was made by {script}: use that file")
 
 
 def check_types(values: dict):
@@ -930,7 +941,7 @@ def main(args: Args) -> dict:
     except OSError as error:  # while logs, episodes.csv or results.json were written
         sys.exit(f"error: cannot write to {run_dir} ({error}); free some space or choose another --run-dir")
     if results["updates"] == 0:
-        print("RL made no update: it ended before the first was due; give more --total-timesteps")
+        print("RL made no update: none was due before its end")
     print(f"finished: {run_dir}; curves: tensorboard --logdir {run_dir}")
     return results
 

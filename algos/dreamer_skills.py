@@ -27,28 +27,30 @@ Differences from the release, marked DEVIATION n below
 4. The model's encoder gets them, too. Raw observations are reconstructed; the release's maze is scaled, where the
    decoder's least std of 0.1 means 4 cells. Kitchens: 30 observations, not 60; the others are a constant goal.
 5. imagine_starts: imagination may begin in a random share of the states. The default is all, as in the release.
-6. Actions are those that pi_L was trained for, see (d). As 6 of dreamer.py, --continue-head: a model of the end, from
-   Dreamer's own code; off by default: imagination never ends.
+6. Actions are those that pi_L was trained for, see (d). --continue-head, as in dreamer.py, adds a model of where
+   episodes end, from Dreamer's own code. It is off by default: imagination never ends.
 7. E environments act side by side (release: 1), with its updates per env step. Windows are any 15 rows of an episode,
    unfinished ones included (release: finished ones). Shorter episodes are never drawn, there and here.
 8. The maze's warm-up has skills of the prior, as all tasks (release: (b)), and 50,000 env steps (release: 5,000), so
    that it finishes episodes. Skills are not clipped there: the model takes any u.
 9. The decoder begins at the mean of what was seen (release: at 0).
 10. reward_scale is applied; the release only logs it (100 in its kitchens and on CALVIN, without effect).
---published takes the release's side of 2, 3, the actions in 6, the E environments in 7 and the 50,000 env steps in 8.
+--published takes the release's side of 2, 3, the inputs in 4, the actions in 6, the E environments in 7 and the 50,000
+env steps in 8.
 Written from a description of the release's code; not run beside it.
 
-Four questions: goals no; skills are pre-trained, the rest learns in RL; a skill has a fixed rate of H steps; off-policy
-(replay for the model; actor and critic learn in imagination).
+Not goal-conditioned. Skills are pre-trained, the rest learns in RL. A skill lasts H steps. Off-policy: the model
+learns from the replay, actor and critic in imagination.
 Expect (paper, training episodes): maze 0; Kitchen .83 and 1.36 sub-tasks at .2 and .4 million env steps, Mis-aligned
 .49 and .70; CALVIN .04, then 0. The model has to learn from nothing what SkiMo's knows from the data.
 
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, PEOPLE, RELEASE, PUBLISHED, QUADRATURE, SkillModel,
 sample_gaussian, make_networks, RSSM, ActionModel, pretrain_loss, prior_rollouts, pretrain_lr, find_pretrained,
 pretrain, Agent, train, evaluate, check_args.
-A run's folder holds what skimo.py names.
+A run's folder holds what skimo.py names. Its prior_return is of skills 2 tanh(x); the warm-up draws them as they are.
 Score, sub-tasks per training episode in the last 25,000 of 200,000 env steps: Kitchen 2.7 / 2.3 (seeds 1, 2;
-prior: .84), Mis-aligned 2.2 / 2.3. In the last 50,000 of 300,000: CALVIN 0 / .84 (prior: .15), maze 0 / 0 (prior: .23).
+prior: .84), Mis-aligned 2.2 / 2.3. In the last 50,000 of 300,000: CALVIN 0 / .84 (prior: .155), maze 0 / 0
+(prior: .23).
 In the maze and in CALVIN's seed 1 values run away. No CPU preset: the maze takes 49 and 78 minutes, on a core and
 beside another run, the others half of that and less.
 Shapes: B batch, L rows per window, O observation, F inputs, A action, Z skill, s and h their sizes, d = s + h,
@@ -77,7 +79,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 # OpenMP's threads wait 1,000 turns for work before they sleep. With torch's default, 300 times that, an update beside
-# a busy program takes 1.6 times as long (table in algos/README.md). Must be set before torch is loaded.
+# a busy program takes 1.6 times as long (algos/README.md). Must be set before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -144,7 +146,7 @@ class Args:
     # Downstream RL
     total_timesteps: int = 1_000_000  # env steps, warm-up included
     num_envs: int = 8  # environments side by side
-    warmup_steps: int = 5_000  # env steps with skills from the prior, before updates start
+    warmup_steps: int = 5_000  # env steps with skills from the prior before updates start, E episodes at least
     updates_per_step: float = 0.02  # gradient updates per env step after the warm-up: one for five skills
     batch_size: int = 50  # windows per update
     batch_length: int = 15  # L: rows of a window, one per skill
@@ -188,7 +190,7 @@ PUBLISHED = {
     "maze": dict(RELEASE, pretrain_updates=530_000, kl_coef=1e-3, warmup_steps=5_000),
 }
 
-# DEVIATION 3: periods of the sines and cosines of an observation's first P entries, (P, F).
+# DEVIATION 3: periods of the sines and cosines of an observation's first entries, a row for each entry.
 POSITION_PERIODS = {
     "maze": np.outer([1.0] * 2, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]),  # position, in cells
     "kitchen": np.outer([1.0] * 7 + [0.1] * 2, [0.25, 0.5, 1.0, 2.0, 4.0]),  # arm joints in rad, fingers in m
@@ -285,7 +287,7 @@ class Features(nn.Module):
     """Observations (..., O) -> inputs of the networks (..., F), F = size.
 
     DEVIATION 3: sines and cosines of positions are inputs as well, and the maze is scaled; see skimo.py's StateEncoder.
-    Without position_features they are the raw observations, but scaled where a network `always` wants that.
+    Without position_features they are the raw observations, but scaled with always_scaled.
     """
 
     def __init__(self, obs_dim: int, args: Args, always_scaled: bool = False):
@@ -349,7 +351,7 @@ class SkillModel(nn.Module):
 
 
 class SkillPrior(nn.Module):
-    """Prior p(z | s), and task policy: (..., O) -> mean and std, 2 x (..., Z)."""
+    """Prior p(z | s), in spirl.py the task policy as well: (..., O) -> mean and std, 2 x (..., Z)."""
 
     def __init__(self, obs_dim: int, args: Args):
         super().__init__()
@@ -585,8 +587,7 @@ def behaviour_loss(model, actor, critic, h, s, args):
         chosen = order.topk(args.imagine_starts).indices  # (S,)
         h = h[chosen]
         s = s[chosen]
-    imagined = imagine(model, actor, h, s, args.imagine_steps)
-    feature, actions = imagined  # (J, S, d), (J, S, A)
+    feature, actions = imagine(model, actor, h, s, args.imagine_steps)  # (J, S, d), (J, S, A)
     rewards = model.reward(feature)  # (J, S)
     values = critic(feature).squeeze(-1)  # (J, S)
     discount = torch.full_like(rewards, args.gamma)
@@ -609,7 +610,7 @@ def behaviour_loss(model, actor, critic, h, s, args):
 
 
 def actor_loss(model, actor, critic, skill_prior, h, s, obs, args):
-    """Actor: high returns in imagination, by skills that people use. model, critic and skill_prior are frozen.
+    """Actor: high returns in imagination, by skills that the data show. model, critic and skill_prior are frozen.
 
     h (B, L, h), s (B, L, s), obs (B, L, O). Returns what behaviour_loss returns, with the KL in loss and metrics.
     """
@@ -725,7 +726,7 @@ def rollout(choose_skill, skills, num_episodes: int, args: Args, seed: int, vide
 
 
 def prior_rollouts(networks, args: Args, num_episodes: int):
-    """Returns (E,) of episodes with skills from the prior: what a fresh task policy explores."""
+    """Returns (E,) of episodes with squashed skills of the prior: what spirl.py's task policy begins with."""
     cpu = copy.deepcopy(networks).cpu().eval()
 
     @torch.no_grad()
@@ -865,19 +866,19 @@ def save(path: Path, parts: dict, **values):
 
     The file is renamed when it is whole, so that a crash while writing leaves the one of before.
     """
-    part = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
+    temporary = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
     state = {name: part.state_dict() for name, part in parts.items()}
     rng = [torch.get_rng_state()]
     if torch.cuda.is_initialized():
         rng.append(torch.cuda.get_rng_state())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(state, **values, rng=rng), part)
-        with part.open("rb") as file:
+        torch.save(dict(state, **values, rng=rng), temporary)
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
-        part.replace(path)
+        temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         reason = str(error).split("\n")[0]
         sys.exit(f"error: cannot write {path} ({reason}); free some space or choose another folder")
 
@@ -1165,12 +1166,8 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
     agent = Agent(args, networks)
     envs = data_tools.make_envs(args.env_id, args.num_envs)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
-    if args.capture_video:
-        envs.draw(0)  # a task or a machine without pictures is noticed now
-    longest = -(-envs.max_episode_steps // args.skill_horizon) + 1  # rows of an episode that does not end early
-    if longest < args.batch_length:
-        sys.exit(f"error: episodes have at most {longest} rows, fewer than a window; lower --batch-length")
-    # What ends first succeeds first: learnt from that alone, nothing works. So every environment finishes an episode.
+    # Episodes that succeed end first, and an agent that learns from those alone fails. So the warm-up lasts until every
+    # environment has finished an episode.
     args.warmup_steps = max(args.warmup_steps, args.num_envs * envs.max_episode_steps)
     choose_skill = Filter(agent, args.num_envs, args.skill_dim, explore=True)
     rb = SequenceBuffer(obs.shape[1], args.skill_dim, args.batch_length, args)  # DEVIATION 7
@@ -1208,7 +1205,7 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
     warmup_actor = skills
     if args.release_defects and args.env_id == "maze":
         warmup_actor = UniformActions(envs.single_action_space.shape[0])  # (b); DEVIATION 8
-    nobody = np.zeros(args.num_envs, dtype=bool)
+    none_ended = np.zeros(args.num_envs, dtype=bool)
     episodes_file = (run_dir / "episodes.csv").open("w", buffering=1, newline="")  # written line by line
     episodes_csv = csv.writer(episodes_file)
     episodes_csv.writerow(("env_step", "episodic_return", "episodic_length", "rl_minutes"))
@@ -1223,7 +1220,7 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
         else:
             actor = skills
             z = 2 * torch.from_numpy(choose_skill(obs))
-        next_obs, rewards, ended, steps = execute_skill(envs, actor, obs, z, nobody, args)
+        next_obs, rewards, ended, steps = execute_skill(envs, actor, obs, z, none_ended, args)
         stored = z.numpy() if args.release_defects else z.numpy() / 2  # defect (a): z, everywhere else u
         rb.add(next_obs, stored, args.reward_scale * rewards, envs.terminations)  # DEVIATION 10
         # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
@@ -1285,6 +1282,7 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
             save(
                 checkpoint,
                 parts,
+                script=Path(__file__).name,
                 args=asdict(args),
                 envs=envs.get_state(),
                 h=choose_skill.h,
@@ -1368,17 +1366,16 @@ def parse_args(argv: list[str] | None = None) -> Args:
         given.evaluate = str(SHIPPED / "agents" / f"{Path(__file__).stem}_{env_id}.pt")
     if given.evaluate:
         with reading(given.evaluate):
-            defaults = load(given.evaluate, {})["args"]
+            state = load(given.evaluate, {})
+            check_script(state, given.evaluate)
+            defaults = state["args"]
             check_types(defaults)
         defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile)
     if given.resume:
         path = Path(given.resume) / "args.json"
         with reading(path):
             defaults = json.loads(path.read_text())
-            this = Path(__file__).name
-            script = defaults.pop("script", this)
-            if script != this:
-                sys.exit(f"error: {given.resume} is a run of {script}: go on with it")
+            check_script(defaults, given.resume)
             check_types(defaults)
             names = {field.name for field in fields(Args)}
             missing = names - defaults.keys()
@@ -1399,6 +1396,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
         if args.pretrained and name in PRETRAINING.split() and value != before:
             sys.exit(f"error: {flag} does nothing to the finished model of --pretrained: leave out one of them")
     return args
+
+
+def check_script(saved: dict, source: str):
+    """End the program if a run or an agent was made by another file; the oldest do not say by which."""
+    this = Path(__file__).name
+    script = saved.pop("script", this)
+    if script != this:
+        sys.exit(f"error: {source} was made by {script}: use that file")
 
 
 def check_types(values: dict):
@@ -1422,7 +1427,7 @@ def check_args(args: Args):
             sys.exit(f"error: {flag} 0 does not work; give at least 1")
         if name in ("gamma", "td_lambda") and value > 1:
             sys.exit(f"error: {flag} {value} does not work; give at most 1")
-    if not 0.01 <= args.actor_std <= 10:  # beyond, the quadrature of the KL is off by more than 2 %
+    if not 0.01 <= args.actor_std <= 10:  # beyond, the quadrature of the KL is off by more than 3 %
         sys.exit(f"error: --actor-std {args.actor_std} does not work; give .01 to 10")
     if args.batch_length < 2 or args.imagine_steps < 2:
         sys.exit("error: --batch-length and --imagine-steps must be at least 2; raise them")
@@ -1436,6 +1441,16 @@ def check_args(args: Args):
         sys.exit("error: --pretrained published needs scripted data and our settings; leave out the other flag")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA device; use --device cpu")
+    if args.evaluate:
+        return
+    envs = data_tools.make_envs(args.env_id, 1)
+    longest = -(-envs.max_episode_steps // args.skill_horizon) + 1  # rows of an episode that does not end early
+    if longest < args.batch_length:
+        sys.exit(f"error: episodes have at most {longest} rows, fewer than a window; lower --batch-length")
+    if args.capture_video:
+        envs.reset(seed=args.seed)
+        envs.draw(0)  # a task or a machine without pictures is noticed now, before pre-training
+    envs.close()
 
 
 def main(args: Args) -> dict:
@@ -1483,7 +1498,7 @@ def main(args: Args) -> dict:
     except OSError as error:  # while logs, episodes.csv or results.json were written
         sys.exit(f"error: cannot write to {run_dir} ({error}); free some space or choose another --run-dir")
     if results["updates"] == 0:
-        print("RL made no update: it ended before the first was due; give more --total-timesteps")
+        print("RL made no update: none was due before its end")
     print(f"finished: {run_dir}; curves: tensorboard --logdir {run_dir}")
     return results
 

@@ -19,13 +19,13 @@ not by themselves. Off-policy, with relabelled goals.
 The numbers are those of `DEVIATION n` in the code:
 1. Environments act side by side, with fewer updates (paper: low one per env step, high one per c).
 2. At the c-th env step the next goal is h's, as in the paper; the release stores the high level's next goal.
-3. For the high level a true end has no future; in the release nothing ends. The low level never ends in both.
+3. For the high level a true end has no future; in the release nothing ends. For the low level nothing ends in both.
 4. Both levels learn from the same rows, c env steps under a goal; the release has two buffers.
 5. Noise is in units of an action's or goal's range and target actions are clipped to it; the warm-up is uniform.
 6. Networks see sines and cosines of positions, as in skimo.py; goals they see as they are.
 7. Until a first reward is seen, goals are uniform, in evaluations as well, and the high level does not learn: it would
-   only follow the random first values of its critics, soon to a goal in a wall (one try, no log; the paper's rewards
-   are never 0).
+   only follow the random first values of its critics, soon to a goal in a wall (one try, no log; the paper's tasks pay
+   for the distance, or soon).
 Free choices: GOAL_RANGE, and all numbers on our tasks, where the paper has none.
 
 Expect about 0 on our tasks: the high level sees no reward before the first success, and most goals in the space of
@@ -57,7 +57,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 # OpenMP's threads wait 1,000 turns for work before they sleep. With torch's default, 300 times that, an update beside
-# a busy program takes 1.6 times as long (table in algos/README.md). Must be set before torch is loaded.
+# a busy program takes 1.6 times as long (algos/README.md). Must be set before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -114,7 +114,7 @@ TASK_DEFAULTS = {
     "calvin": dict(reward_scale=0.01, total_timesteps=2_000_000),
 }
 
-# Periods of the sines and cosines of an observation's first P entries, (P, F).
+# Periods of the sines and cosines of an observation's first entries, a row for each entry.
 POSITION_PERIODS = {
     "maze": np.outer([1.0] * 2, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]),  # position, in cells
     "kitchen": np.outer([1.0] * 7 + [0.1] * 2, [0.25, 0.5, 1.0, 2.0, 4.0]),  # arm joints in rad, fingers in m
@@ -270,7 +270,7 @@ def td3_critic_loss(critics, critics_target, actor_target, obs, goal, action, re
         next_q = torch.min(*critics_target(next_obs, next_goal, next_action))  # (B,)
         td_target = rewards + discount * next_q  # (B,)
     q1, q2 = critics(obs, goal, action)
-    huber = nn.functional.huber_loss
+    huber = nn.functional.huber_loss  # as HIRO's release; TD3 has squares
     loss = huber(q1, td_target) + huber(q2, td_target)
     metrics = dict(value_loss=loss, q_value=q1, td_target=td_target)
     return loss, {name: value.detach().mean() for name, value in metrics.items()}
@@ -301,7 +301,8 @@ class TwoLevels:
         place = self.agent.place(obs)
         old_goal = goal_transition(self.place, self.goal, place)
         guess = uniform or not self.agent.rewarded  # DEVIATION 7
-        new_goal = self.choose(self.agent.high.actor, obs, obs[:, :0], self.goal, guess)
+        no_goal = obs[:, :0]  # the high level has none itself
+        new_goal = self.choose(self.agent.high.actor, obs, no_goal, self.goal, guess)
         is_due = self.age % self.agent.args.goal_steps == 0  # (E,)
         self.goal = torch.where(is_due[:, None], new_goal, old_goal)
         self.action = self.choose(self.agent.low.actor, obs, self.goal, self.action, uniform)
@@ -310,7 +311,7 @@ class TwoLevels:
         return self.action.cpu().numpy()
 
     def choose(self, actor, obs, goal, like, uniform: bool):
-        """An action or goal of one level, (E, ...) like the last one."""
+        """An action or goal of one level; like (E, n): the last one."""
         if uniform:
             return 2 * torch.rand_like(like) - 1
         action = actor(obs, goal)
@@ -394,9 +395,11 @@ class ReplayBuffer:
         running["steps"] += 1
         complete = (running["steps"] == self.goal_steps) | torch.from_numpy(terminations | truncations)
         number = int(complete.sum())
-        index = torch.arange(self.added, self.added + number) % len(self.columns["obs"])
+        if number == 0:
+            return
+        index = torch.arange(self.added, self.added + number, device=self.device) % len(self.columns["obs"])
         for name, column in self.columns.items():
-            column[index.to(self.device)] = running[name][complete].to(self.device)
+            column[index] = running[name][complete].to(self.device)
         running["steps"][complete] = 0
         self.added += number
 
@@ -408,8 +411,8 @@ class ReplayBuffer:
     def newest(self, count: int):
         """The last rows that were added, as `sample` returns them."""
         first = self.added - min(count, len(self))
-        index = torch.arange(first, self.added) % len(self.columns["obs"])
-        return [column[index.to(self.device)] for column in self.columns.values()]
+        index = torch.arange(first, self.added, device=self.device) % len(self.columns["obs"])
+        return [column[index] for column in self.columns.values()]
 
     def state_dict(self) -> dict:
         filled = {name: column[: len(self)].clone() for name, column in self.columns.items()}
@@ -469,19 +472,19 @@ def save(path: Path, parts: dict, **values):
 
     The file is renamed when it is whole, so that a crash while writing leaves the one of before.
     """
-    part = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
+    temporary = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
     state = {name: part.state_dict() for name, part in parts.items()}
     rng = [torch.get_rng_state()]
     if torch.cuda.is_initialized():
         rng.append(torch.cuda.get_rng_state())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(state, **values, rng=rng), part)
-        with part.open("rb") as file:
+        torch.save(dict(state, **values, rng=rng), temporary)
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
-        part.replace(path)
+        temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         reason = str(error).split("\n")[0]
         sys.exit(f"error: cannot write {path} ({reason}); free some space or choose another folder")
 
@@ -633,9 +636,9 @@ class Agent(nn.Module):
         before = obs[row, t], goal_t, action[row, t], low_rewards
         after = obs[row, t + 1], next_goal, discount
         even = self.updates % 2 == 0
-        found = self.low.update(*before, *after, with_policy=even)
-        metrics = {f"low_{name}": value for name, value in found.items()}
-        grad_norm = found["grad_norm"]
+        low_metrics = self.low.update(*before, *after, with_policy=even)
+        metrics = {f"low_{name}": value for name, value in low_metrics.items()}
+        grad_norm = low_metrics["grad_norm"]
 
         # High level: the whole row
         if self.rewarded and self.updates % args.goal_steps == 0:
@@ -646,9 +649,9 @@ class Agent(nn.Module):
             before = obs[:, 0], nothing, goal, rewards
             after = obs[:, -1], nothing, discount
             even = self.updates // args.goal_steps % 2 == 0
-            found = self.high.update(*before, *after, with_policy=even)
-            metrics |= {f"high_{name}": value for name, value in found.items()}
-            grad_norm = grad_norm + found["grad_norm"]
+            high_metrics = self.high.update(*before, *after, with_policy=even)
+            metrics |= {f"high_{name}": value for name, value in high_metrics.items()}
+            grad_norm = grad_norm + high_metrics["grad_norm"]
         return dict(metrics, grad_norm=grad_norm)
 
     def progress(self, obs, action, goal, rewards, steps, terminations) -> float:
@@ -659,8 +662,9 @@ class Agent(nn.Module):
 
 
 def gradient_norm(module):
-    """Norm of a module's gradient, (), which keeps it; what check_finite looks at."""
-    return nn.utils.clip_grad_norm_(module.parameters(), float("inf"))
+    """Norm of a module's gradient, (), which stays as it is; what check_finite looks at."""
+    gradients = [weight.grad for weight in module.parameters() if weight.grad is not None]
+    return nn.utils.get_total_norm(gradients)
 
 
 def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
@@ -776,6 +780,7 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
             save(
                 checkpoint,
                 parts,
+                script=Path(__file__).name,
                 args=asdict(args),
                 envs=envs.get_state(),
                 goal=choose_action.goal,
@@ -848,17 +853,16 @@ def parse_args(argv: list[str] | None = None) -> Args:
     defaults = dict(env_id=env_id, **TASK_DEFAULTS.get(env_id, {}))
     if given.evaluate:
         with reading(given.evaluate):
-            defaults = load(given.evaluate, {})["args"]
+            state = load(given.evaluate, {})
+            check_script(state, given.evaluate)
+            defaults = state["args"]
             check_types(defaults)
         defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile)
     if given.resume:
         path = Path(given.resume) / "args.json"
         with reading(path):
             defaults = json.loads(path.read_text())
-            this = Path(__file__).name
-            script = defaults.pop("script", this)
-            if script != this:
-                sys.exit(f"error: {given.resume} is a run of {script}: go on with it")
+            check_script(defaults, given.resume)
             check_types(defaults)
             names = {field.name for field in fields(Args)}
             missing = names - defaults.keys()
@@ -874,6 +878,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
         if given.resume and name not in MAY_CHANGE.split() and value != defaults[name]:
             sys.exit(f"error: --{name.replace('_', '-')} cannot change with --resume: leave it out, or begin a new run")
     return args
+
+
+def check_script(saved: dict, source: str):
+    """End the program if a run or an agent was made by another file; the oldest do not say by which."""
+    this = Path(__file__).name
+    script = saved.pop("script", this)
+    if script != this:
+        sys.exit(f"error: {source} was made by {script}: use that file")
 
 
 def check_types(values: dict):
@@ -938,7 +950,7 @@ def main(args: Args) -> dict:
     except OSError as error:  # while logs, episodes.csv or results.json were written
         sys.exit(f"error: cannot write to {run_dir} ({error}); free some space or choose another --run-dir")
     if results["updates"] == 0:
-        print("RL made no update: it ended before the first was due; give more --total-timesteps")
+        print("RL made no update: none was due before its end")
     print(f"finished: {run_dir}; curves: tensorboard --logdir {run_dir}")
     return results
 

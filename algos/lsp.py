@@ -16,10 +16,10 @@ The model is that of dreamer.py, one env step at a time. Repeat:
    predictor: q(z | start, state) -> z; critic: v(s, h) -> V (Dreamer eq. 8)
 
 There is no public code; SkiMo's authors had it privately. Six things are known from nowhere and are **our choices**:
-(i) c = .1; 1 on CALVIN, whose rewards are 100, and with --cpu-preset; (ii) q sees the first and the present state of a
-skill; (iii) v does not see z: it is the value when other skills follow, which a plan's end needs; (iv) plans of 5
-skills; (v) skills are N(0, I), planned ones at most 3 before noise; (vi) in imagination one z per start, held for one
-whole skill.
+(i) c = .1; 1 on CALVIN, where rewards of 100 are found early, and with --cpu-preset; (ii) q sees the first and the
+present state of a skill; (iii) v does not see z: it is the value when other skills follow, which a plan's end needs;
+(iv) plans of 5 skills; (v) skills are N(0, I), planned ones at most 3 before noise; (vi) in imagination one z per
+start, held for one whole skill.
 Known from notes on the paper: 3 numbers per skill, held for 10 env steps. Recalled, not verified: CEM of 4 iterations
 with 16 plans and 4 elites.
 
@@ -30,9 +30,9 @@ E environments act side by side.
 --skill-dim 0 --random-skills --skill-horizon 15 learns and acts as dreamer.py does with the same rates (a test; bit for
 bit, where both draw the same random numbers); --random-skills alone is the paper's ablation: no plans.
 
-Four questions: goals no; end to end, nothing is pre-trained; a skill has a fixed rate of K steps; off-policy (replay
-for the model; policy and critic learn in imagination).
-Expect (SkiMo's text): maze 0 and kitchens nearly 0, for 50 steps of plan see nothing 34 cells away. With --cpu-preset
+Not goal-conditioned. Nothing is pre-trained. A skill lasts K steps. Off-policy: the model learns from the replay,
+policy and critic in imagination.
+Expect (SkiMo's text): maze 0 and kitchens nearly 0: a plan of 50 steps cannot see 34 cells away. With --cpu-preset
 nearly 0 in maze and kitchens, .01 / .42 sub-tasks on CALVIN, where a constant action does more, though skills differ
 (2.6, 4.5, 3.3 nats). In its controls, without reward, they differ by 1.4 nats in our maze, 3.2 for a point.
 A run's folder holds the same files as skimo.py's.
@@ -61,7 +61,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 # OpenMP's threads wait 1,000 turns for work before they sleep. With torch's default, 300 times that, an update beside
-# a busy program takes 1.6 times as long (table in algos/README.md). Must be set before torch is loaded.
+# a busy program takes 1.6 times as long (algos/README.md). Must be set before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -134,7 +134,7 @@ class Args:
     reward_scale: float = 1.0  # factor on the task's reward
 
 
-# SkiMo's run lengths; the rewards on CALVIN are 100, and so the other term has to weigh more.
+# SkiMo's run lengths. CALVIN's rewards of 100 are found early, so the other term has to weigh more.
 TASK_DEFAULTS = {
     "maze": dict(total_timesteps=2_000_000),
     "calvin": dict(total_timesteps=2_000_000, mi_coef=1.0),
@@ -147,7 +147,7 @@ CPU_PRESET = dict(
     updates_per_step=0.05, num_skills=2, mi_coef=1.0, learning_rate=1e-3, predictor_lr=3e-3,
 )  # fmt: skip
 
-# Periods of the sines and cosines of an observation's first P entries, (P, F).
+# Periods of the sines and cosines of an observation's first entries, a row for each entry.
 POSITION_PERIODS = {
     "maze": np.outer([1.0] * 2, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]),  # position, in cells
     "kitchen": np.outer([1.0] * 7 + [0.1] * 2, [0.25, 0.5, 1.0, 2.0, 4.0]),  # arm joints in rad, fingers in m
@@ -799,19 +799,19 @@ def save(path: Path, parts: dict, **values):
 
     The file is renamed when it is whole, so that a crash while writing leaves the one of before.
     """
-    part = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
+    temporary = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
     state = {name: part.state_dict() for name, part in parts.items()}
     rng = [torch.get_rng_state()]
     if torch.cuda.is_initialized():
         rng.append(torch.cuda.get_rng_state())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(state, **values, rng=rng), part)
-        with part.open("rb") as file:
+        torch.save(dict(state, **values, rng=rng), temporary)
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
-        part.replace(path)
+        temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         reason = str(error).split("\n")[0]
         sys.exit(f"error: cannot write {path} ({reason}); free some space or choose another folder")
 
@@ -1057,6 +1057,7 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
             save(
                 checkpoint,
                 parts,
+                script=Path(__file__).name,
                 args=asdict(args),
                 envs=envs.get_state(),
                 h=choose_action.h,
@@ -1138,17 +1139,16 @@ def parse_args(argv: list[str] | None = None) -> Args:
         defaults |= CPU_PRESET
     if given.evaluate:
         with reading(given.evaluate):
-            defaults = load(given.evaluate, {})["args"]
+            state = load(given.evaluate, {})
+            check_script(state, given.evaluate)
+            defaults = state["args"]
             check_types(defaults)
         defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile)
     if given.resume:
         path = Path(given.resume) / "args.json"
         with reading(path):
             defaults = json.loads(path.read_text())
-            this = Path(__file__).name
-            script = defaults.pop("script", this)
-            if script != this:
-                sys.exit(f"error: {given.resume} is a run of {script}: go on with it")
+            check_script(defaults, given.resume)
             check_types(defaults)
             names = {field.name for field in fields(Args)}
             missing = names - defaults.keys()
@@ -1164,6 +1164,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
         if given.resume and name not in MAY_CHANGE.split() and value != defaults[name]:
             sys.exit(f"error: --{name.replace('_', '-')} cannot change with --resume: leave it out, or begin a new run")
     return args
+
+
+def check_script(saved: dict, source: str):
+    """End the program if a run or an agent was made by another file; the oldest do not say by which."""
+    this = Path(__file__).name
+    script = saved.pop("script", this)
+    if script != this:
+        sys.exit(f"error: {source} was made by {script}: use that file")
 
 
 def check_types(values: dict):
@@ -1229,7 +1237,7 @@ def main(args: Args) -> dict:
     except OSError as error:  # while logs, episodes.csv or results.json were written
         sys.exit(f"error: cannot write to {run_dir} ({error}); free some space or choose another --run-dir")
     if results["updates"] == 0:
-        print("RL made no update: it ended before the first was due; give more --total-timesteps")
+        print("RL made no update: none was due before its end")
     print(f"finished: {run_dir}; curves: tensorboard --logdir {run_dir}")
     return results
 

@@ -49,7 +49,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 # OpenMP's threads wait 1,000 turns for work before they sleep. With torch's default, 300 times that, an update beside
-# a busy program takes 1.6 times as long (table in algos/README.md). Must be set before torch is loaded.
+# a busy program takes 1.6 times as long (algos/README.md). Must be set before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -109,7 +109,7 @@ TASK_DEFAULTS = {
     "calvin": dict(reward_scale=0.01),
 }
 
-# Periods of the sines and cosines of an observation's first P entries, (P, F).
+# Periods of the sines and cosines of an observation's first entries, a row for each entry.
 POSITION_PERIODS = {
     "maze": np.outer([1.0] * 2, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]),  # position, in cells
     "kitchen": np.outer([1.0] * 7 + [0.1] * 2, [0.25, 0.5, 1.0, 2.0, 4.0]),  # arm joints in rad, fingers in m
@@ -476,21 +476,21 @@ def success(returns, args: Args) -> float:
 
 # -------------------------------------------------------------------------------------------------------------- replay
 class RolloutBuffer:
-    """The last T env steps of every environment, on the device; on-policy, so each is used once."""
+    """The last T env steps of every environment, on the CPU; on-policy: they go to the device once, for one update."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         E = args.num_envs
         T = args.batch_size // args.num_envs
         self.device = args.device
         self.columns = dict(
-            obs=torch.zeros(E, T, obs_dim, device=args.device),
-            action=torch.zeros(E, T, action_dim, device=args.device),
-            option=torch.zeros(E, T, dtype=torch.long, device=args.device),
-            begins=torch.zeros(E, T, dtype=torch.bool, device=args.device),
-            rewards=torch.zeros(E, T, device=args.device),
-            terminations=torch.zeros(E, T, dtype=torch.bool, device=args.device),
-            truncations=torch.zeros(E, T, dtype=torch.bool, device=args.device),
-            next_obs=torch.zeros(E, T, obs_dim, device=args.device),
+            obs=torch.zeros(E, T, obs_dim),
+            action=torch.zeros(E, T, action_dim),
+            option=torch.zeros(E, T, dtype=torch.long),
+            begins=torch.zeros(E, T, dtype=torch.bool),
+            rewards=torch.zeros(E, T),
+            terminations=torch.zeros(E, T, dtype=torch.bool),
+            truncations=torch.zeros(E, T, dtype=torch.bool),
+            next_obs=torch.zeros(E, T, obs_dim),
         )
         self.added = 0  # env steps of each environment, ever
 
@@ -499,13 +499,13 @@ class RolloutBuffer:
         values = obs, action, option, begins, rewards, terminations, truncations, next_obs
         for column, value in zip(self.columns.values(), values):
             t = self.added % column.shape[1]
-            column[:, t] = torch.from_numpy(value).to(self.device)
+            column[:, t] = torch.from_numpy(value)
         self.added += 1
 
     def sample(self, batch_size: int):
         """The last batch_size env steps, in order: obs (E, T, O), action (E, T, A), the others (E, T) or as obs."""
         T = batch_size // len(self.columns["obs"])
-        return [column[:, :T] for column in self.columns.values()]
+        return [column[:, :T].to(self.device) for column in self.columns.values()]
 
     def state_dict(self) -> dict:
         return dict(self.columns, added=torch.tensor(self.added))
@@ -562,19 +562,19 @@ def save(path: Path, parts: dict, **values):
 
     The file is renamed when it is whole, so that a crash while writing leaves the one of before.
     """
-    part = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
+    temporary = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
     state = {name: part.state_dict() for name, part in parts.items()}
     rng = [torch.get_rng_state()]
     if torch.cuda.is_initialized():
         rng.append(torch.cuda.get_rng_state())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(state, **values, rng=rng), part)
-        with part.open("rb") as file:
+        torch.save(dict(state, **values, rng=rng), temporary)
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
-        part.replace(path)
+        temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         reason = str(error).split("\n")[0]
         sys.exit(f"error: cannot write {path} ({reason}); free some space or choose another folder")
 
@@ -777,6 +777,7 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
             save(
                 checkpoint,
                 parts,
+                script=Path(__file__).name,
                 args=asdict(args),
                 envs=envs.get_state(),
                 option=torch.from_numpy(option),
@@ -841,17 +842,16 @@ def parse_args(argv: list[str] | None = None) -> Args:
     defaults = dict(env_id=env_id, **TASK_DEFAULTS.get(env_id, {}))
     if given.evaluate:
         with reading(given.evaluate):
-            defaults = load(given.evaluate, {})["args"]
+            state = load(given.evaluate, {})
+            check_script(state, given.evaluate)
+            defaults = state["args"]
             check_types(defaults)
         defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile)
     if given.resume:
         path = Path(given.resume) / "args.json"
         with reading(path):
             defaults = json.loads(path.read_text())
-            this = Path(__file__).name
-            script = defaults.pop("script", this)
-            if script != this:
-                sys.exit(f"error: {given.resume} is a run of {script}: go on with it")
+            check_script(defaults, given.resume)
             check_types(defaults)
             names = {field.name for field in fields(Args)}
             missing = names - defaults.keys()
@@ -867,6 +867,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
         if given.resume and name not in MAY_CHANGE.split() and value != defaults[name]:
             sys.exit(f"error: --{name.replace('_', '-')} cannot change with --resume: leave it out, or begin a new run")
     return args
+
+
+def check_script(saved: dict, source: str):
+    """End the program if a run or an agent was made by another file; the oldest do not say by which."""
+    this = Path(__file__).name
+    script = saved.pop("script", this)
+    if script != this:
+        sys.exit(f"error: {source} was made by {script}: use that file")
 
 
 def check_types(values: dict):
@@ -933,7 +941,7 @@ def main(args: Args) -> dict:
     except OSError as error:  # while logs, episodes.csv or results.json were written
         sys.exit(f"error: cannot write to {run_dir} ({error}); free some space or choose another --run-dir")
     if results["updates"] == 0:
-        print("RL made no update: it ended before the first was due; give more --total-timesteps")
+        print("RL made no update: none was due before its end")
     print(f"finished: {run_dir}; curves: tensorboard --logdir {run_dir}")
     return results
 

@@ -24,8 +24,9 @@ The authors released environment and demonstrations, no learning code. DEVIATION
 4. Widths, step sizes and the like are not published: 256-256 ReLU, std independent of the state, Adam, sines and
    cosines of positions as inputs as in skimo.py (they are what makes it work, see algos/README.md). PPO explores with
    a small, fixed std: with that of RIL, .1, the arm reaches next to nothing.
-5. The end of the task cuts a subgoal short, as a time-out does: finishing must not cost the rewards of a subgoal that
-   nearly was reached. With --flat, whose reward is the task's, nothing comes after a true end.
+5. When the task ends while a subgoal is pursued, the value of the last state still counts, as after a time-out: else
+   finishing would cost the reward of a subgoal that is nearly reached. With --flat, whose reward is the task's, nothing
+   comes after a true end.
 What to expect: RIL does most of it, and 200,000 env steps of RRF keep that. An episode of the kitchens has 280 env
 steps, and goals of the high level lie up to 260 ahead. The maze's path takes 900 env steps, and no trajectory has more
 than 500; yet RIL alone gets there in .03 to .59 of the episodes (five seeds): what comes out of RIL varies much.
@@ -59,7 +60,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 # OpenMP's threads wait 1,000 turns for work before they sleep. With torch's default, 300 times that, an update beside
-# a busy program takes 1.6 times as long (table in algos/README.md). Must be set before torch is loaded.
+# a busy program takes 1.6 times as long (algos/README.md). Must be set before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -115,13 +116,13 @@ class Args:
     total_timesteps: int = 200_000  # env steps of fine-tuning
     num_envs: int = 8  # environments side by side
     rollout_skills: int = 50  # subgoals per environment between two rounds of updates
-    epochs: float = 3.0  # times that a round goes through what was collected
+    epochs: float = 3.0  # updates of a round, as passes through what was collected (rows are drawn at random)
     batch_size: int = 256  # env steps per update
     learning_rate: float = 3e-5  # of the low level
     value_lr: float = 1e-3  # of its value
     gamma: float = 0.99  # discount per env step
     gae_lambda: float = 0.95  # weight of longer returns in the advantage
-    clip: float = 0.2  # the policy's probabilities change by this factor at most, before the gradient stops
+    clip: float = 0.2  # beyond new / old probability = 1 +- this the gradient stops
     max_std: float = 0.03  # the low level explores with the std of RIL, but no more than this
     subgoal_eps: float = 0.3  # a subgoal is reached within this distance (root mean square, in standard deviations)
     demo_coef: float = 0.1  # lambda: weight of imitation
@@ -149,7 +150,7 @@ GOAL_ENTRIES = {"maze": (0, 2), "kitchen": (9, 30), "kitchen-misaligned": (9, 30
 # First and last + 1 of the entries that jump by 2 pi: the Euler angles of CALVIN's tool.
 ANGLE_ENTRIES = {"calvin": (3, 6)}
 
-# Periods of the sines and cosines of an observation's first P entries, (P, F).
+# Periods of the sines and cosines of an observation's first entries, a row for each entry.
 POSITION_PERIODS = {
     "maze": np.outer([1.0] * 2, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]),  # position, in cells
     "kitchen": np.outer([1.0] * 7 + [0.1] * 2, [0.25, 0.5, 1.0, 2.0, 4.0]),  # arm joints in rad, fingers in m
@@ -289,7 +290,7 @@ def pretrain_loss(policies, batches: dict):
     """
     metrics = {}
     for level, (obs, goal, target) in batches.items():
-        # A likelihood, not a squared error: std tells which entries people control precisely.
+        # A likelihood, not a squared error: std tells which entries the demonstrations control precisely.
         log_prob = log_probability(policies[level](obs, goal), target)  # (B,)
         metrics[f"{level}_loss"] = -log_prob.mean()
     return sum(metrics.values()), {name: value.detach() for name, value in metrics.items()}
@@ -530,19 +531,19 @@ def save(path: Path, parts: dict, **values):
 
     The file is renamed when it is whole, so that a crash while writing leaves the one of before.
     """
-    part = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
+    temporary = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
     state = {name: part.state_dict() for name, part in parts.items()}
     rng = [torch.get_rng_state()]
     if torch.cuda.is_initialized():
         rng.append(torch.cuda.get_rng_state())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(state, **values, rng=rng), part)
-        with part.open("rb") as file:
+        torch.save(dict(state, **values, rng=rng), temporary)
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
-        part.replace(path)
+        temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         reason = str(error).split("\n")[0]
         sys.exit(f"error: cannot write {path} ({reason}); free some space or choose another folder")
 
@@ -596,8 +597,9 @@ def set_random_state(rng: list):
 
 # --------------------------------------------------------------------------------------------------------- pre-training
 def gradient_norm(module):
-    """Norm of a module's gradient, (), which keeps it; what check_finite looks at."""
-    return nn.utils.clip_grad_norm_(module.parameters(), float("inf"))
+    """Norm of a module's gradient, (), which stays as it is; what check_finite looks at."""
+    gradients = [weight.grad for weight in module.parameters() if weight.grad is not None]
+    return nn.utils.get_total_norm(gradients)
 
 
 def check_finite(metrics: dict):
@@ -817,8 +819,6 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
     agent = Agent(args, networks)
     envs = data_tools.make_envs(args.env_id, args.num_envs)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
-    if args.capture_video:
-        envs.draw(0)  # a task or a machine without pictures is noticed now
     rb = RolloutBuffer(obs.shape[1], envs.single_action_space.shape[0], args)
     global_step = 0
     gradient_step = 0
@@ -850,6 +850,7 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
         save(
             checkpoint,
             parts,
+            script=Path(__file__).name,
             args=asdict(args),
             envs=envs.get_state(),
             global_step=global_step,
@@ -898,7 +899,8 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
             writer.add_scalar("charts/success", success(last_100, args), global_step)
             writer.add_scalar("charts/SPS", global_step / seconds, global_step)
             bar.set_postfix(updates=gradient_step, last_100=f"{last_100.mean():.3g}")
-        writer.add_scalar("charts/subgoals_reached", reached, global_step)
+        if not args.flat:
+            writer.add_scalar("charts/subgoals_reached", reached, global_step)
         running_return[ended] = 0
         running_length[ended] = 0
         bar.update(new_steps)
@@ -986,17 +988,16 @@ def parse_args(argv: list[str] | None = None) -> Args:
     defaults = dict(env_id=env_id, **TASK_DEFAULTS.get(env_id, {}))
     if given.evaluate:
         with reading(given.evaluate):
-            defaults = load(given.evaluate, {})["args"]
+            state = load(given.evaluate, {})
+            check_script(state, given.evaluate)
+            defaults = state["args"]
             check_types(defaults)
         defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile)
     if given.resume:
         path = Path(given.resume) / "args.json"
         with reading(path):
             defaults = json.loads(path.read_text())
-            this = Path(__file__).name
-            script = defaults.pop("script", this)
-            if script != this:
-                sys.exit(f"error: {given.resume} is a run of {script}: go on with it")
+            check_script(defaults, given.resume)
             check_types(defaults)
             names = {field.name for field in fields(Args)}
             missing = names - defaults.keys()
@@ -1012,6 +1013,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
         if given.resume and name not in MAY_CHANGE.split() and value != defaults[name]:
             sys.exit(f"error: --{name.replace('_', '-')} cannot change with --resume: leave it out, or begin a new run")
     return args
+
+
+def check_script(saved: dict, source: str):
+    """End the program if a run or an agent was made by another file; the oldest do not say by which."""
+    this = Path(__file__).name
+    script = saved.pop("script", this)
+    if script != this:
+        sys.exit(f"error: {source} was made by {script}: use that file")
 
 
 def check_types(values: dict):
@@ -1045,6 +1054,11 @@ def check_args(args: Args):
         sys.exit(f"error: --env-id {args.env_id} has no goal here; add it to GOALS and GOAL_ENTRIES")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA device; use --device cpu")
+    if args.capture_video and not args.evaluate:
+        envs = data_tools.make_envs(args.env_id, 1)
+        envs.reset(seed=args.seed)
+        envs.draw(0)  # a task or a machine without pictures is noticed now, before pre-training
+        envs.close()
 
 
 def main(args: Args) -> dict:
@@ -1092,7 +1106,7 @@ def main(args: Args) -> dict:
     except OSError as error:  # while logs, episodes.csv or results.json were written
         sys.exit(f"error: cannot write to {run_dir} ({error}); free some space or choose another --run-dir")
     if results["updates"] == 0:
-        print("RL made no update: it ended before the first was due; give more --total-timesteps")
+        print("RL made no update: none was due before its end")
     print(f"finished: {run_dir}; curves: tensorboard --logdir {run_dir}")
     return results
 

@@ -1,7 +1,7 @@
 """ReSkill: Residual Skill Policies (Rana, Xu, Tidd, Milford & Suenderhauf, CoRL 2022), https://arxiv.org/abs/2211.02231
 
-Idea: a bijection f(z; s) = g turns the skills that people choose in a state into N(0, I). A policy that acts in g
-begins as people do, and can still reach every skill; then a residual policy mends each single action.
+Idea: a bijection f(z; s) = g turns the skills that the data show in a state into N(0, I). A policy that acts in g
+begins as the data do, and can still reach every skill; then a residual policy mends each single action.
 
     python algos/reskill.py --env-id maze           # data, skills, flow (all are kept), RL, evaluation
     python algos/reskill.py --resume runs/FOLDER    # go on after Ctrl-C or a crash
@@ -37,7 +37,7 @@ Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, PEOPLE, RELEASE, PUBL
 pretrain_loss, prior_rollouts, pretrain_lr, find_pretrained, pretrain, Agent, train, evaluate, check_args, main.
 A run's folder holds what skimo.py names.
 It needs many env steps, 300,000 are 30 roll-outs, each used once, but they are cheap: 2M in the maze take 7 minutes.
-Score: maze, last 100 training episodes at 300,000 env steps: .39 / .49 / .59 (prior: .20 and .23), at 2M, other runs,
+Score: maze, last 100 training episodes at 300,000 env steps: .33 / .30 / .51 (prior: .20 and .23), at 2M
 .94 / .85 / .98; Kitchen, sub-tasks of 4 at 200,000: 2.27 / 2.79 / 2.18 (prior: .81). The release takes 24M env steps.
 Shapes: B batch, T skills of a roll-out, H steps per skill, O observation, F inputs, A action, Z skill, E environments.
 """
@@ -63,7 +63,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 # OpenMP's threads wait 1,000 turns for work before they sleep. With torch's default, 300 times that, an update beside
-# a busy program takes 1.6 times as long (table in algos/README.md). Must be set before torch is loaded.
+# a busy program takes 1.6 times as long (algos/README.md). Must be set before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -172,7 +172,7 @@ PUBLISHED = {
     "maze": dict(RELEASE, pretrain_updates=530_000, kl_coef=1e-3),
 }
 
-# DEVIATION 3: periods of the sines and cosines of an observation's first P entries, (P, F).
+# DEVIATION 3: periods of the sines and cosines of an observation's first entries, a row for each entry.
 POSITION_PERIODS = {
     "maze": np.outer([1.0] * 2, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]),  # position, in cells
     "kitchen": np.outer([1.0] * 7 + [0.1] * 2, [0.25, 0.5, 1.0, 2.0, 4.0]),  # arm joints in rad, fingers in m
@@ -238,7 +238,7 @@ class Features(nn.Module):
     """Observations (..., O) -> inputs of the networks (..., F), F = size.
 
     DEVIATION 3: sines and cosines of positions are inputs as well, and the maze is scaled; see skimo.py's StateEncoder.
-    Without position_features they are the raw observations, but scaled where a network `always` wants that.
+    Without position_features they are the raw observations, but scaled with always_scaled.
     """
 
     def __init__(self, obs_dim: int, args: Args, always_scaled: bool = False):
@@ -302,7 +302,7 @@ class SkillModel(nn.Module):
 
 
 class SkillPrior(nn.Module):
-    """Prior p(z | s), and task policy: (..., O) -> mean and std, 2 x (..., Z)."""
+    """Prior p(z | s), in spirl.py the task policy as well: (..., O) -> mean and std, 2 x (..., Z)."""
 
     def __init__(self, obs_dim: int, args: Args):
         super().__init__()
@@ -465,7 +465,7 @@ def log_density(x, distribution):
 
 def flow_loss(flow, z, obs):
     """Negative log-likelihood (R-NVP eq. 3) of skills z (B, Z) of the data that begin in obs (B, O), ()."""
-    # A prior is good if what people did next is likely under it.
+    # A prior is good if what the data did next is likely under it.
     return -flow.log_prob(z, obs).mean()
 
 
@@ -581,7 +581,7 @@ def rollout(choose_skill, skills, num_episodes: int, args: Args, seed: int, vide
 
 
 def prior_rollouts(networks, args: Args, num_episodes: int):
-    """Returns (E,) of episodes with skills from the prior: what a fresh task policy explores."""
+    """Returns (E,) of episodes with squashed skills of the prior: what spirl.py's task policy begins with."""
     cpu = copy.deepcopy(networks).cpu().eval()
 
     @torch.no_grad()
@@ -653,6 +653,7 @@ class RolloutBuffer:
 
         z_steps = z[:, None].expand(-1, H, -1)
         x = torch.cat([obs, z_steps, actions], -1)  # (T E, H, O + Z + A)
+        # What follows the last row is not known yet: the value of going on with its skill stands for it
         next_action = agent.skills.act(next_obs, z)
         last = torch.cat([next_obs, z, next_action], -1)  # (T E, O + Z + A)
         last_values = agent.residual.value(last) * (1 - terminations)
@@ -757,19 +758,19 @@ def save(path: Path, parts: dict, **values):
 
     The file is renamed when it is whole, so that a crash while writing leaves the one of before.
     """
-    part = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
+    temporary = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
     state = {name: part.state_dict() for name, part in parts.items()}
     rng = [torch.get_rng_state()]
     if torch.cuda.is_initialized():
         rng.append(torch.cuda.get_rng_state())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(state, **values, rng=rng), part)
-        with part.open("rb") as file:
+        torch.save(dict(state, **values, rng=rng), temporary)
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
-        part.replace(path)
+        temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         reason = str(error).split("\n")[0]
         sys.exit(f"error: cannot write {path} ({reason}); free some space or choose another folder")
 
@@ -823,8 +824,9 @@ def set_random_state(rng: list):
 
 # --------------------------------------------------------------------------------------------------------- pre-training
 def gradient_norm(module):
-    """Norm of a module's gradient, (), which keeps it; what check_finite looks at."""
-    return nn.utils.clip_grad_norm_(module.parameters(), float("inf"))
+    """Norm of a module's gradient, (), which stays as it is; what check_finite looks at."""
+    gradients = [weight.grad for weight in module.parameters() if weight.grad is not None]
+    return nn.utils.get_total_norm(gradients)
 
 
 def check_finite(metrics: dict):
@@ -989,11 +991,11 @@ def encode_windows(skills, data, num_windows: int, args: Args):
 def find_flow(args: Args, model: Path, data) -> Path:
     """The file of the flow prior for a pre-trained model; found again by task, model, data, arguments, code."""
     names = [field.name for field in fields(Args) if field.name.startswith("flow_")]
-    names = ["skill_horizon", "position_features", "recombine", "arm_noise", *names]
-    parts = zero_net, Features, FlowPrior, log_density, draw, flow_loss, perturb, encode_windows
-    code = "".join(inspect.getsource(part) for part in parts)
+    names = ["skill_horizon", "position_features", "squash_actions", "recombine", "arm_noise", *names]
+    code = code_of(FlowPrior, flow_loss, draw, perturb, encode_windows) | {"learn_flow": inspect.getsource(learn_flow)}
     model_hash = hashlib.sha256(model.read_bytes()).hexdigest()
-    made_from = [args.env_id, model_hash, data.fingerprint, ast.dump(ast.parse(code))]
+    made_from = [args.env_id, model_hash, data.fingerprint]
+    made_from += [ast.dump(ast.parse(source)) for _, source in sorted(code.items())]
     made_from += [[name, getattr(args, name)] for name in names]
     made_from += [np.asarray(POSITION_PERIODS.get(args.env_id, ())).tolist(), ARM.get(args.env_id)]
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
@@ -1152,9 +1154,6 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
     agent = Agent(args, networks)
     envs = data_tools.make_envs(args.env_id, args.num_envs)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
-    if args.capture_video:
-        envs.draw(0)  # a task or a machine without pictures is noticed now
-        data_tools.load_dataset(args.env_id, args.data_dir, args.dataset, args.data)  # so are missing data
     rb = RolloutBuffer(obs.shape[1], envs.single_action_space.shape[0], args)
     global_step = 0
     gradient_step = 0
@@ -1241,7 +1240,7 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
             log(writer, "charts", dict(residual_weight=actor.weight, residual_share=share), global_step)
             actor = agent.actor()
 
-        # Evaluate without noise in the residual. The mean g of all that people do need not be a thing that they do
+        # Evaluate without noise in the residual. Skills are drawn: the mean of two good ones need not be good
         finished = global_step >= args.total_timesteps
         if finished or passed(args.eval_interval, global_step, new_steps):
             actor.weight = residual_weight(global_step, args)
@@ -1258,6 +1257,7 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
             save(
                 checkpoint,
                 parts,
+                script=Path(__file__).name,
                 args=asdict(args),
                 envs=envs.get_state(),
                 global_step=global_step,
@@ -1326,7 +1326,7 @@ def draw_pictures(args: Args, agent: Agent, residuals: list, path: Path):
         return distances.topk(100, largest=False)
 
     def variety(state):
-        """How much the data's motion from a state varies; less if they do not know it."""
+        """How much the data's motion from a state varies; counts less where the data have no state nearby."""
         begin, end = sets[0]
         distances, rows = nearest(begin, state)
         return float((end - begin)[rows, :2].std(0).sum() / (0.1 + distances[-1]))
@@ -1409,17 +1409,16 @@ def parse_args(argv: list[str] | None = None) -> Args:
         given.evaluate = str(SHIPPED / "agents" / f"{Path(__file__).stem}_{env_id}.pt")
     if given.evaluate:
         with reading(given.evaluate):
-            defaults = load(given.evaluate, {})["args"]
+            state = load(given.evaluate, {})
+            check_script(state, given.evaluate)
+            defaults = state["args"]
             check_types(defaults)
         defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile)
     if given.resume:
         path = Path(given.resume) / "args.json"
         with reading(path):
             defaults = json.loads(path.read_text())
-            this = Path(__file__).name
-            script = defaults.pop("script", this)
-            if script != this:
-                sys.exit(f"error: {given.resume} is a run of {script}: go on with it")
+            check_script(defaults, given.resume)
             check_types(defaults)
             names = {field.name for field in fields(Args)}
             missing = names - defaults.keys()
@@ -1440,6 +1439,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
         if args.pretrained and name in PRETRAINING.split() and value != before:
             sys.exit(f"error: {flag} does nothing to the finished model of --pretrained: leave out one of them")
     return args
+
+
+def check_script(saved: dict, source: str):
+    """End the program if a run or an agent was made by another file; the oldest do not say by which."""
+    this = Path(__file__).name
+    script = saved.pop("script", this)
+    if script != this:
+        sys.exit(f"error: {source} was made by {script}: use that file")
 
 
 def check_types(values: dict):
@@ -1477,6 +1484,12 @@ def check_args(args: Args):
         sys.exit("error: --pretrained published needs scripted data and our settings; leave out the other flag")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA device; use --device cpu")
+    if args.capture_video and not args.evaluate:
+        envs = data_tools.make_envs(args.env_id, 1)
+        envs.reset(seed=args.seed)
+        envs.draw(0)  # a task or a machine without pictures is noticed now, before pre-training
+        envs.close()
+        data_tools.load_dataset(args.env_id, args.data_dir, args.dataset, args.data)  # so are missing data
 
 
 def main(args: Args) -> dict:
@@ -1525,7 +1538,7 @@ def main(args: Args) -> dict:
     except OSError as error:  # while logs, episodes.csv or results.json were written
         sys.exit(f"error: cannot write to {run_dir} ({error}); free some space or choose another --run-dir")
     if results["updates"] == 0:
-        print("RL made no update: it ended before the first was due; give more --total-timesteps")
+        print("RL made no update: none was due before its end")
     print(f"finished: {run_dir}; curves: tensorboard --logdir {run_dir}")
     return results
 

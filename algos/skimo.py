@@ -22,25 +22,29 @@ Differences from the release, marked DEVIATION n below. Measurements are in algo
 3. Pre-training is shorter, on smaller batches, with a decaying learning rate and a larger weight of the KL (kl_coef
    3e-3, CALVIN 1e-2; release 1e-4), kitchens on windows of 5 skills; sines and cosines of positions are inputs.
    On people's demonstrations, besides, the arm is shifted (`perturb`), objects are recombined and skills hold more
-   (kl_coef): RL does 3.7 sub-tasks of the Kitchen instead of 2.
-4. E environments act side by side. Updates per env step are those of the release.
-5. CEM starts from plans of the task policy, with fewer samples and less exploration noise. The release's starts from
-   N(0, 2^2): in the maze it learns later, by seven times the arithmetic, so it is not here (algos/README.md).
+   (kl_coef): with that RL does 3.7 of 4 sub-tasks of the Kitchen, without it 2.
+4. E environments act side by side; the warm-up lasts until each has finished an episode. Updates per env step are those
+   of the release.
+5. CEM starts from plans of the task policy, with fewer samples, elites and iterations. The release's starts from
+   N(0, 2^2) around its last plan, moved on by one skill: in the maze it learns later, by seven times the arithmetic, so
+   it is not here (algos/README.md). Exploration noise is min_std; the release's is the std of its fitted plans, which
+   is at least .5, later .01.
 6. The target copy is faster (tau 0.05, not 0.01): value has to spread over 90 skills from the maze's goal.
 7. Kitchen: alpha is 0.05 (release: 0.5), and Q in eq. 7 sees encoded states.
 8. Elsewhere it sees the imagined states h_t of the paper. The release uses h_0 for all t (--release-defects).
 9. The target copy of RL starts as the online model. The release goes on with the slow copy of pre-training.
 --published takes the release's side of 2, 3, 4, 6 and of alpha in 7, with the paper's states in eq. 7.
-Checked against the release with the same weights, batches and noise, its KL made exact and without DEVIATION 3, 8
-and 9: losses, gradients and updates are equal to rounding (6e-7) in double precision, and so were plans from its start.
+Checked once (commit f2965dd) against the release with the same weights, batches and noise, its KL made exact and
+without DEVIATION 3, 8 and 9: losses, gradients and updates were equal to rounding (6e-7) in double precision, and so
+were plans that started as the release's do.
 
 A run's folder holds episodes.csv (a row per training episode), TensorBoard's curves (charts/ losses/ pretrain/ eval/),
 args.json, checkpoint.pt and, once finished, results.json.
 Score: maze, share of the last 100 training episodes that reach the goal after 300,000 env steps: 1.00 / 1.00 / .87
 with the published model, .99 / 1.00 / 1.00 with pre-training of their own. Smoothed as in the paper (in brackets its
 own curve, from other data): maze .96 (.04) at 300,000 env steps; of 4 sub-tasks, Kitchen 3.72 (3.16) and Mis-aligned
-3.64 (2.44) at 200,000, CALVIN 2.89 (2.28) at 300,000. Of its four seeds two went on: 3.02 / 3.93 (3.40) at 600,000;
-the first one, at 1.01 million, 3.98 (3.60).
+3.64 (2.44) at 200,000, CALVIN 2.89 (2.28) at 300,000. On CALVIN two of four seeds went on to 600,000: 3.02 / 3.93
+(3.40), and the first of them to 1.01 million: 3.98 (3.60).
 Shapes: B batch, N skills per window, H steps per skill, O observation, A action, Z skill, d latent state,
 E environments, K skills per plan, P plans, C chunks. Of inputs: P positions, F periods of each.
 """
@@ -66,7 +70,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 # OpenMP's threads wait 1,000 turns for work before they sleep. With torch's default, 300 times that, an update beside
-# a busy program takes 1.6 times as long (table in algos/README.md). Must be set before torch is loaded.
+# a busy program takes 1.6 times as long (algos/README.md). Must be set before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -136,7 +140,7 @@ class Args:
     total_timesteps: int = 1_000_000  # env steps, warm-up included
     num_envs: int = 8  # environments side by side
     num_skills: int = 10  # N: skills per window and in the longest plan
-    warmup_steps: int = 5_000  # env steps with skills from the prior, before planning and updates start
+    warmup_steps: int = 5_000  # env steps with skills from the prior before plans and updates, E episodes at least
     batch_size: int = 256  # windows of N skills per update
     updates_per_step: float = 10 / 500  # gradient updates per env step, the warm-up's included
     learning_rate: float = 1e-3  # of world model and task policy
@@ -145,7 +149,7 @@ class Args:
     target_kl: float = 3.0  # nats between task policy and prior
     alpha_lr: float = 3e-4  # learning rate of log alpha
     policy_latents: Literal["imagined", "encoded"] = "imagined"  # states of Q in eq. 7: D's (paper) or E's
-    release_defects: bool = False  # Q in eq. 7 on h_0 for all t, as in the authors' code
+    release_defects: bool = False  # Q in eq. 7 on h_0 for all t, as in the authors' code, whatever policy_latents says
     gamma: float = 0.99  # discount per skill
     tau: float = 0.05  # share of the online weights in a target update (release: 0.01)
     reward_coef: float = 0.25  # weight of the reward loss
@@ -165,9 +169,9 @@ class Args:
     horizon_steps: int = 25_000  # env steps over which plans grow from 1 to N skills
 
 
-# The release's values where they differ from Args. Our own are the pre-training (DEVIATION 3), the planner's (DEVIATION
-# 5), the kitchen's alpha and policy_latents (DEVIATION 7), and the maze's total_timesteps; --published has the
-# release's, but for the planner, and the paper's policy_latents.
+# The release's values where they differ from Args. Our own are the pre-training (DEVIATION 3), std_steps (DEVIATION 5),
+# the kitchen's alpha and policy_latents (DEVIATION 7), and the maze's total_timesteps. --published takes the release's
+# values, except for the planner (ours) and policy_latents (the paper's).
 TASK_DEFAULTS = {
     "maze": dict(
         latent_dim=128, skill_encoder="mlp", kl_coef=3e-3, total_timesteps=300_000, warmup_steps=50_000,
@@ -202,7 +206,7 @@ PUBLISHED = {
 }
 PUBLISHED["kitchen-misaligned"] = PUBLISHED["kitchen"]
 
-# DEVIATION 3: periods of the sines and cosines of an observation's first P entries, (P, F).
+# DEVIATION 3: periods of the sines and cosines of an observation's first entries, a row for each entry.
 POSITION_PERIODS = {
     "maze": np.outer([1.0] * 2, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]),  # position, in cells
     "kitchen": np.outer([1.0] * 7 + [0.1] * 2, [0.25, 0.5, 1.0, 2.0, 4.0]),  # arm joints in rad, fingers in m
@@ -393,7 +397,7 @@ def pretrain_loss(model, skills, prior, target, obs, actions, args):
     predicted = skills.act(chunk_obs[row, chosen], z_steps)  # (B, C, H, A)
     bc_loss = (predicted - chunk_actions[row, chosen]).square().mean()
 
-    # Eq. 3, KL to N(0, 1): keeps skills close together, so that those between two of them mean something as well.
+    # Eq. 3, KL to N(0, 1): keeps skills in one region without gaps, so that a z between two skills is a skill, too.
     normal = torch.zeros_like(q_mean), torch.ones_like(q_std)
     kl_loss = kl_divergence((q_mean, q_std), normal).clamp(-100, 100).mean()
 
@@ -422,8 +426,8 @@ def pretrain_loss(model, skills, prior, target, obs, actions, args):
     prior_loss = kl_divergence((q_mean.detach(), q_std.detach()), p).mean()
 
     skill_loss = args.bc_coef * bc_loss + args.kl_coef * kl_loss + args.prior_coef * prior_loss
-    model_loss = args.recon_coef * recon_loss + args.consistency_coef * consistency_loss
-    loss = skill_loss + model_loss / N
+    world_loss = args.recon_coef * recon_loss + args.consistency_coef * consistency_loss
+    loss = skill_loss + world_loss / N
     metrics = dict(
         bc_loss=bc_loss,
         kl_loss=kl_loss,
@@ -453,13 +457,13 @@ def model_loss(model, target, task_policy, obs, z, rewards, dones, args):
         h_pred.append(model.next(h_pred[-1], z[:, t]))
     h_pred = torch.stack(h_pred, 1)  # (B, N+1, d)
 
-    # Consistency: predicted latent states agree with encoded ones, so that plans can be trusted.
+    # Consistency: predicted latent states agree with encoded ones, so that imagined states can be trusted.
     rho = args.rho ** torch.arange(N, device=obs.device)  # (N,)
     error = (h_pred[:, 1:] - h_target).square().mean(-1)  # (B, N)
     consistency = (rho * error).sum(1)  # (B,)
 
-    # Reward and value learn on imagined states, where plans need them (0 on axis 1, weight rho^t), and on encoded ones
-    # (1 on axis 1, weight 1).
+    # Reward and value learn on imagined states, where plans and eq. 7 use them (0 on axis 1, weight rho^t), and on
+    # encoded ones (1 on axis 1, weight 1).
     states = torch.stack([h_pred[:, :-1], h[:, :-1]], 1)  # (B, 2, N, d)
     both_z = z[:, None].expand(-1, 2, -1, -1)  # (B, 2, N, Z)
     weight = torch.stack([rho, torch.ones_like(rho)])  # (2, N)
@@ -528,13 +532,13 @@ def plan(model, task_policy, obs, K, min_std, noise_scale, args):
     h0 = model.encoder(obs)  # (E, d)
 
     # Plans that the task policy proposes: they begin the search (DEVIATION 5) and compete with its samples
-    h = h0[:, None].expand(-1, args.num_policy_trajs, -1)  # (E, 25, d)
+    h = h0[:, None].expand(-1, args.num_policy_trajs, -1)  # (E, trajs, d)
     policy_plans = []
     for _ in range(K):
         pi = gaussian_parameters(task_policy(h))
-        policy_plans.append(sample_skill(pi))  # (E, 25, Z)
+        policy_plans.append(sample_skill(pi))  # (E, trajs, Z)
         h = model.next(h, policy_plans[-1])
-    policy_plans = torch.stack(policy_plans, 2).nan_to_num(0.0)  # (E, 25, K, Z); NaN: a state overflowed
+    policy_plans = torch.stack(policy_plans, 2).nan_to_num(0.0)  # (E, trajs, K, Z); NaN: a state overflowed
     mean = policy_plans.mean(1)  # (E, K, Z)
     std = policy_plans.std(1).maximum(min_std)  # (E, K, Z)
 
@@ -597,7 +601,7 @@ class Planner:
         min_std = torch.full((), min_std, device=args.device)  # made there: torch.tensor would wait for the device
         noise_scale = torch.full((), float(self.explore), device=args.device)
 
-        # Each K and E is compiled anew, which takes a minute: only the longest plans of training are worth it.
+        # torch.compile starts anew for each K and E, which takes a minute: worth it for the longest plans of training.
         longest = self.explore and K == args.num_skills
         plan_skills = agent.compiled_plan if longest else plan
         torch.compiler.cudagraph_mark_step_begin()
@@ -786,19 +790,19 @@ def save(path: Path, parts: dict, **values):
 
     The file is renamed when it is whole, so that a crash while writing leaves the one of before.
     """
-    part = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
+    temporary = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
     state = {name: part.state_dict() for name, part in parts.items()}
     rng = [torch.get_rng_state()]
     if torch.cuda.is_initialized():
         rng.append(torch.cuda.get_rng_state())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(state, **values, rng=rng), part)
-        with part.open("rb") as file:
+        torch.save(dict(state, **values, rng=rng), temporary)
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
-        part.replace(path)
+        temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         reason = str(error).split("\n")[0]
         sys.exit(f"error: cannot write {path} ({reason}); free some space or choose another folder")
 
@@ -926,7 +930,8 @@ def find_pretrained(args: Args):
     data = data_tools.load_dataset(args.env_id, args.data_dir, args.dataset, args.data)
     names = [field.name for field in fields(Args)]
     names = names[names.index("skill_horizon") : names.index("max_grad_norm") + 1]
-    code = code_of(make_networks, pretrain_loss, pretrain_lr, perturb) | {"pretrain": inspect.getsource(pretrain)}
+    code = code_of(make_networks, pretrain_loss, pretrain_lr, perturb, clip_gradients, update_target)
+    code["pretrain"] = inspect.getsource(pretrain)  # what it uses besides, to log and save, shapes no model
     made_from = [data.fingerprint, args.seed]
     made_from += [ast.dump(ast.parse(source)) for _, source in sorted(code.items())]
     made_from += [[name, getattr(args, name)] for name in names]
@@ -1079,12 +1084,8 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
     planner = Planner(agent, args, explore=True)
     envs = data_tools.make_envs(args.env_id, args.num_envs)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
-    if args.capture_video:
-        envs.draw(0)  # a task or a machine without pictures is noticed now
-    longest = -(-envs.max_episode_steps // args.skill_horizon)  # skills in an episode that does not end early
-    if longest < args.num_skills:
-        sys.exit(f"error: episodes have at most {longest} skills, fewer than a window; lower --num-skills")
-    # What ends first succeeds first: learnt from that alone, nothing works. So every environment finishes an episode.
+    # Episodes that succeed end first, and an agent that learns from those alone fails. So the warm-up lasts until every
+    # environment has finished an episode.
     args.warmup_steps = max(args.warmup_steps, args.num_envs * envs.max_episode_steps)
     rb = ReplayBuffer(obs.shape[1], args)
     global_step = 0
@@ -1114,7 +1115,7 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
     start_time = time.time() - seconds
 
     skills = copy.deepcopy(agent.skills).cpu()  # acts next to the simulator
-    nobody = np.zeros(args.num_envs, dtype=bool)
+    none_ended = np.zeros(args.num_envs, dtype=bool)
     episodes_file = (run_dir / "episodes.csv").open("w", buffering=1, newline="")  # written line by line
     episodes_csv = csv.writer(episodes_file)
     episodes_csv.writerow(("env_step", "episodic_return", "episodic_length", "rl_minutes"))
@@ -1127,7 +1128,7 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
             z = agent.sample_policy(obs)  # (E, Z)
         else:
             z = planner(obs, global_step)
-        next_obs, rewards, ended, steps = execute_skill(envs, skills, obs, z, nobody, args)
+        next_obs, rewards, ended, steps = execute_skill(envs, skills, obs, z, none_ended, args)
         rb.add(obs, z, args.reward_scale * rewards, ended, next_obs)
         # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
         obs = next_obs
@@ -1167,7 +1168,7 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
                 log(writer, "losses", metrics, global_step)
                 bar.set_postfix(updates=f"{gradient_step} of {updates_due}")
             if gradient_step == updates_due:
-                check_finite(metrics)  # the planner waits for the device anyway
+                check_finite(metrics)  # acting waits for the device anyway
 
         # Evaluate without exploration noise
         finished = global_step >= args.total_timesteps
@@ -1186,6 +1187,7 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
             save(
                 checkpoint,
                 parts,
+                script=Path(__file__).name,
                 args=asdict(args),
                 envs=envs.get_state(),
                 global_step=global_step,
@@ -1269,17 +1271,16 @@ def parse_args(argv: list[str] | None = None) -> Args:
         given.evaluate = str(SHIPPED / "agents" / f"{Path(__file__).stem}_{env_id}.pt")
     if given.evaluate:
         with reading(given.evaluate):
-            defaults = load(given.evaluate, {})["args"]
+            state = load(given.evaluate, {})
+            check_script(state, given.evaluate)
+            defaults = state["args"]
             check_types(defaults)
         defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile)
     if given.resume:
         path = Path(given.resume) / "args.json"
         with reading(path):
             defaults = json.loads(path.read_text())
-            this = Path(__file__).name
-            script = defaults.pop("script", this)
-            if script != this:
-                sys.exit(f"error: {given.resume} is a run of {script}: go on with it")
+            check_script(defaults, given.resume)
             check_types(defaults)
             names = {field.name for field in fields(Args)}
             missing = names - defaults.keys()
@@ -1300,6 +1301,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
         if args.pretrained and name in PRETRAINING.split() and value != before:
             sys.exit(f"error: {flag} does nothing to the finished model of --pretrained: leave out one of them")
     return args
+
+
+def check_script(saved: dict, source: str):
+    """End the program if a run or an agent was made by another file; the oldest do not say by which."""
+    this = Path(__file__).name
+    script = saved.pop("script", this)
+    if script != this:
+        sys.exit(f"error: {source} was made by {script}: use that file")
 
 
 def check_types(values: dict):
@@ -1340,6 +1349,16 @@ def check_args(args: Args):
         sys.exit("error: --pretrained published needs scripted data and our settings; leave out the other flag")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA device; use --device cpu")
+    if args.evaluate:
+        return
+    envs = data_tools.make_envs(args.env_id, 1)
+    longest = -(-envs.max_episode_steps // args.skill_horizon)  # skills in an episode that does not end early
+    if longest < args.num_skills:
+        sys.exit(f"error: episodes have at most {longest} skills, fewer than a window; lower --num-skills")
+    if args.capture_video:
+        envs.reset(seed=args.seed)
+        envs.draw(0)  # a task or a machine without pictures is noticed now, before pre-training
+    envs.close()
 
 
 def main(args: Args) -> dict:
@@ -1387,7 +1406,7 @@ def main(args: Args) -> dict:
     except OSError as error:  # while logs, episodes.csv or results.json were written
         sys.exit(f"error: cannot write to {run_dir} ({error}); free some space or choose another --run-dir")
     if results["updates"] == 0:
-        print("RL made no update: it ended before the first was due; give more --total-timesteps")
+        print("RL made no update: none was due before its end")
     print(f"finished: {run_dir}; curves: tensorboard --logdir {run_dir}")
     return results
 

@@ -16,7 +16,9 @@ prior by a KL instead of the entropy. This is the closed-loop version of SkiLD, 
    policy: maximise min Q(s, z) - alpha KL(pi(s) || p(s))
 
 Differences from the release, marked DEVIATION n below.
-1. KL divergences are exact (both sides are Gaussian, before the tanh). The release averages 10 samples.
+1. KL divergences are exact (both sides are Gaussian). The release averages 10 samples. As there, x ~ pi is compared
+   with p, which was learnt for z, although z = 2 tanh(x) is executed: where p says 1, 1.52. So a policy equal to p does
+   not act quite like p, and this KL is not that of tdmpc_skills.py and dreamer_skills.py.
 2. Pre-training is shorter, with a decaying learning rate and, in the maze and on CALVIN, a larger KL weight.
 3. Sines and cosines of positions are inputs as well, and the maze is scaled, as in skimo.py. On people's data arms are
    shifted and objects recombined (--arm-noise, --recombine).
@@ -39,7 +41,7 @@ A run's folder holds what skimo.py names.
 Score: maze, share of training episodes that reach the goal in the last 50,000 of 300,000 env steps: .90 / .00 / .58
 (prior: .23). Seed 2 loses what it had, .70 at 200,000. With the release's 10 nats, older code: .04 / .00 / .00.
 Sub-tasks in the last 25,000 env steps: Kitchen 3.5 / 3.6 / 3.4 and Mis-aligned 3.9 (one seed) of 200,000 (prior: .84),
-CALVIN 4 / 4 of 300,000 (.16).
+CALVIN 4 / 4 of 300,000 (.155).
 Shapes: B batch, H steps per skill, O observation, F inputs, A action, Z skill, E environments.
 """
 
@@ -64,7 +66,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 # OpenMP's threads wait 1,000 turns for work before they sleep. With torch's default, 300 times that, an update beside
-# a busy program takes 1.6 times as long (table in algos/README.md). Must be set before torch is loaded.
+# a busy program takes 1.6 times as long (algos/README.md). Must be set before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -161,7 +163,7 @@ PUBLISHED = {
     "maze": dict(RELEASE, pretrain_updates=530_000, kl_coef=1e-3, target_kl=10.0),
 }
 
-# DEVIATION 3: periods of the sines and cosines of an observation's first P entries, (P, F).
+# DEVIATION 3: periods of the sines and cosines of an observation's first entries, a row for each entry.
 POSITION_PERIODS = {
     "maze": np.outer([1.0] * 2, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]),  # position, in cells
     "kitchen": np.outer([1.0] * 7 + [0.1] * 2, [0.25, 0.5, 1.0, 2.0, 4.0]),  # arm joints in rad, fingers in m
@@ -227,7 +229,7 @@ class Features(nn.Module):
     """Observations (..., O) -> inputs of the networks (..., F), F = size.
 
     DEVIATION 3: sines and cosines of positions are inputs as well, and the maze is scaled; see skimo.py's StateEncoder.
-    Without position_features they are the raw observations, but scaled where a network `always` wants that.
+    Without position_features they are the raw observations, but scaled with always_scaled.
     """
 
     def __init__(self, obs_dim: int, args: Args, always_scaled: bool = False):
@@ -291,7 +293,7 @@ class SkillModel(nn.Module):
 
 
 class SkillPrior(nn.Module):
-    """Prior p(z | s), and task policy: (..., O) -> mean and std, 2 x (..., Z)."""
+    """Prior p(z | s), in spirl.py the task policy as well: (..., O) -> mean and std, 2 x (..., Z)."""
 
     def __init__(self, obs_dim: int, args: Args):
         super().__init__()
@@ -437,7 +439,7 @@ def rollout(choose_skill, skills, num_episodes: int, args: Args, seed: int, vide
 
 
 def prior_rollouts(networks, args: Args, num_episodes: int):
-    """Returns (E,) of episodes with skills from the prior: what a fresh task policy explores."""
+    """Returns (E,) of episodes with squashed skills of the prior: what spirl.py's task policy begins with."""
     cpu = copy.deepcopy(networks).cpu().eval()
 
     @torch.no_grad()
@@ -483,7 +485,7 @@ class ReplayBuffer:
         next_obs = torch.from_numpy(next_obs)
         rewards = torch.from_numpy(rewards)
         dones = torch.from_numpy(ended).float()
-        rows = torch.arange(self.added, self.added + len(obs)) % self.size
+        rows = torch.arange(self.added, self.added + len(obs), device=self.device) % self.size
         for column, values in zip(self.columns.values(), (obs, z, rewards, dones, next_obs)):
             column[rows] = values.to(self.device)
         self.added += len(obs)
@@ -550,19 +552,19 @@ def save(path: Path, parts: dict, **values):
 
     The file is renamed when it is whole, so that a crash while writing leaves the one of before.
     """
-    part = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
+    temporary = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
     state = {name: part.state_dict() for name, part in parts.items()}
     rng = [torch.get_rng_state()]
     if torch.cuda.is_initialized():
         rng.append(torch.cuda.get_rng_state())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(state, **values, rng=rng), part)
-        with part.open("rb") as file:
+        torch.save(dict(state, **values, rng=rng), temporary)
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
-        part.replace(path)
+        temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         reason = str(error).split("\n")[0]
         sys.exit(f"error: cannot write {path} ({reason}); free some space or choose another folder")
 
@@ -616,8 +618,9 @@ def set_random_state(rng: list):
 
 # --------------------------------------------------------------------------------------------------------- pre-training
 def gradient_norm(module):
-    """Norm of a module's gradient, (), which keeps it; what check_finite looks at."""
-    return nn.utils.clip_grad_norm_(module.parameters(), float("inf"))
+    """Norm of a module's gradient, (), which stays as it is; what check_finite looks at."""
+    gradients = [weight.grad for weight in module.parameters() if weight.grad is not None]
+    return nn.utils.get_total_norm(gradients)
 
 
 def check_finite(metrics: dict):
@@ -855,8 +858,6 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
     agent = Agent(args, networks)
     envs = data_tools.make_envs(args.env_id, args.num_envs)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
-    if args.capture_video:
-        envs.draw(0)  # a task or a machine without pictures is noticed now
     rb = ReplayBuffer(obs.shape[1], args)
     global_step = 0
     gradient_step = 0
@@ -885,7 +886,7 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
     start_time = time.time() - seconds
 
     skills = copy.deepcopy(agent.skills).cpu()  # acts next to the simulator
-    nobody = np.zeros(args.num_envs, dtype=bool)
+    none_ended = np.zeros(args.num_envs, dtype=bool)
     episodes_file = (run_dir / "episodes.csv").open("w", buffering=1, newline="")  # written line by line
     episodes_csv = csv.writer(episodes_file)
     episodes_csv.writerow(("env_step", "episodic_return", "episodic_length", "rl_minutes"))
@@ -895,7 +896,7 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
     while not stopping:
         # ALGO LOGIC: put action logic here. One skill for all environments at once, then H env steps (DEVIATION 4)
         z = agent.sample_policy(obs)  # (E, Z)
-        next_obs, rewards, ended, steps = execute_skill(envs, skills, obs, z, nobody, args)
+        next_obs, rewards, ended, steps = execute_skill(envs, skills, obs, z, none_ended, args)
         rb.add(obs, z, args.reward_scale * rewards, ended, next_obs)
         # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
         obs = next_obs
@@ -949,6 +950,7 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
             save(
                 checkpoint,
                 parts,
+                script=Path(__file__).name,
                 args=asdict(args),
                 envs=envs.get_state(),
                 global_step=global_step,
@@ -1028,17 +1030,16 @@ def parse_args(argv: list[str] | None = None) -> Args:
         given.evaluate = str(SHIPPED / "agents" / f"{Path(__file__).stem}_{env_id}.pt")
     if given.evaluate:
         with reading(given.evaluate):
-            defaults = load(given.evaluate, {})["args"]
+            state = load(given.evaluate, {})
+            check_script(state, given.evaluate)
+            defaults = state["args"]
             check_types(defaults)
         defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile)
     if given.resume:
         path = Path(given.resume) / "args.json"
         with reading(path):
             defaults = json.loads(path.read_text())
-            this = Path(__file__).name
-            script = defaults.pop("script", this)
-            if script != this:
-                sys.exit(f"error: {given.resume} is a run of {script}: go on with it")
+            check_script(defaults, given.resume)
             check_types(defaults)
             names = {field.name for field in fields(Args)}
             missing = names - defaults.keys()
@@ -1059,6 +1060,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
         if args.pretrained and name in PRETRAINING.split() and value != before:
             sys.exit(f"error: {flag} does nothing to the finished model of --pretrained: leave out one of them")
     return args
+
+
+def check_script(saved: dict, source: str):
+    """End the program if a run or an agent was made by another file; the oldest do not say by which."""
+    this = Path(__file__).name
+    script = saved.pop("script", this)
+    if script != this:
+        sys.exit(f"error: {source} was made by {script}: use that file")
 
 
 def check_types(values: dict):
@@ -1096,6 +1105,11 @@ def check_args(args: Args):
         sys.exit("error: --pretrained published needs scripted data and our settings; leave out the other flag")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA device; use --device cpu")
+    if args.capture_video and not args.evaluate:
+        envs = data_tools.make_envs(args.env_id, 1)
+        envs.reset(seed=args.seed)
+        envs.draw(0)  # a task or a machine without pictures is noticed now, before pre-training
+        envs.close()
 
 
 def main(args: Args) -> dict:
@@ -1143,7 +1157,7 @@ def main(args: Args) -> dict:
     except OSError as error:  # while logs, episodes.csv or results.json were written
         sys.exit(f"error: cannot write to {run_dir} ({error}); free some space or choose another --run-dir")
     if results["updates"] == 0:
-        print("RL made no update: it ended before the first was due; give more --total-timesteps")
+        print("RL made no update: none was due before its end")
     print(f"finished: {run_dir}; curves: tensorboard --logdir {run_dir}")
     return results
 

@@ -57,7 +57,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 # OpenMP's threads wait 1,000 turns for work before they sleep. With torch's default, 300 times that, an update beside
-# a busy program takes 1.6 times as long (table in algos/README.md). Must be set before torch is loaded.
+# a busy program takes 1.6 times as long (algos/README.md). Must be set before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -143,7 +143,7 @@ CPU_PRESET = dict(
     hidden_dim=128, batch_size=128, num_samples=128, num_elites=32, cem_iters=3, updates_per_step=0.1,
 )  # fmt: skip
 
-# Periods of the sines and cosines of an observation's first P entries, (P, F).
+# Periods of the sines and cosines of an observation's first entries, a row for each entry.
 POSITION_PERIODS = {
     "maze": np.outer([1.0] * 2, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]),  # position, in cells
     "kitchen": np.outer([1.0] * 7 + [0.1] * 2, [0.25, 0.5, 1.0, 2.0, 4.0]),  # arm joints in rad, fingers in m
@@ -301,12 +301,12 @@ def plan(model, policy, obs, mean, min_std, noise_scale, args):
     h0 = model.encoder(obs)  # (E, d)
 
     # Plans that the policy proposes: they compete with the samples
-    h = h0[:, None].expand(-1, args.num_policy_trajs, -1)  # (E, 25, d)
+    h = h0[:, None].expand(-1, args.num_policy_trajs, -1)  # (E, trajs, d)
     policy_plans = []
     for _ in range(K):
-        policy_plans.append(sample_action(policy, h, args))  # (E, 25, A)
+        policy_plans.append(sample_action(policy, h, args))  # (E, trajs, A)
         h = model.next(h, policy_plans[-1])
-    policy_plans = torch.stack(policy_plans, 2).nan_to_num(0.0)  # (E, 25, K, A); NaN: a state overflowed
+    policy_plans = torch.stack(policy_plans, 2).nan_to_num(0.0)  # (E, trajs, K, A); NaN: a state overflowed
 
     std = torch.full_like(mean, args.max_std)
     for _ in range(args.cem_iters):
@@ -373,7 +373,7 @@ class Planner:
         if self.last_mean.shape == mean.shape:
             mean[:, :-1] = self.last_mean[:, 1:]
 
-        # Each K and E is compiled anew, which takes a minute: only the longest plans of training are worth it.
+        # torch.compile starts anew for each K and E, which takes a minute: worth it for the longest plans of training.
         longest = self.explore and K == args.num_steps
         plan_actions = agent.compiled_plan if longest else plan
         torch.compiler.cudagraph_mark_step_begin()
@@ -540,19 +540,19 @@ def save(path: Path, parts: dict, **values):
 
     The file is renamed when it is whole, so that a crash while writing leaves the one of before.
     """
-    part = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
+    temporary = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
     state = {name: part.state_dict() for name, part in parts.items()}
     rng = [torch.get_rng_state()]
     if torch.cuda.is_initialized():
         rng.append(torch.cuda.get_rng_state())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(state, **values, rng=rng), part)
-        with part.open("rb") as file:
+        torch.save(dict(state, **values, rng=rng), temporary)
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
-        part.replace(path)
+        temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         reason = str(error).split("\n")[0]
         sys.exit(f"error: cannot write {path} ({reason}); free some space or choose another folder")
 
@@ -766,7 +766,7 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
             if gradient_step % 100 == 0:
                 log(writer, "losses", metrics, global_step)
             if gradient_step == updates_due:
-                check_finite(metrics)  # the planner waits for the device anyway
+                check_finite(metrics)  # acting waits for the device anyway
 
         # Evaluate without exploration noise
         finished = global_step >= args.total_timesteps
@@ -785,6 +785,7 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
             save(
                 checkpoint,
                 parts,
+                script=Path(__file__).name,
                 args=asdict(args),
                 envs=envs.get_state(),
                 last_mean=planner.last_mean,
@@ -856,17 +857,16 @@ def parse_args(argv: list[str] | None = None) -> Args:
         defaults |= CPU_PRESET
     if given.evaluate:
         with reading(given.evaluate):
-            defaults = load(given.evaluate, {})["args"]
+            state = load(given.evaluate, {})
+            check_script(state, given.evaluate)
+            defaults = state["args"]
             check_types(defaults)
         defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile)
     if given.resume:
         path = Path(given.resume) / "args.json"
         with reading(path):
             defaults = json.loads(path.read_text())
-            this = Path(__file__).name
-            script = defaults.pop("script", this)
-            if script != this:
-                sys.exit(f"error: {given.resume} is a run of {script}: go on with it")
+            check_script(defaults, given.resume)
             check_types(defaults)
             names = {field.name for field in fields(Args)}
             missing = names - defaults.keys()
@@ -882,6 +882,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
         if given.resume and name not in MAY_CHANGE.split() and value != defaults[name]:
             sys.exit(f"error: --{name.replace('_', '-')} cannot change with --resume: leave it out, or begin a new run")
     return args
+
+
+def check_script(saved: dict, source: str):
+    """End the program if a run or an agent was made by another file; the oldest do not say by which."""
+    this = Path(__file__).name
+    script = saved.pop("script", this)
+    if script != this:
+        sys.exit(f"error: {source} was made by {script}: use that file")
 
 
 def check_types(values: dict):
@@ -944,7 +952,7 @@ def main(args: Args) -> dict:
     except OSError as error:  # while logs, episodes.csv or results.json were written
         sys.exit(f"error: cannot write to {run_dir} ({error}); free some space or choose another --run-dir")
     if results["updates"] == 0:
-        print("RL made no update: it ended before the first was due; give more --total-timesteps")
+        print("RL made no update: none was due before its end")
     print(f"finished: {run_dir}; curves: tensorboard --logdir {run_dir}")
     return results
 

@@ -7,8 +7,9 @@ its policy held to the prior by a KL. Its model does not know the offline data, 
     python algos/tdmpc_skills.py --env-id maze --release-defects  # with the defects below
 
 Repeat: plan skills u in (-1, 1) by CEM, execute z = 2 u for H steps of the skill policy; on windows of N skills fit the
-model h_0 = E(s_0), h_{i+1} = D(h_i, u_i), R, Q (consistency, reward, TD losses); policy: maximise on the imagined h_t
-rho^t min Q(h_t, u), and on the encoded E(s_t) - alpha KL(2 u || p(s_t)); move the slow target copy.
+model h_0 = E(s_0), h_{i+1} = D(h_i, u_i), R, Q (consistency, reward, TD losses); policy: maximise the sum of
+rho^t min Q(h_t, u) over imagined states h_t, less alpha times the sum of KL(2 u || p(s_t)) over encoded ones; move the
+slow target copy.
 
 --release-defects: (a) windows pair state t with the skill and reward that led *into* it, so that the reward at an
 episode's end is never learnt; (b) 2 u is stored, but planner, policy loss and targets evaluate the model at u; (c) the
@@ -34,7 +35,7 @@ bound (value: 2e-4); now it has none, as in the release, and the rest was read t
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, PEOPLE, RELEASE, PUBLISHED, scalar_head, SkillModel,
 WorldModel, make_networks, pretrain_loss, model_loss, policy_loss, plan, Planner, ReplayBuffer, prior_rollouts,
 pretrain_lr, find_pretrained, pretrain, Agent, train, check_args.
-A run's folder holds what skimo.py names.
+A run's folder holds what skimo.py names. Its prior_return is of skills 2 tanh(x); the warm-up draws them as they are.
 Score: maze, 300,000 env steps at small sizes (algos/README.md), one seed: the warm-up's skills reach the goal in .32 of
 the episodes, plans in .04 of the next 50,000 env steps and never after that. The paper's is 0 to its end. Kitchen,
 full width, a tenth of the updates: 3.3 of 4 sub-tasks after 60,000 env steps, where it was stopped (prior: .84).
@@ -64,7 +65,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 # OpenMP's threads wait 1,000 turns for work before they sleep. With torch's default, 300 times that, an update beside
-# a busy program takes 1.6 times as long (table in algos/README.md). Must be set before torch is loaded.
+# a busy program takes 1.6 times as long (algos/README.md). Must be set before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -125,7 +126,7 @@ class Args:
     total_timesteps: int = 1_000_000  # env steps, warm-up included
     num_envs: int = 8  # environments side by side
     num_skills: int = 5  # N: skills per window and in the longest plan
-    warmup_steps: int = 5_000  # env steps with skills from the prior, before planning and updates start
+    warmup_steps: int = 5_000  # env steps with skills from the prior before plans and updates, E episodes at least
     batch_size: int = 128  # windows of N skills per update
     updates_per_step: float = 1.0  # gradient updates per env step after the warm-up
     model_dim: int = 512  # width of dynamics, reward, critics and task policy
@@ -179,7 +180,7 @@ PUBLISHED = {
     "maze": dict(RELEASE, pretrain_updates=530_000, kl_coef=1e-3, warmup_steps=5_000),
 }
 
-# DEVIATION 3: periods of the sines and cosines of an observation's first P entries, (P, F).
+# DEVIATION 3: periods of the sines and cosines of an observation's first entries, a row for each entry.
 POSITION_PERIODS = {
     "maze": np.outer([1.0] * 2, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]),  # position, in cells
     "kitchen": np.outer([1.0] * 7 + [0.1] * 2, [0.25, 0.5, 1.0, 2.0, 4.0]),  # arm joints in rad, fingers in m
@@ -288,7 +289,7 @@ class Features(nn.Module):
     """Observations (..., O) -> inputs of the networks (..., F), F = size.
 
     DEVIATION 3: sines and cosines of positions are inputs as well, and the maze is scaled; see skimo.py's StateEncoder.
-    Without position_features they are the raw observations, but scaled where a network `always` wants that.
+    Without position_features they are the raw observations, but scaled with always_scaled.
     """
 
     def __init__(self, obs_dim: int, args: Args, always_scaled: bool = False):
@@ -352,7 +353,7 @@ class SkillModel(nn.Module):
 
 
 class SkillPrior(nn.Module):
-    """Prior p(z | s), and task policy: (..., O) -> mean and std, 2 x (..., Z)."""
+    """Prior p(z | s), in spirl.py the task policy as well: (..., O) -> mean and std, 2 x (..., Z)."""
 
     def __init__(self, obs_dim: int, args: Args):
         super().__init__()
@@ -523,12 +524,12 @@ def plan(model, task_policy, obs, mean, min_std, noise_scale, args):
     h0 = model.encoder(obs)  # (E, d)
 
     # Plans that the task policy proposes compete with the samples
-    h = h0[:, None].expand(-1, args.num_policy_trajs, -1)  # (E, 25, d)
+    h = h0[:, None].expand(-1, args.num_policy_trajs, -1)  # (E, trajs, d)
     policy_plans = []
     for _ in range(K):
-        policy_plans.append(sample_skill(task_policy(h)))  # (E, 25, Z)
+        policy_plans.append(sample_skill(task_policy(h)))  # (E, trajs, Z)
         h = model.next(h, policy_plans[-1])
-    policy_plans = torch.stack(policy_plans, 2).nan_to_num(0.0)  # (E, 25, K, Z); NaN: a state overflowed
+    policy_plans = torch.stack(policy_plans, 2).nan_to_num(0.0)  # (E, trajs, K, Z); NaN: a state overflowed
     std = torch.full_like(mean, args.max_std)
 
     for _ in range(args.cem_iters):
@@ -599,7 +600,7 @@ class Planner:
         if self.last_mean.shape == mean.shape:
             mean[:, :-1] = self.last_mean[:, 1:]
 
-        # Each K and E is compiled anew, which takes a minute: only the longest plans of training are worth it.
+        # torch.compile starts anew for each K and E, which takes a minute: worth it for the longest plans of training.
         longest = self.explore and K == args.num_skills
         plan_skills = agent.compiled_plan if longest else plan
         torch.compiler.cudagraph_mark_step_begin()
@@ -657,7 +658,7 @@ def rollout(choose_skill, skills, num_episodes: int, args: Args, seed: int, vide
 
 
 def prior_rollouts(networks, args: Args, num_episodes: int):
-    """Returns (E,) of episodes with skills from the prior: what a fresh task policy explores."""
+    """Returns (E,) of episodes with squashed skills of the prior: what spirl.py's task policy begins with."""
     cpu = copy.deepcopy(networks).cpu().eval()
 
     @torch.no_grad()
@@ -794,19 +795,19 @@ def save(path: Path, parts: dict, **values):
 
     The file is renamed when it is whole, so that a crash while writing leaves the one of before.
     """
-    part = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
+    temporary = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
     state = {name: part.state_dict() for name, part in parts.items()}
     rng = [torch.get_rng_state()]
     if torch.cuda.is_initialized():
         rng.append(torch.cuda.get_rng_state())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(state, **values, rng=rng), part)
-        with part.open("rb") as file:
+        torch.save(dict(state, **values, rng=rng), temporary)
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
-        part.replace(path)
+        temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         reason = str(error).split("\n")[0]
         sys.exit(f"error: cannot write {path} ({reason}); free some space or choose another folder")
 
@@ -1085,12 +1086,8 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
     planner = Planner(agent, args, explore=True)
     envs = data_tools.make_envs(args.env_id, args.num_envs)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
-    if args.capture_video:
-        envs.draw(0)  # a task or a machine without pictures is noticed now
-    longest = -(-envs.max_episode_steps // args.skill_horizon)  # skills in an episode that does not end early
-    if longest < args.num_skills:
-        sys.exit(f"error: episodes have at most {longest} skills, fewer than a window; lower --num-skills")
-    # What ends first succeeds first: learnt from that alone, nothing works. So every environment finishes an episode.
+    # Episodes that succeed end first, and an agent that learns from those alone fails. So the warm-up lasts until every
+    # environment has finished an episode.
     args.warmup_steps = max(args.warmup_steps, args.num_envs * envs.max_episode_steps)
     rb = ReplayBuffer(obs.shape[1], args)
     led_here = torch.zeros(args.num_envs, args.skill_dim), np.zeros(args.num_envs, dtype=np.float32)  # defect (a)
@@ -1124,7 +1121,7 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
     start_time = time.time() - seconds
 
     skills = copy.deepcopy(agent.skills).cpu()  # acts next to the simulator
-    nobody = np.zeros(args.num_envs, dtype=bool)
+    none_ended = np.zeros(args.num_envs, dtype=bool)
     episodes_file = (run_dir / "episodes.csv").open("w", buffering=1, newline="")  # written line by line
     episodes_csv = csv.writer(episodes_file)
     episodes_csv.writerow(("env_step", "episodic_return", "episodic_length", "rl_minutes"))
@@ -1137,7 +1134,7 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
             z = agent.sample_prior(obs)  # (E, Z), DEVIATION 5
         else:
             z = planner(obs, global_step)
-        next_obs, rewards, ended, steps = execute_skill(envs, skills, obs, z, nobody, args)
+        next_obs, rewards, ended, steps = execute_skill(envs, skills, obs, z, none_ended, args)
         stored = z / 2, args.reward_scale * rewards  # u (E, Z), (E,)
         if args.release_defects:  # (a) what led into obs instead of what follows, (b) at the scale of z
             goes_on = np.float32(~ended)  # (E,)
@@ -1170,13 +1167,10 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
         running_length[ended] = 0
         bar.update(new_steps)
 
-        # ALGO LOGIC: training. As many updates as the env steps after the warm-up are worth. If the first episode ended
-        # late, they are made up for in parts
+        # ALGO LOGIC: training. As many updates as the env steps after the warm-up are worth
         updates_due = 0
         if len(rb.episodes) > 0:
-            at_once = math.ceil(10 * new_steps * args.updates_per_step)
             updates_due = int((global_step - args.warmup_steps) * args.updates_per_step)
-            updates_due = min(updates_due, gradient_step + at_once)
         while gradient_step < updates_due:
             metrics = agent.update(*rb.sample(args.batch_size))
             gradient_step += 1
@@ -1186,7 +1180,7 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
                 log(writer, "losses", metrics, global_step)
                 bar.set_postfix(updates=f"{gradient_step} of {updates_due}")
             if gradient_step == updates_due:
-                check_finite(metrics)  # the planner waits for the device anyway
+                check_finite(metrics)  # acting waits for the device anyway
 
         # Evaluate without exploration noise
         finished = global_step >= args.total_timesteps
@@ -1205,6 +1199,7 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
             save(
                 checkpoint,
                 parts,
+                script=Path(__file__).name,
                 args=asdict(args),
                 envs=envs.get_state(),
                 last_mean=planner.last_mean,
@@ -1290,17 +1285,16 @@ def parse_args(argv: list[str] | None = None) -> Args:
         given.evaluate = str(SHIPPED / "agents" / f"{Path(__file__).stem}_{env_id}.pt")
     if given.evaluate:
         with reading(given.evaluate):
-            defaults = load(given.evaluate, {})["args"]
+            state = load(given.evaluate, {})
+            check_script(state, given.evaluate)
+            defaults = state["args"]
             check_types(defaults)
         defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile)
     if given.resume:
         path = Path(given.resume) / "args.json"
         with reading(path):
             defaults = json.loads(path.read_text())
-            this = Path(__file__).name
-            script = defaults.pop("script", this)
-            if script != this:
-                sys.exit(f"error: {given.resume} is a run of {script}: go on with it")
+            check_script(defaults, given.resume)
             check_types(defaults)
             names = {field.name for field in fields(Args)}
             missing = names - defaults.keys()
@@ -1321,6 +1315,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
         if args.pretrained and name in PRETRAINING.split() and value != before:
             sys.exit(f"error: {flag} does nothing to the finished model of --pretrained: leave out one of them")
     return args
+
+
+def check_script(saved: dict, source: str):
+    """End the program if a run or an agent was made by another file; the oldest do not say by which."""
+    this = Path(__file__).name
+    script = saved.pop("script", this)
+    if script != this:
+        sys.exit(f"error: {source} was made by {script}: use that file")
 
 
 def check_types(values: dict):
@@ -1344,7 +1346,7 @@ def check_args(args: Args):
             sys.exit(f"error: {flag} 0 does not work; give at least 1")
         if name in ("tau", "gamma", "rho", "momentum") and value > 1:
             sys.exit(f"error: {flag} {value} does not work; give at most 1")
-    if not 0 < args.policy_std <= 1:  # beyond, the quadrature of squashed_kl is wrong by more than 1 %
+    if not 0 < args.policy_std <= 1:  # beyond, the quadrature of squashed_kl is wrong by more than 3 %
         sys.exit(f"error: --policy-std {args.policy_std} does not work; give a small number, at most 1")
     if args.num_elites > args.num_samples + args.num_policy_trajs:
         sys.exit("error: --num-elites exceeds --num-samples + --num-policy-trajs; lower it")
@@ -1358,6 +1360,16 @@ def check_args(args: Args):
         sys.exit("error: --pretrained published needs scripted data and our settings; leave out the other flag")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA device; use --device cpu")
+    if args.evaluate:
+        return
+    envs = data_tools.make_envs(args.env_id, 1)
+    longest = -(-envs.max_episode_steps // args.skill_horizon)  # skills in an episode that does not end early
+    if longest < args.num_skills:
+        sys.exit(f"error: episodes have at most {longest} skills, fewer than a window; lower --num-skills")
+    if args.capture_video:
+        envs.reset(seed=args.seed)
+        envs.draw(0)  # a task or a machine without pictures is noticed now, before pre-training
+    envs.close()
 
 
 def main(args: Args) -> dict:
@@ -1405,7 +1417,7 @@ def main(args: Args) -> dict:
     except OSError as error:  # while logs, episodes.csv or results.json were written
         sys.exit(f"error: cannot write to {run_dir} ({error}); free some space or choose another --run-dir")
     if results["updates"] == 0:
-        print("RL made no update: it ended before the first was due; give more --total-timesteps")
+        print("RL made no update: none was due before its end")
     print(f"finished: {run_dir}; curves: tensorboard --logdir {run_dir}")
     return results
 

@@ -53,6 +53,9 @@ class Args:
     part_seconds: float = 530.0  # a part ends within this time: it fits a limit of ten minutes for a command
 
 
+STARTED = []  # programs
+
+
 class Deadline:
     """The time that a part has left."""
 
@@ -68,7 +71,7 @@ def start(command: list, log: Path, **environment) -> subprocess.Popen:
     with log.open("a") as file:
         file.write(f"\n=== {shlex.join(map(str, command))}\n")
         file.flush()
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [str(word) for word in command],
             cwd=ROOT,
             env=os.environ | environment,
@@ -77,6 +80,8 @@ def start(command: list, log: Path, **environment) -> subprocess.Popen:
             stderr=subprocess.STDOUT,
             process_group=0,
         )
+    STARTED.append(process)
+    return process
 
 
 def wait(process: subprocess.Popen, seconds: float) -> str:
@@ -262,17 +267,29 @@ def report(found: dict) -> str:
 
 
 def main(args: Args):
+    """All parts, or one; whatever ends it, nothing that it started goes on."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: stopped"))
+    try:
+        check(args)
+    finally:
+        for process in STARTED:
+            if process.poll() is None:
+                stop(process)
+
+
+def check(args: Args):
     if not args.cpu and not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA device; --cpu is a rehearsal without one")
     OUT.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: stopped"))  # with all that was started
     device = "cpu" if args.cpu else "cuda"
     checks = dict(tests=check_tests, speed=check_speed, train=check_training)
     machine = speed.machine(speed.Args(device=device))
     print(f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}", flush=True)
     found = {}
     if args.part != "all" and (OUT / "gpu_check.json").exists():  # parts that were run before
-        found = json.loads((OUT / "gpu_check.json").read_text())["parts"]
+        old = json.loads((OUT / "gpu_check.json").read_text())
+        if old["rehearsal"] == args.cpu and old["machine"]["gpu"] == machine["gpu"]:
+            found = old["parts"]
     for part in PARTS if args.part == "all" else (args.part,):
         print(f"{time.strftime('%H:%M:%S')} {part}: see {OUT / part}.log", flush=True)
         (OUT / f"{part}.log").unlink(missing_ok=True)

@@ -147,7 +147,8 @@ def overview(cells) -> Figure:
             short, colour = look(name)
             text = f"{short}: {len(cell.reaching(cell.main_end))} to {thousands(cell.main_end)}"
             further = Counter(run.end for run in cell if run.end > cell.main_end)
-            text += "".join(f", {n} to {thousands(end)}" for end, n in sorted(further.items()))
+            longer = [f"{n} to {thousands(end)}" for end, n in sorted(further.items())]
+            text += f" ({', '.join(longer)})" if longer else ""
             at = dict(transform=axes.transAxes, va="center", size=13)
             axes.text(0, -0.34 - 0.115 * line, text, color=colour, **at)
     text = "Solid: our runs (mean of seeds; thin: those that went on). Dashed: the paper's (other data, five seeds)."

@@ -67,18 +67,21 @@ it differs from what the logs give. How the numbers are made: [README](README.md
 - **Score**: training episodes, with exploration, smoothed as in the paper. First the mean over seeds, then each seed.
   *Paper, same step*: the paper's value at our env steps, smoothed in the same way, read off its figures (five seeds).
 - **Data** for pre-training. The authors' data were not to be had. *Scripted*: demonstrations by our own controllers.
-  *Human (187 episodes)*: people's demonstrations, 30 % of the paper's, with shifted arms and recombined objects, which
-  the paper does not have. So compare the order of methods, not heights.
+  *Human (187 episodes)*: people's demonstrations, 30 % of the paper's, put together from public copies (of 120 the
+  objects' states are simulated again; the file is not in this repository), with shifted arms and recombined objects in
+  pre-training, which the paper does not have. So compare the order of methods, not heights.
 - **Clean evaluation**: without exploration noise. **On CALVIN 20 episodes are not 20 samples**: all start in the same
   state, without noise, and most policies are deterministic up to a planner's samples (of 20 such episodes of SkiMo, 18
   stayed within 1 mm of each other; no log kept). How many differ in each cell was not logged. They begin with an open
   gripper, training episodes with the last one's command, often closed ([more](../data_tools/README.md#calvin)): the two
   are not alike. In the maze every episode starts elsewhere. In the kitchens all start in the same state, and what is
   observed has noise of its own in each.
-- **Prior alone**: roll-outs of the pre-trained prior, where RL begins. The Mis-aligned Kitchen uses the Kitchen's
-  model, and its roll-outs were in the Kitchen.
+- **Prior alone**: roll-outs of the pre-trained prior, where RL begins. Those of the Mis-aligned Kitchen's models were
+  in the Kitchen, so it has none.
 - **RL minutes**: without pre-training, mostly one thread beside other jobs on two shared cores: upper bounds.
-- **Commit**: of each start of a run; a + says that files were changed since.
+- **Commit**: of each start of a run; a + says that files were changed since. **To make a run again**: its command is in
+  `results/TASK/METHOD/DATA/seedN.json` under `attempts`. Leave out the folders and, in older ones, `--num-threads 1`
+  (now the environment variable `OMP_NUM_THREADS=1`).
 - **Length of plans**: CEM plans 1 skill ahead on CALVIN and up to 10 in the kitchens. In the maze plans grow by the
   release's schedule, made for 2M env steps: 1 skill up to 111,000 env steps, 2 up to 222,000, 3 at 300,000. So only
   the kitchens test long plans here.
@@ -130,7 +133,7 @@ MISALIGNED = """
 
 UNFAIR = {"dreamer", "tdmpc", "skimo_no_joint"}
 SMALLER = (
-    "SAC, Dreamer, TD-MPC, DIAYN, HIRO and LSP with fewer updates or smaller networks than by default "
+    "SAC, Dreamer, TD-MPC, DIAYN, HIRO and LSP with fewer updates or smaller networks than by default, or other rates "
     "([what exactly](benchmarks/results/README.md))."
 )
 
@@ -249,7 +252,11 @@ def board_section(cells, task: str, data: str) -> str:
     """Results of a task: a table of scores, and one of training means along the way."""
     facts = TASKS[task]
     here = {method: cell for (t, method, d), cell in cells.items() if (t, d) == (task, data)}
-    rows = [result_row(label(name), cell.reaching(end), end) for name, cell in here.items() for end in cell.ends]
+    shared = shown_end(cells, task, data)
+    rows = []
+    for name, cell in here.items():
+        ends = {*cell.ends, shared} if cell.ends[-1] >= shared else cell.ends
+        rows += [result_row(label(name), cell.reaching(end), end) for end in sorted(ends)]
     text = f"## {starred(task, data)}, {DATA.get(data, data)} data\n\n"
     text += f"Score: {facts.measure}, at best {facts.best:g}.\n\n" + table(RESULT_HEADER, rows)
     text += "\nTraining episodes, unsmoothed mean between two env steps:\n\n"
@@ -452,13 +459,16 @@ def results_text(folder: Path, cells) -> str:
     """RESULTS.md."""
     ours = folder.resolve() == RESULTS
     introduction = INTRODUCTION if ours else OWN_INTRODUCTION
-    text = introduction.lstrip() + coverage_section(cells)
+    text = introduction.lstrip()
+    if ours:
+        text += coverage_section(cells)
     for task, data in boards(cells):
         text += board_section(cells, task, data)
-    text += ORDERINGS
-    if ours:
-        text += NOT_FAIR + paragraph(fair_text(orderings(cells, "scripted")))
-    text += orderings_section(cells)
+    if ours or any(pair.training for data in kinds(cells) for pair in orderings(cells, data)):
+        text += ORDERINGS
+        if ours:
+            text += NOT_FAIR + paragraph(fair_text(orderings(cells, "scripted")))
+        text += orderings_section(cells)
     if (folder / "studies").is_dir():
         text += studies_section(folder, cells)
     return text.rstrip() + "\n"
@@ -469,7 +479,7 @@ def readme_cell(cells, task: str, method: str, data: str) -> str:
     if cell is None:
         final = paper_final(task, method)
         return "not run" + ("" if np.isnan(final) else f"<br>paper's end: {number(final)}")
-    end = cell.main_end
+    end = min(cell.main_end, shown_end(cells, task, data))
     scores = [score_at(run, end) for run in cell.reaching(end)]
     lines = [f"**{number(np.mean(scores))}** ({' / '.join(map(number, scores))})"]
     final = paper_final(task, method)
@@ -545,18 +555,19 @@ def readme_text(cells) -> str:
     words = "**How far this is from the paper.**"
     for data in kinds(cells):
         found = coverage(cells, data)
-        pairs = [pair for pair in orderings(cells, data) if pair.training]
+        every = orderings(cells, data)
+        pairs = [pair for pair in every if pair.training]
         holds = sum(pair.training == "holds" for pair in pairs)
         both = sum(pair.training == pair.clean == "holds" for pair in pairs)
         tested = "no ordering tested"
         if pairs:
             tested = (
-                f"of its comparisons of two methods {len(pairs)} could be tested: {holds} with the same result here in "
-                f"training, {both} also in evaluation without noise"
+                f"of {len(every)} pairs of methods that it orders {len(pairs)} could be compared: {holds} as there in "
+                f"training, {both} of these also without noise"
             )
         words += (
             f" {DATA.get(data, data).capitalize()} data: {found['begun']} of its {len(PAPER)} curves begun, "
-            f"{found['ended']} run to their end, {tested}."
+            f"{found['ended']} run to their end; {tested}."
         )
         if any({pair.first, pair.second} & UNFAIR for pair in pairs):
             words += f" {fair_text(pairs)}"
@@ -584,7 +595,8 @@ def main(args: Args):
     if not cells:
         sys.exit(f"error: no logs in {args.path}; it should hold TASK/METHOD/seedN.json or a run's args.json")
     ours = args.path.resolve() == RESULTS
-    print(coverage_section(cells))
+    if ours:
+        print(coverage_section(cells))
     write(RESULTS.parent / "RESULTS.md" if ours else args.path / "RESULTS.md", results_text(args.path, cells))
     save(overview(cells), args.path / "curves.png")
     for task in dict.fromkeys(task for task, _ in boards(cells)):

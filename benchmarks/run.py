@@ -46,7 +46,8 @@ from data_tools import TASKS
 LOCK_TIMEOUT = 300  # seconds to wait until a run whose runner or node was lost has saved and ended
 STOP_TIMEOUT = 600  # seconds that runs get to save when the runner is stopped: a block of updates can take minutes
 
-OURS = "--env-id --seed --run-dir --data-dir --resume --evaluate".split()  # a run's flags that the runner alone sets
+# Flags of a run that the runner alone sets
+OURS = "--env-id --seed --device --run-dir --data-dir --resume --evaluate".split()
 
 # Starts the command with SIGTERM (save and stop) as its fate when the Ray worker above it dies; only Linux can do that.
 LAUNCH = """
@@ -462,8 +463,12 @@ def run_grid(args: Args, cells: list[Cell], gpus: float, display: Display):
                 except ray.exceptions.RayError as error:  # the worker or its node died, or its disk is full
                     outcome = dict(problem=why(error), exit_code=None)
                 if "problem" not in outcome:
-                    write_results(cell, outcome)
-                    cell.state, cell.pretrained = "finished", True
+                    try:
+                        write_results(cell, outcome)
+                        cell.state, cell.pretrained = "finished", True
+                    except (KeyError, TypeError, ValueError) as error:
+                        cell.problem = f"results.json or episodes.csv is not as benchmarks/README.md says ({error!r})"
+                        cell.state = "failed"
                 else:
                     cell.problem = outcome["problem"]
                     hopeless = outcome["exit_code"] == 2  # the command line is wrong

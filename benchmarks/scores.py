@@ -135,8 +135,9 @@ def offline_data(facts: dict, path: Path) -> str:
         return folder
     if "dataset" not in facts["args"]:
         return "none"
-    results = facts.get("results") or {}
-    pretraining = results.get("pretraining") or {}
+    if not facts.get("results"):  # it still runs
+        return "human" if facts["args"].get("data") else facts["args"]["dataset"]
+    pretraining = facts["results"].get("pretraining") or {}
     return pretraining.get("data", "not known")
 
 
@@ -256,8 +257,13 @@ def minutes_at(run: Run, end: int) -> float:
 
 
 def prior_alone(run: Run) -> float:
-    """Score of the pre-trained prior's roll-outs, where RL begins; NaN if it was not logged."""
+    """Score of the pre-trained prior's roll-outs, where RL begins; NaN if it was not logged.
+
+    The Mis-aligned Kitchen has the Kitchen's model, whose roll-outs are in the Kitchen: they say nothing about it.
+    """
     pretraining = (run.facts.get("results") or {}).get("pretraining") or {}
+    if run.task == "kitchen-misaligned":
+        return np.nan
     return pretraining.get("prior_return", np.nan) / TASKS[run.task].unit
 
 
@@ -293,7 +299,8 @@ def read_cells(folder: Path) -> dict[tuple[str, str, str], Cell]:
     for run in runs:
         cell = cells.setdefault((run.task, run.method, run.data), Cell())
         if run.seed in [other.seed for other in cell]:
-            sys.exit(f"error: seed {run.seed} of {run.task}/{run.method}/{run.data} is there twice")
+            name = f"seed {run.seed} of {run.task}/{run.method}/{run.data}"
+            sys.exit(f"error: {name} is in {folder} twice; give the folder of one of these runs, or move one elsewhere")
         cell.append(run)
     return dict(sorted(cells.items(), key=lambda item: order_of(*item[0])))
 

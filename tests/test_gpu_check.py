@@ -1,6 +1,11 @@
 """benchmarks/gpu_check.py: parts that fail are named and stop nothing else; the report and the JSON are written."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -36,6 +41,42 @@ def test_a_part_that_fails_is_named_and_the_others_run(out, monkeypatch, capsys)
     written = json.loads((out / "gpu_check.json").read_text())
     assert written["rehearsal"] and list(written["parts"]) == ["tests", "speed", "train"]
     assert written["parts"]["train"]["runs"][0]["curve"] == curve
+
+
+@pytest.mark.parametrize("rehearsal", [True, False])
+def test_parts_of_a_rehearsal_are_not_mixed_with_others(rehearsal, out, monkeypatch):
+    gpu = gpu_check.speed.machine(gpu_check.speed.Args(device="cpu"))["gpu"]
+    out.mkdir()
+    old = dict(machine=dict(gpu=gpu), rehearsal=rehearsal, parts=dict(speed=dict(status="ok", rows=[], minutes=1.0)))
+    (out / "gpu_check.json").write_text(json.dumps(old))
+    monkeypatch.setattr(gpu_check, "check_tests", lambda args: dict(status="ok"))
+    gpu_check.main(gpu_check.Args(part="tests", cpu=True))
+    parts = json.loads((out / "gpu_check.json").read_text())["parts"]
+    assert list(parts) == (["speed", "tests"] if rehearsal else ["tests"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_was_started_ends_with_it(number, tmp_path):
+    code = f"""
+        import os, signal, sys
+        from pathlib import Path
+        from benchmarks import gpu_check
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        gpu_check.OUT = Path({str(tmp_path)!r})
+        def check_tests(args):
+            process = gpu_check.start(["sleep", "600"], gpu_check.OUT / "log")
+            print(process.pid, flush=True)
+            os.kill(os.getpid(), {int(number)})
+            process.wait()
+        gpu_check.check_tests = check_tests
+        gpu_check.main(gpu_check.Args(part="tests", cpu=True))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, cwd=gpu_check.ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    child = int(done.stdout.split()[-1])
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
 
 
 def test_failed_tests_are_counted_and_named(out, monkeypatch):

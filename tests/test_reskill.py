@@ -1,6 +1,7 @@
 """reskill.py against autograd's Jacobians, numerical integrals, loops over paths in NumPy, and small known problems."""
 
 import copy
+import inspect
 import itertools
 import math
 import threading
@@ -348,9 +349,21 @@ def test_a_flow_is_found_again_only_for_what_made_it(tmp_path):
     same = key()
     assert key(seed=7, policy_lr=1.0) == same  # of RL
     others = dict(skill_horizon=5), dict(env_id="kitchen"), dict(flow_lr=1.0), dict(arm_noise=0.5), dict(recombine=True)
-    assert len({same, *(key(**change) for change in others)}) == 6
+    assert len({same, *(key(**change) for change in (*others, dict(squash_actions=True)))}) == 7
     data.fingerprint = "other"
     assert key() != same
+
+
+@pytest.mark.parametrize("name", "learn_flow encode_windows draw perturb flow_loss FlowPrior zero_net Features".split())
+def test_a_flow_of_other_code_is_not_found(name, tmp_path, monkeypatch):
+    model = tmp_path / "model.pt"
+    model.write_bytes(b"weights")
+    args = tiny_args(data_dir=str(tmp_path))
+    path = reskill.find_flow(args, model, mock.Mock(fingerprint="data"))
+    source = inspect.getsource
+    edited = getattr(reskill, name)
+    monkeypatch.setattr(inspect, "getsource", lambda part: source(part) + "\nx = 1\n" * (part is edited))
+    assert reskill.find_flow(args, model, mock.Mock(fingerprint="data")) != path
 
 
 def flow_data():

@@ -26,6 +26,7 @@ import typing
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import golden
 import numpy as np
@@ -846,7 +847,9 @@ def test_a_run_goes_on_with_its_own_file_only(case, tmp_path, monkeypatch):
     """Another file whose arguments have the same names, a copy of it for instance, would mix two methods in one run."""
     run_dir = case.copy_of_run()
     monkeypatch.setattr(case.module, "__file__", str(tmp_path / "copied.py"))
-    refused(lambda: case.resume(run_dir), run_dir, f"is a run of {case.script.name}")
+    refused(lambda: case.resume(run_dir), run_dir, f"was made by {case.script.name}")
+    path = run_dir / "checkpoint.pt"
+    refused(lambda: case.main(["--evaluate", path]), path, f"was made by {case.script.name}")
 
 
 @every_algo
@@ -885,6 +888,7 @@ def test_arguments_of_a_run_cannot_change(case):
         ("--updates-per-step nan", ["--updates-per-step"]),
         ("--reward-scale inf", ["--reward-scale"]),
         ("--pretrain-skills 200", ["rows", "longest"]),
+        ("--num-skills 201", ["fewer than a window", "--num-skills"]),
         ("--pretrained published --data x.hdf5", ["--pretrained published", "our settings"]),
         ("--pretrained published --dataset d4rl", ["--pretrained published", "our settings"]),
         ("--pretrained published --skill-horizon 5", ["--pretrained published", "our settings"]),
@@ -898,6 +902,14 @@ def test_arguments_of_a_run_cannot_change(case):
 )
 def test_senseless_flags_are_refused_with_a_sentence(case, flags, words):
     refused(lambda: case.main(case.argv(flags)), *words)
+
+
+@with_data
+def test_what_cannot_work_is_noticed_before_pretraining(case, monkeypatch):
+    monkeypatch.setattr(case.module, "pretrain", None)
+    no_pictures = mock.Mock(side_effect=data_tools.DataError("no pictures here"))
+    monkeypatch.setattr(data_tools.tasks.maze.MazeVectorEnv, "draw", no_pictures)
+    refused(lambda: case.main(case.argv("--capture-video", data_dir=case.new_data_dir())), "no pictures here")
 
 
 @skimo_only
@@ -1079,6 +1091,11 @@ def another(field, value):
     return 2 * value + 1
 
 
+# What `pretrain` calls to save, record, watch and stop
+NO_LEARNING = {"reading", "load", "save", "log", "set_random_state", "kept_random_state", "check_finite"}
+NO_LEARNING |= {"prior_rollouts", "success", "gradient_norm", "passed"}
+
+
 def used_by(module, *names):
     """Names of a file's functions and classes that these ones use, themselves included, and of its tables of facts."""
     tree = ast.parse(inspect.getsource(module))
@@ -1142,7 +1159,7 @@ def test_pretrained_model_is_found_by_all_that_shaped_it(case, tmp_path, monkeyp
     assert module.find_pretrained(dataclasses.replace(args, data_dir=str(other)))[0].name != path.name
     monkeypatch.setattr(data_tools, "load_dataset", lambda *args: data)
     original = inspect.getsource
-    parts, tables = used_by(module, "make_networks", "pretrain_loss", "pretrain_lr", "perturb", "prepare")
+    parts, tables = used_by(module, "make_networks", *set(module.pretrain.__code__.co_names) - NO_LEARNING)
     assert len(parts) >= 8 and "POSITION_PERIODS" in tables
     for name in parts:
         with monkeypatch.context() as patch:
