@@ -282,14 +282,15 @@ def flat_policy(algo, size: str, config, num_envs: int):
 def stepping(env_id: str, num_envs: int, num_threads: int):
     """One step of E environments under random actions, nothing else; members that end are reset.
 
-    num_threads 0 is the maze without threads.
+    num_threads is 0 in the maze, which has none.
     """
+    options = dict(num_threads=num_threads) if num_threads else {}
     envs = gymnasium.make_vec(
         f"skimo/{env_id.title().replace('-', '')}-v0",
         num_envs,
         vectorization_mode="vector_entry_point",
         autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED,
-        num_threads=num_threads,
+        **options,
     )
     envs.reset(seed=0)
     envs.action_space.seed(0)
@@ -517,9 +518,9 @@ def step_rows(args: Args) -> list:
     """(name, environments, threads, function that gives the numbers); one core comes first."""
     rows = []
     for E in args.step_envs:
-        one_core = 0 if args.env_id == "maze" else 1
-        counts = {2, loop_threads(args.env_id, E)} | (set() if args.quick else {os.cpu_count()})
-        for threads in [one_core, *sorted(count for count in counts if one_core < count <= E)]:
+        counts = {1, 2, loop_threads(args.env_id, E)} | (set() if args.quick else {os.cpu_count()})
+        counts = {0} if args.env_id == "maze" else counts
+        for threads in sorted(count for count in counts if count <= E):
             name = f"step, {E} env{'s' * (E > 1)}, {threads or 'no'} thread{'s' * (threads != 1)}"
             rows.append((name, E, threads, functools.partial(time_stepping, args, E, threads)))
     return rows

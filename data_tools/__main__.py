@@ -3,13 +3,14 @@
 python -m data_tools --env-id calvin --data task_D_D --out calvin.hdf5    # 611,099 small files, read once
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
 import data_tools
-from data_tools.files import check_writable
+from data_tools.files import DataError, check_writable
 
 
 @dataclass
@@ -25,6 +26,10 @@ class Args:
 
 
 def main(args: Args) -> None:
+    """Read and write. Raises DataError."""
+    data = args.data.expanduser()
+    if os.path.exists(data) and os.path.exists(args.out) and os.path.samefile(data, args.out):
+        raise DataError(f"--out {args.out} is the file of --data, which would be lost: give another path.")
     check_writable(args.out)
     data_tools.load_dataset(args.env_id, data=args.data).save(args.out)
     print(f"Wrote {args.out}")

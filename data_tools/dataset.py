@@ -183,7 +183,8 @@ class OfflineDataset:
         """Draw pairs of rows t and t + w of one episode, w = 1..window: returns t (B,) and w (B,).
 
         Uniform over all such pairs: a goal for the action of row t is any state that was reached soon after it.
-        Nothing here waits for the device. Raises DataError if no episode has two rows.
+        Nothing here waits for the device once the first call for a `window` has built its table.
+        Raises DataError if no episode has two rows.
         """
         if window not in self._pairs:
             ends = (self.episode_starts + self.episode_lengths).repeat_interleave(self.episode_lengths)  # (R,)

@@ -73,7 +73,7 @@ def write_atomically(path, write: Callable[[Path], None]) -> None:
     Raises DataError when the disk is full or the folder cannot be written; an older file at `path` stays as it was.
     """
     path = Path(path)
-    part = path.parent / f"part_{uuid.uuid4().hex}_{path.name}"  # keeps the suffix, which tells writers the format
+    part = _part_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(part)
@@ -81,8 +81,7 @@ def write_atomically(path, write: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
         os.replace(part, path)
     except (OSError, RuntimeError, ValueError) as error:  # ValueError: a picture's suffix that nobody knows
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"cannot write {path} ({reason}); free some space or choose another path") from error
+        raise _not_written(path, part, error) from error
     finally:
         with contextlib.suppress(OSError):  # renamed, or never begun
             part.unlink()
@@ -91,8 +90,23 @@ def write_atomically(path, write: Callable[[Path], None]) -> None:
 def check_writable(path) -> None:
     """Raise DataError now, before hours of work, if a file cannot be written to `path`."""
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # pathlib's raises an error in a folder that may not be entered
         raise DataError(f"{path} is a folder: give the path of a file.")
-    trial = path.with_name(f"trial_{uuid.uuid4().hex}_{path.name}")
-    write_atomically(trial, Path.touch)
-    trial.unlink()
+    trial = _part_of(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise _not_written(path, trial, error) from error
+
+
+def _part_of(path):
+    """Return a new temporary path beside `path`. It keeps the suffix, which tells writers the format."""
+    return path.parent / f"part_{uuid.uuid4().hex}_{path.name}"
+
+
+def _not_written(path, part, error):
+    """Return the DataError for an error in writing `part`, a name that the user never gave."""
+    reason = " ".join(str(error).replace(part.name, path.name).split())[:200]
+    return DataError(f"cannot write {path} ({reason}); free some space or choose another path")

@@ -2,9 +2,10 @@
 
     python tests/golden_tasks.py > before.txt
 
-Each line is a name and a hash. The trajectories are 60 random actions of a vector of three members, and of a single
-environment: observations, rewards, flags and the state at the end. The data sets are the first few trajectories of the
-default ones. Physics depend on the versions in requirements.txt and a little on the processor, so no hashes are kept.
+Each line is a name and a hash. The trajectories are 60 random actions of a vector of three members (observations,
+rewards, flags, the state at the end) and of a single environment (observations, rewards, flags, infos). The data sets
+are the first few trajectories of the default ones. Physics depend on the versions in requirements.txt and a little on
+the processor, so no hashes are kept.
 """
 
 import hashlib
@@ -74,5 +75,5 @@ if __name__ == "__main__":
             print(gym_id, mode, vector_trajectory(gym_id, mode), flush=True)
         print(gym_id, "single", single_trajectory(gym_id), flush=True)
     for module, number in COLLECTORS.items():
-        dataset = importlib.import_module(module).collect(number, num_workers=1, progress=False)
+        dataset = importlib.import_module(module).collect(number, progress=False)
         print(module.split(".")[-1], dataset, flush=True)

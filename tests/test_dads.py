@@ -434,7 +434,7 @@ def test_known_rewards_of_maze_and_calvin():
 
 
 def test_hand_is_where_mujoco_puts_it():
-    model = kitchen.compile_model(False)
+    model = kitchen.compile_model()
     data = mujoco.MjData(model)
     rng = np.random.default_rng(0)
     obs = np.tile(kitchen.INITIAL_QPOS, (5, 1))

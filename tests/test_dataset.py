@@ -16,7 +16,7 @@ import torch
 
 import data_tools
 from data_tools import DataError, OfflineDataset, cache_dir, load_dataset
-from data_tools.files import check_writable
+from data_tools.files import check_writable, write_atomically
 from data_tools.formats import d4rl
 from data_tools.scripted import kitchen, maze
 
@@ -141,6 +141,20 @@ def test_an_episode_at_rest_may_be_all_there_is_to_validate():
     assert len(train) == 30 and len(valid) == 32 and not valid.actions.any()
 
 
+def test_refusals_name_the_users_path_and_the_systems_reason(tmp_path, monkeypatch):
+    def refuse(path, *args, **kwargs):
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    path = tmp_path / "out.hdf5"
+    for write in (check_writable, lambda path: write_atomically(path, Path.touch)):
+        with pytest.raises(DataError) as refused:
+            write(path)
+        reason = f"[Errno 30] Read-only file system: '{path}'"
+        cure = "free some space or choose another path"
+        assert str(refused.value) == f"error: cannot write {path} ({reason}); {cure}"
+
+
 def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path):
     with pytest.raises(DataError, match="is a folder: give the path of a file"):
         check_writable(tmp_path)
@@ -148,6 +162,8 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path):
     with pytest.raises(DataError, match="cannot write .*; free some space or choose another path"):
         check_writable(tmp_path / "file" / "out.hdf5")
     check_writable(tmp_path / "out.hdf5")
+    longest = "x" * 212 + ".h5"  # with the 38 characters of a temporary name: 253 of at most 255
+    check_writable(tmp_path / longest)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     data = OfflineDataset(**make_arrays())
     with pytest.raises(DataError, match=r"cannot write .*a\.foo"):

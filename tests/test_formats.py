@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ import torch
 
 import data_tools
 from data_tools import DataError, OfflineDataset
+from data_tools import __main__ as rewrite
 from data_tools.formats import calvin, d4rl, read_data
 
 LENGTHS = (7, 4, 9)  # steps of the episodes in most files here
@@ -115,6 +117,30 @@ def test_data_of_another_task_are_refused(tmp_path):
         read("kitchen", write_hdf5(tmp_path / "b.hdf5", arrays))
 
 
+def test_an_attribute_called_source_does_not_make_a_file_ours(tmp_path, capsys):
+    episodes = make_episodes("kitchen")
+    no_ends = flat(episodes) | {"terminals": np.zeros(20), "timeouts": np.zeros(20)}
+    for attributes in (
+        {"source": "my robot\nof May"},
+        {"source": [1.0, 2.0], "note": "two\nlines"},
+        {"source": "scripted"},
+    ):
+        with pytest.raises(DataError, match="has no ends of episodes"):
+            read("kitchen", write_hdf5(tmp_path / "no_ends.hdf5", no_ends, **attributes))
+    for attributes in ({"source": "my robot\nof May"}, {"source": [1.0, 2.0], "note": "two\nlines"}):
+        path = write_hdf5(tmp_path / "a.hdf5", flat(episodes), **attributes)
+        check(read("kitchen", path), episodes, "hdf5")
+        line = capsys.readouterr().out
+        assert line.startswith("Data: data in D4RL's layout from") and line.count("\n") == 1 and "SHA-256" in line
+
+
+def test_files_that_were_read_and_saved_keep_their_source(tmp_path):
+    for source in ("scripted", "calvin", "d4rl", "d4rl-partial", "d4rl-complete", "skimo-release", "hdf5"):
+        path = write_hdf5(tmp_path / "a.hdf5", flat(make_episodes("kitchen")), source=source, note="kept")
+        attributes = read("kitchen", path).attributes
+        assert attributes == {"source": source, "note": "kept", "description": f"{source} data"}
+
+
 def test_actions_beyond_the_policies_are_told(tmp_path, capsys):
     arrays = flat(make_episodes("kitchen")) | {"actions": np.full((20, 9), 1.5)}
     read("kitchen", write_hdf5(tmp_path / "a.hdf5", arrays))
@@ -182,11 +208,27 @@ def fetch(server, folder):
     return d4rl.fetch_kitchen(folder, progress=False, url=server.url, sha256=SHA256)
 
 
-def test_fetched_once_by_all_who_start_together(server, tmp_path):
+def test_fetched_once_by_all_who_start_together(server, tmp_path, capsys):
     with ThreadPoolExecutor(3) as pool:
         paths = list(pool.map(lambda _: fetch(server, tmp_path / "new"), range(3)))
     assert paths == [tmp_path / "new" / "file.hdf5"] * 3
     assert paths[0].read_bytes() == CONTENT and server.asked == 1
+    assert capsys.readouterr().out.count("Fetching") == 1
+
+
+def test_a_file_in_a_read_only_folder_needs_no_lock(server, tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(d4rl, "FileLock", refuse)
+    with pytest.raises(DataError, match=r"cannot write .*file.hdf5 \(Permission denied\)"):
+        fetch(server, tmp_path)
+    path = tmp_path / "file.hdf5"
+    path.write_bytes(CONTENT)
+    assert fetch(server, tmp_path) == path and server.asked == 0
+    path.write_bytes(b"another")
+    with pytest.raises(DataError, match="file.hdf5 is not D4RL's published file .*: delete it, or move it"):
+        fetch(server, tmp_path)
 
 
 @pytest.mark.parametrize("body", [bytes(len(CONTENT)), CONTENT[:-1] + b"x"])
@@ -246,7 +288,7 @@ def test_other_forms_of_the_same_archive(tmp_path):
     entries = archive(episodes)
     entries[0]["obs"] = list(entries[0]["obs"])  # rows one by one
     entries[0]["dones"] = [bool(done) for done in entries[0]["dones"]]
-    entries[1]["dones"] = list(entries[1]["dones"])  # NumPy scalars
+    entries[1]["dones"] = list(np.zeros(4, np.float32))  # NumPy scalars; it ends without being done
     entries[1]["actions"] = np.asfortranarray(entries[1]["actions"])
     entries[2]["actions"] = entries[2]["actions"].astype(">f8")
     entries.append({"obs": np.zeros((2, 60)), "actions": np.zeros((3, 9)), "dones": np.zeros(3)})  # dropped by SkiMo
@@ -324,6 +366,14 @@ def test_bad_pickles(tmp_path):
         ([{**entries[0], "obs": np.zeros((9, 4))}], r"trajectory 0 has observations \(9, 4\), actions \(7, 2\)"),
         ([{**entries[0], "actions": np.zeros((7, 3))}, entries[1]], "maze.gz is damaged"),
         ([{**entries[0], "obs": np.ones((7, 4), int)}], "observations are int64, expected floating-point"),
+        *[
+            (
+                [{**entries[0], "dones": np.array([0, 0, done, 0, 0, 0, 1.0])}, entries[1]],
+                "terminals are float64, expect",
+            )
+            for done in (np.nan, np.inf, 0.3, 1e-30, -1.0, 2.0)
+        ],
+        ([{**entries[0], "dones": np.array([0, 0, 0, 0, 0, 0, np.nan])}], "terminals are float64, expect"),
     ]:
         with pytest.raises(DataError, match=message):
             read("maze", write_pickle(path, content))
@@ -475,3 +525,23 @@ def test_program_writes_one_file(tmp_path):
     assert written.fingerprint == direct.fingerprint and written.attributes == direct.attributes
     refused = subprocess.run([*command, str(tmp_path / "x")], **options)
     assert refused.returncode == 1 and refused.stderr == f"error: {tmp_path / 'x'} does not exist: check the path.\n"
+
+
+def test_program_does_not_overwrite_what_it_reads(tmp_path, monkeypatch):
+    arrays = flat(make_episodes("maze")) | {"rewards": np.arange(20.0)}  # would be lost
+    path = write_hdf5(tmp_path / "mine.hdf5", arrays)
+    before = path.read_bytes()
+    (tmp_path / "link.hdf5").symlink_to(path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for data, out in [(path, path), (Path("~/mine.hdf5"), path), (path, tmp_path / "link.hdf5")]:
+        message = f"error: --out {out} is the file of --data, which would be lost: give another path."
+        with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+            rewrite.main(rewrite.Args("maze", data, out))
+        assert path.read_bytes() == before
+    with pytest.raises(DataError, match="nothing.hdf5 does not exist: check the path"):
+        rewrite.main(rewrite.Args("maze", tmp_path / "nothing.hdf5", path))
+    assert path.read_bytes() == before
+    rewrite.main(rewrite.Args("maze", path, tmp_path / "new.hdf5"))
+    assert path.read_bytes() == before
+    with h5py.File(tmp_path / "new.hdf5") as file:  # rewards are 0, as the README says
+        assert file["rewards"].shape == (20,) and not file["rewards"][()].any()

@@ -153,7 +153,7 @@ def test_actions_are_clipped_and_speed_is_limited():
 
 
 def test_a_wall_stops_the_mass_at_its_radius():
-    physics, state = Physics(0), np.array([[0.0, 18.8, 5.0, 0.0, 0.0]])  # wall cell (18, 10) begins at q_y = 9.3
+    physics, state = Physics(), np.array([[0.0, 18.8, 5.0, 0.0, 0.0]])  # wall cell (18, 10) begins at q_y = 9.3
     for _ in range(300):
         state = physics.step(state, [[0.0, 1.0]])
     _, row, column, _, speed = state[0]
@@ -207,7 +207,7 @@ def test_an_episode_begins_one_step_without_force_after_its_draw():
     for i in range(50):
         rng, _ = gymnasium.utils.seeding.np_random(7 + i)
         drawn[i, 1:3] = START + rng.uniform(-2, 2, 2)
-    first = Physics(0).step(drawn, np.zeros((50, 2)))[:, 1:]
+    first = Physics().step(drawn, np.zeros((50, 2)))[:, 1:]
     np.testing.assert_allclose(obs, first, rtol=1e-6)
     assert np.abs(first[:, :2] - drawn[:, 1:3]).max() > 0.01
 
@@ -269,23 +269,6 @@ def test_diverged_physics_end_the_episode(tmp_path, monkeypatch):
     obs, *_, infos = vector_env.step(actions)  # the others are as if nothing had happened, the first begins anew
     assert np.array_equal(obs[1:], healthy.step(actions)[0][1:])
     assert np.abs(obs[0, :2] - START).max() < 2.1 and not infos["unstable"].any()
-
-
-# --------------------------------------------------------------------------------------------- vector environment
-
-
-def test_member_equals_the_single_env_through_walls():
-    # Driven into walls most of the time: contact forces must not depend on the step before (no solver warm start).
-    vector_env = MazeVectorEnv(3, num_threads=2)
-    singles = [MazeEnv() for _ in range(3)]
-    obs, _ = vector_env.reset(seed=11)
-    assert np.array_equal(obs, [env.reset(seed=11 + i)[0] for i, env in enumerate(singles)])
-    rng = np.random.default_rng(0)
-    for step in range(900):
-        if step % 60 == 0:
-            actions = np.sign(rng.uniform(-1, 1, (3, 2)))
-        obs = vector_env.step(actions)[0]
-        assert np.array_equal(obs, [env.step(a)[0] for env, a in zip(singles, actions, strict=True)])
 
 
 # ------------------------------------------------------------------------------------------------------------ rendering
@@ -377,7 +360,7 @@ def test_trajectories_are_what_they_claim(dataset):
     assert np.abs(observations[starts, :2] - first).max() <= 0.1 + 1e-6  # centre index of a cell + U(-0.1, 0.1)
     assert not layout[first[:, 0], first[:, 1]].any()
     # Successive rows belong together: replaying the stored actions from the first row meets all the others.
-    physics = Physics(0)
+    physics = Physics()
     for start in starts[:10]:
         state = np.concatenate([[0.0], observations[start]])[None]
         for row in range(start, start + 50):  # every trajectory has more than 50 rows
@@ -390,8 +373,7 @@ def test_trajectories_are_what_they_claim(dataset):
 
 
 def test_collection_depends_on_the_seed_alone(dataset):
-    assert collect(300, seed=0, num_workers=3, progress=False).fingerprint == dataset.fingerprint
-    fewer = collect(40, seed=0, num_workers=1, progress=False)  # the beginning of the same stream
+    fewer = collect(40, seed=0, progress=False)  # the beginning of the same stream
     assert torch.equal(fewer.observations, dataset.observations[: len(fewer)])
     assert collect(40, seed=1, progress=False).fingerprint != fewer.fingerprint
     assert fewer.attributes["seed"] == 0 and fewer.attributes["noise"] == 0.5
@@ -405,7 +387,7 @@ def test_collect_runs_from_a_script_without_main_guard(tmp_path):
     script.write_text(
         "import torch; torch.randn(300, 300) @ torch.randn(300, 300)\n"
         "from data_tools.scripted.maze import collect\n"
-        "print('once', len(collect(5, num_workers=2, progress=False).episode_starts))\n"
+        "print('once', len(collect(5, progress=False).episode_starts))\n"
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, env=environment())
     assert done.stdout == "once 5\n"

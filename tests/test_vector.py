@@ -1,5 +1,6 @@
 """What the three vector environments share, on each of them: Gymnasium's rules, single environments, states."""
 
+import copy
 import io
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import gymnasium
+import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
@@ -56,15 +58,16 @@ class Task(NamedTuple):
     drift: tuple  # added to random actions: into walls, counters, table and blocks
     start_width: float  # of the observations at the start of an episode
     steps: int  # of the longest comparison, in which episodes have a twelfth of them
+    threads: dict  # arguments for two threads
 
     def single(self, **arguments):
         return SingleEnv(self.vector, **arguments)
 
 
 TASKS = {
-    "maze": Task(MazeVectorEnv, 2, solve_maze, (0, 0.6), 4.3, 360),
-    "kitchen": Task(KitchenVectorEnv, 9, solve_kitchen, (0, 0.6, 0, 0, 0, 0, 0, 0, 0), 0.03, 60),
-    "calvin": Task(CalvinVectorEnv, 7, solve_calvin, (0, 0.3, -0.5, 0, 0, 0, 0), 1e-3, 120),
+    "maze": Task(MazeVectorEnv, 2, solve_maze, (0, 0.6), 4.3, 360, {}),
+    "kitchen": Task(KitchenVectorEnv, 9, solve_kitchen, (0, 0.6, 0, 0, 0, 0, 0, 0, 0), 0.03, 60, {"num_threads": 2}),
+    "calvin": Task(CalvinVectorEnv, 7, solve_calvin, (0, 0.3, -0.5, 0, 0, 0, 0), 1e-3, 120, {"num_threads": 2}),
 }
 
 
@@ -139,7 +142,7 @@ def test_bad_arguments(task):
 def test_equals_gymnasiums_vector_of_single_envs(task, mode):
     # Terminations (two members), truncations (all), resets and infos, with later unseeded resets.
     num_envs, limit = 4, task.steps // 12 + 5
-    envs = task.vector(num_envs, max_episode_steps=limit, autoreset_mode=mode, num_threads=2)
+    envs = task.vector(num_envs, max_episode_steps=limit, autoreset_mode=mode, **task.threads)
     reference = SyncVectorEnv([lambda: task.single(max_episode_steps=limit)] * num_envs, autoreset_mode=mode)
     assert envs.metadata["autoreset_mode"] is mode
     assert envs.observation_space == reference.observation_space
@@ -169,7 +172,9 @@ def test_equals_gymnasiums_vector_of_single_envs(task, mode):
 
 
 @pytest.mark.parametrize("num_threads", [2, 3])
-def test_threads_do_not_change_the_result(task, num_threads):
+@pytest.mark.parametrize("name", ["kitchen", "calvin"])
+def test_threads_do_not_change_the_result(name, num_threads):
+    task = TASKS[name]
     plain, threaded = task.vector(9, num_threads=1), task.vector(9, num_threads=num_threads)
     assert_same(plain.reset(seed=0), threaded.reset(seed=0))
     for step in range(task.steps // 2):
@@ -222,7 +227,7 @@ def test_state_round_trip_continues_exactly(task, mode):
         torch.save(envs.get_state(), file)
         expected = run(envs, cut, cut + 30)
         file.seek(0)
-        other = task.vector(3, max_episode_steps=20, autoreset_mode=mode, num_threads=2)
+        other = task.vector(3, max_episode_steps=20, autoreset_mode=mode, **task.threads)
         assert np.array_equal(other.set_state(torch.load(file, weights_only=True)), last_obs)
         for left, right in zip(expected, run(other, cut, cut + 30), strict=True):
             assert_same(left, right)
@@ -235,21 +240,83 @@ def test_states_are_checked(task):
     state = envs.get_state()
     with pytest.raises(ValueError, match="3 members"):
         task.vector(2).set_state(state)
+    before = copy.deepcopy(state)
+    for change, message in [
+        ({"waiting": [False] * 2}, "waiting has shape"),
+        ({"steps": [0] * 4}, "steps has shape"),
+        ({"rng": state["rng"][:2]}, "random numbers for 2 members"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            envs.set_state({**state, **change})
     physics = state["kitchens"][1]["physics"] if "kitchens" in state else state["physics"][1]
     physics[3] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
         envs.set_state(state)
+    envs.set_state(before)
+    assert envs.get_state() == before
+
+
+def test_states_of_kitchens_are_checked():
+    envs = KitchenVectorEnv(3)
+    envs.reset(seed=0)
+    envs.step(np.full((3, 9), 0.5))
+    state = envs.get_state()
+    changes = [
+        ("observed", [float("nan")] * 30, "observed of the state contains NaN"),
+        ("observed", [0.0] * 29, "observed of the state has shape"),
+        ("physics", [0.0] * 7, "physics of the state has shape"),
+        ("num_remaining", 9, "9 sub-tasks left of 4"),
+        ("num_remaining", -1, "-1 sub-tasks left of 4"),
+    ]
+    for name, value, message in changes:
+        damaged = copy.deepcopy(state)
+        damaged["kitchens"][2][name] = value
+        damaged["kitchens"][0]["num_remaining"] = 1  # as it may be: taken over only if all is in order
+        with pytest.raises(ValueError, match=message):
+            envs.set_state(damaged)
+        assert envs.get_state() == state
+    for kitchens in (state["kitchens"][:2], [*state["kitchens"], state["kitchens"][0]]):
+        with pytest.raises(ValueError, match=f"{len(kitchens)} members, this environment has 3"):
+            envs.set_state({**state, "kitchens": kitchens})
+
+
+def test_a_kitchen_that_diverged_stays_so_in_a_restored_state(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes its warnings to a file here
+    envs = KitchenVectorEnv(2, autoreset_mode="Disabled")
+    envs.reset(seed=0)
+    envs.kitchens[1].data.qvel[0] = 1e12
+    envs.step(np.zeros((2, 9)))
+    other = KitchenVectorEnv(2, autoreset_mode="Disabled")
+    other.set_state(envs.get_state())
+    for _ in range(2):
+        result = envs.step(np.full((2, 9), 0.3))
+        assert_same(result, other.step(np.full((2, 9), 0.3)))
+        assert result[4]["unstable"].tolist() == result[2].tolist() == [False, True]
+    started = {"reset_mask": np.array([False, True])}
+    assert_same(envs.reset(options=started), other.reset(options=started))
+    assert_same(envs.step(np.full((2, 9), 0.3)), other.step(np.full((2, 9), 0.3)))
 
 
 def test_a_video_is_recorded_when_the_environments_close(tmp_path):
     envs = data_tools.make_envs("maze", 2, tmp_path / "episode.mp4")
     plain = data_tools.make_envs("maze", 2)
     assert_same(envs.reset(seed=0), plain.reset(seed=0))
-    for _ in range(6):
+    drawn = []  # the pictures, as the environment draws them
+    for _ in range(7):
         assert_same(envs.step(np.ones((2, 2))), plain.step(np.ones((2, 2))))
+        drawn.append(envs.env.draw(0))
+    kept = sum(len(frame) for frame in envs.frames)
     envs.close()
     assert [path.name for path in tmp_path.iterdir()] == ["episode.mp4"]
-    assert (tmp_path / "episode.mp4").stat().st_size > 1000
+    with imageio.get_reader(tmp_path / "episode.mp4") as video:
+        frames = list(video.iter_data())
+        fps = video.get_meta_data()["fps"]
+    # The maze has 100 steps per second: of steps 0 to 6 every second one is shown.
+    assert len(frames) == 4 and fps == 50
+    for frame, picture in zip(frames, drawn[::2], strict=True):
+        assert frame.shape == picture.shape
+        assert np.abs(frame.astype(int) - picture).mean() < 1  # but for the video's compression
+    assert kept < 0.1 * 4 * drawn[0].nbytes
 
 
 def test_observations_are_copies():

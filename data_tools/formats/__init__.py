@@ -23,9 +23,10 @@ OUR_SOURCES = ("scripted", "calvin", "d4rl", "d4rl-partial", "d4rl-complete")  #
 def read_data(path, obs_dim: int, action_dim: int, data_obs_dim: int | None = None, progress=True) -> OfflineDataset:
     """Read the data that `--data PATH` names for a task with O and A numbers, and print what they are.
 
-    data_obs_dim: so many numbers may be in an observation of the file; what comes after the first O is left out.
-    attributes["source"] is a short name for run names: d4rl (d4rl-partial, -complete), skimo-release, calvin, scripted,
-    hdf5. Raises DataError if nothing of the task can be read from `path`, or what is there is damaged or incomplete.
+    data_obs_dim: the file's observations may also have this many numbers; then those after the first O are left out.
+    attributes["source"] is a short name, which the results record: d4rl (d4rl-partial, -complete), skimo-release,
+    calvin, scripted, hdf5.
+    Raises DataError if nothing of the task can be read from `path`, or what is there is damaged or incomplete.
     """
     path = Path(os.path.expanduser(path))
     arrays, attributes = _read(path, progress)

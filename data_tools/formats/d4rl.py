@@ -12,7 +12,7 @@ import requests
 from filelock import FileLock
 
 from data_tools.dataset import read_hdf5
-from data_tools.files import DataError
+from data_tools.files import DataError, reading
 
 KITCHEN_URL = (
     "http://rail.eecs.berkeley.edu/datasets/offline_rl/kitchen/kitchen_microwave_kettle_bottomburner_light-v0.hdf5"
@@ -24,6 +24,8 @@ KNOWN = {
     "57bfd9c5fe88a7cf702bbaf8b7cd800d30cd869e7f73416007238d26cd859800": ("D4RL kitchen-partial-v0", "d4rl-partial"),
     "cd797c38cd52dfbe3f960cef73935cc724847abd189e47a703a7a2315ed60a81": ("D4RL kitchen-complete-v0", "d4rl-complete"),
 }
+# Attribute `source` of the files that OfflineDataset.save wrote, of data made here or read by one of our readers.
+SOURCES = ("scripted", "calvin", "skimo-release", "hdf5", *(source for _, source in KNOWN.values()))
 TIMEOUT = 10  # seconds without an answer or a byte until the server counts as not there
 
 
@@ -33,13 +35,13 @@ def fetch_kitchen(folder, progress: bool = True, url: str = KITCHEN_URL, sha256:
     Raises DataError if the server does not deliver, or if the file is not the published one or cannot be written.
     """
     path = Path(folder) / url.rpartition("/")[2]
+    if _is_there(path, sha256):  # before the lock: the folder may be read-only
+        return path
     pooch.get_logger().setLevel(logging.WARNING)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):  # processes that start together fetch it once
-            if path.exists():
-                if pooch.file_hash(path) != sha256:  # pooch would replace it; it may be the user's own
-                    raise DataError(f"{path} is not D4RL's published file (SHA-256 differs): delete it, or move it.")
+            if _is_there(path, sha256):
                 return path
             print(f"Fetching {url} into {path}", flush=True)
             downloader = pooch.HTTPDownloader(progressbar=progress, timeout=TIMEOUT)
@@ -60,19 +62,33 @@ def fetch_kitchen(folder, progress: bool = True, url: str = KITCHEN_URL, sha256:
     return path
 
 
+def _is_there(path, sha256):
+    """Tell whether the published file is there. Raises DataError for another file, which pooch would replace."""
+    with reading(path):
+        if not path.exists():
+            return False
+        if pooch.file_hash(path) != sha256:  # it may be the user's own
+            raise DataError(f"{path} is not D4RL's published file (SHA-256 differs): delete it, or move it.")
+    return True
+
+
 def read(path) -> tuple[dict[str, np.ndarray], dict]:
-    """Return arrays (by KEYS) and attributes of an HDF5 file in D4RL's layout: flat arrays, one row per step."""
+    """Return arrays (by KEYS) and attributes of an HDF5 file in D4RL's layout: flat arrays, one row per step.
+
+    Raises DataError for a file without ends of episodes.
+    """
     arrays, attributes = read_hdf5(path)
-    if "source" in attributes:  # written by OfflineDataset.save
-        return arrays, {"description": f"{attributes['source']} data", **attributes}
-    if str(attributes.get("generator", "")).startswith("data_tools."):  # older ones of ours
-        return arrays, {"description": "scripted data", "source": "scripted", **attributes}
     if not (arrays["terminals"].any() or arrays["timeouts"].any()):
         raise DataError(
             f"{path} has no ends of episodes, neither terminals nor timeouts are ever set: give other data."
         )
+    if attributes.get("source") in SOURCES:
+        return arrays, {"description": f"{attributes['source']} data", **attributes}
+    if str(attributes.get("generator", "")).startswith("data_tools."):  # older ones of ours
+        return arrays, {**attributes, "description": "scripted data", "source": "scripted"}
     name, source = KNOWN.get(pooch.file_hash(path), ("data in D4RL's layout", "hdf5"))
     attributes |= {"description": name, "source": source}
+    attributes.pop("note", None)  # somebody else's: ours go into the one line that read_data prints
     if source == "d4rl":
         attributes["note"] = "split where terminals or timeouts are set (the SkiMo paper says 603 episodes)"
     return arrays, attributes

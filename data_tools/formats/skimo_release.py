@@ -72,10 +72,9 @@ def _episode(where, entry):
         raise ValueError(f"{where} has {shapes}, expected (T, O), (T, A) and (T,)")
     if len(observations) < steps:
         return None
-    terminals = dones.astype(bool)
     timeouts = np.zeros(steps, dtype=bool)
-    timeouts[-1:] = ~terminals[-1:]
-    return dict(zip(KEYS, (observations[:steps], actions, terminals, timeouts)))
+    timeouts[-1:] = dones[-1:] == 0
+    return dict(zip(KEYS, (observations[:steps], actions, dones, timeouts)))  # not bool yet: NaN would be True
 
 
 class _Refused(pickle.UnpicklingError):

@@ -89,7 +89,7 @@ class _Kinematics:
     """Where the tip of the hand is, and which joint positions put it where. The tip is 1 cm before the fingers' end."""
 
     def __init__(self):
-        self.model = compile_model(False)
+        self.model = compile_model()
         self.data = mujoco.MjData(self.model)
         self.link = self.model.body("panda0_link7").id
         self.low = np.maximum(self.model.jnt_range[:7, 0], TARGET_LOW[:7]) + 0.02
@@ -570,8 +570,6 @@ class Args:
     """size of the actions' disturbance: standard deviation of what each step adds to it"""
     seed: int = 0
     """random seed"""
-    num_workers: int | None = None
-    """processes that make them (default: one per core); needs --out"""
     data_dir: str | None = None
     """folder of the data files (default: $SKIMO_DATA_DIR, else the user's cache folder)"""
     out: Path | None = None
@@ -587,13 +585,11 @@ def main(args: Args) -> None:
     for path in filter(None, (args.out, args.video)):
         check_writable(path)
     if args.out is not None:
-        dataset = collect(args.num_episodes, args.noise, args.seed, args.num_workers)
+        dataset = collect(args.num_episodes, args.noise, args.seed)
         dataset.save(args.out)
         print(f"Wrote {args.out}")
-    elif args.num_episodes != NUM_EPISODES or args.num_workers is not None:
-        raise DataError(
-            "--num-episodes other than 603 and --num-workers need --out: the data folder holds complete data only."
-        )
+    elif args.num_episodes != NUM_EPISODES:
+        raise DataError("--num-episodes other than 603 needs --out: the data folder holds complete data only.")
     else:
         dataset = load_dataset("kitchen", args.data_dir, dataset="scripted", noise=args.noise, seed=args.seed)
     for key, value in statistics(dataset).items():

@@ -47,7 +47,7 @@ def _policy(goal):
 
 def _plan(seed, attempt):
     """Draw start and way-points of one trajectory: state (5,), way-points (W, 2), generator for its action noise."""
-    # A stream of its own for each attempt: the data do not depend on chunks, threads or the number of trajectories.
+    # A stream of its own for each attempt: the data do not depend on chunks or the number of trajectories.
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(attempt,)))
     free = np.argwhere(~make_layout())
     start, goal = free[rng.integers(len(free), size=2)]
@@ -107,25 +107,23 @@ def collect(
     num_trajectories: int = NUM_TRAJECTORIES,
     noise: float = 0.5,
     seed: int = 0,
-    num_workers: int | None = None,
     progress: bool = True,
 ) -> OfflineDataset:
     """Collect trajectories between random cells with a planner and a way-point controller (SPiRL's script).
 
     `noise` is the standard deviation of Gaussian action noise (then clipped); without it the data show no recovery and
-    skills learned from them drift into walls. `num_workers` threads step the physics (None: the calling one, as fast as
-    two); the result depends on `num_trajectories`, `noise` and `seed` only. A trajectory has 51..500 steps; its last
-    row has `terminals` if it reached its last way-point, else `timeouts`; that is its goal but where start or goal is
-    the sealed cell (16, 20): four of the default data. Raises DataError for arguments without meaning.
+    skills learned from them drift into walls. A trajectory has 51..500 steps. Its last row has `terminals` if it
+    reached its last way-point, else `timeouts`. The last way-point is the goal, except where start or goal is the
+    sealed cell (16, 20), as in four trajectories of the default data. Raises DataError for arguments without meaning.
     """
     if num_trajectories < 1 or not 0.0 <= noise < np.inf or seed < 0:
         raise DataError(
             "Collecting needs --num-trajectories >= 1, --noise >= 0 and --seed >= 0, "
             f"got {num_trajectories}, {noise} and {seed}."
         )
-    # Chunks in lockstep, not processes: 3,046 trajectories take 15 s on one core, and a script that calls this needs no
-    # `__main__` guard and may already have started torch's threads.
-    physics = Physics(0 if num_workers is None or num_workers <= 1 else num_workers)
+    # Chunks in lockstep, not processes or threads: 3,046 trajectories take 15 s on one core, and a script that calls
+    # this needs no `__main__` guard and may already have started torch's threads.
+    physics = Physics()
     kept = []
     with tqdm(total=num_trajectories, desc="maze trajectories", unit="traj", disable=not progress) as bar:
         for first in itertools.count(step=CHUNK):
@@ -135,7 +133,6 @@ def collect(
                     bar.update()
             if len(kept) == num_trajectories:
                 break
-    physics.close()
 
     last_rows = np.cumsum([len(actions) for _, actions, _ in kept]) - 1
     reached = np.array([reached for _, _, reached in kept])

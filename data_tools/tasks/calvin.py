@@ -82,7 +82,7 @@ class Physics:
     def reset(self, members, rngs, fixtures=None):
         """Put the members (n,) int into a start state, with the lights off and the blocks drawn from rngs (n).
 
-        fixtures (n, 4): positions of slide, drawer, button and switch other than 0.
+        fixtures (n, 4): where slide, drawer, button and switch are put; None: all at 0.
         """
         self.batch.reset(members, stage=mujoco.mjtStage.mjSTAGE_NONE)
         self.qpos[members, ARM] = HOME

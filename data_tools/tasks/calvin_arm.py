@@ -53,7 +53,7 @@ class InverseKinematics:
     and n = 0.001 (home - q), which pulls towards the home pose. The damping is heavy: near the edge of reach the tool
     visibly stays behind its target, and that belongs to the task.
     Here J and n are kept for 5, 5 and 10 updates, so that only the error is iterated: with P = 0.36 (J J^T + 0.36 I)^-1
-    an update turns e into P (e - J n). The result is within 0.011 rad of Bullet's, 0.001 on average.
+    an update turns e into P (e - J n). The result is within 0.011 rad of Bullet's, on average less than 0.0016.
     """
 
     BLOCKS = (5, 5, 10)

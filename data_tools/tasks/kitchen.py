@@ -21,7 +21,7 @@ from gymnasium.vector import AutoresetMode
 
 from data_tools.files import DataError
 from data_tools.tasks.rendering import Painter
-from data_tools.tasks.vector import MemberVectorEnv, rng_from_state, rng_state
+from data_tools.tasks.vector import MemberVectorEnv
 
 MAX_EPISODE_STEPS = 280
 PHYSICS_STEPS = 40  # of 0.002 s each, per environment step
@@ -73,7 +73,7 @@ def elements_complete(obs) -> dict[str, np.ndarray]:
 def rollout_statistics(returns, obs, actions, ended) -> dict[str, float]:
     """Return the share of E episodes in which each element was complete at some time, and `any_order`: how many were.
 
-    obs (T+1, E, 30 or 60); ended (T+1, E) bool tells which members had ended before the step, so that the first such
+    obs (T+1, E, 30); ended (T+1, E) bool tells which members had ended before the step, so that the first such
     row holds an episode's last observation and the rows after it do not count. Returns and actions are not used.
     """
     ended = np.asarray(ended)
@@ -114,7 +114,7 @@ APART = ((0, 1), (0, 3), (1, 3), (2, 4), (3, 5))
 
 
 @cache
-def compile_model(legacy_collisions):
+def compile_model():
     """Return the compiled kitchen, shared by all threads: the package's motion up to rounding, in 2/3 of the time."""
     spec = mujoco.MjSpec.from_file(str(_model_path()))
     for geom in list(spec.geoms):
@@ -133,10 +133,7 @@ def compile_model(legacy_collisions):
         if geom.pos[0] > 0.0:
             spec.body("counters1").add_geom(**{name: getattr(geom, name) for name in kept.split()})
             spec.delete(geom)
-    model = spec.compile()
-    if legacy_collisions:
-        model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_NATIVECCD | mujoco.mjtDisableBit.mjDSBL_MULTICCD
-    return model
+    return spec.compile()
 
 
 STATE = mujoco.mjtState.mjSTATE_INTEGRATION.value  # all that going on depends on
@@ -153,20 +150,19 @@ class Kitchen:
     sub-tasks not credited yet, in order; `unstable` tells that the physics diverged, which ends the episode.
     """
 
-    def __init__(self, subtasks, noise=NOISE, legacy_collisions=False):
+    def __init__(self, subtasks, noise=NOISE):
         """Raises ValueError for a negative or infinite noise."""
         if not 0.0 <= noise < np.inf:
             raise ValueError(f"noise must be a finite number of at least 0, got {noise}")
         self.subtasks = subtasks
         self.noise = noise
-        self.model = compile_model(legacy_collisions)
+        self.model = compile_model()
         self.data = mujoco.MjData(self.model)
         self._before = np.empty(mujoco.mj_stateSize(self.model, STATE))  # of the last step, to return to
 
     def reset(self, rng):
         """Start an episode whose noise comes from `rng`."""
         self.rng = rng
-        self.steps = 0
         self.unstable = False
         self.remaining = self.subtasks
         mujoco.mj_resetData(self.model, self.data)
@@ -182,7 +178,6 @@ class Kitchen:
         target = self.observed[:9] + MAX_JOINT_SPEED * STEP_TIME * action
         data.ctrl[:] = np.minimum(np.maximum(target, TARGET_LOW), TARGET_HIGH)  # np.clip takes twice as long
         mujoco.mj_step(self.model, data, PHYSICS_STEPS)
-        self.steps += 1
         # MuJoCo counts a diverged state as a warning and puts the state silently back to zero.
         if data.warning.number[DIVERGED].any() or not (np.isfinite(data.qpos).all() and np.isfinite(data.qvel).all()):
             self.unstable = True
@@ -206,33 +201,35 @@ class Kitchen:
         self.remaining = self.remaining[credited:]
         return float(credited)
 
-    def _physics(self):
-        """Return MuJoCo's state, (S,) float64."""
-        state = np.empty_like(self._before)
-        mujoco.mj_getState(self.model, self.data, state, STATE)
-        return state
-
     def _set_physics(self, state):
         mujoco.mj_resetData(self.model, self.data)  # the warnings, too
         mujoco.mj_setState(self.model, self.data, state, STATE)
 
     def get_state(self):
-        """Return all that the future depends on as plain Python values."""
+        """Return all that the future depends on, but `rng` and `unstable`, as plain Python values."""
+        physics = np.empty_like(self._before)
+        mujoco.mj_getState(self.model, self.data, physics, STATE)
         return {
-            "physics": self._physics().tolist(),
+            "physics": physics.tolist(),
             "observed": self.observed.tolist(),
-            "rng": rng_state(self.rng),
-            "steps": self.steps,
             "num_remaining": len(self.remaining),
-            "unstable": self.unstable,
         }
+
+    def check_state(self, state):
+        """Raise ValueError for what no `get_state` of this task returned."""
+        for name, size in (("physics", len(self._before)), ("observed", 30)):
+            numbers = np.array(state[name], dtype=np.float64)
+            if numbers.shape != (size,):
+                raise ValueError(f"{name} of the state has shape {numbers.shape}, expected ({size},)")
+            if not np.isfinite(numbers).all():
+                raise ValueError(f"{name} of the state contains NaN or infinity")
+        if not 0 <= state["num_remaining"] <= len(self.subtasks):
+            raise ValueError(f"the state has {state['num_remaining']} sub-tasks left of {len(self.subtasks)}")
 
     def set_state(self, state):
         """Continue where `get_state` was called."""
         self._set_physics(np.array(state["physics"], dtype=np.float64))
         self.observed = np.array(state["observed"], dtype=np.float64)
-        self.rng = rng_from_state(state["rng"])
-        self.steps, self.unstable = int(state["steps"]), bool(state["unstable"])
         self.remaining = self.subtasks[len(self.subtasks) - int(state["num_remaining"]) :]
 
     def info(self):
@@ -293,8 +290,8 @@ def goal_of(subtasks):
 class KitchenVectorEnv(MemberVectorEnv):
     """E kitchens: do four sub-tasks in the given order within 280 steps of 0.08 s. Resets, infos: see MemberVectorEnv.
 
-    Observation (30,) float32: joint positions of robot (9) and objects (21), with noise; with `full_obs` (60,), D4RL's
-    goal block appended. Action (9,) in [-1, 1], clipped: joint velocities / 2 rad/s, fingers / 2 m/s.
+    Observation (30,) float32: joint positions of robot (9) and objects (21), with noise.
+    Action (9,) in [-1, 1], clipped: joint velocities / 2 rad/s, fingers / 2 m/s.
     Every episode starts in the same state; the seed is that of the noise.
     Reward: the number of sub-tasks credited by this step. The next one (then the one after it, and so on) is credited
     as soon as its element is complete, even if it was moved there earlier; it may be undone later. The episode ends
@@ -302,8 +299,6 @@ class KitchenVectorEnv(MemberVectorEnv):
     `info`: `num_subtasks` credited so far and their names, `subtasks`; `is_success`, all of them; `unstable`, the
     physics diverged: the episode ends (terminated) with reward -100 and the last finite observation.
     `task`: a key of SUBTASKS, or the names of the elements in order. `noise`: 0.1 is D4RL's, 0 switches it off.
-    `legacy_collisions` switches off native and multi-contact collision detection, which D4RL's MuJoCo 2.0 did not have;
-    demonstrations succeed equally often either way.
     `num_threads` threads step the kitchens; None, the default, means as many as torch has, so that runs side by side do
     not fight. A step takes a millisecond outside Python's lock, so that two threads are 1.8 times as fast as one; the
     result does not depend on their number.
@@ -315,19 +310,16 @@ class KitchenVectorEnv(MemberVectorEnv):
         self,
         num_envs: int = 1,
         task: str | tuple[str, ...] = "kitchen",
-        full_obs: bool = False,
         noise: float = NOISE,
         max_episode_steps: int = MAX_EPISODE_STEPS,
         render_mode: str | None = None,
-        legacy_collisions: bool = False,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         num_threads: int | None = None,
     ):
         """Raises ValueError for arguments out of range, DataError if the kitchen's model is not the known one."""
-        super().__init__(num_envs, 60 if full_obs else 30, 9, max_episode_steps, render_mode, autoreset_mode)
+        super().__init__(num_envs, 30, 9, max_episode_steps, render_mode, autoreset_mode)
         subtasks = _checked_subtasks(task)
-        self.goal = goal_of(subtasks) if full_obs else np.zeros(0)
-        self.kitchens = [Kitchen(subtasks, noise, legacy_collisions) for _ in range(num_envs)]
+        self.kitchens = [Kitchen(subtasks, noise) for _ in range(num_envs)]
         self.num_threads = min(torch.get_num_threads() if num_threads is None else max(num_threads, 1), num_envs)
         self.pool = ThreadPoolExecutor(self.num_threads) if self.num_threads > 1 else None
 
@@ -347,13 +339,11 @@ class KitchenVectorEnv(MemberVectorEnv):
             step_members(0)
         else:
             list(self.pool.map(step_members, range(self.num_threads)))  # list: raise errors here
-        self._read_flags()
-        return rewards, self.successes
+        self.unstable = np.array([kitchen.unstable for kitchen in self.kitchens])
+        return rewards, np.array([not kitchen.remaining for kitchen in self.kitchens])
 
     def observations(self):
-        observed = np.stack([kitchen.observed for kitchen in self.kitchens])  # (E, 30)
-        goals = np.broadcast_to(self.goal, (self.num_envs, len(self.goal)))
-        return np.concatenate([observed, goals], axis=1).astype(np.float32)
+        return np.stack([kitchen.observed for kitchen in self.kitchens]).astype(np.float32)  # (E, 30)
 
     def draw(self, member):
         """Return (300, 400, 3) uint8."""
@@ -365,34 +355,25 @@ class KitchenVectorEnv(MemberVectorEnv):
             infos = self._add_info(infos, self.kitchens[i].info(), i)
         return infos
 
-    def get_state(self) -> dict[str, list]:
-        """Return all that the future depends on, as in MemberVectorEnv; a kitchen knows its own steps and flags."""
-        self._check_started("get_state()")
-        return {"kitchens": [kitchen.get_state() for kitchen in self.kitchens], "waiting": self.waiting.tolist()}
+    def get_state(self):
+        return {**super().get_state(), "kitchens": [kitchen.get_state() for kitchen in self.kitchens]}
 
-    def set_state(self, state: dict[str, list]) -> np.ndarray:
-        """Continue exactly where `get_state` was called; return the observations (E, 30 or 60) of that moment."""
-        kitchens = state["kitchens"]
-        if len(kitchens) != self.num_envs:
-            raise ValueError(f"the state is that of {len(kitchens)} members, this environment has {self.num_envs}")
-        if not all(np.isfinite(member["physics"]).all() for member in kitchens):
-            raise ValueError("the physics of the state contain NaN or infinity")
-        for kitchen, member in zip(self.kitchens, kitchens, strict=True):
+    def set_state(self, state):
+        saved = state["kitchens"]
+        if len(saved) != self.num_envs:
+            raise ValueError(f"the state is that of {len(saved)} members, this environment has {self.num_envs}")
+        pairs = list(zip(self.kitchens, saved))
+        for kitchen, member in pairs:  # all before the first is changed
+            kitchen.check_state(member)
+        for kitchen, member in pairs:
             kitchen.set_state(member)
-        self.rngs = [kitchen.rng for kitchen in self.kitchens]
-        self.steps = np.array([kitchen.steps for kitchen in self.kitchens])
-        self._read_flags()
-        self.terminations = self.unstable | self.successes
-        self.truncations = self.steps >= self.max_episode_steps
-        self.waiting = np.array(state["waiting"], dtype=bool)
-        return self.observations()
+        observations = super().set_state(state)
+        for i, kitchen in enumerate(self.kitchens):
+            kitchen.rng = self.rngs[i]
+            kitchen.unstable = bool(self.unstable[i])
+        return observations
 
     def close_extras(self, **kwargs):
         """Stop the threads."""
         if self.pool is not None:
             self.pool.shutdown()
-
-    def _read_flags(self):
-        """Copy which kitchens diverged and which have nothing left to do."""
-        self.unstable = np.array([kitchen.unstable for kitchen in self.kitchens])
-        self.successes = np.array([not kitchen.remaining for kitchen in self.kitchens])

@@ -101,8 +101,8 @@ def _model() -> mujoco.MjModel:
         f'<geom type="box" pos="{i + 1} {j + 1} 0" size="0.5 0.5 0.2" contype="1" conaffinity="1"/>'
         for i, j in np.argwhere(make_layout())
     )
-    # warmstart off: the contact solver must not start from the forces of the step before, which are no part of
-    #   (position, velocity). Only then can any thread continue any member, and a checkpoint is exact.
+    # warmstart off: from where the contact solver starts. Each call of `Rollout` starts the solver anew, so any member
+    #   can go on anywhere; the flag only fixes from where.
     # autoreset off: MuJoCo must not put a diverged state silently back to the origin; the environments check for it.
     xml = f"""
     <mujoco model="skimo_maze">
@@ -133,10 +133,10 @@ def _model() -> mujoco.MjModel:
 class Physics:
     """Steps N point masses at once. A row of `state` is MuJoCo's full state (time, q_x, q_y, v_x, v_y), float64."""
 
-    def __init__(self, num_threads):
-        """num_threads 0 works on the calling thread."""
-        self.rollout = Rollout(nthread=num_threads)
-        self.data = [mujoco.MjData(_model()) for _ in range(max(num_threads, 1))]
+    def __init__(self):
+        # On the calling thread: a step takes 7 microseconds, waking others made every N from 8 to 256 slower.
+        self.rollout = Rollout(nthread=0)
+        self.data = [mujoco.MjData(_model())]
 
     def step(self, state, action):
         """Return the state (N, 5) after one step of 0.01 s with actions (N, 2) in [-1, 1]."""
@@ -154,9 +154,6 @@ class Physics:
             skip_checks=True,  # the checks copy and tile the arrays, which costs more than the physics
         )
         return after[:, 0]
-
-    def close(self):
-        self.rollout.close()
 
 
 # ------------------------------------------------------------------------------------------------------------ rendering
@@ -226,8 +223,6 @@ class MazeVectorEnv(MemberVectorEnv):
     clipped: force / 100 N per axis. Reward 100 within 2 cells of the goal, which ends the episode (terminated), else 0;
     truncated after `max_episode_steps`. `info["is_success"]`: this step reached the goal. `info["unstable"]`: the
     physics diverged; the episode ends (terminated, reward 0) with the last finite observation.
-    `num_threads` threads step the physics; None, the default, is the calling one: a step takes 7 microseconds, and on
-    two cores waking a pool made every E from 8 to 256 slower (64 members: 128,000 steps/s, with two threads 103,000).
     """
 
     metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 100}
@@ -239,11 +234,10 @@ class MazeVectorEnv(MemberVectorEnv):
         max_episode_steps: int = MAX_EPISODE_STEPS,
         render_mode: str | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
-        num_threads: int | None = None,
     ):
         """Raises ValueError for arguments out of range."""
         super().__init__(num_envs, 4, 2, max_episode_steps, render_mode, autoreset_mode)
-        self.simulator = Physics(num_threads or 0)
+        self.simulator = Physics()
         self.physics = np.zeros((num_envs, 5))  # (time, q_x, q_y, v_x, v_y)
         self.trails = [[] for _ in range(num_envs)]  # positions of the episode, for pictures
 
@@ -281,10 +275,6 @@ class MazeVectorEnv(MemberVectorEnv):
         """Return (504, 504, 3) uint8 with the path of the episode so far; needs no OpenGL."""
         return _draw_frame(self.trails[member])
 
-    def close_extras(self, **kwargs):
-        """Stop the threads."""
-        self.simulator.close()
-
 
 # ----------------------------------------------------------------------------------------------------------- statistics
 
@@ -295,8 +285,9 @@ def rollout_statistics(returns, obs, actions, ended) -> dict[str, float]:
     returns (E,), obs (T + 1, E, 4), actions (T + 1, E, 2), of which the last row does not count; ended (T + 1, E) bool
     tells which members had finished before the step.
     `goal` share that reached it; `approach` least geodesic distance to it in cells (10, 25 and 50 % quantiles; 34 at
-    the start); `cells` mean number of different cells visited; `lateral` std of the distance to the cells' centre line
-    while moving along it (cells); `wall` share of env steps that deviate from free flight, i.e. touch a wall.
+    the start); `cells` mean number of different cells visited; `lateral` std of the offset from the middle of the
+    planner's way-points (c - 0.1), while moving fast along the first axis (cells); `wall` share of env steps that
+    deviate from free flight, i.e. touch a wall.
     """
     cells = cell_of(obs)  # (T + 1, E, 2)
     distance = geodesic_distance(make_layout(), GOAL)[cells[..., 0], cells[..., 1]]  # (T + 1, E)

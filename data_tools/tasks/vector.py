@@ -6,6 +6,7 @@ Shapes: E members of a vector environment, n of them; O numbers in an observatio
 import json
 import math
 import os
+import zlib
 from pathlib import Path
 from typing import ClassVar
 
@@ -231,7 +232,10 @@ class SingleEnv(gymnasium.Env):
     """One environment of any task: a vector of one, without the first axis. See the vector's class for the rest."""
 
     def __init__(self, vector_class: type[MemberVectorEnv] | str, **arguments):
-        """`vector_class`: or "module:Class"; arguments are those of the class, but for num_envs and autoreset_mode."""
+        """`vector_class`: the class of the vector environment, or its name "module:Class".
+
+        `arguments`: those of the class, except num_envs and autoreset_mode.
+        """
         if isinstance(vector_class, str):
             vector_class = imported(vector_class)
         self.envs = vector_class(num_envs=1, autoreset_mode=AutoresetMode.DISABLED, **arguments)
@@ -273,25 +277,33 @@ class VideoRecorder(gymnasium.vector.VectorWrapper):
     def __init__(self, envs: MemberVectorEnv, path):
         super().__init__(envs)
         self.path = Path(path)
-        self.frames = []
+        self.frames = []  # compressed: those of a long episode would take gigabytes
         self.steps = 0
         self.every = math.ceil(self.metadata["render_fps"] / 50)  # steps per picture
 
     def step(self, actions):
         result = self.env.step(actions)
         if self.steps % self.every == 0:
-            self.frames.append(self.env.draw(0))
+            frame = self.env.draw(0)
+            self.shape = frame.shape
+            self.frames.append(zlib.compress(frame.tobytes(), 1))  # fast
         self.steps += 1
         return result
 
     def close(self, **kwargs):
-        import imageio.v2 as imageio  # ffmpeg is started only for videos
-
         if self.frames:
-            fps = self.metadata["render_fps"] / self.every
-            write_atomically(self.path, lambda part: imageio.mimwrite(part, self.frames, fps=fps, macro_block_size=1))
+            write_atomically(self.path, self._write)
             self.frames = []
         return super().close(**kwargs)
+
+    def _write(self, part):
+        """Write the pictures one by one into the video file `part`."""
+        import imageio.v2 as imageio  # ffmpeg is started only for videos
+
+        fps = self.metadata["render_fps"] / self.every
+        with imageio.get_writer(part, fps=fps, macro_block_size=1) as writer:
+            for frame in self.frames:
+                writer.append_data(np.frombuffer(zlib.decompress(frame), np.uint8).reshape(self.shape))
 
 
 def checked_action(action, shape) -> np.ndarray:
