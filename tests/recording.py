@@ -96,7 +96,7 @@ def note_losses_and_optimizers(notes, module, patch):
     """inputs: for a network that a loss was given, whether it is the agent's part of that name; optimizers: those of
     the agent, by name; moved: how far the first step of each moved a weight, the largest of all; value_lr: the rates of
     weights with "value" in their name, and other_lr, of the others, where there is more than one rate; norms: the
-    gradient's norm at every step of each.
+    gradient's norm at every step of each; pretraining_norms: the same at every step before there was an agent.
     """
     notes.inputs = {}
     notes.optimizers = set()
@@ -104,6 +104,7 @@ def note_losses_and_optimizers(notes, module, patch):
     notes.value_lr = set()
     notes.other_lr = set()
     notes.norms = defaultdict(list)
+    notes.pretraining_norms = []
     agents = []
 
     def init(agent, *inputs, original=module.Agent.__init__):
@@ -133,6 +134,8 @@ def note_losses_and_optimizers(notes, module, patch):
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         before = [weight.detach().clone() for weight in weights]
         gradients = [weight.grad.norm() for weight in weights if weight.grad is not None]
+        if not agents:
+            notes.pretraining_norms.append(torch.stack(gradients).norm().item())
         result = original(optimizer, *closure)
         values = [weight for agent in agents for name, weight in agent.named_parameters() if "value" in name]
         for group in optimizer.param_groups if len(optimizer.param_groups) > 1 else []:

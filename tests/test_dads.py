@@ -67,6 +67,17 @@ def test_log_q_is_that_of_the_mixture():
     next_x = (x + 0.2 * rng.normal(size=(7, 2))).astype(np.float32)
     found = dynamics.log_prob(*map(torch.from_numpy, (x, z, next_x)))
     np.testing.assert_allclose(found.detach().numpy(), numpy_log_q(dynamics, x, z, next_x), rtol=1e-4, atol=1e-4)
+    # And its mean, with weights that differ
+    with torch.no_grad():
+        dynamics.net[-1].bias[:4] = torch.tensor([0.0, 2.0, -3.0, 1.0])
+        inputs = (x - dynamics.x_mean.numpy()) / dynamics.x_std.numpy(), z
+        out = dynamics.net(torch.from_numpy(np.concatenate(inputs, 1)))
+        predicted = dynamics.predict(torch.from_numpy(x), torch.from_numpy(z)).numpy()
+    weights = np.exp(out[:, :4].numpy())
+    weights /= weights.sum(1, keepdims=True)
+    change = (weights[..., None] * out[:, 4:].numpy().reshape(7, 4, 2)).sum(1)
+    expected = x + dynamics.change_mean.numpy() + dynamics.change_std.numpy() * change
+    np.testing.assert_allclose(predicted, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_angle_that_jumps_has_not_moved():
@@ -173,6 +184,18 @@ def test_r_learns_which_ways_are_paid():
     far = high[:, 0] - low[:, 0] > 0.3
     assert agent.dynamics.reward(low, high)[far].mean() > 0.9
     assert agent.dynamics.reward(high, low)[far].mean() < 0.1
+
+
+def test_r_sees_ways_in_units_of_the_data():
+    """The same positions in another unit are paid the same."""
+    dynamics = dynamics_of(tiny_args())
+    x, later = torch.randn(2, 50, 2) * 3 + 1
+    paid = []
+    for unit in (1.0, 100.0):
+        dynamics.set_scale(unit * x, unit * later)
+        paid.append(dynamics.reward(unit * x, unit * later))
+    torch.testing.assert_close(*paid, rtol=1e-3, atol=1e-4)
+    assert paid[0].std() > 0.01
 
 
 def test_entries_that_never_move_do_no_harm():
@@ -298,6 +321,25 @@ def test_skills_are_kept_and_change_with_the_episode(monkeypatch):
     assert np.array_equal(executor.z, planned)
 
 
+def test_random_skills_are_uniform_and_evaluations_plan(monkeypatch):
+    torch.manual_seed(0)
+    args = tiny_args(discover_steps=100)
+    agent = dads.Agent(args, 4, 2)
+    z = dads.Planner(agent, args, explore=True)(np.zeros((4_000, 4), np.float32), 0)
+    assert np.abs(z).max() <= 1
+    np.testing.assert_allclose(z.mean(0), 0, atol=0.05)
+    np.testing.assert_allclose(z.std(0), 1 / np.sqrt(3), atol=0.02)
+
+    agent.rewarded |= True
+    planned = torch.tensor([[0.1, 0.2], [0.3, -0.4]])
+    monkeypatch.setattr(dads, "plan", lambda dynamics, score, x, args: planned[:, None])
+    obs = np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32)
+    action = dads.planned_actions(agent, args, 2)(obs)
+    with torch.no_grad():
+        mode = torch.tanh(agent.actor(torch.cat([torch.from_numpy(obs), planned], 1))[0])
+    np.testing.assert_allclose(action, mode, atol=1e-6)
+
+
 # --------------------------------------------------------------------------------------------------------- replay
 def filled(args, steps):
     """Observations count the env steps; episodes of member 0 end truly after 7, those of member 1 by time after 5."""
@@ -381,8 +423,17 @@ def test_phase_b_leaves_the_policy_and_goes_on_bit_for_bit(tmp_path, monkeypatch
         dads.main(dads.parse_args([*flags.split(), *more]))
         return torch.load(next((tmp_path / more[1]).iterdir()) / "checkpoint.pt", weights_only=True)
 
+    scaled = []
+    set_scale = dads.SkillDynamics.set_scale
+    noted = lambda dynamics, x, next_x: scaled.append(len(x)) or set_scale(dynamics, x, next_x)  # noqa: E731
+    monkeypatch.setattr(dads.SkillDynamics, "set_scale", noted)
+    updated = []
+    update = dads.Agent.update
+    monkeypatch.setattr(dads.Agent, "update", lambda agent, *batch: updated.append(1) or update(agent, *batch))
     monkeypatch.chdir(tmp_path)
     whole = run("--run-dir", "whole", "--total-timesteps", "800")
+    assert len(updated) == 2 * 19  # two of the policy for each of the dynamics, in phase A
+    assert scaled == [120, 320, 520, 720]  # by all rows so far: at every tenth update, one for 20 env steps after 100
     part = run("--run-dir", "part", "--total-timesteps", "520")
     dads.main(dads.parse_args(["--resume", str(next((tmp_path / "part").iterdir())), "--total-timesteps", "800"]))
     again = torch.load(next((tmp_path / "part").iterdir()) / "checkpoint.pt", weights_only=True)

@@ -116,7 +116,10 @@ def test_an_update_pays_by_the_discriminator_of_now_and_keeps_the_skill(disc_nex
         seen.append((state, rewards, next_state, alpha))
         return diayn.soft_critic_loss(critics, target, actor, state, action, rewards, next_state, discount, alpha)
 
+    acting_on = []
+    policy_loss = agent.policy_loss
     monkeypatch.setattr(agent, "critic_loss", critic_loss)
+    monkeypatch.setattr(agent, "policy_loss", lambda *inputs: acting_on.append(inputs[2]) or policy_loss(*inputs))
     obs, next_obs = torch.randn(2, 8, 4)
     z = torch.eye(3)[torch.randint(3, (8,))]
     task_rewards = torch.full((8,), torch.nan)  # nobody looks at them
@@ -127,6 +130,7 @@ def test_an_update_pays_by_the_discriminator_of_now_and_keeps_the_skill(disc_nex
     for (state, rewards, next_state, alpha), log_q in zip(seen, expected):
         assert torch.equal(state, torch.cat([obs, z], 1)) and torch.equal(next_state, torch.cat([next_obs, z], 1))
         assert torch.allclose(rewards, log_q[z.bool()] + np.log(3)) and alpha == 0.1
+    assert all(torch.equal(state, torch.cat([obs, z], 1)) for state in acting_on)
     assert not torch.allclose(seen[0][1], seen[1][1])  # the same batch is paid otherwise after one step
     assert not any(value.isnan().any() for value in agent.state_dict().values())
 
@@ -174,9 +178,15 @@ def test_the_controller_finds_the_soft_optimum_of_a_chain():
     assert (q.argmax(1) == 1).all()
 
 
-def test_skills_are_drawn_by_their_values():
+def test_skills_are_drawn_by_their_values_and_act_by_samples_or_their_mode():
     torch.manual_seed(0)
     agent = diayn.Agent(tiny_args(controller_alpha=0.5), 4, 2)
+    obs, z = np.ones((3_000, 4), np.float32), np.eye(3, dtype=np.float32)[np.arange(3_000) % 3]
+    with torch.no_grad():
+        mean, std = (x.numpy() for x in agent.actor(torch.from_numpy(np.concatenate([obs[:3], z[:3]], 1))))
+    np.testing.assert_allclose(agent.act(obs[:3], z[:3], explore=False), np.tanh(mean), atol=1e-6)
+    drawn = np.arctanh(agent.act(obs, z, explore=True).astype(np.float64)).reshape(1_000, 3, 2)
+    np.testing.assert_allclose(drawn.std(0), std, rtol=0.1)
     agent.controller = Table([[0.0, 0.5, 1.0]] * 4)
     obs = np.zeros((20_000, 1), np.float32)
     drawn = agent.choose_skill(obs, explore=True)
@@ -213,9 +223,18 @@ def count_args(tmp_path, monkeypatch):
     )  # fmt: skip
 
 
-def test_rows_of_both_phases(count_args, tmp_path):
-    """Discovery: 40 env steps of 3 members, a skill per episode. Control: 60 more, a skill for at most 5 env steps."""
+def test_rows_of_both_phases(count_args, tmp_path, monkeypatch):
+    """Discovery: 40 env steps of 3 members, a skill per episode. Control: 60 more, a skill for at most 5 env steps.
+
+    The first 20 have uniform actions.
+    """
+    acted = []
+    act = diayn.Agent.act
+    noted = lambda agent, obs, z, explore: explore and acted.append(z.copy()) or act(agent, obs, z, explore)  # noqa: E731
+    monkeypatch.setattr(diayn.Agent, "act", noted)
     diayn.main(count_args)
+    assert len(acted) == 80
+    acted = np.concatenate([np.full((20, 3, 3), np.nan), acted])  # (100, E, Z)
     (run_dir,) = tmp_path.iterdir()
     state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
 
@@ -239,6 +258,8 @@ def test_rows_of_both_phases(count_args, tmp_path):
             if before > 0:
                 assert (rb["z"][row] == rb["z"][row - 3]).all()  # the same skill as one step before
     assert (rb["z"].sum(1) == 1).all() and (rb["z"].max(0) == 1).all()
+    uniform = rb["action"][:60]
+    assert np.abs(uniform).max() <= 1 and uniform.min() < -0.8 and uniform.max() > 0.8
 
     expected = set()
     for member, steps in enumerate(history):
@@ -249,12 +270,16 @@ def test_rows_of_both_phases(count_args, tmp_path):
             last = after == (13 if member == 0 else 17)
             if t >= 40 and (after % 5 == 0 or last):
                 rewards = sum(0.5 * k**2 for k in range(begin + 1, after + 1))
-                expected.add((member, begin, rewards, after, 0.0 if end else 0.9, t))
+                skill = int(acted[t, member].argmax())
+                expected.add((member, begin, rewards, after, 0.0 if end else 0.9, skill, t))
+            elif t >= 40:  # the skill goes on
+                assert (acted[t + 1, member] == acted[t, member]).all() if t < 99 else True
     added = state["choices"]["added"]
-    columns = [state["choices"][name][:added].numpy() for name in ("obs", "rewards", "next_obs", "discount")]
+    columns = [state["choices"][name][:added].numpy() for name in ("obs", "rewards", "next_obs", "discount", "z")]
     rows = np.concatenate([column.reshape(added, -1) for column in columns], 1)
-    found = sorted((m, b, r, a, round(float(d), 6)) for m, b, r, _, a, d in rows.tolist())
-    assert found == sorted(row[:5] for row in expected)
+    found = sorted((m, b, r, a, round(float(d), 6), z.index(1)) for m, b, r, _, a, d, *z in rows.tolist())
+    assert found == sorted(row[:6] for row in expected)
+    assert len({row[5] for row in expected}) == 3
     assert state["gradient_step"] == int((300 - 60) * 0.05)
 
 
@@ -278,11 +303,16 @@ def test_long_episodes_are_cut_in_discovery_alone(count_args, tmp_path):
 
 
 def test_skills_do_not_change_in_control(count_args):
+    """The controller alone does, towards targets that are as soft as it acts."""
     torch.manual_seed(0)
+    count_args.controller_alpha = 0.7
     agent = diayn.Agent(count_args, 2, 1)
     before = {name: value.clone() for name, value in agent.state_dict().items()}
     z = torch.eye(3)[torch.randint(3, (8,))]
-    agent.update_controller(torch.randn(8, 2), torch.zeros(8, 0), z, torch.randn(8), torch.randn(8, 2), torch.ones(8))
+    rewards, next_obs = torch.randn(8), torch.randn(8, 2)
+    expected = rewards + 0.9 * diayn.soft_value(agent.controller_target(next_obs), count_args.controller_alpha)
+    metrics = agent.update_controller(torch.randn(8, 2), torch.zeros(8, 0), z, rewards, next_obs, torch.full((8,), 0.9))
+    assert metrics["controller_target"].item() == pytest.approx(expected.mean().item(), rel=1e-5)
     changed = {name.split(".")[0] for name, value in agent.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"controller", "controller_target"}
 

@@ -44,9 +44,7 @@ def tiny_batch(args, obs_dim=4, seed=0):
 
 # ------------------------------------------------------------------------------------------- what is that of the others
 def test_pretraining_is_that_of_spirl(tmp_path, monkeypatch):
-    names = "Predictor Features SkillModel SkillPrior gaussian draw squash make_networks pretrain_loss prior_rollouts "
-    for name in (names + "pretrain_lr find_pretrained pretrain").split():
-        assert inspect.getsource(getattr(dreamer_skills, name)) == inspect.getsource(getattr(spirl, name)), name
+    """test_copies.py compares the code; here what it is shaped by, and where it is found."""
     for env_id in data_tools.TASKS:
         for flags in (["--env-id", env_id], ["--env-id", env_id, "--published"]):
             ours, theirs = (vars(file.parse_args(flags)) for file in (dreamer_skills, spirl))

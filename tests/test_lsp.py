@@ -137,6 +137,34 @@ def test_a_start_has_one_skill_for_the_whole_imagination(monkeypatch):
     assert all((row[4:] == h).all(1).any() for row in start)  # starts are states of the batch
 
 
+def test_skills_are_drawn_from_the_prior_that_the_bound_is_for():
+    """N(0, I), in imagination and with --random-skills."""
+    args = tiny_args(imagine_starts=2_000, random_skills=True)
+    agent = new_agent(args)
+    h, s = torch.randn(400, 5, 12), torch.randn(400, 5, 4)
+    *_, (_, _, imagined) = lsp.skill_loss(agent.model, agent.actor, agent.critic, agent.predictor, h, s, args)
+    acting = lsp.Filter(agent, 2_000, 2, explore=True)
+    acting(np.zeros((2_000, 3), np.float32))
+    for z in (imagined, acting.z):
+        assert z.shape == (2_000, 3)
+        np.testing.assert_allclose(z.mean(0), 0, atol=0.1)
+        np.testing.assert_allclose(z.std(0), 1, atol=0.07)
+        assert z.abs().max() > 2.5
+
+
+def test_the_policy_makes_skills_tellable_apart():
+    """Its gradient is that of the returns plus mi_coef times that of the information, through what is imagined."""
+    gradients = []
+    for mi_coef in (0.0, 1.0, 2.0):
+        args = tiny_args(mi_coef=mi_coef)
+        agent = new_agent(args)
+        behave(agent, args)[0].backward()
+        gradients.append(torch.cat([weight.grad.flatten() for weight in agent.actor.parameters()]))
+    change = gradients[1] - gradients[0]
+    assert change.norm() > 1e-3 * gradients[0].norm()
+    torch.testing.assert_close(gradients[2] - gradients[0], 2 * change, rtol=1e-3, atol=1e-6)
+
+
 def test_information_rises_where_actions_can_be_seen():
     """o' = o + a: the model learns it, and then skills come to mean directions."""
     args = tiny_args(
@@ -249,10 +277,11 @@ def test_a_skill_lasts_k_steps_or_to_the_end_of_the_episode(random_skills):
     agent = new_agent(args)
     acting = lsp.Filter(agent, 2, 2, explore=True)
     rng = np.random.default_rng(0)
-    skills = []
+    skills, plans = [], []
     for t in range(13):
         acting(rng.normal(size=(2, 3)).astype(np.float32))
         skills.append(acting.z.clone())
+        plans.append(acting.mean.clone())
         if t == 5:
             acting.forget(np.array([False, True]))
             assert (acting.h[1] == 0).all() and (acting.s[1] == 0).all() and (acting.action[1] == 0).all()
@@ -260,6 +289,8 @@ def test_a_skill_lasts_k_steps_or_to_the_end_of_the_episode(random_skills):
     for e, starts in enumerate(([0, 4, 8, 12], [0, 4, 6, 10])):
         changed = [t for t in range(13) if t == 0 or not torch.equal(skills[t][e], skills[t - 1][e])]
         assert changed == starts
+        changed = [t for t in range(1, 13) if not torch.equal(plans[t][e], plans[t - 1][e])]
+        assert changed == ([] if random_skills else starts[1:])  # who is in the midst of a skill keeps the plan
 
 
 def test_plans_move_on_by_a_skill(monkeypatch):
@@ -321,10 +352,9 @@ def test_skills_of_the_picture_are_held_and_leave_random_numbers_alone():
 def test_windows_longer_than_episodes_are_refused(file, rows, tmp_path):
     """Nothing could be learnt from them. An episode of CALVIN has 360 env steps, and a row more than steps."""
     window = dict(num_steps=rows) if file is tdmpc else dict(batch_length=rows + 1)  # a window of N steps has N+1 rows
-    args = file.Args(env_id="calvin", device="cpu", compile=False, num_envs=2, **window)
-    networks = [dreamer_skills.make_networks(args, 21, 7), {}] if file is dreamer_skills else []
+    args = file.Args(env_id="calvin", device="cpu", compile=False, num_envs=2, run_dir=str(tmp_path), **window)
     with pytest.raises(SystemExit, match=f"episodes have at most {rows} rows, .*lower --(batch-length|num-steps)"):
-        file.train(args, *networks, tmp_path, None, None)
+        file.main(args)
 
 
 @pytest.mark.parametrize("task", ["maze", "kitchen", "calvin"])

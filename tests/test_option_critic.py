@@ -176,6 +176,37 @@ def test_it_learns_the_four_rooms():
     assert steps[:, 60:63].mean() > 200  # the goal has moved
 
 
+def test_episodes_of_the_four_rooms(monkeypatch):
+    """Nobody learns, no option ends by itself, and choice n is option n modulo 4: what each run did, step by step."""
+    chosen, seen = [], []
+
+    def choose_option(tables, rng, s):
+        chosen.append(len(chosen) % 4)
+        return np.full(40, chosen[-1])
+
+    monkeypatch.setattr(oc.Tables, "choose_option", choose_option)
+    monkeypatch.setattr(oc.Tables, "beta", lambda tables, s, w: np.zeros(len(s)))
+    monkeypatch.setattr(oc.Tables, "learn", lambda tables, *step: seen.append(step))
+    steps, choices = oc.learn_four_rooms(tiny_args(num_runs=40, num_episodes=6, seed=0), 4)
+    assert (choices == 1).all() and steps.max() == 1_000  # who gets lost is put back
+    s, w, _, rewards, next_s, ends = np.array(seen, dtype=int).transpose(1, 2, 0)  # (R, steps) each
+    assert np.array_equal(rewards, ends) and len(chosen) == len(seen)
+    for run in range(40):
+        goals = []
+        t = 0
+        for length in steps[run]:
+            own = slice(t, t + length)
+            assert (w[run, own] == chosen[t]).all()
+            assert np.array_equal(s[run, own][1:], next_s[run, own][:-1]) and not ends[run, own][:-1].any()
+            assert ends[run, own][-1] or length == 1_000
+            goals.append(int(next_s[run, own][-1]) if ends[run, own][-1] else None)
+            assert goals[-1] is None or not (s[run, own] == goals[-1]).any()  # it begins elsewhere
+            t += length
+        assert set(goals[:3]) <= {oc.FIRST_GOAL, None}
+        later = set(goals[3:]) - {None}
+        assert len(later) <= 1 and later <= set(oc.LATER_GOALS)
+
+
 # ------------------------------------------------------------------------------------------------- returns and losses
 def random_batch(args):
     """Two environments, six env steps, four numbers in an observation and two in an action."""
@@ -245,17 +276,23 @@ def test_with_one_option_the_gradient_is_that_of_an_actor_critic(ends):
     assert found[0].abs().max() > 1e-3
 
 
-def test_the_critics_loss_against_a_loop_forward():
-    """Three options: what follows is U(w, s') where the batch or the time ends, V(s') - .3 where the option ends."""
+def test_losses_of_critic_and_policies_against_a_loop_forward():
+    """Three options of their own means and stds.
+
+    What follows is U(w, s') where the batch or the time ends, V(s') - .3 where the option ends.
+    """
     args = tiny_args(deliberation_cost=0.3, option_epsilon=0.2, gamma=0.9)
     torch.manual_seed(0)
     model = oc.OptionModel(4, 2, args)
     torch.nn.init.normal_(model.q.weight)
+    torch.nn.init.normal_(model.log_std)
+    torch.nn.init.normal_(model.mean.weight)
     batch = random_batch(args)
-    q = model(batch["obs"])[0].detach().numpy()
+    q, _, mean = [x.detach().numpy() for x in model(batch["obs"])]
+    std = model.log_std.exp().detach().numpy()
     next_q, next_beta, _ = [x.detach().numpy() for x in model(batch["next_obs"])]
     b = {name: value.numpy() for name, value in batch.items()}
-    errors = []
+    errors, log_probs, entropies = [], [], []
     for e, t in np.ndindex(2, 6):
         total = 0.0
         for k in range(t, 6):
@@ -268,9 +305,15 @@ def test_the_critics_loss_against_a_loop_forward():
                 own = k == 5 or b["truncations"][e, k]
                 total += 0.9 ** (k - t + 1) * (not b["terminations"][e, k]) * (on if own else new)
                 break
-        errors.append(total - q[e, t, b["option"][e, t]])
+        w = b["option"][e, t]
+        errors.append(total - q[e, t, w])
+        distance = (b["action"][e, t] - mean[e, t, w]) / std[w]
+        log_probs.append((-0.5 * distance**2 - np.log(std[w] * np.sqrt(2 * np.pi))).sum())
+        entropies.append(np.log(std[w] * np.sqrt(2 * np.pi * np.e)).sum())
     _, metrics = oc.option_critic_loss(model, **batch, args=args)
     assert metrics["value_loss"].item() == pytest.approx(0.5 * np.mean(np.square(errors)), rel=1e-4)
+    assert metrics["policy_loss"].item() == pytest.approx(-np.mean(np.multiply(errors, log_probs)), rel=1e-4)
+    assert metrics["entropy"].item() == pytest.approx(np.mean(entropies), rel=1e-4)
 
 
 def test_ends_follow_their_advantage_and_nothing_else_follows_them():
@@ -301,39 +344,44 @@ def test_ends_follow_their_advantage_and_nothing_else_follows_them():
 
 
 # ------------------------------------------------------------------------------------------------------------- acting
-@pytest.mark.parametrize(("bias", "share"), [(-50.0, 0.0), (50.0, 1.0), (0.0, 0.5)])
-def test_options_end_as_often_as_beta_says(bias, share):
+def test_options_end_as_often_as_beta_says():
+    """Three options that end never, always, and half of the time, with stds of their own."""
     torch.manual_seed(0)
     agent = oc.Agent(tiny_args(option_epsilon=0.3), 4, 2)
     torch.nn.init.zeros_(agent.model.beta.weight)
-    torch.nn.init.constant_(agent.model.beta.bias, bias)
+    agent.model.beta.bias.data[:] = torch.tensor([-50.0, 50.0, 0.0])
+    agent.model.log_std.data[:] = torch.tensor([[-0.5], [0.0], [-1.0]])
     obs = np.ones((4_000, 4), np.float32)
     best = int(agent.model(torch.ones(1, 4))[0].argmax())
-    before = np.full(4_000, (best + 1) % 3)
+    before = np.arange(4_000) % 3
     first = np.arange(4_000) < 1_000  # these episodes begin
     action, option, begins = agent.act(obs, before, first, explore=True)
-    assert begins[first].all() and begins[~first].mean() == pytest.approx(share, abs=0.03)
-    assert (option[~begins] == before[0]).all()
+    shares = [begins[~first & (before == w)].mean() for w in range(3)]
+    assert begins[first].all() and shares == pytest.approx([0, 1, 0.5], abs=0.05)
+    assert np.array_equal(option[~begins], before[~begins])
     assert (option[begins] == best).mean() == pytest.approx(0.7 + 0.3 / 3, abs=0.04)  # at random it may be the best
     mean = agent.model(torch.ones(1, 4))[2][0].detach().numpy()
-    assert np.abs((action - mean[option]).std(0) - np.exp(-0.5)).max() < 0.03
+    for w, std in enumerate(np.exp([-0.5, 0.0, -1.0])):
+        np.testing.assert_allclose((action - mean[option])[option == w].std(0), std, rtol=0.15)
     quiet, option, _ = agent.act(obs, before, first, explore=False)
     np.testing.assert_allclose(quiet, mean[option], atol=1e-6)
     assert (option[first] == best).all()
 
 
 def test_every_env_step_is_learnt_from_once(tmp_path, monkeypatch):
-    """Rows of two updates, and that an episode begins where the environment's does."""
+    """Rows of two updates, that an episode begins where the environment's does, and that options go on until then."""
     monkeypatch.setitem(TASKS, "line", Task(envs="tests.test_diayn:LineVectorEnv", max_return=8.0))
     seen = []
     update = oc.Agent.update
     monkeypatch.setattr(oc.Agent, "update", lambda agent, *b: seen.append([x.clone() for x in b]) or update(agent, *b))
     args = tiny_args(env_id="line", total_timesteps=24, eval_episodes=1, run_dir=str(tmp_path), eval_interval=0)
     oc.main(args)
-    obs, action, _, begins, _, terminations, truncations, next_obs = [torch.cat(parts, 1) for parts in zip(*seen)]
+    obs, action, option, begins, _, terminations, truncations, next_obs = [torch.cat(parts, 1) for parts in zip(*seen)]
     assert len(seen) == 2 and obs.shape == (2, 12, 1) and action.shape == (2, 12, 1)
     assert truncations.nonzero()[:, 1].tolist() == [7, 7] and not terminations.any()  # episodes of 8 steps
     assert begins[:, [0, 8]].all() and (obs[:, [0, 8]] == 0).all()
+    goes_on = ~begins[:, 1:]
+    assert torch.equal(option[:, 1:][goes_on], option[:, :-1][goes_on]) and option[:, 1:][goes_on].any()
     same = next_obs[:, :-1] == obs[:, 1:]
     assert same[:, [0, 1, 2, 3, 4, 5, 6, 8, 9, 10]].all()
     moved = (obs + 0.25 * action.clip(-1, 1)).clip(-1, 1)

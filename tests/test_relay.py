@@ -320,10 +320,19 @@ def test_what_comes_after_a_subgoal_and_after_an_episode(flat, finishes):
     np.testing.assert_allclose(returns[~first], expected, rtol=1e-5)
     assert reached.item() == 0.5
 
+    # All episodes end before the subgoal is over: it is cut short for both
+    envs = Line([[0.0], [0.0]])
+    envs.left[:] = 2
+    envs.finishes[:] = finishes
+    obs, ended, trace = relay.collect(envs, walk, envs.s, z, args)
+    assert ended.all() and len(trace["obs"]) == 2
+    rows, _ = agent.rows(z, trace)
+    np.testing.assert_allclose(rows[-1].view(2, 2), np.tile(expected, (2, 1)).T, rtol=1e-5)
+
 
 # ------------------------------------------------------------------------------------------------------ the user's goal
 def test_low_level_gets_one_subgoal_for_all_its_steps(monkeypatch):
-    monkeypatch.setattr(maze.MazeVectorEnv.__init__, "__defaults__", (1, 40, None, "NextStep", 0))
+    monkeypatch.setattr(maze.MazeVectorEnv.__init__, "__defaults__", (1, 40, None, "NextStep"))
     seen = []
     subgoals = iter(torch.arange(100.0)[:, None, None].expand(100, 3, 4))
 
@@ -403,13 +412,21 @@ def test_fine_tuning_imitates_pairs_of_the_low_level():
     relay.prepare(networks, episodes(30, 50), args)
     obs, goal, action = networks["demonstrations"].sample(200)
     assert torch.equal(obs, action) and set((goal - obs).flatten().tolist()) == {1, 2, 3, 4, 5}
+    # The value sees them as the low level does, in standard deviations of the data
+    agent = relay.Agent(args, networks)
+    given = []
+    for net in (agent.low.net, agent.value):
+        net.net.register_forward_pre_hook(lambda net, inputs: given.append(inputs[0]))
+        net(obs, goal)
+    assert torch.equal(*given) and given[0].std(0).max() < 2
 
 
 # ----------------------------------------------------------------------------------------------------------------- runs
 def test_imitation_alone_leaves_an_agent_that_can_be_fine_tuned(data_dir, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(maze.MazeVectorEnv.__init__, "__defaults__", (1, 40, None, "NextStep", 0))
-    flags = "--pretrain-updates 3 --pretrain-eval-episodes 1 --eval-episodes 2 --device cpu --hidden-dim 16 --epochs 1"
-    flags += f" --rollout-skills 1 --total-timesteps 0 --data-dir {data_dir} --run-dir {tmp_path / 'runs'}"
+    monkeypatch.setattr(maze.MazeVectorEnv.__init__, "__defaults__", (1, 40, None, "NextStep"))
+    flags = "--pretrain-updates 3 --pretrain-eval-episodes 1 --eval-episodes 2 --device cpu --hidden-dim 16"
+    flags += f" --epochs 1 --batch-size 64 --rollout-skills 1 --total-timesteps 0 --data-dir {data_dir}"
+    flags += f" --run-dir {tmp_path / 'runs'}"
     results = relay.main(relay.parse_args(flags.split()))
     assert results["env_steps"] == results["updates"] == 0 and results["pretraining"]["updates"] == 3
     (run,) = (tmp_path / "runs").iterdir()
@@ -417,10 +434,26 @@ def test_imitation_alone_leaves_an_agent_that_can_be_fine_tuned(data_dir, tmp_pa
     assert "maze: 2 episodes of" in capsys.readouterr().out
     agent = torch.load(run / "checkpoint.pt", weights_only=True)["agent"]
     assert agent["demo_coef"].item() == pytest.approx(relay.Args.demo_coef)
+    updated, acted = [], []
+    update, collect = relay.Agent.update, relay.collect
+
+    def noted_update(agent, *batch):
+        metrics = update(agent, *batch)
+        updated.append(copy.deepcopy(agent.low.net.state_dict()))
+        return metrics
+
+    def noted_collect(envs, low, *inputs):
+        if updated:
+            acted.append(all(torch.equal(updated[-1][name], value) for name, value in low.net.state_dict().items()))
+        return collect(envs, low, *inputs)
+
+    monkeypatch.setattr(relay.Agent, "update", noted_update)
+    monkeypatch.setattr(relay, "collect", noted_collect)
     results = relay.main(relay.parse_args(["--resume", str(run), "--total-timesteps", "300"]))
-    assert results["env_steps"] == 320 and results["updates"] > 0
+    assert acted and all(acted)  # by the policy of the last round
+    assert results["env_steps"] == 320 and results["updates"] == 240 // 64 + 80 // 64  # of each roll-out's rows
     agent = torch.load(run / "checkpoint.pt", weights_only=True)["agent"]
-    expected = relay.Args.demo_coef * relay.Args.demo_decay ** results["updates"]  # one for each roll-out
+    expected = relay.Args.demo_coef * relay.Args.demo_decay**2  # two roll-outs
     assert agent["demo_coef"].item() == pytest.approx(expected) != relay.Args.demo_coef
 
 

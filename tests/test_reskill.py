@@ -249,6 +249,10 @@ def test_no_row_is_of_an_older_rollout():
         fresh.add(*random_skill(args, t))
     fresh.prepare(agent)
     assert all(map(torch.equal, first, (*fresh.high, *fresh.residual)))
+    # A batch that is larger than the tables holds each row once
+    batch = rb.sample(10_000)
+    for column, of_table in ((batch[4], rb.high[4]), (batch[10], rb.residual[4])):
+        assert torch.equal(column.sort().values, of_table.sort().values) and len(of_table.unique()) > 1
     # Nothing beyond what is filled is read, and a checkpoint holds it all
     half = reskill.RolloutBuffer(4, 2, args)
     half.load_state_dict(rb.state_dict())
@@ -427,11 +431,17 @@ def test_the_flow_learns_skills_beside_the_states_they_were_chosen_in(tmp_path, 
     monkeypatch.setattr(reskill, "flow_loss", lambda flow, z, obs: pairs.append((z, obs)) or loss(flow, z, obs))
     noted = lambda optimizer: rates.append(optimizer.param_groups[0]["lr"]) or step(optimizer)  # noqa: E731
     monkeypatch.setattr(torch.optim.Adam, "step", noted)
+    before = copy.deepcopy(networks["prior"].state_dict())
     reskill.learn_flow(args, networks, tmp_path / "flow.pt", data, mock.Mock(), threading.Event())
+    after = networks["prior"].state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())  # BatchNorm's statistics, too
     assert len(pairs) == 9  # the last one are windows that it has not seen
-    for z, states in pairs:
+    held_out = data.observations[-30:, 0]  # the last of 100 episodes
+    for k, (z, states) in enumerate(pairs):
         torch.testing.assert_close(z, states[:, :Z], atol=1e-4, rtol=0)
         assert len(states.unique(dim=0)) > 10
+        unseen = torch.isin(states[:, 0], held_out)
+        assert unseen.all() if k == 8 else not unseen.any()
     np.testing.assert_allclose(rates, args.flow_lr * np.sqrt(1 - np.arange(8) / 8))
 
 
@@ -529,9 +539,22 @@ def test_a_policy_rests_once_it_is_too_far(tmp_path, monkeypatch):
 
     def update(agent, *batch, learning):
         called.append(set(learning))
+        agent.residual.policy[-1].bias.data += 0.001
         high, residual = (torch.tensor(value) for value in next(kls))
         return dict(high_kl=high, residual_kl=residual, grad_norm=torch.tensor(1.0))
 
+    def rollout(choose_skill, actor, *inputs):
+        evaluated.append(actor.weight)
+        return np.zeros(1), np.zeros(1)
+
+    def collect(envs, actor, *inputs):
+        acted.append(actor.residual.policy[-1].bias[0].item())
+        return collect_skill(envs, actor, *inputs)
+
+    evaluated, acted = [], []
+    collect_skill = reskill.collect_skill
+    monkeypatch.setattr(reskill, "rollout", rollout)
+    monkeypatch.setattr(reskill, "collect_skill", collect)
     monkeypatch.setattr(reskill.Agent, "update", update)
     networks = reskill.make_networks(args, 4, 2)
     reskill.train(args, networks, {}, tmp_path, mock.MagicMock(), threading.Event())
@@ -539,6 +562,8 @@ def test_a_policy_rests_once_it_is_too_far(tmp_path, monkeypatch):
     two = [{"high", "residual"}] * 2 + [{"residual"}] * 2 + [set()] * 2
     # Rounds at 80, 160, ... env steps, whose last skills began 20 env steps before: w < .01 up to 194
     assert [called[6 * k : 6 * k + 6] for k in range(6)] == [one] * 2 + [two] * 4
+    assert evaluated == [reskill.residual_weight(480, args)] and evaluated[0] > 0.99  # with the residual of then
+    np.testing.assert_allclose(acted, np.repeat(0.006 * np.arange(6), 4), atol=1e-6)  # by the policy of the last round
 
 
 def test_pictures_and_senseless_flags(data_dir, tmp_path, monkeypatch):

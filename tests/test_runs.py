@@ -5,7 +5,6 @@ maze episodes of 90 steps; only real signals need programs of their own. What co
 """
 
 import ast
-import copy
 import csv
 import dataclasses
 import errno
@@ -34,6 +33,7 @@ import pytest
 import torch
 from conftest import DATA_FILE
 from recording import NUM_ENVS, recording
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import data_tools
 import data_tools.tasks.maze
@@ -164,6 +164,12 @@ def rows_of(run_dir):
         header, *rows = csv.reader(file)
     assert header == ["env_step", "episodic_return", "episodic_length", "rl_minutes"]
     return [row[:3] for row in rows]
+
+
+def curves_of(run_dir) -> dict[str, list]:
+    """TensorBoard's curves: name -> [(env step or update, value), ...]."""
+    curves = EventAccumulator(str(run_dir), size_guidance=dict(scalars=0)).Reload()
+    return {name: [(point.step, point.value) for point in curves.Scalars(name)] for name in curves.Tags()["scalars"]}
 
 
 def state_of(run_dir):
@@ -318,11 +324,15 @@ def test_unfinished_pretraining_serves_runs_with_other_rl_arguments(case, stop, 
     with monkeypatch.context() as patch:
         after_calls(patch, data_tools.OfflineDataset, "sample_windows", 4, stop.set)
         case.interrupted("stopped in pre-training", data_dir=data_dir)
-    updates = torch.load(only(data_dir / "pretrained"), weights_only=True)["updates"]
+    unfinished = only(data_dir / "pretrained")
+    state = torch.load(unfinished, weights_only=True)
+    torch.save(state | dict(seconds=6000.0), unfinished)
     stop.clear()
     calls = after_calls(monkeypatch, case.module, "pretrain_lr", 0, None)
-    case.start("--num-envs 3 --alpha 0.3 --no-autotune --num-samples 8 --total-timesteps 450", data_dir)
-    assert [args[0] for args in calls] == list(range(updates, 6))
+    flags = "--num-envs 3 --alpha 0.3 --no-autotune --num-samples 8 --total-timesteps 450"
+    results, _ = case.start(flags, data_dir)
+    assert [args[0] for args in calls] == list(range(state["updates"], 6))
+    assert 100 <= results["pretraining"]["minutes"] < 101  # those of the first command count
 
 
 @with_data
@@ -331,6 +341,17 @@ def test_rl_does_not_depend_on_where_the_model_comes_from(case, capsys):
     assert f"pre-trained model: {case.model}" in capsys.readouterr().out
     assert_same(state_of(again), state_of(case.run_dir))
     assert rows_of(again) == rows_of(case.run_dir)
+
+
+@pytest.mark.parametrize("case", ["skimo", "skimo_no_joint", "spirl", "relay"], indirect=True)
+def test_validation_changes_nothing_that_is_learnt(case):
+    """A model is found again whatever pretrain_eval_interval is: here after every update instead of every second."""
+    data_dir = case.new_data_dir()
+    case.start("--pretrain-eval-interval 1 --total-timesteps 40", data_dir)
+    a = torch.load(only(data_dir / "pretrained"), weights_only=True)
+    b = torch.load(case.model, weights_only=True)
+    assert a["facts"]["updates"] == b["facts"]["updates"]
+    assert_same(a["networks"], b["networks"])
 
 
 @every_algo
@@ -360,8 +381,8 @@ def test_run_that_is_too_short_to_learn_says_so(case, capsys):
     assert "no update" not in capsys.readouterr().out
 
 
-WARM_UP_OF_SKILLS = ["skimo", "skimo_no_cem", "skimo_no_joint", "skimo_sac", "skimo_single_step"]
-WARM_UP_OF_SKILLS += ["dreamer_skills", "tdmpc_skills"]
+SKIMOS = ["skimo", "skimo_no_cem", "skimo_no_joint", "skimo_sac", "skimo_single_step"]
+WARM_UP_OF_SKILLS = [*SKIMOS, "dreamer_skills", "tdmpc_skills"]
 
 
 @pytest.mark.parametrize("case", WARM_UP_OF_SKILLS, indirect=True)
@@ -371,6 +392,22 @@ def test_nothing_is_learnt_before_every_environment_has_finished_an_episode(case
     results, run_dir = case.start("--total-timesteps 400 --warmup-steps 40")
     assert results["updates"] > 0 and results["args"]["warmup_steps"] == 360
     assert len(rows_of(run_dir)) == 4
+
+
+@pytest.mark.parametrize("case", ["skimo", "skimo_no_cem", "skimo_single_step"], indirect=True)
+def test_from_episodes_that_are_too_short_nothing_is_learnt(case, monkeypatch):
+    """All end at the goal after two skills; a window has three."""
+    maze = data_tools.tasks.maze.MazeVectorEnv
+    advance = maze.advance
+
+    def early(envs, actions, running):
+        rewards, _ = advance(envs, actions, running)
+        return rewards, running & (envs.steps >= 19)
+
+    monkeypatch.setattr(maze, "advance", early)
+    results, run_dir = case.start("--total-timesteps 480")
+    assert results["updates"] == 0
+    assert {row[2] for row in rows_of(run_dir)} == {"20"}
 
 
 @every_algo
@@ -415,14 +452,66 @@ def test_replay_holds_what_the_environments_gave(case):
 
 
 @every_algo
-def test_scores_are_those_of_the_last_100_episodes(case):
-    """Of 150 with returns 0 to 149, of which the maze's 100 and more are successes."""
+def test_scores_and_minutes_go_on_where_a_run_is_resumed(case):
+    """150 episodes took 100 minutes and have returns 0 to 149, of which the maze's 100 and more are successes; four new
+    ones are none.
+    """
     run = case.copy_of_run()
     state = torch.load(run / "checkpoint.pt", weights_only=True)
-    state["episodes"] = [(k, float(k), 90, 0.0) for k in range(150)]
+    state |= dict(episodes=[(k, float(k), 90, 0.0) for k in range(150)], seconds=6000.0)
     torch.save(state, run / "checkpoint.pt")
-    results = case.resume(run)
-    assert (results["last_100_return"], results["last_100_success"]) == (99.5, 0.5)
+    results = case.resume(run, "--total-timesteps 1440")
+    last_100 = [float(row[1]) for row in rows_of(run)[-100:]]
+    assert last_100[:96] == list(range(54, 150)) and max(last_100[96:]) < 100
+    assert results["last_100_return"] == pytest.approx(np.mean(last_100))
+    assert results["last_100_success"] == 0.5
+    assert [share for _, share in curves_of(run)["charts/success"][-4:]] == [0.5] * 4
+    with (run / "episodes.csv").open() as file:
+        minutes = [float(row["rl_minutes"]) for row in csv.DictReader(file)][-4:]
+    minutes += [results["rl_minutes"], torch.load(run / "checkpoint.pt", weights_only=True)["seconds"] / 60]
+    assert all(100 <= value < 101 for value in minutes)
+
+
+@every_algo
+def test_curves_are_those_of_the_results(case):
+    """TensorBoard's, against episodes.csv and results.json, which other tests compare with the environments."""
+    curves = curves_of(case.run_dir)
+    rows = np.array(rows_of(case.run_dir), dtype=float)  # env step, return, length
+    evaluations = np.array(case.results["evaluations"])  # env step, return, success
+    expected = {"charts/episodic_return": rows[:, :2], "charts/episodic_length": rows[:, ::2]}
+    expected |= {"eval/episodic_return": evaluations[:, :2], "eval/success": evaluations[:, ::2]}
+    expected["eval/episodic_length"] = [(step, 90) for step in evaluations[:, 0]]
+    for name, points in expected.items():
+        np.testing.assert_allclose(curves[name], points, rtol=1e-5, err_msg=name)
+    facts = case.results["pretraining"] if not case.flat else {}
+    for name in (name for name in facts if name.startswith(("valid_", "prior_"))):
+        assert curves[f"pretrain/{name}"][-1] == (6, pytest.approx(facts[name], rel=1e-5)), name
+    if not case.flat:
+        assert {step for step, _ in curves["pretrain/prior_return"]} == {2, 4, 6}
+        assert {step for step, _ in curves["pretrain/grad_norm"]} == {6}
+
+
+@pytest.mark.parametrize("case", SKIMOS, indirect=True)
+def test_every_100th_updates_losses_are_drawn(case, monkeypatch):
+    """At the env step; the run goes on as if 98 updates had been made, with four more due in the next 40 env steps."""
+    run = case.copy_of_run()
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    torch.save(state | dict(gradient_step=98), run / "checkpoint.pt")
+    args = json.loads((run / "args.json").read_text())
+    (run / "args.json").write_text(json.dumps(args | dict(updates_per_step=102.5 / 1240)))
+    metrics = []
+    update = case.module.Agent.update
+
+    def noted(*inputs, **how):
+        metrics.append(update(*inputs, **how))
+        return metrics[-1]
+
+    monkeypatch.setattr(case.module.Agent, "update", noted)
+    assert case.resume(run, "--total-timesteps 1240 --eval-interval 0")["updates"] == 102
+    curves = {name: points for name, points in curves_of(run).items() if name.startswith("losses/")}
+    assert len(metrics) == 4 and curves.keys() == {f"losses/{name}" for name in metrics[1]}
+    for name, value in metrics[1].items():
+        assert curves[f"losses/{name}"] == [(1240, pytest.approx(float(value), rel=1e-5))], name
 
 
 @every_algo
@@ -460,12 +549,19 @@ def test_gradients_are_shortened_to_the_bound(case):
     assert norms == pytest.approx(dict.fromkeys(norms, 0.01), rel=1e-3) and norms
 
 
-REMEMBER = ["tdmpc_skills", "dreamer_skills", "tdmpc", "dreamer", "lsp", "dads"]
+@pytest.mark.parametrize("case", SKIMOS, indirect=True)
+def test_gradients_of_pretraining_are_shortened_to_the_bound(case):
+    """In six updates, without joint training those of each of three optimizers."""
+    steps = 18 if case.module.__name__.endswith("no_joint") else 6
+    assert case.notes.pretraining_norms == pytest.approx([0.01] * steps, rel=1e-3)
+
+
+REMEMBER = ["tdmpc_skills", "dreamer_skills", "tdmpc", "dreamer", "lsp", "dads", "hiro"]
 
 
 @pytest.mark.parametrize("case", REMEMBER, indirect=True)
 def test_new_episodes_know_nothing_of_the_old_ones(case):
-    """Plans, states of the model and skills are forgotten as soon as the four episodes of 90 env steps end."""
+    """Plans, states of the model, skills and goals are forgotten as soon as the four episodes of 90 env steps end."""
     assert case.notes.forgotten == [(steps, True, True, True, True) for steps in (90, 180, 270)]
 
 
@@ -526,7 +622,10 @@ def test_planners_know_the_env_step(case):
 def test_nothing_is_learnt_in_the_warm_up(case):
     if "warmup_steps" not in {field.name for field in dataclasses.fields(case.module.Args)}:
         pytest.skip("it has none that is counted in env steps")
-    assert case.notes.updated_at[0] >= SHORT["warmup_steps"]
+    first = case.notes.updated_at[0]
+    assert first >= SHORT["warmup_steps"]
+    if case.script.stem in SKIMOS:  # many updates are due at once
+        assert first == SHORT["warmup_steps"]
 
 
 @skimo_only
@@ -539,27 +638,49 @@ def test_updates_keep_step_with_the_environments(case):
 # ----------------------------------------------------------------------------------------------------------- evaluation
 @every_algo
 def test_evaluation_of_a_checkpoint_acts_as_the_one_at_the_runs_end(case, no_data, monkeypatch, capsys, tmp_path):
-    actions = []
+    """And so do the videos of both, which here are only asked for: tests/test_vector.py looks at one."""
+    actions, videos = [], []
     original = data_tools.tasks.maze.MazeVectorEnv.step
+    make_envs = data_tools.make_envs
 
     def step(envs, action):
-        if not in_training(envs):
+        if envs.num_envs == 1:
             actions.append(np.array(action))
         return original(envs, action)
 
+    def without_video(env_id, num_envs, video=None):
+        videos.extend([video] if video else [])
+        return make_envs(env_id, num_envs)
+
     monkeypatch.setattr(data_tools.tasks.maze.MazeVectorEnv, "step", step)
-    case.resume(case.copy_of_run(), "--total-timesteps 1240 --eval-interval 0")
-    run = copy.deepcopy(actions)
-    actions.clear()
-    _, longer = case.start("--total-timesteps 1240 --eval-interval 0")
-    actions.clear()
+    monkeypatch.setattr(data_tools, "make_envs", without_video)
+    if case.script.stem == "reskill":  # its other pictures show the data
+        monkeypatch.setattr(case.module, "draw_pictures", lambda *inputs: None)
+    run = case.copy_of_run()
+    case.resume(run, "--total-timesteps 1240 --eval-interval 0 --eval-episodes 1 --capture-video")
     no_data()
     monkeypatch.chdir(tmp_path)
-    case.main(["--evaluate", longer / "checkpoint.pt", "--run-dir", tmp_path / "runs"])
-    assert len(run) == len(actions) == 90
-    assert all(np.array_equal(a, b) for a, b in zip(run, actions))
-    assert "maze: 2 episodes of" in capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == []
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    case.main(["--evaluate", run / "checkpoint.pt", "--run-dir", runs, "--capture-video"])
+    assert videos == [run / "evaluation.mp4", runs / f"maze__{case.script.stem}__evaluation.mp4"]
+    episodes = np.reshape(actions, (4, 90, 2))  # the run's evaluation and its video, then both once more
+    assert np.array_equal(episodes, np.broadcast_to(episodes[0], episodes.shape))
+    assert "maze: 1 episodes of" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [runs]
+
+
+@every_algo
+def test_an_agent_from_another_machine_is_evaluated_with_what_this_one_has(case, tmp_path):
+    path = tmp_path / "agent.pt"
+    state = torch.load(case.run_dir / "checkpoint.pt", weights_only=True)
+    has = case.module.Args
+    other = "cpu" if has.device == "cuda" else "cuda"
+    state["args"] |= dict(device=other, compile=not has.compile, capture_video=True)
+    torch.save(state, path)
+    args = case.module.parse_args(["--evaluate", str(path)])
+    assert (args.device, args.compile, args.capture_video) == (has.device, has.compile, False)
+    assert args.gamma == state["args"]["gamma"] and args.hidden_dim == 16
 
 
 # ----------------------------------------------------------------------------------------------------- damaged files
@@ -713,7 +834,7 @@ def test_files_of_another_kind_are_refused_with_a_sentence(case, damaged):
 
 @skimo_only
 def test_whatever_is_missing_or_of_another_type_is_refused(case, damaged):
-    unused = {("model", "rng"), ("checkpoint", "args")}
+    unused = {("model", "rng"), ("checkpoint", "args"), ("checkpoint", "script")}  # --resume reads these in args.json
     for kind, (path, read) in damaged.items():
         whole = path.read_bytes()
         for name in torch.load(path, weights_only=True):
@@ -888,7 +1009,7 @@ def test_arguments_of_a_run_cannot_change(case):
         ("--updates-per-step nan", ["--updates-per-step"]),
         ("--reward-scale inf", ["--reward-scale"]),
         ("--pretrain-skills 200", ["rows", "longest"]),
-        ("--num-skills 201", ["fewer than a window", "--num-skills"]),
+        ("--num-skills 10", ["at most 9 skills", "fewer than a window", "--num-skills"]),
         ("--pretrained published --data x.hdf5", ["--pretrained published", "our settings"]),
         ("--pretrained published --dataset d4rl", ["--pretrained published", "our settings"]),
         ("--pretrained published --skill-horizon 5", ["--pretrained published", "our settings"]),
@@ -902,6 +1023,25 @@ def test_arguments_of_a_run_cannot_change(case):
 )
 def test_senseless_flags_are_refused_with_a_sentence(case, flags, words):
     refused(lambda: case.main(case.argv(flags)), *words)
+
+
+@skimo_only
+@pytest.mark.parametrize("flags", ["--num-skills 9", "--num-skills 9 --skill-horizon 11", "--seed 0 --warmup-steps 0"])
+def test_flags_at_the_bounds_are_accepted(case, flags):
+    """Episodes of 90 env steps have nine skills of ten, or eight of eleven and one that is cut short."""
+    case.module.check_args(case.module.parse_args(case.argv(flags)))
+
+
+@skimo_only
+def test_a_run_on_another_device_is_compiled_only_if_that_is_cuda(case):
+    parse = case.module.parse_args
+    run_dir = case.copy_of_run()
+    path = run_dir / "args.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(device="cuda", compile=True)))
+    resume = ["--resume", str(run_dir)]
+    assert not parse(["--device", "cpu"]).compile and parse(["--device", "cuda"]).compile
+    assert parse(resume).compile and not parse([*resume, "--device", "cpu"]).compile
+    assert parse([*resume, "--device", "cpu", "--compile"]).compile
 
 
 @with_data
@@ -1004,6 +1144,12 @@ def test_full_memory_is_a_sentence_and_other_errors_of_torch_are_not(case, monke
     with pytest.raises(RuntimeError, match="size"):
         case.start()
 
+    def read():
+        with case.module.reading(case.run_dir):
+            full_gpu()
+
+    refused(read, f"no memory for {case.run_dir}", "end other programs")
+
 
 @skimo_only
 @pytest.mark.parametrize("name", ["add_scalar", "episodes.csv", "results.json"])
@@ -1048,6 +1194,22 @@ def test_places_that_cannot_be_written_are_refused(case, tmp_path):
     data_dir = case.new_data_dir()
     (data_dir / "pretrained").write_text("no folder")
     refused(lambda: case.main(case.argv(data_dir=data_dir)), data_dir / "pretrained", "cannot write")
+
+
+@skimo_only
+def test_a_crash_never_leaves_half_of_a_json_file(case, tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    case.module.write_json(path, dict(run=1))
+    write = Path.write_text
+
+    def crash(path, text):
+        write(path, text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", crash)
+    with pytest.raises(KeyboardInterrupt):
+        case.module.write_json(path, dict(run=2))
+    assert json.loads(path.read_text()) == dict(run=1)
 
 
 @skimo_only
@@ -1174,9 +1336,10 @@ def test_pretrained_model_is_found_by_all_that_shaped_it(case, tmp_path, monkeyp
             patch.setitem(getattr(module, name), "maze", [[1, 2.5]])
             assert module.find_pretrained(args)[0] not in paths, name
     if "obs_scale" in original(module):
-        task = dataclasses.replace(data_tools.TASKS["maze"], obs_scale=(0.5, 1, 1, 1))
-        monkeypatch.setitem(data_tools.TASKS, "maze", task)
-        assert module.find_pretrained(args)[0] not in paths
+        for change in (dict(obs_scale=(0.5, 1, 1, 1)), dict(obs_shift=(0.5, 0, 0, 0)), dict(objects=((2, 3),))):
+            with monkeypatch.context() as patch:
+                patch.setitem(data_tools.TASKS, "maze", dataclasses.replace(data_tools.TASKS["maze"], **change))
+                assert module.find_pretrained(args)[0] not in paths, change
 
 
 @pytest.mark.parametrize(
@@ -1205,7 +1368,7 @@ def test_recombined_demonstrations_are_learnt_from(name, phase, monkeypatch, tmp
         pass
 
     def remember(self, objects, seed=0):
-        recombined.append((len(self), objects, recombine(self, objects, seed)))
+        recombined.append((len(self), objects, seed, recombine(self, objects, seed)))
         return recombined[-1][-1]
 
     def draw(self, *args, **kwargs):
@@ -1218,18 +1381,21 @@ def test_recombined_demonstrations_are_learnt_from(name, phase, monkeypatch, tmp
         with pytest.raises(Drawn):
             getattr(module, phase)(args, networks, tmp_path / "model.pt", data, None, threading.Event())
     plain, again = drawn_from
-    ((rows, objects, result),) = recombined
+    ((rows, objects, seed, result),) = recombined
     assert len(plain) == rows == 99 * 120
+    assert seed == (0 if phase == "learn_flow" else 3)  # a flow serves runs of all seeds
     assert again is result and len(again) == 2 * rows
     assert objects == data_tools.TASKS["kitchen"].objects
 
 
 @pytest.mark.parametrize("name", [name for name in ALGOS if hasattr(algo_module(name), "perturb")])
 def test_pretraining_learns_from_shifted_arms_and_is_judged_without(name, monkeypatch, tmp_path):
-    """Four updates on what `perturb` returns; after the second and fourth a look at the held-out episode as it is."""
+    """Four updates on what `perturb` returns; after the second and fourth a look at the held-out episode as it is, and
+    roll-outs.
+    """
     module = algo_module(name)
     flags = "--env-id kitchen --device cpu --hidden-dim 16 --pretrain-updates 4 --pretrain-eval-interval 2"
-    args = module.parse_args([*flags.split(), "--pretrain-batch-size", "4"])
+    args = module.parse_args([*flags.split(), "--pretrain-batch-size", "4", "--pretrain-eval-episodes", "3"])
     networks = module.make_networks(args, 30, 9)
     ends = np.arange(1, 40_001) % 400 == 0
     obs = np.where(np.arange(40_000) < 39_600, 1, 2)[:, None] * np.ones(30)  # the last of 100 episodes is held out
@@ -1243,11 +1409,13 @@ def test_pretraining_learns_from_shifted_arms_and_is_judged_without(name, monkey
 
     monkeypatch.setattr(module, "pretrain_loss", loss)
     monkeypatch.setattr(module, "perturb", lambda obs, actions, args: (obs + 10, actions))
-    monkeypatch.setattr(module, "prior_rollouts", lambda *inputs: np.zeros(1))
+    rolled_out = []
+    monkeypatch.setattr(module, "prior_rollouts", lambda *inputs: rolled_out.append(inputs[-1]) or np.zeros(1))
     writer = SimpleNamespace(add_scalar=lambda *values: None)
     module.pretrain(args, networks, tmp_path / "model.pt", data, writer, threading.Event())
     learnt, judged = (11, 11), (2, 2)
     assert seen == [learnt, learnt, judged] * 2
+    assert rolled_out == [3, 12]  # four times as many episodes at the end
 
 
 @with_data

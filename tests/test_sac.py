@@ -108,6 +108,8 @@ def test_ring_keeps_the_last_rows_and_survives_a_checkpoint():
     for t in range(13):
         state = np.full((2, 1), t, np.float32)
         rb.add(state, state, np.ones(2, np.float32), no, no, state + 1)
+        if t == 3:  # nothing is drawn from what is not filled yet
+            assert set(rb.sample(400)[3].flatten().tolist()) == {2, 3, 4}
     assert len(rb) == 10 and sorted(set(rb.columns["obs"].flatten().tolist())) == [7, 8, 9, 10, 11]
     other = sac.ReplayBuffer(1, 1, args)
     other.load_state_dict(rb.state_dict())
@@ -119,7 +121,10 @@ def test_ring_keeps_the_last_rows_and_survives_a_checkpoint():
 
 @pytest.mark.parametrize("file", [sac, dads])
 def test_alpha_rises_while_the_policy_is_not_random_enough(file):
-    """Against the policy's entropy in NumPy: log alpha goes up by the rate if it is .1 below its target, else down."""
+    """Against the policy's entropy in NumPy: log alpha goes up by the rate if it is .1 below its target, else down.
+
+    The target is -1 nat per entry of an action, in dads.py half of that; it is moved to where the policy is.
+    """
     torch.manual_seed(0)
     agent = file.Agent(tiny_args(file, learning_rate=1e-3), 4, 2)
     torch.nn.init.normal_(agent.actor.net[-1].weight, std=0.1)  # stds and means of many sizes
@@ -135,10 +140,11 @@ def test_alpha_rises_while_the_policy_is_not_random_enough(file):
     entropy = -log_density.sum(1).mean()
     rest = [*z, next_obs] if file is dads else [torch.randn(10_000), next_obs]
     start = copy.deepcopy(agent)
+    target = -2.0 if file is sac else -1.0
     for excess in (-0.1, 0.1):
         other = copy.deepcopy(start)
         other.alpha_optimizer = torch.optim.Adam([other.log_alpha], lr=1e-3)
-        other.target_entropy = entropy - excess
+        other.target_entropy += entropy - excess - target
         other.update(obs, torch.rand(10_000, 2), *rest, torch.full((10_000,), 0.9))
         assert other.log_alpha.item() - start.log_alpha.item() == pytest.approx(-0.01 * excess, rel=0.01)
 
@@ -203,10 +209,12 @@ def test_policy_goes_to_the_best_action():
     assert (mode - 0.3).abs().max() < 0.05
 
 
-def test_an_update_moves_the_slow_copies_by_tau_and_the_critics_by_their_own_loss():
+def test_an_update_moves_the_slow_copies_by_tau_and_critics_and_policy_by_their_own_losses():
     torch.manual_seed(0)
     args = tiny_args(tau=0.1)
     agent = sac.Agent(args, 4, 2)
+    for weight in agent.target.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
     reference = copy.deepcopy(agent)
     batch = torch.randn(8, 4), torch.rand(8, 2), torch.randn(8), torch.randn(8, 4), torch.full((8,), 0.9)
     torch.manual_seed(1)
@@ -214,7 +222,12 @@ def test_an_update_moves_the_slow_copies_by_tau_and_the_critics_by_their_own_los
         reference.critics, reference.target, reference.actor, *batch, reference.log_alpha.exp().detach()
     )
     loss.backward()
-    for weight in reference.critics.parameters():  # the first step of Adam is one learning rate against the gradient
+    # The first step of Adam is one learning rate against the gradient; the policy sees the critics of after theirs
+    for weight in reference.critics.parameters():
+        weight.data -= args.learning_rate * weight.grad / (weight.grad.abs() + 1e-8)
+    reference.critics.requires_grad_(False)
+    sac.policy_loss(reference.critics, reference.actor, batch[0], torch.ones(()))[0].backward()
+    for weight in reference.actor.parameters():
         weight.data -= args.learning_rate * weight.grad / (weight.grad.abs() + 1e-8)
     torch.manual_seed(1)
     agent.update(*batch)
@@ -222,24 +235,27 @@ def test_an_update_moves_the_slow_copies_by_tau_and_the_critics_by_their_own_los
     for now, expected, slow, old in zip(*(group.parameters() for group in groups)):
         torch.testing.assert_close(now, expected, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(slow, 0.9 * old + 0.1 * now)
+    for now, expected in zip(agent.actor.parameters(), reference.actor.parameters()):
+        torch.testing.assert_close(now, expected, rtol=1e-3, atol=1e-5)
     mean, _ = agent.actor(batch[0])
     np.testing.assert_allclose(agent.act(batch[0].numpy(), explore=False), torch.tanh(mean).detach().numpy())
     assert np.abs(agent.act(batch[0].numpy(), explore=True) - torch.tanh(mean).detach().numpy()).max() > 0.01
 
 
 def test_actions_are_kept_for_repeat_env_steps(monkeypatch, tmp_path):
-    """In the warm-up and after it."""
+    """In the warm-up, where they are uniform, and after it."""
     seen = []
     step = MazeVectorEnv.step
     monkeypatch.setattr(MazeVectorEnv, "step", lambda envs, action: seen.append(action.copy()) or step(envs, action))
     monkeypatch.setattr(sac, "rollout", lambda *args: (np.zeros(1), np.zeros(1)))
-    flags = f"--device cpu --num-envs 2 --repeat 3 --warmup-steps 20 --total-timesteps 48 --run-dir {tmp_path}"
-    args = sac.parse_args([*flags.split(), "--hidden-dim", "8", "--updates-per-step", "0.1", "--batch-size", "4"])
+    flags = f"--device cpu --num-envs 6 --repeat 3 --warmup-steps 70 --total-timesteps 144 --run-dir {tmp_path}"
+    args = sac.parse_args([*flags.split(), "--hidden-dim", "8", "--updates-per-step", "0.03", "--batch-size", "4"])
     results = sac.main(args)
     actions = np.array(seen)  # (24, E, A)
     np.testing.assert_array_equal(actions, np.repeat(actions[::3], 3, axis=0))
     assert (np.diff(actions[::3], axis=0) != 0).all()
-    assert results["updates"] == 2  # .1 per env step after the warm-up
+    assert actions[:12].min() < -0.7 and actions[:12].max() > 0.7
+    assert results["updates"] == 2  # .03 per env step after the warm-up
 
 
 def pendulum(agent, rb, args, env_steps: int, seed: int, updates_per_step: float = 1.0):

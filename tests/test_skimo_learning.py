@@ -171,6 +171,8 @@ def test_shifted_arm_with_corrected_actions_gets_to_the_same_place():
             sim.step(action[0, t].numpy())
             reached.append(sim.data.qpos.copy())
         np.testing.assert_allclose(*reached, atol=1e-9)
+    _, corrected = skimo.perturb(obs, 5 * actions, args)
+    assert corrected.abs().max() == 1  # no policy can ask for more
 
 
 def test_arm_noise_of_zero_and_tasks_without_arm_or_objects_leave_data_alone():
@@ -193,6 +195,26 @@ def test_peoples_demonstrations_have_their_own_defaults_which_flags_and_the_rele
     assert chosen.arm_noise == 0.05 and chosen.kl_coef == peoples.kl_coef
     assert skimo.parse_args(["--env-id", "kitchen", "--dataset", "d4rl", "--published"]).arm_noise == 0
     assert skimo.parse_args(["--env-id", "maze", "--data", "paths.hdf5"]).arm_noise == 0
+
+
+@pytest.mark.parametrize("env_id", ["maze", "kitchen", "kitchen-misaligned", "calvin", "a task of one's own"])
+def test_published_takes_the_settings_of_the_release_and_flags_beat_them(env_id, monkeypatch):
+    monkeypatch.setitem(data_tools.TASKS, env_id, data_tools.TASKS.get(env_id, data_tools.TASKS["maze"]))
+    ours = vars(skimo.parse_args(["--env-id", env_id]))
+    args = vars(skimo.parse_args(["--env-id", env_id, "--published", "--bc-coef", "3"]))
+    release = skimo.PUBLISHED.get(env_id, skimo.RELEASE)
+    assert args == ours | release | dict(published=True, bc_coef=3)
+    chosen = skimo.parse_args(["--env-id", env_id, "--published", "--tau", "0.3"])
+    assert chosen.tau == 0.3 != args["tau"]
+
+
+@pytest.mark.parametrize("env_id", ["maze", "kitchen", "kitchen-misaligned", "calvin"])
+def test_pretrained_models_that_we_ship_fit_their_tasks(env_id):
+    args = skimo.parse_args(["--env-id", env_id, "--pretrained", "published", "--device", "cpu"])
+    path, data = skimo.find_pretrained(args)
+    assert data is None
+    networks = skimo.make_networks(args, *data_tools.env_sizes(env_id))
+    assert skimo.load(path, dict(networks=networks))["facts"]["prior_return"] > 0
 
 
 def test_learning_rate_of_pretraining():
@@ -247,6 +269,23 @@ def test_pretraining_uses_its_learning_rate_and_moves_its_target(decay, tmp_path
         if updates == 2:  # the target moves in every second update
             start = {name: torch.lerp(value, state["networks"][f"model.{name}"], 0.1) for name, value in start.items()}
         torch.testing.assert_close(dict(state["target"]), start)
+
+
+def test_a_crash_in_pretraining_costs_2500_updates_at_most(tmp_path):
+    args = tiny_args(pretrain_updates=3000)
+    networks = skimo.make_networks(args, 4, 2)
+    batch = [torch.from_numpy(x).float() for x in pretraining_batch(args)]
+    path = tmp_path / "model.pt"
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(SystemExit):
+        run_pretraining(args, networks, lambda: batch, path, stop)
+    unfinished = path.with_suffix(".unfinished")
+    torch.save(torch.load(unfinished) | dict(updates=2498), unfinished)
+    draws = iter([batch] * 3)
+    with pytest.raises(StopIteration):  # at the fourth update
+        run_pretraining(args, networks, lambda: next(draws), path)
+    assert torch.load(unfinished)["updates"] == 2500
 
 
 def constant_direction_data(seed, episodes=60, skills=12, H=5):

@@ -73,6 +73,17 @@ def test_pretrain_loss_is_eq_3_to_5(skill_encoder):
     assert loss.item() == pytest.approx(total, rel=1e-5)
 
 
+def test_losses_of_one_bad_window_are_bounded_in_pretraining():
+    args = tiny_args()
+    networks = double_networks(args)
+    target = noisy_copy(networks["model"])
+    target.encoder.net[-1].bias.data += 1e6  # no predicted state is near its own
+    networks["skills"].skill_encoder[-1].bias.data += 1e6  # the largest mean and std
+    batch = [torch.from_numpy(x) for x in pretraining_batch(args)]
+    _, metrics = skimo.pretrain_loss(*networks.values(), target, *batch, args)
+    assert (metrics["consistency_loss"].item(), metrics["kl_loss"].item()) == (1e4, 100)
+
+
 def test_few_bc_chunks_give_the_same_loss_on_average():
     args = tiny_args(bc_chunks=3)
     networks = double_networks(args)

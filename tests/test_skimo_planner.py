@@ -1,5 +1,6 @@
 """skimo.py's planner on problems with known optima and against a NumPy planner; acting and roll-outs."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -347,3 +348,17 @@ def test_rollout_returns_whole_episodes_and_leaves_the_random_state_alone(monkey
         skimo.rollout(choose_skill, skills, 2, args, seed=seed)
     assert torch.equal(torch.stack(chosen[3:6]), torch.stack(chosen[:3]))
     assert not torch.equal(torch.stack(chosen[6:]), torch.stack(chosen[:3]))
+
+
+@pytest.mark.parametrize(
+    ("best", "returns", "share"),
+    [
+        (100, [100, 99.9995, 99.99, 0], 0.5),  # sums of float32
+        (-2, [-2.00001, -2.01, -1], 2 / 3),
+        (4, [], 0),  # no episode has ended yet
+    ],
+)
+def test_success_is_the_highest_return_but_for_rounding(best, returns, share, monkeypatch):
+    task = dataclasses.replace(skimo.data_tools.TASKS["maze"], max_return=best)
+    monkeypatch.setitem(skimo.data_tools.TASKS, "maze", task)
+    assert skimo.success(returns, tiny_args()) == pytest.approx(share)

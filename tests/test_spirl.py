@@ -493,7 +493,10 @@ def test_training_samples_and_evaluation_takes_the_mode():
 
 @pytest.mark.parametrize("ratio", [1.0, 0.3])
 def test_updates_keep_step_with_the_skills(ratio, short_episodes, tmp_path, monkeypatch):
-    """1,200 env steps are 240 skills of 5 steps, 120 in each of two environments; 80 are warm-up."""
+    """1,200 env steps are 240 skills of 5 steps, 120 in each of two environments; 80 are warm-up.
+
+    The buffer holds 100.
+    """
     order = []
     for owner, name in ((spirl.Agent, "update"), (spirl.ReplayBuffer, "add")):
         original = getattr(owner, name)
@@ -503,7 +506,7 @@ def test_updates_keep_step_with_the_skills(ratio, short_episodes, tmp_path, monk
             return original(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, noted)
-    args = tiny_args(updates_per_skill=ratio, eval_interval=500)
+    args = tiny_args(updates_per_skill=ratio, eval_interval=500, buffer_size=100)
     networks = spirl.make_networks(args, 4, 2)
     writer = SimpleNamespace(add_scalar=lambda *values: None)
     results = spirl.train(args, networks, {}, tmp_path, writer, threading.Event())

@@ -194,7 +194,7 @@ def test_plan_against_numpy():
     agent = new_agent(args)
     model = NpModel(agent.model)
     obs = torch.randn(2, 3)
-    start = torch.rand(2, 2, 2) - 0.5
+    start = torch.rand(2, 3, 2) - 0.5
     torch.manual_seed(5)
     inputs = agent.model, agent.policy, obs, start, torch.tensor(0.15), torch.tensor(1.0), args
     action, fitted = tdmpc.plan(*inputs)
@@ -208,20 +208,20 @@ def test_plan_against_numpy():
     h0 = model.encode(obs.numpy())[:, None]
     h = np.repeat(h0, 3, 1)
     proposed = []
-    for _ in range(2):
+    for _ in range(3):
         proposed.append(sample(h))
         h = model.next(h, proposed[-1])
-    mean, std = start.numpy(), np.full((2, 2, 2), 0.25)
+    mean, std = start.numpy(), np.full((2, 3, 2), 0.25)
     spreads = []
     for _ in range(3):
-        plans = mean[:, None] + std[:, None] * torch.randn(2, 12, 2, 2).numpy()
+        plans = mean[:, None] + std[:, None] * torch.randn(2, 12, 3, 2).numpy()
         plans = np.concatenate([plans.clip(-1, 1), np.stack(proposed, 2)], 1)
         h = np.repeat(h0, 15, 1)
         value = 0.0
-        for t in range(2):
+        for t in range(3):
             value = value + 0.8**t * model.reward(h, plans[:, :, t])
             h = model.next(h, plans[:, :, t])
-        value = value + 0.8**2 * np.minimum(*model.q(h, sample(h)))
+        value = value + 0.8**3 * np.minimum(*model.q(h, sample(h)))
         index = np.argsort(-value, 1)[:, :5]
         elites = np.take_along_axis(plans, index[..., None, None], 1)
         weight = np.exp(0.7 * np.take_along_axis(value, index, 1))
@@ -290,7 +290,7 @@ def test_a_policy_without_a_number_does_not_spoil_the_plan():
 
 
 def test_schedules_and_the_last_plan(monkeypatch):
-    args = tiny_args(num_steps=5)
+    args = tiny_args(num_steps=5, horizon_steps=25_000, std_steps=50_000)
     agent = new_agent(args)
     calls = []
 
@@ -304,8 +304,8 @@ def test_schedules_and_the_last_plan(monkeypatch):
     planner = tdmpc.Planner(agent, args, explore=True)
     obs = np.zeros((2, 3), np.float32)
     for step, K, std in (
-        (0, 1, 0.5), (6_249, 1, 0.5 - 0.45 * 6_249 / 25_000), (6_250, 2, 0.3875), (12_500, 3, 0.275),
-        (18_750, 4, 0.1625), (24_999, 4, 0.050018), (25_000, 5, 0.05), (10**6, 5, 0.05),
+        (0, 1, 0.5), (6_249, 1, 0.443759), (6_250, 2, 0.44375), (12_500, 3, 0.3875), (18_750, 4, 0.33125),
+        (24_999, 4, 0.275009), (25_000, 5, 0.275), (10**6, 5, 0.05),
     ):  # fmt: skip
         action = planner(obs, step)
         mean, min_std, noise_scale = calls[-1]
@@ -363,13 +363,16 @@ def test_compiled_updates_and_plans_are_the_eager_ones(eager_random, quick_compi
 def test_updates_keep_step_with_the_environments(module, warmup, total, num_envs, monkeypatch, tmp_path):
     """Dreamer: 0.2 per env step after the warm-up. TD-MPC: 1 per env step, the warm-up's caught up soon after it.
 
-    In the warm-up nobody filters: the states begin with zeros when it ends, in the midst of an episode.
+    In the warm-up actions are uniform and nobody filters: the states begin with zeros when it ends, in the midst of an
+    episode.
     """
     ticks = []  # updates after each env step
+    acted = []
     step = MazeVectorEnv.step
     actor = tdmpc.Planner if module is tdmpc else module.Filter
     calls = []
-    monkeypatch.setattr(MazeVectorEnv, "step", lambda envs, action: ticks.append(0) or step(envs, action))
+    noted = lambda envs, action: ticks.append(0) or acted.append(action) or step(envs, action)  # noqa: E731
+    monkeypatch.setattr(MazeVectorEnv, "step", noted)
     act = lambda self, obs, *_: calls.append(len(ticks)) or np.zeros((len(obs), 2), np.float32)  # noqa: E731
     monkeypatch.setattr(actor, "__call__", act)
     monkeypatch.setattr(module, "rollout", lambda *args: (np.zeros(1), np.zeros(1)))
@@ -389,6 +392,9 @@ def test_updates_keep_step_with_the_environments(module, warmup, total, num_envs
     steps = num_envs * np.arange(1, len(ticks) + 1)
     assert results["env_steps"] == steps[-1] == total
     assert (done[steps < warmup] == 0).all()
+    uniform = np.concatenate(acted[: warmup // num_envs])
+    assert np.abs(uniform).max() <= 1 and np.abs(uniform.mean(0)).max() < 0.06
+    np.testing.assert_allclose(uniform.std(0), 1 / np.sqrt(3), atol=0.03)
     assert calls == list(range(-(-warmup // num_envs), len(ticks)))
     if module is not tdmpc:
         np.testing.assert_array_equal(done, np.maximum(0, (steps - warmup) * 0.2 + 1e-9).astype(int))

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import inspect
 import math
 import threading
 from types import SimpleNamespace
@@ -52,9 +51,7 @@ def new_agent(args, double=False, seed=0):
 
 
 def test_pretraining_is_that_of_spirl():
-    names = "Predictor Features SkillModel SkillPrior gaussian draw squash make_networks pretrain_loss prior_rollouts "
-    for name in (names + "pretrain_lr find_pretrained pretrain").split():
-        assert inspect.getsource(getattr(tdmpc, name)) == inspect.getsource(getattr(spirl, name)), name
+    """test_copies.py compares the code; here what it is shaped by."""
     assert tdmpc.PRETRAINED == spirl.PRETRAINED
     for env_id in data_tools.TASKS:
         for flags in (["--env-id", env_id], ["--env-id", env_id, "--published"]):
@@ -466,7 +463,7 @@ def test_what_is_stored_planned_and_given_to_the_prior(defects, short_episodes, 
     monkeypatch.setattr(tdmpc.ReplayBuffer, "add", noted_add)
     monkeypatch.setattr(tdmpc, "rollout", lambda *args: (np.zeros(2), np.zeros(2)))
     args = tiny_args(
-        release_defects=defects, eval_interval=0, updates_per_step=0.02, horizon_steps=400, std_steps=400
+        release_defects=defects, eval_interval=0, updates_per_step=0.02, horizon_steps=400, std_steps=600
     )  # fmt: skip
     train(args, tmp_path)
     assert len(executed) == len(stored) == 120 and sum(ended.all() for *_, ended in executed) == 6
@@ -486,9 +483,9 @@ def test_what_is_stored_planned_and_given_to_the_prior(defects, short_episodes, 
     assert not found.any() if defects else found.all()  # the reward at an episode's end never reaches the agent
     if defects:  # for ever as at env step 0
         assert set(horizons) == {(1, 0.5)}
-    else:  # schedules of 400 env steps from the warm-up's end, 400, on
+    else:  # schedules of 400 and 600 env steps from the warm-up's end, 400, on
         assert [K for K, _ in horizons] == [1 + int(2 * min(1, step / 400)) for step in range(0, 800, 10)]
-        assert horizons[0][1] == pytest.approx(0.5) and horizons[20][1] == pytest.approx(0.275)
+        assert horizons[0][1] == pytest.approx(0.5) and horizons[20][1] == pytest.approx(0.35)
         assert horizons[-1][1] == pytest.approx(0.05)
     agent, obs = new_agent(tiny_args(release_defects=defects)), torch.tensor([[40.0, 20, 10, 0]])
     expected = torch.tensor([[0.5, 0, 1, 0]]) if defects else obs

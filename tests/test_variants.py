@@ -104,13 +104,13 @@ def test_rl_begins_with_what_pretraining_has_left(algo):
 @pytest.mark.parametrize("algo", FAMILY)
 def test_the_prior_alone_is_what_the_warm_up_draws(algo, monkeypatch):
     """tanh of the Gaussian that the prior gives for E of what is seen; these are the scores of the prior in RESULTS."""
-    args = tiny_args(algo)
+    args = tiny_args(algo, seed=5)
     networks = noisy_copy(algo.make_networks(args, 4, 2))
     given = []
     monkeypatch.setattr(algo, "rollout", lambda choose, *rest: given.append((choose, rest)) or [None])
     algo.prior_rollouts(networks, args, 3)
     ((choose_skill, rest),) = given
-    assert rest[1] == 3
+    assert (rest[1], rest[3]) == (3, 5)  # episodes and seed
     obs = random_obs(np.random.default_rng(0), 5).astype(np.float32)
     encoder = networks["model"].encoder
     with torch.no_grad():
@@ -121,6 +121,40 @@ def test_the_prior_alone_is_what_the_warm_up_draws(algo, monkeypatch):
     noise = torch.randn(5, 3).numpy().T
     expected = np.tanh(5 * np.tanh(mean / 5) + (np.exp(log_std.clip(-10, 2)) + 1e-4) * noise)
     np.testing.assert_allclose(z, expected.T, rtol=1e-4, atol=1e-5)
+
+
+def update_after(algo, gradient: float):
+    """State of an agent after an update before which all gradients had one value."""
+    args = tiny_args(algo)
+    torch.manual_seed(0)
+    agent = algo.Agent(args, algo.make_networks(args, 4, 2))
+    for weight in agent.parameters():
+        weight.grad = torch.full_like(weight, gradient)
+    agent.update(*floats(*(single_step_batch(args) if algo is skimo_single_step else rl_batch(args))))
+    return agent.state_dict()
+
+
+@pytest.mark.parametrize("algo", FAMILY)
+def test_an_update_forgets_the_gradients_of_the_one_before(algo):
+    torch.testing.assert_close(update_after(algo, 1e3), update_after(algo, 0.0), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("loss", ["of the model or the critics", "of the policy"])
+@pytest.mark.parametrize("algo", FAMILY)
+def test_the_norm_tells_of_a_gradient_that_is_no_number(algo, loss):
+    args = tiny_args(algo)
+    agent = algo.Agent(args, algo.make_networks(args, 4, 2))
+    first = "critic_loss" if algo is skimo_sac else "model_loss"
+    name = "policy_loss" if loss == "of the policy" else first
+    original = getattr(agent, name)
+
+    def broken(*inputs):
+        value, *others = original(*inputs)
+        return value * torch.nan, *others
+
+    setattr(agent, name, broken)
+    metrics = agent.update(*floats(*(single_step_batch(args) if algo is skimo_single_step else rl_batch(args))))
+    assert not metrics["grad_norm"].isfinite()
 
 
 @pytest.mark.parametrize("algo", FAMILY)
@@ -347,6 +381,24 @@ def pretrained(monkeypatch, tmp_path):
     return train
 
 
+@pytest.mark.parametrize("algo", [skimo, skimo_no_joint, skimo_single_step])
+def test_an_update_of_pretraining_forgets_the_gradients_of_the_one_before(algo, monkeypatch, pretrained):
+    """Without that the gradient would be the sum of all so far; here of one before the first update."""
+    args = tiny_args(algo, pretrain_updates=1)
+    weights = [pretrained(algo, args).state_dict()]
+    make_networks = algo.make_networks
+
+    def with_gradients(*inputs):
+        networks = make_networks(*inputs)
+        for weight in networks.parameters():
+            weight.grad = torch.full_like(weight, 1e3)
+        return networks
+
+    monkeypatch.setattr(algo, "make_networks", with_gradients)
+    weights.append(pretrained(algo, args).state_dict())
+    torch.testing.assert_close(*weights, atol=0, rtol=0)
+
+
 def test_without_joint_training_three_optimizers_clip_apart(pretrained):
     args = tiny_args(skimo_no_joint, pretrain_updates=1, max_grad_norm=1e-3)
     torch.manual_seed(0)
@@ -355,6 +407,24 @@ def test_without_joint_training_three_optimizers_clip_apart(pretrained):
         norms = [value.grad.norm() for value in part.parameters() if value.grad is not None]
         assert torch.stack(norms).norm().item() == pytest.approx(1e-3, rel=1e-2), name
         assert not same_weights(part, start[name]), name
+
+
+def test_without_joint_training_rates_and_target_follow_their_schedules(pretrained, monkeypatch):
+    args = tiny_args(skimo_no_joint, pretrain_updates=4, pretrain_lr=0.01, pretrain_tau=0.1, tau=0.7)
+    rates, moves = [], []
+    original = torch.optim.Adam.step
+
+    def step(optimizer, *closure):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return original(optimizer, *closure)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    monkeypatch.setattr(skimo_no_joint, "update_target", lambda *inputs: moves.append(inputs[1:]))
+    networks = pretrained(skimo_no_joint, args)
+    expected = 0.01 * np.arange(1, 5) / 500 * np.sqrt(1 - np.arange(4) / 4)  # for each of the three optimizers
+    np.testing.assert_allclose(rates, expected.repeat(3))
+    assert [tau for _, tau in moves] == [0.1] * 2  # every second update
+    assert all(online is networks["model"] for online, _ in moves)
 
 
 # ------------------------------------------------------------------------------------------------- single-step dynamics
