@@ -367,7 +367,7 @@ def test_methods_without_data_stand_beside_those_with_scripted_data(tmp_path):
     values = {row.split(" | ")[0]: row.split(" | ")[3] for row in rows if row.startswith("| S")}
     assert "3.00" in values["| SkiMo"] and "0.50" in values["| SAC without skills"]
     text = report.readme_text(cells)
-    assert "| SAC without skills" not in text and text.count("Kitchen, ") == 1
+    assert "| SAC without skills" not in text and text.splitlines()[0].count("Kitchen, ") == 1
     assert "SAC without skills – / 0.50 / – / –" in text.replace("\n", " ")
 
 
