@@ -146,7 +146,7 @@ class Args:
     # Downstream RL
     total_timesteps: int = 1_000_000  # env steps, warm-up included
     num_envs: int = 8  # environments side by side
-    warmup_steps: int = 5_000  # env steps with skills from the prior before updates start, E episodes at least
+    warmup_steps: int = 5_000  # env steps with the prior's skills before updates; at least an episode per environment
     updates_per_step: float = 0.02  # gradient updates per env step after the warm-up: one for five skills
     batch_size: int = 50  # windows per update
     batch_length: int = 15  # L: rows of a window, one per skill
@@ -177,7 +177,7 @@ TASK_DEFAULTS = {
 }
 
 # With people's demonstrations (--data, --dataset d4rl) the arm is shifted, and objects are recombined (DEVIATION 3).
-# Measured with skimo.py and skimo_sac.py only.
+# Chosen with skimo.py. Run to 200,000 env steps with skimo*.py and spirl.py (FINDINGS.md), not with the other files.
 PEOPLE = {"kitchen": dict(arm_noise=0.02, recombine=True)}
 PEOPLE["kitchen-misaligned"] = PEOPLE["kitchen"]
 

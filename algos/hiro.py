@@ -24,8 +24,8 @@ The numbers are those of `DEVIATION n` in the code:
 5. Noise is in units of an action's or goal's range and target actions are clipped to it; the warm-up is uniform.
 6. Networks see sines and cosines of positions, as in skimo.py; goals they see as they are.
 7. Until a first reward is seen, goals are uniform, in evaluations as well, and the high level does not learn: it would
-   only follow the random first values of its critics, soon to a goal in a wall (one try, no log; the paper's tasks pay
-   for the distance, or soon).
+   only follow the random first values of its critics, soon to a goal in a wall (one try, no log; in the paper's tasks
+   the distance is rewarded, or a reward comes soon).
 Free choices: GOAL_RANGE, and all numbers on our tasks, where the paper has none.
 
 Expect about 0 on our tasks: the high level sees no reward before the first success, and most goals in the space of

@@ -1,7 +1,7 @@
 """ReSkill: Residual Skill Policies (Rana, Xu, Tidd, Milford & Suenderhauf, CoRL 2022), https://arxiv.org/abs/2211.02231
 
 Idea: a bijection f(z; s) = g turns the skills that the data show in a state into N(0, I). A policy that acts in g
-begins as the data do, and can still reach every skill; then a residual policy mends each single action.
+begins with what the data show, and can still reach every skill; then a residual policy mends each single action.
 
     python algos/reskill.py --env-id maze           # data, skills, flow (all are kept), RL, evaluation
     python algos/reskill.py --resume runs/FOLDER    # go on after Ctrl-C or a crash
@@ -158,7 +158,7 @@ TASK_DEFAULTS = {
 TASK_DEFAULTS["kitchen-misaligned"] = TASK_DEFAULTS["kitchen"]
 
 # With people's demonstrations (--data, --dataset d4rl) the arm is shifted, and objects are recombined (DEVIATION 3).
-# Measured with skimo.py and skimo_sac.py only.
+# Chosen with skimo.py. Run to 200,000 env steps with skimo*.py and spirl.py (FINDINGS.md), not with the other files.
 PEOPLE = {"kitchen": dict(arm_noise=0.02, recombine=True)}
 PEOPLE["kitchen-misaligned"] = PEOPLE["kitchen"]
 
@@ -465,7 +465,7 @@ def log_density(x, distribution):
 
 def flow_loss(flow, z, obs):
     """Negative log-likelihood (R-NVP eq. 3) of skills z (B, Z) of the data that begin in obs (B, O), ()."""
-    # A prior is good if what the data did next is likely under it.
+    # A prior is good if what was done next in the data is likely under it.
     return -flow.log_prob(z, obs).mean()
 
 
@@ -1489,7 +1489,6 @@ def check_args(args: Args):
         envs.reset(seed=args.seed)
         envs.draw(0)  # a task or a machine without pictures is noticed now, before pre-training
         envs.close()
-        data_tools.load_dataset(args.env_id, args.data_dir, args.dataset, args.data)  # so are missing data
 
 
 def main(args: Args) -> dict:
@@ -1500,6 +1499,8 @@ def main(args: Args) -> dict:
         return evaluate(args)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: sys.exit("stopped before there was anything to save"))
+    if args.capture_video:
+        data_tools.load_dataset(args.env_id, args.data_dir, args.dataset, args.data)  # missing ones are noticed now
     torch.manual_seed(args.seed)
     networks = make_networks(args, *data_tools.env_sizes(args.env_id))
 

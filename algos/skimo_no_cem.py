@@ -122,7 +122,7 @@ class Args:
     total_timesteps: int = 1_000_000  # env steps, warm-up included
     num_envs: int = 8  # environments side by side
     num_skills: int = 10  # N: skills per window
-    warmup_steps: int = 5_000  # env steps with skills from the prior before updates start, E episodes at least
+    warmup_steps: int = 5_000  # env steps with the prior's skills before updates; at least an episode per environment
     batch_size: int = 256  # windows of N skills per update
     updates_per_step: float = 10 / 500  # gradient updates per env step, the warm-up's included
     learning_rate: float = 1e-3  # of world model and task policy
@@ -431,8 +431,8 @@ def model_loss(model, target, task_policy, obs, z, rewards, dones, args):
     error = (h_pred[:, 1:] - h_target).square().mean(-1)  # (B, N)
     consistency = (rho * error).sum(1)  # (B,)
 
-    # Reward and value learn on imagined states, where plans and eq. 7 use them (0 on axis 1, weight rho^t), and on
-    # encoded ones (1 on axis 1, weight 1).
+    # Reward and value learn on imagined states, where they are used (0 on axis 1, weight rho^t), and on encoded ones
+    # (1 on axis 1, weight 1).
     states = torch.stack([h_pred[:, :-1], h[:, :-1]], 1)  # (B, 2, N, d)
     both_z = z[:, None].expand(-1, 2, -1, -1)  # (B, 2, N, Z)
     weight = torch.stack([rho, torch.ones_like(rho)])  # (2, N)

@@ -123,7 +123,7 @@ class Args:
     total_timesteps: int = 1_000_000  # env steps, warm-up included
     num_envs: int = 8  # environments side by side
     num_skills: Literal[1] = 1  # N: skills per window; without a model nothing needs more
-    warmup_steps: int = 5_000  # env steps with skills from the prior before updates start, E episodes at least
+    warmup_steps: int = 5_000  # env steps with the prior's skills before updates; at least an episode per environment
     batch_size: int = 256  # skills per update
     updates_per_step: float = 10 / 500  # gradient updates per env step, the warm-up's included
     learning_rate: float = 1e-3  # of critics, task policy and state encoder

@@ -126,7 +126,7 @@ class Args:
     total_timesteps: int = 1_000_000  # env steps, warm-up included
     num_envs: int = 8  # environments side by side
     num_skills: int = 10  # N: skills per window and in the longest plan
-    warmup_steps: int = 5_000  # env steps with skills from the prior before plans and updates, E episodes at least
+    warmup_steps: int = 5_000  # env steps with the prior's skills before updates; at least an episode per environment
     batch_size: int = 256  # windows of N skills per update
     updates_per_step: float = 10 / 500  # gradient updates per env step, the warm-up's included
     learning_rate: float = 1e-3  # of world model and task policy
@@ -469,15 +469,15 @@ def model_loss(model, target, task_policy, obs, actions, z, rewards, dones, step
         td_target = rewards + (1 - dones) * args.gamma * next_q  # (B, N)
     h_pred = model.next_steps(h[:, :-1], actions, z)  # (B, N, H, d)
 
-    # Consistency: predicted latent states agree with encoded ones, so that plans can be trusted. After an early end
-    # there is nothing to predict.
+    # Consistency: predicted latent states agree with encoded ones, so that imagined states can be trusted. After an
+    # early end there is nothing to predict.
     t = torch.arange(N * H, device=obs.device).view(N, H)
     weight = args.rho ** (t / H) / H  # (N, H)
     happened = torch.arange(H, device=obs.device) < steps[..., None]  # (B, N, H)
     error = (h_pred - h_target).square().mean(-1)  # (B, N, H)
     consistency = (weight * happened * error).sum((1, 2))  # (B,)
 
-    # Reward and value learn on imagined states, where plans need them (0 on axis 1, weight rho^t), and on encoded ones
+    # Reward and value learn on imagined states, where they are used (0 on axis 1, weight rho^t), and on encoded ones
     # (1 on axis 1, weight 1).
     rho = args.rho ** torch.arange(N, device=obs.device)  # (N,)
     h_pred = torch.cat([h[:, :1], h_pred[:, :, -1]], 1)  # (B, N+1, d)

@@ -150,7 +150,7 @@ TASK_DEFAULTS = {
 }
 
 # With people's demonstrations (--data, --dataset d4rl) the arm is shifted, and objects are recombined (DEVIATION 3).
-# Measured with skimo.py and skimo_sac.py only.
+# Chosen with skimo.py. Run to 200,000 env steps with skimo*.py and spirl.py (FINDINGS.md), not with the other files.
 PEOPLE = {"kitchen": dict(arm_noise=0.02, recombine=True)}
 PEOPLE["kitchen-misaligned"] = PEOPLE["kitchen"]
 

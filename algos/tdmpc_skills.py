@@ -126,7 +126,7 @@ class Args:
     total_timesteps: int = 1_000_000  # env steps, warm-up included
     num_envs: int = 8  # environments side by side
     num_skills: int = 5  # N: skills per window and in the longest plan
-    warmup_steps: int = 5_000  # env steps with skills from the prior before plans and updates, E episodes at least
+    warmup_steps: int = 5_000  # env steps with the prior's skills before updates; at least an episode per environment
     batch_size: int = 128  # windows of N skills per update
     updates_per_step: float = 1.0  # gradient updates per env step after the warm-up
     model_dim: int = 512  # width of dynamics, reward, critics and task policy
@@ -167,7 +167,7 @@ TASK_DEFAULTS = {
 }
 
 # With people's demonstrations (--data, --dataset d4rl) the arm is shifted, and objects are recombined (DEVIATION 3).
-# Measured with skimo.py and skimo_sac.py only.
+# Chosen with skimo.py. Run to 200,000 env steps with skimo*.py and spirl.py (FINDINGS.md), not with the other files.
 PEOPLE = {"kitchen": dict(arm_noise=0.02, recombine=True)}
 PEOPLE["kitchen-misaligned"] = PEOPLE["kitchen"]
 
@@ -465,11 +465,11 @@ def model_loss(model, target, task_policy, obs, u, rewards, dones, args):
     q1, q2 = model.q(h_pred[:, :-1], u)  # (B, N)
     reward = model.reward(h_pred[:, :-1], u)  # (B, N)
 
-    # Consistency: predicted latent states agree with encoded ones, so that plans can be trusted.
+    # Consistency: predicted latent states agree with encoded ones, so that imagined states can be trusted.
     error = (h_pred[:, 1:] - h_target).square().mean(-1)  # (B, N)
     consistency = (rho * error).sum(1)  # (B,)
 
-    # Reward and value learn on imagined states, where plans need them.
+    # Reward and value learn on imagined states, where they are used.
     reward_error = (rho * (reward - rewards).square()).sum(1)  # (B,)
     value_error = (q1 - td_target).square() + (q2 - td_target).square()
     value_error = (rho * value_error).sum(1)  # (B,)

@@ -77,7 +77,7 @@ it differs from what the logs give. How the numbers are made: [README](README.md
   are not alike. In the maze every episode starts elsewhere. In the kitchens all start in the same state, and what is
   observed has noise of its own in each.
 - **Prior alone**: roll-outs of the pre-trained prior, where RL begins. Those of the Mis-aligned Kitchen's models were
-  in the Kitchen, so it has none.
+  mostly in the Kitchen, so it shows none.
 - **RL minutes**: without pre-training, mostly one thread beside other jobs on two shared cores: upper bounds.
 - **Commit**: of each start of a run; a + says that files were changed since. **To make a run again**: its command is in
   `results/TASK/METHOD/DATA/seedN.json` under `attempts`. Leave out the folders and, in older ones, `--num-threads 1`
@@ -85,9 +85,9 @@ it differs from what the logs give. How the numbers are made: [README](README.md
 - **Length of plans**: CEM plans 1 skill ahead on CALVIN and up to 10 in the kitchens. In the maze plans grow by the
   release's schedule, made for 2M env steps: 1 skill up to 111,000 env steps, 2 up to 222,000, 3 at 300,000. So only
   the kitchens test long plans here.
-- **Seeds of a cell share a pre-trained model**, so their spread is that of RL alone. Models of their own have Relay's
-  seeds, those of the Mis-aligned Kitchen on human data, and one seed each of SkiMo without joint training in the maze
-  and of SkiMo in the Kitchen on human data.
+- **Seeds of a cell share a pre-trained model**, so their spread is that of RL alone. Relay's seeds, those of the
+  Mis-aligned Kitchen on human data, and one seed each of SkiMo without joint training in the maze and of SkiMo in the
+  Kitchen on human data have models of their own.
 - Hyper-parameters were chosen with SkiMo on these tasks, partly on these seeds. Its ablations inherit them.
 """
 
@@ -460,10 +460,7 @@ def studies_section(folder: Path, cells) -> str:
 def results_text(folder: Path, cells) -> str:
     """RESULTS.md."""
     ours = folder.resolve() == RESULTS
-    introduction = INTRODUCTION if ours else OWN_INTRODUCTION
-    text = introduction.lstrip()
-    if ours:
-        text += coverage_section(cells)
+    text = INTRODUCTION.lstrip() + coverage_section(cells) if ours else OWN_INTRODUCTION.lstrip() + "\n"
     for task, data in boards(cells):
         text += board_section(cells, task, data)
     if ours or any(pair.training for data in kinds(cells) for pair in orderings(cells, data)):

@@ -135,8 +135,8 @@ def offline_data(facts: dict, path: Path) -> str:
         return folder
     if "dataset" not in facts["args"]:
         return "none"
-    if not facts.get("results"):  # it still runs
-        return "human" if facts["args"].get("data") else facts["args"]["dataset"]
+    if not facts.get("results"):  # it still runs, and only its results name the source of a file
+        return "data of its own" if facts["args"].get("data") else facts["args"]["dataset"]
     pretraining = facts["results"].get("pretraining") or {}
     return pretraining.get("data", "not known")
 
@@ -259,7 +259,7 @@ def minutes_at(run: Run, end: int) -> float:
 def prior_alone(run: Run) -> float:
     """Score of the pre-trained prior's roll-outs, where RL begins; NaN if it was not logged.
 
-    The Mis-aligned Kitchen has the Kitchen's model, whose roll-outs are in the Kitchen: they say nothing about it.
+    The Mis-aligned Kitchen mostly has the Kitchen's models, whose roll-outs are in the Kitchen: it shows none.
     """
     pretraining = (run.facts.get("results") or {}).get("pretraining") or {}
     if run.task == "kitchen-misaligned":

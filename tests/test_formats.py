@@ -135,7 +135,7 @@ def test_an_attribute_called_source_does_not_make_a_file_ours(tmp_path, capsys):
 
 
 def test_files_that_were_read_and_saved_keep_their_source(tmp_path):
-    for source in ("scripted", "calvin", "d4rl", "d4rl-partial", "d4rl-complete", "skimo-release", "hdf5"):
+    for source in ("scripted", "human", "calvin", "d4rl", "d4rl-partial", "d4rl-complete", "skimo-release", "hdf5"):
         path = write_hdf5(tmp_path / "a.hdf5", flat(make_episodes("kitchen")), source=source, note="kept")
         attributes = read("kitchen", path).attributes
         assert attributes == {"source": source, "note": "kept", "description": f"{source} data"}

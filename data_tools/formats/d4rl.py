@@ -25,7 +25,7 @@ KNOWN = {
     "cd797c38cd52dfbe3f960cef73935cc724847abd189e47a703a7a2315ed60a81": ("D4RL kitchen-complete-v0", "d4rl-complete"),
 }
 # Attribute `source` of the files that OfflineDataset.save wrote, of data made here or read by one of our readers.
-SOURCES = ("scripted", "calvin", "skimo-release", "hdf5", *(source for _, source in KNOWN.values()))
+SOURCES = ("scripted", "human", "calvin", "skimo-release", "hdf5", *(source for _, source in KNOWN.values()))
 TIMEOUT = 10  # seconds without an answer or a byte until the server counts as not there
 
 

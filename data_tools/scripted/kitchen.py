@@ -51,7 +51,7 @@ GENERATOR = "data_tools.scripted.kitchen"
 # the order in which people did them (but the top burner here comes before the bottom one, people's after it): an open
 # hinge door is in the arm's way, hence last. Left out is {microwave, light
 # switch, slide cabinet, hinge cabinet}, which would be the misaligned task itself. The letters are the elements' first
-# ones.
+# ones; mbls stands twice.
 PLANS = (
     "kbsh kbls klsh ktbs ktls kblh ktbh ktbl ktlh mbsh mbls mbls mkbh "
     "mkbs mksh mkls mkth mktl mklh mtbh mtbs mtbl mtlh tbls tbsh"

@@ -192,6 +192,9 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
 
         Raises ValueError for a state of another environment, or with NaN.
         """
+        missing = self.saved.keys() - state.keys()
+        if missing:
+            raise ValueError(f"the state has no {', '.join(sorted(missing))}: another version of this program saved it")
         arrays = {name: np.array(state[name], dtype=dtype) for name, dtype in self.saved.items()}
         for name, array in arrays.items():
             expected = getattr(self, name).shape
