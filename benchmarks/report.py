@@ -85,9 +85,9 @@ it differs from what the logs give. How the numbers are made: [README](README.md
 - **Length of plans**: CEM plans 1 skill ahead on CALVIN and up to 10 in the kitchens. In the maze plans grow by the
   release's schedule, made for 2M env steps: 1 skill up to 111,000 env steps, 2 up to 222,000, 3 at 300,000. So only
   the kitchens test long plans here.
-- **Seeds of a cell share a pre-trained model**, so their spread is that of RL alone. Relay's seeds, those of the
-  Mis-aligned Kitchen on human data, and one seed each of SkiMo without joint training in the maze and of SkiMo in the
-  Kitchen on human data have models of their own.
+- **Seeds of a cell share a pre-trained model**, so their spread is that of RL alone. Relay's seeds, those of
+  SkiMo, without CEM and SAC in the Mis-aligned Kitchen on human data, and one seed each of SkiMo without joint training
+  in the maze and of SkiMo in the Kitchen on human data have models of their own.
 - Hyper-parameters were chosen with SkiMo on these tasks, partly on these seeds. Its ablations inherit them.
 """
 
@@ -147,8 +147,8 @@ Mean over seeds (each seed) of training episodes, smoothed as in the paper (over
 10,000), beside its value at the same env step and at its end. **The offline data are not the paper's: compare the order
 of methods, not heights.** On human data pre-training shifts arms and recombines objects, the paper's does not. Plans:
 up to 3 skills in the maze, 1 on CALVIN, 10 in the Kitchen. **Seeds differ in RL alone**: those of a cell start from one
-pre-trained model, but for Relay's, those on human data in the Mis-aligned Kitchen, and one each of SkiMo without joint
-training in the maze and of SkiMo on human data in the Kitchen.
+pre-trained model, but for Relay's, those of SkiMo, without CEM and SAC on human data in the Mis-aligned Kitchen, and
+one each of SkiMo without joint training in the maze and of SkiMo on human data in the Kitchen.
 """
 
 
