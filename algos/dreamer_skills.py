@@ -177,7 +177,7 @@ TASK_DEFAULTS = {
 }
 
 # With people's demonstrations (--data, --dataset d4rl) the arm is shifted, and objects are recombined (DEVIATION 3).
-# Chosen with skimo.py. Run to 200,000 env steps with skimo*.py and spirl.py (FINDINGS.md), not with the other files.
+# Chosen with skimo.py; run to 200,000 env steps with it, three of its ablations and spirl.py only (FINDINGS.md).
 PEOPLE = {"kitchen": dict(arm_noise=0.02, recombine=True)}
 PEOPLE["kitchen-misaligned"] = PEOPLE["kitchen"]
 

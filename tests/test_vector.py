@@ -248,6 +248,10 @@ def test_states_are_checked(task):
     ]:
         with pytest.raises(ValueError, match=message):
             envs.set_state({**state, **change})
+    for name in envs.saved:
+        older = {key: value for key, value in state.items() if key != name}
+        with pytest.raises(ValueError, match=f"has no {name}: another version"):
+            envs.set_state(older)
     physics = state["kitchens"][1]["physics"] if "kitchens" in state else state["physics"][1]
     physics[3] = float("nan")
     with pytest.raises(ValueError, match="NaN"):

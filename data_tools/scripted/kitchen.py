@@ -49,9 +49,8 @@ GENERATOR = "data_tools.scripted.kitchen"
 
 # The planned sets of sub-tasks of the real demonstrations (folders of relay-policy-learning's tele-operation logs), in
 # the order in which people did them (but the top burner here comes before the bottom one, people's after it): an open
-# hinge door is in the arm's way, hence last. Left out is {microwave, light
-# switch, slide cabinet, hinge cabinet}, which would be the misaligned task itself. The letters are the elements' first
-# ones; mbls stands twice.
+# hinge door is in the arm's way, hence last. Left out is {microwave, light switch, slide cabinet, hinge
+# cabinet}, which would be the misaligned task itself. The letters are the elements' first ones; mbls stands twice.
 PLANS = (
     "kbsh kbls klsh ktbs ktls kblh ktbh ktbl ktlh mbsh mbls mbls mkbh "
     "mkbs mksh mkls mkth mktl mklh mtbh mtbs mtbl mtlh tbls tbsh"
