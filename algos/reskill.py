@@ -990,6 +990,7 @@ def encode_windows(skills, data, num_windows: int, args: Args):
 
 def find_flow(args: Args, model: Path, data) -> Path:
     """The file of the flow prior for a pre-trained model; found again by task, model, data, arguments, code."""
+    task = data_tools.TASKS[args.env_id]
     names = [field.name for field in fields(Args) if field.name.startswith("flow_")]
     names = ["skill_horizon", "position_features", "squash_actions", "recombine", "arm_noise", *names]
     code = code_of(FlowPrior, flow_loss, draw, perturb, encode_windows) | {"learn_flow": inspect.getsource(learn_flow)}
@@ -998,6 +999,7 @@ def find_flow(args: Args, model: Path, data) -> Path:
     made_from += [ast.dump(ast.parse(source)) for _, source in sorted(code.items())]
     made_from += [[name, getattr(args, name)] for name in names]
     made_from += [np.asarray(POSITION_PERIODS.get(args.env_id, ())).tolist(), ARM.get(args.env_id)]
+    made_from += [task.obs_scale, task.obs_shift, task.objects]
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
     return data_tools.cache_dir(args.data_dir) / "flows" / f"{model.stem}_{key}.pt"
 

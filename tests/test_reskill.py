@@ -1,6 +1,7 @@
 """reskill.py against autograd's Jacobians, numerical integrals, loops over paths in NumPy, and small known problems."""
 
 import copy
+import dataclasses
 import inspect
 import itertools
 import math
@@ -354,6 +355,10 @@ def test_a_flow_is_found_again_only_for_what_made_it(tmp_path):
     assert key(seed=7, policy_lr=1.0) == same  # of RL
     others = dict(skill_horizon=5), dict(env_id="kitchen"), dict(flow_lr=1.0), dict(arm_noise=0.5), dict(recombine=True)
     assert len({same, *(key(**change) for change in (*others, dict(squash_actions=True)))}) == 7
+    for change in dict(obs_scale=(1, 2, 3, 4)), dict(obs_shift=(1, 2, 3, 4)), dict(objects=((2,), (3,))):
+        task = dataclasses.replace(data_tools.TASKS["maze"], **change)
+        with mock.patch.dict(data_tools.TASKS, maze=task):
+            assert key() != same
     data.fingerprint = "other"
     assert key() != same
 
