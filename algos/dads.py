@@ -22,16 +22,18 @@ after a fixed number of env steps. Off-policy: SAC, with rewards of today's q fo
 
 Differences from the release (google-research/dads), marked DEVIATION n below
 1. x and its change are normalised by mean and std of the replay; the release's batch norm has an eps that hides slow
-   objects (CALVIN, Kitchen), and a start-up of 43,000 env steps without a reward worth the name. The price: what has
-   hardly ever moved counts much when it moves, at worst -50 nats, until q has seen it more often.
+   objects (CALVIN, Kitchen), and for its first 43,000 env steps the skills' reward is nearly 0. The price of ours: an
+   entry that has hardly ever moved has a tiny std, so q is surprised when it moves, and the reward falls to as little
+   as -50 nats until q has seen more of it.
 2. q sees the position as well, as walls depend on it (release on Ant: z alone). x: position (maze), all (others).
-3. Replay of 100,000 steps (10,000), not weighted by pi_now / pi_then, which the release does in some configurations.
+3. Replay of all env steps (10,000), as R would forget a reward that is dropped; not weighted by pi_now / pi_then,
+   which the release does in some configurations.
 4. Policy and critics are those of sac.py: sines and cosines of positions, its log std and weights; 128 units (512) and
    a learning rate of 1e-3 (3e-4), as updates are few; L = 16 (100). They are meant for one core.
 5. Updates come one at a time: one of q, then eight of SAC (8, then 64, every 500 env steps).
 6. MPPI begins at mean 0 each time (N(0, I), then what is left of the last plan), and returns are divided by their std
-   over the plans, so that a temperature means the same for all rewards. Evaluation takes the policy's mode (release:
-   samples).
+   over the plans, so that a temperature means the same for all rewards. Where R knows nothing its small errors are
+   divided, too, and choose the skill. Evaluation takes the policy's mode (release: samples).
 7. The release plans with a known dense reward. Our tasks' rewards are sparse, so R is learnt from what was seen, in
    both phases, and so is q; nothing in the papers says how (release: q is that of phase A). Until a first reward, phase
    B executes random skills as phase A does. --task-reward known tells the planner the task's success test: a labelled
@@ -115,7 +117,7 @@ class Args:
     updates_per_step: float = 0.016  # updates of the dynamics per env step, in both phases
     policy_updates: int = 8  # updates of policy and critics after each of the dynamics, in phase A
     batch_size: int = 256  # transitions per update
-    buffer_size: int = 100_000  # transitions kept (release: 10,000; DEVIATION 3)
+    buffer_size: int = 300_000  # transitions kept (release: 10,000; DEVIATION 3)
     learning_rate: float = 1e-3  # of all networks and log alpha (release: 3e-4)
     gamma: float = 0.99  # discount per env step
     tau: float = 0.005  # share of the online weights in a target update, after each update
@@ -662,6 +664,10 @@ class ReplayBuffer:
         rewards = (self.columns["rewards"][t, e] * running).sum(1)
         return self.columns["obs"][t[:, 0], e[:, 0]], self.columns["next_obs"][last, e][:, 0], rewards
 
+    def rewarded(self) -> bool:
+        """Whether R has a reward to learn from."""
+        return bool((self.columns["rewards"][: len(self)] != 0).any())
+
     def positions(self, dim: int):
         """x and x' (rows * E, D) of all rows."""
         return [self.columns[name][: len(self), :, :dim].flatten(0, 1) for name in ("obs", "next_obs")]
@@ -816,7 +822,7 @@ class Agent(nn.Module):
         self.log_alpha = nn.Parameter(torch.zeros(()))
         self.target_entropy = -0.5 * action_dim  # nats
         self.to(args.device)
-        self.register_buffer("rewarded", torch.tensor(False))  # by the task, ever; on the CPU: asked at each env step
+        self.register_buffer("rewarded", torch.tensor(False))  # as the replay; on the CPU: asked at each env step
         self.score = self.dynamics.reward  # what plans are for
         if args.task_reward == "known":
             self.score = functools.partial(known_reward, goals=known_goals(args))
@@ -942,7 +948,6 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
         action = executor(obs, global_step)  # (E, A)
         next_obs, rewards, terminations, truncations, _ = envs.step(action)
         rb.add(obs, action, executor.z, args.reward_scale * rewards, terminations, truncations, next_obs)
-        agent.rewarded |= bool(rewards.any())
         # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
         obs = next_obs
         ended = terminations | truncations
@@ -977,16 +982,19 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
             if gradient_step % 10 == 0:
                 agent.dynamics.set_scale(*rb.positions(args.dynamics_obs))
             obs_q, _, z, next_obs_q, _ = rb.sample(args.batch_size)
-            metrics = agent.update_dynamics(obs_q, z, next_obs_q, *rb.sample_rewards(args.batch_size))
+            model_metrics = agent.update_dynamics(obs_q, z, next_obs_q, *rb.sample_rewards(args.batch_size))
             gradient_step += 1
             if gradient_step % 100 == 0:
-                log(writer, "dynamics", metrics, global_step)
+                log(writer, "dynamics", model_metrics, global_step)
             for _ in range(policy_updates):
                 metrics = agent.update(*rb.sample(args.batch_size))
             if gradient_step % 100 == 0 and policy_updates:
                 log(writer, "losses", metrics, global_step)
-            if gradient_step == updates_due:
-                check_finite(metrics)  # acting waits for the device anyway
+            if gradient_step == updates_due:  # acting waits for the device anyway
+                check_finite(model_metrics)
+                if policy_updates:
+                    check_finite(metrics)
+                agent.rewarded.fill_(rb.rewarded())
 
         # Evaluate with planned skills and the policy's mode
         finished = global_step >= args.total_timesteps

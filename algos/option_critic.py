@@ -503,7 +503,7 @@ class RolloutBuffer:
         self.added += 1
 
     def sample(self, batch_size: int):
-        """The last batch_size env steps, in order: obs (E, T, O), action (E, T, A), the others (E, T) or as obs."""
+        """All T env steps, in order once T were added: obs (E, T, O), action (E, T, A), the others (E, T) or as obs."""
         T = batch_size // len(self.columns["obs"])
         return [column[:, :T].to(self.device) for column in self.columns.values()]
 

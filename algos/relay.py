@@ -28,8 +28,8 @@ The authors released environment and demonstrations, no learning code. DEVIATION
    finishing would cost the reward of a subgoal that is nearly reached. With --flat, whose reward is the task's, nothing
    comes after a true end.
 What to expect: RIL does most of it, and 200,000 env steps of RRF keep that. An episode of the kitchens has 280 env
-steps, and goals of the high level lie up to 260 ahead. The maze's path takes 900 env steps, and no trajectory has more
-than 500; yet RIL alone gets there in .03 to .59 of the episodes (five seeds): what comes out of RIL varies much.
+steps, and goals of the high level lie up to 260 ahead. The maze's path takes 700 env steps or more, no trajectory has
+more than 500; yet RIL alone gets there in .03 to .59 of the episodes (five seeds): what comes out of RIL varies much.
 
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, POSITION_PERIODS, make_networks, pretrain_loss,
     ppo_loss, prior_rollouts, RolloutBuffer, find_pretrained, pretrain, Agent, train, evaluate, parse_args, check_args.

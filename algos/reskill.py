@@ -15,9 +15,10 @@ begins with what the data show, and can still reach every skill; then a residual
 
 Not goal-conditioned. Skills and prior are pre-trained from data. A skill ends after H steps, a fixed rate. On-policy.
 
-Differences from the release, marked DEVIATION n below. 1, 2, 3 and 6 are spirl.py's, explained there.
-1. KL divergences are exact. 2. Pre-training is shorter. 3. Sines and cosines are inputs. 6. Actions have no tanh.
-4. Skills are spirl.py's. The release's encoder and decoder are smaller, skills have 4 entries, KL next to no weight.
+Differences from the release, marked DEVIATION n below. 1 and 6 are spirl.py's and differ from SPiRL's release only.
+2. Pre-training is shorter. 3. Sines and cosines are inputs. Both as in spirl.py.
+4. Skills are spirl.py's. The release's encoder and decoder are smaller, skills have 4 entries, KL next to no weight;
+   its decoder ends in a tanh, in training as in acting.
 5. The flow learns after the skills, not beside them (no gradient goes from one to the other). It starts as the
    identity, is 256 wide (512), and one network gives both scale and shift of a coupling. Its batches are 256 (128), and
    its rate decays to zero.
@@ -30,8 +31,8 @@ Differences from the release, marked DEVIATION n below. 1, 2, 3 and 6 are spirl.
 10. A skill ends with its episode (release: goes on). Time-outs are bootstrapped, as there.
 11. Evaluations draw skills (release: means), with w of training (release: 1). Kitchen: 30 observations, see spirl.py.
 The release's last skill of a roll-out enters PPO with the advantage of an older roll-out; here no row can be stale.
---published takes the release's side of 2, 3, 6, and its flow's width, roll-outs, batches and gate. All is checked
-against formulas, not beside the release.
+--published takes SPiRL's release's side of 2 and 3, and this one's width of the flow, roll-outs, batches and gate. All
+is checked against formulas, not beside the release.
 
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, PEOPLE, RELEASE, PUBLISHED, SkillModel, make_networks,
 pretrain_loss, prior_rollouts, pretrain_lr, find_pretrained, pretrain, Agent, train, evaluate, check_args, main.
@@ -165,8 +166,8 @@ PEOPLE["kitchen-misaligned"] = PEOPLE["kitchen"]
 # --published: what changes to give the values of SPiRL's and ReSkill's releases, on all tasks and on each.
 RELEASE = dict(
     position_features=False, arm_noise=0.0, recombine=False, pretrain_updates=480_000, pretrain_lr_decay=False,
-    kl_coef=5e-4, squash_actions=True, flow_dim=512, num_envs=15, rollout_skills=200, batch_size=30_000,
-    residual_middle=270_000, residual_slope=6.7e-5, flow_batch_size=128,
+    kl_coef=5e-4, flow_dim=512, num_envs=15, rollout_skills=200, batch_size=30_000, residual_middle=270_000,
+    residual_slope=6.7e-5, flow_batch_size=128,
 )  # fmt: skip
 PUBLISHED = {
     "maze": dict(RELEASE, pretrain_updates=530_000, kl_coef=1e-3),
@@ -1136,11 +1137,11 @@ class Agent(nn.Module):
             metrics |= {f"{name}_{key}": value for key, value in facts.items()}
         self.optimizer.zero_grad()
         loss.backward()
+        grad_norm = gradient_norm(self.high) + gradient_norm(self.residual)  # of all: a NaN must not hide
         for name in self.learners:
             if name not in learning:
                 for weight in self.policy_weights(name):
                     weight.grad = None  # so that Adam leaves it alone
-        grad_norm = gradient_norm(self.high) + gradient_norm(self.residual)
         self.optimizer.step()
         for learner in self.learners.values():
             learner.log_std.data.clamp_(*learner.log_bounds)  # DEVIATION 7
@@ -1349,7 +1350,7 @@ def draw_pictures(args: Args, agent: Agent, residuals: list, path: Path):
     panels[0].legend()
     steps, weights, shares = np.array(residuals).reshape(-1, 3).T  # none in a run without a whole roll-out
     last.plot(steps, weights, label="w")
-    last.plot(steps, shares, label="share of the action's size")
+    last.plot(steps, shares, label="share of the sizes of both")
     last.set_title("residual")
     last.set_xlabel("env step")
     last.legend()

@@ -17,7 +17,7 @@ prior by a KL instead of the entropy. This is the closed-loop version of SkiLD, 
 
 Differences from the release, marked DEVIATION n below.
 1. KL divergences are exact (both sides are Gaussian). The release averages 10 samples. As there, x ~ pi is compared
-   with p, which was learnt for z, although z = 2 tanh(x) is executed: where p says 1, 1.52. So a policy equal to p does
+   with p, which was learnt for z, although z = 2 tanh(x) is executed: x = 1 gives z = 1.52. So a policy equal to p does
    not act quite like p, and this KL is not that of tdmpc_skills.py and dreamer_skills.py.
 2. Pre-training is shorter, with a decaying learning rate and, in the maze and on CALVIN, a larger KL weight.
 3. Sines and cosines of positions are inputs as well, and the maze is scaled, as in skimo.py. On people's data arms are

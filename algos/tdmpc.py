@@ -74,7 +74,7 @@ import data_tools  # tasks, nothing else
 @dataclass
 class Args:
     env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned, calvin or one of your own
-    cpu_preset: bool = False  # small sizes for one core, CPU_PRESET below
+    cpu_preset: bool = False  # small sizes for one core; with --help: shows them
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # of networks, sampling and environments
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and plan

@@ -15,7 +15,8 @@ slow target copy.
 episode's end is never learnt; (b) 2 u is stored, but planner, policy loss and targets evaluate the model at u; (c) the
 planner does not see the step: one skill ahead, std floor 0.5, for ever; (d) maze: the prior gets scaled states but was
 trained on raw ones; (e) a window's errors are bounded by 1e4, SkiMo's by 1e5: a reward of 100 for its first skill that
-is predicted as 0 reaches that bound, where the gradient is zero. It also ignores true ends, as TD-MPC does by design.
+is predicted below 0 exceeds that bound, and beyond it the gradient is zero. It also ignores true ends, as TD-MPC does
+by design.
 
 Differences from the release, marked DEVIATION n below.
 1. KL divergences without sampling: exact, or quadrature for the policy's tanh. The release averages 100 samples. Its KL
@@ -160,7 +161,7 @@ class Args:
 
 
 # The release's values where they differ from Args. Our own are both kl_coef (DEVIATION 2) and the maze's warm-up
-# (DEVIATION 5), since the goal is 850 env steps away or more. total_timesteps is the paper's.
+# (DEVIATION 5), since the goal is some 700 env steps away or more. total_timesteps is the paper's.
 TASK_DEFAULTS = {
     "maze": dict(kl_coef=1e-2, total_timesteps=2_000_000, warmup_steps=50_000),
     "calvin": dict(kl_coef=1e-2, total_timesteps=2_000_000),

@@ -379,6 +379,18 @@ def test_windows_of_rewards_against_a_loop(steps):
         assert len(set(start.flatten().tolist())) > 10
 
 
+def test_a_reward_counts_as_long_as_the_replay_holds_it():
+    args = tiny_args(buffer_size=60)  # 30 rows of 2 environments
+    rb = dads.ReplayBuffer(4, 2, args)
+    row = [np.zeros((2, 4)), np.zeros((2, 2)), np.zeros((2, 2)), np.zeros(2), *np.zeros((2, 2), bool), np.zeros((2, 4))]
+    held = []
+    for t in range(36):
+        row[3] = np.array([0.0, t == 4])
+        rb.add(*row)
+        held.append(rb.rewarded())
+    assert held == [4 <= t < 34 for t in range(36)]
+
+
 def test_only_true_ends_have_no_future():
     """Targets of the critics from rows of the buffer: reward of the skills, plus what comes later unless it ended."""
     args = tiny_args(gamma=0.9)
@@ -409,6 +421,20 @@ def test_critics_see_the_same_skill_before_and_after(monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------------- runs
+def test_a_nan_of_the_dynamics_ends_a_run_in_phase_a(tmp_path, monkeypatch):
+    def poisoned(agent, *batch):
+        with torch.no_grad():
+            agent.dynamics.reward_net[0].weight[0, 0] = torch.nan
+        return update(agent, *batch)
+
+    update = dads.Agent.update_dynamics
+    monkeypatch.setattr(dads.Agent, "update_dynamics", poisoned)
+    flags = "--env-id maze --device cpu --hidden-dim 16 --num-envs 4 --batch-size 16 --warmup-steps 100 --run-dir"
+    with pytest.raises(SystemExit, match="no number"):
+        dads.main(dads.parse_args([*flags.split(), str(tmp_path), "--total-timesteps", "400"]))
+    assert not list(tmp_path.rglob("checkpoint*"))
+
+
 def test_phase_b_leaves_the_policy_and_goes_on_bit_for_bit(tmp_path, monkeypatch):
     envs = data_tools.tasks.maze.MazeVectorEnv
     advance = envs.advance

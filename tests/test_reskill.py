@@ -316,6 +316,20 @@ def test_an_update_moves_what_learns_and_nothing_else():
         assert all(torch.equal(agent.state_dict()[name], value) for name, value in frozen.items())
 
 
+def test_a_nan_of_a_policy_that_rests_is_noticed():
+    args = tiny_args()
+    agent = noisy_agent(args).float()
+    rb = reskill.RolloutBuffer(4, 2, args)
+    for t in range(args.rollout_skills):
+        rb.add(*random_skill(args, t))
+    rb.prepare(agent)
+    with torch.no_grad():
+        agent.high.policy[0].weight[0, 0] = torch.nan
+    metrics = agent.update(*rb.sample(100), learning=())
+    with pytest.raises(SystemExit, match="no number"):
+        reskill.check_finite(metrics)
+
+
 def test_ppo_finds_the_best_skill():
     """The reward is the first entry of the skill's g near 0.7: the policy goes there, through any flow."""
     args = tiny_args(num_envs=64, rollout_skills=2, skill_horizon=2, policy_lr=3e-3, value_lr=1e-2, batch_size=128)
