@@ -836,7 +836,7 @@ def log(writer: SummaryWriter, group: str, values: dict, step: int):
 
 
 def stop_at_signals() -> threading.Event:
-    """Ctrl-C or SIGTERM asks for a stop where everything can be saved; the second time the program ends at once."""
+    """Ctrl-C or SIGTERM asks for a stop where everything can be saved; the same once more ends the program at once."""
     stop = threading.Event()
 
     def ask(number, frame):
@@ -987,8 +987,8 @@ def code_of(*parts) -> dict:
 def find_pretrained(args: Args):
     """Returns the file of the pre-trained model and, where it has to be trained first, the offline data or else None.
 
-    A model is found again by the data, the seed, the arguments under `# Model` and `# Pre-training`, and this file's
-    code of networks and pre-training, with all it uses: whoever changes one of them gets a new one.
+    A model is found again by the data, the seed, the arguments under `# Model` and `# Pre-training`, and the code
+    of networks and pre-training, with all it uses: whoever changes one of them gets a new one.
     """
     task = data_tools.TASKS[args.env_id]
     family = f"{PRETRAINED}_{task.data or args.env_id}"  # both kitchens share their data
@@ -1000,6 +1000,7 @@ def find_pretrained(args: Args):
     names = [field.name for field in fields(Args)]
     names = names[names.index("skill_horizon") : names.index("clip_norm") + 1]
     code = code_of(make_networks, pretrain_loss, pretrain_lr, perturb) | {"pretrain": inspect.getsource(pretrain)}
+    code["data"] = inspect.getsource(data_tools.OfflineDataset)
     made_from = [data.fingerprint, args.seed]
     made_from += [ast.dump(ast.parse(source)) for _, source in sorted(code.items())]
     made_from += [[name, getattr(args, name)] for name in names]
@@ -1079,6 +1080,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop
             sys.exit("stopped in pre-training; the same command goes on")
     bar.close()
     facts |= dict(updates=updates, minutes=(time.time() - start_time) / 60, data=data.source)
+    facts["skill_horizon"] = args.skill_horizon
     save(path, dict(networks=networks), facts=facts)
     unfinished.unlink(missing_ok=True)
 
@@ -1167,7 +1169,7 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
     envs = data_tools.make_envs(args.env_id, args.num_envs)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
     # Episodes that succeed end first, and an agent that learns from those alone fails. So the warm-up lasts until every
-    # environment has finished an episode.
+    # environment has finished an episode, or longer.
     args.warmup_steps = max(args.warmup_steps, args.num_envs * envs.max_episode_steps)
     choose_skill = Filter(agent, args.num_envs, args.skill_dim, explore=True)
     rb = SequenceBuffer(obs.shape[1], args.skill_dim, args.batch_length, args)  # DEVIATION 7
@@ -1341,7 +1343,8 @@ def evaluate(args: Args):
 MAY_CHANGE = "resume device compile checkpoint_interval eval_interval eval_episodes capture_video total_timesteps"
 # With --pretrained, whose model is finished, these would do nothing.
 PRETRAINING = """pretrain_updates pretrain_skills pretrain_batch_size pretrain_lr pretrain_lr_decay pretrain_tau
-    bc_chunks arm_noise recombine bc_coef kl_coef prior_coef recon_coef clip_updates clip_norm"""
+    bc_chunks arm_noise recombine bc_coef kl_coef prior_coef recon_coef clip_updates clip_norm
+    pretrain_eval_interval pretrain_eval_episodes"""
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -1483,11 +1486,16 @@ def main(args: Args) -> dict:
             if not resumed:
                 with reading(path):
                     facts = dict(load(path, dict(networks=networks))["facts"])
+                horizon = facts.get("skill_horizon", args.skill_horizon)
+                if horizon != args.skill_horizon:
+                    sys.exit(f"error: the model's skills have {horizon} env steps; use --skill-horizon {horizon}")
                 print(f"pre-trained model: {path}")
             results = train(args, networks, facts, run_dir, writer, stop)
         results |= dict(machine=machine, args=asdict(args))
         write_json(run_dir / "results.json", results)
     except torch._dynamo.exc.TorchDynamoException as error:
+        if stop.is_set():  # Ctrl-C reached the compiler, too
+            sys.exit("stopped while torch.compile worked; go on from what was saved before")
         reason = str(error).split("\n")[0]
         sys.exit(f"error: torch.compile failed ({reason}); use --no-compile or install a C++ compiler")
     except RuntimeError as error:

@@ -501,7 +501,7 @@ def log(writer: SummaryWriter, group: str, values: dict, step: int):
 
 
 def stop_at_signals() -> threading.Event:
-    """Ctrl-C or SIGTERM asks for a stop where everything can be saved; the second time the program ends at once."""
+    """Ctrl-C or SIGTERM asks for a stop where everything can be saved; the same once more ends the program at once."""
     stop = threading.Event()
 
     def ask(number, frame):
@@ -629,8 +629,8 @@ def code_of(*parts) -> dict:
 def find_pretrained(args: Args):
     """Returns the file of the pre-trained model and, where it has to be trained first, the offline data or else None.
 
-    A model is found again by the data, the seed, the arguments under `# Model` and `# Pre-training`, and this file's
-    code of networks and pre-training, with all it uses: whoever changes one of them gets a new one.
+    A model is found again by the data, the seed, the arguments under `# Model` and `# Pre-training`, and the code
+    of networks and pre-training, with all it uses: whoever changes one of them gets a new one.
     """
     task = data_tools.TASKS[args.env_id]
     family = f"{PRETRAINED}_{task.data or args.env_id}"  # both kitchens share their data
@@ -640,6 +640,7 @@ def find_pretrained(args: Args):
     names = [field.name for field in fields(Args)]
     names = names[names.index("skill_horizon") : names.index("demo_rows") + 1]
     code = code_of(make_networks, relabel, pretrain_loss, prepare) | {"pretrain": inspect.getsource(pretrain)}
+    code["data"] = inspect.getsource(data_tools.OfflineDataset)
     made_from = [data.fingerprint, args.seed]
     made_from += [ast.dump(ast.parse(source)) for _, source in sorted(code.items())]
     made_from += [GOAL_ENTRIES[args.env_id], ANGLE_ENTRIES.get(args.env_id)]
@@ -1091,11 +1092,16 @@ def main(args: Args) -> dict:
             if not resumed:
                 with reading(path):
                     facts = dict(load(path, dict(networks=networks))["facts"])
+                horizon = facts.get("skill_horizon", args.skill_horizon)
+                if horizon != args.skill_horizon:
+                    sys.exit(f"error: the model's skills have {horizon} env steps; use --skill-horizon {horizon}")
                 print(f"pre-trained model: {path}")
             results = train(args, networks, facts, run_dir, writer, stop)
         results |= dict(machine=machine, args=asdict(args))
         write_json(run_dir / "results.json", results)
     except torch._dynamo.exc.TorchDynamoException as error:
+        if stop.is_set():  # Ctrl-C reached the compiler, too
+            sys.exit("stopped while torch.compile worked; go on from what was saved before")
         reason = str(error).split("\n")[0]
         sys.exit(f"error: torch.compile failed ({reason}); use --no-compile or install a C++ compiler")
     except RuntimeError as error:

@@ -510,7 +510,7 @@ def log(writer: SummaryWriter, group: str, values: dict, step: int):
 
 
 def stop_at_signals() -> threading.Event:
-    """Ctrl-C or SIGTERM asks for a stop where everything can be saved; the second time the program ends at once."""
+    """Ctrl-C or SIGTERM asks for a stop where everything can be saved; the same once more ends the program at once."""
     stop = threading.Event()
 
     def ask(number, frame):
@@ -942,6 +942,8 @@ def main(args: Args) -> dict:
         results |= dict(machine=machine, args=asdict(args))
         write_json(run_dir / "results.json", results)
     except torch._dynamo.exc.TorchDynamoException as error:
+        if stop.is_set():  # Ctrl-C reached the compiler, too
+            sys.exit("stopped while torch.compile worked; go on from what was saved before")
         reason = str(error).split("\n")[0]
         sys.exit(f"error: torch.compile failed ({reason}); use --no-compile or install a C++ compiler")
     except RuntimeError as error:

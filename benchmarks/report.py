@@ -86,8 +86,8 @@ it differs from what the logs give. How the numbers are made: [README](README.md
   release's schedule, made for 2M env steps: 1 skill up to 111,000 env steps, 2 up to 222,000, 3 at 300,000. So only
   the kitchens test long plans here.
 - **Seeds of a cell share a pre-trained model**, so their spread is that of RL alone. Relay's seeds, those of
-  SkiMo, without CEM and SAC in the Mis-aligned Kitchen on human data, and one seed each of SkiMo without joint training
-  in the maze and of SkiMo in the Kitchen on human data have models of their own.
+  SkiMo, of SkiMo without CEM and of SkiMo + SAC in the Mis-aligned Kitchen on human data, and one seed each of SkiMo
+  without joint training in the maze and of SkiMo in the Kitchen on human data have models of their own.
 - Hyper-parameters were chosen with SkiMo on these tasks, partly on these seeds. Its ablations inherit them.
 """
 
@@ -147,8 +147,8 @@ Mean over seeds (each seed) of training episodes, smoothed as in the paper (over
 10,000), beside its value at the same env step and at its end. **The offline data are not the paper's: compare the order
 of methods, not heights.** On human data pre-training shifts arms and recombines objects, the paper's does not. Plans:
 up to 3 skills in the maze, 1 on CALVIN, 10 in the Kitchen. **Seeds differ in RL alone**: those of a cell start from one
-pre-trained model, but for Relay's, those of SkiMo, without CEM and SAC on human data in the Mis-aligned Kitchen, and
-one each of SkiMo without joint training in the maze and of SkiMo on human data in the Kitchen.
+pre-trained model, but for Relay's, those of SkiMo, of SkiMo without CEM and of SkiMo + SAC on human data in the
+Mis-aligned Kitchen, and one each of SkiMo without joint training in the maze and of SkiMo on human data in the Kitchen.
 """
 
 
@@ -303,8 +303,8 @@ def fair_text(pairs: list[Ordering]) -> str:
     clean = [pair for pair in holds if pair.clean == "holds"]
     left_out = [why for name, why in UNFAIR.items() if any(name in (pair.first, pair.second) for pair in tested)]
     return (
-        f"Leaving out {', '.join(left_out)}, {len(fair)} were tested, {len(holds)} hold, {len(clean)} of them also in "
-        "clean evaluation."
+        f"Without {', '.join(left_out)}, {len(fair)} pairs remain: {len(holds)} stand as there, {len(clean)} of "
+        "these also without noise."
     )
 
 
@@ -563,11 +563,11 @@ def readme_text(cells) -> str:
         pairs = [pair for pair in every if pair.training]
         holds = sum(pair.training == "holds" for pair in pairs)
         both = sum(pair.training == pair.clean == "holds" for pair in pairs)
-        tested = "no ordering tested"
+        tested = "no pair of methods compared"
         if pairs:
             tested = (
-                f"of {len(every)} pairs of methods that it orders {len(pairs)} could be compared: {holds} as there in "
-                f"training, {both} of these also without noise"
+                f"of its {len(every)} pairs of methods (one better, or both alike) we could compare {len(pairs)}: "
+                f"{holds} stand as in the paper in training, {both} of these also without noise"
             )
         words += (
             f" {DATA.get(data, data).capitalize()} data: {found['begun']} of its {len(PAPER)} curves begun, "

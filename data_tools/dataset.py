@@ -21,7 +21,6 @@ from data_tools.files import CURE, DataError, check_regular, reading, write_atom
 
 KEYS = ("observations", "actions", "terminals", "timeouts")
 LARGEST = 1e6  # an observation or action beyond this is damage
-MOVED = 0.1  # an entry of an object that changes by more has been moved; people's data hold noise of 0.02
 MAX_BYTES = 2**34  # of all arrays of a file; all real ones are below 2**30
 
 
@@ -33,6 +32,8 @@ class OfflineDataset:
     An episode ends at a terminal or a timeout; rows after the last flag form an episode too.
     `attributes` says how the data were made, `fingerprint` is a hash of the content (for checkpoints and logs).
     """
+
+    MOVED = 0.1  # an entry of an object that changes by more has been moved; people's data hold noise of 0.02
 
     def __init__(self, observations, actions, terminals, timeouts, attributes=None, device="cpu", name="the data"):
         """Take array-likes of the shapes above. Raises DataError, which calls the data `name`, if they do not fit."""
@@ -134,7 +135,7 @@ class OfflineDataset:
         dice = np.random.default_rng(seed)
         for entries in objects:
             paths = np.split(obs[:, entries], cuts)  # (rows, entries) of each episode
-            moved = [bool((np.ptp(path, axis=0) > MOVED).any()) for path in paths]
+            moved = [bool((np.ptp(path, axis=0) > self.MOVED).any()) for path in paths]
             ends = [path[-1] for path, was_moved in zip(paths, moved) if was_moved]
             for i, path in enumerate(paths):
                 if ends and not moved[i] and dice.random() < 0.5:

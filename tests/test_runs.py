@@ -1332,6 +1332,9 @@ def test_pretrained_model_is_found_by_all_that_shaped_it(case, tmp_path, monkeyp
             patch.setattr(inspect, "getsource", functools.partial(edited_source, original, part))
             assert module.find_pretrained(args)[0] not in paths, name
     with monkeypatch.context() as patch:
+        patch.setattr(inspect, "getsource", functools.partial(edited_source, original, data_tools.OfflineDataset))
+        assert module.find_pretrained(args)[0] not in paths  # how data are split and drawn
+    with monkeypatch.context() as patch:
         patch.setattr(inspect, "getsource", functools.partial(edited_source, original, None))
         assert module.find_pretrained(args)[0] == path
     for name in tables:
@@ -1438,6 +1441,30 @@ def test_model_given_by_its_path_needs_no_data(case, no_data):
     no_data()
     _, run_dir = case.start(f"--pretrained {case.model}")
     assert_same(state_of(run_dir), state_of(case.run_dir))
+
+
+@pytest.mark.parametrize("case", [name for name in ALGOS if name not in {*golden.FLAT, "relay"}], indirect=True)
+def test_model_of_other_skills_is_refused(case, tmp_path):
+    state = torch.load(case.model, weights_only=True)
+    horizon = case.module.parse_args(case.argv()).skill_horizon + 2
+    assert state["facts"]["skill_horizon"] == horizon - 2
+    state["facts"]["skill_horizon"] = horizon
+    path = tmp_path / "model.pt"
+    torch.save(state, path)
+    refused(lambda: case.start(f"--pretrained {path}"), f"{horizon} env steps", f"--skill-horizon {horizon}")
+
+
+@every_algo
+def test_a_stop_while_torch_compile_works_is_no_failure_of_the_compiler(case, monkeypatch):
+    def compile_stopped(*inputs):
+        signal.raise_signal(signal.SIGINT)  # a terminal's Ctrl-C reaches the compiler, too
+        raise torch._dynamo.exc.TorchDynamoException("CppCompileError")
+
+    monkeypatch.setattr(case.module, "train", compile_stopped)
+    case.interrupted("stopped while torch.compile")
+    monkeypatch.setattr(case.module, "train", mock.Mock(side_effect=torch._dynamo.exc.TorchDynamoException("no g++")))
+    with pytest.raises(SystemExit, match=r"no g\+\+.*install a C\+\+ compiler"):
+        case.start()
 
 
 # -------------------------------------------------------------------------------------------------------- real signals
