@@ -801,7 +801,7 @@ def reading(path: Path):
     try:
         yield
     except (FileNotFoundError, NotADirectoryError):
-        sys.exit(f"error: {path} does not exist; check the path")
+        sys.exit(f"error: {path} does not exist; give another path")
     except (IsADirectoryError, PermissionError) as error:
         reason = error.strerror
         sys.exit(f"error: {path} cannot be read ({reason}); check the path")

@@ -106,10 +106,10 @@ def draw_training(axes, cells, task: str, data: str, end: int, methods, large: b
 
 
 def style(axes, task: str, end: int, size: int = 11):
-    best = TASKS[task].best
+    facts = TASKS[task]
     axes.set_xlim(0, end)
-    axes.set_ylim(-0.03 * best, 1.05 * best)
-    axes.set_yticks(np.linspace(0, best, 5))
+    axes.set_ylim(facts.worst - 0.03 * facts.span, facts.best + 0.05 * facts.span)
+    axes.set_yticks(np.linspace(facts.worst, facts.best, 5))
     axes.xaxis.set_major_formatter(FuncFormatter(thousands))
     axes.set_xlabel("env steps", fontsize=size)
     axes.tick_params(labelsize=size)
@@ -137,7 +137,7 @@ def overview(cells) -> Figure:
         names = [name for name in SHOWN if name in present] or present  # runs of a user's own
         style(axes, task, facts.paper_end, 13)
         ends = draw_training(axes, cells, task, data, facts.paper_end, names, large=False)
-        label_ends(axes, ends, 0.09 * facts.best, 13)
+        label_ends(axes, ends, 0.09 * facts.span, 13)
         axes.set_title(f"{facts.label}\n{DATA.get(data, data)} data", fontsize=15)
         axes.set_ylabel(facts.measure, fontsize=13)
         axes.set_xticks([0, facts.paper_end / 2, facts.paper_end])
@@ -175,7 +175,7 @@ def enlarged(cells, task: str) -> Figure:
     figure.subplots_adjust(top=1 - 0.45 / height, bottom=0.6 / height)
     rows = figure.subplots(len(heights), 2, squeeze=False, gridspec_kw=dict(height_ratios=heights))
     for (training, clean), inches, (data, here) in zip(rows, heights, boards_here.items()):
-        gap = LABEL / inches * 1.08 * facts.best
+        gap = LABEL / inches * 1.08 * facts.span
         end = max(cell.main_end for cell in here.values())
         style(training, task, end)
         ends = draw_training(training, cells, task, data, end, here, large=True)
@@ -197,7 +197,7 @@ def draw_evaluations(axes, name: str, cell: Cell) -> tuple | None:
         for step, value in run.evaluations:
             axes.plot(step, value, "o", color=colour, ms=3.5, alpha=0.5)
     runs = cell.reaching(cell.main_end)
-    steps = sorted({int(round(step, -4)) for run in runs for step, _ in run.evaluations})
+    steps = [step for step, _ in runs[0].evaluations]
     steps = [step for step in steps if not np.isnan([evaluation_at(run, step) for run in runs]).any()]
     if not steps:
         return None

@@ -264,7 +264,8 @@ def board_section(cells, task: str, data: str) -> str:
         ends = {*cell.ends, shared} if cell.ends[-1] >= shared else cell.ends
         rows += [result_row(label(name), cell.reaching(end), end) for end in sorted(ends)]
     text = f"## {starred(task, data)}, {DATA.get(data, data)} data\n\n"
-    text += f"Score: {facts.measure}, at best {facts.best:g}.\n\n" + table(RESULT_HEADER, rows)
+    best = "" if facts.measure == "return" else f", at best {facts.best:g}"  # not known of a user's own task
+    text += f"Score: {facts.measure}{best}.\n\n" + table(RESULT_HEADER, rows)
     text += "\nTraining episodes, unsmoothed mean between two env steps:\n\n"
     edges = bin_edges(max(end for cell in here.values() for end in cell.ends), facts.bin)
     bins = list(zip(edges, edges[1:]))

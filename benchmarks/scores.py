@@ -39,6 +39,11 @@ class Task:
     margin: float  # error of reading the paper's curves: smaller differences count as none
     bin: int  # env steps of a bin in the tables
     one_start: bool = False  # all clean evaluations begin with the same observation: they are no independent samples
+    worst: float = 0.0  # least score
+
+    @property
+    def span(self) -> float:
+        return self.best - self.worst
 
 
 @dataclass(frozen=True)
@@ -138,22 +143,32 @@ def offline_data(facts: dict, path: Path) -> str:
     if not facts.get("results"):  # it still runs, and only its results name the source of a file
         return "data of its own" if facts["args"].get("data") else facts["args"]["dataset"]
     pretraining = facts["results"].get("pretraining") or {}
-    return pretraining.get("data", "not known")
+    data = pretraining.get("data", "not known")
+    return data["source"] if isinstance(data, dict) else data  # of the models that are in this repository
 
 
 def own_task(env_id: str, rows: list[dict]) -> Task:
-    """A task that is not the paper's, from the episodes of its first run."""
-    rows = [row for row in rows if row["episodic_return"]]
-    best, longest, end = (
-        max((float(row[name]) for row in rows), default=1.0)
+    """A task that is not the paper's, from the episodes of all its runs."""
+    returns, lengths, steps = (
+        [float(row[name]) for row in rows if row["episodic_return"]]
         for name in ("episodic_return", "episodic_length", "env_step")
     )
-    width = 1_000 * -(-int(end) // 8_000)  # eight bins in a table
-    return Task(env_id, "return", best if best > 0 else 1.0, 1.0, int(longest), int(end), 0.0, width)
+    worst = min([0.0, *returns])
+    best = max(returns, default=1.0)
+    best = best if best > worst else worst + 1.0
+    end = int(max(steps, default=1))
+    width = 1_000 * -(-end // 8_000)  # eight bins in a table
+    longest = int(max(lengths, default=1))
+    return Task(env_id, "return", best, 1.0, longest, end, 0.0, width, worst=worst)
 
 
-def read_run(path: Path) -> Run:
-    """A run from its JSON and the CSV next to it, or from the args.json of a run folder."""
+def has_begun(path: Path) -> bool:
+    """Whether a log has episodes: not that of a run that still pre-trains or did not get so far."""
+    return path.name != "args.json" or path.with_name("episodes.csv").exists()
+
+
+def read_log(path: Path) -> tuple[str, dict, list[dict]]:
+    """Task, facts and table of a run, from its JSON and the CSV next to it, or from the args.json of a run folder."""
     try:
         if path.name == "args.json":
             args = json.loads(path.read_text())
@@ -162,22 +177,29 @@ def read_run(path: Path) -> Run:
             facts["results"] = json.loads(results.read_text()) if results.exists() else None
             facts["machine"] = (facts["results"] or {}).get("machine")
             table = path.with_name("episodes.csv")
-            if not table.exists():
-                sys.exit(f"error: in {path.parent} RL has not begun yet; wait for its pre-training")
         else:
             facts = json.loads(path.read_text())
             table = path.with_suffix(".csv")
         with table.open() as file:
             rows = list(csv.DictReader(file))
-        task = TASKS.setdefault(facts["env_id"], own_task(facts["env_id"], rows))
+        if not any(row["episodic_return"] for row in rows):
+            sys.exit(f"error: in {table} no episode has ended yet")
+        return facts["env_id"], facts, rows
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.exit(f"error: {path} and its CSV are no whole log ({type(error).__name__}: {error}); move both elsewhere")
+
+
+def read_run(path: Path) -> Run:
+    """A run from its log. A task that is not the paper's has to be in TASKS."""
+    env_id, facts, rows = read_log(path)
+    try:
+        task = TASKS[env_id]
         results = facts.get("results") or {}
         evaluations = [(int(step), value / task.unit) for step, value, _ in results.get("evaluations", [])]
         if not evaluations:  # of a stopped run
             found = [row for row in rows if row.get("eval_return")]
             evaluations = [(int(row["env_step"]), float(row["eval_return"]) / task.unit) for row in found]
         rows = [row for row in rows if row["episodic_return"]]
-        if not rows:
-            sys.exit(f"error: in {table} no episode has ended yet")
         end_steps = np.array([float(row["env_step"]) for row in rows])
         lengths = np.array([float(row["episodic_length"]) for row in rows])
         scores = np.array([float(row["episodic_return"]) for row in rows]) / task.unit
@@ -190,7 +212,7 @@ def read_run(path: Path) -> Run:
         order = np.argsort(steps, kind="stable")
         env_steps = results.get("env_steps", end_steps[-1])
         return Run(
-            task=facts["env_id"],
+            task=env_id,
             method=facts["algo"],
             data="scripted" if data == "none" else data,  # they stand beside each other
             seed=facts["seed"],
@@ -244,7 +266,7 @@ def mean_between(run: Run, low: float, high: float) -> float:
 
 def last_episodes(run: Run, end: int, count: int = 100) -> float:
     """Mean of the last episodes that ended up to an env step; NaN if there are none."""
-    ended = run.ended[run.end_steps <= end + 1_000]
+    ended = run.ended[run.end_steps <= end + min(1_000, end // 8)]
     return ended[-count:].mean() if len(ended) else np.nan
 
 
@@ -252,7 +274,7 @@ def minutes_at(run: Run, end: int) -> float:
     """Minutes of RL up to an env step; NaN before the first episode's end."""
     if run.end <= end and run.facts.get("results"):
         return run.facts["results"]["rl_minutes"]
-    minutes = run.minutes[run.end_steps <= end + 1_000]
+    minutes = run.minutes[run.end_steps <= end + min(1_000, end // 8)]
     return minutes[-1] if len(minutes) else np.nan
 
 
@@ -269,8 +291,8 @@ def prior_alone(run: Run) -> float:
 
 def evaluation_at(run: Run, end: int) -> float:
     """Clean evaluation at an env step; NaN if there was none."""
-    near = [value for step, value in run.evaluations if abs(step - end) <= 5_000]
-    return near[-1] if near else np.nan
+    step, value = min(run.evaluations, key=lambda evaluation: abs(evaluation[0] - end), default=(np.inf, np.nan))
+    return value if abs(step - end) <= min(5_000, end // 8) else np.nan
 
 
 # ------------------------------------------------------------------------------------------------------------ cells
@@ -294,7 +316,20 @@ class Cell(list):
 def read_cells(folder: Path) -> dict[tuple[str, str, str], Cell]:
     """All runs in a folder but for those of studies: (task, method, data) -> runs, in the order of the tables."""
     paths = sorted([*folder.rglob("seed*.json"), *folder.rglob("args.json")])
-    runs = [read_run(path) for path in paths if "studies" not in path.relative_to(folder).parts]
+    paths = [path for path in paths if "studies" not in path.relative_to(folder).parts]
+    waiting = [path for path in paths if not has_begun(path)]
+    if waiting and waiting == paths:
+        sys.exit(f"error: in {waiting[0].parent} RL has not begun yet; wait for its pre-training")
+    for path in waiting:
+        print(f"left out: {path.parent}, whose RL has not begun")
+    paths = [path for path in paths if path not in waiting]
+    own = {}
+    for path in paths:
+        env_id, _, rows = read_log(path)
+        if env_id not in TASKS:
+            own.setdefault(env_id, []).extend(rows)
+    TASKS.update({env_id: own_task(env_id, rows) for env_id, rows in own.items()})
+    runs = [read_run(path) for path in paths]
     cells = {}
     for run in runs:
         cell = cells.setdefault((run.task, run.method, run.data), Cell())

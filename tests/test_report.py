@@ -7,6 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import plot, report, scores
 
@@ -468,10 +469,22 @@ def test_logs_as_the_runner_and_the_algorithm_files_write_them(tmp_path):
     assert [cells[key][0].without_data for key in sorted(cells)] == [True, False, False]
 
 
-def test_a_run_that_still_pretrains_is_left_alone(tmp_path):
-    (tmp_path / "args.json").write_text(json.dumps(dict(exp_name="skimo", env_id="maze", seed=1, num_envs=8)))
-    with pytest.raises(SystemExit, match="RL has not begun yet"):
-        scores.read_run(tmp_path / "args.json")
+@pytest.mark.parametrize("model", sorted(scores.RESULTS.glob("*_pretrained.pt")), ids=lambda path: path.stem)
+def test_runs_from_the_models_of_this_repository_name_their_data(model, tmp_path):
+    data = torch.load(model, weights_only=True)["facts"]["data"]
+    facts = dict(algo="skimo", args=dict(dataset="scripted"), results=dict(pretraining=dict(data=data)))
+    assert scores.offline_data(facts, tmp_path / "args.json") == "scripted"
+
+
+def test_a_run_that_still_pretrains_is_left_alone(tmp_path, capsys):
+    young = tmp_path / "young" / "args.json"
+    young.parent.mkdir()
+    young.write_text(json.dumps(dict(exp_name="skimo", env_id="maze", seed=1, num_envs=8)))
+    with pytest.raises(SystemExit, match="young RL has not begun yet"):
+        scores.read_cells(tmp_path)
+    write_log(tmp_path, "skimo", 1, 0.5)
+    assert set(scores.read_cells(tmp_path)) == {("maze", "skimo", "scripted")}
+    assert "left out: " in capsys.readouterr().out
 
 
 def test_nothing_is_reported_beyond_a_runs_end(tmp_path):
@@ -506,6 +519,14 @@ def test_evaluations_of_a_stopped_run_are_those_of_its_table(tmp_path):
     assert scores.evaluation_at(run, 100_000) == 3 and scores.evaluation_at(run, 200_000) == 4
     assert np.isnan(scores.evaluation_at(run, 210_000))
     assert scores.last_episodes(run, run.end) == 2  # not among the training episodes
+
+
+def test_evaluations_of_a_short_run_are_not_mixed():
+    run = make_run(np.arange(100, 8_001, 100), np.repeat([0.0, 10.0], 40))
+    run.evaluations = [(4_016, 1.0), (8_000, 9.0)]
+    assert [scores.evaluation_at(run, end) for end in (4_000, 8_000)] == [1, 9]
+    assert np.isnan(scores.evaluation_at(run, 6_000))
+    assert scores.last_episodes(run, 4_000) < 2  # ten times 10 at most
 
 
 def test_runs_of_which_one_stopped_before_the_others_first_episode(tmp_path):
@@ -558,12 +579,17 @@ def test_a_task_of_ones_own_has_tables_and_curves(tmp_path, monkeypatch):
     monkeypatch.setattr(scores, "TASKS", dict(scores.TASKS))
     for module in (plot, report):
         monkeypatch.setattr(module, "TASKS", scores.TASKS)
-    write_log(tmp_path, "mine", 1, 0.5, steps=4_800, length=60)
-    log = tmp_path / "maze" / "mine" / "scripted" / "seed1.json"
-    log.write_text(log.read_text().replace('"env_id": "maze"', '"env_id": "moon"'))
+    for name, value, length in (("mine", 0.5, 60), ("other", -2.0, 400)):
+        write_log(tmp_path, name, 1, value, steps=4_800, length=length)
+        log = tmp_path / "maze" / name / "scripted" / "seed1.json"
+        log.write_text(log.read_text().replace('"env_id": "maze"', '"env_id": "moon"'))
     report.main(report.Args(tmp_path))
     text = (tmp_path / "RESULTS.md").read_text()
-    assert "## moon, scripted data" in text and "Score: return, at best 50." in text
+    assert "## moon, scripted data" in text and "Score: return.\n" in text
     row = next(line for line in text.splitlines() if line.startswith("| mine | 1 |"))
     assert "**50.00** (50.00)" in row
     assert (tmp_path / "curves_moon.png").stat().st_size > 10_000
+    moon = scores.TASKS["moon"]  # of all runs
+    assert (moon.worst, moon.best, moon.longest) == (-200, 50, 400)
+    (run,) = scores.read_cells(tmp_path)["moon", "mine", "scripted"]
+    assert run.steps[0] == 400  # as late as an episode of the other could end
