@@ -26,8 +26,8 @@ Differences from the release (google-research/dads), marked DEVIATION n below
    entry that has hardly ever moved has a tiny std, so q is surprised when it moves, and the reward falls to as little
    as -50 nats until q has seen more of it.
 2. q sees the position as well, as walls depend on it (release on Ant: z alone). x: position (maze), all (others).
-3. Replay of all env steps (10,000), as R would forget a reward that is dropped; not weighted by pi_now / pi_then,
-   which the release does in some configurations.
+3. Replay of 300,000 steps (10,000), all of a default run, as R forgets a reward that is dropped; not weighted by
+   pi_now / pi_then, which the release does in some configurations.
 4. Policy and critics are those of sac.py: sines and cosines of positions, its log std and weights; 128 units (512) and
    a learning rate of 1e-3 (3e-4), as updates are few; L = 16 (100). They are meant for one core.
 5. Updates come one at a time: one of q, then eight of SAC (8, then 64, every 500 env steps).
@@ -35,10 +35,10 @@ Differences from the release (google-research/dads), marked DEVIATION n below
    over the plans, so that a temperature means the same for all rewards. Where R knows nothing its small errors are
    divided, too, and choose the skill. Evaluation takes the policy's mode (release: samples).
 7. The release plans with a known dense reward. Our tasks' rewards are sparse, so R is learnt from what was seen, in
-   both phases, and so is q; nothing in the papers says how (release: q is that of phase A). Until a first reward, phase
-   B executes random skills as phase A does. --task-reward known tells the planner the task's success test: a labelled
-   control, not the method, and no upper bound. Where no sampled plan succeeds, as nearly everywhere in the maze, all
-   plans weigh the same, and their mean, a skill near 0, is executed.
+   both phases, and so is q; nothing in the papers says how (release: q is that of phase A). While the replay holds
+   none, phase B executes random skills as phase A does. --task-reward known tells the planner the task's success test:
+   a labelled control, not the method, and no upper bound. Where no sampled plan succeeds, as nearly everywhere in the
+   maze, all plans weigh the same, and their mean, a skill near 0, is executed.
 A time-out is no end for SAC, which counts the next state's value.
 Free choices: Z, hold_steps, the share of phase A. R cannot see which sub-tasks are done, which the reward depends on.
 

@@ -1386,7 +1386,7 @@ def main(args: Args) -> dict:
             if not resumed:
                 with reading(path):
                     facts = dict(load(path, dict(networks=networks))["facts"])
-                horizon = facts.get("skill_horizon", args.skill_horizon)
+                horizon = facts.get("skill_horizon", args.skill_horizon)  # older models do not say
                 if horizon != args.skill_horizon:
                     sys.exit(f"error: the model's skills have {horizon} env steps; use --skill-horizon {horizon}")
                 print(f"pre-trained model: {path}")

@@ -304,8 +304,8 @@ def fair_text(pairs: list[Ordering]) -> str:
     clean = [pair for pair in holds if pair.clean == "holds"]
     left_out = [why for name, why in UNFAIR.items() if any(name in (pair.first, pair.second) for pair in tested)]
     return (
-        f"Without {', '.join(left_out)}, {len(fair)} pairs remain: {len(holds)} stand as there, {len(clean)} of "
-        "these also without noise."
+        f"Without {', '.join(left_out)}, {len(fair)} pairs remain; as in the paper: {len(holds)}, also without "
+        f"noise: {len(clean)}."
     )
 
 

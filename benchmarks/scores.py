@@ -190,8 +190,12 @@ def read_log(path: Path) -> tuple[str, dict, list[dict]]:
 
 
 def read_run(path: Path) -> Run:
-    """A run from its log. A task that is not the paper's has to be in TASKS."""
-    env_id, facts, rows = read_log(path)
+    """A run of one of the paper's tasks from its log."""
+    return run_of(path, *read_log(path))
+
+
+def run_of(path: Path, env_id: str, facts: dict, rows: list[dict]) -> Run:
+    """A run from what read_log(path) returned; its task is in TASKS."""
     try:
         task = TASKS[env_id]
         results = facts.get("results") or {}
@@ -322,14 +326,13 @@ def read_cells(folder: Path) -> dict[tuple[str, str, str], Cell]:
         sys.exit(f"error: in {waiting[0].parent} RL has not begun yet; wait for its pre-training")
     for path in waiting:
         print(f"left out: {path.parent}, whose RL has not begun")
-    paths = [path for path in paths if path not in waiting]
+    logs = [(path, *read_log(path)) for path in paths if path not in waiting]
     own = {}
-    for path in paths:
-        env_id, _, rows = read_log(path)
+    for _, env_id, _, rows in logs:
         if env_id not in TASKS:
             own.setdefault(env_id, []).extend(rows)
     TASKS.update({env_id: own_task(env_id, rows) for env_id, rows in own.items()})
-    runs = [read_run(path) for path in paths]
+    runs = [run_of(*log) for log in logs]
     cells = {}
     for run in runs:
         cell = cells.setdefault((run.task, run.method, run.data), Cell())

@@ -293,12 +293,18 @@ def test_ppo_loss_is_the_clipped_one():
     )
 
 
-def test_an_update_moves_what_learns_and_nothing_else():
+def agent_with_rollout():
+    """An agent with other weights and a full buffer of made-up skills."""
     args = tiny_args()
     agent = noisy_agent(args).float()
     rb = reskill.RolloutBuffer(4, 2, args)
     for t in range(args.rollout_skills):
         rb.add(*random_skill(args, t))
+    return agent, rb
+
+
+def test_an_update_moves_what_learns_and_nothing_else():
+    agent, rb = agent_with_rollout()
     state = agent.state_dict()
     frozen = {name: value.clone() for name, value in state.items() if name.startswith(("skills", "flow"))}
     rb.prepare(agent)
@@ -317,11 +323,7 @@ def test_an_update_moves_what_learns_and_nothing_else():
 
 
 def test_a_nan_of_a_policy_that_rests_is_noticed():
-    args = tiny_args()
-    agent = noisy_agent(args).float()
-    rb = reskill.RolloutBuffer(4, 2, args)
-    for t in range(args.rollout_skills):
-        rb.add(*random_skill(args, t))
+    agent, rb = agent_with_rollout()
     rb.prepare(agent)
     with torch.no_grad():
         agent.high.policy[0].weight[0, 0] = torch.nan
