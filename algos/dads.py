@@ -42,7 +42,7 @@ Differences from the release (google-research/dads), marked DEVIATION n below
 A time-out is no end for SAC, which counts the next state's value.
 Free choices: Z, hold_steps, the share of phase A. R cannot see which sub-tasks are done, which the reward depends on.
 
-Expect nearly no reward: plans look K x H = 10 env steps ahead, the maze's goal is 900 away; SkiMo's authors report the
+Expect nearly no reward: plans look K x H = 10 env steps ahead, the maze's goal is 700 away; SkiMo's authors report the
 same. That it works where a goal is near is shown by `python benchmarks/skill_control.py --out dads.csv`.
 A run's folder holds the same files as skimo.py's.
 Differs from skimo.py in: Args, TASK_DEFAULTS, POSITION_PERIODS, Inputs, policy_loss, plan, Planner, rollout,
