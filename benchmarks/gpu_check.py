@@ -94,14 +94,17 @@ def wait(process: subprocess.Popen, seconds: float) -> str:
         return f"stopped after {seconds:.0f} s"
 
 
-def stop(process: subprocess.Popen):
-    """SIGTERM, upon which runs save; SIGKILL to what is left after 25 seconds of it and of what it started."""
-    process.send_signal(signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(25)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def stop(*processes: subprocess.Popen):
+    """SIGTERM to all, upon which runs save side by side; SIGKILL after 25 seconds to what is left, and its children."""
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    enough = time.time() + 25
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.1, enough - time.time()))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 # ------------------------------------------------------------------------------------------------------------ the parts
@@ -209,9 +212,7 @@ def check_training(args: Args) -> dict:
         problems = [f"{name}: exit code {process.returncode}" for name, process in ended if process.returncode]
         runs = runs_in(folder, device)
     finally:
-        for _, process in programs:
-            if process.poll() is None:
-                stop(process)
+        stop(*[process for _, process in programs if process.poll() is None])
         shutil.rmtree(folder, ignore_errors=True)
     if len(runs) < 2 * len(seeds):
         problems.append(f"{len(runs)} of {2 * len(seeds)} runs started")
@@ -272,9 +273,7 @@ def main(args: Args):
     try:
         check(args)
     finally:
-        for process in STARTED:
-            if process.poll() is None:
-                stop(process)
+        stop(*[process for process in STARTED if process.poll() is None])
 
 
 def check(args: Args):

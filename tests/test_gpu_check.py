@@ -115,6 +115,24 @@ def test_what_a_stopped_program_started_is_stopped_as_well(tmp_path):
         time.sleep(0.05)
 
 
+def test_programs_are_stopped_side_by_side(tmp_path):
+    started, first, second = tmp_path / "started", tmp_path / "first", tmp_path / "second"
+    code = "import signal, sys, time\nfrom pathlib import Path\n"
+    code += "def save(*_):\n    {}\n    Path(sys.argv[1]).touch()\n    sys.exit(0)\n"
+    code += "signal.signal(signal.SIGTERM, save)\nPath(sys.argv[2]).touch()\ntime.sleep(60)"
+    waits = code.format(f"while not Path({str(second)!r}).exists(): time.sleep(0.01)")
+    processes = []
+    for program, done in ((waits, first), (code.format("pass"), second)):
+        command = [sys.executable, "-c", program, str(done), f"{started}{len(processes)}"]
+        processes.append(gpu_check.start(command, tmp_path / "log"))
+    deadline = time.time() + 60
+    while not all(Path(f"{started}{i}").exists() for i in range(2)):
+        assert time.time() < deadline
+        time.sleep(0.02)
+    gpu_check.stop(*processes)  # the first ends by itself only if the second was told, too
+    assert first.exists() and second.exists()
+
+
 def test_parts_that_were_run_before_stay_in_the_report(out, monkeypatch):
     monkeypatch.setattr(gpu_check, "check_tests", lambda args: dict(status="ok", passed=5, failed=[], measured=[]))
     monkeypatch.setattr(gpu_check, "check_speed", lambda args: dict(status="ok", rows=[]))
