@@ -1,4 +1,4 @@
-"""What can only go wrong on a GPU: CUDA graphs that are replayed, waits for the device, resume, memory.
+"""What can only go wrong on a GPU: CUDA graphs that are replayed, tensors on two devices, waits, resume, memory.
 
     pytest tests/test_cuda.py                             # most are skipped without CUDA
     GPU_CHECK_DEVICE=cpu pytest tests/test_cuda.py        # rehearsal of the tests themselves, without torch.compile
@@ -7,6 +7,7 @@ GPU_CHECK_ALGOS names the files (default: all), GPU_CHECK_FACTS a file that gets
 """
 
 import contextlib
+import copy
 import json
 import os
 import threading
@@ -19,6 +20,7 @@ import torch
 
 from benchmarks import speed
 from tests import golden
+from tests.second_device import second_device
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = os.environ.get("GPU_CHECK_DEVICE", "cuda")
@@ -32,7 +34,7 @@ SIZES = dict(
     pretrain_eval_interval=10**9, buffer_size=1000, encoder_dim=16, num_steps=3, deter_dim=12, stoch_dim=4,
     batch_length=8, imagine_starts=32, imagine_steps=4, discover_steps=300, controller_dim=16,
     flow_dim=16, policy_dim=16, rollout_skills=5, updates_per_rollout=30,
-    demo_rows=100, mppi_iters=2, policy_updates=2,
+    demo_rows=100, mppi_iters=2, policy_updates=2, flow_windows=100, flow_updates=6,
 )  # fmt: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -144,24 +146,29 @@ def no_waiting():
             torch.cuda.set_sync_debug_mode("default")
 
 
+def sampler(algo, args):
+    """Draws a batch from the replay buffer. On-policy data come from the CPU, once: theirs was drawn before."""
+    rb = speed.filled_replay(algo, "kitchen", args)
+    batch = rb.sample(args.batch_size)
+    return (lambda: batch) if algo.__name__ == "option_critic" else lambda: rb.sample(args.batch_size)
+
+
 @needs_device
 @algorithms
 def test_an_rl_update_never_waits_for_the_device(name):
     algo = speed.load_algorithm(name)
     args = tiny_args(algo, False)
     agent = speed.make_agent(algo, "kitchen", args)
-    rb = speed.filled_replay(algo, "kitchen", args)
-    agent.update(*rb.sample(args.batch_size))
+    sample = sampler(algo, args)
+    agent.update(*sample())
     with no_waiting():
         for _ in range(3):
-            agent.update(*rb.sample(args.batch_size))
+            agent.update(*sample())
 
 
-@needs_device
-@with_pretraining
-def test_a_pretraining_update_never_waits_for_the_device(name, tmp_path):
-    algo = speed.load_algorithm(name)
-    args = speed.replaced(tiny_args(algo, False), dict(pretrain_updates=50))
+def some_pretraining(algo, args, tmp_path, watch):
+    """Ten updates of pre-training; calls watch() after five."""
+    args = speed.replaced(args, dict(pretrain_updates=50))
     window = getattr(args, "pretrain_skills", 1) * args.skill_horizon + 1
     data = speed.TimedData(speed.random_dataset(algo, "kitchen", window), speed.Args(device="cpu", quick=True))
     name = "sample_pairs" if hasattr(algo, "relabel") else "sample_windows"
@@ -170,19 +177,23 @@ def test_a_pretraining_update_never_waits_for_the_device(name, tmp_path):
     def draw(batch_size, length):
         if data.calls == 10:
             raise speed.Enough
-        if data.calls == 5 and CUDA:
-            torch.cuda.set_sync_debug_mode("error")
+        if data.calls == 5:
+            watch()
         return sample(batch_size, length)
 
     setattr(data, name, draw)
     data.next = -1  # the clock is not asked
     networks = algo.make_networks(args, 30, 9)
     with pytest.raises(speed.Enough):
-        try:
-            algo.pretrain(args, networks, tmp_path / "model.pt", data, mock.MagicMock(), threading.Event())
-        finally:
-            if CUDA:
-                torch.cuda.set_sync_debug_mode("default")
+        algo.pretrain(args, networks, tmp_path / "model.pt", data, mock.MagicMock(), threading.Event())
+
+
+@needs_device
+@with_pretraining
+def test_a_pretraining_update_never_waits_for_the_device(name, tmp_path):
+    algo = speed.load_algorithm(name)
+    with contextlib.ExitStack() as stack:
+        some_pretraining(algo, tiny_args(algo, False), tmp_path, lambda: stack.enter_context(no_waiting()))
 
 
 def memory_in_use() -> int:
@@ -286,6 +297,18 @@ def tensors(values) -> list:
     return [tensor for value in values for tensor in tensors(value)]
 
 
+def with_rewards(agent_type):
+    """Agents of this type that have seen rewards: both of HIRO's levels learn, DADS plans."""
+
+    def rewarded(*inputs):
+        agent = agent_type(*inputs)
+        if hasattr(agent, "rewarded"):
+            agent.rewarded.fill_(1)
+        return agent
+
+    return rewarded
+
+
 def both_phases(algo, folder):
     """Pre-training, where there is one, and RL on the CPU, with logs and planner: checkpoint and all logged numbers."""
     args = tiny_args(algo, True, "cpu")
@@ -297,21 +320,13 @@ def both_phases(algo, folder):
     writer = mock.MagicMock()
     writer.add_scalar = lambda name, value, step: name.startswith("charts") or logged.append((name, float(value), step))
     networks = ()
-    agent_type = algo.Agent
-
-    def rewarded(*inputs):
-        agent = agent_type(*inputs)
-        if hasattr(agent, "rewarded"):  # both of HIRO's levels learn, DADS plans
-            agent.rewarded.fill_(1)
-        return agent
-
     short = {}
     if speed.has_skills(algo):  # the warm-up waits for whole episodes
         short = dict(max_episode_steps=70)
         args = speed.replaced(args, dict(num_envs=2))
     with (
         mock.patch.dict(algo.data_tools.TASKS["kitchen"].env_kwargs, short),
-        mock.patch.object(algo, "Agent", rewarded),
+        mock.patch.object(algo, "Agent", with_rewards(algo.Agent)),
         mock.patch.object(algo, "rollout", return_value=(np.zeros(1), np.zeros(1))),
         mock.patch.object(torch.Tensor, "cpu", torch.Tensor.clone),  # as from a GPU
     ):
@@ -344,3 +359,86 @@ def test_nothing_is_read_after_the_next_replay_overwrote_it(name, tmp_path, monk
             assert torch.equal(one, other)
     for one, other in zip(state["rb"].values(), expected["rb"].values()):
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else True
+
+
+# --------------------------------------------------------------------------------------------- a GPU, played on the CPU
+@algorithms
+def test_a_run_keeps_its_tensors_on_one_device(name, tmp_path):
+    """Pre-training, RL, evaluations and resume, with "cuda" as a device of its own."""
+    algo = speed.load_algorithm(name)
+    args = speed.replaced(tiny_args(algo, False, "cuda"), dict(total_timesteps=300, warmup_steps=10, warmup_skills=2))
+    args = speed.replaced(args, dict(updates_per_step=0.03, updates_per_skill=0.4, eval_interval=150, eval_episodes=1))
+    args = speed.replaced(args, dict(pretrain_eval_interval=2, pretrain_eval_episodes=1, run_dir=str(tmp_path)))
+    if name == "option_critic":
+        args.batch_size = 16
+    if name not in golden.FLAT:
+        golden.make_data(tmp_path / "data.hdf5", 30, 9)
+        args = speed.replaced(args, dict(data=str(tmp_path / "data.hdf5"), data_dir=str(tmp_path)))
+    with (
+        second_device() as gpu,
+        mock.patch.dict(algo.data_tools.TASKS["kitchen"].env_kwargs, dict(max_episode_steps=70)),
+        mock.patch.object(algo, "Agent", with_rewards(algo.Agent)),
+    ):
+        first = algo.main(args)
+        (checkpoint,) = tmp_path.glob("*/checkpoint.pt")
+        resumed = algo.main(speed.replaced(args, dict(resume=str(checkpoint.parent), total_timesteps=500)))
+    assert 3 < first["updates"] < resumed["updates"]
+    assert len(first["evaluations"]) < len(resumed["evaluations"])
+    assert gpu.operations > 5_000
+
+
+@algorithms
+def test_an_rl_update_waits_for_no_second_device(name):
+    algo = speed.load_algorithm(name)
+    args = tiny_args(algo, False, "cuda")
+    with second_device() as gpu:
+        agent = speed.make_agent(algo, "kitchen", args)
+        sample = sampler(algo, args)
+        agent.update(*sample())
+        gpu.may_wait = False
+        before = gpu.operations
+        for _ in range(3):
+            agent.update(*sample())
+    assert gpu.operations > before + 100
+
+
+@with_pretraining
+def test_a_pretraining_update_waits_for_no_second_device(name, tmp_path):
+    algo = speed.load_algorithm(name)
+    with second_device() as gpu:
+
+        def watch():
+            gpu.may_wait = False
+            gpu.operations = 0
+
+        some_pretraining(algo, tiny_args(algo, False, "cuda"), tmp_path, watch)
+    assert gpu.operations > 100
+
+
+def test_the_second_device_is_as_strict_as_a_gpu():
+    with second_device() as gpu:
+        x = torch.rand(3, 2)
+        y = x.to("cuda")
+        net = torch.nn.Linear(2, 4).to("cuda")
+        other = copy.deepcopy(net)
+        one_hot = torch.nn.functional.one_hot(torch.arange(3, device="cuda"), 4)
+        made = y[1:], y + 1, torch.zeros_like(y), net(y), other.weight, one_hot, torch.cat([y, y]), y.double()
+        for tensor in (y, *made):
+            assert tensor.device.type == "cuda"
+        for tensor in (x, y.cpu(), torch.rand(2), torch.zeros_like(x), torch.zeros(2, device=x.device)):
+            assert tensor.device.type == "cpu"
+        net(y).square().mean().backward()
+        assert net.weight.grad.device.type == "cuda"
+        assert torch.equal((y * torch.tensor(2.0)).cpu(), 2 * x)  # a single number may lie on the CPU
+        for wrong in (lambda: y + x, lambda: net(x), lambda: y[torch.arange(2)], lambda: torch.cat([x, y])):
+            with pytest.raises(RuntimeError, match="expected all tensors to be on the same device"):
+                wrong()
+        for wrong in (y.numpy, lambda: np.asarray(y)):
+            with pytest.raises(TypeError, match="can't convert cuda:0"):
+                wrong()
+        gpu.may_wait = False
+        y.sum().add_(1.0)
+        torch.full((2,), 3.0, device="cuda")
+        for waits in (y.sum().item, y.cpu, lambda: x.to(y), lambda: y[y > 0], lambda: torch.tensor(1.0, device="cuda")):
+            with pytest.raises(RuntimeError, match="called a synchronizing CUDA operation"):
+                waits()
