@@ -52,7 +52,7 @@ Score, sub-tasks per training episode in the last 25,000 of 200,000 env steps: K
 prior: .84), Mis-aligned 2.2 / 2.3. In the last 50,000 of 300,000: CALVIN 0 / .84 (prior: .155), maze 0 / 0
 (prior: .23).
 In the maze and in CALVIN's seed 1 values run away. No CPU preset: the maze takes 49 and 78 minutes, on a core and
-beside another run, the others half of that and less.
+beside another run, the others 24 to 35.
 Shapes: B batch, L rows per window, O observation, F inputs, A action, Z skill, s and h their sizes, d = s + h,
 E environments, S starts, J imagined skills. Actions of dreamer.py's parts (..., A) are here skills u (..., Z).
 """

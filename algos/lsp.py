@@ -141,7 +141,7 @@ TASK_DEFAULTS = {
 }
 
 # --cpu-preset: that of dreamer.py, with plans of two skills, a larger c and a fast predictor. As there the actor must
-# not be fast: at 1e-3 two of six ended in the corners of the tanh, where all skills do the same (study actor_rate).
+# not be fast: at 1e-3 two of seven ended in the corners of the tanh, where all skills do the same (study actor_rate).
 CPU_PRESET = dict(
     deter_dim=128, stoch_dim=16, encoder_dim=128, hidden_dim=128, batch_size=16, batch_length=32, imagine_starts=128,
     updates_per_step=0.05, num_skills=2, mi_coef=1.0, learning_rate=1e-3, predictor_lr=3e-3,

@@ -8,7 +8,7 @@ plan of K skills takes K * H predictions, and each of them adds its error: what 
 
 Differs from skimo.py in: PRETRAINED, Args, WorldModel, SkillModel, make_networks, pretrain_loss, model_loss,
     execute_skill, rollout, ReplayBuffer, Agent, train
-Paper: no curve; its text says clearly worse than SkiMo.
+Paper: no curve; its text says that it fails at long-horizon planning.
 
 1. Pre-training: encode chunks of H actions as skills z ~ q. Loss = behavioural cloning + KL(q || N(0,1)) (eq. 3)
    + reconstruction + consistency of h_{t+1} = D1(h_t, a_t) at each env step + prior KL(q || p(h_i)) (eq. 5)

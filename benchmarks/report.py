@@ -71,8 +71,8 @@ it differs from what the logs give. How the numbers are made: [README](README.md
   objects' states are simulated again; the file is not in this repository), with shifted arms and recombined objects in
   pre-training, which the paper does not have. So compare the order of methods, not heights.
 - **Clean evaluation**: without exploration noise. **On CALVIN 20 episodes are not 20 samples**: all start in the same
-  state, without noise, and most policies are deterministic up to a planner's samples (of 20 such episodes of SkiMo, 18
-  stayed within 1 mm of each other; no log kept). How many differ in each cell was not logged. They begin with an open
+  state, without noise, and most policies are deterministic up to a planner's samples (of 20 such episodes by the mode
+  of SkiMo's published prior, 18 stayed within 1 mm of each other; no log kept). How many differ in each cell was not logged. They begin with an open
   gripper, training episodes with the last one's command, often closed ([more](../data_tools/README.md#calvin)): the two
   are not alike. In the maze every episode starts elsewhere. In the kitchens all start in the same state, and what is
   observed has noise of its own in each.
@@ -83,8 +83,8 @@ it differs from what the logs give. How the numbers are made: [README](README.md
   `results/TASK/METHOD/DATA/seedN.json` under `attempts`. Leave out the folders and, in older ones, `--num-threads 1`
   (now the environment variable `OMP_NUM_THREADS=1`).
 - **Length of plans**: CEM plans 1 skill ahead on CALVIN and up to 10 in the kitchens. In the maze plans grow by the
-  release's schedule, made for 2M env steps: 1 skill up to 111,000 env steps, 2 up to 222,000, 3 at 300,000. So only
-  the kitchens test long plans here.
+  release's schedule, made for 2M env steps: 1 skill up to 111,000 env steps, 2 up to 222,000, 3 at 300,000 (6
+  at 610,000, where one seed went on). So only the kitchens test long plans here.
 - **Seeds of a cell share a pre-trained model**, so their spread is that of RL alone. Relay's seeds, those of
   SkiMo, of SkiMo without CEM and of SkiMo + SAC in the Mis-aligned Kitchen on human data, and one seed each of SkiMo
   without joint training in the maze and of SkiMo in the Kitchen on human data have models of their own.
