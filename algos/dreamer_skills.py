@@ -48,6 +48,7 @@ Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, PEOPLE, RELEASE, PUBL
 sample_gaussian, make_networks, RSSM, ActionModel, pretrain_loss, prior_rollouts, pretrain_lr, find_pretrained,
 pretrain, Agent, train, evaluate, check_args.
 A run's folder holds what skimo.py names. Its prior_return is of skills 2 tanh(x); the warm-up draws them as they are.
+With --release-defects it is of actions without the tanh, as they were trained.
 Score, sub-tasks per training episode in the last 25,000 of 200,000 env steps: Kitchen 2.7 / 2.3 (seeds 1, 2;
 prior: .84), Mis-aligned 2.2 / 2.3. In the last 50,000 of 300,000: CALVIN 0 / .84 (prior: .155), maze 0 / 0
 (prior: .23).

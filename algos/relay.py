@@ -32,7 +32,8 @@ steps, and goals of the high level lie up to 260 ahead. The maze's path takes 70
 more than 500; yet RIL alone gets there in .03 to .59 of the episodes (five seeds): what comes out of RIL varies much.
 
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, POSITION_PERIODS, make_networks, pretrain_loss,
-    ppo_loss, prior_rollouts, RolloutBuffer, find_pretrained, pretrain, Agent, train, evaluate, parse_args, check_args.
+    ppo_loss, prior_rollouts, RolloutBuffer, find_pretrained, pretrain, Agent, train, evaluate, PRETRAINING, parse_args,
+    check_args.
 A run's folder holds what skimo.py names.
 Score: RIL alone, scripted data, three seeds, sub-tasks of 4: Kitchen 3.2 (--flat: 2.6), Mis-aligned Kitchen 2.1 (2.2),
 17 demonstrated sets, in any order, 3.1 (2.7). The paper has 2.4 (2.2) there, on its own choice of 17.
@@ -974,6 +975,9 @@ def evaluate(args: Args):
 # ----------------------------------------------------------------------------------------------------------------- main
 # With --resume all other flags stay as they were.
 MAY_CHANGE = "resume device compile checkpoint_interval eval_interval eval_episodes capture_video total_timesteps"
+# With --pretrained, whose model is finished, these would do nothing.
+PRETRAINING = """min_scale low_window high_window pretrain_updates pretrain_batch_size pretrain_lr
+    pretrain_eval_interval pretrain_eval_episodes"""
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -1011,8 +1015,12 @@ def parse_args(argv: list[str] | None = None) -> Args:
         task = defaults["env_id"]
         sys.exit(f"error: {given.evaluate} is an agent of {task}: leave out --env-id")
     for name, value in asdict(args).items():
-        if given.resume and name not in MAY_CHANGE.split() and value != defaults[name]:
-            sys.exit(f"error: --{name.replace('_', '-')} cannot change with --resume: leave it out, or begin a new run")
+        flag = f"--{name.replace('_', '-')}"
+        before = defaults.get(name, getattr(Args, name))
+        if given.resume and name not in MAY_CHANGE.split() and value != before:
+            sys.exit(f"error: {flag} cannot change with --resume: leave it out, or begin a new run")
+        if args.pretrained and name in PRETRAINING.split() and value != before:
+            sys.exit(f"error: {flag} does nothing to the finished model of --pretrained: leave out one of them")
     return args
 
 

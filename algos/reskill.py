@@ -35,7 +35,8 @@ The release's last skill of a roll-out enters PPO with the advantage of an older
 is checked against formulas, not beside the release.
 
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, PEOPLE, RELEASE, PUBLISHED, SkillModel, make_networks,
-pretrain_loss, prior_rollouts, pretrain_lr, find_pretrained, pretrain, Agent, train, evaluate, check_args, main.
+pretrain_loss, prior_rollouts, pretrain_lr, find_pretrained, pretrain, Agent, train, evaluate, PRETRAINING, check_args,
+main.
 A run's folder holds what skimo.py names.
 It needs many env steps, 300,000 are 30 roll-outs, each used once, but they are cheap: 2M in the maze take 7 minutes.
 Score: maze, last 100 training episodes at 300,000 env steps: .33 / .30 / .51 (prior: .20 and .23), at 2M
@@ -1388,10 +1389,9 @@ def evaluate(args: Args):
 # ----------------------------------------------------------------------------------------------------------------- main
 # With --resume all other flags stay as they were.
 MAY_CHANGE = "resume device compile checkpoint_interval eval_interval eval_episodes capture_video total_timesteps"
-# With --pretrained, whose model is finished, these would do nothing.
+# With --pretrained, whose model is finished, these would do nothing. The flow is learnt all the same.
 PRETRAINING = """pretrain_updates pretrain_skills pretrain_batch_size pretrain_lr pretrain_lr_decay pretrain_tau
-    bc_chunks arm_noise recombine bc_coef kl_coef prior_coef recon_coef clip_updates clip_norm
-    pretrain_eval_interval pretrain_eval_episodes"""
+    bc_chunks bc_coef kl_coef prior_coef recon_coef clip_updates clip_norm pretrain_eval_interval"""
 
 
 def parse_args(argv: list[str] | None = None) -> Args:

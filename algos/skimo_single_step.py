@@ -21,8 +21,8 @@ Paper: no curve; its text says that it fails at long-horizon planning.
 The authors did not release this variant and the paper says no more than the idea, so this reading is ours:
 - pi_L acts on predicted states. So world model and pi_L share one encoder E, which is frozen in RL: so is pi_L, and it
   would misread states that move.
-- D1 learns from real actions, which the replay holds. The error after t env steps has weight rho^(t/H)/H, so that a
-  skill counts about as much as in SkiMo.
+- D1 learns from real actions, which the replay holds. The error of env step t = 0, 1, ... has weight rho^(t/H)/H, so
+  that a skill counts about as much as in SkiMo.
 - Pre-training rolls D1 out through the window. RL begins anew from E(s) at each skill: over N * H = 100 steps states
   and gradients grew beyond float32.
 - --dynamics-input skill is a variant: D1(h, z) H times, without pi_L.

@@ -47,8 +47,8 @@ def describe_machine() -> str:
         cpu = platform.processor() or platform.machine()
     try:
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        gpus = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")
-    except OSError:
+        gpus = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")
+    except (OSError, subprocess.CalledProcessError):  # no such program, or no driver
         gpus = []
     gpus = [gpu.strip() for gpu in gpus if gpu.strip()] or ["no GPU"]
     return f"{cpu}, {os.cpu_count()} cores, {', '.join(gpus)}, Python {platform.python_version()}, {platform.system()}"

@@ -72,10 +72,10 @@ it differs from what the logs give. How the numbers are made: [README](README.md
   pre-training, which the paper does not have. So compare the order of methods, not heights.
 - **Clean evaluation**: without exploration noise. **On CALVIN 20 episodes are not 20 samples**: all start in the same
   state, without noise, and most policies are deterministic up to a planner's samples (of 20 such episodes by the mode
-  of SkiMo's published prior, 18 stayed within 1 mm of each other; no log kept). How many differ in each cell was not logged. They begin with an open
-  gripper, training episodes with the last one's command, often closed ([more](../data_tools/README.md#calvin)): the two
-  are not alike. In the maze every episode starts elsewhere. In the kitchens all start in the same state, and what is
-  observed has noise of its own in each.
+  of SkiMo's published prior, 18 stayed within 1 mm of each other; no log kept). How many differ in each cell was not
+  logged. They begin with an open gripper, training episodes with the last one's command, often closed
+  ([more](../data_tools/README.md#calvin)): the two are not alike. In the maze every episode starts elsewhere. In the
+  kitchens all start in the same state, and what is observed has noise of its own in each.
 - **Prior alone**: roll-outs of the pre-trained prior, where RL begins. Those of the Mis-aligned Kitchen's models were
   mostly in the Kitchen, so it shows none.
 - **RL minutes**: without pre-training, mostly one thread beside other jobs on two shared cores: upper bounds.

@@ -80,6 +80,10 @@ class Args:
     runs_per_gpu: int = 1  # runs that share a GPU
     max_retries: int = 3  # how often a run is started again before it counts as failed
 
+    def __post_init__(self):
+        for name in ("results_dir", "run_dir", "checkpoints_dir", "algos_dir"):
+            setattr(self, name, getattr(self, name).expanduser())  # a shell leaves --run-dir=~/runs as it is
+
 
 @dataclass
 class Cell:
@@ -182,7 +186,7 @@ def run_cell(command: list[str], flags: list[str], folder: Path, checkpoint: Pat
         run_dir = find_run_dir(folder)
         if run_dir is None or read_json(run_dir / "results.json") is None:
             if run_dir is not None:  # keeps the curves of pre-training
-                command = [*command, "--resume", str(run_dir)]
+                command = resumed(command, run_dir)
             attempt = dict(time=time.strftime("%Y-%m-%d %H:%M:%S"), flags=flags, command=shlex.join(command))
             attempt |= dict(**describe_code(root), machine=describe_machine())
             with (folder / "attempts.jsonl").open("a") as file:
@@ -329,6 +333,16 @@ class Display:
 # ------------------------------------------------------------------------------------------------------------ the grid
 
 
+def resumed(command: list[str], run_dir: Path) -> list[str]:
+    """The command that goes on with a run. Where folders were, the run itself has noted: they may have moved."""
+    command = list(command)
+    for flag in ("--run-dir", "--data-dir"):
+        if flag in command:
+            at = command.index(flag)
+            del command[at : at + 2]
+    return [*command, "--resume", str(run_dir)]
+
+
 def pretrained_name(file: Path) -> str:
     """What an algorithm file says about its pre-trained model, PRETRAINED = "...", or its own name."""
     said = re.search(r'^PRETRAINED = "(.+)"', file.read_text(), re.MULTILINE)
@@ -356,7 +370,7 @@ def make_cells(args: Args) -> list[Cell]:
                 checkpoint = (args.checkpoints_dir / env_id / algo / f"seed{seed}.pt").resolve()
                 family = pretrained_name(file), TASKS[env_id].data or env_id, seed  # both kitchens have one model
                 command = ["python", str(file), "--env-id", env_id, "--seed", str(seed), "--run-dir", str(folder)]
-                command += ["--data-dir", str(Path(args.data_dir).resolve())] if args.data_dir else []
+                command += ["--data-dir", str(Path(args.data_dir).expanduser().resolve())] if args.data_dir else []
                 command += ["--device", args.device] if args.device else []
                 try:
                     flags = shlex.split(args.args)

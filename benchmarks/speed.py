@@ -615,7 +615,7 @@ def main(args: Args) -> dict:
         rows.append(row)
         write_json(args.out, dict(machine=facts, args=asdict(args), rows=rows))  # so far: some compile for minutes
     if not rows:
-        sys.exit("error: nothing to time; give --sizes and --plan-envs or --step-envs for the parts in --only")
+        sys.exit("error: nothing to time; no file has this --only with such --sizes, --modes, --plan-envs, --step-envs")
     print(f"{facts['gpu'] or facts['cpu']}, {facts['threads']} CPU threads, load {facts['load'][0]:.1f} of", end=" ")
     print(f"{facts['cores']} cores, torch {facts['torch']}, commit {facts['commit']}")
     print(table(rows))

@@ -4,6 +4,7 @@ Most tests run a stand-in that behaves like an algorithm file (folders, checkpoi
 """
 
 import csv
+import dataclasses
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tyro
 
 from benchmarks import run
 
@@ -36,6 +38,12 @@ parser.add_argument("--total-timesteps", type=int, default=4000)
 parser.add_argument("--delay", type=float, default=0.04)
 parser.add_argument("--graceful", action="store_true")
 args = parser.parse_args()
+if args.resume:
+    before = json.loads((Path(args.resume) / "args.json").read_text())
+    for name in ("run_dir", "data_dir"):  # as the algorithm files, which refuse other flags
+        if getattr(args, name) not in (None, before[name]):
+            sys.exit(f"{name} cannot change with --resume")
+        setattr(args, name, before[name])
 data_dir, name = Path(args.data_dir), f"{args.env_id}__{Path(__file__).stem}__{args.seed}"
 run_dir = Path(args.resume or Path(args.run_dir) / f"{name}__{time.time_ns() // 10**6}")
 assert os.environ["OMP_NUM_THREADS"] == "1"
@@ -359,6 +367,34 @@ def test_a_real_run(data_dir, tmp_path, cluster):
 
 
 # --------------------------------------------------------------------------------------------- without a cluster
+
+
+def test_a_grid_whose_folders_moved_goes_on(tmp_path, monkeypatch):
+    """By the arguments of a real file: it takes what the runner says, and keeps the folders of its start."""
+    from algos import sac
+
+    def cell(place):
+        args = run.Args(algos=("sac",), seeds=(1,), run_dir=tmp_path / place, data_dir=str(tmp_path / place))
+        (only,) = run.make_cells(args)
+        return only
+
+    before = sac.parse_args(cell("old").command[2:])
+    run_dir = tmp_path / "new" / "maze__sac__1__1"
+    run_dir.mkdir(parents=True)
+    (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(before)))
+    with pytest.raises(SystemExit, match="--run-dir cannot change"):
+        sac.parse_args([*cell("new").command[2:], "--resume", str(run_dir)])
+    resumed = sac.parse_args(run.resumed(cell("new").command, run_dir)[2:])
+    assert dataclasses.replace(resumed, resume=None) == before and resumed.resume == str(run_dir)
+
+
+def test_the_home_folder_is_found_behind_an_equals_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SKIMO_DATA_DIR", "~/cache")
+    args = tyro.cli(run.Args, args=["--run-dir=~/runs", "--results-dir=~/results", "--data-dir=~/data"])
+    (cell, *_) = run.make_cells(args)
+    assert cell.folder == tmp_path / "runs/maze/skimo/seed1" and cell.result == tmp_path / "results/maze/skimo/seed1"
+    assert cell.command[cell.command.index("--data-dir") + 1] == str(tmp_path / "data")
 
 
 def test_dry_run_prints_commands_that_a_user_could_type(tmp_path):

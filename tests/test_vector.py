@@ -323,6 +323,20 @@ def test_a_video_is_recorded_when_the_environments_close(tmp_path):
     assert kept < 0.1 * 4 * drawn[0].nbytes
 
 
+def test_a_video_of_odd_pictures_gets_a_row_and_a_column(tmp_path):
+    envs = data_tools.make_envs("maze", 1, tmp_path / "odd.mp4")
+    picture = np.zeros((31, 45, 3), np.uint8)
+    picture[:, :20] = 200
+    envs.env.draw = lambda member: picture
+    envs.reset(seed=0)
+    envs.step(np.ones((1, 2)))
+    envs.close()
+    with imageio.get_reader(tmp_path / "odd.mp4") as video:
+        (frame,) = video.iter_data()
+    assert frame.shape == (32, 46, 3)
+    assert np.abs(frame[:31, :45].astype(int) - picture).mean() < 3  # but for the video's compression
+
+
 def test_observations_are_copies():
     """An environment of the user's may hand out the array that it moves in place, of another type."""
 

@@ -304,9 +304,11 @@ class VideoRecorder(gymnasium.vector.VectorWrapper):
         import imageio.v2 as imageio  # ffmpeg is started only for videos
 
         fps = self.metadata["render_fps"] / self.every
+        even = [(0, size % 2) for size in self.shape[:2]] + [(0, 0)]  # what the video format can hold
         with imageio.get_writer(part, fps=fps, macro_block_size=1) as writer:
             for frame in self.frames:
-                writer.append_data(np.frombuffer(zlib.decompress(frame), np.uint8).reshape(self.shape))
+                picture = np.frombuffer(zlib.decompress(frame), np.uint8).reshape(self.shape)
+                writer.append_data(np.pad(picture, even, mode="edge"))
 
 
 def checked_action(action, shape) -> np.ndarray:
