@@ -86,8 +86,9 @@ it differs from what the logs give. How the numbers are made: [README](README.md
   release's schedule, made for 2M env steps: 1 skill up to 111,000 env steps, 2 up to 222,000, 3 at 300,000 (6
   at 610,000, where one seed went on). So only the kitchens test long plans here.
 - **Seeds of a cell share a pre-trained model**, so their spread is that of RL alone. Relay's seeds, those of
-  SkiMo, of SkiMo without CEM and of SkiMo + SAC in the Mis-aligned Kitchen on human data, and one seed each of SkiMo
-  without joint training in the maze and of SkiMo in the Kitchen on human data have models of their own.
+  SkiMo, of SkiMo without CEM and of SkiMo + SAC in the Mis-aligned Kitchen on human data, and one seed of SkiMo
+  without joint training in the maze have models of their own. The other cells of human data come from two models
+  each, SPiRL's from one.
 - Hyper-parameters were chosen with SkiMo on these tasks, partly on these seeds. Its ablations inherit them.
 """
 
@@ -147,8 +148,8 @@ Mean over seeds (each seed) of training episodes, smoothed as in the paper (over
 10,000), beside its value at the same env step and at its end. **The offline data are not the paper's: compare the order
 of methods, not heights.** On human data pre-training shifts arms and recombines objects, the paper's does not. Plans:
 up to 3 skills in the maze, 1 on CALVIN, 10 in the Kitchen. **Seeds differ in RL alone**: those of a cell start from one
-pre-trained model, but for Relay's, those of SkiMo, of SkiMo without CEM and of SkiMo + SAC on human data in the
-Mis-aligned Kitchen, and one each of SkiMo without joint training in the maze and of SkiMo on human data in the Kitchen.
+pre-trained model, but for Relay's and one of SkiMo without joint training in the maze; on human data the cells of
+`skimo*.py` come from two or three models.
 """
 
 

@@ -1,9 +1,10 @@
 """How much of SkiMo's score in the Kitchen is its planner's, how much is less noise?
 
-python benchmarks/results/studies/kitchen_acting/acting.py EPISODES
+python benchmarks/results/studies/kitchen_acting/acting.py EPISODES [CHECKPOINT]
 
-One agent, the published one of skimo.py, acts in five ways: by its task policy's mode, by samples of it, as SkiMo
-without CEM acts in training, planned one skill ahead, planned as in evaluation, and with the noise of training.
+One agent of skimo.py, the Kitchen's published one or that of a run, acts in five ways: by its task policy's mode, by
+samples of it, as SkiMo without CEM acts in training, planned one skill ahead, planned as in evaluation, and with the
+noise of training.
 """
 
 import copy
@@ -19,8 +20,9 @@ import data_tools
 from algos import skimo
 
 E = int(sys.argv[1])
-args = skimo.parse_args(["--env-id", "kitchen", "--evaluate", "published"])
-networks = skimo.make_networks(args, *data_tools.env_sizes("kitchen"))
+chosen = ["--evaluate", *sys.argv[2:]] if sys.argv[2:] else ["--env-id", "kitchen", "--evaluate", "published"]
+args = skimo.parse_args(chosen)
+networks = skimo.make_networks(args, *data_tools.env_sizes(args.env_id))
 agent = skimo.Agent(args, networks)
 step = int(skimo.load(Path(args.evaluate), dict(agent=agent))["global_step"])
 
