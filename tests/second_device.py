@@ -157,12 +157,14 @@ class Python(TorchFunctionMode):
 
 @contextlib.contextmanager
 def second_device():
-    """In it "cuda" is a device."""
+    """In it "cuda" is a device. What would ask the driver is answered here, as torch may be built with CUDA."""
     gpu = Gpu()
     fork_rng = torch.random.fork_rng
     with (
         mock.patch("torch.cuda.is_available", lambda: True),
         mock.patch("torch.cuda.current_device", lambda: 0),
+        mock.patch("torch.cuda.is_current_stream_capturing", lambda: False),
+        mock.patch("torch.backends.cudnn.is_acceptable", lambda tensor: False),
         mock.patch("torch.random.fork_rng", lambda devices=(): fork_rng([])),
         mock.patch("torch._C._group_tensors_by_device_and_dtype", gpu.grouped),
         Python(gpu),
