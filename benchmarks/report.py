@@ -77,7 +77,8 @@ it differs from what the logs give. How the numbers are made: [README](README.md
   ([more](../data_tools/README.md#calvin)): the two are not alike. In the maze every episode starts elsewhere. In the
   kitchens all start in the same state, and what is observed has noise of its own in each.
 - **Prior alone**: roll-outs of the pre-trained prior, where RL begins. Those of the Mis-aligned Kitchen's models were
-  mostly in the Kitchen, so it shows none.
+  mostly in the Kitchen, so it shows none; the Kitchen's .51 on human data are of a model that was tried in the
+  Mis-aligned one.
 - **RL minutes**: without pre-training, mostly one thread beside other jobs on two shared cores: upper bounds.
 - **Commit**: of each start of a run; a + says that files were changed since. **To make a run again**: its command is in
   `results/TASK/METHOD/DATA/seedN.json` under `attempts`. Leave out the folders and, in older ones, `--num-threads 1`
