@@ -77,8 +77,8 @@ it differs from what the logs give. How the numbers are made: [README](README.md
   ([more](../data_tools/README.md#calvin)): the two are not alike. In the maze every episode starts elsewhere. In the
   kitchens all start in the same state, and what is observed has noise of its own in each.
 - **Prior alone**: roll-outs of the pre-trained prior, where RL begins. Those of the Mis-aligned Kitchen's models were
-  mostly in the Kitchen, so it shows none; the Kitchen's .51 on human data are of a model that was tried in the
-  Mis-aligned one.
+  mostly in the Kitchen, so it shows none. On human data the Kitchen's .51 was measured in the Mis-aligned one, for
+  which that model was made.
 - **RL minutes**: without pre-training, mostly one thread beside other jobs on two shared cores: upper bounds.
 - **Commit**: of each start of a run; a + says that files were changed since. **To make a run again**: its command is in
   `results/TASK/METHOD/DATA/seedN.json` under `attempts`. Leave out the folders and, in older ones, `--num-threads 1`
@@ -148,9 +148,9 @@ UNDER_TABLE = """
 Mean over seeds (each seed) of training episodes, smoothed as in the paper (over some 50,000 env steps, SPiRL's over
 10,000), beside its value at the same env step and at its end. **The offline data are not the paper's: compare the order
 of methods, not heights.** On human data pre-training shifts arms and recombines objects, the paper's does not. Plans:
-up to 3 skills in the maze, 1 on CALVIN, 10 in the Kitchen. **Seeds differ in RL alone**: those of a cell start from one
-pre-trained model, but for Relay's and one of SkiMo without joint training in the maze; on human data the cells of
-`skimo*.py` come from two or three models.
+up to 3 skills in the maze, 1 on CALVIN, 10 in the Kitchen. **With scripted data seeds differ in RL alone**: those of
+a cell start from one pre-trained model, but for Relay's and one of SkiMo without joint training in the maze. On human
+data cells of `skimo*.py` come from two or three models, SPiRL's from one.
 """
 
 

@@ -461,3 +461,10 @@ def test_task_without_a_goal_is_refused(monkeypatch):
     monkeypatch.setitem(data_tools.TASKS, "walk", data_tools.TASKS["maze"])
     with pytest.raises(SystemExit, match="error: --env-id walk has no goal here"):
         relay.main(relay.parse_args(["--env-id", "walk", "--device", "cpu"]))
+
+
+@pytest.mark.parametrize("flags", ["--low-window 5", "--pretrain-updates 7", "--min-scale 0.1"])
+def test_a_finished_model_takes_no_flags_of_its_training(flags):
+    with pytest.raises(SystemExit, match=f"{flags.split()[0]} does nothing to the finished model"):
+        relay.parse_args(["--pretrained", "model.pt", *flags.split()])
+    assert relay.parse_args(["--pretrained", "model.pt", "--epochs", "2"]).epochs == 2

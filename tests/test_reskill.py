@@ -606,3 +606,11 @@ def test_pictures_and_senseless_flags(data_dir, tmp_path, monkeypatch):
     ):
         with pytest.raises(SystemExit, match=f"^error: {words}"):
             reskill.check_args(tiny_args(**changes))
+
+
+def test_with_a_finished_model_the_flow_takes_its_flags():
+    given = ["--env-id", "kitchen", "--data", "d.hdf5", "--pretrained", "model.pt"]
+    args = reskill.parse_args([*given, "--arm-noise", "0", "--no-recombine", "--pretrain-eval-episodes", "5"])
+    assert (args.arm_noise, args.recombine, args.pretrain_eval_episodes) == (0, False, 5)
+    with pytest.raises(SystemExit, match="--kl-coef does nothing to the finished model"):
+        reskill.parse_args([*given, "--kl-coef", "1"])

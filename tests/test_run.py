@@ -369,7 +369,7 @@ def test_a_real_run(data_dir, tmp_path, cluster):
 # --------------------------------------------------------------------------------------------- without a cluster
 
 
-def test_a_grid_whose_folders_moved_goes_on(tmp_path, monkeypatch):
+def test_a_grid_whose_folders_moved_goes_on(tmp_path):
     """By the arguments of a real file: it takes what the runner says, and keeps the folders of its start."""
     from algos import sac
 
@@ -390,7 +390,6 @@ def test_a_grid_whose_folders_moved_goes_on(tmp_path, monkeypatch):
 
 def test_the_home_folder_is_found_behind_an_equals_sign(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("SKIMO_DATA_DIR", "~/cache")
     args = tyro.cli(run.Args, args=["--run-dir=~/runs", "--results-dir=~/results", "--data-dir=~/data"])
     (cell, *_) = run.make_cells(args)
     assert cell.folder == tmp_path / "runs/maze/skimo/seed1" and cell.result == tmp_path / "results/maze/skimo/seed1"
