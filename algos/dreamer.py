@@ -17,7 +17,8 @@ where o_t is seen, s_t ~ p(s_t | h_t) where it is imagined. Repeat:
 Differences from SkiMo's release, whose Dreamer this is, marked DEVIATION n below
 1. E environments act side by side (release: 1), with its updates per env step, which are not done in blocks of 100.
 2. A window is any batch_length steps of an episode, unfinished ones included. The release cuts its stream at every
-   500th step and can never draw the pieces that are too short. So the warm-up need not finish an episode.
+   500th step and can never draw the pieces that are too short. So the warm-up need not finish an episode. All windows
+   are drawn as often; the release draws a piece, then a start in it, so that those of short pieces come more often.
 3. reward_scale is applied; the release only logs it. With its value, 1, this is the same.
 4. The encoder sees scaled observations with sines and cosines of positions, as skimo.py's. Raw ones are reconstructed.
 5. imagine_starts: imagination may begin in a random share of the states. The default is all, as in the release.
@@ -315,13 +316,14 @@ def rssm_loss(model, obs, action, rewards, terminals, args):
     reward_loss = (0.5 * reward_error + 0.5 * math.log(2 * math.pi)).mean()
 
     loss = kl_loss + recon_loss + reward_loss
-    metrics = dict(model_loss=loss, kl=kl, recon_loss=recon_loss, reward_loss=reward_loss)
+    metrics = dict(kl=kl, recon_loss=recon_loss, reward_loss=reward_loss)
     if args.continue_head:  # DEVIATION 6. A time-out is no end
         logits = model.continue_model(feature).squeeze(-1)  # (B, L)
         goes_on = args.gamma * (1 - terminals)
         continue_loss = nn.functional.binary_cross_entropy_with_logits(logits, goes_on)
         loss = loss + args.continue_coef * continue_loss
         metrics |= dict(continue_loss=continue_loss)
+    metrics |= dict(model_loss=loss)
     metrics = {name: value.detach() for name, value in metrics.items()}
     return loss, metrics, h.detach(), s.detach()
 
@@ -805,10 +807,12 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
         running_length[ended] = 0
         bar.update(new_steps)
 
-        # ALGO LOGIC: training, as soon as there are windows
+        # ALGO LOGIC: training, as soon as there are windows; never more than ten times the updates of one step
         updates_due = 0
         if rb.num_starts > 0:
+            at_once = math.ceil(10 * new_steps * args.updates_per_step)
             updates_due = int((global_step - args.warmup_steps) * args.updates_per_step)
+            updates_due = min(updates_due, gradient_step + at_once)
         while gradient_step < updates_due:
             batch = rb.sample(args.batch_size)
             if gradient_step == 0:
@@ -1008,7 +1012,7 @@ def main(args: Args) -> dict:
     except OSError as error:  # while logs, episodes.csv or results.json were written
         sys.exit(f"error: cannot write to {run_dir} ({error}); free some space or choose another --run-dir")
     if results["updates"] == 0:
-        print("RL made no update: none was due before its end")
+        print("RL made no update: it ended too early")
     print(f"finished: {run_dir}; curves: tensorboard --logdir {run_dir}")
     return results
 

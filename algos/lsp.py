@@ -345,13 +345,14 @@ def rssm_loss(model, obs, action, rewards, terminals, args):
     reward_loss = (0.5 * reward_error + 0.5 * math.log(2 * math.pi)).mean()
 
     loss = kl_loss + recon_loss + reward_loss
-    metrics = dict(model_loss=loss, kl=kl, recon_loss=recon_loss, reward_loss=reward_loss)
+    metrics = dict(kl=kl, recon_loss=recon_loss, reward_loss=reward_loss)
     if args.continue_head:  # DEVIATION 6. A time-out is no end
         logits = model.continue_model(feature).squeeze(-1)  # (B, L)
         goes_on = args.gamma * (1 - terminals)
         continue_loss = nn.functional.binary_cross_entropy_with_logits(logits, goes_on)
         loss = loss + args.continue_coef * continue_loss
         metrics |= dict(continue_loss=continue_loss)
+    metrics |= dict(model_loss=loss)
     metrics = {name: value.detach() for name, value in metrics.items()}
     return loss, metrics, h.detach(), s.detach()
 
@@ -1025,10 +1026,12 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
         running_length[ended] = 0
         bar.update(new_steps)
 
-        # ALGO LOGIC: training, as soon as there are windows
+        # ALGO LOGIC: training, as soon as there are windows; never more than ten times the updates of one step
         updates_due = 0
         if rb.num_starts > 0:
+            at_once = math.ceil(10 * new_steps * args.updates_per_step)
             updates_due = int((global_step - args.warmup_steps) * args.updates_per_step)
+            updates_due = min(updates_due, gradient_step + at_once)
         while gradient_step < updates_due:
             batch = rb.sample(args.batch_size)
             if gradient_step == 0:
@@ -1239,7 +1242,7 @@ def main(args: Args) -> dict:
     except OSError as error:  # while logs, episodes.csv or results.json were written
         sys.exit(f"error: cannot write to {run_dir} ({error}); free some space or choose another --run-dir")
     if results["updates"] == 0:
-        print("RL made no update: none was due before its end")
+        print("RL made no update: it ended too early")
     print(f"finished: {run_dir}; curves: tensorboard --logdir {run_dir}")
     return results
 

@@ -954,7 +954,7 @@ def main(args: Args) -> dict:
     except OSError as error:  # while logs, episodes.csv or results.json were written
         sys.exit(f"error: cannot write to {run_dir} ({error}); free some space or choose another --run-dir")
     if results["updates"] == 0:
-        print("RL made no update: none was due before its end")
+        print("RL made no update: it ended too early")
     print(f"finished: {run_dir}; curves: tensorboard --logdir {run_dir}")
     return results
 

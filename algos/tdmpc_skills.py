@@ -13,14 +13,15 @@ slow target copy.
 
 --release-defects: (a) windows pair state t with the skill and reward that led *into* it, so that the reward at an
 episode's end is never learnt; (b) 2 u is stored, but planner, policy loss and targets evaluate the model at u; (c) the
-planner does not see the step: one skill ahead, std floor 0.5, for ever; (d) maze: the prior gets scaled states but was
-trained on raw ones; (e) a window's errors are bounded by 1e4, SkiMo's by 1e5: a reward of 100 for its first skill that
+planner does not see the step: one skill ahead, std floor 0.5, for ever; (d) maze: the KL's prior gets scaled states but
+was trained on raw ones; (e) a window's errors are bounded by 1e4, SkiMo's by 1e5: a reward of 100 for its first skill that
 is predicted below 0 exceeds that bound, and beyond it the gradient is zero. It also ignores true ends, as TD-MPC does
 by design.
 
 Differences from the release, marked DEVIATION n below.
 1. KL divergences without sampling: exact, or quadrature for the policy's tanh. The release averages 100 samples. Its KL
-   is larger by a constant, Z ln 2 = 6.9, as it leaves out the slope of 2 u; so its bound of 100 is at 93.1 of ours.
+   is larger by a constant, Z ln 2 = 6.9, as it leaves out the slope of 2 u; so its bound of 100, kept, is at 93.1 of
+   ours (the first KL is 19 in the maze). reward_scale is applied; there it has no effect.
 2. Pre-training is shorter, with a decaying learning rate and, in the maze and on CALVIN, a larger KL weight.
 3. Sines and cosines of positions are inputs as well, and the maze is scaled, as in skimo.py.
 4. E environments side by side. Windows of 5 transitions (release: 5 stored items, 4 transitions). After ends and
@@ -1046,15 +1047,14 @@ class Agent(nn.Module):
         self.compiled_plan = compiled(plan)
 
     def prior_input(self, obs):
-        """Observations (..., O) as the prior gets them; scaled ones are defect (d) of the release."""
+        """Observations (..., O) as the KL's prior gets them; scaled ones are defect (d) of the release."""
         features = self.model.encoder[0]
         return obs * features.scale + features.shift if self.args.release_defects else obs
 
     @torch.no_grad()
     def sample_prior(self, obs):
         """Skills of the prior for the warm-up: obs (E, O) NumPy -> z (E, Z) on the CPU."""
-        obs = self.prior_input(torch.from_numpy(obs).to(self.args.device))
-        return draw(self.skill_prior(obs)).cpu()
+        return draw(self.skill_prior(torch.from_numpy(obs).to(self.args.device))).cpu()
 
     def update(self, obs, u, rewards, dones) -> dict:
         """One step of model and task policy on windows from the replay buffer; returns metrics."""
@@ -1426,7 +1426,7 @@ def main(args: Args) -> dict:
     except OSError as error:  # while logs, episodes.csv or results.json were written
         sys.exit(f"error: cannot write to {run_dir} ({error}); free some space or choose another --run-dir")
     if results["updates"] == 0:
-        print("RL made no update: none was due before its end")
+        print("RL made no update: it ended too early")
     print(f"finished: {run_dir}; curves: tensorboard --logdir {run_dir}")
     return results
 

@@ -87,10 +87,16 @@ def test_squashed_kl_is_right_from_narrow_to_very_wide_policies():
         log_slope = math.log(8) - 2 * x - 2 * np.logaddexp(0, -2 * x)
         log_q = -0.5 * ((2 * np.tanh(x) - q[0]) / q[1]) ** 2 - np.log(q[1]) - 0.5 * math.log(2 * math.pi)
         exact = -np.log(scale) - 0.5 * math.log(2 * math.pi * math.e) - (density * (log_slope + log_q)).sum(0)
+        miss = (2 * np.tanh(x) - q[0]) / q[1] ** 2 * 2 / np.cosh(x) ** 2  # of log q's derivative in x, negative
+        slopes = (density * (2 * np.tanh(x) + miss)).sum(0)  # d KL / d mean
         pairs = [[torch.from_numpy(v)[:, None] for v in pair] for pair in (p, q)]
-        np.testing.assert_allclose(dreamer_skills.squashed_kl(*pairs), exact, rtol=5e-3)
+        pairs[0][0].requires_grad_()
+        kl = dreamer_skills.squashed_kl(*pairs)
+        np.testing.assert_allclose(kl.detach(), exact, rtol=2e-3)
+        kl.sum().backward()
+        np.testing.assert_allclose(pairs[0][0].grad[:, 0], slopes, atol=5e-3 * np.abs(slopes).max())
         if scale == 5:
-            assert np.abs(tdmpc_skills.squashed_kl(*pairs).numpy() / exact - 1).max() > 0.05
+            assert np.abs(tdmpc_skills.squashed_kl(*pairs).detach().numpy() / exact - 1).max() > 0.05
 
 
 def test_releases_estimate_is_larger_by_the_log_of_two():
