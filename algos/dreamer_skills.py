@@ -17,8 +17,8 @@ executed as z = 2 u for H steps of the skill policy; its reward is the sum of th
 of what it learnt from; (b) maze: the warm-up executes random actions and stores skills of the prior beside them; (c)
 the KL is too large by Z ln 2 = 6.9 nats (it leaves out the slope of 2 u) and bounded by 100: where the policy is
 farther from a sharp prior, the gradient is zero and it never comes back; (d) actions are tanh of what the skill policy
-was trained to give (--squash-actions). With and without it the actor begins with a std of 5 before the tanh, although there is a prior
-(--actor-std).
+was trained to give (--squash-actions). With and without it the actor begins with a std of 5 before the tanh, although
+there is a prior (--actor-std).
 
 Differences from the release, marked DEVIATION n below
 1. KL divergences without sampling: exact, or quadrature for the policy's tanh. The release averages 100 samples.

@@ -14,9 +14,9 @@ slow target copy.
 --release-defects: (a) windows pair state t with the skill and reward that led *into* it, so that the reward at an
 episode's end is never learnt; (b) 2 u is stored, but planner, policy loss and targets evaluate the model at u; (c) the
 planner does not see the step: one skill ahead, std floor 0.5, for ever; (d) maze: the KL's prior gets scaled states but
-was trained on raw ones; (e) a window's errors are bounded by 1e4, SkiMo's by 1e5: a reward of 100 for its first skill that
-is predicted below 0 exceeds that bound, and beyond it the gradient is zero. It also ignores true ends, as TD-MPC does
-by design.
+was trained on raw ones; (e) a window's errors are bounded by 1e4, SkiMo's by 1e5: a reward of 100 for its first skill
+that is predicted below 0 exceeds that bound, and beyond it the gradient is zero. It also ignores true ends, as TD-MPC
+does by design.
 
 Differences from the release, marked DEVIATION n below.
 1. KL divergences without sampling: exact, or quadrature for the policy's tanh. The release averages 100 samples. Its KL
