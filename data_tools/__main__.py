@@ -28,11 +28,12 @@ class Args:
 def main(args: Args) -> None:
     """Read and write. Raises DataError."""
     data = args.data.expanduser()
-    if os.path.exists(data) and os.path.exists(args.out) and os.path.samefile(data, args.out):
-        raise DataError(f"--out {args.out} is the file of --data, which would be lost: give another path.")
-    check_writable(args.out)
-    data_tools.load_dataset(args.env_id, data=args.data).save(args.out)
-    print(f"Wrote {args.out}")
+    out = Path(os.path.expanduser(args.out))
+    if os.path.exists(data) and os.path.exists(out) and os.path.samefile(data, out):
+        raise DataError(f"--out {out} is the file of --data, which would be lost: give another path.")
+    check_writable(out)
+    data_tools.load_dataset(args.env_id, data=args.data).save(out)
+    print(f"Wrote {out}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ File layout is that of D4RL (https://arxiv.org/abs/2004.07219): flat arrays `obs
 Shapes: R rows, M episodes, B batch, O observation, A action.
 """
 
+import contextlib
 import copy
 import hashlib
 import io
@@ -15,9 +16,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
-from filelock import FileLock
 
-from data_tools.files import CURE, DataError, check_regular, reading, write_atomically
+from data_tools.files import CURE, DataError, check_regular, locked, reading, write_atomically
 
 KEYS = ("observations", "actions", "terminals", "timeouts")
 LARGEST = 1e6  # an observation or action beyond this is damage
@@ -262,12 +262,12 @@ def check_arrays(arrays: dict[str, np.ndarray], name: str) -> None:
         require(array.dtype.kind == "f", f"{key} are {array.dtype}, expected floating-point numbers")
         finite = np.isfinite(array).all(axis=1)
         require(finite.all(), f"{key} contain NaN or infinity, first in row {finite.argmin():,}")
-        largest = np.abs(array).max()
+        largest = float(np.abs(array).max())
         require(largest <= LARGEST, f"{key} reach {largest:.3g}, which cannot be")
     for key in ("terminals", "timeouts"):
-        require(
-            np.isin(arrays[key], (0, 1)).all(), f"{key} are {arrays[key].dtype}, expected True and False, or 1 and 0"
-        )
+        array = arrays[key]
+        flags = array.dtype.kind in "biuf" and np.isin(array, (0, 1)).all()
+        require(flags, f"{key} are {array.dtype}, expected True and False, or 1 and 0")
 
 
 def check_not_zero(dataset: OfflineDataset, name: str) -> None:
@@ -275,6 +275,9 @@ def check_not_zero(dataset: OfflineDataset, name: str) -> None:
     for key in ("observations", "actions"):
         if not getattr(dataset, key).any():
             raise DataError(f"{name}: {key} are all zero: {CURE}.")
+    last = slice(int(dataset.episode_starts[-1]), None)
+    if not (dataset.observations[last].any() or dataset.actions[last].any()):
+        raise DataError(f"{name}: the last episode is all zero, so the file was not written to its end: {CURE}.")
 
 
 def _plain(value):
@@ -295,22 +298,20 @@ def made_once(path, make: Callable[[], OfflineDataset]) -> OfflineDataset:
     if not os.path.exists(path):  # pathlib's raises an error in a folder that may not be entered
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(f"{path}.lock")
-            lock.acquire()
+            lock = locked(path)
         except OSError as error:
             raise DataError(
                 f"Could not write to {path.parent} ({error.strerror}): "
                 "choose another folder with --data-dir or SKIMO_DATA_DIR."
             ) from error
-        try:
+        with lock:
             if not path.exists():  # nobody else made it while we waited
                 for leftover in path.parent.glob(f"part_*_{path.name}"):  # of a process that was killed while writing
-                    leftover.unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):  # another user's
+                        leftover.unlink()
                 print(f"Making the data, once: {path}", flush=True)
                 made = make()
                 made.save(path)
                 if (largest := float(made.actions.abs().max())) > 1.001:
                     print(f"note: actions reach {largest:.2f}, beyond the [-1, 1] of the policies", flush=True)
-        finally:
-            lock.release()
     return OfflineDataset.load(path)

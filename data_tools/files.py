@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import platformdirs
+from filelock import FileLock, Timeout
 
 CURE = "give other data; a file that data_tools made may be deleted, then it is made again"
 
@@ -38,7 +39,7 @@ def imported(name: str):
     module, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ModuleNotFoundError, AttributeError) as error:
+    except (ModuleNotFoundError, AttributeError, ValueError) as error:
         cure = "correct the entry in TASKS, or put the module's folder into PYTHONPATH"
         raise DataError(f"{name} cannot be imported ({error}): {cure}.") from error
 
@@ -59,6 +60,16 @@ def reading(path, cure: str = CURE):
         raise DataError(f"{path} is damaged or not what it should be ({reason}): {cure}.") from error
 
 
+def locked(path):
+    """Wait until no other program makes the file `path`; the others wait until the `with` block of this has ended."""
+    lock = FileLock(f"{path}.lock")
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        print(f"Waiting for another program, which makes {path}", flush=True)
+        return lock.acquire()
+
+
 def check_regular(path: Path) -> None:
     """Raise DataError unless `path` is a regular file: reading a pipe or a device might never end."""
     if not os.path.exists(path):  # pathlib's raises an error in a folder that may not be entered
@@ -72,7 +83,7 @@ def write_atomically(path, write: Callable[[Path], None]) -> None:
 
     Raises DataError when the disk is full or the folder cannot be written; an older file at `path` stays as it was.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     part = _part_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +100,7 @@ def write_atomically(path, write: Callable[[Path], None]) -> None:
 
 def check_writable(path) -> None:
     """Raise DataError now, before hours of work, if a file cannot be written to `path`."""
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if os.path.isdir(path):  # pathlib's raises an error in a folder that may not be entered
         raise DataError(f"{path} is a folder: give the path of a file.")
     trial = _part_of(path)

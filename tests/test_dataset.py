@@ -155,13 +155,16 @@ def test_refusals_name_the_users_path_and_the_systems_reason(tmp_path, monkeypat
         assert str(refused.value) == f"error: cannot write {path} ({reason}); {cure}"
 
 
-def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path):
+def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="is a folder: give the path of a file"):
         check_writable(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="cannot write .*; free some space or choose another path"):
         check_writable(tmp_path / "file" / "out.hdf5")
     check_writable(tmp_path / "out.hdf5")
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    with pytest.raises(DataError, match="file/out.hdf5"):  # the folder of ~ is meant
+        check_writable("~/out.hdf5")
     longest = "x" * 212 + ".h5"  # with the 38 characters of a temporary name: 253 of at most 255
     check_writable(tmp_path / longest)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -300,6 +303,7 @@ NAN_ROW[7, 1], INF_ROW[7, 1], HUGE_ROW[7, 1] = np.nan, np.inf, 1e38
         (broken(observations=np.zeros((62, 2))), "observations are all zero"),
         (broken(actions=np.zeros((62, 3))), "actions are all zero"),
         (broken(terminals=np.full(62, 0.5)), "terminals are float64, expected True and False, or 1 and 0"),
+        (broken(terminals=np.zeros(62, [("a", "i4")])), "terminals are .*expected True and False"),
         (broken(timeouts=np.full(62, b"x")), "timeouts are .S1, expected True and False"),
         (broken(actions=h5py.Empty("f4")), r"actions have shape \(\)"),
         (broken(actions=np.float32(1.0)), r"actions have shape \(\), expected 2 dimension"),
@@ -311,6 +315,21 @@ def test_bad_content(tmp_path, arrays, message):
     with pytest.raises(DataError, match=message) as error:
         OfflineDataset.load(path)
     assert str(path) in str(error.value) and "give other data" in str(error.value)
+
+
+def test_a_file_that_was_not_written_to_its_end(tmp_path):
+    """HDF5 gives zeros for rows that nobody wrote."""
+    arrays = make_arrays()
+    arrays["timeouts"][-1] = True
+    unwritten = {
+        key: np.concatenate([value, np.zeros((9, *value.shape[1:]), value.dtype)]) for key, value in arrays.items()
+    }
+    write(tmp_path / "part.hdf5", unwritten)
+    with pytest.raises(DataError, match="the last episode is all zero, so the file was not written to its end"):
+        OfflineDataset.load(tmp_path / "part.hdf5")
+    unwritten["actions"][-1] = 0.1
+    write(tmp_path / "rest.hdf5", unwritten)
+    assert len(OfflineDataset.load(tmp_path / "rest.hdf5")) == 71
 
 
 def test_bad_files(tmp_path):
@@ -494,6 +513,8 @@ def test_processes_that_start_together_collect_once(tmp_path):
     assert [process.returncode for process in processes] == [0, 0, 0], outputs
     lines = [output.splitlines() for output, _ in outputs]
     assert sum("collecting" in output for output in lines) == 1
+    waited = [any("Waiting for another program" in line for line in output) for output in lines]
+    assert all(wait or "collecting" in output for wait, output in zip(waited, lines)) and sum(waited) <= 2
     assert len({output[-1] for output in lines}) == 1
 
 

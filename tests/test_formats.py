@@ -220,7 +220,7 @@ def test_a_file_in_a_read_only_folder_needs_no_lock(server, tmp_path, monkeypatc
     def refuse(path):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(d4rl, "FileLock", refuse)
+    monkeypatch.setattr(d4rl, "locked", refuse)
     with pytest.raises(DataError, match=r"cannot write .*file.hdf5 \(Permission denied\)"):
         fetch(server, tmp_path)
     path = tmp_path / "file.hdf5"
@@ -503,6 +503,19 @@ def test_bad_calvin_folders(tmp_path):
     ids.unlink()
     with pytest.raises(DataError, match="has frames of CALVIN but no ep_start_end_ids.npy"):
         read("calvin", folder / "training")
+
+
+def test_calvins_halves_are_whole_and_do_not_overlap(tmp_path):
+    folder = write_calvin(tmp_path / "half", images=False)
+    (folder / "training" / "ep_start_end_ids.npy").unlink()
+    with pytest.raises(DataError, match="training/ep_start_end_ids.npy is missing"):
+        read("calvin", folder)
+    folder = write_calvin(tmp_path / "twice", {"training": [(0, 9), (5, 14)], "validation": [(20, 29)]}, images=False)
+    with pytest.raises(DataError, match="has frame 5 in two recordings"):
+        read("calvin", folder)
+    folder = write_calvin(tmp_path / "both", {"training": [(0, 9)], "validation": [(9, 12)]}, images=False)
+    with pytest.raises(DataError, match="has frame 9 in two recordings"):
+        read("calvin", folder)
 
 
 def test_recordings_of_other_scenes(tmp_path):

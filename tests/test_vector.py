@@ -252,6 +252,16 @@ def test_states_are_checked(task):
         older = {key: value for key, value in state.items() if key != name}
         with pytest.raises(ValueError, match=f"has no {name}: another version"):
             envs.set_state(older)
+    with pytest.raises(ValueError, match="has no rng: another version"):
+        envs.set_state({key: value for key, value in state.items() if key != "rng"})
+    other = {key: value for key, value in state.items() if key not in ("kitchens", "physics")}
+    with pytest.raises(ValueError):  # of another task
+        envs.set_state(other)
+    envs.step(np.zeros(envs.action_space.shape))
+    moved = envs.get_state()
+    with pytest.raises(ValueError, match="steps has shape"):
+        envs.set_state({**state, "steps": [0] * 4})
+    assert envs.get_state() == moved  # the physics, too
     physics = state["kitchens"][1]["physics"] if "kitchens" in state else state["physics"][1]
     physics[3] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
@@ -337,24 +347,55 @@ def test_a_video_of_odd_pictures_gets_a_row_and_a_column(tmp_path):
     assert np.abs(frame[:31, :45].astype(int) - picture).mean() < 3  # but for the video's compression
 
 
+class Rail(MemberVectorEnv):
+    """Counts its steps; `reached` is what advance() returns beside the rewards, `seen` the size of an observation."""
+
+    def __init__(self, num_envs, max_episode_steps=5, reached=lambda running: running & False, seen=1):
+        super().__init__(num_envs, 1, 1, max_episode_steps, autoreset_mode="Disabled")
+        self.position = np.zeros((num_envs, seen))
+        self.reached = reached
+
+    def begin(self, members):
+        self.position[members] = 0
+
+    def advance(self, actions, running):
+        self.position += 1
+        return np.zeros(len(running)), self.reached(running)
+
+    def observations(self):
+        return self.position
+
+
+@pytest.mark.parametrize("kind", [bool, int, float, list])
+def test_goals_may_be_told_as_numbers(kind):
+    def reached(running):
+        goals = running & (envs.position[:, 0] == [2, 9])
+        return goals.tolist() if kind is list else goals.astype(kind)
+
+    envs = Rail(2, reached=reached)
+    envs.reset(seed=0)
+    flags = []
+    for _ in range(7):
+        _, _, terminations, truncations, _ = envs.step(np.zeros((2, 1)))
+        flags.append([*terminations.tolist(), *truncations.tolist()])
+    goes_on = [False] * 4
+    assert flags == [goes_on] + [[True, False, False, False]] * 3 + [[True, False, False, True]] * 3
+
+
+def test_what_does_not_fit_is_an_error():
+    for steps in (0, -3, 2.5, None):
+        with pytest.raises(ValueError, match="max_episode_steps must be an integer of at least 1"):
+            Rail(2, steps)
+    with pytest.raises(ValueError, match=r"observations\(\) must have shape \(2, 1\), they have \(2, 4\)"):
+        Rail(2, seen=4).reset(seed=0)
+    envs = Rail(2, reached=lambda running: running[:, None])
+    envs.reset(seed=0)
+    with pytest.raises(ValueError, match=r"rewards and successes \(2,\), they are \(2,\) and \(2, 1\)"):
+        envs.step(np.zeros((2, 1)))
+
+
 def test_observations_are_copies():
     """An environment of the user's may hand out the array that it moves in place, of another type."""
-
-    class Rail(MemberVectorEnv):
-        def __init__(self, num_envs):
-            super().__init__(num_envs, 1, 1, 5, autoreset_mode="Disabled")
-            self.position = np.zeros((num_envs, 1))
-
-        def begin(self, members):
-            self.position[members] = 0
-
-        def advance(self, actions, running):
-            self.position += 1
-            return np.zeros(len(running)), np.zeros(len(running), dtype=bool)
-
-        def observations(self):
-            return self.position
-
     envs = Rail(2)
     seen = [envs.reset(seed=0)[0], *(envs.step(np.zeros((2, 1)))[0] for _ in range(3))]
     assert [obs.tolist() for obs in seen] == [[[k], [k]] for k in range(4)] and seen[0].dtype == np.float32

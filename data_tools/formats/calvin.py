@@ -2,6 +2,7 @@
 
 import os
 import re
+from itertools import pairwise
 
 import numpy as np
 from tqdm import tqdm
@@ -35,10 +36,15 @@ def read(path, progress: bool = True) -> tuple[dict[str, np.ndarray], dict]:
     folders = _parts(path)
     if not folders:
         raise DataError(f"{path} has frames of CALVIN but no ep_start_end_ids.npy: extract the archive again.")
+    for half in (path / "training", path / "validation"):
+        if os.path.isdir(half) and half not in folders:
+            raise DataError(f"{half}/ep_start_end_ids.npy is missing or may not be read: extract the archive again.")
     recordings = []  # (first frame, last frame, {frame: file})
     for folder in folders:
         files = {}
-        for file in folder.iterdir():
+        with reading(folder):
+            names = list(folder.iterdir())
+        for file in names:
             if match := re.fullmatch(r"episode_(\d+)\.npz", file.name):
                 files[int(match[1])] = file
         for first, last in _recordings_of(folder):
@@ -47,6 +53,9 @@ def read(path, progress: bool = True) -> tuple[dict[str, np.ndarray], dict]:
                 raise DataError(f"{folder} lacks some of the frames {first} to {last}: extract the archive again.")
             recordings.append((first, last, files))
     recordings.sort(key=lambda recording: recording[0])
+    for (_, end, _), (start, _, _) in pairwise(recordings):
+        if start <= end:
+            raise DataError(f"{path} has frame {start} in two recordings: extract the archive again.")
     if recordings[-1][1] > LAST_FRAME:
         raise DataError(
             f"{path} has frame {recordings[-1][1]}, but split D, whose scene is the task's, ends at {LAST_FRAME}: "

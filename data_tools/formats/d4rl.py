@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pooch
 import requests
-from filelock import FileLock
 
 from data_tools.dataset import read_hdf5
-from data_tools.files import DataError, reading
+from data_tools.files import DataError, locked, reading
 
 KITCHEN_URL = (
     "http://rail.eecs.berkeley.edu/datasets/offline_rl/kitchen/kitchen_microwave_kettle_bottomburner_light-v0.hdf5"
@@ -40,7 +39,7 @@ def fetch_kitchen(folder, progress: bool = True, url: str = KITCHEN_URL, sha256:
     pooch.get_logger().setLevel(logging.WARNING)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # processes that start together fetch it once
+        with locked(path):  # processes that start together fetch it once
             if _is_there(path, sha256):
                 return path
             print(f"Fetching {url} into {path}", flush=True)

@@ -303,7 +303,8 @@ class CalvinVectorEnv(MemberVectorEnv):
         return {**super().get_state(), "physics": self.physics.get_state()}
 
     def set_state(self, state):
-        self.physics.set_state(state["physics"])
+        self.check_state(state)
+        self.physics.set_state(state.get("physics", ()))
         return super().set_state(state)
 
 

@@ -216,7 +216,7 @@ class Kitchen:
         }
 
     def check_state(self, state):
-        """Raise ValueError for what no `get_state` of this task returned."""
+        """Raise ValueError for what no `get_state` of a kitchen returned."""
         for name, size in (("physics", len(self._before)), ("observed", 30)):
             numbers = np.array(state[name], dtype=np.float64)
             if numbers.shape != (size,):
@@ -359,7 +359,8 @@ class KitchenVectorEnv(MemberVectorEnv):
         return {**super().get_state(), "kitchens": [kitchen.get_state() for kitchen in self.kitchens]}
 
     def set_state(self, state):
-        saved = state["kitchens"]
+        self.check_state(state)
+        saved = state.get("kitchens", ())
         if len(saved) != self.num_envs:
             raise ValueError(f"the state is that of {len(saved)} members, this environment has {self.num_envs}")
         pairs = list(zip(self.kitchens, saved))

@@ -53,6 +53,8 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
         """Raises ValueError for arguments out of range."""
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+        if not isinstance(max_episode_steps, int | np.integer) or max_episode_steps < 1:
+            raise ValueError(f"max_episode_steps must be an integer of at least 1, got {max_episode_steps!r}")
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
         self.num_envs = num_envs
@@ -139,6 +141,11 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
         actions = checked_action(actions, self.action_space.shape)
         running = ~self.waiting
         rewards, successes = self.advance(actions, running)
+        rewards = np.asarray(rewards, dtype=np.float32)
+        successes = np.asarray(successes, dtype=bool)
+        if rewards.shape != (self.num_envs,) or successes.shape != (self.num_envs,):
+            found = f"{rewards.shape} and {successes.shape}"
+            raise ValueError(f"advance() must return rewards and successes ({self.num_envs},), they are {found}")
         self.steps += running
         # A member that waits keeps its flags (DISABLED) or is reset below (NEXT_STEP).
         self.successes = np.where(running, successes, self.successes)
@@ -160,13 +167,13 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
             infos = {"final_obs": final_obs, "_final_obs": done.copy()}
             infos |= {"final_info": self.infos(done), "_final_info": done.copy()}
             self._start_episodes(done)
-        rewards = np.asarray(rewards, dtype=np.float32)
         return self._observed(), rewards, terminations, truncations, infos | self.infos(everyone)
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """Return one picture per member, or None without a render mode. Raises DataError where OpenGL is missing."""
         if self.render_mode is None:
             return None
+        self._check_started("render()")
         return tuple(self.draw(member) for member in range(self.num_envs))
 
     def infos(self, mask) -> dict:
@@ -190,9 +197,18 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
     def set_state(self, state: dict[str, list]) -> np.ndarray:
         """Continue exactly where `get_state` was called; return the observations (E, O) of that moment.
 
-        Raises ValueError for a state of another environment, or with NaN.
+        Raises ValueError for a state that does not fit, or with NaN.
         """
-        missing = self.saved.keys() - state.keys()
+        arrays = self.check_state(state)
+        rngs = [rng_from_state(saved) for saved in state["rng"]]
+        for name, array in arrays.items():
+            setattr(self, name, array)
+        self.rngs = rngs
+        return self._observed()
+
+    def check_state(self, state: dict[str, list]) -> dict[str, np.ndarray]:
+        """Return the arrays of a state, by `saved`. Raises ValueError for one that does not fit, or with NaN."""
+        missing = {"rng", *self.saved} - state.keys()
         if missing:
             raise ValueError(f"the state has no {', '.join(sorted(missing))}: another version of this program saved it")
         arrays = {name: np.array(state[name], dtype=dtype) for name, dtype in self.saved.items()}
@@ -207,14 +223,15 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
                 raise ValueError(f"{name} of the state contains NaN or infinity")
         if len(state["rng"]) != self.num_envs:
             raise ValueError(f"the state has random numbers for {len(state['rng'])} members, not {self.num_envs}")
-        for name, array in arrays.items():
-            setattr(self, name, array)
-        self.rngs = [rng_from_state(saved) for saved in state["rng"]]
-        return self._observed()
+        return arrays
 
     def _observed(self):
         """A copy of the observations: an environment may hand out an array that it goes on to change."""
-        return np.array(self.observations(), dtype=np.float32)
+        observations = np.array(self.observations(), dtype=np.float32)
+        expected = self.observation_space.shape
+        if observations.shape != expected:
+            raise ValueError(f"observations() must have shape {expected}, they have {observations.shape}")
+        return observations
 
     def _check_started(self, what):
         if self.rngs is None:
