@@ -883,7 +883,8 @@ def find_pretrained(args: Args):
     """Returns the file of the pre-trained model and, where it has to be trained first, the offline data or else None.
 
     A model is found again by the data, the seed, the arguments under `# Model` and `# Pre-training`, and the code
-    of networks and pre-training, with all it uses: whoever changes one of them gets a new one.
+    of networks and pre-training: whoever changes one of them gets a new one. Constants, and what only pretrain()
+    calls, are not seen: delete the model after a change there.
     """
     task = data_tools.TASKS[args.env_id]
     family = f"{PRETRAINED}_{task.data or args.env_id}"  # both kitchens share their data
@@ -1380,7 +1381,7 @@ def evaluate(args: Args):
     words = f"return {returns.mean():.4g}, success {success(returns, args):.0%}, {lengths.mean():.0f} env steps"
     print(f"{args.env_id}: {args.eval_episodes} episodes of {path}: {words} on average")
     if args.capture_video:
-        video = Path(args.run_dir) / f"{args.env_id}__{args.exp_name}__evaluation.mp4"
+        video = Path(args.run_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}__evaluation.mp4"
         rollout(agent.sample_policy, actor, 1, args, seed, video)
         print(f"video: {video}")
         draw_pictures(args, agent, residuals, video.with_suffix(".png"))
@@ -1420,7 +1421,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             check_script(state, given.evaluate)
             defaults = state["args"]
             check_types(defaults)
-        defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile)
+        defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile, run_dir=Args.run_dir)
     if given.resume:
         path = Path(given.resume) / "args.json"
         with reading(path):
@@ -1441,6 +1442,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     for name, value in asdict(args).items():
         flag = f"--{name.replace('_', '-')}"
         before = defaults.get(name, getattr(Args, name))
+        if value == "":
+            sys.exit(f"error: {flag} is empty: give a value, or leave it out")
         if given.resume and name not in MAY_CHANGE.split() and value != before:
             sys.exit(f"error: {flag} cannot change with --resume: leave it out, or begin a new run")
         if args.pretrained and name in PRETRAINING.split() and value != before:
@@ -1500,19 +1503,21 @@ def check_args(args: Args):
 
 def main(args: Args) -> dict:
     """Both phases of a run; returns its results."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: sys.exit("stopped before there was anything to save"))
     check_args(args)
     torch.set_num_threads(min(torch.get_num_threads(), 8))  # more do not help networks of this size
     if args.evaluate:
         return evaluate(args)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: sys.exit("stopped before there was anything to save"))
     if args.capture_video:
         data_tools.load_dataset(args.env_id, args.data_dir, args.dataset, args.data)  # missing ones are noticed now
     torch.manual_seed(args.seed)
     networks = make_networks(args, *data_tools.env_sizes(args.env_id))
 
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
-    run_dir = Path(args.resume or f"{args.run_dir}/{run_name}")
+    run_dir = Path(args.resume or f"{args.run_dir}/{run_name}").expanduser()
+    if (run_dir / "results.json").exists() and not (run_dir / "checkpoint.pt").exists():
+        sys.exit(f"error: {run_dir} is finished and has no checkpoint.pt any more: begin a new run")
     resumed = (run_dir / "checkpoint.pt").exists()  # it holds all networks
     path, data = (None, None) if resumed else find_pretrained(args)
     rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
@@ -1535,6 +1540,7 @@ def main(args: Args) -> dict:
                     sys.exit(f"error: the model's skills have {horizon} env steps; use --skill-horizon {horizon}")
                 print(f"pre-trained model: {path}")
                 add_flow(args, networks, path, facts, writer, stop)
+            (run_dir / "results.json").unlink(missing_ok=True)  # of fewer env steps
             results = train(args, networks, facts, run_dir, writer, stop)
         results |= dict(machine=machine, args=asdict(args))
         write_json(run_dir / "results.json", results)

@@ -830,7 +830,7 @@ def evaluate(args: Args):
     words = f"return {returns.mean():.4g}, success {success(returns, args):.0%}, {lengths.mean():.0f} env steps"
     print(f"{args.env_id}: {args.eval_episodes} episodes of {path}: {words} on average")
     if args.capture_video:
-        video = Path(args.run_dir) / f"{args.env_id}__{args.exp_name}__evaluation.mp4"
+        video = Path(args.run_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}__evaluation.mp4"
         choose_action = functools.partial(Planner(agent, args, explore=False), global_step=global_step)
         rollout(choose_action, 1, args, 10_000 + args.seed, video)
         print(f"video: {video}")
@@ -861,7 +861,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             check_script(state, given.evaluate)
             defaults = state["args"]
             check_types(defaults)
-        defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile)
+        defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile, run_dir=Args.run_dir)
     if given.resume:
         path = Path(given.resume) / "args.json"
         with reading(path):
@@ -879,6 +879,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         task = defaults["env_id"]
         sys.exit(f"error: {given.evaluate} is an agent of {task}: leave out --env-id")
     for name, value in asdict(args).items():
+        if value == "":
+            sys.exit(f"error: --{name.replace('_', '-')} is empty: give a value, or leave it out")
         if given.resume and name not in MAY_CHANGE.split() and value != defaults[name]:
             sys.exit(f"error: --{name.replace('_', '-')} cannot change with --resume: leave it out, or begin a new run")
     return args
@@ -920,15 +922,17 @@ def check_args(args: Args):
 
 def main(args: Args) -> dict:
     """A run; returns its results."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: sys.exit("stopped before there was anything to save"))
     check_args(args)
     torch.set_num_threads(min(torch.get_num_threads(), 8))  # more do not help networks of this size
     if args.evaluate:
         return evaluate(args)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: sys.exit("stopped before there was anything to save"))
 
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
-    run_dir = Path(args.resume or f"{args.run_dir}/{run_name}")
+    run_dir = Path(args.resume or f"{args.run_dir}/{run_name}").expanduser()
+    if (run_dir / "results.json").exists() and not (run_dir / "checkpoint.pt").exists():
+        sys.exit(f"error: {run_dir} is finished and has no checkpoint.pt any more: begin a new run")
     rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {args.device}, torch {torch.__version__}"
     try:
@@ -938,6 +942,7 @@ def main(args: Args) -> dict:
         with SummaryWriter(run_dir) as writer:
             writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
             stop = stop_at_signals()
+            (run_dir / "results.json").unlink(missing_ok=True)  # of fewer env steps
             results = train(args, run_dir, writer, stop)
         results |= dict(machine=machine, args=asdict(args))
         write_json(run_dir / "results.json", results)

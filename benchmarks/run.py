@@ -411,9 +411,12 @@ def connect(args: Args) -> float:
             sys.exit(
                 f"error: --num-cpus {args.num_cpus} is less than --threads-per-run {args.threads_per_run}; raise it"
             )
-        ray.init(
-            address="local", num_cpus=args.num_cpus, include_dashboard=False, object_store_memory=80 * 2**20, **quiet
-        )
+        here = dict(address="local", num_cpus=args.num_cpus, include_dashboard=False, object_store_memory=80 * 2**20)
+        try:
+            ray.init(**here, **quiet)
+        except Exception as error:  # on a very busy machine: a plain Exception
+            reason = " ".join(str(error).split())[:200]
+            sys.exit(f"error: Ray does not start ({reason}); end others, or set RAY_raylet_start_wait_time_s=170")
     else:
         cure = "start Ray there (`ray start --head`), run this on one of the cluster's nodes, or leave --address out"
         try:

@@ -666,7 +666,7 @@ def test_evaluation_of_a_checkpoint_acts_as_the_one_at_the_runs_end(case, no_dat
     runs = tmp_path / "runs"
     runs.mkdir()
     case.main(["--evaluate", run / "checkpoint.pt", "--run-dir", runs, "--capture-video"])
-    assert videos == [run / "evaluation.mp4", runs / f"maze__{case.script.stem}__evaluation.mp4"]
+    assert videos == [run / "evaluation.mp4", runs / f"maze__{case.script.stem}__3__evaluation.mp4"]
     episodes = np.reshape(actions, (4, 90, 2))  # the run's evaluation and its video, then both once more
     assert np.array_equal(episodes, np.broadcast_to(episodes[0], episodes.shape))
     assert "maze: 1 episodes of" in capsys.readouterr().out
@@ -977,6 +977,26 @@ def test_a_run_goes_on_with_its_own_file_only(case, tmp_path, monkeypatch):
 
 
 @every_algo
+def test_a_finished_run_that_was_stopped_later_is_not_finished(case, stop, monkeypatch):
+    """Else its results would be those of fewer env steps than its curve."""
+    run_dir = case.copy_of_run()
+    with monkeypatch.context() as patch:
+        after_calls(patch, data_tools.tasks.maze.MazeVectorEnv, "step", 5, stop.set, in_training)
+        with pytest.raises(SystemExit, match="stopped at env step"):
+            case.resume(run_dir, "--total-timesteps 2400")
+    assert (run_dir / "checkpoint.pt").exists() and not (run_dir / "results.json").exists()
+
+
+@every_algo
+def test_a_finished_run_without_its_checkpoint_keeps_its_curve(case):
+    run_dir = case.copy_of_run()
+    (run_dir / "checkpoint.pt").unlink()
+    before = rows_of(run_dir)
+    refused(lambda: case.resume(run_dir, "--total-timesteps 2400"), run_dir, "has no checkpoint.pt any more")
+    assert rows_of(run_dir) == before
+
+
+@every_algo
 def test_an_agent_of_another_task_is_refused(case):
     path = case.run_dir / "checkpoint.pt"
     refused(lambda: case.main(["--evaluate", path, "--env-id", "calvin"]), path, "is an agent of maze")
@@ -1016,6 +1036,9 @@ def test_arguments_of_a_run_cannot_change(case):
         ("--pretrained published --data x.hdf5", ["--pretrained published", "our settings"]),
         ("--pretrained published --dataset d4rl", ["--pretrained published", "our settings"]),
         ("--pretrained published --skill-horizon 5", ["--pretrained published", "our settings"]),
+        ("--run-dir=", ["--run-dir is empty: give a value"]),
+        ("--pretrained=", ["--pretrained is empty"]),
+        ("--evaluate=", ["--evaluate is empty"]),
         ("--pretrained model.pt --recombine", ["--recombine does nothing", "--pretrained"]),
         pytest.param(
             "--device cuda",
