@@ -45,6 +45,7 @@ from data_tools import TASKS
 
 LOCK_TIMEOUT = 300  # seconds to wait until a run whose runner or node was lost has saved and ended
 STOP_TIMEOUT = 600  # seconds that runs get to save when the runner is stopped: a block of updates can take minutes
+PAUSE = 30  # seconds times the try, before a run is started again whose worker was lost, as for want of memory
 
 # Flags of a run that the runner alone sets
 OURS = "--env-id --seed --device --run-dir --data-dir --resume --evaluate".split()
@@ -99,6 +100,7 @@ class Cell:
     family: tuple  # cells of a family use the same pre-trained model: one of them makes it, then the others start
     state: str = "waiting"  # waiting (for the family's pre-training), queued, pre-training, RL, finished, failed
     tries: int = 0
+    not_before: float = 0.0  # when it may be started again, by time.monotonic()
     log_size: int = 0  # of log.txt when it was queued; the log grows as soon as a worker has taken it
     pretrained: bool = False  # its pre-trained model has been made
     step: str = ""
@@ -463,13 +465,16 @@ def run_grid(args: Args, cells: list[Cell], gpus: float, display: Display):
     try:
         while any(cell.state not in ("finished", "failed") for cell in cells):
             for cell in cells:
-                if cell.state == "waiting" and may_start(cell, cells):
+                rested = time.monotonic() >= cell.not_before
+                if cell.state == "waiting" and rested and may_start(cell, cells):
                     cell.state, cell.tries = "queued", cell.tries + 1
                     log = cell.folder / "log.txt"
                     cell.log_size = log.stat().st_size if log.exists() else 0
                     ref = remote.remote(cell.command, flags, cell.folder, cell.checkpoint, ROOT, args.threads_per_run)
                     running[ref] = cell
             display.show(cells)
+            if not running:
+                time.sleep(1.0)
             done, _ = ray.wait(list(running), timeout=1.0)
             for cell in running.values():
                 observe(cell)
@@ -479,6 +484,7 @@ def run_grid(args: Args, cells: list[Cell], gpus: float, display: Display):
                     outcome = ray.get(ref)
                 except ray.exceptions.RayError as error:  # the worker or its node died, or its disk is full
                     outcome = dict(problem=why(error), exit_code=None)
+                    cell.not_before = time.monotonic() + PAUSE * cell.tries  # memory may be free again then
                 if "problem" not in outcome:
                     try:
                         write_results(cell, outcome)

@@ -273,7 +273,7 @@ def test_a_lost_node_costs_nothing_but_time(grid, cluster, ray_dir):
         raylet = node.all_processes["raylet"][0].process.pid
         wait_until(lambda: any(list(cell.glob("*/checkpoint.pt")) for cell in cells_under(raylet)), process)
         cluster.remove_node(node, allow_graceful=False)
-        output, _ = process.communicate(timeout=90)
+        output, _ = process.communicate(timeout=180)
     finally:
         process.kill()
     assert process.returncode == 0, output
@@ -281,8 +281,10 @@ def test_a_lost_node_costs_nothing_but_time(grid, cluster, ray_dir):
     assert "queued, try 2 (" in output
     assert "Raylet is terminated" not in output  # Ray's messages go to ray.txt
     check_finished(grid, ["skimo", "skimo_no_cem"], [1, 2])
-    attempts = [len(run.read_attempts(path.parent)) for path in grid.glob("run/maze/*/*/attempts.jsonl")]
-    assert max(attempts) == 2, attempts
+    attempts = [run.read_attempts(path.parent) for path in grid.glob("run/maze/*/*/attempts.jsonl")]
+    assert max(map(len, attempts)) == 2, attempts
+    begun = [[time.mktime(time.strptime(one["time"], "%Y-%m-%d %H:%M:%S")) for one in cell] for cell in attempts]
+    assert all(cell[-1] - cell[0] >= run.PAUSE for cell in begun if len(cell) == 2), attempts
     assert "--resume" in "".join(path.read_text() for path in grid.glob("run/maze/*/*/log.txt"))
 
 
