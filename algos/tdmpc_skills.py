@@ -1391,7 +1391,7 @@ def main(args: Args) -> dict:
     networks = make_networks(args, *data_tools.env_sizes(args.env_id))
 
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
-    run_dir = Path(args.resume or f"{args.run_dir}/{run_name}").expanduser()
+    run_dir = Path(os.path.expanduser(args.resume or f"{args.run_dir}/{run_name}"))
     if (run_dir / "results.json").exists() and not (run_dir / "checkpoint.pt").exists():
         sys.exit(f"error: {run_dir} is finished and has no checkpoint.pt any more: begin a new run")
     resumed = (run_dir / "checkpoint.pt").exists()  # it holds all networks
