@@ -352,7 +352,7 @@ def rssm_loss(model, obs, action, rewards, terminals, args):
         continue_loss = nn.functional.binary_cross_entropy_with_logits(logits, goes_on)
         loss = loss + args.continue_coef * continue_loss
         metrics |= dict(continue_loss=continue_loss)
-    metrics |= dict(model_loss=loss)
+    metrics["model_loss"] = loss
     metrics = {name: value.detach() for name, value in metrics.items()}
     return loss, metrics, h.detach(), s.detach()
 
@@ -1164,10 +1164,11 @@ def parse_args(argv: list[str] | None = None) -> Args:
         task = defaults["env_id"]
         sys.exit(f"error: {given.evaluate} is an agent of {task}: leave out --env-id")
     for name, value in asdict(args).items():
+        flag = f"--{name.replace('_', '-')}"
         if value == "":
-            sys.exit(f"error: --{name.replace('_', '-')} is empty: give a value, or leave it out")
+            sys.exit(f"error: {flag} is empty: give a value, or leave it out")
         if given.resume and name not in MAY_CHANGE.split() and value != defaults[name]:
-            sys.exit(f"error: --{name.replace('_', '-')} cannot change with --resume: leave it out, or begin a new run")
+            sys.exit(f"error: {flag} cannot change with --resume: leave it out, or begin a new run")
     return args
 
 
@@ -1219,8 +1220,9 @@ def main(args: Args) -> dict:
 
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
     run_dir = Path(os.path.expanduser(args.resume or f"{args.run_dir}/{run_name}"))
-    if (run_dir / "results.json").exists() and not (run_dir / "checkpoint.pt").exists():
-        sys.exit(f"error: {run_dir} is finished and has no checkpoint.pt any more: begin a new run")
+    finished = (run_dir / "results.json").exists()
+    if finished and not (run_dir / "checkpoint.pt").exists():
+        sys.exit(f"error: {run_dir} has no checkpoint.pt any more: begin a new run")
     rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {args.device}, torch {torch.__version__}"
     try:

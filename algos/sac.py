@@ -695,10 +695,11 @@ def parse_args(argv: list[str] | None = None) -> Args:
         task = defaults["env_id"]
         sys.exit(f"error: {given.evaluate} is an agent of {task}: leave out --env-id")
     for name, value in asdict(args).items():
+        flag = f"--{name.replace('_', '-')}"
         if value == "":
-            sys.exit(f"error: --{name.replace('_', '-')} is empty: give a value, or leave it out")
+            sys.exit(f"error: {flag} is empty: give a value, or leave it out")
         if given.resume and name not in MAY_CHANGE.split() and value != defaults[name]:
-            sys.exit(f"error: --{name.replace('_', '-')} cannot change with --resume: leave it out, or begin a new run")
+            sys.exit(f"error: {flag} cannot change with --resume: leave it out, or begin a new run")
     return args
 
 
@@ -747,8 +748,9 @@ def main(args: Args) -> dict:
 
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
     run_dir = Path(os.path.expanduser(args.resume or f"{args.run_dir}/{run_name}"))
-    if (run_dir / "results.json").exists() and not (run_dir / "checkpoint.pt").exists():
-        sys.exit(f"error: {run_dir} is finished and has no checkpoint.pt any more: begin a new run")
+    finished = (run_dir / "results.json").exists()
+    if finished and not (run_dir / "checkpoint.pt").exists():
+        sys.exit(f"error: {run_dir} has no checkpoint.pt any more: begin a new run")
     rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {args.device}, torch {torch.__version__}"
     try:

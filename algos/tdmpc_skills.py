@@ -1392,8 +1392,9 @@ def main(args: Args) -> dict:
 
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
     run_dir = Path(os.path.expanduser(args.resume or f"{args.run_dir}/{run_name}"))
-    if (run_dir / "results.json").exists() and not (run_dir / "checkpoint.pt").exists():
-        sys.exit(f"error: {run_dir} is finished and has no checkpoint.pt any more: begin a new run")
+    finished = (run_dir / "results.json").exists()
+    if finished and not (run_dir / "checkpoint.pt").exists():
+        sys.exit(f"error: {run_dir} has no checkpoint.pt any more: begin a new run")
     resumed = (run_dir / "checkpoint.pt").exists()  # it holds all networks
     path, data = (None, None) if resumed else find_pretrained(args)
     rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())

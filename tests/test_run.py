@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import tyro
@@ -413,6 +414,13 @@ def test_dry_run_prints_commands_that_a_user_could_type(tmp_path):
     assert given["--env-id"] == "calvin" and given["--seed"] == "2" and "--num-threads" not in given
     assert given["--run-dir"] == str(tmp_path / "run" / "calvin" / "skimo" / "seed2")
     assert given["--tau"] == "0.01" and given["--exp-name"] == "a b"
+
+
+def test_ray_that_does_not_start_is_a_sentence(monkeypatch, tmp_path, ray_dir):
+    slow = mock.Mock(side_effect=Exception("The current node timed out during startup.\nSee the logs."))
+    monkeypatch.setattr(run.ray, "init", slow)
+    with pytest.raises(SystemExit, match=r"^error: Ray does not start \(The current node .*logs\.\); end others"):
+        run.main(run.Args(num_cpus=2, run_dir=tmp_path / "runs", results_dir=tmp_path / "results"))
 
 
 @pytest.mark.parametrize(

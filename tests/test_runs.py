@@ -1477,6 +1477,21 @@ def test_model_of_other_skills_is_refused(case, tmp_path):
     refused(lambda: case.start(f"--pretrained {path}"), f"{horizon} env steps", f"--skill-horizon {horizon}")
 
 
+@pytest.mark.parametrize("case", SKIMOS, indirect=True)
+def test_a_new_flag_of_pretraining_makes_a_new_model(case, monkeypatch):
+    """One that a reader adds as the last of `# Pre-training`."""
+    module = case.module
+    args = module.parse_args(case.argv())
+    names = list(dataclasses.fields(module.Args))
+    last = [field.name for field in names].index("total_timesteps")
+    names.insert(last, SimpleNamespace(name="smooth_coef"))
+    monkeypatch.setattr(module, "fields", lambda cls: names)
+    models = set()
+    for args.smooth_coef in (0.1, 50.0):
+        models.add(module.find_pretrained(args)[0])
+    assert len(models | {case.model}) == 3
+
+
 @every_algo
 def test_a_stop_while_torch_compile_works_is_no_failure_of_the_compiler(case, monkeypatch):
     def compile_stopped(*inputs):
@@ -1498,6 +1513,14 @@ def test_signal_before_the_run_has_a_folder_is_a_sentence(case, number, monkeypa
     with pytest.raises(SystemExit, match="stopped before there was anything to save"):
         case.main(case.argv(runs=tmp_path / "runs"))
     assert not (tmp_path / "runs").exists()
+
+
+@every_algo
+@pytest.mark.parametrize("where", ["check_args", "evaluate"])
+def test_signal_in_an_evaluation_is_a_sentence(case, where, monkeypatch):
+    monkeypatch.setattr(case.module, where, lambda args: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit, match="stopped before there was anything to save"):
+        case.main(["--evaluate", case.run_dir / "checkpoint.pt"])
 
 
 @skimo_only

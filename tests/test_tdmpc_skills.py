@@ -490,6 +490,10 @@ def test_what_is_stored_planned_and_given_to_the_prior(defects, short_episodes, 
     agent, obs = new_agent(tiny_args(release_defects=defects)), torch.tensor([[40.0, 20, 10, 0]])
     expected = torch.tensor([[0.5, 0, 1, 0]]) if defects else obs
     torch.testing.assert_close(agent.prior_input(obs), expected)
+    given = []
+    agent.skill_prior.register_forward_pre_hook(lambda prior, inputs: given.append(inputs[0]))
+    agent.sample_prior(obs.numpy())
+    assert torch.equal(given[0], obs)  # the warm-up's skills are those of the prior as it was trained
 
 
 def test_updates_keep_step_with_the_environments_after_the_warmup(short_episodes, tmp_path):
