@@ -25,7 +25,8 @@ Differences from the release (google-research/dads), marked DEVIATION n below
    objects (CALVIN, Kitchen), and for its first 43,000 env steps the skills' reward is nearly 0. The price of ours: an
    entry that has hardly ever moved has a tiny std, so q is surprised when it moves, and the reward falls to as little
    as -50 nats until q has seen more of it.
-2. q sees the position as well, as walls depend on it (release on Ant: z alone). x: position (maze), all (others).
+2. q sees the position as well, as walls depend on it, and so do policy and critics (release on Ant: q z alone, the
+   others no position). x: position (maze), all (others).
 3. Replay of 300,000 steps (10,000), all of a default run, as R forgets a reward that is dropped; not weighted by
    pi_now / pi_then, which the release does in some configurations.
 4. Policy and critics are those of sac.py: sines and cosines of positions, its log std and weights; 128 units (512) and

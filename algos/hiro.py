@@ -26,6 +26,8 @@ The numbers are those of `DEVIATION n` in the code:
 7. Until a first reward is seen, goals are uniform, in evaluations as well, and the high level does not learn: it would
    only follow the random first values of its critics, soon to a goal in a wall (one try, no log; in the paper's tasks
    the distance is rewarded, or a reward comes soon).
+8. The high level's rewards are times reward_scale (release: .1), the time is not observed, and the low level sees its
+   position (release: not Ant's).
 Free choices: GOAL_RANGE, and all numbers on our tasks, where the paper has none.
 
 Expect about 0 on our tasks: the high level sees no reward before the first success, and most goals in the space of
