@@ -23,9 +23,10 @@ start, held for one whole skill.
 Known from notes on the paper: 3 numbers per skill, held for 10 env steps. Recalled, not verified: CEM of 4 iterations
 with 16 plans and 4 elites.
 
-Marked DEVIATION n below, as in dreamer.py: 2. all windows are drawn as often, those of unfinished episodes too; 4. the encoder sees scaled observations with sines and cosines of positions,
-raw ones are reconstructed; 5. imagine_starts: imagination may begin in a random share of the states; 6. --continue-head
-is a model of the end, off by default: imagination never ends; 7. the decoder begins at the mean of what was seen.
+Marked DEVIATION n below, as in dreamer.py: 2. all windows are drawn as often, those of unfinished episodes too; 4. the
+encoder sees scaled observations with sines and cosines of positions, raw ones are reconstructed; 5. imagine_starts:
+imagination may begin in a random share of the states; 6. --continue-head is a model of the end, off by default:
+imagination never ends; 7. the decoder begins at the mean of what was seen.
 E environments act side by side.
 --skill-dim 0 --random-skills --skill-horizon 15 learns and acts as dreamer.py does with the same rates (a test; bit for
 bit, where both draw the same random numbers); --random-skills alone is the paper's ablation: no plans.

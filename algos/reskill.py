@@ -31,8 +31,8 @@ Differences from the release, marked DEVIATION n below. 1 and 6 are spirl.py's a
 10. A skill ends with its episode (release: goes on). Time-outs are bootstrapped, as there.
 11. Evaluations draw skills (release: means), with w of training (release: 1). Kitchen: 30 observations, see spirl.py.
 The release's last skill of a roll-out enters PPO with the advantage of an older roll-out; here no row can be stale.
---published takes SPiRL's release's side of 2 and 3 (not for pi and pi_res), and this one's width of the flow, roll-outs,
-batches and gate. All is checked against formulas, not beside the release.
+--published takes SPiRL's release's side of 2 and 3 (not of 3 for pi and pi_res), and this one's width of the flow,
+roll-outs, batches and gate. All is checked against formulas, not beside the release.
 
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, PEOPLE, RELEASE, PUBLISHED, SkillModel, make_networks,
 pretrain_loss, prior_rollouts, pretrain_lr, find_pretrained, pretrain, Agent, train, evaluate, PRETRAINING, check_args,

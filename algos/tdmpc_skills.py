@@ -23,7 +23,8 @@ Differences from the release, marked DEVIATION n below.
    is larger by a constant, Z ln 2 = 6.9, as it leaves out the slope of 2 u; so its bound of 100, kept, is at 93.1 of
    ours (the first KL is 19 in the maze). reward_scale is applied; there it has no effect.
 2. Pre-training is shorter, with a decaying learning rate and, in the maze and on CALVIN, a larger KL weight.
-3. Sines and cosines of positions are inputs as well, and the maze is scaled, as in skimo.py.
+3. Sines and cosines of positions are inputs as well, and the maze is scaled, as in skimo.py. On people's data arms are
+   shifted and objects recombined (--arm-noise, --recombine).
 4. E environments side by side. Windows of 5 transitions (release: 5 stored items, 4 transitions). After ends and
    time-outs nothing counts (release: both are ignored).
 5. Kitchen, CALVIN: as in spirl.py. Maze: a warm-up of 50,000 env steps with skills of the prior (release: 5,000 with
