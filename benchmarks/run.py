@@ -398,7 +398,7 @@ def check_flags(args: Args, cell: Cell):
         where = cell.result.with_suffix(".json") if facts is not None else cell.folder
         sys.exit(
             f"error: {where} was made with --args {shlex.join(begun)!r}, not {args.args!r}; give the same flags, "
-            "or other folders with --results-dir and --run-dir"
+            "or other folders with --run-dir, --results-dir and --checkpoints-dir"
         )
 
 
