@@ -77,8 +77,8 @@ it differs from what the logs give. How the numbers are made: [README](README.md
   ([more](../data_tools/README.md#calvin)): the two are not alike. In the maze every episode starts elsewhere. In the
   kitchens all start in the same state, and what is observed has noise of its own in each.
 - **Prior alone**: roll-outs of the pre-trained prior, where RL begins. Those of the Mis-aligned Kitchen's models were
-  mostly in the Kitchen, so it shows none. On human data the Kitchen's .51 was measured in the Mis-aligned one, for
-  which that model was made.
+  mostly in the Kitchen, so it shows none. On human data SkiMo's first in the Kitchen, .32, was measured in the
+  Mis-aligned one, for which that model was made.
 - **RL minutes**: without pre-training, mostly one thread beside other jobs on two shared cores: upper bounds.
 - **Commit**: of each start of a run; a + says that files were changed since. **To make a run again**: its command is in
   `results/TASK/METHOD/DATA/seedN.json` under `attempts`. Leave out the folders and, in older ones, `--num-threads 1`
@@ -87,9 +87,8 @@ it differs from what the logs give. How the numbers are made: [README](README.md
   release's schedule, made for 2M env steps: 1 skill up to 111,000 env steps, 2 up to 222,000, 3 at 300,000 (6
   at 610,000, where one seed went on). So only the kitchens test long plans here.
 - **Seeds of a cell share a pre-trained model**, so their spread is that of RL alone. Relay's seeds, those of
-  SkiMo, of SkiMo without CEM and of SkiMo + SAC in the Mis-aligned Kitchen on human data, and one seed of SkiMo
-  without joint training in the maze have models of their own. The other cells of human data come from two models
-  each, SPiRL's from one.
+  SkiMo, of SkiMo without CEM and of SkiMo + SAC on human data, and one seed of SkiMo without joint training in the
+  maze have models of their own. On human data SkiMo without joint training has two models, SPiRL one.
 - Hyper-parameters were chosen with SkiMo on these tasks, partly on these seeds. Its ablations inherit them.
 """
 
@@ -150,7 +149,7 @@ Mean over seeds (each seed) of training episodes, smoothed as in the paper (over
 of methods, not heights.** On human data pre-training shifts arms and recombines objects, the paper's does not. Plans:
 up to 3 skills in the maze, 1 on CALVIN, 10 in the Kitchen. **With scripted data seeds differ in RL alone**: those of
 a cell start from one pre-trained model, but for Relay's and one of SkiMo without joint training in the maze. On human
-data cells of `skimo*.py` come from two or three models, SPiRL's from one.
+data cells of `skimo*.py` come from three models (without joint training: two), SPiRL's from one.
 """
 
 
