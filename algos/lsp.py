@@ -1198,6 +1198,8 @@ def check_args(args: Args):
         flag = f"--{name.replace('_', '-')}"
         if type(value) in (int, float) and not 0 <= value < float("inf"):
             sys.exit(f"error: {flag} {value} does not work; give a number that is not negative")
+        if type(value) is int and value >= 2**31:
+            sys.exit(f"error: {flag} {value} does not work; give a smaller number")
         if type(value) is int and value == 0 and name not in may_be_zero:
             sys.exit(f"error: {flag} 0 does not work; give at least 1")
         if name in ("gamma", "td_lambda") and value > 1:
@@ -1242,9 +1244,10 @@ def main(args: Args) -> dict:
             sys.exit("stopped while torch.compile worked; go on from what was saved before")
         reason = str(error).split("\n")[0]
         sys.exit(f"error: torch.compile failed ({reason}); use --no-compile or install a C++ compiler")
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         reason = str(error).split("\n")[0][:120]
-        if "allocate" not in reason:  # what torch says of a full GPU and of full memory
+        full = isinstance(error, MemoryError) or "allocate" in reason  # what torch says of full memory
+        if not full:
             raise
         sys.exit(f"error: no memory left ({reason}); end other programs or choose smaller sizes")
     except OSError as error:  # while logs, episodes.csv or results.json were written

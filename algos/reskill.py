@@ -1476,6 +1476,8 @@ def check_args(args: Args):
         flag = f"--{name.replace('_', '-')}"
         if type(value) in (int, float) and not 0 <= value < float("inf"):
             sys.exit(f"error: {flag} {value} does not work; give a number that is not negative")
+        if type(value) is int and value >= 2**31:
+            sys.exit(f"error: {flag} {value} does not work; give a smaller number")
         if type(value) is int and value == 0 and name not in may_be_zero:
             sys.exit(f"error: {flag} 0 does not work; give at least 1")
         if name in ("gamma", "gae_lambda") and value > 1:
@@ -1511,8 +1513,6 @@ def main(args: Args) -> dict:
         return evaluate(args)
     if args.capture_video:
         data_tools.load_dataset(args.env_id, args.data_dir, args.dataset, args.data)  # missing ones are noticed now
-    torch.manual_seed(args.seed)
-    networks = make_networks(args, *data_tools.env_sizes(args.env_id))
 
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
     run_dir = Path(os.path.expanduser(args.resume or f"{args.run_dir}/{run_name}"))
@@ -1528,6 +1528,8 @@ def main(args: Args) -> dict:
         run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
         saved = dict(asdict(args), script=Path(__file__).name)
         write_json(run_dir / "args.json", saved)
+        torch.manual_seed(args.seed)
+        networks = make_networks(args, *data_tools.env_sizes(args.env_id))
         with SummaryWriter(run_dir) as writer:
             writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
             stop = stop_at_signals()
@@ -1550,9 +1552,10 @@ def main(args: Args) -> dict:
             sys.exit("stopped while torch.compile worked; go on from what was saved before")
         reason = str(error).split("\n")[0]
         sys.exit(f"error: torch.compile failed ({reason}); use --no-compile or install a C++ compiler")
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         reason = str(error).split("\n")[0][:120]
-        if "allocate" not in reason:  # what torch says of a full GPU and of full memory
+        full = isinstance(error, MemoryError) or "allocate" in reason  # what torch says of full memory
+        if not full:
             raise
         sys.exit(f"error: no memory left ({reason}); end other programs or choose smaller sizes")
     except OSError as error:  # while logs, episodes.csv or results.json were written

@@ -1022,6 +1022,7 @@ def test_arguments_of_a_run_cannot_change(case):
         ("--num-elites 21", ["--num-elites", "--num-samples"]),
         ("--num-policy-trajs 1", ["--num-policy-trajs"]),
         ("--num-envs 0", ["--num-envs 0 does not work; give at least 1"]),
+        ("--seed 99999999999999999999", ["--seed 99999999999999999999 does not work; give a smaller number"]),
         ("--batch-size 0", ["--batch-size"]),
         ("--hidden-dim -1", ["--hidden-dim"]),
         ("--seed -1", ["--seed -1"]),
@@ -1166,9 +1167,15 @@ def test_full_memory_is_a_sentence_and_other_errors_of_torch_are_not(case, monke
     refused(case.start, "no memory left (CUDA out of memory", "end other programs")
     monkeypatch.setattr(case.module, "train", lambda *inputs: torch.empty(10**16))
     refused(case.start, "no memory left", "can't allocate memory", "end other programs")
+    monkeypatch.setattr(case.module, "train", lambda *inputs: np.empty(10**17))
+    refused(case.start, "no memory left", "Unable to allocate", "end other programs")
     monkeypatch.setattr(case.module, "train", lambda *inputs: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
         case.start()
+    if hasattr(case.module, "make_networks"):
+        with monkeypatch.context() as patch:
+            patch.setattr(case.module.nn, "Linear", lambda *inputs: torch.empty(10**16))
+            refused(case.start, "no memory left", "can't allocate memory", "end other programs")
 
     def read():
         with case.module.reading(case.run_dir):
