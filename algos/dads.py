@@ -663,7 +663,9 @@ class ReplayBuffer:
         running = ended.cumsum(1) - ended == 0  # (B, H), not behind an end
         last = t.gather(1, running.sum(1, keepdim=True) - 1)  # (B, 1)
         rewards = (self.columns["rewards"][t, e] * running).sum(1)
-        return self.columns["obs"][t[:, 0], e[:, 0]], self.columns["next_obs"][last, e][:, 0], rewards
+        obs = self.columns["obs"][t[:, 0], e[:, 0]]
+        next_obs = self.columns["next_obs"][last, e][:, 0]
+        return obs, next_obs, rewards
 
     def rewarded(self) -> bool:
         """Whether R has a reward to learn from."""
@@ -671,7 +673,9 @@ class ReplayBuffer:
 
     def positions(self, dim: int):
         """x and x' (rows * E, D) of all rows."""
-        return [self.columns[name][: len(self), :, :dim].flatten(0, 1) for name in ("obs", "next_obs")]
+        obs = self.columns["obs"][: len(self), :, :dim]
+        next_obs = self.columns["next_obs"][: len(self), :, :dim]
+        return obs.flatten(0, 1), next_obs.flatten(0, 1)
 
     def state_dict(self) -> dict:
         filled = {name: column[: len(self)].clone() for name, column in self.columns.items()}
@@ -983,7 +987,8 @@ def train(args: Args, run_dir: Path, writer, stop: threading.Event) -> dict:
             if gradient_step % 10 == 0:
                 agent.dynamics.set_scale(*rb.positions(args.dynamics_obs))
             obs_q, _, z, next_obs_q, _ = rb.sample(args.batch_size)
-            model_metrics = agent.update_dynamics(obs_q, z, next_obs_q, *rb.sample_rewards(args.batch_size))
+            reward_batch = rb.sample_rewards(args.batch_size)
+            model_metrics = agent.update_dynamics(obs_q, z, next_obs_q, *reward_batch)
             gradient_step += 1
             if gradient_step % 100 == 0:
                 log(writer, "dynamics", model_metrics, global_step)

@@ -506,9 +506,11 @@ def ppo_loss(learner, x, actions, log_probs, advantages, returns, weights, args)
     value_loss = (share * error.square()).sum()
 
     # Policy and value share no weights, so their sum trains each alone.
-    metrics = dict(kl=-(share * log_ratio).sum(), policy_loss=policy_loss, value_loss=value_loss)
+    kl = -(share * log_ratio).sum()
+    metrics = dict(kl=kl, policy_loss=policy_loss, value_loss=value_loss)
     metrics |= dict(std=learner.log_std.exp().mean())
-    return policy_loss + value_loss, {name: value.detach() for name, value in metrics.items()}
+    metrics = {name: value.detach() for name, value in metrics.items()}
+    return policy_loss + value_loss, metrics
 
 
 # -------------------------------------------------------------------------------------------------------------- acting
@@ -1245,7 +1247,8 @@ def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, write
             share = rb.residual_share(actor.weight)
             residuals.append((global_step, actor.weight, share))
             log(writer, "losses", metrics, global_step)
-            log(writer, "charts", dict(residual_weight=actor.weight, residual_share=share), global_step)
+            charts = dict(residual_weight=actor.weight, residual_share=share)
+            log(writer, "charts", charts, global_step)
             actor = agent.actor()
 
         # Evaluate without noise in the residual. Skills are drawn: the mean of two good ones need not be good

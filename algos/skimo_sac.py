@@ -932,7 +932,8 @@ class Agent(nn.Module):
         loss, policy_metrics = self.policy_loss(critic, *policy, obs, alpha, args)
         self.policy_optimizer.zero_grad()
         loss.backward()
-        policy_norm = clip_gradients(nn.ModuleList([self.task_policy, self.encoder]), args)
+        networks = nn.ModuleList([self.task_policy, self.encoder])
+        policy_norm = clip_gradients(networks, args)
         self.policy_optimizer.step()
         critic.requires_grad_(True)
 
