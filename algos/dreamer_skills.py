@@ -1516,7 +1516,7 @@ def main(args: Args) -> dict:
         reason = str(error).split("\n")[0]
         sys.exit(f"error: torch.compile failed ({reason}); use --no-compile or install a C++ compiler")
     except (MemoryError, RuntimeError) as error:
-        reason = str(error).split("\n")[0][:120]
+        reason = str(error).split("\n")[0][:120] or "MemoryError"
         full = isinstance(error, MemoryError) or "allocate" in reason  # what torch says of full memory
         if not full:
             raise

@@ -1169,6 +1169,8 @@ def test_full_memory_is_a_sentence_and_other_errors_of_torch_are_not(case, monke
     refused(case.start, "no memory left", "can't allocate memory", "end other programs")
     monkeypatch.setattr(case.module, "train", lambda *inputs: np.empty(10**17))
     refused(case.start, "no memory left", "Unable to allocate", "end other programs")
+    monkeypatch.setattr(case.module, "train", lambda *inputs: bytearray(2**62))  # Python itself gives no reason
+    refused(case.start, "no memory left (MemoryError)", "end other programs")
     monkeypatch.setattr(case.module, "train", lambda *inputs: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
         case.start()
