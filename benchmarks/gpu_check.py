@@ -32,6 +32,7 @@ from benchmarks import speed
 
 OUT = Path(os.environ.get("OUT", "gpu_check"))
 PARTS = ("tests", "speed", "train")
+ON_GPU = "cuda and not second_device and not one_device and not overwrote"  # the others play a GPU on the CPU
 # For the rehearsal: a few episodes of a few skills' training.
 TINY = "--num-envs 2 --num-samples 8 --num-policy-trajs 4 --num-elites 4 --cem-iters 1 --batch-size 8 --eval-episodes 1"
 
@@ -84,20 +85,20 @@ def start(command: list, log: Path, **environment) -> subprocess.Popen:
     return process
 
 
-def wait(process: subprocess.Popen, seconds: float) -> str:
+def wait(process: subprocess.Popen, seconds: float, signal_number=signal.SIGTERM) -> str:
     """Wait for a program, stop it after that time; returns "ok" or a few words on what happened."""
     try:
         code = process.wait(seconds)
         return "ok" if code == 0 else f"exit code {code}"
     except subprocess.TimeoutExpired:
-        stop(process)
+        stop(process, signal_number=signal_number)
         return f"stopped after {seconds:.0f} s"
 
 
-def stop(*processes: subprocess.Popen):
-    """SIGTERM to all, upon which runs save side by side; SIGKILL after 25 seconds to what is left, and its children."""
+def stop(*processes: subprocess.Popen, signal_number=signal.SIGTERM):
+    """A signal to all, upon which runs save side by side; after 25 seconds SIGKILL to what is left and its children."""
     for process in processes:
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal_number)
     enough = time.time() + 25
     for process in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -113,14 +114,15 @@ def check_tests(args: Args) -> dict:
     deadline = Deadline(args)
     log = OUT / "tests.log"
     command = [sys.executable, "-m", "pytest", "-v", "-rA", "--tb=short", "-p", "no:cacheprovider"]
-    command += ["tests/test_cuda.py", "tests/test_dataset.py", "-k", "cuda", "--continue-on-collection-errors"]
+    command += ["tests/test_cuda.py", "tests/test_dataset.py", "-k", ON_GPU, "--continue-on-collection-errors"]
     if importlib.util.find_spec("xdist") and not args.cpu:  # compiling takes most of the time, on one core
-        command += ["-n", "8"]
+        command += ["-n", str(min(12, os.cpu_count())), "--maxschedchunk", "1"]
     facts = OUT / "facts.jsonl"
     facts.unlink(missing_ok=True)
     environment = dict(GPU_CHECK_ALGOS=" ".join(args.algos), GPU_CHECK_FACTS=str(facts))
     environment["GPU_CHECK_DEVICE"] = "cpu" if args.cpu else "cuda"
-    status = wait(start(command, log, **environment), deadline.left())
+    enough = deadline.left() - 30  # upon SIGINT pytest says what failed
+    status = wait(start(command, log, **environment), enough, signal.SIGINT)
     measured = [json.loads(line) for line in facts.read_text().splitlines()] if facts.exists() else []
     outcomes = {}
     for line in log.read_text().splitlines():

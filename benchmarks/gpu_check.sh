@@ -4,7 +4,7 @@
 #   benchmarks/gpu_check.sh                   # all parts: tests, speed, train
 #   benchmarks/gpu_check.sh tests             # one part
 #   benchmarks/gpu_check.sh all --cpu         # rehearsal at tiny sizes on a machine without a GPU
-#   benchmarks/gpu_check.sh wheels            # here, for a machine without a network: packages into .whl/ (38 MB)
+#   benchmarks/gpu_check.sh wheels            # here, for a machine without a network: packages into .whl/ (23 MB)
 #
 # Ends in $OUT/gpu_check.json and a table, $OUT/gpu_check.txt (OUT is ./gpu_check unless it is set). A part that fails
 # does not stop the others; the table names it, and the exit code is 1. PYTHON names the interpreter (python3).
@@ -14,10 +14,9 @@ export OUT=${OUT:-$PWD/gpu_check}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # runs side by side
 export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-2}
 export PYTHONUNBUFFERED=1
-if [[ ${1:-} == wheels ]]; then # for Python 3.12 with torch, numpy, scipy, h5py, matplotlib, tensorboard, tqdm, pytest
-  names="mujoco mujoco-core glfw gymnasium farama-notifications cloudpickle gymnasium-robotics tyro docstring-parser
-    typeguard typing-extensions platformdirs pooch requests urllib3 certifi idna charset-normalizer filelock
-    pytest-xdist execnet"
+if [[ ${1:-} == wheels ]]; then # for Python 3.12 with torch, h5py, matplotlib, tensorboard, requests, pytest-xdist, tqdm
+  names="mujoco mujoco-core glfw gymnasium farama-notifications gymnasium-robotics tyro docstring-parser typeguard
+    platformdirs pooch"
   rm -rf .whl && mkdir .whl
   for name in $names; do
     version=$(sed -nE "s/^${name%-core}==([0-9.]+).*/\1/p" requirements.txt) # mujoco-core is as new as mujoco
@@ -26,6 +25,7 @@ if [[ ${1:-} == wheels ]]; then # for Python 3.12 with torch, numpy, scipy, h5py
       --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform manylinux1_x86_64 \
       -d .whl "$name${version:+==$version}"
   done
+  zip -qd .whl/gymnasium_robotics-*.whl '*/assets/adroit_hand/*' '*/assets/hand/*' '*/assets/fetch/*' '*/assets/stls/*'
   du -sh .whl
   exit
 fi

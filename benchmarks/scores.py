@@ -14,6 +14,7 @@ environments side by side, the first would give failures, which last longer, mor
 
 import csv
 import json
+import re
 import sys
 from dataclasses import dataclass
 from itertools import combinations
@@ -120,11 +121,12 @@ class Run:
 
     @property
     def machine(self) -> str:
+        """Processor and, if it was used, GPU."""
         text = self.facts.get("machine") or "not known"
-        for name in ("AMD EPYC", "Xeon"):
-            if name in text:
-                return name.replace("Xeon", "Intel Xeon")
-        return text.split(",")[0]
+        processors = {"AMD EPYC": "AMD EPYC", "Xeon": "Intel Xeon"}
+        processor = next((label for name, label in processors.items() if name in text), text.split(",")[0])
+        gpu = re.search(r"NVIDIA \w+", text)
+        return f"{processor}, {gpu[0]}" if gpu and self.facts["args"].get("device") == "cuda" else processor
 
 
 def place(end_steps, lengths, num_envs: int, longest: int) -> np.ndarray:

@@ -88,7 +88,7 @@ def test_failed_tests_are_counted_and_named(out, monkeypatch):
         log.write_text("\n".join(lines))
 
     monkeypatch.setattr(gpu_check, "start", start)
-    monkeypatch.setattr(gpu_check, "wait", lambda process, seconds: "exit code 1")
+    monkeypatch.setattr(gpu_check, "wait", lambda *inputs: "exit code 1")
     result = gpu_check.check_tests(gpu_check.Args(cpu=True))
     assert result["passed"] == 1 and result["status"] == "exit code 1"
     assert result["failed"] == ["tests/test_cuda.py::test_b[spirl]", "tests/test_dataset.py"]
@@ -100,6 +100,36 @@ def test_a_program_that_takes_too_long_is_stopped(tmp_path):
     assert gpu_check.wait(gpu_check.start(["true"], log), 20) == "ok"
     assert gpu_check.wait(gpu_check.start(["false"], log), 20) == "exit code 1"
     assert "=== sleep 60" in log.read_text()
+
+
+def test_tests_that_are_stopped_say_what_failed(tmp_path):
+    (tmp_path / "test_it.py").write_text("""
+import time
+
+def test_a():
+    assert 1 == 2
+
+def test_b():
+    time.sleep(60)
+""")
+    log = tmp_path / "log"
+    pytest_command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-n",
+        "2",
+        "-p",
+        "no:cacheprovider",
+        tmp_path / "test_it.py",
+    ]
+    process = gpu_check.start(pytest_command, log)
+    while "FAILED" not in log.read_text():
+        assert process.poll() is None
+        time.sleep(0.1)
+    assert gpu_check.wait(process, 0.1, signal.SIGINT).startswith("stopped")
+    assert "assert 1 == 2" in log.read_text()
 
 
 def test_what_a_stopped_program_started_is_stopped_as_well(tmp_path):
