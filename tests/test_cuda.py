@@ -158,13 +158,17 @@ def rounds(algo, args):
 @needs_device
 @with_pretraining
 def test_compiled_pretraining_is_eager_pretraining(name, tmp_path):
+    """Compiled twice: the second time from the compiler's cache, which on an H100 made a difference."""
     algo = speed.load_algorithm(name)
     before, eager, eager_metrics = pretrained_weights(algo, tiny_args(algo, False), tmp_path / "eager")
-    _, compiled, metrics = pretrained_weights(algo, tiny_args(algo, COMPILE), tmp_path / "compiled")
-    apart = moved(before, eager, compiled)
-    fact("compiled pre-training is off by (share of the way)", name, apart)
-    assert apart < 1e-3, furthest(eager, compiled)
-    assert metrics == pytest.approx(eager_metrics, rel=1e-2, abs=1e-2)
+    problems = []
+    for time in ("first", "second"):
+        _, compiled, metrics = pretrained_weights(algo, tiny_args(algo, COMPILE), tmp_path / time)
+        apart = moved(before, eager, compiled)
+        fact(f"pre-training, compiled for the {time} time, is off by (share of the way)", name, apart)
+        if apart >= 1e-3 or metrics != pytest.approx(eager_metrics, rel=1e-2, abs=1e-2):
+            problems.append(f"{time}: {apart:.2g} of the way, most in {furthest(eager, compiled)}; {metrics}")
+    assert not problems, f"{problems}, eager: {eager_metrics}"
 
 
 @needs_device
