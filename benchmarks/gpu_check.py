@@ -272,6 +272,7 @@ def report(found: dict) -> str:
 def main(args: Args):
     """All parts, or one; whatever ends it, nothing that it started goes on."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: stopped"))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # programs behind nohup would ignore it
     try:
         check(args)
     finally:

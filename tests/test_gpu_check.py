@@ -113,18 +113,9 @@ def test_b():
     time.sleep(60)
 """)
     log = tmp_path / "log"
-    pytest_command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-v",
-        "-n",
-        "2",
-        "-p",
-        "no:cacheprovider",
-        tmp_path / "test_it.py",
-    ]
-    process = gpu_check.start(pytest_command, log)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as main does
+    command = [sys.executable, "-m", "pytest", "-v", "-n", "2", "-p", "no:cacheprovider", tmp_path / "test_it.py"]
+    process = gpu_check.start(command, log)
     while "FAILED" not in log.read_text():
         assert process.poll() is None
         time.sleep(0.1)
