@@ -161,7 +161,7 @@ def rounds(algo, args):
 @needs_device
 @with_pretraining
 def test_compiled_pretraining_is_eager_pretraining(name, tmp_path):
-    """Compiled twice: the second time from the compiler's cache, which on an H100 made a difference."""
+    """Compiled twice, the second time from the compiler's cache: see FINDINGS, "On a GPU"."""
     algo = speed.load_algorithm(name)
     before, eager, eager_metrics = pretrained_weights(algo, tiny_args(algo, False), tmp_path / "eager")
     problems = []
