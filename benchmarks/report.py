@@ -84,8 +84,8 @@ it differs from what the logs give. How the numbers are made: [README](README.md
   `results/TASK/METHOD/DATA/seedN.json` under `attempts`. Leave out the folders and, in older ones, `--num-threads 1`
   (now the environment variable `OMP_NUM_THREADS=1`).
 - **Length of plans**: CEM plans 1 skill ahead on CALVIN and up to 10 in the kitchens. In the maze plans grow by the
-  release's schedule, made for 2M env steps: 1 skill up to 111,000 env steps, 2 up to 222,000, 3 at 300,000, 10
-  beyond 1M, where one seed went. So but for that seed only the kitchens test long plans here.
+  release's schedule, made for 2M env steps: 1 skill up to 111,000 env steps, 2 up to 222,000, 3 at 300,000, 6 at
+  610,000, where two seeds went, and 10 beyond 1M, where one went. The others test long plans only in the kitchens.
 - **Seeds of a cell share a pre-trained model**, so their spread is that of RL alone. Relay's seeds, those of
   SkiMo, of SkiMo without CEM and of SkiMo + SAC on human data, and one seed of SkiMo without joint training in the
   maze have models of their own. On human data SkiMo without joint training has two models, SPiRL one.
