@@ -92,7 +92,7 @@ class Args:
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # of networks, sampling and environments
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and act
-    compile: bool = torch.cuda.is_available()  # torch.compile losses and plans, with CUDA graphs
+    compile: bool = torch.cuda.is_available()  # torch.compile losses; plans are CUDA graphs
     run_dir: str = "runs"  # folder of the run folders
     resume: str | None = None  # run folder to go on with, with its arguments
     evaluate: str | None = None  # only evaluate this checkpoint
@@ -371,7 +371,7 @@ def policy_loss(critics, actor, obs, alpha):
 
 # -------------------------------------------------------------------------------------------------- planner and acting
 def known_goals(args: Args):
-    """Of each sub-task: entries (n,) of x, their values (n,), radius. Made before plans are compiled, on the device."""
+    """Of each sub-task: entries (n,) of x, their values (n,), radius. Made before plans are recorded, on the device."""
     goals = []
     for values, radius in SUBTASK_GOALS[args.env_id]:
         entries = torch.tensor(list(values), device=args.device)
@@ -430,6 +430,18 @@ def plan(dynamics, score, x, args):
     return mean
 
 
+def recorded(function, inputs, args: Args):
+    """The function as a CUDA graph, for tensors shaped like inputs: one launch in place of thousands.
+
+    Recording takes a second. A call overwrites what the one before returned. On a CPU, and with --no-compile, it is
+    the function itself.
+    """
+    if args.device == "cpu" or not args.compile:
+        return function
+    with kept_random_state(args):  # warm-up calls draw numbers
+        return torch.cuda.make_graphed_callables(function, inputs)
+
+
 class Planner:
     """Chooses skills for E environments at once: at random while skills are learnt, by plans afterwards."""
 
@@ -437,6 +449,7 @@ class Planner:
         self.agent = agent
         self.args = args
         self.explore = explore
+        self.graphs = {}  # of the last shape alone
 
     def plans(self, global_step: int) -> bool:
         """Whether skills are planned: in phase B, as soon as there is a reward to plan for."""
@@ -450,10 +463,15 @@ class Planner:
         agent = self.agent
         if not self.plans(global_step):
             return 2 * torch.rand(len(obs), args.skill_dim).numpy() - 1
-        plan_skills = agent.compiled_plan if self.explore else plan
-        torch.compiler.cudagraph_mark_step_begin()
         x = torch.from_numpy(obs).to(args.device)[:, : args.dynamics_obs]
-        mean = plan_skills(agent.dynamics, agent.score, x, args)
+
+        def plan_skills(x):
+            return plan(agent.dynamics, agent.score, x, args)
+
+        shape = x.shape
+        if self.explore and shape not in self.graphs:  # an evaluation is too short to record
+            self.graphs = {shape: recorded(plan_skills, (x,), args)}
+        mean = self.graphs.get(shape, plan_skills)(x)
         return mean[:, 0].cpu().numpy()
 
 
@@ -841,7 +859,6 @@ class Agent(nn.Module):
         self.intrinsic_reward = compiled(intrinsic_reward)
         self.critic_loss = compiled(soft_critic_loss)
         self.policy_loss = compiled(policy_loss)
-        self.compiled_plan = compiled(plan)
 
     @torch.no_grad()
     def act(self, obs, explore: bool):

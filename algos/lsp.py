@@ -83,7 +83,7 @@ class Args:
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # of networks, sampling and environments
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and act
-    compile: bool = torch.cuda.is_available()  # torch.compile losses, with CUDA graphs
+    compile: bool = torch.cuda.is_available()  # torch.compile losses; plans are CUDA graphs
     run_dir: str = "runs"  # folder of the run folders
     resume: str | None = None  # run folder to go on with, with its arguments
     evaluate: str | None = None  # only evaluate this checkpoint
@@ -513,6 +513,18 @@ def plan_skills(model, actor, critic, h, s, mean, noise_scale: float, args):
     return z, mean
 
 
+def recorded(function, inputs, args: Args):
+    """The function as a CUDA graph, for tensors shaped like inputs: one launch in place of thousands.
+
+    Recording takes a second. A call overwrites what the one before returned. On a CPU, and with --no-compile, it is
+    the function itself.
+    """
+    if args.device == "cpu" or not args.compile:
+        return function
+    with kept_random_state(args):  # warm-up calls draw numbers
+        return torch.cuda.make_graphed_callables(function, inputs)
+
+
 class Filter:
     """Acts in E environments at once. Keeps the states h, s of their episodes, which begin with zeros, and skills."""
 
@@ -525,6 +537,7 @@ class Filter:
         self.action = torch.zeros(num_envs, action_dim, device=args.device)  # (E, A), the last one
         self.z = torch.zeros(num_envs, args.skill_dim, device=args.device)  # (E, Z)
         self.mean = torch.zeros(num_envs, args.num_skills, args.skill_dim, device=args.device)  # (E, M, Z), last plans
+        self.graph = None  # of planning
         self.age = np.zeros(num_envs, dtype=np.int64)  # (E,) env steps of the skill so far; at 0 a new one is chosen
 
     @torch.no_grad()
@@ -555,7 +568,14 @@ class Filter:
         else:
             moved = torch.cat([self.mean[:, 1:], torch.zeros_like(self.mean[:, :1])], 1)  # a skill has passed
             nets = self.agent.model, self.agent.actor, self.agent.critic
-            z, mean = plan_skills(*nets, self.h, self.s, moved, float(self.explore), args)
+
+            def plan(h, s, mean):
+                return plan_skills(*nets, h, s, mean, float(self.explore), args)
+
+            inputs = self.h, self.s, moved
+            if self.explore and self.graph is None:  # an evaluation is too short to record
+                self.graph = recorded(plan, inputs, args)
+            z, mean = (self.graph or plan)(*inputs)
         due = torch.from_numpy(due).to(self.z.device)
         self.z = torch.where(due[:, None], z, self.z)
         self.mean = torch.where(due[:, None, None], mean, self.mean)

@@ -81,7 +81,7 @@ class Args:
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # of networks, sampling and environments
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and plan
-    compile: bool = torch.cuda.is_available()  # torch.compile losses and plans, with CUDA graphs
+    compile: bool = torch.cuda.is_available()  # torch.compile losses; plans are CUDA graphs
     run_dir: str = "runs"  # folder of the run folders
     resume: str | None = None  # run folder to go on with, with its arguments
     evaluate: str | None = None  # only evaluate this checkpoint, or `published`: our agent, if there is one
@@ -570,6 +570,18 @@ def plan(model, task_policy, obs, K, min_std, noise_scale, args):
     return z.clamp(-0.999, 0.999), mean
 
 
+def recorded(function, inputs, args: Args):
+    """The function as a CUDA graph, for tensors shaped like inputs: one launch in place of thousands.
+
+    Recording takes a second. A call overwrites what the one before returned. On a CPU, and with --no-compile, it is
+    the function itself.
+    """
+    if args.device == "cpu" or not args.compile:
+        return function
+    with kept_random_state(args):  # warm-up calls draw numbers
+        return torch.cuda.make_graphed_callables(function, inputs)
+
+
 class Planner:
     """Chooses skills for E environments at once; follows the schedules."""
 
@@ -577,6 +589,7 @@ class Planner:
         self.agent = agent
         self.args = args
         self.explore = explore
+        self.graphs = {}  # of the last shape alone
 
     def __call__(self, obs, global_step: int):
         """Observations (E, O), NumPy -> skills (E, Z) on the CPU."""
@@ -589,12 +602,15 @@ class Planner:
         min_std = torch.full((), min_std, device=args.device)  # made there: torch.tensor would wait for the device
         noise_scale = torch.full((), float(self.explore), device=args.device)
 
-        # torch.compile starts anew for each K and E, which takes a minute: worth it for the longest plans of training.
-        longest = self.explore and K == args.num_skills
-        plan_skills = agent.compiled_plan if longest else plan
-        torch.compiler.cudagraph_mark_step_begin()
-        obs = torch.from_numpy(obs).to(args.device)
-        z, _ = plan_skills(agent.model, agent.task_policy, obs, K, min_std, noise_scale, args)
+        inputs = torch.from_numpy(obs).to(args.device), min_std, noise_scale
+
+        def plan_skills(obs, min_std, noise_scale):
+            return plan(agent.model, agent.task_policy, obs, K, min_std, noise_scale, args)
+
+        shape = K, len(obs)
+        if self.explore and shape not in self.graphs:  # an evaluation is too short to record
+            self.graphs = {shape: recorded(plan_skills, inputs, args)}
+        z, _ = self.graphs.get(shape, plan_skills)(*inputs)
         return z.cpu()
 
 
@@ -1032,7 +1048,6 @@ class Agent(nn.Module):
         compiled = functools.partial(torch.compile, mode="reduce-overhead", dynamic=False, disable=not args.compile)
         self.model_loss = compiled(model_loss)
         self.policy_loss = compiled(policy_loss)
-        self.compiled_plan = compiled(plan)
 
     @torch.no_grad()
     def sample_policy(self, obs):

@@ -92,7 +92,7 @@ class Args:
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # of networks, sampling and environments
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and plan
-    compile: bool = torch.cuda.is_available()  # torch.compile losses and plans, with CUDA graphs
+    compile: bool = torch.cuda.is_available()  # torch.compile losses; plans are CUDA graphs
     run_dir: str = "runs"  # folder of the run folders
     resume: str | None = None  # run folder to go on with, with its arguments
     evaluate: str | None = None  # only evaluate this checkpoint, or `published`: our agent, if there is one
@@ -577,6 +577,18 @@ def plan(model, task_policy, obs, mean, min_std, noise_scale, args):
     return 2 * u.clamp(-1, 1), mean
 
 
+def recorded(function, inputs, args: Args):
+    """The function as a CUDA graph, for tensors shaped like inputs: one launch in place of thousands.
+
+    Recording takes a second. A call overwrites what the one before returned. On a CPU, and with --no-compile, it is
+    the function itself.
+    """
+    if args.device == "cpu" or not args.compile:
+        return function
+    with kept_random_state(args):  # warm-up calls draw numbers
+        return torch.cuda.make_graphed_callables(function, inputs)
+
+
 class Planner:
     """Chooses skills for E environments at once; follows the schedules and keeps the last plans."""
 
@@ -584,6 +596,7 @@ class Planner:
         self.agent = agent
         self.args = args
         self.explore = explore
+        self.graphs = {}  # of the last shape alone
         self.last_mean = torch.zeros(0, 0, args.skill_dim, device=args.device)  # (E, K, Z)
 
     def __call__(self, obs, global_step: int):
@@ -604,12 +617,15 @@ class Planner:
         if self.last_mean.shape == mean.shape:
             mean[:, :-1] = self.last_mean[:, 1:]
 
-        # torch.compile starts anew for each K and E, which takes a minute: worth it for the longest plans of training.
-        longest = self.explore and K == args.num_skills
-        plan_skills = agent.compiled_plan if longest else plan
-        torch.compiler.cudagraph_mark_step_begin()
-        obs = torch.from_numpy(obs).to(args.device)
-        z, mean = plan_skills(agent.model, agent.task_policy, obs, mean, min_std, noise_scale, args)
+        inputs = torch.from_numpy(obs).to(args.device), mean, min_std, noise_scale
+
+        def plan_skills(obs, mean, min_std, noise_scale):
+            return plan(agent.model, agent.task_policy, obs, mean, min_std, noise_scale, args)
+
+        shape = mean.shape
+        if self.explore and shape not in self.graphs:  # an evaluation is too short to record
+            self.graphs = {shape: recorded(plan_skills, inputs, args)}
+        z, mean = self.graphs.get(shape, plan_skills)(*inputs)
         self.last_mean = mean.clone()  # a CUDA graph overwrites its outputs
         return z.cpu()
 
@@ -1047,7 +1063,6 @@ class Agent(nn.Module):
         compiled = functools.partial(torch.compile, mode="reduce-overhead", dynamic=False, disable=not args.compile)
         self.model_loss = compiled(model_loss)
         self.policy_loss = compiled(policy_loss)
-        self.compiled_plan = compiled(plan)
 
     def prior_input(self, obs):
         """Observations (..., O) as the KL's prior gets them; scaled ones are defect (d) of the release."""

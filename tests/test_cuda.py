@@ -79,14 +79,14 @@ def weights(module) -> dict:
     return {name: value.detach().cpu().double() for name, value in module.state_dict().items()}
 
 
-def spread_numbers(*shape, device=None):
-    """Numbers in (0, 1), spread evenly, the same at every call: in place of torch.rand."""
+def spread_numbers(*shape, device=None, **others):
+    """Numbers in (0, 1), spread evenly, the same at every call: in place of torch.rand, also as the compiler calls it."""
     shape = torch.Size(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
     numbers = torch.arange(1, shape.numel() + 1, dtype=torch.float32, device=device) * 0.6180339887
     return (numbers % 1).clamp(0.001, 0.999).reshape(shape)
 
 
-def spread_normal(*shape, device=None):
+def spread_normal(*shape, device=None, **others):
     """The same with the quantiles of a normal distribution, in place of torch.randn."""
     return 2**0.5 * torch.erfinv(2 * spread_numbers(*shape, device=device) - 1)
 
