@@ -92,7 +92,7 @@ class Args:
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # of networks, sampling and environments
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and act
-    compile: bool = torch.cuda.is_available()  # torch.compile losses; plans are CUDA graphs
+    cudagraphs: bool = torch.cuda.is_available()  # replay updates and plans as CUDA graphs
     run_dir: str = "runs"  # folder of the run folders
     resume: str | None = None  # run folder to go on with, with its arguments
     evaluate: str | None = None  # only evaluate this checkpoint
@@ -430,18 +430,6 @@ def plan(dynamics, score, x, args):
     return mean
 
 
-def recorded(function, inputs, args: Args):
-    """The function as a CUDA graph, for tensors shaped like inputs: one launch in place of thousands.
-
-    Recording takes a second. A call overwrites what the one before returned. On a CPU, and with --no-compile, it is
-    the function itself.
-    """
-    if args.device == "cpu" or not args.compile:
-        return function
-    with kept_random_state(args):  # warm-up calls draw numbers
-        return torch.cuda.make_graphed_callables(function, inputs)
-
-
 class Planner:
     """Chooses skills for E environments at once: at random while skills are learnt, by plans afterwards."""
 
@@ -470,7 +458,7 @@ class Planner:
 
         shape = x.shape
         if self.explore and shape not in self.graphs:  # an evaluation is too short to record
-            self.graphs = {shape: recorded(plan_skills, (x,), args)}
+            self.graphs = {shape: recorded(plan_skills, args)}
         mean = self.graphs.get(shape, plan_skills)(x)
         return mean[:, 0].cpu().numpy()
 
@@ -817,6 +805,43 @@ def set_random_state(rng: list):
 
 
 # ------------------------------------------------------------------------------------------------------------ learning
+class Recorded:
+    """A function of tensors as a CUDA graph: the GPU repeats what it did, with one launch in place of hundreds.
+
+    The first call is an ordinary one, in which optimizers make what they need. The second is recorded. This one and
+    all that follow replay it: inputs keep their shapes, Python decides nothing anew, and nothing may wait for the GPU.
+    A call overwrites what the one before returned.
+    """
+
+    def __init__(self, function):
+        self.function = function
+        self.stream = torch.cuda.Stream()
+        self.graph = torch.cuda.CUDAGraph()
+        self.inputs = None
+        self.outputs = None
+
+    def __call__(self, *inputs):
+        if self.inputs is None:
+            self.inputs = [x.clone() for x in inputs]
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if self.outputs is None:
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.outputs = self.function(*self.inputs)
+        for mine, given in zip(self.inputs, inputs):
+            mine.copy_(given)
+        self.graph.replay()
+        return self.outputs
+
+
+def recorded(function, args: Args):
+    """The function itself on a CPU and with --no-cudagraphs."""
+    return Recorded(function) if args.cudagraphs and args.device == "cuda" else function
+
+
 def check_finite(metrics: dict):
     """End the program before NaN gets into a checkpoint. After a NaN all gradients are NaN, so one look now and then
     finds it; a look at every update would make the CPU wait for the GPU.
@@ -849,16 +874,13 @@ class Agent(nn.Module):
         self.score = self.dynamics.reward  # what plans are for
         if args.task_reward == "known":
             self.score = functools.partial(known_reward, goals=known_goals(args))
-        adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
+        adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, fused=True, capturable=True)
         self.dynamics_optimizer = adam(self.dynamics.parameters())
         self.critic_optimizer = adam(self.critics.parameters())
         self.policy_optimizer = adam(self.actor.parameters())
         self.alpha_optimizer = adam([self.log_alpha])
-        compiled = functools.partial(torch.compile, mode="reduce-overhead", dynamic=False, disable=not args.compile)
-        self.dynamics_loss = compiled(dynamics_loss)
-        self.intrinsic_reward = compiled(intrinsic_reward)
-        self.critic_loss = compiled(soft_critic_loss)
-        self.policy_loss = compiled(policy_loss)
+        self.update = recorded(self.update, args)
+        self.update_dynamics = recorded(self.update_dynamics, args)
 
     @torch.no_grad()
     def act(self, obs, explore: bool):
@@ -869,10 +891,9 @@ class Agent(nn.Module):
 
     def update_dynamics(self, obs, z, next_obs, start, later, rewards) -> dict:
         """One step of the skills' dynamics and R on observations (B, O), of q's batch and of R's; returns metrics."""
-        torch.compiler.cudagraph_mark_step_begin()
         D = self.dynamics.dim
         x, next_x, start, later = (values[:, :D] for values in (obs, next_obs, start, later))
-        loss, metrics = self.dynamics_loss(self.dynamics, x, z, next_x, start, later, rewards)
+        loss, metrics = dynamics_loss(self.dynamics, x, z, next_x, start, later, rewards)
         self.dynamics_optimizer.zero_grad()
         loss.backward()
         norm = gradient_norm(self.dynamics)
@@ -882,22 +903,21 @@ class Agent(nn.Module):
     def update(self, obs, action, z, next_obs, discount) -> dict:
         """One step of critics, policy, alpha and the slow copies on a batch of transitions; returns metrics."""
         alpha = self.log_alpha.exp().detach()
-        torch.compiler.cudagraph_mark_step_begin()
         # The reward is that of today's dynamics. The skill is a part of the state, and stays the same in the next one.
         x = obs[:, : self.dynamics.dim]
         next_x = next_obs[:, : self.dynamics.dim]
-        reward = self.intrinsic_reward(self.dynamics, x, z, next_x, self.args.num_prior_samples)  # (B,)
+        reward = intrinsic_reward(self.dynamics, x, z, next_x, self.args.num_prior_samples)  # (B,)
         obs = torch.cat([obs, z], 1)  # (B, O + Z)
         next_obs = torch.cat([next_obs, z], 1)
         batch = obs, action, self.args.intrinsic_scale * reward, next_obs, discount
-        loss, metrics = self.critic_loss(self.critics, self.target, self.actor, *batch, alpha)
+        loss, metrics = soft_critic_loss(self.critics, self.target, self.actor, *batch, alpha)
         self.critic_optimizer.zero_grad()
         loss.backward()
         critic_norm = gradient_norm(self.critics)
         self.critic_optimizer.step()
 
         self.critics.requires_grad_(False)  # their weights need no gradient of the policy loss
-        loss, policy_metrics = self.policy_loss(self.critics, self.actor, obs, alpha)
+        loss, policy_metrics = policy_loss(self.critics, self.actor, obs, alpha)
         self.policy_optimizer.zero_grad()
         loss.backward()
         policy_norm = gradient_norm(self.actor)
@@ -1093,7 +1113,7 @@ def evaluate(args: Args):
 
 # ----------------------------------------------------------------------------------------------------------------- main
 # With --resume all other flags stay as they were.
-MAY_CHANGE = "resume device compile checkpoint_interval eval_interval eval_episodes capture_video total_timesteps"
+MAY_CHANGE = "resume device cudagraphs checkpoint_interval eval_interval eval_episodes capture_video total_timesteps"
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -1113,7 +1133,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             check_script(state, given.evaluate)
             defaults = state["args"]
             check_types(defaults)
-        defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile, run_dir=Args.run_dir)
+        defaults |= dict(capture_video=False, device=Args.device, cudagraphs=Args.cudagraphs, run_dir=Args.run_dir)
     if given.resume:
         path = Path(given.resume) / "args.json"
         with reading(path):
@@ -1125,7 +1145,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             if missing:
                 raise ValueError(f"it has no {missing}")
     if given.device:
-        defaults["compile"] = given.device == "cuda"
+        defaults["cudagraphs"] = given.device == "cuda"
     args = tyro.cli(Args, args=argv, default=Args(**defaults), description=__doc__.split("\n")[0])
     if given.evaluate and args.env_id != defaults["env_id"]:
         task = defaults["env_id"]
@@ -1212,11 +1232,6 @@ def main(args: Args) -> dict:
             results = train(args, run_dir, writer, stop)
         results |= dict(machine=machine, args=asdict(args))
         write_json(run_dir / "results.json", results)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        if stop.is_set():  # Ctrl-C reached the compiler, too
-            sys.exit("stopped while torch.compile worked; go on from what was saved before")
-        reason = str(error).split("\n")[0]
-        sys.exit(f"error: torch.compile failed ({reason}); use --no-compile or install a C++ compiler")
     except (MemoryError, RuntimeError) as error:
         reason = str(error).split("\n")[0][:120] or "MemoryError"
         full = isinstance(error, MemoryError) or "allocate" in reason  # what torch says of full memory

@@ -106,7 +106,7 @@ class Args:
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # of networks, sampling and environments
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn
-    compile: bool = torch.cuda.is_available()  # torch.compile losses, with CUDA graphs
+    cudagraphs: bool = torch.cuda.is_available()  # replay updates as CUDA graphs
     run_dir: str = "runs"  # folder of the run folders
     resume: str | None = None  # run folder to go on with, with its arguments
     evaluate: str | None = None  # only evaluate this checkpoint, or `published`: our agent, if there is one
@@ -942,6 +942,43 @@ def clip_gradients(module, args: Args):
     return nn.utils.clip_grad_norm_(module.parameters(), args.max_grad_norm)
 
 
+class Recorded:
+    """A function of tensors as a CUDA graph: the GPU repeats what it did, with one launch in place of hundreds.
+
+    The first call is an ordinary one, in which optimizers make what they need. The second is recorded. This one and
+    all that follow replay it: inputs keep their shapes, Python decides nothing anew, and nothing may wait for the GPU.
+    A call overwrites what the one before returned.
+    """
+
+    def __init__(self, function):
+        self.function = function
+        self.stream = torch.cuda.Stream()
+        self.graph = torch.cuda.CUDAGraph()
+        self.inputs = None
+        self.outputs = None
+
+    def __call__(self, *inputs):
+        if self.inputs is None:
+            self.inputs = [x.clone() for x in inputs]
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if self.outputs is None:
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.outputs = self.function(*self.inputs)
+        for mine, given in zip(self.inputs, inputs):
+            mine.copy_(given)
+        self.graph.replay()
+        return self.outputs
+
+
+def recorded(function, args: Args):
+    """The function itself on a CPU and with --no-cudagraphs."""
+    return Recorded(function) if args.cudagraphs and args.device == "cuda" else function
+
+
 def check_finite(metrics: dict):
     """End the program before NaN gets into a checkpoint. After a NaN all gradients are NaN, so one look now and then
     finds it; a look at every update would make the CPU wait for the GPU.
@@ -1026,7 +1063,14 @@ def pretrain(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop
         train_data = train_data.recombined(data_tools.TASKS[args.env_id].objects, args.seed)  # DEVIATION 3
     networks.train()  # BatchNorm's statistics move in pre-training only
     optimizer = torch.optim.RAdam(networks.parameters(), lr=args.pretrain_lr)
-    loss_fn = torch.compile(pretrain_loss, mode="reduce-overhead", dynamic=False, disable=not args.compile)
+
+    def gradients(obs, actions):
+        loss, metrics = pretrain_loss(*networks.values(), obs, actions, args)
+        optimizer.zero_grad()
+        loss.backward()
+        return metrics
+
+    gradients = recorded(gradients, args)
     updates = 0
     seconds = 0.0  # of earlier commands
 
@@ -1047,10 +1091,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop
         optimizer.param_groups[0]["lr"] = pretrain_lr(updates, args)
         obs, actions = train_data.sample_windows(args.pretrain_batch_size, window)
         obs, actions = perturb(obs, actions, args)
-        torch.compiler.cudagraph_mark_step_begin()
-        loss, metrics = loss_fn(*networks.values(), obs, actions, args)
-        optimizer.zero_grad()
-        loss.backward()
+        metrics = gradients(obs, actions)
         max_norm = args.clip_norm if updates < args.clip_updates else float("inf")
         metrics["grad_norm"] = nn.utils.clip_grad_norm_(networks.parameters(), max_norm)
         optimizer.step()
@@ -1111,14 +1152,11 @@ class Agent(nn.Module):
         self.eval()  # BatchNorm keeps the statistics of pre-training
         for frozen in (self.skills, self.skill_prior):
             frozen.requires_grad_(False)
-        adam = functools.partial(torch.optim.Adam, eps=1e-7, fused=True)
+        adam = functools.partial(torch.optim.Adam, eps=1e-7, fused=True, capturable=True)
         self.model_optimizer = adam(self.model.parameters(), lr=args.learning_rate)
         self.actor_optimizer = adam(self.actor.parameters(), lr=args.actor_lr)
         self.critic_optimizer = adam(self.critic.parameters(), lr=args.critic_lr)
-        compiled = functools.partial(torch.compile, mode="reduce-overhead", dynamic=False, disable=not args.compile)
-        self.rssm_loss = compiled(rssm_loss)
-        self.actor_loss = compiled(actor_loss)
-        self.value_loss = compiled(imagined_value_loss)
+        self.update = recorded(self.update, args)
 
     @torch.no_grad()
     def sample_prior(self, obs):
@@ -1129,8 +1167,7 @@ class Agent(nn.Module):
     def update(self, obs, u, rewards, terminals) -> dict:
         """One step of the model on a batch of windows, then of actor and critic in imagination; returns metrics."""
         args = self.args
-        torch.compiler.cudagraph_mark_step_begin()
-        loss, metrics, h, s = self.rssm_loss(self.model, obs, u, rewards, terminals, args)
+        loss, metrics, h, s = rssm_loss(self.model, obs, u, rewards, terminals, args)
         self.model_optimizer.zero_grad()
         loss.backward()
         model_norm = clip_gradients(self.model, args)
@@ -1139,7 +1176,7 @@ class Agent(nn.Module):
         self.model.requires_grad_(False)  # their weights need no gradient of the actor's loss
         self.critic.requires_grad_(False)
         nets = self.model, self.actor, self.critic, self.skill_prior
-        loss, actor_metrics, feature, returns, weight = self.actor_loss(*nets, h, s, obs, args)
+        loss, actor_metrics, feature, returns, weight = actor_loss(*nets, h, s, obs, args)
         self.actor_optimizer.zero_grad()
         loss.backward()
         actor_norm = clip_gradients(self.actor, args)
@@ -1147,7 +1184,7 @@ class Agent(nn.Module):
         self.model.requires_grad_(True)
         self.critic.requires_grad_(True)
 
-        loss = self.value_loss(self.critic, feature, returns, weight)
+        loss = imagined_value_loss(self.critic, feature, returns, weight)
         self.critic_optimizer.zero_grad()
         loss.backward()
         critic_norm = clip_gradients(self.critic, args)
@@ -1349,7 +1386,7 @@ def evaluate(args: Args):
 
 # ----------------------------------------------------------------------------------------------------------------- main
 # With --resume all other flags stay as they were.
-MAY_CHANGE = "resume device compile checkpoint_interval eval_interval eval_episodes capture_video total_timesteps"
+MAY_CHANGE = "resume device cudagraphs checkpoint_interval eval_interval eval_episodes capture_video total_timesteps"
 # With --pretrained, whose model is finished, these would do nothing.
 PRETRAINING = """pretrain_updates pretrain_skills pretrain_batch_size pretrain_lr pretrain_lr_decay pretrain_tau
     bc_chunks arm_noise recombine bc_coef kl_coef prior_coef recon_coef clip_updates clip_norm
@@ -1382,7 +1419,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             check_script(state, given.evaluate)
             defaults = state["args"]
             check_types(defaults)
-        defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile, run_dir=Args.run_dir)
+        defaults |= dict(capture_video=False, device=Args.device, cudagraphs=Args.cudagraphs, run_dir=Args.run_dir)
     if given.resume:
         path = Path(given.resume) / "args.json"
         with reading(path):
@@ -1394,7 +1431,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             if missing:
                 raise ValueError(f"it has no {missing}")
     if given.device:
-        defaults["compile"] = given.device == "cuda"
+        defaults["cudagraphs"] = given.device == "cuda"
     args = tyro.cli(Args, args=argv, default=Args(**defaults), description=__doc__.split("\n")[0])
     args.evaluate = given.evaluate
     if given.evaluate and args.env_id != defaults["env_id"]:
@@ -1510,11 +1547,6 @@ def main(args: Args) -> dict:
             results = train(args, networks, facts, run_dir, writer, stop)
         results |= dict(machine=machine, args=asdict(args))
         write_json(run_dir / "results.json", results)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        if stop.is_set():  # Ctrl-C reached the compiler, too
-            sys.exit("stopped while torch.compile worked; go on from what was saved before")
-        reason = str(error).split("\n")[0]
-        sys.exit(f"error: torch.compile failed ({reason}); use --no-compile or install a C++ compiler")
     except (MemoryError, RuntimeError) as error:
         reason = str(error).split("\n")[0][:120] or "MemoryError"
         full = isinstance(error, MemoryError) or "allocate" in reason  # what torch says of full memory

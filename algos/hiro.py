@@ -79,7 +79,7 @@ class Args:
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # of networks, sampling and environments
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and act
-    compile: bool = torch.cuda.is_available()  # torch.compile losses, with CUDA graphs
+    cudagraphs: bool = torch.cuda.is_available()  # replay updates as CUDA graphs
     run_dir: str = "runs"  # folder of the run folders
     resume: str | None = None  # run folder to go on with, with its arguments
     evaluate: str | None = None  # only evaluate this checkpoint
@@ -539,6 +539,43 @@ def set_random_state(rng: list):
 
 
 # ------------------------------------------------------------------------------------------------------------ learning
+class Recorded:
+    """A function of tensors as a CUDA graph: the GPU repeats what it did, with one launch in place of hundreds.
+
+    The first call is an ordinary one, in which optimizers make what they need. The second is recorded. This one and
+    all that follow replay it: inputs keep their shapes, Python decides nothing anew, and nothing may wait for the GPU.
+    A call overwrites what the one before returned.
+    """
+
+    def __init__(self, function):
+        self.function = function
+        self.stream = torch.cuda.Stream()
+        self.graph = torch.cuda.CUDAGraph()
+        self.inputs = None
+        self.outputs = None
+
+    def __call__(self, *inputs):
+        if self.inputs is None:
+            self.inputs = [x.clone() for x in inputs]
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if self.outputs is None:
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.outputs = self.function(*self.inputs)
+        for mine, given in zip(self.inputs, inputs):
+            mine.copy_(given)
+        self.graph.replay()
+        return self.outputs
+
+
+def recorded(function, args: Args):
+    """The function itself on a CPU and with --no-cudagraphs."""
+    return Recorded(function) if args.cudagraphs and args.device == "cuda" else function
+
+
 def check_finite(metrics: dict):
     """End the program before NaN gets into a checkpoint. After a NaN all gradients are NaN, so one look now and then
     finds it; a look at every update would make the CPU wait for the GPU.
@@ -564,26 +601,28 @@ class TD3(nn.Module):
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
         self.critics_target = copy.deepcopy(self.critics).requires_grad_(False)
         self.to(args.device)
-        adam = functools.partial(torch.optim.Adam, fused=True)
+        adam = functools.partial(torch.optim.Adam, fused=True, capturable=True)
         self.actor_optimizer = adam(self.actor.parameters(), lr=args.actor_lr)
         self.critic_optimizer = adam(self.critics.parameters(), lr=args.critic_lr)
-        compiled = functools.partial(torch.compile, mode="reduce-overhead", dynamic=False, disable=not args.compile)
-        self.critic_loss = compiled(td3_critic_loss)
-        self.policy_loss = compiled(td3_policy_loss)
+        self.steps = [recorded(functools.partial(self.step, kind), args) for kind in (False, True)]  # by with_policy
 
-    def update(self, obs, goal, action, rewards, next_obs, next_goal, discount, with_policy: bool) -> dict:
-        """One step of the critics and, every second time, of policy and slow copies; returns metrics."""
+    def update(self, *batch, with_policy: bool) -> dict:
+        """One step on obs, goal, action, rewards, next_obs, next_goal, discount, with or without the policy."""
+        return self.steps[with_policy](*batch)
+
+    def step(self, with_policy: bool, obs, goal, action, rewards, next_obs, next_goal, discount) -> dict:
+        """One step of the critics and, with the policy, of that and the slow copies; returns metrics."""
         targets = self.critics_target, self.actor_target
         before = obs, goal, action, rewards
         after = next_obs, next_goal, discount
-        loss, metrics = self.critic_loss(self.critics, *targets, *before, *after)
+        loss, metrics = td3_critic_loss(self.critics, *targets, *before, *after)
         self.critic_optimizer.zero_grad()
         loss.backward()
         metrics["grad_norm"] = gradient_norm(self.critics)
         self.critic_optimizer.step()
         if with_policy:
             self.critics.requires_grad_(False)  # their weights need no gradient of the policy loss
-            loss = self.policy_loss(self.critics, self.actor, obs, goal)
+            loss = td3_policy_loss(self.critics, self.actor, obs, goal)
             self.actor_optimizer.zero_grad()
             loss.backward()
             metrics["policy_loss"] = loss.detach()
@@ -615,8 +654,7 @@ class Agent(nn.Module):
         self.high = TD3(obs_dim, 0, self.goal_dim, args)  # its actions are goals; it has no goal itself
         self.register_buffer("rewarded", torch.tensor(False))  # on the CPU: asked at each env step
         self.updates = 0  # of the low level
-        compiled = functools.partial(torch.compile, mode="reduce-overhead", dynamic=False, disable=not args.compile)
-        self.corrected_goal = compiled(corrected_goal)
+        self.corrected_goal = recorded(functools.partial(corrected_goal, self.low.actor), args)
 
     def place(self, obs):
         """phi: obs (..., O) -> (..., G) in units of the goals' range."""
@@ -625,7 +663,6 @@ class Agent(nn.Module):
     def update(self, obs, action, goal, rewards, steps, terminations) -> dict:
         """One step of learning on rows of the replay; returns metrics."""
         args = self.args
-        torch.compiler.cudagraph_mark_step_begin()
         self.updates += 1
         place = self.place(obs)  # (B, c+1, G)
         # Low level: a random env step t of each row (DEVIATION 4)
@@ -645,7 +682,7 @@ class Agent(nn.Module):
         # High level: the whole row
         if self.rewarded and self.updates % args.goal_steps == 0:
             if args.correction:
-                goal = self.corrected_goal(self.low.actor, obs, place, action, goal, steps)
+                goal = self.corrected_goal(obs, place, action, goal, steps)
             nothing = obs[:, 0, :0]  # (B, 0)
             discount = args.gamma * (1 - terminations)  # DEVIATION 3
             before = obs[:, 0], nothing, goal, rewards
@@ -839,7 +876,7 @@ def evaluate(args: Args):
 
 # ----------------------------------------------------------------------------------------------------------------- main
 # With --resume all other flags stay as they were.
-MAY_CHANGE = "resume device compile checkpoint_interval eval_interval eval_episodes capture_video total_timesteps"
+MAY_CHANGE = "resume device cudagraphs checkpoint_interval eval_interval eval_episodes capture_video total_timesteps"
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -859,7 +896,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             check_script(state, given.evaluate)
             defaults = state["args"]
             check_types(defaults)
-        defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile, run_dir=Args.run_dir)
+        defaults |= dict(capture_video=False, device=Args.device, cudagraphs=Args.cudagraphs, run_dir=Args.run_dir)
     if given.resume:
         path = Path(given.resume) / "args.json"
         with reading(path):
@@ -871,7 +908,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             if missing:
                 raise ValueError(f"it has no {missing}")
     if given.device:
-        defaults["compile"] = given.device == "cuda"
+        defaults["cudagraphs"] = given.device == "cuda"
     args = tyro.cli(Args, args=argv, default=Args(**defaults), description=__doc__.split("\n")[0])
     if given.evaluate and args.env_id != defaults["env_id"]:
         task = defaults["env_id"]
@@ -950,11 +987,6 @@ def main(args: Args) -> dict:
             results = train(args, run_dir, writer, stop)
         results |= dict(machine=machine, args=asdict(args))
         write_json(run_dir / "results.json", results)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        if stop.is_set():  # Ctrl-C reached the compiler, too
-            sys.exit("stopped while torch.compile worked; go on from what was saved before")
-        reason = str(error).split("\n")[0]
-        sys.exit(f"error: torch.compile failed ({reason}); use --no-compile or install a C++ compiler")
     except (MemoryError, RuntimeError) as error:
         reason = str(error).split("\n")[0][:120] or "MemoryError"
         full = isinstance(error, MemoryError) or "allocate" in reason  # what torch says of full memory

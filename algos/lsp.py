@@ -83,7 +83,7 @@ class Args:
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # of networks, sampling and environments
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and act
-    compile: bool = torch.cuda.is_available()  # torch.compile losses; plans are CUDA graphs
+    cudagraphs: bool = torch.cuda.is_available()  # replay updates and plans as CUDA graphs
     run_dir: str = "runs"  # folder of the run folders
     resume: str | None = None  # run folder to go on with, with its arguments
     evaluate: str | None = None  # only evaluate this checkpoint
@@ -513,18 +513,6 @@ def plan_skills(model, actor, critic, h, s, mean, noise_scale: float, args):
     return z, mean
 
 
-def recorded(function, inputs, args: Args):
-    """The function as a CUDA graph, for tensors shaped like inputs: one launch in place of thousands.
-
-    Recording takes a second. A call overwrites what the one before returned. On a CPU, and with --no-compile, it is
-    the function itself.
-    """
-    if args.device == "cpu" or not args.compile:
-        return function
-    with kept_random_state(args):  # warm-up calls draw numbers
-        return torch.cuda.make_graphed_callables(function, inputs)
-
-
 class Filter:
     """Acts in E environments at once. Keeps the states h, s of their episodes, which begin with zeros, and skills."""
 
@@ -574,7 +562,7 @@ class Filter:
 
             inputs = self.h, self.s, moved
             if self.explore and self.graph is None:  # an evaluation is too short to record
-                self.graph = recorded(plan, inputs, args)
+                self.graph = recorded(plan, args)
             z, mean = (self.graph or plan)(*inputs)
         due = torch.from_numpy(due).to(self.z.device)
         self.z = torch.where(due[:, None], z, self.z)
@@ -891,6 +879,43 @@ def clip_gradients(module, args: Args):
     return nn.utils.clip_grad_norm_(module.parameters(), args.max_grad_norm)
 
 
+class Recorded:
+    """A function of tensors as a CUDA graph: the GPU repeats what it did, with one launch in place of hundreds.
+
+    The first call is an ordinary one, in which optimizers make what they need. The second is recorded. This one and
+    all that follow replay it: inputs keep their shapes, Python decides nothing anew, and nothing may wait for the GPU.
+    A call overwrites what the one before returned.
+    """
+
+    def __init__(self, function):
+        self.function = function
+        self.stream = torch.cuda.Stream()
+        self.graph = torch.cuda.CUDAGraph()
+        self.inputs = None
+        self.outputs = None
+
+    def __call__(self, *inputs):
+        if self.inputs is None:
+            self.inputs = [x.clone() for x in inputs]
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if self.outputs is None:
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.outputs = self.function(*self.inputs)
+        for mine, given in zip(self.inputs, inputs):
+            mine.copy_(given)
+        self.graph.replay()
+        return self.outputs
+
+
+def recorded(function, args: Args):
+    """The function itself on a CPU and with --no-cudagraphs."""
+    return Recorded(function) if args.cudagraphs and args.device == "cuda" else function
+
+
 def check_finite(metrics: dict):
     """End the program before NaN gets into a checkpoint. After a NaN all gradients are NaN, so one look now and then
     finds it; a look at every update would make the CPU wait for the GPU.
@@ -911,22 +936,17 @@ class Agent(nn.Module):
         self.critic = mlp(args.stoch_dim + args.deter_dim, u, u, u, 1)
         self.predictor = SkillPredictor(args)
         self.to(args.device)
-        adam = functools.partial(torch.optim.Adam, eps=1e-7, fused=True)
+        adam = functools.partial(torch.optim.Adam, eps=1e-7, fused=True, capturable=True)
         self.model_optimizer = adam(self.model.parameters(), lr=args.learning_rate)
         self.actor_optimizer = adam(self.actor.parameters(), lr=args.actor_lr)
         self.critic_optimizer = adam(self.critic.parameters(), lr=args.critic_lr)
         self.predictor_optimizer = adam(self.predictor.parameters(), lr=args.predictor_lr)
-        compiled = functools.partial(torch.compile, mode="reduce-overhead", dynamic=False, disable=not args.compile)
-        self.rssm_loss = compiled(rssm_loss)
-        self.skill_loss = compiled(skill_loss)
-        self.value_loss = compiled(imagined_value_loss)
-        self.predictor_loss = compiled(predictor_loss)
+        self.update = recorded(self.update, args)
 
     def update(self, obs, action, rewards, terminals) -> dict:
         """One step of the model on a batch of windows, then of all others in imagination; returns metrics."""
         args = self.args
-        torch.compiler.cudagraph_mark_step_begin()
-        loss, metrics, h, s = self.rssm_loss(self.model, obs, action, rewards, terminals, args)
+        loss, metrics, h, s = rssm_loss(self.model, obs, action, rewards, terminals, args)
         self.model_optimizer.zero_grad()
         loss.backward()
         model_norm = clip_gradients(self.model, args)
@@ -935,7 +955,7 @@ class Agent(nn.Module):
         for frozen in (self.model, self.critic, self.predictor):  # need no gradient of the actor's loss
             frozen.requires_grad_(False)
         nets = self.model, self.actor, self.critic, self.predictor
-        loss, actor_metrics, for_critic, for_predictor = self.skill_loss(*nets, h, s, args)
+        loss, actor_metrics, for_critic, for_predictor = skill_loss(*nets, h, s, args)
         self.actor_optimizer.zero_grad()
         loss.backward()
         actor_norm = clip_gradients(self.actor, args)
@@ -943,14 +963,14 @@ class Agent(nn.Module):
         for frozen in (self.model, self.critic, self.predictor):
             frozen.requires_grad_(True)
 
-        loss = self.value_loss(self.critic, *for_critic)
+        loss = imagined_value_loss(self.critic, *for_critic)
         self.critic_optimizer.zero_grad()
         loss.backward()
         critic_norm = clip_gradients(self.critic, args)
         self.critic_optimizer.step()
         metrics |= dict(actor_metrics, critic_loss=loss.detach())
 
-        loss = self.predictor_loss(self.predictor, *for_predictor)
+        loss = predictor_loss(self.predictor, *for_predictor)
         self.predictor_optimizer.zero_grad()
         loss.backward()
         predictor_norm = clip_gradients(self.predictor, args)
@@ -1144,7 +1164,7 @@ def evaluate(args: Args):
 
 # ----------------------------------------------------------------------------------------------------------------- main
 # With --resume all other flags stay as they were.
-MAY_CHANGE = "resume device compile checkpoint_interval eval_interval eval_episodes capture_video total_timesteps"
+MAY_CHANGE = "resume device cudagraphs checkpoint_interval eval_interval eval_episodes capture_video total_timesteps"
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -1167,7 +1187,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             check_script(state, given.evaluate)
             defaults = state["args"]
             check_types(defaults)
-        defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile, run_dir=Args.run_dir)
+        defaults |= dict(capture_video=False, device=Args.device, cudagraphs=Args.cudagraphs, run_dir=Args.run_dir)
     if given.resume:
         path = Path(given.resume) / "args.json"
         with reading(path):
@@ -1179,7 +1199,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             if missing:
                 raise ValueError(f"it has no {missing}")
     if given.device:
-        defaults["compile"] = given.device == "cuda"
+        defaults["cudagraphs"] = given.device == "cuda"
     args = tyro.cli(Args, args=argv, default=Args(**defaults), description=__doc__.split("\n")[0])
     if given.evaluate and args.env_id != defaults["env_id"]:
         task = defaults["env_id"]
@@ -1259,11 +1279,6 @@ def main(args: Args) -> dict:
             results = train(args, run_dir, writer, stop)
         results |= dict(machine=machine, args=asdict(args))
         write_json(run_dir / "results.json", results)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        if stop.is_set():  # Ctrl-C reached the compiler, too
-            sys.exit("stopped while torch.compile worked; go on from what was saved before")
-        reason = str(error).split("\n")[0]
-        sys.exit(f"error: torch.compile failed ({reason}); use --no-compile or install a C++ compiler")
     except (MemoryError, RuntimeError) as error:
         reason = str(error).split("\n")[0][:120] or "MemoryError"
         full = isinstance(error, MemoryError) or "allocate" in reason  # what torch says of full memory

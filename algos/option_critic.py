@@ -69,7 +69,7 @@ class Args:
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # of networks, sampling and environments
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and act
-    compile: bool = torch.cuda.is_available()  # torch.compile losses, with CUDA graphs
+    cudagraphs: bool = torch.cuda.is_available()  # replay updates as CUDA graphs
     run_dir: str = "runs"  # folder of the run folders
     resume: str | None = None  # run folder to go on with, with its arguments
     evaluate: str | None = None  # only evaluate this checkpoint
@@ -627,6 +627,43 @@ def set_random_state(rng: list):
 
 
 # ------------------------------------------------------------------------------------------------------------ learning
+class Recorded:
+    """A function of tensors as a CUDA graph: the GPU repeats what it did, with one launch in place of hundreds.
+
+    The first call is an ordinary one, in which optimizers make what they need. The second is recorded. This one and
+    all that follow replay it: inputs keep their shapes, Python decides nothing anew, and nothing may wait for the GPU.
+    A call overwrites what the one before returned.
+    """
+
+    def __init__(self, function):
+        self.function = function
+        self.stream = torch.cuda.Stream()
+        self.graph = torch.cuda.CUDAGraph()
+        self.inputs = None
+        self.outputs = None
+
+    def __call__(self, *inputs):
+        if self.inputs is None:
+            self.inputs = [x.clone() for x in inputs]
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if self.outputs is None:
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.outputs = self.function(*self.inputs)
+        for mine, given in zip(self.inputs, inputs):
+            mine.copy_(given)
+        self.graph.replay()
+        return self.outputs
+
+
+def recorded(function, args: Args):
+    """The function itself on a CPU and with --no-cudagraphs."""
+    return Recorded(function) if args.cudagraphs and args.device == "cuda" else function
+
+
 def check_finite(metrics: dict):
     """End the program before NaN gets into a checkpoint. After a NaN all gradients are NaN, so one look now and then
     finds it; a look at every update would make the CPU wait for the GPU.
@@ -643,9 +680,9 @@ class Agent(nn.Module):
         self.args = args
         self.model = OptionModel(obs_dim, action_dim, args)
         self.to(args.device)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-        compiled = functools.partial(torch.compile, mode="reduce-overhead", dynamic=False, disable=not args.compile)
-        self.loss = compiled(option_critic_loss)
+        adam = functools.partial(torch.optim.Adam, eps=1e-5, fused=True, capturable=True)
+        self.optimizer = adam(self.model.parameters(), lr=args.learning_rate)
+        self.update = recorded(self.update, args)
 
     @torch.no_grad()
     def act(self, obs, option, begins, explore: bool):
@@ -669,9 +706,8 @@ class Agent(nn.Module):
 
     def update(self, obs, action, option, begins, rewards, terminations, truncations, next_obs) -> dict:
         """One step of everything on the last env steps; returns metrics."""
-        torch.compiler.cudagraph_mark_step_begin()
         batch = obs, action, option, begins, rewards, terminations, truncations, next_obs
-        loss, metrics = self.loss(self.model, *batch, self.args)
+        loss, metrics = option_critic_loss(self.model, *batch, self.args)
         self.optimizer.zero_grad()
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
@@ -826,7 +862,7 @@ def evaluate(args: Args):
 
 # ----------------------------------------------------------------------------------------------------------------- main
 # With --resume all other flags stay as they were.
-MAY_CHANGE = "resume device compile checkpoint_interval eval_interval eval_episodes capture_video total_timesteps"
+MAY_CHANGE = "resume device cudagraphs checkpoint_interval eval_interval eval_episodes capture_video total_timesteps"
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -846,7 +882,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             check_script(state, given.evaluate)
             defaults = state["args"]
             check_types(defaults)
-        defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile, run_dir=Args.run_dir)
+        defaults |= dict(capture_video=False, device=Args.device, cudagraphs=Args.cudagraphs, run_dir=Args.run_dir)
     if given.resume:
         path = Path(given.resume) / "args.json"
         with reading(path):
@@ -858,7 +894,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             if missing:
                 raise ValueError(f"it has no {missing}")
     if given.device:
-        defaults["compile"] = given.device == "cuda"
+        defaults["cudagraphs"] = given.device == "cuda"
     args = tyro.cli(Args, args=argv, default=Args(**defaults), description=__doc__.split("\n")[0])
     if given.evaluate and args.env_id != defaults["env_id"]:
         task = defaults["env_id"]
@@ -939,11 +975,6 @@ def main(args: Args) -> dict:
             results = train(args, run_dir, writer, stop)
         results |= dict(machine=machine, args=asdict(args))
         write_json(run_dir / "results.json", results)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        if stop.is_set():  # Ctrl-C reached the compiler, too
-            sys.exit("stopped while torch.compile worked; go on from what was saved before")
-        reason = str(error).split("\n")[0]
-        sys.exit(f"error: torch.compile failed ({reason}); use --no-compile or install a C++ compiler")
     except (MemoryError, RuntimeError) as error:
         reason = str(error).split("\n")[0][:120] or "MemoryError"
         full = isinstance(error, MemoryError) or "allocate" in reason  # what torch says of full memory

@@ -48,6 +48,7 @@ import csv
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import os
 import platform
@@ -83,7 +84,7 @@ class Args:
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # of networks, sampling and environments
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn
-    compile: bool = torch.cuda.is_available()  # torch.compile losses, with CUDA graphs
+    cudagraphs: bool = torch.cuda.is_available()  # replay updates as CUDA graphs
     run_dir: str = "runs"  # folder of the run folders
     resume: str | None = None  # run folder to go on with, with its arguments
     evaluate: str | None = None  # only evaluate this checkpoint
@@ -603,6 +604,43 @@ def gradient_norm(module):
     return nn.utils.get_total_norm(gradients)
 
 
+class Recorded:
+    """A function of tensors as a CUDA graph: the GPU repeats what it did, with one launch in place of hundreds.
+
+    The first call is an ordinary one, in which optimizers make what they need. The second is recorded. This one and
+    all that follow replay it: inputs keep their shapes, Python decides nothing anew, and nothing may wait for the GPU.
+    A call overwrites what the one before returned.
+    """
+
+    def __init__(self, function):
+        self.function = function
+        self.stream = torch.cuda.Stream()
+        self.graph = torch.cuda.CUDAGraph()
+        self.inputs = None
+        self.outputs = None
+
+    def __call__(self, *inputs):
+        if self.inputs is None:
+            self.inputs = [x.clone() for x in inputs]
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if self.outputs is None:
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.outputs = self.function(*self.inputs)
+        for mine, given in zip(self.inputs, inputs):
+            mine.copy_(given)
+        self.graph.replay()
+        return self.outputs
+
+
+def recorded(function, args: Args):
+    """The function itself on a CPU and with --no-cudagraphs."""
+    return Recorded(function) if args.cudagraphs and args.device == "cuda" else function
+
+
 def check_finite(metrics: dict):
     """End the program before NaN gets into a checkpoint. After a NaN all gradients are NaN, so one look now and then
     finds it; a look at every update would make the CPU wait for the GPU.
@@ -675,7 +713,15 @@ def pretrain(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop
         relabel(valid_data, 1, args)  # episodes that are too short for a validation are noticed now
     prepare(networks, train_data, args)
     optimizer = torch.optim.Adam(networks.parameters(), lr=args.pretrain_lr, fused=True)
-    loss_fn = torch.compile(pretrain_loss, mode="reduce-overhead", dynamic=False, disable=not args.compile)
+
+    def gradients(*batches):  # obs, goal, target of the low level, then of the high one
+        batches = dict(low=batches[:3], high=batches[3:])
+        loss, metrics = pretrain_loss(networks, {level: batch for level, batch in batches.items() if batch})
+        optimizer.zero_grad()
+        loss.backward()
+        return metrics
+
+    gradients = recorded(gradients, args)
     updates = 0
     seconds = 0.0  # of earlier commands
 
@@ -695,10 +741,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop
     while updates < args.pretrain_updates:
         optimizer.param_groups[0]["lr"] = args.pretrain_lr * (1 - updates / args.pretrain_updates)
         batches = relabel(train_data, args.pretrain_batch_size, args)
-        torch.compiler.cudagraph_mark_step_begin()
-        loss, metrics = loss_fn(networks, batches)
-        optimizer.zero_grad()
-        loss.backward()
+        metrics = gradients(*itertools.chain(*batches.values()))
         metrics["grad_norm"] = gradient_norm(networks)
         optimizer.step()
         updates += 1
@@ -758,8 +801,8 @@ class Agent(nn.Module):
         self.low.log_std.requires_grad_(False)
         groups = [dict(params=self.low.net.parameters(), lr=args.learning_rate)]
         groups += [dict(params=self.value.parameters(), lr=args.value_lr)]
-        self.optimizer = torch.optim.Adam(groups, fused=True)
-        self.ppo_loss = torch.compile(ppo_loss, mode="reduce-overhead", dynamic=False, disable=not args.compile)
+        self.optimizer = torch.optim.Adam(groups, fused=True, capturable=True)
+        self.update = recorded(self.update, args)
 
     def choose_subgoal(self, obs):
         """obs (E, O) NumPy -> subgoals (E, O) on the CPU."""
@@ -804,8 +847,7 @@ class Agent(nn.Module):
         args = self.args
         demo = self.networks["demonstrations"].sample(len(obs))
         batch = obs, z, action, log_prob, advantages, returns
-        torch.compiler.cudagraph_mark_step_begin()
-        loss, metrics = self.ppo_loss(self.low, self.value, *batch, demo, self.demo_std, self.demo_coef, args)
+        loss, metrics = ppo_loss(self.low, self.value, *batch, demo, self.demo_std, self.demo_coef, args)
         self.optimizer.zero_grad()
         loss.backward()
         norm = gradient_norm(self.low.net) + gradient_norm(self.value)
@@ -975,7 +1017,7 @@ def evaluate(args: Args):
 
 # ----------------------------------------------------------------------------------------------------------------- main
 # With --resume all other flags stay as they were.
-MAY_CHANGE = "resume device compile checkpoint_interval eval_interval eval_episodes capture_video total_timesteps"
+MAY_CHANGE = "resume device cudagraphs checkpoint_interval eval_interval eval_episodes capture_video total_timesteps"
 # With --pretrained, whose model is finished, these would do nothing.
 PRETRAINING = """min_scale low_window high_window pretrain_updates pretrain_batch_size pretrain_lr
     pretrain_eval_interval pretrain_eval_episodes"""
@@ -998,7 +1040,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             check_script(state, given.evaluate)
             defaults = state["args"]
             check_types(defaults)
-        defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile, run_dir=Args.run_dir)
+        defaults |= dict(capture_video=False, device=Args.device, cudagraphs=Args.cudagraphs, run_dir=Args.run_dir)
     if given.resume:
         path = Path(given.resume) / "args.json"
         with reading(path):
@@ -1010,7 +1052,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             if missing:
                 raise ValueError(f"it has no {missing}")
     if given.device:
-        defaults["compile"] = given.device == "cuda"
+        defaults["cudagraphs"] = given.device == "cuda"
     args = tyro.cli(Args, args=argv, default=Args(**defaults), description=__doc__.split("\n")[0])
     if given.evaluate and args.env_id != defaults["env_id"]:
         task = defaults["env_id"]
@@ -1116,11 +1158,6 @@ def main(args: Args) -> dict:
             results = train(args, networks, facts, run_dir, writer, stop)
         results |= dict(machine=machine, args=asdict(args))
         write_json(run_dir / "results.json", results)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        if stop.is_set():  # Ctrl-C reached the compiler, too
-            sys.exit("stopped while torch.compile worked; go on from what was saved before")
-        reason = str(error).split("\n")[0]
-        sys.exit(f"error: torch.compile failed ({reason}); use --no-compile or install a C++ compiler")
     except (MemoryError, RuntimeError) as error:
         reason = str(error).split("\n")[0][:120] or "MemoryError"
         full = isinstance(error, MemoryError) or "allocate" in reason  # what torch says of full memory

@@ -49,6 +49,7 @@ import ast
 import contextlib
 import copy
 import csv
+import functools
 import hashlib
 import inspect
 import json
@@ -89,7 +90,7 @@ class Args:
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # of networks, sampling and environments
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn
-    compile: bool = torch.cuda.is_available()  # torch.compile losses, with CUDA graphs
+    cudagraphs: bool = torch.cuda.is_available()  # replay updates as CUDA graphs
     run_dir: str = "runs"  # folder of the run folders
     resume: str | None = None  # run folder to go on with, with its arguments
     evaluate: str | None = None  # only evaluate this checkpoint, or `published`: our agent, if there is one
@@ -834,6 +835,43 @@ def gradient_norm(module):
     return nn.utils.get_total_norm(gradients)
 
 
+class Recorded:
+    """A function of tensors as a CUDA graph: the GPU repeats what it did, with one launch in place of hundreds.
+
+    The first call is an ordinary one, in which optimizers make what they need. The second is recorded. This one and
+    all that follow replay it: inputs keep their shapes, Python decides nothing anew, and nothing may wait for the GPU.
+    A call overwrites what the one before returned.
+    """
+
+    def __init__(self, function):
+        self.function = function
+        self.stream = torch.cuda.Stream()
+        self.graph = torch.cuda.CUDAGraph()
+        self.inputs = None
+        self.outputs = None
+
+    def __call__(self, *inputs):
+        if self.inputs is None:
+            self.inputs = [x.clone() for x in inputs]
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if self.outputs is None:
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.outputs = self.function(*self.inputs)
+        for mine, given in zip(self.inputs, inputs):
+            mine.copy_(given)
+        self.graph.replay()
+        return self.outputs
+
+
+def recorded(function, args: Args):
+    """The function itself on a CPU and with --no-cudagraphs."""
+    return Recorded(function) if args.cudagraphs and args.device == "cuda" else function
+
+
 def check_finite(metrics: dict):
     """End the program before NaN gets into a checkpoint. After a NaN all gradients are NaN, so one look now and then
     finds it; a look at every update would make the CPU wait for the GPU.
@@ -918,7 +956,14 @@ def pretrain(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop
         train_data = train_data.recombined(data_tools.TASKS[args.env_id].objects, args.seed)  # DEVIATION 3
     networks.train()  # BatchNorm's statistics move in pre-training only
     optimizer = torch.optim.RAdam(networks.parameters(), lr=args.pretrain_lr)
-    loss_fn = torch.compile(pretrain_loss, mode="reduce-overhead", dynamic=False, disable=not args.compile)
+
+    def gradients(obs, actions):
+        loss, metrics = pretrain_loss(*networks.values(), obs, actions, args)
+        optimizer.zero_grad()
+        loss.backward()
+        return metrics
+
+    gradients = recorded(gradients, args)
     updates = 0
     seconds = 0.0  # of earlier commands
 
@@ -939,10 +984,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop
         optimizer.param_groups[0]["lr"] = pretrain_lr(updates, args)
         obs, actions = train_data.sample_windows(args.pretrain_batch_size, window)
         obs, actions = perturb(obs, actions, args)
-        torch.compiler.cudagraph_mark_step_begin()
-        loss, metrics = loss_fn(*networks.values(), obs, actions, args)
-        optimizer.zero_grad()
-        loss.backward()
+        metrics = gradients(obs, actions)
         max_norm = args.clip_norm if updates < args.clip_updates else float("inf")
         metrics["grad_norm"] = nn.utils.clip_grad_norm_(networks.parameters(), max_norm)
         optimizer.step()
@@ -1022,7 +1064,14 @@ def learn_flow(args: Args, networks, path: Path, data, writer, stop):
     networks.eval()
     flow = networks["flow"]
     optimizer = torch.optim.Adam(flow.parameters(), lr=args.flow_lr, fused=True)
-    loss_fn = torch.compile(flow_loss, mode="reduce-overhead", dynamic=False, disable=not args.compile)
+
+    def gradients(z, obs):
+        loss = flow_loss(flow, z, obs)
+        optimizer.zero_grad()
+        loss.backward()
+        return loss.detach()
+
+    gradients = recorded(gradients, args)
     torch.manual_seed(0)  # belongs to the model, whatever the seed of RL is
     obs, *q = encode_windows(networks["skills"], train_data, args.flow_windows, args)
     updates = 0
@@ -1039,10 +1088,7 @@ def learn_flow(args: Args, networks, path: Path, data, writer, stop):
         optimizer.param_groups[0]["lr"] = args.flow_lr * (1 - updates / args.flow_updates) ** 0.5
         rows = torch.randint(len(obs), (args.flow_batch_size,), device=args.device)
         z = draw([part[rows] for part in q])  # (B, Z)
-        torch.compiler.cudagraph_mark_step_begin()
-        loss = loss_fn(flow, z, obs[rows])
-        optimizer.zero_grad()
-        loss.backward()
+        loss = gradients(z, obs[rows])
         grad_norm = gradient_norm(flow)
         optimizer.step()
         updates += 1
@@ -1117,8 +1163,8 @@ class Agent(nn.Module):
         policies = [*self.policy_weights("high"), *self.policy_weights("residual")]
         values = [*self.high.value_net.parameters(), *self.residual.value_net.parameters()]
         groups = dict(params=policies, lr=args.policy_lr), dict(params=values, lr=args.value_lr)
-        self.optimizer = torch.optim.Adam(groups, fused=True)
-        self.ppo_loss = torch.compile(ppo_loss, mode="reduce-overhead", dynamic=False, disable=not args.compile)
+        self.optimizer = torch.optim.Adam(groups, fused=True, capturable=True)
+        self.steps = {}  # by the policies that are learning
 
     def policy_weights(self, name: str) -> list:
         learner = self.learners[name]
@@ -1136,11 +1182,16 @@ class Agent(nn.Module):
 
     def update(self, *batch, learning=("high", "residual")) -> dict:
         """One step of both values, and of those policies that are learning, on a batch of RolloutBuffer.sample."""
-        torch.compiler.cudagraph_mark_step_begin()
+        learning = tuple(learning)
+        if learning not in self.steps:
+            self.steps[learning] = recorded(functools.partial(self.step, learning), self.args)
+        return self.steps[learning](*batch)
+
+    def step(self, learning: tuple, *batch) -> dict:
         loss = 0.0
         metrics = {}
         for name, rows in (("high", batch[:6]), ("residual", batch[6:])):
-            part, facts = self.ppo_loss(self.learners[name], *rows, self.args)
+            part, facts = ppo_loss(self.learners[name], *rows, self.args)
             loss = loss + part
             metrics |= {f"{name}_{key}": value for key, value in facts.items()}
         self.optimizer.zero_grad()
@@ -1393,7 +1444,7 @@ def evaluate(args: Args):
 
 # ----------------------------------------------------------------------------------------------------------------- main
 # With --resume all other flags stay as they were.
-MAY_CHANGE = "resume device compile checkpoint_interval eval_interval eval_episodes capture_video total_timesteps"
+MAY_CHANGE = "resume device cudagraphs checkpoint_interval eval_interval eval_episodes capture_video total_timesteps"
 # With --pretrained, whose model is finished, these would do nothing. The flow is learnt all the same.
 PRETRAINING = """pretrain_updates pretrain_skills pretrain_batch_size pretrain_lr pretrain_lr_decay pretrain_tau
     bc_chunks bc_coef kl_coef prior_coef recon_coef clip_updates clip_norm pretrain_eval_interval"""
@@ -1425,7 +1476,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             check_script(state, given.evaluate)
             defaults = state["args"]
             check_types(defaults)
-        defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile, run_dir=Args.run_dir)
+        defaults |= dict(capture_video=False, device=Args.device, cudagraphs=Args.cudagraphs, run_dir=Args.run_dir)
     if given.resume:
         path = Path(given.resume) / "args.json"
         with reading(path):
@@ -1437,7 +1488,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             if missing:
                 raise ValueError(f"it has no {missing}")
     if given.device:
-        defaults["compile"] = given.device == "cuda"
+        defaults["cudagraphs"] = given.device == "cuda"
     args = tyro.cli(Args, args=argv, default=Args(**defaults), description=__doc__.split("\n")[0])
     args.evaluate = given.evaluate
     if given.evaluate and args.env_id != defaults["env_id"]:
@@ -1551,11 +1602,6 @@ def main(args: Args) -> dict:
             results = train(args, networks, facts, run_dir, writer, stop)
         results |= dict(machine=machine, args=asdict(args))
         write_json(run_dir / "results.json", results)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        if stop.is_set():  # Ctrl-C reached the compiler, too
-            sys.exit("stopped while torch.compile worked; go on from what was saved before")
-        reason = str(error).split("\n")[0]
-        sys.exit(f"error: torch.compile failed ({reason}); use --no-compile or install a C++ compiler")
     except (MemoryError, RuntimeError) as error:
         reason = str(error).split("\n")[0][:120] or "MemoryError"
         full = isinstance(error, MemoryError) or "allocate" in reason  # what torch says of full memory

@@ -79,7 +79,7 @@ class Args:
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # of networks, sampling and environments
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and plan
-    compile: bool = torch.cuda.is_available()  # torch.compile losses; plans are CUDA graphs
+    cudagraphs: bool = torch.cuda.is_available()  # replay updates and plans as CUDA graphs
     run_dir: str = "runs"  # folder of the run folders
     resume: str | None = None  # run folder to go on with, with its arguments
     evaluate: str | None = None  # only evaluate this checkpoint, or `published`: our agent, if there is one
@@ -402,10 +402,8 @@ def pretrain_loss(model, skills, prior, target, obs, actions, args):
     z = sample_skill((q_mean, q_std))  # (B, N, Z)
 
     # Eq. 3, behavioural cloning: a skill has to hold all that is needed to repeat its actions.
-    # z[row, chosen] as a product, because torch.compile (2.13) loses the gradient of the indexing.
     row = torch.arange(B, device=obs.device)[:, None]  # (B, 1)
-    select = nn.functional.one_hot(chosen, N).to(z)  # (B, C, N)
-    z_chosen = select @ z  # (B, C, Z)
+    z_chosen = z[row, chosen]  # (B, C, Z)
     z_steps = z_chosen[:, :, None].expand(-1, -1, H, -1)  # (B, C, H, Z)
     predicted = skills.act(chunk_obs[row, chosen], z_steps)  # (B, C, H, A)
     bc_loss = (predicted - chunk_actions[row, chosen]).square().mean()
@@ -599,18 +597,6 @@ def plan(model, task_policy, obs, K, min_std, noise_scale, args):
     return z.clamp(-0.999, 0.999), mean
 
 
-def recorded(function, inputs, args: Args):
-    """The function as a CUDA graph, for tensors shaped like inputs: one launch in place of thousands.
-
-    Recording takes a second. A call overwrites what the one before returned. On a CPU, and with --no-compile, it is
-    the function itself.
-    """
-    if args.device == "cpu" or not args.compile:
-        return function
-    with kept_random_state(args):  # warm-up calls draw numbers
-        return torch.cuda.make_graphed_callables(function, inputs)
-
-
 class Planner:
     """Chooses skills for E environments at once; follows the schedules."""
 
@@ -638,7 +624,7 @@ class Planner:
 
         shape = K, len(obs)
         if self.explore and shape not in self.graphs:  # an evaluation is too short to record
-            self.graphs = {shape: recorded(plan_skills, inputs, args)}
+            self.graphs = {shape: recorded(plan_skills, args)}
         z, _ = self.graphs.get(shape, plan_skills)(*inputs)
         return z.cpu()
 
@@ -911,6 +897,43 @@ def clip_gradients(module, args: Args):
     return nn.utils.clip_grad_norm_(module.parameters(), args.max_grad_norm)
 
 
+class Recorded:
+    """A function of tensors as a CUDA graph: the GPU repeats what it did, with one launch in place of hundreds.
+
+    The first call is an ordinary one, in which optimizers make what they need. The second is recorded. This one and
+    all that follow replay it: inputs keep their shapes, Python decides nothing anew, and nothing may wait for the GPU.
+    A call overwrites what the one before returned.
+    """
+
+    def __init__(self, function):
+        self.function = function
+        self.stream = torch.cuda.Stream()
+        self.graph = torch.cuda.CUDAGraph()
+        self.inputs = None
+        self.outputs = None
+
+    def __call__(self, *inputs):
+        if self.inputs is None:
+            self.inputs = [x.clone() for x in inputs]
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if self.outputs is None:
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.outputs = self.function(*self.inputs)
+        for mine, given in zip(self.inputs, inputs):
+            mine.copy_(given)
+        self.graph.replay()
+        return self.outputs
+
+
+def recorded(function, args: Args):
+    """The function itself on a CPU and with --no-cudagraphs."""
+    return Recorded(function) if args.cudagraphs and args.device == "cuda" else function
+
+
 def check_finite(metrics: dict):
     """End the program before NaN gets into a checkpoint. After a NaN all gradients are NaN, so one look now and then
     finds it; a look at every update would make the CPU wait for the GPU.
@@ -1003,7 +1026,14 @@ def pretrain(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop
         train_data = train_data.recombined(data_tools.TASKS[args.env_id].objects, args.seed)  # DEVIATION 3
     target = copy.deepcopy(networks["model"])
     optimizer = torch.optim.Adam(networks.parameters(), lr=args.pretrain_lr, eps=1e-7, fused=True)
-    loss_fn = torch.compile(pretrain_loss, mode="reduce-overhead", dynamic=False, disable=not args.compile)
+
+    def gradients(obs, actions):
+        loss, metrics = pretrain_loss(*networks.values(), target, obs, actions, args)
+        optimizer.zero_grad()
+        loss.backward()
+        return metrics
+
+    gradients = recorded(gradients, args)
     updates = 0
     seconds = 0.0  # of earlier commands
 
@@ -1024,10 +1054,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop
         optimizer.param_groups[0]["lr"] = pretrain_lr(updates, args)
         obs, actions = train_data.sample_windows(args.pretrain_batch_size, window)
         obs, actions = perturb(obs, actions, args)
-        torch.compiler.cudagraph_mark_step_begin()
-        loss, metrics = loss_fn(*networks.values(), target, obs, actions, args)
-        optimizer.zero_grad()
-        loss.backward()
+        metrics = gradients(obs, actions)
         metrics["grad_norm"] = clip_gradients(networks, args)
         optimizer.step()
         updates += 1
@@ -1083,13 +1110,11 @@ class Agent(nn.Module):
         for frozen in (self.skills, self.skill_prior, self.target):
             frozen.requires_grad_(False)  # with the skills also E, which the model shares
         self.log_alpha = nn.Parameter(torch.tensor(args.alpha, device=args.device).log())
-        adam = functools.partial(torch.optim.Adam, eps=1e-7, fused=True)
+        adam = functools.partial(torch.optim.Adam, eps=1e-7, fused=True, capturable=True)
         self.model_optimizer = adam(self.model.parameters(), lr=args.learning_rate)
         self.policy_optimizer = adam(self.task_policy.parameters(), lr=args.learning_rate)
         self.alpha_optimizer = adam([self.log_alpha], lr=args.alpha_lr)
-        compiled = functools.partial(torch.compile, mode="reduce-overhead", dynamic=False, disable=not args.compile)
-        self.model_loss = compiled(model_loss)
-        self.policy_loss = compiled(policy_loss)
+        self.update = recorded(self.update, args)
 
     @torch.no_grad()
     def sample_policy(self, obs):
@@ -1102,8 +1127,7 @@ class Agent(nn.Module):
         args = self.args
         model = self.model
         batch = obs, actions, z, rewards, dones, steps
-        torch.compiler.cudagraph_mark_step_begin()
-        loss, metrics, h, h_pred = self.model_loss(model, self.target, self.task_policy, *batch, args)
+        loss, metrics, h, h_pred = model_loss(model, self.target, self.task_policy, *batch, args)
         self.model_optimizer.zero_grad()
         loss.backward()
         model_norm = clip_gradients(model, args)
@@ -1113,7 +1137,7 @@ class Agent(nn.Module):
         alpha = self.log_alpha.exp().detach()
         prior = model.encoder, self.skill_prior
         skill_obs = obs[:, :: args.skill_horizon]  # (B, N+1, O)
-        loss, policy_metrics = self.policy_loss(model, self.task_policy, *prior, skill_obs, h, h_pred, alpha, args)
+        loss, policy_metrics = policy_loss(model, self.task_policy, *prior, skill_obs, h, h_pred, alpha, args)
         self.policy_optimizer.zero_grad()
         loss.backward()
         policy_norm = clip_gradients(self.task_policy, args)
@@ -1298,7 +1322,7 @@ def evaluate(args: Args):
 
 # ----------------------------------------------------------------------------------------------------------------- main
 # With --resume all other flags stay as they were.
-MAY_CHANGE = "resume device compile checkpoint_interval eval_interval eval_episodes capture_video total_timesteps"
+MAY_CHANGE = "resume device cudagraphs checkpoint_interval eval_interval eval_episodes capture_video total_timesteps"
 # With --pretrained, whose model is finished, these would do nothing.
 PRETRAINING = """pretrain_updates pretrain_skills pretrain_batch_size pretrain_lr pretrain_lr_decay pretrain_tau
     bc_chunks arm_noise recombine bc_coef kl_coef prior_coef recon_coef clip_updates clip_norm
@@ -1331,7 +1355,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             check_script(state, given.evaluate)
             defaults = state["args"]
             check_types(defaults)
-        defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile, run_dir=Args.run_dir)
+        defaults |= dict(capture_video=False, device=Args.device, cudagraphs=Args.cudagraphs, run_dir=Args.run_dir)
     if given.resume:
         path = Path(given.resume) / "args.json"
         with reading(path):
@@ -1343,7 +1367,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             if missing:
                 raise ValueError(f"it has no {missing}")
     if given.device:
-        defaults["compile"] = given.device == "cuda"
+        defaults["cudagraphs"] = given.device == "cuda"
     args = tyro.cli(Args, args=argv, default=Args(**defaults), description=__doc__.split("\n")[0])
     args.evaluate = given.evaluate
     if given.evaluate and args.env_id != defaults["env_id"]:
@@ -1462,11 +1486,6 @@ def main(args: Args) -> dict:
             results = train(args, networks, facts, run_dir, writer, stop)
         results |= dict(machine=machine, args=asdict(args))
         write_json(run_dir / "results.json", results)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        if stop.is_set():  # Ctrl-C reached the compiler, too
-            sys.exit("stopped while torch.compile worked; go on from what was saved before")
-        reason = str(error).split("\n")[0]
-        sys.exit(f"error: torch.compile failed ({reason}); use --no-compile or install a C++ compiler")
     except (MemoryError, RuntimeError) as error:
         reason = str(error).split("\n")[0][:120] or "MemoryError"
         full = isinstance(error, MemoryError) or "allocate" in reason  # what torch says of full memory

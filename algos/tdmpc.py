@@ -78,7 +78,7 @@ class Args:
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # of networks, sampling and environments
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and plan
-    compile: bool = torch.cuda.is_available()  # torch.compile losses; plans are CUDA graphs
+    cudagraphs: bool = torch.cuda.is_available()  # replay updates and plans as CUDA graphs
     run_dir: str = "runs"  # folder of the run folders
     resume: str | None = None  # run folder to go on with, with its arguments
     evaluate: str | None = None  # only evaluate this checkpoint
@@ -350,18 +350,6 @@ def plan(model, policy, obs, mean, min_std, noise_scale, args):
     return action.clamp(-1, 1), mean
 
 
-def recorded(function, inputs, args: Args):
-    """The function as a CUDA graph, for tensors shaped like inputs: one launch in place of thousands.
-
-    Recording takes a second. A call overwrites what the one before returned. On a CPU, and with --no-compile, it is
-    the function itself.
-    """
-    if args.device == "cpu" or not args.compile:
-        return function
-    with kept_random_state(args):  # warm-up calls draw numbers
-        return torch.cuda.make_graphed_callables(function, inputs)
-
-
 class Planner:
     """Chooses actions for E environments at once; follows the schedules and keeps the last plans."""
 
@@ -393,7 +381,7 @@ class Planner:
 
         shape = mean.shape
         if self.explore and shape not in self.graphs:  # an evaluation is too short to record
-            self.graphs = {shape: recorded(plan_actions, inputs, args)}
+            self.graphs = {shape: recorded(plan_actions, args)}
         action, mean = self.graphs.get(shape, plan_actions)(*inputs)
         self.last_mean = mean.clone()  # a CUDA graph overwrites its outputs
         return action.cpu().numpy()
@@ -626,6 +614,43 @@ def clip_gradients(module, args: Args):
     return nn.utils.clip_grad_norm_(module.parameters(), args.max_grad_norm)
 
 
+class Recorded:
+    """A function of tensors as a CUDA graph: the GPU repeats what it did, with one launch in place of hundreds.
+
+    The first call is an ordinary one, in which optimizers make what they need. The second is recorded. This one and
+    all that follow replay it: inputs keep their shapes, Python decides nothing anew, and nothing may wait for the GPU.
+    A call overwrites what the one before returned.
+    """
+
+    def __init__(self, function):
+        self.function = function
+        self.stream = torch.cuda.Stream()
+        self.graph = torch.cuda.CUDAGraph()
+        self.inputs = None
+        self.outputs = None
+
+    def __call__(self, *inputs):
+        if self.inputs is None:
+            self.inputs = [x.clone() for x in inputs]
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if self.outputs is None:
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.outputs = self.function(*self.inputs)
+        for mine, given in zip(self.inputs, inputs):
+            mine.copy_(given)
+        self.graph.replay()
+        return self.outputs
+
+
+def recorded(function, args: Args):
+    """The function itself on a CPU and with --no-cudagraphs."""
+    return Recorded(function) if args.cudagraphs and args.device == "cuda" else function
+
+
 def check_finite(metrics: dict):
     """End the program before NaN gets into a checkpoint. After a NaN all gradients are NaN, so one look now and then
     finds it; a look at every update would make the CPU wait for the GPU.
@@ -652,12 +677,10 @@ class Agent(nn.Module):
         self.policy = mlp(args.latent_dim, u, u, action_dim)
         self.target = copy.deepcopy(self.model).requires_grad_(False)
         self.to(args.device)
-        adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, eps=1e-7, fused=True)
+        adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, eps=1e-7, fused=True, capturable=True)
         self.model_optimizer = adam(self.model.parameters())
         self.policy_optimizer = adam(self.policy.parameters())
-        compiled = functools.partial(torch.compile, mode="reduce-overhead", dynamic=False, disable=not args.compile)
-        self.model_loss = compiled(model_loss)
-        self.policy_loss = compiled(policy_loss)
+        self.update = recorded(self.update, args)
 
     def update(self, obs, action, rewards, terminals) -> dict:
         """One step of model and policy on a batch of windows, obs (B, N+1, O), action (B, N+1, A), rewards and
@@ -667,15 +690,14 @@ class Agent(nn.Module):
         model = self.model
         # What happened between two observations stands beside the later one.
         transitions = action[:, 1:], rewards[:, 1:], terminals[:, 1:]
-        torch.compiler.cudagraph_mark_step_begin()
-        loss, metrics, h = self.model_loss(model, self.target, self.policy, obs, *transitions, args)
+        loss, metrics, h = model_loss(model, self.target, self.policy, obs, *transitions, args)
         self.model_optimizer.zero_grad()
         loss.backward()
         model_norm = clip_gradients(model, args)
         self.model_optimizer.step()
 
         model.requires_grad_(False)  # the critics' weights need no gradient of the policy loss
-        loss, policy_metrics = self.policy_loss(model, self.policy, h, args)
+        loss, policy_metrics = policy_loss(model, self.policy, h, args)
         self.policy_optimizer.zero_grad()
         loss.backward()
         policy_norm = clip_gradients(self.policy, args)
@@ -853,7 +875,7 @@ def evaluate(args: Args):
 
 # ----------------------------------------------------------------------------------------------------------------- main
 # With --resume all other flags stay as they were.
-MAY_CHANGE = "resume device compile checkpoint_interval eval_interval eval_episodes capture_video total_timesteps"
+MAY_CHANGE = "resume device cudagraphs checkpoint_interval eval_interval eval_episodes capture_video total_timesteps"
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -876,7 +898,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             check_script(state, given.evaluate)
             defaults = state["args"]
             check_types(defaults)
-        defaults |= dict(capture_video=False, device=Args.device, compile=Args.compile, run_dir=Args.run_dir)
+        defaults |= dict(capture_video=False, device=Args.device, cudagraphs=Args.cudagraphs, run_dir=Args.run_dir)
     if given.resume:
         path = Path(given.resume) / "args.json"
         with reading(path):
@@ -888,7 +910,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             if missing:
                 raise ValueError(f"it has no {missing}")
     if given.device:
-        defaults["compile"] = given.device == "cuda"
+        defaults["cudagraphs"] = given.device == "cuda"
     args = tyro.cli(Args, args=argv, default=Args(**defaults), description=__doc__.split("\n")[0])
     if given.evaluate and args.env_id != defaults["env_id"]:
         task = defaults["env_id"]
@@ -965,11 +987,6 @@ def main(args: Args) -> dict:
             results = train(args, run_dir, writer, stop)
         results |= dict(machine=machine, args=asdict(args))
         write_json(run_dir / "results.json", results)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        if stop.is_set():  # Ctrl-C reached the compiler, too
-            sys.exit("stopped while torch.compile worked; go on from what was saved before")
-        reason = str(error).split("\n")[0]
-        sys.exit(f"error: torch.compile failed ({reason}); use --no-compile or install a C++ compiler")
     except (MemoryError, RuntimeError) as error:
         reason = str(error).split("\n")[0][:120] or "MemoryError"
         full = isinstance(error, MemoryError) or "allocate" in reason  # what torch says of full memory

@@ -26,7 +26,7 @@ from benchmarks.provenance import provenance
 
 GATE = -250.0
 # Sizes for minutes on one core. In the task calvin networks see observations as they are, as the pendulum needs it.
-COMMON = dict(env_id="calvin", device="cpu", compile=False, num_envs=1, position_features=False, warmup_steps=1_000)
+COMMON = dict(env_id="calvin", device="cpu", cudagraphs=False, num_envs=1, position_features=False, warmup_steps=1_000)
 SETTINGS = {
     "sac": dict(updates_per_step=1.0, buffer_size=100_000),
     "dreamer": dict(

@@ -36,7 +36,7 @@ from data_tools.tasks.vector import MemberVectorEnv
 
 GATE = dict(bound=1.8, accuracy=0.9)  # nats of log 10 = 2.30; share of states
 CORNER = np.array([1.0, 0.0])  # of the box; reward 1 for each step that ends less than 0.3 away from it
-COMMON = dict(device="cpu", compile=False, num_envs=1, skill_dim=10, hidden_dim=128, updates_per_step=1.0)
+COMMON = dict(device="cpu", cudagraphs=False, num_envs=1, skill_dim=10, hidden_dim=128, updates_per_step=1.0)
 SETTINGS = {
     "box": dict(discover_steps=25_000, total_timesteps=30_000),
     "pendulum": dict(discover_steps=30_000, total_timesteps=30_000),

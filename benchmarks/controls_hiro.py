@@ -33,7 +33,7 @@ from data_tools.tasks.vector import MemberVectorEnv
 
 GATE = 0.8  # success that the last policy needs
 SETTINGS = dict(
-    env_id="open-maze", device="cpu", compile=False, hidden_dim=64, total_timesteps=40_000, warmup_steps=5_000,
+    env_id="open-maze", device="cpu", cudagraphs=False, hidden_dim=64, total_timesteps=40_000, warmup_steps=5_000,
     updates_per_step=0.5, actor_lr=1e-3, eval_interval=4_000, eval_episodes=200, checkpoint_interval=10**9,
 )  # fmt: skip
 
@@ -223,7 +223,7 @@ def main():
     if not given.checkpoint:
         return control(given)
     with hiro.reading(given.checkpoint):
-        args = hiro.Args(**hiro.load(given.checkpoint, {})["args"] | dict(device="cpu", compile=False))
+        args = hiro.Args(**hiro.load(given.checkpoint, {})["args"] | dict(device="cpu", cudagraphs=False))
         agent = hiro.Agent(args, *data_tools.env_sizes(args.env_id))
         hiro.load(given.checkpoint, dict(agent=agent))
     share = draw_goals(agent, args, given.out, 10_000 + given.seed)

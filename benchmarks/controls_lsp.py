@@ -33,7 +33,7 @@ REPEATS = 8  # paths of each skill
 # point's gamma is 0: its plane has no border and no reward, so values that grow outwards by 1 % a step agree with
 # themselves. With .99 they came to 1,500 after 1,500 updates (seed 1), and the policy went for them.
 COMMON = dict(
-    device="cpu", compile=False, deter_dim=64, stoch_dim=16, encoder_dim=64, hidden_dim=64, batch_size=16,
+    device="cpu", cudagraphs=False, deter_dim=64, stoch_dim=16, encoder_dim=64, hidden_dim=64, batch_size=16,
     imagine_starts=80, mi_coef=1.0, learning_rate=1e-3, actor_lr=1e-3, predictor_lr=3e-3,
 )  # fmt: skip
 SETTINGS = {

@@ -1,7 +1,7 @@
 """The parts of benchmarks/gpu_check.sh: tests on the GPU, speed of all files, training with several seeds.
 
-tests: compiled = eager with CUDA graphs replayed, no waits in updates, resume, memory (tests/test_cuda.py)
-speed: updates and planner of all files, eager and compiled (speed.py)
+tests: replayed CUDA graphs = eager, no waits in updates, resume, memory (tests/test_cuda.py)
+speed: updates and planner of all files, eager and as CUDA graphs (speed.py)
 train: maze and kitchen from the published models, several seeds at once on one GPU, with their minutes (run.py)
 """
 
@@ -115,7 +115,7 @@ def check_tests(args: Args) -> dict:
     log = OUT / "tests.log"
     command = [sys.executable, "-m", "pytest", "-v", "-rA", "--tb=short", "-p", "no:cacheprovider"]
     command += ["tests/test_cuda.py", "tests/test_dataset.py", "-k", ON_GPU, "--continue-on-collection-errors"]
-    if importlib.util.find_spec("xdist") and not args.cpu:  # compiling takes most of the time, on one core
+    if importlib.util.find_spec("xdist") and not args.cpu:
         command += ["-n", str(min(12, os.cpu_count())), "--maxschedchunk", "1"]
     facts = OUT / "facts.jsonl"
     facts.unlink(missing_ok=True)
@@ -142,18 +142,12 @@ def check_speed(args: Args) -> dict:
     base = [sys.executable, "benchmarks/speed.py", "--only", "pretrain", "update", "plan", "act"]
     base += ["--plan-envs", "1", "8", "--device", "cpu" if args.cpu else "cuda"]
     base += ["--sizes", "maze" if args.cpu else "kitchen", "--modes", "eager"]
-    base += ["--quick"] if args.cpu else ["compiled", "--min-seconds", "0.5"]
+    base += ["--quick"] if args.cpu else ["graphs", "--min-seconds", "0.5"]
     first = sorted(args.algos, key=lambda name: name != "skimo")  # should time run out
     rows = []
     problems = []
     machine = None
     with tempfile.TemporaryDirectory() as folder:
-        if not args.cpu:  # all compile at once, on several cores; what they compile is kept in torch's cache
-            options = ["--min-seconds", "0.01"]
-            warm = [start([*base, *options, "--algos", name, "--out", f"{folder}/{name}"], log) for name in first]
-            enough = time.time() + 180
-            for process in warm:
-                wait(process, max(0.1, enough - time.time()))
         for name in first:
             out = Path(folder) / f"{name}.json"
             command = [*base, "--algos", name, "--out", out]

@@ -65,7 +65,7 @@ def load_run(path: Path, name: str | None):
     if not hasattr(algo, "make_networks"):
         sys.exit(refusal)
     with algo.reading(checkpoint):
-        args = algo.Args(**args | dict(device="cpu", compile=False))
+        args = algo.Args(**args | dict(device="cpu", cudagraphs=False))
         agent = algo.Agent(args, algo.make_networks(args, *algo.data_tools.env_sizes(args.env_id)))
         state = algo.load(checkpoint, dict(agent=agent))
     if "obs" not in state.get("rb", {}):
@@ -85,7 +85,7 @@ def load_pretrained(path: Path, name: str | None, env_id: str):
     algo = load_algorithm(name or "skimo")
     args = algo.Args(env_id=env_id, **algo.TASK_DEFAULTS.get(env_id, {}))
     args.device = "cpu"
-    args.compile = False
+    args.cudagraphs = False
     networks = algo.make_networks(args, *algo.data_tools.env_sizes(env_id))
     with algo.reading(path):
         algo.load(path, dict(networks=networks))

@@ -68,7 +68,7 @@ def load(given: Args):
         state = relay.load(given.path, {})
         args = relay.Args(**state["args"]) if "args" in state else relay.Args(env_id="kitchen", flat=given.flat)
         args.device = "cpu"
-        args.compile = False
+        args.cudagraphs = False
         networks = relay.make_networks(args, 30, 9)
         if "agent" in state:
             relay.load(given.path, dict(agent=relay.Agent(args, networks)))

@@ -142,7 +142,7 @@ def main():
     maze.START = MIDDLE
     origin = provenance()
     steps = given.env_steps
-    args = dads.Args(**dads.TASK_DEFAULTS["maze"], seed=given.seed, device="cpu", compile=False)
+    args = dads.Args(**dads.TASK_DEFAULTS["maze"], seed=given.seed, device="cpu", cudagraphs=False)
     args.total_timesteps = steps
     args.discover_steps = steps
     args.eval_interval = 0

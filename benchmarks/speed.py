@@ -1,7 +1,7 @@
 """How fast algorithm files are: their real updates, planner, acting, environments and whole training loop.
 
     python benchmarks/speed.py                                    # skimo.py at the maze's sizes; needs no data
-    python benchmarks/speed.py --algos skimo spirl --sizes kitchen --modes eager compiled
+    python benchmarks/speed.py --algos skimo spirl --sizes kitchen --modes eager graphs
     python benchmarks/speed.py --only step --env-id kitchen       # environments alone, in seconds
 
 Networks and data are random and have the shapes of the task. Pre-training is the file's own loop, with its sampling,
@@ -54,9 +54,9 @@ RELEASE = ", release's sizes"  # ends the name of a row with the batch or the pl
 class Args:
     algos: tuple[str, ...] = ("skimo",)  # names of files in algos/, without .py
     sizes: tuple[Literal["maze", "kitchen", "calvin"], ...] = ("maze",)  # sizes of networks and batches
-    modes: tuple[Literal["eager", "compiled"], ...] = (
-        ("eager", "compiled") if torch.cuda.is_available() else ("eager",)
-    )  # compiled: torch.compile, with CUDA graphs
+    modes: tuple[Literal["eager", "graphs"], ...] = (
+        ("eager", "graphs") if torch.cuda.is_available() else ("eager",)
+    )  # graphs: updates and plans are replayed as CUDA graphs
     only: tuple[Literal["pretrain", "update", "plan", "act", "step", "loop"], ...] = ()  # what to time (empty: all)
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and plan
     env_id: str = "maze"  # the task whose environments are stepped and on which the loop runs
@@ -92,7 +92,7 @@ def check_args(args: Args):
 def size_args(algo, size: str, mode: str, args: Args):
     """The algorithm's own arguments at the sizes of a task."""
     result = algo.Args(env_id=size, **algo.TASK_DEFAULTS.get(size, {}))
-    result = dataclasses.replace(result, compile=mode == "compiled", device=args.device)
+    result = dataclasses.replace(result, cudagraphs=mode == "graphs", device=args.device)
     if args.quick:
         small = dict(pretrain_batch_size=8, batch_size=8, num_samples=16, num_policy_trajs=4, num_elites=4, cem_iters=1)
         small |= dict(updates_per_step=0.02, updates_per_skill=0.2, num_skills=min(3, getattr(result, "num_skills", 1)))
@@ -315,7 +315,7 @@ def synchronize(args: Args):
 
 def measure(call, args: Args) -> dict:
     """Warm up, then time repeated calls: median and inter-quartile range in ms, and how many calls that took."""
-    metrics = call()  # compiles, fills caches
+    metrics = call()  # fills caches
     for _ in range(3):  # records CUDA graphs
         call()
     synchronize(args)
@@ -343,7 +343,7 @@ class TimedData:
         self.args = args
         self.calls = 0
         self.block = 1  # updates between two looks at the clock, which wait for the device
-        self.next = 5  # the call at which the next look is due; the first updates compile and record CUDA graphs
+        self.next = 5  # the call at which the next look is due; the first updates record CUDA graphs
         self.start = 0.0
         self.times = []  # seconds per update of each block
         self.window = None  # of the pairs that are drawn first in an update
@@ -407,31 +407,30 @@ def silence():
 
 
 def time_training(algo, env_id: str, config, args: Args) -> dict:
-    """`train` in miniature: env steps/s and the shares of time, without compilation and the final evaluation."""
+    """`train` in miniature: env steps/s and the shares of time, without the final evaluation."""
     factor = args.loop_steps / config.total_timesteps
     schedules = ("total_timesteps", "warmup_steps", "warmup_skills", "horizon_steps", "std_steps", "discover_steps")
     scaled = {name: int(factor * getattr(config, name)) for name in schedules if hasattr(config, name)}
     config = dataclasses.replace(config, **scaled, eval_interval=0, checkpoint_interval=10**9)
     if args.quick:
         config = dataclasses.replace(config, num_envs=1)
-    for _ in range(2 if config.compile else 1):  # the first run fills the caches of the compiler
-        seconds = dict(env=0.0, choose=0.0, update=0.0)
-        networks = (make_networks(algo, env_id, config), {}) if has_skills(algo) else ()
-        envs = algo.data_tools.make_envs(env_id, config.num_envs)
-        if has_skills(algo) and hasattr(config, "warmup_steps"):  # it waits for whole episodes: they shrink as well
-            longest = max(10, getattr(config, "num_skills", 0), getattr(config, "batch_length", 0))  # in skills
-            envs.max_episode_steps = longest * config.skill_horizon
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            silence(),
-            mock.patch.object(algo.data_tools, "make_envs", return_value=envs),
-            timed(*stepper(algo, envs), "env", seconds, args),
-            timed(*chooser(algo), "choose", seconds, args),
-            timed(algo.Agent, "update", "update", seconds, args),
-            mock.patch.object(algo, "rollout", return_value=(np.zeros(1), np.zeros(1))),  # the final evaluation
-            algo.SummaryWriter(folder) as writer,
-        ):
-            results = algo.train(config, *networks, Path(folder), writer, threading.Event())
+    seconds = dict(env=0.0, choose=0.0, update=0.0)
+    networks = (make_networks(algo, env_id, config), {}) if has_skills(algo) else ()
+    envs = algo.data_tools.make_envs(env_id, config.num_envs)
+    if has_skills(algo) and hasattr(config, "warmup_steps"):  # it waits for whole episodes: they shrink as well
+        longest = max(10, getattr(config, "num_skills", 0), getattr(config, "batch_length", 0))  # in skills
+        envs.max_episode_steps = longest * config.skill_horizon
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        silence(),
+        mock.patch.object(algo.data_tools, "make_envs", return_value=envs),
+        timed(*stepper(algo, envs), "env", seconds, args),
+        timed(*chooser(algo), "choose", seconds, args),
+        mock.patch.object(algo.Agent, "__init__", timed_agent(algo, seconds, args)),
+        mock.patch.object(algo, "rollout", return_value=(np.zeros(1), np.zeros(1))),  # the final evaluation
+        algo.SummaryWriter(folder) as writer,
+    ):
+        results = algo.train(config, *networks, Path(folder), writer, threading.Event())
     if results["updates"] == 0:
         sys.exit(f"error: --loop-steps {args.loop_steps} ends before the first episode does; give more")
     total = 60 * results["rl_minutes"]
@@ -459,7 +458,22 @@ def chooser(algo):
 
 def timed(owner, name: str, label: str, seconds: dict, args: Args):
     """Context in which the time of a function is added to seconds[label]."""
-    function = getattr(owner, name)
+    return mock.patch.object(owner, name, timer(getattr(owner, name), label, seconds, args))
+
+
+def timed_agent(algo, seconds: dict, args: Args):
+    """The agent's __init__, and its updates are timed: from outside, as a CUDA graph holds no clock."""
+    init = algo.Agent.__init__
+
+    def wrapper(self, *inputs):
+        init(self, *inputs)
+        self.update = timer(self.update, "update", seconds, args)
+
+    return wrapper
+
+
+def timer(function, label: str, seconds: dict, args: Args):
+    """The function, which adds its time to seconds[label]."""
 
     def wrapper(*inputs, **named):
         start = time.perf_counter()
@@ -468,7 +482,7 @@ def timed(owner, name: str, label: str, seconds: dict, args: Args):
         seconds[label] += time.perf_counter() - start
         return result
 
-    return mock.patch.object(owner, name, wrapper)
+    return wrapper
 
 
 # ------------------------------------------------------------------------------------------------------------ the rows
@@ -499,7 +513,7 @@ def algorithm_rows(algo, size: str, mode: str, args: Args) -> list:
         name, make = ("plan", planning) if plans else ("policy", choosing)
         for E in args.plan_envs:
             rows.append(("plan", f"{name}, {E} env{'s' * (E > 1)}", E, repeated(make, config, E)))
-    if mode == "eager" and (has_skills(algo) or not plans):  # never compiled
+    if mode == "eager" and (has_skills(algo) or not plans):  # never recorded
         for E in args.plan_envs:
             rows.append(("act", f"act, {E} env{'s' * (E > 1)}", E, repeated(acting, config, E)))
     return rows
@@ -549,7 +563,6 @@ def time_everything(args: Args):
     for algo in algos:
         for mode in dict.fromkeys(args.modes):
             for size in dict.fromkeys(args.sizes):
-                torch._dynamo.reset()  # a graph for each size; with many of them dynamo would stop to compile
                 for part, name, E, make in algorithm_rows(algo, size, mode, args):
                     if part in wanted:
                         yield timed_row(algo.__name__, name, size, mode, E, make)
@@ -566,14 +579,14 @@ def training_row(algo, mode: str, args: Args):
 
 # ---------------------------------------------------------------------------------------------------------- the report
 def table(rows: list[dict]) -> str:
-    """Aligned text, eager and compiled side by side."""
-    lines = [["file", "", "size", "eager ms", "+-", "compiled ms", "+-", "env steps/s"]]
+    """Aligned text, eager and CUDA graphs side by side."""
+    lines = [["file", "", "size", "eager ms", "+-", "graphs ms", "+-", "env steps/s"]]
     found = {}
     for row in rows:
         found.setdefault((row["algo"], row["name"], row["size"]), {})[row["mode"]] = row
     for (algo, name, size), modes in found.items():
         line = [algo, name, size]
-        for mode in ("eager", "compiled"):
+        for mode in ("eager", "graphs"):
             row = modes.get(mode, {})
             line.append(f"{row['ms']:.3g}" if row else "")
             line.append(f"{row['iqr_ms']:.2g}" if "iqr_ms" in row else "")
@@ -613,7 +626,7 @@ def main(args: Args) -> dict:
     rows = []
     for row in time_everything(args):
         rows.append(row)
-        write_json(args.out, dict(machine=facts, args=asdict(args), rows=rows))  # so far: some compile for minutes
+        write_json(args.out, dict(machine=facts, args=asdict(args), rows=rows))  # so far
     if not rows:
         sys.exit("error: nothing to time; no file has this --only with such --sizes, --modes, --plan-envs, --step-envs")
     print(f"{facts['gpu'] or facts['cpu']}, {facts['threads']} CPU threads, load {facts['load'][0]:.1f} of", end=" ")

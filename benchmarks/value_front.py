@@ -44,7 +44,7 @@ def values_by_distance(run: Path, algo, num_episodes: int) -> tuple[np.ndarray, 
     if args["env_id"] != "maze":
         sys.exit(f"error: {run} is a run of {args['env_id']}, not of the maze; give another")
     with algo.reading(checkpoint):
-        args = algo.Args(**args | dict(device="cpu", compile=False))
+        args = algo.Args(**args | dict(device="cpu", cudagraphs=False))
         agent = algo.Agent(args, algo.make_networks(args, *env_sizes("maze")))
         replay = algo.load(checkpoint, dict(agent=agent))["rb"]
     chosen = []

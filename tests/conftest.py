@@ -51,29 +51,3 @@ def restored_process_state():
     torch.set_num_threads(threads)
     for number, handler in handlers.items():
         signal.signal(number, handler)
-
-
-@pytest.fixture
-def eager_random():
-    """Compiled code, compiled afresh, draws the random numbers of eager code.
-
-    With torch before 2.13 the planner draws them in another order: there, leave out what it plans.
-    """
-    import torch._inductor.config
-
-    torch._dynamo.reset()
-    # Not by monkeypatch: putting a value back by setattr deletes the setting for the rest of the process.
-    with torch._inductor.config.patch(fallback_random=True):
-        yield
-
-
-@pytest.fixture
-def quick_compile(request, monkeypatch):
-    """torch.compile without C++ on the CPU, where that takes a minute; the test of skimo.py has it."""
-    if "cuda" not in request.node.name:
-        compile_function = torch.compile
-
-        def compile(function, mode="default", **options):
-            return compile_function(function, backend="aot_eager", **options)
-
-        monkeypatch.setattr(torch, "compile", compile)

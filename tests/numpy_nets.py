@@ -1,16 +1,10 @@
 """The networks' formulas in NumPy and float64, and small things that tests of several algorithms need."""
 
 import copy
-import shutil
 
 import numpy as np
-import pytest
 import torch
 from torch import nn
-
-needs_compiler = pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="no C++ compiler")
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-DEVICES = [pytest.param("cpu", marks=needs_compiler), pytest.param("cuda", marks=needs_cuda)]  # that torch compiles for
 
 
 def np_net(net, x, training=False):

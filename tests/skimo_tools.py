@@ -10,7 +10,7 @@ from algos import skimo
 def tiny_args(**changes):
     """Maze arguments with networks and batches so small that an update takes milliseconds."""
     small = dict(
-        device="cpu", compile=False, hidden_dim=16, latent_dim=8, skill_dim=3, skill_horizon=5, num_skills=3,
+        device="cpu", cudagraphs=False, hidden_dim=16, latent_dim=8, skill_dim=3, skill_horizon=5, num_skills=3,
         pretrain_skills=3, bc_chunks=3, skill_encoder="mlp", num_envs=2, batch_size=8, num_samples=16,
         num_policy_trajs=4, num_elites=6, cem_iters=2, pretrain_batch_size=8, pretrain_updates=6,
         pretrain_eval_episodes=1, eval_episodes=2, horizon_steps=1000, std_steps=1000, alpha=1.0, autotune=True,

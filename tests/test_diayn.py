@@ -14,8 +14,8 @@ from data_tools.tasks.vector import MemberVectorEnv
 
 
 def tiny_args(**changes):
-    small = dict(device="cpu", compile=False, hidden_dim=16, controller_dim=16, skill_dim=3, num_envs=2, batch_size=16)
-    return diayn.Args(**(small | dict(buffer_size=200) | changes))
+    small = dict(device="cpu", cudagraphs=False, hidden_dim=16, controller_dim=16, skill_dim=3, num_envs=2)
+    return diayn.Args(**(small | dict(batch_size=16, buffer_size=200) | changes))
 
 
 class Table(torch.nn.Module):
@@ -112,14 +112,16 @@ def test_an_update_pays_by_the_discriminator_of_now_and_keeps_the_skill(disc_nex
     agent = diayn.Agent(tiny_args(disc_next_obs=disc_next_obs), 4, 2)
     seen = []
 
+    soft_critic_loss = diayn.soft_critic_loss
+
     def critic_loss(critics, target, actor, state, action, rewards, next_state, discount, alpha):
         seen.append((state, rewards, next_state, alpha))
-        return diayn.soft_critic_loss(critics, target, actor, state, action, rewards, next_state, discount, alpha)
+        return soft_critic_loss(critics, target, actor, state, action, rewards, next_state, discount, alpha)
 
     acting_on = []
-    policy_loss = agent.policy_loss
-    monkeypatch.setattr(agent, "critic_loss", critic_loss)
-    monkeypatch.setattr(agent, "policy_loss", lambda *inputs: acting_on.append(inputs[2]) or policy_loss(*inputs))
+    policy_loss = diayn.policy_loss
+    monkeypatch.setattr(diayn, "soft_critic_loss", critic_loss)
+    monkeypatch.setattr(diayn, "policy_loss", lambda *inputs: acting_on.append(inputs[2]) or policy_loss(*inputs))
     obs, next_obs = torch.randn(2, 8, 4)
     z = torch.eye(3)[torch.randint(3, (8,))]
     task_rewards = torch.full((8,), torch.nan)  # nobody looks at them

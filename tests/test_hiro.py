@@ -18,7 +18,7 @@ C = 10
 
 
 def tiny_args(**changes):
-    small = dict(env_id="calvin", device="cpu", compile=False, hidden_dim=32, num_envs=2, batch_size=16)
+    small = dict(env_id="calvin", device="cpu", cudagraphs=False, hidden_dim=32, num_envs=2, batch_size=16)
     return hiro.Args(**(small | dict(buffer_size=50, position_features=False) | changes))
 
 

@@ -15,7 +15,7 @@ from data_tools import TASKS, Task
 
 
 def tiny_args(**changes):
-    small = dict(device="cpu", compile=False, hidden_dim=8, num_envs=2, batch_size=12, num_options=3)
+    small = dict(device="cpu", cudagraphs=False, hidden_dim=8, num_envs=2, batch_size=12, num_options=3)
     return oc.Args(**(small | changes))
 
 
@@ -391,7 +391,7 @@ def test_every_env_step_is_learnt_from_once(tmp_path, monkeypatch):
 def test_it_learns_to_go_left(tmp_path, monkeypatch):
     monkeypatch.setitem(TASKS, "line", Task(envs="tests.test_diayn:LineVectorEnv", max_return=6.0))
     args = oc.Args(
-        env_id="line", device="cpu", compile=False, total_timesteps=12_000, num_options=2, batch_size=128,
+        env_id="line", device="cpu", cudagraphs=False, total_timesteps=12_000, num_options=2, batch_size=128,
         num_envs=16, learning_rate=5e-3, gamma=0.9, eval_interval=0, run_dir=str(tmp_path), seed=1,
     )  # fmt: skip
     results = oc.main(args)

@@ -16,7 +16,7 @@ WALK = 25  # env steps of an episode in the line world
 
 def tiny_args(**changes):
     small = dict(
-        env_id="maze", device="cpu", compile=False, hidden_dim=32, num_envs=2, batch_size=64, skill_horizon=5,
+        env_id="maze", device="cpu", cudagraphs=False, hidden_dim=32, num_envs=2, batch_size=64, skill_horizon=5,
         low_window=5, high_window=40, demo_rows=50, position_features=False,
     )  # fmt: skip
     return relay.Args(**(small | changes))

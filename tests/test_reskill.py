@@ -21,7 +21,7 @@ from data_tools.tasks.maze import MazeVectorEnv
 # -------------------------------------------------------------------------------------------------------------- helpers
 def tiny_args(**changes):
     small = dict(
-        device="cpu", compile=False, hidden_dim=16, skill_dim=4, skill_horizon=3, flow_dim=16, policy_dim=16,
+        device="cpu", cudagraphs=False, hidden_dim=16, skill_dim=4, skill_horizon=3, flow_dim=16, policy_dim=16,
         num_envs=2, rollout_skills=4, batch_size=50, eval_episodes=1,
     )  # fmt: skip
     return reskill.Args(**(small | changes))
@@ -488,7 +488,7 @@ def test_the_share_of_the_residual_is_that_of_its_mean():
 
 def test_the_flow_sees_arms_that_are_shifted():
     """As skills and prior do in pre-training, see `perturb`: here by 0.05 rad, seven joints."""
-    args = reskill.Args(env_id="kitchen", device="cpu", compile=False, hidden_dim=16, arm_noise=0.05)
+    args = reskill.Args(env_id="kitchen", device="cpu", cudagraphs=False, hidden_dim=16, arm_noise=0.05)
     skills = reskill.make_networks(args, 30, 9)["skills"].eval()
     ends = np.arange(1, 2001) % 200 == 0
     data = reskill.data_tools.OfflineDataset(np.ones((2000, 30)), np.full((2000, 9), 0.1), ends & False, ends)

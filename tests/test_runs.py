@@ -679,10 +679,10 @@ def test_an_agent_from_another_machine_is_evaluated_with_what_this_one_has(case,
     state = torch.load(case.run_dir / "checkpoint.pt", weights_only=True)
     has = case.module.Args
     other = "cpu" if has.device == "cuda" else "cuda"
-    state["args"] |= dict(device=other, compile=not has.compile, capture_video=True)
+    state["args"] |= dict(device=other, cudagraphs=not has.cudagraphs, capture_video=True)
     torch.save(state, path)
     args = case.module.parse_args(["--evaluate", str(path)])
-    assert (args.device, args.compile, args.capture_video) == (has.device, has.compile, False)
+    assert (args.device, args.cudagraphs, args.capture_video) == (has.device, has.cudagraphs, False)
     assert args.gamma == state["args"]["gamma"] and args.hidden_dim == 16
 
 
@@ -952,7 +952,7 @@ def test_damaged_arguments_are_refused(case):
     path = run_dir / "args.json"
     whole = json.loads(path.read_text())
     changes = [dict(hidden_dim=[16]), dict(hidden_dim=None), dict(hidden_dim="16"), dict(hidden_dim=16.5)]
-    changes += [dict(compile=None), dict(env_id=3), dict(seed=True), dict(colour="red")]
+    changes += [dict(cudagraphs=None), dict(env_id=3), dict(seed=True), dict(colour="red")]
     texts = [json.dumps(whole | change) for change in changes]
     missing = {name: value for name, value in whole.items() if name != "gamma"}
     texts += [json.dumps(missing), json.dumps([whole]), "null", "", json.dumps(whole)[:100]]
@@ -1060,15 +1060,15 @@ def test_flags_at_the_bounds_are_accepted(case, flags):
 
 
 @skimo_only
-def test_a_run_on_another_device_is_compiled_only_if_that_is_cuda(case):
+def test_a_run_on_another_device_has_graphs_only_if_that_is_cuda(case):
     parse = case.module.parse_args
     run_dir = case.copy_of_run()
     path = run_dir / "args.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | dict(device="cuda", compile=True)))
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(device="cuda", cudagraphs=True)))
     resume = ["--resume", str(run_dir)]
-    assert not parse(["--device", "cpu"]).compile and parse(["--device", "cuda"]).compile
-    assert parse(resume).compile and not parse([*resume, "--device", "cpu"]).compile
-    assert parse([*resume, "--device", "cpu", "--compile"]).compile
+    assert not parse(["--device", "cpu"]).cudagraphs and parse(["--device", "cuda"]).cudagraphs
+    assert parse(resume).cudagraphs and not parse([*resume, "--device", "cpu"]).cudagraphs
+    assert parse([*resume, "--device", "cpu", "--cudagraphs"]).cudagraphs
 
 
 @with_data
@@ -1289,7 +1289,7 @@ def another(field, value):
 
 
 # What `pretrain` calls to save, record, watch and stop
-NO_LEARNING = {"reading", "load", "save", "log", "set_random_state", "kept_random_state", "check_finite"}
+NO_LEARNING = {"reading", "load", "save", "log", "set_random_state", "kept_random_state", "check_finite", "recorded"}
 NO_LEARNING |= {"prior_rollouts", "success", "gradient_norm", "train"}  # train: of networks, not the file's
 
 
@@ -1329,7 +1329,7 @@ def test_pretrained_model_is_found_by_all_that_shaped_it(case, tmp_path, monkeyp
     module.pretrain(spy, networks, tmp_path / "model.pt", data, writer, threading.Event())
     writer.close()
     # where it runs, how it acts and is measured, and the task, which is in the file's name
-    spy.seen -= {"device", "compile", "pretrain_eval_interval", "pretrain_eval_episodes", "squash_actions", "env_id"}
+    spy.seen -= {"device", "cudagraphs", "pretrain_eval_interval", "pretrain_eval_episodes", "squash_actions", "env_id"}
     fields = {field.name: field for field in dataclasses.fields(module.Args)}
     assert len(spy.seen) > 10 and "seed" in spy.seen
     paths = {path}
@@ -1392,7 +1392,7 @@ def test_pretrained_model_is_found_by_all_that_shaped_it(case, tmp_path, monkeyp
 def test_recombined_demonstrations_are_learnt_from(name, phase, monkeypatch, tmp_path):
     """With --recombine windows are drawn from what recombined returns, without the validation's episodes."""
     module = algo_module(name)
-    args = module.Args(env_id="kitchen", device="cpu", compile=False, seed=3, hidden_dim=16)
+    args = module.Args(env_id="kitchen", device="cpu", cudagraphs=False, seed=3, hidden_dim=16)
     rng = np.random.default_rng(0)
     ends = np.arange(1, 12001) % 120 == 0
     data = data_tools.OfflineDataset(rng.normal(size=(12000, 30)), rng.normal(size=(12000, 9)), ends & False, ends)
@@ -1499,19 +1499,6 @@ def test_a_new_flag_of_pretraining_makes_a_new_model(case, monkeypatch):
     for args.smooth_coef in (0.1, 50.0):
         models.add(module.find_pretrained(args)[0])
     assert len(models | {case.model}) == 3
-
-
-@every_algo
-def test_a_stop_while_torch_compile_works_is_no_failure_of_the_compiler(case, monkeypatch):
-    def compile_stopped(*inputs):
-        signal.raise_signal(signal.SIGINT)  # a terminal's Ctrl-C reaches the compiler, too
-        raise torch._dynamo.exc.TorchDynamoException("CppCompileError")
-
-    monkeypatch.setattr(case.module, "train", compile_stopped)
-    case.interrupted("stopped while torch.compile")
-    monkeypatch.setattr(case.module, "train", mock.Mock(side_effect=torch._dynamo.exc.TorchDynamoException("no g++")))
-    with pytest.raises(SystemExit, match=r"no g\+\+.*install a C\+\+ compiler"):
-        case.start()
 
 
 # -------------------------------------------------------------------------------------------------------- real signals

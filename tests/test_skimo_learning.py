@@ -1,7 +1,6 @@
 """skimo.py learns: replay, updates, pre-training, small problems with known optima, compiled as eager code."""
 
 import copy
-import dataclasses
 import math
 import threading
 from types import SimpleNamespace
@@ -9,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from numpy_nets import DEVICES, noisy_copy, random_obs
+from numpy_nets import noisy_copy
 from skimo_tools import float_batch, pretraining_batch, tiny_args
 
 import data_tools
@@ -379,85 +378,3 @@ def test_agent_and_planner_find_the_skills_that_pay(seed):
     assert skill_reward(prior.numpy()).mean() < 0.2
     assert skill_reward(policy.numpy()).mean() > 0.8
     assert skill_reward(planned.numpy()).mean() > 0.85
-
-
-def four_rounds(args, device, monkeypatch, path):
-    """Four updates of pre-training and of RL, and four plans; returns all gradients, metrics and plans.
-
-    Four, as a CUDA graph is warmed up in the first, recorded in the second, and only replayed from then on.
-    """
-    numbers = {}
-    original = skimo.clip_gradients
-
-    def clip(module, args):
-        k = sum(name.startswith("norm") for name in numbers)
-        for name, value in module.named_parameters():
-            if value.grad is not None:
-                numbers[f"gradient {k} {name}"] = value.grad.cpu().clone()
-        norm = original(module, args)
-        numbers[f"norm {k}"] = norm.cpu().clone()
-        return norm
-
-    torch.manual_seed(0)
-    networks = skimo.make_networks(args, 4, 2)
-    agent = skimo.Agent(args, copy.deepcopy(networks))
-    planner = skimo.Planner(agent, args, explore=True)
-    window = [torch.from_numpy(x).float().to(device) for x in pretraining_batch(args)]
-    batch = [x.to(device) for x in float_batch(args, 4)]
-    obs = random_obs(np.random.default_rng(0), 3).astype(np.float32)
-    with monkeypatch.context() as patch:
-        patch.setattr(skimo, "clip_gradients", clip)
-        torch.manual_seed(0)
-        run_pretraining(args, networks, lambda: window, path)
-        for k in range(4):
-            torch.manual_seed(k)
-            numbers |= {f"agent {name} {k}": value.cpu().clone() for name, value in agent.update(*batch).items()}
-            torch.manual_seed(k)
-            numbers[f"skill {k}"] = planner(obs, 10**6)
-    return numbers
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_compiled_code_gives_the_numbers_of_eager_code(device, monkeypatch, eager_random, short_episodes, tmp_path):
-    args = tiny_args(
-        num_skills=2, pretrain_skills=2, bc_chunks=1, hidden_dim=8, latent_dim=4, cem_iters=1, pretrain_lr_decay=False,
-        pretrain_updates=4, device=device,
-    )  # fmt: skip
-    eager = four_rounds(args, device, monkeypatch, tmp_path / "eager.pt")
-    compiled_functions = []
-    compile_function = torch.compile
-
-    def compile(function, disable, **options):
-        if not disable:
-            compiled_functions.append(function)
-        return compile_function(function, disable=disable, **options)
-
-    monkeypatch.setattr(torch, "compile", compile)
-    compiled = four_rounds(dataclasses.replace(args, compile=True), device, monkeypatch, tmp_path / "compiled.pt")
-    assert set(compiled_functions) == {skimo.pretrain_loss, skimo.model_loss, skimo.policy_loss, skimo.plan}
-    assert compiled.keys() == eager.keys() and len(eager) > 300
-    planned = () if torch.torch_version.TorchVersion(torch.__version__) >= "2.13" else ("skill", "plan")
-    for name in (name for name in eager if not name.startswith(planned)):
-        torch.testing.assert_close(
-            compiled[name], eager[name], atol=1e-3, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
-        )
-    assert eager["agent reward_loss 0"] != eager["agent reward_loss 1"]
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_compiled_loss_serves_another_size_in_the_same_process(device, eager_random, quick_compile):
-    """benchmarks/speed.py does that; left to itself, dynamo then looks for symbolic shapes and fails in the LSTM."""
-    loss_fn = torch.compile(skimo.pretrain_loss, mode="reduce-overhead", dynamic=False)
-    for B, N in ((6, 2), (3, 1)):
-        window = torch.rand(B, 5 * N + 1, 30, device=device), torch.rand(B, 5 * N, 9, device=device)
-        args = tiny_args(env_id="kitchen", skill_encoder="lstm", pretrain_skills=N, bc_chunks=N, device=device)
-        torch.manual_seed(0)
-        networks = skimo.make_networks(args, 30, 9)
-        losses = []
-        for function in (loss_fn, skimo.pretrain_loss):
-            torch.manual_seed(0)
-            loss, _ = function(*networks.values(), networks["model"], *window, args)
-            networks.zero_grad()
-            loss.backward()
-            losses.append(loss.item())
-        assert losses[0] == pytest.approx(losses[1], rel=1e-3)

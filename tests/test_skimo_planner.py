@@ -241,7 +241,7 @@ def logged_planner(monkeypatch, **changes):
     args = tiny_args(**(dict(num_skills=10, horizon_steps=25_000, std_steps=50_000) | changes))
     log = PlannerLog()
     monkeypatch.setattr(skimo, "plan", log)
-    agent = SimpleNamespace(model=None, task_policy=None, compiled_plan=log)
+    agent = SimpleNamespace(model=None, task_policy=None)
     return skimo.Planner(agent, args, explore=True), log.calls
 
 
@@ -257,18 +257,19 @@ def test_planner_follows_its_schedules(monkeypatch):
     assert [call.noise for call in calls] == [1.0] * 8 + [0.0]
 
 
-def test_only_the_longest_plans_of_training_are_compiled(monkeypatch):
-    """Compiling takes minutes for every horizon and number of environments; a horizon that grows is soon gone."""
+def test_plans_of_training_are_recorded_anew_for_each_length(monkeypatch):
+    """A graph has fixed shapes; recording one for the few plans of an evaluation does not pay."""
     planner, calls = logged_planner(monkeypatch)
-    planner.agent.compiled_plan = compiled = PlannerLog()
+    recordings = []
+    monkeypatch.setattr(skimo, "recorded", lambda function, args: recordings.append(function) or function)
     obs = np.zeros((2, 4), dtype=np.float32)
-    planner(obs, 0)
-    planner(obs, 24_999)
-    skimo.Planner(planner.agent, planner.args, explore=False)(obs, 25_000)
-    assert (len(calls), len(compiled.calls)) == (3, 0)
-    for step in (25_000, 10**6):
+    for step in (0, 100, 24_999, 24_999, 25_000, 10**6):
         planner(obs, step)
-    assert (len(calls), len(compiled.calls)) == (3, 2)
+    assert len(recordings) == 3 and [call.K for call in calls] == [1, 1, 9, 9, 10, 10]
+    planner(obs[:1], 10**6)
+    assert len(recordings) == 4
+    skimo.Planner(planner.agent, planner.args, explore=False)(obs, 25_000)
+    assert len(recordings) == 4 and len(calls) == 8
 
 
 # ------------------------------------------------------------------------------------------------- acting and roll-outs

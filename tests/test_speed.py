@@ -81,12 +81,12 @@ def test_environments_alone_with_one_thread_and_two(env_id, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ALGOS)
 def test_inputs_have_the_shapes_of_a_run(name):
-    """Batches have the replay buffer's own fields, and the compiled mode compiles."""
+    """Batches have the replay buffer's own fields, and the mode with graphs has them."""
     algo = speed.load_algorithm(name)
     args = speed.Args(quick=True, **CPU)
-    assert speed.size_args(algo, "kitchen", "compiled", args).compile
+    assert speed.size_args(algo, "kitchen", "graphs", args).cudagraphs
     config = speed.size_args(algo, "kitchen", "eager", args)
-    assert not config.compile
+    assert not config.cudagraphs
     with mock.patch.object(algo.Agent, "update") as update:
         speed.rl_update(algo, "kitchen", config)()
     obs, *others = [tuple(values.shape) for values in update.call_args.args]
@@ -109,7 +109,7 @@ def test_the_releases_sizes():
 
 
 def test_time_is_taken_from_batch_to_batch():
-    """The first updates, which compile, do not count; a block is long enough for the clock."""
+    """The first updates, which record, do not count; a block is long enough for the clock."""
     data = speed.TimedData(mock.MagicMock(), speed.Args(min_seconds=0.3, **CPU))
     train, _ = data.to("cpu").split(0.99)
     with pytest.raises(speed.Enough):
@@ -141,9 +141,9 @@ def test_a_call_is_timed_whole():
     assert row["ms"] >= 20 and row["calls"] >= 1
 
 
-def test_the_table_has_eager_beside_compiled():
+def test_the_table_has_eager_beside_graphs():
     row = dict(algo="skimo", name="RL update", size="kitchen", num_envs=None, iqr_ms=1.0, calls=9)
-    rows = [dict(row, mode="eager", ms=50.0), dict(row, mode="compiled", ms=9.8)]
+    rows = [dict(row, mode="eager", ms=50.0), dict(row, mode="graphs", ms=9.8)]
     lines = speed.table(rows).splitlines()
     assert len(lines) == 2
     assert lines[1].split() == ["skimo", "RL", "update", "kitchen", "50", "1", "9.8", "1"]

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from numpy_nets import DEVICES, has_gradient, np_features, np_kl, np_lstm, np_net, random_obs, same_weights
+from numpy_nets import has_gradient, np_features, np_kl, np_lstm, np_net, random_obs, same_weights
 from torch import nn
 
 import data_tools
@@ -22,7 +22,7 @@ from data_tools.tasks.maze import MazeVectorEnv
 def tiny_args(**changes):
     """Maze arguments with networks and batches so small that an update takes milliseconds."""
     small = dict(
-        device="cpu", compile=False, hidden_dim=16, critic_dim=16, critic_blocks=2, skill_dim=3,
+        device="cpu", cudagraphs=False, hidden_dim=16, critic_dim=16, critic_blocks=2, skill_dim=3,
         skill_horizon=5, num_envs=2, batch_size=8, buffer_size=500, pretrain_batch_size=8, pretrain_updates=6,
         pretrain_eval_episodes=1, eval_episodes=2, total_timesteps=1200, warmup_skills=80,
     )  # fmt: skip
@@ -552,56 +552,3 @@ def test_networks_have_the_sizes_of_the_release(env_id):
     lstm = networks["skills"].lstm
     assert (lstm.input_size, lstm.hidden_size) == (128, 128)
     assert torch.all((lstm.bias_ih_l0 + lstm.bias_hh_l0)[128:256] == 2)
-
-
-# ---------------------------------------------------------------------------------------------------------- compilation
-
-
-def optimizer_state(optimizer):
-    state = [s for s in optimizer.state.values()]
-    return {f"{i} {k}": v.cpu().clone() for i, s in enumerate(state) for k, v in s.items() if k == "exp_avg"}
-
-
-def few_updates(args, device):
-    """Four steps of each phase (two, and a CUDA graph is never replayed); returns all numbers, and gradients' means."""
-    args = dataclasses.replace(args, device=device)
-    torch.manual_seed(0)
-    networks = spirl.make_networks(args, 4, 2)
-    optimizer = torch.optim.RAdam(networks.parameters(), lr=1e-3)
-    loss_fn = torch.compile(spirl.pretrain_loss, mode="reduce-overhead", dynamic=False, disable=not args.compile)
-    window = [torch.from_numpy(x).float().to(device) for x in pretraining_batch(args)]
-    numbers = {}
-    for k in range(4):
-        torch.manual_seed(k)
-        torch.compiler.cudagraph_mark_step_begin()
-        loss, metrics = loss_fn(*networks.values(), *window, args)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        numbers |= {f"pretrain {name} {k}": value.cpu() for name, value in metrics.items()}
-    numbers |= {f"statistics {name}": value.cpu().float() for name, value in statistics(networks).items()}
-    numbers |= {f"pretrain {name}": value for name, value in optimizer_state(optimizer).items()}
-    agent = spirl.Agent(args, networks)
-    for k in range(4):
-        torch.manual_seed(k)
-        metrics = agent.update(*(x.to(device) for x in float_batch(4)))
-        numbers |= {f"agent {name} {k}": value.cpu() for name, value in metrics.items()}
-    for part, optimizer in (("critics", agent.critic_optimizer), ("policy", agent.policy_optimizer)):
-        numbers |= {f"{part} {name}": value for name, value in optimizer_state(optimizer).items()}
-    return numbers
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_compiled_code_gives_the_numbers_of_eager_code(device, monkeypatch, eager_random, quick_compile):
-    args = tiny_args(hidden_dim=8, critic_dim=8, pretrain_lr_decay=False)
-    eager = few_updates(args, device)
-    compiled_functions = []
-    compile_function = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **kw: compiled_functions.append(f) or compile_function(f, **kw))
-    compiled = few_updates(dataclasses.replace(args, compile=True), device)
-    assert set(compiled_functions) == {spirl.pretrain_loss, spirl.critic_loss, spirl.policy_terms}
-    assert compiled.keys() == eager.keys() and len(eager) > 100
-    for name, value in eager.items():
-        torch.testing.assert_close(
-            compiled[name], value, atol=1e-3, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
-        )

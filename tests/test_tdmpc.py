@@ -14,9 +14,9 @@ from data_tools.tasks.maze import MazeVectorEnv
 
 def tiny_args(**changes):
     small = dict(
-        env_id="calvin", device="cpu", compile=False, position_features=False, num_envs=2, encoder_dim=16, latent_dim=8,
-        hidden_dim=16, num_steps=3, batch_size=6, num_samples=16, num_policy_trajs=4, num_elites=6, cem_iters=2,
-        policy_std=1e-9,
+        env_id="calvin", device="cpu", cudagraphs=False, position_features=False, num_envs=2, encoder_dim=16,
+        latent_dim=8, hidden_dim=16, num_steps=3, batch_size=6, num_samples=16, num_policy_trajs=4, num_elites=6,
+        cem_iters=2, policy_std=1e-9,
     )  # fmt: skip
     return tdmpc.Args(**(small | changes))
 
@@ -136,8 +136,8 @@ def test_update_pairs_a_state_with_what_follows(monkeypatch):
     args = tiny_args()
     agent = new_agent(args)
     seen = []
-    real = agent.model_loss
-    agent.model_loss = lambda *inputs: seen.append(inputs) or real(*inputs)
+    real = tdmpc.model_loss
+    monkeypatch.setattr(tdmpc, "model_loss", lambda *inputs: seen.append(inputs) or real(*inputs))
     obs, action, rewards, terminals = tiny_batch(args)
     before = copy.deepcopy(agent.state_dict())
     agent.update(obs, action, rewards, terminals)
@@ -300,7 +300,6 @@ def test_schedules_and_the_last_plan(monkeypatch):
         return torch.zeros(len(obs), 2), fitted.clone()
 
     monkeypatch.setattr(tdmpc, "plan", plan)
-    agent.compiled_plan = plan
     planner = tdmpc.Planner(agent, args, explore=True)
     obs = np.zeros((2, 3), np.float32)
     for step, K, std in (
@@ -340,20 +339,6 @@ def test_noise_is_the_std_of_the_plan_in_training_only():
 
 
 # --------------------------------------------------------------------------------------------------------------- whole
-def test_compiled_updates_and_plans_are_the_eager_ones(eager_random, quick_compile):
-    results = []
-    for compiled in (False, True):
-        args = tiny_args(compile=compiled, num_steps=2, policy_std=0.05)
-        agent = new_agent(args)
-        planner = tdmpc.Planner(agent, args, explore=True)
-        torch.manual_seed(1)
-        actions = []
-        for round in range(3):
-            metrics = agent.update(*tiny_batch(args, seed=round))
-            actions.append(torch.from_numpy(planner(np.ones((2, 3), np.float32), 30_000)))
-        results.append([*metrics.values(), *agent.state_dict().values(), *actions])
-    for eager, other in zip(*results):
-        torch.testing.assert_close(eager, other, rtol=2e-3, atol=2e-4)
 
 
 @pytest.mark.parametrize("num_envs", [1, 8, 128])
