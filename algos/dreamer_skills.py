@@ -66,6 +66,7 @@ import contextlib
 import copy
 import csv
 import functools
+import gc
 import hashlib
 import inspect
 import json
@@ -966,6 +967,7 @@ class Recorded:
             torch.cuda.current_stream().wait_stream(self.stream)
             return outputs
         if self.outputs is None:
+            gc.collect()  # Python must delete no old graph while it records
             with torch.cuda.graph(self.graph, stream=self.stream):
                 self.outputs = self.function(*self.inputs)
         for mine, given in zip(self.inputs, inputs):

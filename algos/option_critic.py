@@ -36,6 +36,7 @@ import argparse
 import contextlib
 import csv
 import functools
+import gc
 import json
 import os
 import platform
@@ -651,6 +652,7 @@ class Recorded:
             torch.cuda.current_stream().wait_stream(self.stream)
             return outputs
         if self.outputs is None:
+            gc.collect()  # Python must delete no old graph while it records
             with torch.cuda.graph(self.graph, stream=self.stream):
                 self.outputs = self.function(*self.inputs)
         for mine, given in zip(self.inputs, inputs):
