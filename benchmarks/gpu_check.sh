@@ -12,7 +12,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OUT=${OUT:-$PWD/gpu_check}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # runs side by side
-export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-2}
 export PYTHONUNBUFFERED=1
 if [[ ${1:-} == wheels ]]; then # for Python 3.12 with torch, h5py, matplotlib, tensorboard, requests, pytest-xdist, tqdm
   names="mujoco mujoco-core glfw gymnasium farama-notifications gymnasium-robotics tyro docstring-parser typeguard
