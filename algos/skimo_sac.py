@@ -740,7 +740,7 @@ class Recorded:
             torch.cuda.current_stream().wait_stream(self.stream)
             return outputs
         if self.outputs is None:
-            gc.collect()  # Python must delete no old graph while it records
+            gc.collect()  # an old graph that Python deletes meanwhile would break this one
             with torch.cuda.graph(self.graph, stream=self.stream):
                 self.outputs = self.function(*self.inputs)
         for mine, given in zip(self.inputs, inputs):
