@@ -41,7 +41,7 @@ A run's folder holds what skimo.py names.
 Score: maze, share of training episodes that reach the goal in the last 50,000 of 300,000 env steps: .90 / .00 / .58
 (prior: .23). Seed 2 loses what it had, .70 at 200,000. With the release's 10 nats, older code: .04 / .00 / .00.
 Sub-tasks in the last 25,000 env steps: Kitchen 3.5 / 3.6 / 3.4 and Mis-aligned 3.9 / 3.8 / 3.8 of 200,000 (prior: .84),
-CALVIN 4 / 4 of 300,000 (.155).
+CALVIN 4 / 4 / 3 of 300,000 (.155).
 Shapes: B batch, H steps per skill, O observation, F inputs, A action, Z skill, E environments.
 """
 
