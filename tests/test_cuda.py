@@ -115,7 +115,7 @@ def rounds(algo, args):
 @needs_device
 @with_pretraining
 def test_recorded_pretraining_is_eager_pretraining(name, tmp_path):
-    """With the random numbers of each other, too."""
+    """Bit for bit, as a replay draws the random numbers that eager code would."""
     algo = speed.load_algorithm(name)
     before, eager, eager_metrics = pretrained_weights(algo, tiny_args(algo, False), tmp_path / "eager")
     _, recorded, metrics = pretrained_weights(algo, tiny_args(algo, CUDA), tmp_path / "recorded")
