@@ -840,8 +840,8 @@ class Recorded:
     """A function of tensors as a CUDA graph: the GPU repeats what it did, with one launch in place of hundreds.
 
     The first call is an ordinary one, in which optimizers make what they need. The second is recorded. This one and
-    all that follow replay it: inputs keep their shapes, Python decides nothing anew, and nothing may wait for the GPU.
-    A call overwrites what the one before returned.
+    all that follow replay it: inputs keep their shapes, Python decides nothing anew, nothing may wait for the GPU, and
+    optimizers in it are capturable. A call overwrites what the one before returned.
     """
 
     def __init__(self, function):

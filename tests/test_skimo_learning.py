@@ -1,4 +1,4 @@
-"""skimo.py learns: replay, updates, pre-training, small problems with known optima, compiled as eager code."""
+"""skimo.py learns: replay, updates, pre-training, small problems with known optima."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""SkiMo's variants where they differ from skimo.py: losses against NumPy, gradients, small problems, compiled code.
+"""SkiMo's variants where they differ from skimo.py: losses against NumPy, gradients, small problems.
 
 What they share with skimo.py is tested there; tests/test_copies.py makes sure that it is the same. Runs from the
 command line are those of tests/test_runs.py.
