@@ -190,7 +190,7 @@ def run_cell(command: list[str], flags: list[str], folder: Path, checkpoint: Pat
             if run_dir is not None:  # keeps the curves of pre-training
                 command = resumed(command, run_dir)
             attempt = dict(time=time.strftime("%Y-%m-%d %H:%M:%S"), flags=flags, command=shlex.join(command))
-            attempt |= dict(**describe_code(root), machine=describe_machine())
+            attempt |= dict(**describe_code(root), machine=describe_machine(), threads=threads)
             with (folder / "attempts.jsonl").open("a") as file:
                 file.write("\n" + json.dumps(attempt) + "\n")  # a new line, even after one that was torn
             log.write(f"\n=== {attempt['time']} on {platform.node()}: {attempt['command']}\n".encode())

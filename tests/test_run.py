@@ -229,10 +229,10 @@ def started(folder):
 
 def test_a_torn_line_of_attempts_takes_no_other_with_it(tmp_path):
     (tmp_path / "attempts.jsonl").write_text('{"time": "2026')
-    command = ["python", "-c", "raise SystemExit(3)"]
-    outcome = run.run_cell(command, ["--seed"], tmp_path, tmp_path / "checkpoint.pt", run.ROOT, 1)
+    command = ["python", "-c", "import os; raise SystemExit(int(os.environ['OMP_NUM_THREADS']))"]
+    outcome = run.run_cell(command, ["--seed"], tmp_path, tmp_path / "checkpoint.pt", run.ROOT, 3)
     assert outcome["exit_code"] == 3
-    assert [attempt["flags"] for attempt in run.read_attempts(tmp_path)] == [["--seed"]]
+    assert [(one["flags"], one["threads"]) for one in run.read_attempts(tmp_path)] == [(["--seed"], 3)]
 
 
 def cells_under(ancestor):
