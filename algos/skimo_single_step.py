@@ -6,8 +6,8 @@ plan of K skills takes K * H predictions, and each of them adds its error: what 
     python algos/skimo_single_step.py --env-id maze             # as skimo.py, with a pre-trained model of its own
     python algos/skimo_single_step.py --env-id maze --published # with the settings of SkiMo's release
 
-Differs from skimo.py in: PRETRAINED, Args, WorldModel, SkillModel, make_networks, pretrain_loss, model_loss,
-    execute_skill, rollout, ReplayBuffer, Agent, train
+Differs from skimo.py in: PRETRAINED, TASK_DEFAULTS, PEOPLE, Args, WorldModel, SkillModel, make_networks,
+    pretrain_loss, model_loss, execute_skill, rollout, ReplayBuffer, Agent, train
 Paper: no curve; its text says that it fails at long-horizon planning.
 
 1. Pre-training: encode chunks of H actions as skills z ~ q. Loss = behavioural cloning + KL(q || N(0,1)) (eq. 3)
