@@ -208,5 +208,7 @@ def draw_evaluations(axes, name: str, cell: Cell) -> tuple | None:
 
 def save(figure: Figure, path: Path):
     """Write a picture whole or not at all, with the same bytes for the same logs."""
-    write_atomically(path, lambda part: figure.savefig(part, dpi=76, metadata={"Software": None}))
+    write_atomically(
+        path, lambda part: figure.savefig(part, dpi=76, metadata={"Software": None}, pil_kwargs={"optimize": True})
+    )
     print(f"wrote {path}")
