@@ -32,7 +32,7 @@ A run's folder is like skimo.py's.
 Score: maze, share of the last 100 training episodes that reach the goal after 200,000 env steps: .01 / .02 / .00; with
 --pretrain-updates 36000 .21 (one seed).
 Sub-tasks of 4 by the paper's smoothing: Kitchen 3.66 (SkiMo 3.71, paper 3.47) and Mis-aligned 3.61 (3.63, 2.16)
-at 200,000, three seeds each; CALVIN, two seeds, 2.87 (2.90, 1.02) at 300,000, unlike the paper's level with SkiMo.
+at 200,000, CALVIN 2.89 (2.90, 1.02) at 300,000, three seeds each: level with SkiMo, on CALVIN unlike the paper's.
 Shapes: B batch, N skills per window, H steps per skill, O observation, A action, Z skill, d latent state,
 E environments, K skills per plan, P plans, C chunks. Of inputs: P positions, F periods of each.
 """
