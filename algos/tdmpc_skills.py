@@ -39,9 +39,9 @@ Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, PEOPLE, RELEASE, PUBL
 WorldModel, make_networks, pretrain_loss, model_loss, policy_loss, plan, Planner, ReplayBuffer, prior_rollouts,
 pretrain_lr, find_pretrained, pretrain, Agent, train, check_args.
 A run's folder holds what skimo.py names. Its prior_return is of skills 2 tanh(x); the warm-up draws them as they are.
-Score: maze, 300,000 env steps at small sizes (algos/README.md), two seeds: the warm-up's skills reach the goal in .29 of
-the episodes, plans in 1 of the next 49 and in none after that. The paper's is 0 to its end. Kitchen,
-full width, a tenth of the updates: 3.3 of 4 sub-tasks after 60,000 env steps, where it was stopped (prior: .84).
+Score: maze, 300,000 env steps at small sizes (algos/README.md), two seeds: the warm-up's skills reach the goal in .29
+of the episodes, plans in 1 of the next 49 and in none after that. The paper's is 0 to its end. Kitchen, full width, a
+tenth of the updates: 3.3 of 4 sub-tasks after 60,000 env steps, where it was stopped (prior: .84).
 Shapes: B batch, N skills per window, H steps per skill, O observation, F inputs, A action, Z skill, d latent state,
 E environments, K skills per plan, P plans.
 """
