@@ -148,8 +148,8 @@ Mean over seeds (each seed) of training episodes, smoothed as in the paper (over
 10,000), beside its value at the same env step and at its end. **The offline data are not the paper's: compare the order
 of methods, not heights.** On human data pre-training shifts arms and recombines objects, the paper's does not. Plans:
 up to 3 skills in the maze, 1 on CALVIN, 10 in the Kitchen. **With scripted data seeds differ in RL alone**: those of a
-cell start from one pre-trained model, but for Relay's, one of SkiMo without joint training on each task, and CALVIN's
-of single-step dynamics. On human data cells of `skimo*.py` come from three models (without joint training: two),
+cell start from one pre-trained model, but for Relay's, one of SkiMo without joint training on each task, and one of
+single-step dynamics on CALVIN. On human data cells of `skimo*.py` come from three models (without joint training: two),
 SPiRL's from one.
 """
 
