@@ -1486,6 +1486,8 @@ def check_args(args: Args):
         sys.exit(f"error: --actor-std {args.actor_std} does not work; give .01 to 10")
     if args.batch_length < 2 or args.imagine_steps < 2:
         sys.exit("error: --batch-length and --imagine-steps must be at least 2; raise them")
+    if args.pretrain_batch_size == 1:
+        sys.exit("error: --pretrain-batch-size 1 does not work, BatchNorm needs two windows; give at least 2")
     if args.arm_noise > 0 and args.env_id not in ARM:
         sys.exit(f"error: --arm-noise does not work on {args.env_id}, which has no entry in ARM; leave it out")
     if args.recombine and not data_tools.TASKS[args.env_id].objects:

@@ -495,7 +495,8 @@ def ppo_loss(learner, x, actions, log_probs, advantages, returns, weights, args)
 
     log_probs are those of the policy that acted. Returns the loss and metrics, scalars.
     """
-    share = weights / weights.sum()  # (B,) without env steps after an episode's end
+    # (B,) without env steps after an episode's end; a small batch may hold nothing else
+    share = weights / weights.sum().clamp(min=1)
     log_ratio = log_density(actions, learner(x)) - log_probs
     ratio = log_ratio.exp()
 
@@ -547,8 +548,8 @@ def residual_weight(global_step: int, args: Args) -> float:
 def collect_skill(envs, actor: SkilledActor, obs, z, args: Args):
     """H env steps with skills z (E, Z) and noisy residuals, on the CPU next to the simulator. obs (E, O).
 
-    Returns what the buffer keeps of them, NumPy: obs (E, H, O), z (E, Z), actions of the skill policy and residuals
-    (E, H, A), rewards (E, H), terminations, truncations, steps (E,) and next_obs (E, O).
+    Returns what the buffer keeps of them, NumPy but for z: obs (E, H, O), z (E, Z), actions of the skill policy and
+    residuals (E, H, A), rewards (E, H), terminations, truncations, steps (E,) and next_obs (E, O).
     """
     ended = np.zeros(len(obs), dtype=bool)
     steps = np.zeros(len(obs), dtype=np.int64)
@@ -1543,6 +1544,8 @@ def check_args(args: Args):
         sys.exit("error: --skill-dim 1 does not work, the flow prior halves skills; give at least 2")
     if not 0.02 <= args.residual_std <= 1:
         sys.exit(f"error: --residual-std {args.residual_std} does not work; give 0.02 to 1")
+    if args.pretrain_batch_size == 1:
+        sys.exit("error: --pretrain-batch-size 1 does not work, BatchNorm needs two windows; give at least 2")
     if args.arm_noise > 0 and args.env_id not in ARM:
         sys.exit(f"error: --arm-noise does not work on {args.env_id}, which has no entry in ARM; leave it out")
     if args.recombine and not data_tools.TASKS[args.env_id].objects:

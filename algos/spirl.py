@@ -1144,6 +1144,8 @@ def check_args(args: Args):
         sys.exit("error: --alpha 0 does not work, its logarithm is tuned; give a small number")
     if args.buffer_size < args.num_envs:
         sys.exit("error: --buffer-size is smaller than --num-envs; raise it")
+    if args.pretrain_batch_size == 1:
+        sys.exit("error: --pretrain-batch-size 1 does not work, BatchNorm needs two windows; give at least 2")
     if args.arm_noise > 0 and args.env_id not in ARM:
         sys.exit(f"error: --arm-noise does not work on {args.env_id}, which has no entry in ARM; leave it out")
     if args.recombine and not data_tools.TASKS[args.env_id].objects:

@@ -1404,6 +1404,8 @@ def check_args(args: Args):
         sys.exit(f"error: --policy-std {args.policy_std} does not work; give a small number, at most 1")
     if args.num_elites > args.num_samples + args.num_policy_trajs:
         sys.exit("error: --num-elites exceeds --num-samples + --num-policy-trajs; lower it")
+    if args.pretrain_batch_size == 1:
+        sys.exit("error: --pretrain-batch-size 1 does not work, BatchNorm needs two windows; give at least 2")
     if args.arm_noise > 0 and args.env_id not in ARM:
         sys.exit(f"error: --arm-noise does not work on {args.env_id}, which has no entry in ARM; leave it out")
     if args.recombine and not data_tools.TASKS[args.env_id].objects:

@@ -291,6 +291,10 @@ def test_ppo_loss_is_the_clipped_one():
     assert metrics["policy_loss"].item() == pytest.approx(0, abs=1e-12) and metrics["kl"].item() == pytest.approx(
         0, abs=1e-12
     )
+    # A batch of nothing but env steps after an episode's end changes nothing
+    loss, _ = reskill.ppo_loss(learner, x, actions, old, advantages, returns, 0 * weights, args)
+    loss.backward()
+    assert loss == 0 and all(p.grad is None or (p.grad == 0).all() for p in learner.parameters())
 
 
 def agent_with_rollout():
@@ -600,6 +604,7 @@ def test_pictures_and_senseless_flags(data_dir, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.part"))
     for changes, words in (
         (dict(skill_dim=1), "--skill-dim 1"),
+        (dict(pretrain_batch_size=1), "--pretrain-batch-size 1"),
         (dict(gae_lambda=2.0), "--gae-lambda"),
         (dict(rollout_skills=0), "--rollout-skills 0"),
         (dict(residual_std=0.0), "--residual-std 0.0"),
