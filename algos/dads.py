@@ -180,7 +180,8 @@ def relu_mlp(*sizes: int) -> nn.Sequential:
 class Inputs(nn.Module):
     """States with their skill (..., O + Z) -> inputs (..., F) of policy and critics, F = size.
 
-    Observations are scaled and get sines and cosines of positions; the skill stays as it is.
+    Observations are scaled and get sines and cosines of positions; the skill stays as it is. Where policy and critics
+    say O, it counts both.
     """
 
     def __init__(self, obs_dim: int, args: Args):
@@ -886,7 +887,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, obs, explore: bool):
-        """A sample of the policy or its mode: obs (E, O) -> actions (E, A), both NumPy."""
+        """A sample of the policy or its mode: states with their skill (E, O + Z) -> actions (E, A), both NumPy."""
         mean, std = self.actor(torch.from_numpy(obs).to(self.args.device))
         x = mean + std * torch.randn_like(mean) if explore else mean
         return torch.tanh(x).cpu().numpy()
@@ -1218,8 +1219,8 @@ def main(args: Args) -> dict:
 
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
     run_dir = Path(os.path.expanduser(args.resume or f"{args.run_dir}/{run_name}"))
-    finished = (run_dir / "results.json").exists()
-    if finished and not (run_dir / "checkpoint.pt").exists():
+    finished = os.path.exists(run_dir / "results.json")  # pathlib's raises an error in a closed folder
+    if finished and not os.path.exists(run_dir / "checkpoint.pt"):
         sys.exit(f"error: {run_dir} has no checkpoint.pt any more: begin a new run")
     rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {args.device}, torch {torch.__version__}"

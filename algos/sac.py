@@ -786,8 +786,8 @@ def main(args: Args) -> dict:
 
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
     run_dir = Path(os.path.expanduser(args.resume or f"{args.run_dir}/{run_name}"))
-    finished = (run_dir / "results.json").exists()
-    if finished and not (run_dir / "checkpoint.pt").exists():
+    finished = os.path.exists(run_dir / "results.json")  # pathlib's raises an error in a closed folder
+    if finished and not os.path.exists(run_dir / "checkpoint.pt"):
         sys.exit(f"error: {run_dir} has no checkpoint.pt any more: begin a new run")
     rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {args.device}, torch {torch.__version__}"

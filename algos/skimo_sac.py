@@ -835,7 +835,7 @@ def find_pretrained(args: Args):
     made_from += [task.obs_scale, task.obs_shift, task.objects]
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
     path = data_tools.cache_dir(args.data_dir) / "pretrained" / f"{family}_{key}.pt"
-    return path, None if path.exists() else data
+    return path, None if os.path.exists(path) else data
 
 
 def pretrain(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop: threading.Event):
@@ -1242,7 +1242,7 @@ def check_args(args: Args):
         sys.exit("error: --bc-chunks exceeds --pretrain-skills; lower it")
     if args.arm_noise > 0 and args.env_id not in ARM:
         sys.exit(f"error: --arm-noise does not work on {args.env_id}, which has no entry in ARM; leave it out")
-    if args.recombine and not data_tools.TASKS[args.env_id].objects:
+    if args.recombine and not data_tools.find_task(args.env_id).objects:
         sys.exit(f"error: --recombine does not work on {args.env_id}, whose Task names no objects; leave it out")
     others = args.published or args.data or args.dataset != "scripted"
     others = others or args.skill_horizon != Args.skill_horizon
@@ -1268,10 +1268,10 @@ def main(args: Args) -> dict:
 
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
     run_dir = Path(os.path.expanduser(args.resume or f"{args.run_dir}/{run_name}"))
-    finished = (run_dir / "results.json").exists()
-    if finished and not (run_dir / "checkpoint.pt").exists():
+    finished = os.path.exists(run_dir / "results.json")  # pathlib's raises an error in a closed folder
+    if finished and not os.path.exists(run_dir / "checkpoint.pt"):
         sys.exit(f"error: {run_dir} has no checkpoint.pt any more: begin a new run")
-    resumed = (run_dir / "checkpoint.pt").exists()  # it holds all networks
+    resumed = os.path.exists(run_dir / "checkpoint.pt")  # it holds all networks
     path, data = (None, None) if resumed else find_pretrained(args)
     rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {args.device}, torch {torch.__version__}"

@@ -83,7 +83,8 @@ class Args:
 
     def __post_init__(self):
         for name in ("results_dir", "run_dir", "checkpoints_dir", "algos_dir"):
-            setattr(self, name, getattr(self, name).expanduser())  # a shell leaves --run-dir=~/runs as it is
+            path = os.path.expanduser(getattr(self, name))  # a shell leaves --run-dir=~/runs as it is
+            setattr(self, name, Path(path))
 
 
 @dataclass
@@ -372,7 +373,7 @@ def make_cells(args: Args) -> list[Cell]:
                 checkpoint = (args.checkpoints_dir / env_id / algo / f"seed{seed}.pt").resolve()
                 family = pretrained_name(file), TASKS[env_id].data or env_id, seed  # both kitchens have one model
                 command = ["python", str(file), "--env-id", env_id, "--seed", str(seed), "--run-dir", str(folder)]
-                command += ["--data-dir", str(Path(args.data_dir).expanduser().resolve())] if args.data_dir else []
+                command += ["--data-dir", os.path.abspath(os.path.expanduser(args.data_dir))] if args.data_dir else []
                 command += ["--device", args.device] if args.device else []
                 try:
                     flags = shlex.split(args.args)

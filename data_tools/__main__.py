@@ -27,7 +27,7 @@ class Args:
 
 def main(args: Args) -> None:
     """Read and write. Raises DataError."""
-    data = args.data.expanduser()
+    data = Path(os.path.expanduser(args.data))
     out = Path(os.path.expanduser(args.out))
     if os.path.exists(data) and os.path.exists(out) and os.path.samefile(data, out):
         raise DataError(f"--out {out} is the file of --data, which would be lost: give another path.")

@@ -115,6 +115,9 @@ def test_data_of_another_task_are_refused(tmp_path):
     arrays = flat(make_episodes("kitchen")) | {"terminals": np.zeros(20), "timeouts": np.zeros(20)}
     with pytest.raises(DataError, match="has no ends of episodes"):
         read("kitchen", write_hdf5(tmp_path / "b.hdf5", arrays))
+    arrays["terminals"] = np.zeros(20, dtype=[("end", bool), ("step", int)])
+    with pytest.raises(DataError, match="c.hdf5 is damaged or not what it should be"):
+        read("kitchen", write_hdf5(tmp_path / "c.hdf5", arrays))
 
 
 def test_an_attribute_called_source_does_not_make_a_file_ours(tmp_path, capsys):

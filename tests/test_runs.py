@@ -1225,6 +1225,7 @@ def test_places_that_cannot_be_written_are_refused(case, tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     refused(lambda: case.main(case.argv(runs=file / "runs")), file, "cannot write", "--run-dir")
+    refused(lambda: case.main(case.argv(f"--exp-name {'x' * 300}", runs=tmp_path)), "too long", "--run-dir")
     refused(lambda: case.main(case.argv(data_dir=file / "data")), file, "--data-dir")
     data_dir = case.new_data_dir()
     (data_dir / "pretrained").write_text("no folder")

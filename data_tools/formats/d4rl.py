@@ -77,7 +77,9 @@ def read(path) -> tuple[dict[str, np.ndarray], dict]:
     Raises DataError for a file without ends of episodes.
     """
     arrays, attributes = read_hdf5(path)
-    if not (arrays["terminals"].any() or arrays["timeouts"].any()):
+    with reading(path):  # they may be of any type
+        ends = arrays["terminals"].any() or arrays["timeouts"].any()
+    if not ends:
         raise DataError(
             f"{path} has no ends of episodes, neither terminals nor timeouts are ever set: give other data."
         )

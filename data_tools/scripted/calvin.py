@@ -176,9 +176,9 @@ def collect(
     which the four sub-tasks happen in their order is left out, and the next one takes its place.
     `attributes["skipped"]` lists the attempts left out. Raises DataError for arguments without meaning.
     """
-    if num_trajectories < 1 or not 0.0 <= noise < np.inf or seed < 0:
+    if num_trajectories < 1 or not 0.0 <= noise < np.inf or not 0 <= seed < 2**63:
         raise DataError(
-            "Recording needs --num-trajectories >= 1, --noise >= 0 and --seed >= 0, "
+            "Recording needs --num-trajectories >= 1, --noise >= 0 and 0 <= --seed < 2**63, "
             f"got {num_trajectories}, {noise} and {seed}."
         )
     recorder = _Recorder(min(LOCKSTEP, num_trajectories), num_workers or num_cores())

@@ -486,10 +486,11 @@ def collect(
     An episode's last row has `terminals` if all was done as planned, else `timeouts`.
     Raises DataError for arguments without meaning.
     """
-    if num_episodes < 1 or not 0.0 <= noise < np.inf or seed < 0 or (num_workers is not None and num_workers < 1):
+    workers_given = num_workers is not None
+    if num_episodes < 1 or not 0.0 <= noise < np.inf or not 0 <= seed < 2**63 or (workers_given and num_workers < 1):
         raise DataError(
-            "Making demonstrations needs --num-episodes >= 1, --noise >= 0, --seed >= 0 and at least one worker, "
-            f"got {num_episodes}, {noise}, {seed} and {num_workers}."
+            "Making demonstrations needs --num-episodes >= 1, --noise >= 0, 0 <= --seed < 2**63 and at least one "
+            f"worker, got {num_episodes}, {noise}, {seed} and {num_workers}."
         )
     num_workers = min(num_workers or num_cores(), num_episodes)
     episodes = _make_episodes(num_episodes, noise, seed, num_workers, progress)

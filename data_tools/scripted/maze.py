@@ -116,9 +116,9 @@ def collect(
     reached its last way-point, else `timeouts`. The last way-point is the goal, except where start or goal is the
     sealed cell (16, 20), as in four trajectories of the default data. Raises DataError for arguments without meaning.
     """
-    if num_trajectories < 1 or not 0.0 <= noise < np.inf or seed < 0:
+    if num_trajectories < 1 or not 0.0 <= noise < np.inf or not 0 <= seed < 2**63:
         raise DataError(
-            "Collecting needs --num-trajectories >= 1, --noise >= 0 and --seed >= 0, "
+            "Collecting needs --num-trajectories >= 1, --noise >= 0 and 0 <= --seed < 2**63, "
             f"got {num_trajectories}, {noise} and {seed}."
         )
     # Chunks in lockstep, not processes or threads: 3,046 trajectories take 15 s on one core, and a script that calls

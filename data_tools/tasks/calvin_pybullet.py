@@ -84,7 +84,7 @@ def _data_folder(root):
     cure = f"git clone {REPOSITORY}, then pass calvin_env_root=FOLDER or set CALVIN_ENV_ROOT=FOLDER"
     if not root:
         raise DataError(f"simulator='pybullet' needs the URDF files and meshes of CALVIN's simulator: {cure}.")
-    data = Path(root).expanduser().absolute() / "data"
+    data = Path(os.path.expanduser(root)).absolute() / "data"
     missing = [name for name in FILES if not (data / name).is_file()]
     if missing:
         raise DataError(f"{root} is no checkout of CALVIN's simulator, {missing[0]} is not in its folder data: {cure}.")
