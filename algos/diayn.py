@@ -882,7 +882,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             check_types(defaults)
         defaults |= dict(capture_video=False, device=Args.device, cudagraphs=Args.cudagraphs, run_dir=Args.run_dir)
     if given.resume:
-        path = Path(given.resume) / "args.json"
+        path = Path(os.path.expanduser(given.resume)) / "args.json"
         with reading(path):
             defaults = json.loads(path.read_text())
             check_script(defaults, given.resume)

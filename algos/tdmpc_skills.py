@@ -20,8 +20,9 @@ does by design.
 
 Differences from the release, marked DEVIATION n below.
 1. KL divergences without sampling: exact, or quadrature for the policy's tanh. The release averages 100 samples. Its KL
-   is larger by a constant, Z ln 2 = 6.9, as it leaves out the slope of 2 u; so its bound of 100, kept, is at 93.1 of
-   ours (the first KL is 19 in the maze). reward_scale is applied; there it has no effect.
+   is larger by a constant, Z ln 2 = 6.9, as it leaves out the slope of 2 u; so its bound of 100 is at 93.1 of ours, and
+   ours, 100 as well, a little above it (the first KL is 19 in the maze). reward_scale is applied; there it has no
+   effect.
 2. Pre-training is shorter, with a decaying learning rate and, in the maze and on CALVIN, a larger KL weight.
 3. Sines and cosines of positions are inputs as well, and the maze is scaled, as in skimo.py. On people's data arms are
    shifted, objects recombined and skills hold less (--arm-noise, --recombine, --kl-coef).
@@ -689,7 +690,7 @@ class ReplayBuffer:
     """Finished episodes of at least N skills, back to back in flat tensors on the device; none is ever dropped.
 
     From shorter ones nothing is learnt, as in the release. An episode of T skills takes T + 1 rows; the last one holds
-    its final observation.
+    its final observation. z here is u, skills over 2 (with --release-defects it is z).
     """
 
     def __init__(self, obs_dim: int, args: Args):
@@ -1341,7 +1342,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             check_types(defaults)
         defaults |= dict(capture_video=False, device=Args.device, cudagraphs=Args.cudagraphs, run_dir=Args.run_dir)
     if given.resume:
-        path = Path(given.resume) / "args.json"
+        path = Path(os.path.expanduser(given.resume)) / "args.json"
         with reading(path):
             defaults = json.loads(path.read_text())
             check_script(defaults, given.resume)
