@@ -51,11 +51,11 @@ sample_gaussian, make_networks, RSSM, ActionModel, pretrain_loss, prior_rollouts
 pretrain, Agent, train, evaluate, check_args.
 A run's folder holds what skimo.py names. Its prior_return is of skills 2 tanh(x); the warm-up draws them as they are.
 With --release-defects it is of actions without the tanh, as they were trained.
-Score, sub-tasks per training episode in the last 25,000 of 200,000 env steps: Kitchen 2.7 / 2.3 (seeds 1, 2;
-prior: .84), Mis-aligned 2.2 / 2.3. In the last 50,000 of 300,000: CALVIN 0 / .84 (prior: .155), maze 0 / 0
+Score, sub-tasks per training episode in the last 25,000 of 200,000 env steps: Kitchen 2.7 / 2.3 / 2.0
+(prior: .84), Mis-aligned 2.2 / 2.3. In the last 50,000 of 300,000: CALVIN 0 / .84 (prior: .155), maze 0 / 0
 (prior: .23).
 In the maze and in CALVIN's seed 1 values run away. No CPU preset: the maze takes 49 and 78 minutes, on a core and
-beside another run, the others 24 to 35.
+beside another run, the others 15 to 35.
 Shapes: B batch, L rows per window, O observation, F inputs, A action, Z skill, s and h their sizes, d = s + h,
 E environments, S starts, J imagined skills. Actions of dreamer.py's parts (..., A) are here skills u (..., Z).
 """

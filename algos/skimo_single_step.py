@@ -30,7 +30,7 @@ The authors did not release this variant and the paper says no more than the ide
 Otherwise SkiMo's differences from the release hold, marked DEVIATION n below and explained in the header of skimo.py.
 
 A run's folder is like skimo.py's.
-Score: maze, share of the last 100 training episodes that reach the goal after 300,000 env steps: .84 / .72 (two seeds).
+Score: maze, share of the last 100 training episodes that reach the goal after 300,000 env steps: .84 / .72 / .35.
 Sub-tasks of 4, smoothed as in the paper: Kitchen 3.40 at 200,000 env steps (one seed), CALVIN 2.24 / 2.71 / 2.88 at
 300,000.
 Shapes: B batch, N skills per window, H steps per skill, O observation, A action, Z skill, d latent state,

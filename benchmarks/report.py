@@ -149,8 +149,8 @@ Mean over seeds (each seed) of training episodes, smoothed as in the paper (over
 of methods, not heights.** On human data pre-training shifts arms and recombines objects, the paper's does not. Plans:
 up to 3 skills in the maze, 1 on CALVIN, 10 in the Kitchen. **With scripted data seeds differ in RL alone**: those of a
 cell start from one pre-trained model, but for Relay's, one of SkiMo without joint training on each task, and one of
-single-step dynamics on CALVIN. On human data cells of `skimo*.py` come from three models (without joint training: two),
-SPiRL's from one.
+single-step dynamics each in the maze and on CALVIN. On human data cells of `skimo*.py` come from three models (without
+joint training: two), SPiRL's from one.
 """
 
 
