@@ -295,7 +295,8 @@ def test_actor_finds_the_rewarded_skill_or_stays_at_the_prior(alpha):
 
 
 @pytest.mark.parametrize(
-    "flags", [dict(actor_std=0.0), dict(batch_length=1), dict(imagine_steps=1), dict(pretrain_batch_size=1)]
+    "flags",
+    [dict(actor_std=0.0), dict(batch_length=1), dict(imagine_steps=1), dict(gamma=2.0), dict(pretrain_batch_size=1)],
 )
 def test_senseless_arguments_are_refused(flags):
     with pytest.raises(SystemExit, match="error: --"):

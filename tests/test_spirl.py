@@ -518,7 +518,9 @@ def test_updates_keep_step_with_the_skills(ratio, short_episodes, tmp_path, monk
     assert [row.split(",")[:3] for row in rows] == [[str(180 * k), "0.0", "90"] for k in range(1, 7) for _ in range(2)]
 
 
-@pytest.mark.parametrize("flags", ["--num-envs 0", "--buffer-size 1", "--alpha 0", "--pretrain-batch-size 1"])
+@pytest.mark.parametrize(
+    "flags", ["--num-envs 0", "--buffer-size 1", "--alpha 0", "--updates-per-skill -1", "--pretrain-batch-size 1"]
+)
 def test_arguments_that_cannot_work_are_refused_with_a_sentence(flags):
     with pytest.raises(SystemExit, match=f"error: {flags.split()[0]}.* "):
         spirl.check_args(spirl.parse_args([*flags.split(), "--device", "cpu"]))

@@ -502,7 +502,9 @@ def test_updates_keep_step_with_the_environments_after_the_warmup(short_episodes
     assert [row.split(",")[:3] for row in rows] == [[str(180 * k), "0.0", "90"] for k in range(1, 7) for _ in range(2)]
 
 
-@pytest.mark.parametrize("flags", ["--num-elites 600", "--pretrain-batch-size 1", "--policy-std 0", "--policy-std 2"])
+@pytest.mark.parametrize(
+    "flags", ["--num-elites 600", "--num-skills 0", "--pretrain-batch-size 1", "--policy-std 0", "--policy-std 2"]
+)
 def test_arguments_that_cannot_work_are_refused_with_a_sentence(flags):
     with pytest.raises(SystemExit, match=f"error: {flags.split()[0]}.* "):
         tdmpc.check_args(tdmpc.parse_args([*flags.split(), "--device", "cpu"]))
