@@ -9,12 +9,15 @@ from functools import partial
 from pathlib import Path
 
 import gymnasium
+import numpy as np
 
+from data_tools.augment import code_of, perturb, recombined
 from data_tools.dataset import OfflineDataset, made_once
 from data_tools.files import DataError, cache_dir, imported
 from data_tools.tasks.vector import SingleEnv, VideoRecorder
 
-__all__ = ["TASKS", "DataError", "OfflineDataset", "Task", "cache_dir", "env_sizes", "load_dataset", "make_envs"]
+__all__ = ["TASKS", "DataError", "OfflineDataset", "Task", "cache_dir", "code_of", "env_sizes", "load_dataset"]
+__all__ += ["make_envs", "perturb", "recombined"]
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,20 @@ class Task:
     data_obs_dim: int | None = None  # numbers in the observations of data that append something, which is cut off
     statistics: str | None = None  # "module:function" of (returns, obs, actions, ended) of roll-outs
     draw_map: str | None = None  # "module:function" of (axes): a map, on which an observation is at (obs[1], obs[0])
+    position_periods: tuple[tuple[float, ...], ...] = ()  # of sines and cosines, a row for each of the first entries
+    arm: tuple[int, float] | None = None  # joints that observations and actions begin with; rad asked by an action of 1
 
     def __post_init__(self):
         for name in ("obs_scale", "obs_shift"):  # NumPy's numbers would make networks' inputs float64
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(map(float, value)))
+        periods = np.array(self.position_periods) if len(self.position_periods) else np.zeros((0, 0))
+        object.__setattr__(self, "position_periods", periods)
+
+    def success(self, returns) -> float:
+        """Share of episodes, by their returns, in which everything was done."""
+        reached = np.asarray(returns) >= self.max_return - 1e-5 * abs(self.max_return)  # rewards are float32
+        return float(reached.mean()) if len(returns) else 0.0
 
 
 TASKS = {
@@ -49,6 +61,8 @@ TASKS = {
         obs_shift=(-0.5, -0.5, 0.0, 0.0),
         collect="data_tools.scripted.maze:collect",
         noise=0.5,
+        data="maze",
+        position_periods=((1.0, 2.0, 4.0, 8.0, 16.0, 32.0),) * 2,  # in cells
         statistics="data_tools.tasks.maze:rollout_statistics",
         draw_map="data_tools.tasks.maze:draw_maze",
     ),
@@ -62,6 +76,9 @@ TASKS = {
         download="data_tools.formats.d4rl:fetch_kitchen",
         objects=((11, 12), (15, 16), (17, 18), (19,), (20, 21), (22,), tuple(range(23, 30))),
         data_obs_dim=60,  # with the goal, which is constant
+        # Arm joints in rad, fingers in m
+        position_periods=((0.25, 0.5, 1.0, 2.0, 4.0),) * 7 + ((0.025, 0.05, 0.1, 0.2, 0.4),) * 2,
+        arm=(7, 0.16),
         statistics="data_tools.tasks.kitchen:rollout_statistics",
     ),
     "calvin": Task(
@@ -69,6 +86,9 @@ TASKS = {
         max_return=400.0,
         collect="data_tools.scripted.calvin:collect",
         noise=0.25,
+        data="calvin",
+        # Tool in m; angles, grip, joints in rad
+        position_periods=((0.0625, 0.125, 0.25, 0.5, 1.0),) * 3 + ((0.25, 0.5, 1.0, 2.0, 4.0),) * 11,
         data_obs_dim=39,  # with the blocks
         statistics="data_tools.tasks.calvin:rollout_statistics",
     ),
@@ -105,8 +125,7 @@ def env_sizes(env_id: str) -> tuple[int, int]:
 def load_dataset(
     env_id: str,
     data_dir=None,
-    dataset: str = "scripted",
-    data=None,
+    data="scripted",
     noise: float | None = None,
     seed: int = 0,
     device="cpu",
@@ -114,22 +133,19 @@ def load_dataset(
 ) -> OfflineDataset:
     """Return the offline data of a task. Raises DataError.
 
-    data: a file or folder in one of the formats of data_tools.formats; else
-    dataset "scripted": made on first use, then kept in `cache_dir(data_dir)`; "d4rl": the published file, from the
-    cache or the network.
+    data: "scripted": made on first use, then kept in `cache_dir(data_dir)`; "d4rl": the published file, from the cache
+    or the network; else a file or folder in one of the formats of data_tools.formats.
     noise: size of the disturbances in scripted data (None: the task's), seed: their random seed; progress: show bars.
     """
     from data_tools import formats  # not needed for tasks alone
 
     task = find_task(env_id)
     sizes = env_sizes(env_id)
-    if dataset not in ("scripted", "d4rl"):
-        raise DataError(f"--dataset {dataset} is unknown: use scripted or d4rl.")
-    if data is None and dataset == "d4rl":
+    if data == "d4rl":
         if task.download is None:
-            raise DataError(f"D4RL has no data for {env_id}: use --dataset scripted.")
+            raise DataError(f"D4RL has no data for {env_id}: use --data scripted.")
         data = imported(task.download)(cache_dir(data_dir), progress)
-    if data is not None:
+    if data != "scripted":
         return formats.read_data(data, *sizes, task.data_obs_dim, progress).to(device)
     if task.collect is None:
         raise DataError(f"{env_id} has no scripted data: give a file with --data PATH.")

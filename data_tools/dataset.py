@@ -33,8 +33,6 @@ class OfflineDataset:
     `attributes` says how the data were made, `fingerprint` is a hash of the content (for checkpoints and logs).
     """
 
-    MOVED = 0.1  # an entry of an object that changes by more has been moved; people's data hold noise of 0.02
-
     def __init__(self, observations, actions, terminals, timeouts, attributes=None, device="cpu", name="the data"):
         """Take array-likes of the shapes above. Raises DataError, which calls the data `name`, if they do not fit."""
         arrays = {"observations": observations, "actions": actions, "terminals": terminals, "timeouts": timeouts}
@@ -118,31 +116,6 @@ class OfflineDataset:
             arrays = [x[rows].cpu() for x in (self.observations, self.actions, self.terminals, self.timeouts)]
             parts.append(OfflineDataset(*arrays, attributes=self.attributes, device=self.device))
         return parts[0], parts[1]
-
-    def recombined(self, objects, seed: int = 0) -> "OfflineDataset":
-        """Return the episodes and each of them once more, among objects that others have moved.
-
-        objects: for each object, its entries in an observation. What nobody touches in an episode hardly changes what
-        happens there: whoever shows the light switch beside a closed microwave has also shown it beside an open one
-        (CoDA, Pitis et al. 2020, https://arxiv.org/abs/2007.02863). In a repeated episode each untouched object is
-        where it was or, as often, where another episode has left it; sensors' noise stays.
-        """
-        arrays = [x.cpu().numpy() for x in (self.observations, self.actions, self.terminals, self.timeouts)]
-        arrays[3] = arrays[3].copy()
-        arrays[3][-1] |= not arrays[2][-1]  # the last episode ends before the first repeated one begins
-        obs = arrays[0].copy()  # (R, O)
-        cuts = self.episode_starts[1:].cpu().numpy()
-        dice = np.random.default_rng(seed)
-        for entries in objects:
-            paths = np.split(obs[:, entries], cuts)  # (rows, entries) of each episode
-            moved = [bool((np.ptp(path, axis=0) > self.MOVED).any()) for path in paths]
-            ends = [path[-1] for path, was_moved in zip(paths, moved) if was_moved]
-            for i, path in enumerate(paths):
-                if ends and not moved[i] and dice.random() < 0.5:
-                    paths[i] = path - path.mean(0) + ends[dice.integers(len(ends))]
-            obs[:, entries] = np.concatenate(paths)
-        arrays = [np.concatenate([x, again]) for x, again in zip(arrays, [obs, *arrays[1:]])]
-        return OfflineDataset(*arrays, attributes=self.attributes, device=self.device)
 
     def sample_windows(
         self, batch_size: int, length: int, generator: torch.Generator | None = None

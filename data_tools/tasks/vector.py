@@ -37,7 +37,7 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
 
     metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 30}
     # Attributes that make up the state, arrays (E, ...), and their types. An environment adds its own.
-    saved: ClassVar[dict] = {"steps": np.int64, **dict.fromkeys(FLAGS, bool)}
+    saved: ClassVar[dict] = {"steps": np.int64, "returns": np.float64, **dict.fromkeys(FLAGS, bool)}
     # Names of the infos, and the attributes (E,) that hold their values.
     info_names: ClassVar[dict] = {"is_success": "successes", "unstable": "unstable"}
 
@@ -67,7 +67,8 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.rngs = None  # one generator per member, made by the first reset
-        self.steps = np.zeros(num_envs, dtype=np.int64)  # of the episode so far
+        self.steps = np.zeros(num_envs, dtype=np.int64)  # of the episode so far, and of an ended one until its reset
+        self.returns = np.zeros(num_envs)  # sum of rewards, as long
         self.terminations = np.zeros(num_envs, dtype=bool)
         self.truncations = np.zeros(num_envs, dtype=bool)
         self.successes = np.zeros(num_envs, dtype=bool)
@@ -147,6 +148,7 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
             found = f"{rewards.shape} and {successes.shape}"
             raise ValueError(f"advance() must return rewards and successes ({self.num_envs},), they are {found}")
         self.steps += running
+        self.returns += rewards
         # A member that waits keeps its flags (DISABLED) or is reset below (NEXT_STEP).
         self.successes = np.where(running, successes, self.successes)
         self.terminations = np.where(running, successes | self.unstable, self.terminations)
@@ -244,6 +246,7 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
             return
         self.begin(members)
         self.steps[members] = 0
+        self.returns[members] = 0
         for name in FLAGS:
             getattr(self, name)[members] = False
 
@@ -298,16 +301,17 @@ class VideoRecorder(gymnasium.vector.VectorWrapper):
         super().__init__(envs)
         self.path = Path(path)
         self.frames = []  # compressed: those of a long episode would take gigabytes
-        self.steps = 0
+        self.frame = 0
+        self.steps, self.returns = envs.steps, envs.returns  # the same arrays
         self.every = math.ceil(self.metadata["render_fps"] / 50)  # steps per picture
 
     def step(self, actions):
         result = self.env.step(actions)
-        if self.steps % self.every == 0:
+        if self.frame % self.every == 0:
             frame = self.env.draw(0)
             self.shape = frame.shape
             self.frames.append(zlib.compress(frame.tobytes(), 1))  # fast
-        self.steps += 1
+        self.frame += 1
         return result
 
     def close(self, **kwargs):
