@@ -89,12 +89,28 @@ def hash_of(values) -> str:
     return digest.hexdigest()[:12]
 
 
+def by_episode(rb: dict) -> dict:
+    """Replay of skills, a row per environment and skill: finished episodes back to back, with their last observation."""
+    rows, table, E = rb["columns"], [], len(rb["running"])
+    found = {name: [] for name in rows if name != "next_obs"}
+    for first, T in rb["episodes"][: rb["num_episodes"]].tolist():
+        index = first + E * torch.arange(T)
+        table.append([sum(T + 1 for _, T in table), T])
+        for name in found:
+            last = rows["next_obs"][index[-1:]] if name == "obs" else torch.zeros_like(rows[name][:1])
+            found[name].append(torch.cat([rows[name][index], last]))
+    return dict({name: torch.cat(parts) for name, parts in found.items()}, episodes=torch.tensor(table))
+
+
 def read_checkpoint(path: Path) -> dict:
     """Weights, optimizers, replay and random state of a checkpoint."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     optimizers = [value for value in state.values() if isinstance(value, dict) and "param_groups" in value]
     moments = [m for o in optimizers for p in o["state"].values() for m in (p["exp_avg"], p["exp_avg_sq"])]
-    replay = [value for value in state["rb"].values() if isinstance(value, torch.Tensor)]
+    replay = state["rb"]
+    if "columns" in replay:
+        replay = by_episode(replay) if "num_episodes" in replay else dict(enumerate(replay["columns"]))
+    replay = [value for value in replay.values() if isinstance(value, torch.Tensor)]
     return dict(weights=state["agent"].values(), optimizers=moments, replay=replay, random=state["rng"])
 
 
