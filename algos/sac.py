@@ -81,16 +81,13 @@ class Args:
     hidden_dim: int = 256  # width of hidden layers
     position_features: bool = True  # sines and cosines of positions as inputs (DEVIATION 2)
 
-    def __post_init__(self):
-        """End the program where a value would run on and mean nothing."""
+    def __post_init__(self):  # what would run on and mean nothing
         least = dict(seed=0, warmup_steps=0)
         most = dict(gamma=1, tau=1)
         for name, value in vars(self).items():
-            if type(value) in (int, float):
-                low = least.get(name, 1 if type(value) is int else 0)
-                high = most.get(name, 2**31)
-                if not low <= value <= high:  # nor NaN
-                    sys.exit(f"error: --{name.replace('_', '-')} {value}: give {low} to {high}")
+            low, high = least.get(name, int(type(value) is int)), most.get(name, 2**31)
+            if type(value) in (int, float) and not low <= value <= high:  # nor NaN
+                sys.exit(f"error: --{name} {value} does not work: give {low} to {high}")
 
 
 # By the name of a task's data. DEVIATION 3: rewards of 100 become 1; else alpha, tuned in nats, would have to grow a
@@ -475,13 +472,10 @@ def save(path: Path, values: dict, parts: dict | None = None):
         content = buffer.getbuffer()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with temporary.open("wb") as file:
+        file.write(content)
+        os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
+    temporary.replace(path)
 
 
 def load(path: Path, parts: dict, device="cpu") -> dict:

@@ -133,17 +133,14 @@ class Args:
     std_steps: int = 25_000  # env steps over which min_std falls
     horizon_steps: int = 25_000  # env steps over which plans grow from 1 to N skills
 
-    def __post_init__(self):
-        """End the program where a value would run on and mean nothing."""
+    def __post_init__(self):  # what would run on and mean nothing
         least = dict(seed=0, warmup_steps=0, num_policy_trajs=2, alpha=1e-6)
-        most = dict(gamma=1, tau=1, rho=1, bc_chunks=self.pretrain_skills)
-        most["num_elites"] = self.num_samples + self.num_policy_trajs
+        plans = self.num_samples + self.num_policy_trajs
+        most = dict(gamma=1, tau=1, rho=1, bc_chunks=self.pretrain_skills, num_elites=plans)
         for name, value in vars(self).items():
-            if type(value) in (int, float):
-                low = least.get(name, 1 if type(value) is int else 0)
-                high = most.get(name, 2**31)
-                if not low <= value <= high:  # nor NaN
-                    sys.exit(f"error: --{name.replace('_', '-')} {value}: give {low} to {high}")
+            low, high = least.get(name, int(type(value) is int)), most.get(name, 2**31)
+            if type(value) in (int, float) and not low <= value <= high:  # nor NaN
+                sys.exit(f"error: --{name} {value} does not work: give {low} to {high}")
 
 
 # By the name of a task's data: the release's values where they differ from Args, and our own for pre-training
@@ -893,13 +890,10 @@ def save(path: Path, values: dict, parts: dict | None = None):
         content = buffer.getbuffer()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with temporary.open("wb") as file:
+        file.write(content)
+        os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
+    temporary.replace(path)
 
 
 def load(path: Path, parts: dict, device="cpu") -> dict:
