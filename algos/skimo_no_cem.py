@@ -2,11 +2,10 @@
 
 Idea: SkiMo without its planner. Skills are samples of the task policy and, in evaluations, its mode. World model,
 critics and policy learn as in SkiMo; nothing is planned. It shows what planning is worth.
+Differs from skimo.py in: Args, TASK_DEFAULTS, RELEASE, plan, Agent
 
     python algos/skimo_no_cem.py --env-id maze             # as skimo.py, with the same pre-trained model
     python algos/skimo_no_cem.py --resume runs/FOLDER      # go on after Ctrl-C or a crash
-
-Differs from skimo.py in: Args, TASK_DEFAULTS, RELEASE, plan, Agent
 
 1. Pre-training: encode chunks of H actions as skills z ~ q. Loss = behavioural cloning + KL(q || N(0,1)) (eq. 3)
    + reconstruction + consistency of h_{i+1} = D(h_i, z_i) (eq. 4) + prior KL(q || p(h_i)) (eq. 5)
