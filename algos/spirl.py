@@ -24,7 +24,7 @@ DEVIATION n: differences from the authors' release. Why, what was measured, and 
 not with the next one. 8. Evaluations take the mode of the policy, not samples. 9. Maze: target_kl is 3, not 10.
 --published takes the release's side of 2, 3, 6 and 9, and of the E environments in 4.
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, SkillModel, make_networks, pretrain_loss, pretrain,
-ReplayBuffer, Agent, rollout, train, evaluate.
+ReplayBuffer, Agent, train
 Shapes: B batch, H steps per skill, O observation, F inputs, A action, Z skill, E environments, P positions.
 """
 
@@ -146,10 +146,8 @@ class Predictor(nn.Sequential):
     def __init__(self, in_dim: int, u: int, num_blocks: int, out_dim: int, batch_norm: bool = True):
         layers = [nn.Linear(in_dim, u), nn.LeakyReLU(0.2)]
         for _ in range(num_blocks):
-            layers.append(nn.Linear(u, u))
-            if batch_norm:
-                layers.append(nn.BatchNorm1d(u))
-            layers.append(nn.LeakyReLU(0.2))
+            norm = [nn.BatchNorm1d(u)] if batch_norm else []
+            layers += [nn.Linear(u, u), *norm, nn.LeakyReLU(0.2)]
         super().__init__(*layers, nn.Linear(u, out_dim))
         for layer in self:
             if isinstance(layer, nn.Linear):
@@ -187,16 +185,15 @@ def kl_divergence(p, q):
 
 class Features(nn.Module):
     """Observations (..., O) -> inputs of the networks (..., F), F = size. DEVIATION 3: sines and cosines of positions
-    are inputs, too, and the maze is scaled; see skimo.py's StateEncoder. Without position_features they are the raw
-    observations, but scaled with always_scaled.
+    are inputs, too, and the maze is scaled; see skimo.py's StateEncoder.
     """
 
-    def __init__(self, obs_dim: int, args: Args, always_scaled: bool = False):
+    def __init__(self, obs_dim: int, args: Args):
         super().__init__()
         task = data_tools.TASKS[args.env_id]
-        scaled = args.position_features or always_scaled
-        scale, shift = (task.obs_scale, task.obs_shift) if scaled else (None, None)
-        periods = task.position_periods if args.position_features else np.zeros((0, 0))
+        scale, shift, periods = None, None, np.zeros((0, 0))
+        if args.position_features:
+            scale, shift, periods = task.obs_scale, task.obs_shift, task.position_periods
         self.register_buffer("scale", torch.tensor(scale or [1.0] * obs_dim))  # (O,)
         self.register_buffer("shift", torch.tensor(shift or [0.0] * obs_dim))  # (O,)
         self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (P, .)
@@ -256,7 +253,7 @@ class SkillPrior(nn.Module):
 
 
 def make_networks(args: Args) -> nn.ModuleDict:
-    """The networks of pre-training: skills, and the prior p(z | s)."""
+    """The networks of pre-training: skills and prior."""
     obs_dim, action_dim = data_tools.env_sizes(args.env_id)
     networks = dict(skills=SkillModel(obs_dim, action_dim, args), prior=SkillPrior(obs_dim, args))
     return nn.ModuleDict(networks).to(args.device)
@@ -301,8 +298,8 @@ class PriorAgent:
         self.skills = self.networks["skills"]
 
     @torch.no_grad()
-    def choose_skills(self, obs, *_, explore: bool):
-        """obs (E, O), NumPy -> z (E, Z), drawn whether to explore or not."""
+    def choose_skills(self, obs, global_step: int | None, explore: bool):
+        """obs (E, O), NumPy -> z (E, Z): always samples."""
         return squash(draw(self.networks["prior"](torch.from_numpy(obs))))
 
 
@@ -537,10 +534,10 @@ class Agent(nn.Module):
         self.update = Recorded(self.update, args)
 
     @torch.no_grad()
-    def choose_skills(self, obs, explore: bool):
-        """A sample of the task policy, in the warm-up still the prior, or its mode: obs (E, O), NumPy -> z (E, Z)."""
+    def choose_skills(self, obs, global_step: int | None, explore: bool):
+        """obs (E, O), NumPy -> z (E, Z) on the CPU: samples of the task policy, in the evaluations of RL its mode."""
         pi = self.task_policy(torch.from_numpy(obs).to(self.args.device))  # 2 x (E, Z)
-        x = draw(pi) if explore else pi[0]  # DEVIATION 8
+        x = draw(pi) if global_step is None or explore else pi[0]  # DEVIATION 8
         return squash(x).cpu()
 
     def update(self, obs, z, rewards, dones, next_obs) -> dict:
@@ -595,9 +592,9 @@ def execute_skill(envs, skills, obs, z, args: Args):
     return obs, rewards, ended
 
 
-def rollout(agent: Agent, args: Args, num_episodes: int, seed: int, video: Path | None = None):
+def rollout(agent: Agent, args: Args, num_episodes: int, seed: int, global_step=None, video: Path | None = None):
     """Scores of an episode in each of num_episodes environments, without exploration noise and with random numbers of
-    its own.
+    its own. Skills are planned as after global_step, or without it the task policy's.
     """
     envs = data_tools.make_envs(args.env_id, num_episodes, video)
     with torch.random.fork_rng(["cuda"] if args.device == "cuda" else []):
@@ -605,7 +602,7 @@ def rollout(agent: Agent, args: Args, num_episodes: int, seed: int, video: Path 
         obs, _ = envs.reset(seed=seed)
         ended = np.zeros(num_episodes, dtype=bool)
         while not ended.all():
-            z = agent.choose_skills(obs, explore=False)
+            z = agent.choose_skills(obs, global_step, explore=False)
             obs, _, ended = execute_skill(envs, agent.skills, obs, z, args)
     envs.close()
     success = data_tools.TASKS[args.env_id].success(envs.returns)
@@ -658,7 +655,7 @@ def train(args: Args) -> dict:
     with tqdm(desc="RL", total=args.total_timesteps, initial=global_step, unit="step") as bar:
         while not stopping:
             # ALGO LOGIC: put action logic here. One skill for all environments at once, then H env steps (DEVIATION 4)
-            z = agent.choose_skills(obs, explore=True)  # (E, Z)
+            z = agent.choose_skills(obs, global_step, explore=True)  # (E, Z)
             steps_before = envs.steps.sum()
             next_obs, rewards, ended = execute_skill(envs, agent.skills, obs, z, args)
             rb.add(obs, z, args.reward_scale * rewards, ended, next_obs)
@@ -693,7 +690,7 @@ def train(args: Args) -> dict:
             # Evaluate without exploration noise
             finished = global_step >= args.total_timesteps
             if finished or global_step % args.eval_interval < new_steps:
-                scores = rollout(agent, args, args.eval_episodes, 10_000 + args.seed)
+                scores = rollout(agent, args, args.eval_episodes, 10_000 + args.seed, global_step)
                 evaluations.append((global_step, scores["episodic_return"], scores["success"]))
                 bar.write(f"env step {global_step}: {log(writer, 'eval', scores, global_step)}")
 
@@ -764,9 +761,9 @@ def load(path: Path, parts: dict, device="cpu") -> dict:
 def evaluate(args: Args):
     """Print the scores of a trained agent without exploration noise; needs neither data nor training."""
     agent = Agent(args, make_networks(args))
-    load(Path(args.evaluate), dict(agent=agent))
+    global_step = load(Path(args.evaluate), dict(agent=agent))["global_step"]
     video = Path(args.run_dir) / f"{args.env_id}__{FILE.stem}.mp4" if args.capture_video else None
-    scores = rollout(agent, args, args.eval_episodes, 10_000 + args.seed, video)
+    scores = rollout(agent, args, args.eval_episodes, 10_000 + args.seed, global_step, video)
     words = ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
     print(f"{args.env_id}: {args.eval_episodes} episodes of {args.evaluate}: {words}; video: {video}")
 
