@@ -418,12 +418,12 @@ def pretrain(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: t
             if finished or updates % 100 == 0:
                 bar.set_postfix_str(log(writer, "pretrain", metrics, updates))
             if finished or updates % args.pretrain_eval_interval == 0:
-                # Losses do not tell whether skills are any good: let the prior act in the task
-                agent = Agent(args, copy.deepcopy(networks))
-                scores = rollout(agent, args, args.pretrain_eval_episodes * (4 if finished else 1), args.seed)
                 with torch.random.fork_rng(["cuda"] if args.device == "cuda" else []), torch.no_grad():
                     batch = valid_data.sample_windows(args.pretrain_batch_size, window)
                     _, losses = pretrain_loss(*networks.values(), target, *batch, args)
+                    # Losses do not tell whether skills are any good: let the prior act in the task
+                    agent = Agent(args, copy.deepcopy(networks))
+                    scores = rollout(agent, args, args.pretrain_eval_episodes * (4 if finished else 1), args.seed)
                 facts = dict(prior_return=scores["episodic_return"], prior_success=scores["success"])
                 facts |= {f"valid_{name}": float(value) for name, value in losses.items()}
                 bar.write(f"update {updates}: {log(writer, 'pretrain', facts, updates)}")
