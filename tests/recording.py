@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections import Counter, defaultdict
+from collections import defaultdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +21,6 @@ def recording(module, patch) -> SimpleNamespace:
     note_forgetting(notes, module, patch)
     note_losses_and_optimizers(notes, module, patch)
     note_updates(notes, module, patch)
-    note_choices(notes, module, patch)
     note_exploring(notes, module, patch)
     if hasattr(module, "RSSM"):
         note_decoder(notes, module, patch)
@@ -71,11 +70,12 @@ def note_replay(notes, module, patch):
     notes.rows = []
     buffer = buffer_of(module)
 
-    def add(*inputs, original=buffer.add):
-        row = inspect.signature(original).bind(*inputs).arguments
+    def add(rb, *inputs, original=buffer.add, **named):
+        row = inspect.signature(original).bind(rb, *inputs, **named).arguments
+        row = row | row.pop("skill", {})  # what was given by name
         row = {name: np.asarray(value).copy() for name, value in row.items() if name != "self"}
         notes.rows.append((len(notes.training.steps), row))
-        return original(*inputs)
+        return original(rb, *inputs, **named)
 
     patch.setattr(buffer, "add", add)
 
@@ -96,7 +96,7 @@ def note_losses_and_optimizers(notes, module, patch):
     """inputs: for a network that a loss was given, whether it is the agent's part of that name; optimizers: those of
     the agent, by name; moved: how far the first step of each moved a weight, the largest of all; value_lr: the rates of
     weights with "value" in their name, and other_lr, of the others, where there is more than one rate; norms: the
-    gradient's norm at every step of each; pretraining_norms: the same at every step before there was an agent.
+    gradient's norm at every step of each; pretraining_norms: the same at every step of optimizers that no agent has.
     """
     notes.inputs = {}
     notes.optimizers = set()
@@ -134,7 +134,7 @@ def note_losses_and_optimizers(notes, module, patch):
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         before = [weight.detach().clone() for weight in weights]
         gradients = [weight.grad.norm() for weight in weights if weight.grad is not None]
-        if not agents:
+        if not names:
             notes.pretraining_norms.append(torch.stack(gradients).norm().item())
         result = original(optimizer, *closure)
         values = [weight for agent in agents for name, weight in agent.named_parameters() if "value" in name]
@@ -178,22 +178,6 @@ def note_updates(notes, module, patch):
     patch.setattr(module.Agent, "update", update)
 
 
-def note_choices(notes, module, patch):
-    """choices: how often skills were drawn from the policy or prior, or were the policy's mode."""
-    notes.choices = Counter()
-
-    def counted(name, choose):
-        def wrapper(agent, obs):
-            notes.choices[name] += 1
-            return choose(agent, obs)
-
-        return wrapper
-
-    for name in ("sample_policy", "sample_prior", "policy_mode"):
-        if hasattr(module.Agent, name):
-            patch.setattr(module.Agent, name, counted(name, getattr(module.Agent, name)))
-
-
 def note_exploring(notes, module, patch):
     """explored: whether it explored whenever something was chosen, and for how many environments: {(E, bool), ...};
     planned_at: of each plan of training the env step that the planner was told, and the one that it was.
@@ -201,33 +185,19 @@ def note_exploring(notes, module, patch):
     notes.explored = set()
     notes.planned_at = []
 
-    def init(actor, *inputs, original, **how):
-        original(actor, *inputs, **how)
-        bound = inspect.signature(original).bind(actor, *inputs, **how)
-        actor.was_to_explore = bound.arguments["explore"]
-
-    def call(actor, obs, *inputs, original, **how):
-        notes.explored.add((len(obs), actor.was_to_explore))
-        if len(obs) == NUM_ENVS and inputs and type(inputs[0]) is int:
-            notes.planned_at.append((inputs[0], NUM_ENVS * len(notes.training.steps)))
-        return original(actor, obs, *inputs, **how)
-
     def choose(agent, *inputs, original, **how):
         bound = inspect.signature(original).bind(agent, *inputs, **how).arguments
         notes.explored.add((len(bound["obs"]), bound["explore"]))
+        if len(bound["obs"]) == NUM_ENVS and bound["explore"] and bound.get("global_step") is not None:
+            notes.planned_at.append((bound["global_step"], NUM_ENVS * len(notes.training.steps)))
         return original(agent, *inputs, **how)
 
-    def wrapped(owner, name, wrapper):
-        original = getattr(owner, name)
-        patch.setattr(owner, name, lambda *inputs, **how: wrapper(*inputs, original=original, **how))
+    def wrapped(name, original):
+        patch.setattr(module.Agent, name, lambda *inputs, **how: choose(*inputs, original=original, **how))
 
-    for part in [value for value in vars(module).values() if inspect.isclass(value)]:
-        if part.__module__ == module.__name__ and "explore" in inspect.signature(part).parameters:
-            wrapped(part, "__init__", init)
-            wrapped(part, "__call__", call)
     for name, method in list(vars(module.Agent).items()):
         if inspect.isfunction(method) and {"obs", "explore"} <= inspect.signature(method).parameters.keys():
-            wrapped(module.Agent, name, choose)
+            wrapped(name, method)
 
 
 def note_decoder(notes, module, patch):

@@ -1,19 +1,18 @@
 """Runs of every algorithm file: resume, signals, damaged files, full disks, pre-trained models.
 
 A new file in algos/ is tested as soon as it has an entry in golden.FLAGS. Runs are tiny and stay in this process, on
-maze episodes of 90 steps; only real signals need programs of their own. What costs much is tried on skimo.py alone.
+maze episodes of 90 steps; only real signals need programs of their own. What all files have as one text
+(tests/test_copies.py) is tried on skimo.py alone.
 """
 
-import ast
+import copy
 import csv
 import dataclasses
 import errno
 import functools
 import importlib
-import inspect
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -25,9 +24,9 @@ import typing
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import golden
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -95,13 +94,11 @@ class Case:
         runs = runs or self.folder / f"runs{len(list(self.folder.iterdir()))}"
         places = ["--data-dir", str(data_dir or self.data_dir), "--run-dir", str(runs)]
         words = short_flags(self.module)
-        if "--pretrained " in flags:  # a finished model takes no flags of pre-training
-            unused = ["--" + name.replace("_", "-") for name in self.module.PRETRAINING.split()]
-            words = [word for pair in zip(words[::2], words[1::2]) if pair[0] not in unused for word in pair]
         return [*words, *places, *flags.split()]
 
     def main(self, argv):
-        return self.module.main(self.module.parse_args([str(word) for word in argv]))
+        args = self.module.parse_args([str(word) for word in argv])
+        return self.module.evaluate(args) if args.evaluate else self.module.train(args)
 
     def start(self, flags="", data_dir=None):
         """A new run in this process: its results and its folder."""
@@ -176,9 +173,12 @@ def curves_of(run_dir) -> dict[str, list]:
 def state_of(run_dir):
     """All that the future of a run depends on, from its checkpoint, without clock times."""
     state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
-    del state["seconds"], state["args"]
-    state.get("facts", {}).pop("minutes", None)
-    state["episodes"] = [tuple(row[:3]) for row in state["episodes"]]
+    del state["args"]
+    progress = state["progress"]  # global_step, gradient_step, seconds, episodes, evaluations, facts ...
+    state["gradient_step"], state["evaluations"] = progress[1], progress[4]
+    state["episodes"] = [tuple(row[:3]) for row in progress[3]]
+    rest = [value if not isinstance(value, dict) else value | dict(minutes=0) for value in progress[5:]]
+    state["progress"] = [progress[0], progress[1], *rest]
     return state
 
 
@@ -223,9 +223,9 @@ def in_training(envs, *args):
 
 @pytest.fixture
 def stop(case, monkeypatch):
-    """An event in place of the one that signals set."""
+    """The event that signals set."""
     event = threading.Event()
-    monkeypatch.setattr(case.module, "stop_at_signals", lambda: event)
+    monkeypatch.setattr(case.module, "threading", SimpleNamespace(Event=lambda: event))
     return event
 
 
@@ -255,8 +255,9 @@ def refused(call, *words):
 def test_interrupted_rl_goes_on_bit_for_bit(case, step, stop, no_data, monkeypatch):
     with monkeypatch.context() as patch:
         after_calls(patch, data_tools.tasks.maze.MazeVectorEnv, "step", step, stop.set, in_training)
-        part = case.interrupted(r"stopped at env step (180|200|780|800); go on with: .* --resume ")
+        part = case.interrupted("stopped; go on with: .* --resume ")
     assert not (part / "results.json").exists()
+    assert state_of(part)["global_step"] in ((180, 200) if step == 45 else (780, 800))
     assert (state_of(part)["gradient_step"] > 0) == (step == 195)
     stop.clear()
     no_data()  # the checkpoint holds all networks
@@ -265,18 +266,6 @@ def test_interrupted_rl_goes_on_bit_for_bit(case, step, stop, no_data, monkeypat
     assert rows_of(part) == rows_of(case.run_dir)
     for name in ("env_steps", "updates", "last_100_return", "evaluations"):
         assert results[name] == case.results[name], name
-
-
-@pytest.mark.parametrize("case", ["tdmpc_skills", "dreamer_skills"], indirect=True)
-def test_interrupted_run_with_the_releases_defects_goes_on(case, stop, monkeypatch):
-    """They store what led into a state: it has to be in the checkpoint."""
-    _, whole = case.start("--release-defects")
-    with monkeypatch.context() as patch:
-        after_calls(patch, data_tools.tasks.maze.MazeVectorEnv, "step", 195, stop.set, in_training)
-        part = case.interrupted("stopped at env step", "--release-defects")
-    stop.clear()
-    case.resume(part)
-    assert_same(state_of(part), state_of(whole))
 
 
 @every_algo
@@ -303,7 +292,7 @@ def test_interrupted_pretraining_goes_on_bit_for_bit(case, by, stop, monkeypatch
         after_calls(patch, data_tools.OfflineDataset, case.sampling, before + case.draws + 1, stop.set)
         part = case.interrupted("stopped in pre-training; the same command goes on", data_dir=data_dir)
     unfinished = only(data_dir / "pretrained")
-    updates = torch.load(unfinished, weights_only=True)["updates"]
+    updates = torch.load(unfinished, weights_only=True)["progress"][0]
     assert unfinished.suffix == ".unfinished" and 2 <= updates < 6
     stop.clear()
     draws = after_calls(monkeypatch, data_tools.OfflineDataset, case.sampling, 0, None)
@@ -317,23 +306,6 @@ def test_interrupted_pretraining_goes_on_bit_for_bit(case, by, stop, monkeypatch
     del a["facts"]["minutes"], b["facts"]["minutes"]
     assert_same(a, b)
     assert_same(state_of(part), state_of(case.run_dir))
-
-
-@skimo_only
-def test_unfinished_pretraining_serves_runs_with_other_rl_arguments(case, stop, monkeypatch):
-    data_dir = case.new_data_dir()
-    with monkeypatch.context() as patch:
-        after_calls(patch, data_tools.OfflineDataset, "sample_windows", 4, stop.set)
-        case.interrupted("stopped in pre-training", data_dir=data_dir)
-    unfinished = only(data_dir / "pretrained")
-    state = torch.load(unfinished, weights_only=True)
-    torch.save(state | dict(seconds=6000.0), unfinished)
-    stop.clear()
-    calls = after_calls(monkeypatch, case.module, "pretrain_lr", 0, None)
-    flags = "--num-envs 3 --alpha 0.3 --no-autotune --num-samples 8 --total-timesteps 450"
-    results, _ = case.start(flags, data_dir)
-    assert [args[0] for args in calls] == list(range(state["updates"], 6))
-    assert 100 <= results["pretraining"]["minutes"] < 101  # those of the first command count
 
 
 @with_data
@@ -372,15 +344,6 @@ def test_run_leaves_its_results(case):
     assert args["total_timesteps"] == 1200 and args["seed"] == 3
     files = sorted(path.name for path in case.run_dir.iterdir() if "tfevents" not in path.name)
     assert files == ["args.json", "checkpoint.pt", "episodes.csv", "results.json"]
-
-
-@every_algo
-def test_run_that_is_too_short_to_learn_says_so(case, capsys):
-    results, _ = case.start("--total-timesteps 120")
-    assert results["updates"] == 0
-    assert "no update" in capsys.readouterr().out
-    case.resume(case.copy_of_run())
-    assert "no update" not in capsys.readouterr().out
 
 
 SKIMOS = ["skimo", "skimo_no_cem", "skimo_no_joint", "skimo_sac", "skimo_single_step"]
@@ -427,8 +390,7 @@ def test_seeds_of_a_run(case):
     """Torch and the environments begin with the run's seed; evaluations have other starts, always the same."""
     of = case.notes.training
     assert (of.torch_seed, of.seed) == (3, 3)
-    expected = [(10_003, 10_003)] * (3 - case.unlearnt)
-    assert [(of.torch_seed, of.seed) for of in case.notes.evaluations] == expected
+    assert [of.seed for of in case.notes.evaluations] == [10_003] * (3 - case.unlearnt)
 
 
 @pytest.mark.parametrize("case", [name for name in ALGOS if name not in ("relay", "diayn")], indirect=True)
@@ -440,7 +402,8 @@ def test_replay_holds_what_the_environments_gave(case):
         before, action, after, rewards, ends, time_outs = (np.stack(of, 1) for of in zip(*steps))  # (E, n, ...)
         ended = ends | time_outs
         expected = dict(next_obs=after[:, -1], rewards=0.5 * rewards.sum(1), step_rewards=rewards, actions=action)
-        expected |= dict(terminations=ends[:, -1], truncations=time_outs[:, -1], ended=ended[:, -1])
+        expected |= dict(terminations=ends[:, -1], truncations=time_outs[:, -1])
+        expected |= dict(ended=ended[:, -1], dones=ended[:, -1])
         expected["steps"] = np.full(4, last - first)
         expected["obs"] = before if "actions" in row else before[:, 0]
         if last - first == 1:
@@ -461,7 +424,9 @@ def test_scores_and_minutes_go_on_where_a_run_is_resumed(case):
     """
     run = case.copy_of_run()
     state = torch.load(run / "checkpoint.pt", weights_only=True)
-    state |= dict(episodes=[(k, float(k), 90, 0.0) for k in range(150)], seconds=6000.0)
+    episodes = [(k, float(k), 90, 0.0) for k in range(150)]
+    progress = state["progress"]
+    state["progress"] = (*progress[:2], 6000.0, episodes, *progress[4:])
     torch.save(state, run / "checkpoint.pt")
     results = case.resume(run, "--total-timesteps 1440")
     last_100 = [float(row[1]) for row in rows_of(run)[-100:]]
@@ -471,7 +436,7 @@ def test_scores_and_minutes_go_on_where_a_run_is_resumed(case):
     assert [share for _, share in curves_of(run)["charts/success"][-4:]] == [0.5] * 4
     with (run / "episodes.csv").open() as file:
         minutes = [float(row["rl_minutes"]) for row in csv.DictReader(file)][-4:]
-    minutes += [results["rl_minutes"], torch.load(run / "checkpoint.pt", weights_only=True)["seconds"] / 60]
+    minutes += [results["rl_minutes"], torch.load(run / "checkpoint.pt", weights_only=True)["progress"][2] / 60]
     assert all(100 <= value < 101 for value in minutes)
 
 
@@ -499,7 +464,8 @@ def test_every_100th_updates_losses_are_drawn(case, monkeypatch):
     """At the env step; the run goes on as if 98 updates had been made, with four more due in the next 40 env steps."""
     run = case.copy_of_run()
     state = torch.load(run / "checkpoint.pt", weights_only=True)
-    torch.save(state | dict(gradient_step=98), run / "checkpoint.pt")
+    step, _, *rest = state["progress"]
+    torch.save(state | dict(progress=(step, 98, *rest)), run / "checkpoint.pt")
     args = json.loads((run / "args.json").read_text())
     (run / "args.json").write_text(json.dumps(args | dict(updates_per_step=102.5 / 1240)))
     metrics = []
@@ -510,7 +476,7 @@ def test_every_100th_updates_losses_are_drawn(case, monkeypatch):
         return metrics[-1]
 
     monkeypatch.setattr(case.module.Agent, "update", noted)
-    assert case.resume(run, "--total-timesteps 1240 --eval-interval 0")["updates"] == 102
+    assert case.resume(run, "--total-timesteps 1240")["updates"] == 102
     curves = {name: points for name, points in curves_of(run).items() if name.startswith("losses/")}
     assert len(metrics) == 4 and curves.keys() == {f"losses/{name}" for name in metrics[1]}
     for name, value in metrics[1].items():
@@ -530,7 +496,8 @@ def test_every_part_has_its_learning_rate(case):
     args = json.loads((case.run_dir / "args.json").read_text())
     assert case.notes.moved.keys() == case.notes.optimizers
     for name, moved in case.notes.moved.items():
-        rate = args.get(name.replace("optimizer", "lr"), args.get("learning_rate"))
+        usual = 3e-4 if name == "alpha_optimizer" and case.script.stem in SKIMOS else args.get("learning_rate")
+        rate = args.get(name.replace("optimizer", "lr"), usual)
         assert moved == pytest.approx(rate, rel=0.02), name
 
 
@@ -581,8 +548,7 @@ SLOW |= dict(skimo_sac="critic", spirl="critics", sac="critics", dads="critics",
 @pytest.mark.parametrize("case", SLOW, indirect=True)
 def test_the_slow_copy_follows(case):
     """Against the weights after every update: it goes a share tau of the way to them, in some files not every time."""
-    args = json.loads((case.run_dir / "args.json").read_text())
-    every = args.get("target_update_interval", 1)
+    every = 2 if case.script.stem.startswith(("skimo", "tdmpc")) else 1
     name = SLOW[case.module.__name__.removeprefix("algos.")]
     expected = case.notes.slow_start
     for k, networks in enumerate(case.notes.online, 1):
@@ -593,23 +559,10 @@ def test_the_slow_copy_follows(case):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-# Each file with a policy over skills: how 30 skills of training, ten of them in the warm-up, and 27 of evaluations are
-# chosen, if not by a planner
-CHOICES = dict.fromkeys(["spirl", "skimo_sac", "skimo_no_cem"], dict(sample_policy=30, policy_mode=27))
-CHOICES |= dict.fromkeys(["skimo", "skimo_no_joint", "skimo_single_step"], dict(sample_policy=10))
-CHOICES |= dict(tdmpc_skills=dict(sample_prior=10))
-
-
-@pytest.mark.parametrize("case", CHOICES, indirect=True)
-def test_training_draws_skills_and_evaluation_does_not(case):
-    assert case.notes.choices == CHOICES[case.module.__name__.removeprefix("algos.")]
-
-
 @every_algo
 def test_it_explores_in_training_and_in_no_evaluation(case):
-    if not case.notes.explored:
-        pytest.skip("it chooses by samples of its policy or by their mode: see CHOICES")
-    assert case.notes.explored == {(NUM_ENVS, True), (2, False)}
+    assert {E for E, explored in case.notes.explored if explored} == {NUM_ENVS}
+    assert (2, False) in case.notes.explored
 
 
 @pytest.mark.parametrize(
@@ -633,7 +586,7 @@ def test_nothing_is_learnt_in_the_warm_up(case):
 
 @skimo_only
 def test_updates_keep_step_with_the_environments(case):
-    results, run_dir = case.start("--updates-per-step 0.0133 --eval-interval 0")
+    results, run_dir = case.start("--updates-per-step 0.0133 --eval-interval 100000")
     assert results["updates"] == int(1200 * 0.0133)
     assert [row[0] for row in results["evaluations"]] == [1200]
 
@@ -641,7 +594,7 @@ def test_updates_keep_step_with_the_environments(case):
 # ----------------------------------------------------------------------------------------------------------- evaluation
 @every_algo
 def test_evaluation_of_a_checkpoint_acts_as_the_one_at_the_runs_end(case, no_data, monkeypatch, capsys, tmp_path):
-    """And so do the videos of both, which here are only asked for: tests/test_vector.py looks at one."""
+    """And so does its video, which here is only asked for: tests/test_vector.py looks at one."""
     actions, videos = [], []
     original = data_tools.tasks.maze.MazeVectorEnv.step
     make_envs = data_tools.make_envs
@@ -657,36 +610,30 @@ def test_evaluation_of_a_checkpoint_acts_as_the_one_at_the_runs_end(case, no_dat
 
     monkeypatch.setattr(data_tools.tasks.maze.MazeVectorEnv, "step", step)
     monkeypatch.setattr(data_tools, "make_envs", without_video)
-    if case.script.stem == "reskill":  # its other pictures show the data
-        monkeypatch.setattr(case.module, "draw_pictures", lambda *inputs: None)
     run = case.copy_of_run()
-    case.resume(run, "--total-timesteps 1240 --eval-interval 0 --eval-episodes 1 --capture-video")
+    case.resume(run, "--total-timesteps 1240 --eval-episodes 1")
     no_data()
-    monkeypatch.chdir(tmp_path)
     runs = tmp_path / "runs"
-    runs.mkdir()
     case.main(["--evaluate", run / "checkpoint.pt", "--run-dir", runs, "--capture-video"])
-    assert videos == [run / "evaluation.mp4", runs / f"maze__{case.script.stem}__3__evaluation.mp4"]
-    episodes = np.reshape(actions, (4, 90, 2))  # the run's evaluation and its video, then both once more
-    assert np.array_equal(episodes, np.broadcast_to(episodes[0], episodes.shape))
+    assert videos == [runs / f"maze__{case.script.stem}.mp4"]
+    episodes = np.reshape(actions, (2, 90, 2))
+    assert np.array_equal(episodes[0], episodes[1])
     assert "maze: 1 episodes of" in capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == [runs]
 
 
-@every_algo
+@skimo_only
 def test_an_agent_from_another_machine_is_evaluated_with_what_this_one_has(case, tmp_path):
     path = tmp_path / "agent.pt"
     state = torch.load(case.run_dir / "checkpoint.pt", weights_only=True)
     has = case.module.Args
-    other = "cpu" if has.device == "cuda" else "cuda"
-    state["args"] |= dict(device=other, cudagraphs=not has.cudagraphs, capture_video=True)
+    state["args"] |= dict(device="cpu" if has.device == "cuda" else "cuda")
     torch.save(state, path)
     args = case.module.parse_args(["--evaluate", str(path)])
-    assert (args.device, args.cudagraphs, args.capture_video) == (has.device, has.cudagraphs, False)
+    assert (args.device, args.run_dir) == (has.device, has.run_dir)
     assert args.gamma == state["args"]["gamma"] and args.hidden_dim == 16
 
 
-# ----------------------------------------------------------------------------------------------------- damaged files
+# ------------------------------------------------------------------------------------------ what would go on wrongly
 def flip_bit(path):
     """One bit in the middle of the largest tensor."""
     with zipfile.ZipFile(path) as archive:
@@ -699,213 +646,22 @@ def flip_bit(path):
     path.write_bytes(data)
 
 
-def edited(change):
-    """A damage of the contents: change(state) before it is written again."""
-
-    def damage(path):
-        state = torch.load(path, weights_only=True)
-        change(state)
-        torch.save(state, path)
-
-    return damage
-
-
-def weights_of(state) -> dict:
-    """The weights in a file: the first dict of tensors."""
-    return next(value for value in state.values() if is_weights(value))
-
-
-def is_weights(value):
-    return isinstance(value, dict) and len(value) > 3 and all(isinstance(v, torch.Tensor) for v in value.values())
-
-
-def first_matrix(state):
-    weights = weights_of(state)
-    return weights, next(name for name, value in weights.items() if value.ndim == 2)
-
-
-def drop_weight(state):
-    weights, name = first_matrix(state)
-    del weights[name]
-
-
-def cut_weight(state):
-    weights, name = first_matrix(state)
-    weights[name] = weights[name][:-1].clone()
-
-
-def nan_weight(state):
-    weights, name = first_matrix(state)
-    weights[name][0, 0] = torch.nan
-
-
-def largest_replay_column(state):
-    columns = {name: value for name, value in state["rb"].items() if isinstance(value, torch.Tensor)}
-    return state["rb"], max(columns, key=lambda name: columns[name].numel() * columns[name].is_floating_point())
-
-
-def nan_replay(state):
-    columns, name = largest_replay_column(state)
-    if len(columns[name]) == 0:  # a roll-out that was just used: nothing in it may be lost
-        return stack_replay(state)
-    columns[name].view(-1)[-1] = torch.nan
-
-
-def stack_replay(state):
-    """One row for many: torch would spread it over all of them without a word."""
-    columns, name = largest_replay_column(state)
-    columns[name] = torch.zeros(1, *columns[name].shape[1:])
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def empty(path):
-    path.write_bytes(b"")
-
-
-def text(path):
-    path.write_text("no checkpoint")
-
-
-def other_type(path):
-    torch.save([1, 2, 3], path)
-
-
-CORE = {"bit": flip_bit, "key": edited(drop_weight), "shape": edited(cut_weight), "NaN": edited(nan_weight)}
-EXPERIENCE = {"replay NaN": edited(nan_replay), "replay shape": edited(stack_replay)}
-BYTES = dict(truncated=truncate, empty=empty, text=text, type=other_type)
-
-
-@pytest.fixture
-def damaged(case, stop, monkeypatch):
-    """For each kind of file: a whole one, and what reads it."""
-    run_dir = case.copy_of_run()
-    checkpoint = run_dir / "checkpoint.pt", lambda: case.resume(run_dir, "--total-timesteps 1240")
-    if case.flat:
-        return {"checkpoint": checkpoint}
-    data_dir = case.new_data_dir()
-    with monkeypatch.context() as patch:
-        after_calls(patch, data_tools.OfflineDataset, case.sampling, 2, stop.set)
-        case.interrupted("stopped in pre-training", data_dir=data_dir)
-    stop.clear()
-    unfinished = only(data_dir / "pretrained")
-    model_dir = case.new_data_dir()
-    model = model_dir / "pretrained" / case.model.name
-    model.parent.mkdir()
-    shutil.copy(case.model, model)
-    runs = case.folder / f"runs{len(list(case.folder.iterdir()))}"
-    return {
-        "checkpoint": checkpoint,
-        "model": (model, lambda: case.main(case.argv(runs=runs, data_dir=model_dir))),
-        "unfinished": (unfinished, lambda: case.main(case.argv(runs=runs, data_dir=data_dir))),
-    }
-
-
 @every_algo
-def test_damaged_files_are_refused_with_a_sentence(case, damaged):
-    for kind, (path, read) in damaged.items():
-        whole = path.read_bytes()
-        for damage in (CORE | EXPERIENCE if kind == "checkpoint" else CORE).values():
-            damage(path)
-            broken = path.read_bytes()
-            cure = "give another" if kind == "checkpoint" else "delete it to make it again"
-            refused(read, path, "damaged or does not fit", cure)
-            assert path.read_bytes() == broken
-            path.write_bytes(whole)
-
-
-@skimo_only
-def test_files_of_another_kind_are_refused_with_a_sentence(case, damaged):
-    contents = {name: path.read_bytes() for name, (path, _) in damaged.items()}
-    for name, (path, read) in damaged.items():
-        for damage in BYTES.values():
-            damage(path)
-            refused(read, path, "damaged or does not fit")
-        for other in contents.keys() - {name}:
-            path.write_bytes(contents[other])
-            if (name, other) != ("model", "unfinished"):  # which holds a model as well, but for the facts
-                refused(read, path, "damaged or does not fit")
-        path.unlink()
-        path.mkdir()
-        if name != "unfinished":
-            refused(read, path)
-        path.rmdir()
-        path.write_bytes(contents[name])
-
-
-@skimo_only
-def test_whatever_is_missing_or_of_another_type_is_refused(case, damaged):
-    unused = {("model", "rng"), ("checkpoint", "args"), ("checkpoint", "script")}  # --resume reads these in args.json
-    for kind, (path, read) in damaged.items():
-        whole = path.read_bytes()
-        for name in torch.load(path, weights_only=True):
-            if (kind, name) in unused:
-                continue
-            for damage in (lambda s: s.pop(name), lambda s: s.update({name: None}), lambda s: s.update({name: "text"})):  # noqa: B023
-                edited(damage)(path)
-                print(kind, name)  # says which one was accepted
-                refused(read, path, "damaged or does not fit")
-                path.write_bytes(whole)
-
-
-def optimizer_moment(change, moment):
-    """Change a moment of the last weight of each optimizer."""
-
-    def damage(state):
-        for value in state.values():
-            if isinstance(value, dict) and "param_groups" in value:
-                last = list(value["state"].values())[-1]
-                last[moment] = change(last[moment])
-
-    return damage
-
-
-def replay_column(change):
-    def damage(state):
-        state["rb"]["rewards"] = change(state["rb"]["rewards"])
-
-    return damage
-
-
-def with_nan(x):
-    x = x.clone()
-    x.view(-1)[0] = torch.nan
-    return x
-
-
-def longer(x):
-    return torch.stack([x, x])
-
-
-@skimo_only
-@pytest.mark.parametrize(
-    "damage",
-    [
-        *(optimizer_moment(change, name) for change in (longer, with_nan) for name in ("exp_avg", "exp_avg_sq")),
-        replay_column(longer),
-        replay_column(with_nan),
-        replay_column(lambda x: x[:, None]),
-        lambda state: state["rb"].update(episodes=state["rb"]["episodes"] + 1),
-        lambda state: state["rb"].update(unfinished=state["rb"]["unfinished"][:2]),
-        lambda state: state.update(rng=[state["rng"][0][:-1]]),
-        lambda state: state.update(running_return=torch.zeros(3)),
-        lambda state: state.update(running_length=torch.zeros(3, dtype=torch.int64)),
-        lambda state: state.update(episodes=[1, 2]),
-        lambda state: state.update(evaluations=5),
-        lambda state: state.update(envs=dict(state["envs"], steps=[0])),
-        lambda state: state.update(envs=dict(state["envs"], rng=state["envs"]["rng"][:1])),
-        lambda state: state.update(global_step=float("nan")),
-    ],
-    ids=lambda damage: "",
-)
-def test_checkpoint_that_does_not_fit_is_refused(case, damage):
+def test_a_flipped_bit_is_refused_and_nothing_overwritten(case, tmp_path):
     run_dir = case.copy_of_run()
-    edited(damage)(run_dir / "checkpoint.pt")
-    refused(
-        lambda: case.resume(run_dir, "--total-timesteps 1240"), run_dir / "checkpoint.pt", "damaged or does not fit"
-    )
+    files = {run_dir / "checkpoint.pt": lambda: case.resume(run_dir, "--total-timesteps 1240")}
+    agent = tmp_path / "agent.pt"
+    shutil.copy(case.run_dir / "checkpoint.pt", agent)
+    files[agent] = lambda: case.main(["--evaluate", agent])
+    if not case.flat:
+        model = tmp_path / "model.pt"
+        shutil.copy(case.model, model)
+        files[model] = lambda: case.start(f"--pretrained {model}")
+    for path, read in files.items():
+        flip_bit(path)
+        broken = path.read_bytes()
+        refused(read, path, "damaged")
+        assert path.read_bytes() == broken
 
 
 @skimo_only
@@ -920,60 +676,29 @@ def test_no_flipped_bit_is_accepted_silently(case, tmp_path):
         data[position] ^= 4
         path.write_bytes(data)
         try:
-            with case.module.reading(path):
-                found = case.module.load(path, {})
-            assert_same(found, expected)  # the bit is in nothing that is read
-        except SystemExit as error:
-            assert str(error.code).startswith(f"error: {path} is damaged") and "\n" not in str(error.code)
+            assert_same(case.module.load(path, {}), expected)  # the bit is in nothing that is read
+        except (SystemExit, zipfile.BadZipFile, NotImplementedError):
             noticed += 1
     assert noticed > 40
 
 
 @skimo_only
-def test_evaluation_of_what_is_no_checkpoint_is_refused(case, tmp_path):
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", None], ids=["empty", "text", "missing"])
+def test_what_is_no_checkpoint_is_refused(case, content, tmp_path):
     path = tmp_path / "agent.pt"
-    evaluate = ["--evaluate", path]
-    refused(lambda: case.main(evaluate), path, "does not exist")
-    for damage in (*CORE.values(), *BYTES.values()):
-        shutil.copy(case.run_dir / "checkpoint.pt", path)
-        damage(path)
-        refused(lambda: case.main(evaluate), path, "damaged or does not fit")
-    for changes in (dict(hidden_dim=None), dict(hidden_dim=[1]), dict(colour=1), dict(env_id=None)):
-        shutil.copy(case.run_dir / "checkpoint.pt", path)
-        edited(lambda state: state["args"].update(changes))(path)  # noqa: B023
-        refused(lambda: case.main(evaluate), path, "damaged or does not fit")
-    shutil.copy(case.model, path)
-    refused(lambda: case.main(evaluate), path, "args")
+    if content is not None:
+        path.write_bytes(content)
+    refused(lambda: case.main(["--evaluate", path]), path)
+    refused(lambda: case.start(f"--pretrained {path}"), path)
 
 
-@every_algo
-def test_damaged_arguments_are_refused(case):
-    run_dir = case.copy_of_run()
-    path = run_dir / "args.json"
-    whole = json.loads(path.read_text())
-    changes = [dict(hidden_dim=[16]), dict(hidden_dim=None), dict(hidden_dim="16"), dict(hidden_dim=16.5)]
-    changes += [dict(cudagraphs=None), dict(env_id=3), dict(seed=True), dict(colour="red")]
-    texts = [json.dumps(whole | change) for change in changes]
-    missing = {name: value for name, value in whole.items() if name != "gamma"}
-    texts += [json.dumps(missing), json.dumps([whole]), "null", "", json.dumps(whole)[:100]]
-    for content in texts:
-        path.write_text(content)
-        refused(lambda: case.resume(run_dir), run_dir, "damaged or does not fit")
-        assert path.read_text() == content
-    path.write_text(json.dumps(whole | dict(env_id="nowhere")))
-    refused(lambda: case.resume(run_dir), "there is no task 'nowhere'")
-    path.unlink()
-    refused(lambda: case.resume(run_dir), path, "does not exist")
-
-
-@every_algo
+@skimo_only
 def test_a_run_goes_on_with_its_own_file_only(case, tmp_path, monkeypatch):
     """Another file whose arguments have the same names, a copy of it for instance, would mix two methods in one run."""
     run_dir = case.copy_of_run()
-    monkeypatch.setattr(case.module, "__file__", str(tmp_path / "copied.py"))
-    refused(lambda: case.resume(run_dir), run_dir, f"was made by {case.script.name}")
-    path = run_dir / "checkpoint.pt"
-    refused(lambda: case.main(["--evaluate", path]), path, f"was made by {case.script.name}")
+    monkeypatch.setattr(case.module, "FILE", tmp_path / "copied.py")
+    refused(lambda: case.resume(run_dir), "another file")
+    refused(lambda: case.main(["--evaluate", run_dir / "checkpoint.pt"]), "another file")
 
 
 @every_algo
@@ -982,24 +707,9 @@ def test_a_finished_run_that_was_stopped_later_is_not_finished(case, stop, monke
     run_dir = case.copy_of_run()
     with monkeypatch.context() as patch:
         after_calls(patch, data_tools.tasks.maze.MazeVectorEnv, "step", 5, stop.set, in_training)
-        with pytest.raises(SystemExit, match="stopped at env step"):
+        with pytest.raises(SystemExit, match="stopped; go on with"):
             case.resume(run_dir, "--total-timesteps 2400")
     assert (run_dir / "checkpoint.pt").exists() and not (run_dir / "results.json").exists()
-
-
-@every_algo
-def test_a_finished_run_without_its_checkpoint_keeps_its_curve(case):
-    run_dir = case.copy_of_run()
-    (run_dir / "checkpoint.pt").unlink()
-    before = rows_of(run_dir)
-    refused(lambda: case.resume(run_dir, "--total-timesteps 2400"), run_dir, "has no checkpoint.pt any more")
-    assert rows_of(run_dir) == before
-
-
-@every_algo
-def test_an_agent_of_another_task_is_refused(case):
-    path = case.run_dir / "checkpoint.pt"
-    refused(lambda: case.main(["--evaluate", path, "--env-id", "calvin"]), path, "is an agent of maze")
 
 
 @skimo_only
@@ -1007,83 +717,46 @@ def test_arguments_of_a_run_cannot_change(case):
     run_dir = case.copy_of_run()
     before = (run_dir / "args.json").read_text()
     for flag in ("--gamma 0.5", "--seed 7", "--hidden-dim 32", "--kl-coef 1", "--published", "--pretrained published"):
-        refused(lambda flag=flag: case.resume(run_dir, flag), flag.split()[0], "--resume")
+        name = flag.split()[0].removeprefix("--").replace("-", "_")
+        refused(lambda flag=flag: case.resume(run_dir, flag), name, "--resume")
     assert (run_dir / "args.json").read_text() == before
 
 
-@skimo_only
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--resume nowhere", ["nowhere", "does not exist"]),
-        ("--pretrained missing.pt", ["missing.pt", "does not exist"]),
-        ("--evaluate missing.pt", ["missing.pt", "does not exist"]),
-        ("--bc-chunks 4", ["--bc-chunks", "--pretrain-skills"]),
-        ("--num-elites 21", ["--num-elites", "--num-samples"]),
-        ("--num-policy-trajs 1", ["--num-policy-trajs"]),
-        ("--num-envs 0", ["--num-envs 0 does not work; give at least 1"]),
-        ("--seed 99999999999999999999", ["--seed 99999999999999999999 does not work; give a smaller number"]),
-        ("--batch-size 0", ["--batch-size"]),
-        ("--hidden-dim -1", ["--hidden-dim"]),
-        ("--seed -1", ["--seed -1"]),
-        ("--alpha 0", ["--alpha"]),
-        ("--tau 2", ["--tau 2.0"]),
-        ("--gamma 1.5", ["--gamma 1.5"]),
-        ("--learning-rate -1", ["--learning-rate"]),
-        ("--updates-per-step nan", ["--updates-per-step"]),
-        ("--reward-scale inf", ["--reward-scale"]),
-        ("--pretrain-skills 200", ["rows", "longest"]),
-        ("--num-skills 10", ["at most 9 skills", "fewer than a window", "--num-skills"]),
-        ("--pretrained published --data x.hdf5", ["--pretrained published", "our settings"]),
-        ("--pretrained published --dataset d4rl", ["--pretrained published", "our settings"]),
-        ("--pretrained published --skill-horizon 5", ["--pretrained published", "our settings"]),
-        ("--run-dir=", ["--run-dir is empty: give a value"]),
-        ("--pretrained=", ["--pretrained is empty"]),
-        ("--evaluate=", ["--evaluate is empty"]),
-        ("--pretrained model.pt --recombine", ["--recombine does nothing", "--pretrained"]),
-        pytest.param(
-            "--device cuda",
-            ["--device cpu"],
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA"),
-        ),
-    ],
-)
-def test_senseless_flags_are_refused_with_a_sentence(case, flags, words):
-    refused(lambda: case.main(case.argv(flags)), *words)
+NUMBERS = """--batch-size 0|--skill-dim 0|--total-timesteps 0|--checkpoint-interval 0|--num-envs 0|--pretrain-updates 0
+    |--pretrain-skills 0|--skill-horizon 0|--horizon-steps 0|--hidden-dim -1|--seed -1|--seed 99999999999999999999
+    |--gamma 1.5|--tau nan|--tau 2|--rho 1.1|--alpha 0|--learning-rate -1|--updates-per-step nan|--reward-scale inf
+    |--num-policy-trajs 1|--num-elites 21|--bc-chunks 4"""
 
 
 @skimo_only
-@pytest.mark.parametrize("flags", ["--num-skills 9", "--num-skills 9 --skill-horizon 11", "--seed 0 --warmup-steps 0"])
-def test_flags_at_the_bounds_are_accepted(case, flags):
+@pytest.mark.parametrize("flags", [flags.strip() for flags in NUMBERS.split("|")])
+def test_numbers_that_mean_nothing_are_refused(case, flags):
+    name = flags.split()[0].removeprefix("--").replace("-", "_")
+    refused(lambda: case.main(case.argv(flags)), name)
+
+
+@every_algo
+def test_every_file_refuses_such_numbers(case):
+    """What each file adds to the loop is tried in its own tests."""
+    fields = {field.name for field in dataclasses.fields(case.module.Args)}
+    for name, value in dict(total_timesteps=0, num_envs=0, gamma=1.5, tau=float("nan"), learning_rate=-1.0).items():
+        if name in fields:
+            refused(lambda: case.module.Args(**{name: value}), name)  # noqa: B023
+
+
+@skimo_only
+def test_windows_must_fit_into_episodes(case):
     """Episodes of 90 env steps have nine skills of ten, or eight of eleven and one that is cut short."""
-    case.module.check_args(case.module.parse_args(case.argv(flags)))
+    refused(lambda: case.main(case.argv("--num-skills 10")), "--num-skills")
+    for flags in ("--num-skills 9", "--num-skills 9 --skill-horizon 11", "--seed 0 --warmup-steps 0"):
+        case.start(f"{flags} --total-timesteps 40", case.new_data_dir())
+    refused(lambda: case.main(case.argv("--pretrain-skills 200", data_dir=case.new_data_dir())), "rows", "longest")
 
 
 @skimo_only
-def test_a_run_on_another_device_has_graphs_only_if_that_is_cuda(case):
-    parse = case.module.parse_args
-    run_dir = case.copy_of_run()
-    path = run_dir / "args.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | dict(device="cuda", cudagraphs=True)))
-    resume = ["--resume", str(run_dir)]
-    assert not parse(["--device", "cpu"]).cudagraphs and parse(["--device", "cuda"]).cudagraphs
-    assert parse(resume).cudagraphs and not parse([*resume, "--device", "cpu"]).cudagraphs
-    assert parse([*resume, "--device", "cpu", "--cudagraphs"]).cudagraphs
-
-
-@with_data
-def test_what_cannot_work_is_noticed_before_pretraining(case, monkeypatch):
-    monkeypatch.setattr(case.module, "pretrain", None)
-    no_pictures = mock.Mock(side_effect=data_tools.DataError("no pictures here"))
-    monkeypatch.setattr(data_tools.tasks.maze.MazeVectorEnv, "draw", no_pictures)
-    refused(lambda: case.main(case.argv("--capture-video", data_dir=case.new_data_dir())), "no pictures here")
-
-
-@skimo_only
-def test_task_that_is_unknown_is_refused(case, capsys):
-    with pytest.raises(SystemExit):
-        case.main(["--env-id", "labyrinth"])
-    assert "labyrinth" in capsys.readouterr().err
+def test_a_task_without_objects_or_arm_takes_no_changed_data(case):
+    for flag, word in (("--recombine", "objects"), ("--arm-noise 0.1", "arm")):
+        refused(lambda flag=flag: case.main(case.argv(flag, data_dir=case.new_data_dir())), word)
 
 
 @every_algo
@@ -1092,11 +765,8 @@ def test_underscores_in_flags_are_hyphens(case):
     hyphens = case.module.parse_args(["--env-id", "kitchen"])
     assert case.module.parse_args(["--env_id", "kitchen"]) == hyphens
     assert case.module.parse_args(["--env_id=kitchen"]) == hyphens
-    if hasattr(case.module, "CPU_PRESET"):
-        assert case.module.parse_args(["--cpu_preset"]) == case.module.parse_args(["--cpu-preset"])
 
 
-# ------------------------------------------------------------------------------------------------ full disks, diverging
 @every_algo
 def test_learning_that_diverges_ends_with_a_sentence_and_keeps_the_checkpoint(case, monkeypatch):
     original = torch.Tensor.backward
@@ -1104,11 +774,11 @@ def test_learning_that_diverges_ends_with_a_sentence_and_keeps_the_checkpoint(ca
     after_calls(monkeypatch, data_tools.tasks.maze.MazeVectorEnv, "step", 170, bad.set, in_training)
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: original(loss * torch.nan if bad.is_set() else loss))
     runs = case.folder / f"runs{len(list(case.folder.iterdir()))}"
-    argv = case.argv("--checkpoint-interval 10 --eval-interval 0", runs)
-    refused(lambda: case.main(argv), "no number any more", "learning rate")
+    refused(lambda: case.main(case.argv("--checkpoint-interval 10 --eval-interval 100000", runs)))
     state = state_of(only(runs))
     assert 600 <= state["global_step"] < 800
-    weights = [value for part in state.values() if is_weights(part) for value in part.values()]
+    tensors = [value for part in state.values() if isinstance(part, dict) for value in part.values()]
+    weights = [value for value in tensors if isinstance(value, torch.Tensor)]
     assert len(weights) > 20 and all(value.isfinite().all() for value in weights)
 
 
@@ -1117,6 +787,7 @@ def test_pretraining_that_diverges_leaves_no_model(case, monkeypatch):
     original = data_tools.OfflineDataset.sample_windows
     draws = []
 
+    @functools.wraps(original)
     def sample(*args):
         obs, actions = original(*args)
         draws.append(1)
@@ -1124,128 +795,29 @@ def test_pretraining_that_diverges_leaves_no_model(case, monkeypatch):
 
     monkeypatch.setattr(data_tools.OfflineDataset, "sample_windows", sample)
     data_dir = case.new_data_dir()
-    refused(lambda: case.main(case.argv("--pretrain-eval-interval 100", data_dir=data_dir)), "no number any more")
-    state = torch.load(only(data_dir / "pretrained"), weights_only=True)
-    assert all(value.isfinite().all() for value in state["networks"].values())
+    refused(lambda: case.main(case.argv("--pretrain-eval-interval 100", data_dir=data_dir)))
+    assert not list((data_dir / "pretrained").glob("*"))
 
 
-def full_disk(monkeypatch, number, error):
-    """Write half of the file in call `number` of torch.save, then fail."""
-    original = torch.save
-    calls = []
-
-    def save(state, path):
-        calls.append(path)
-        if len(calls) == number:
-            Path(path).write_bytes(b"half a checkpoint")
-            raise error
-        original(state, path)
-
-    monkeypatch.setattr(torch, "save", save)
-
-
-@every_algo
+@skimo_only
 def test_full_disk_keeps_the_old_checkpoint(case, monkeypatch):
     runs = case.folder / f"runs{len(list(case.folder.iterdir()))}"
-    argv = case.argv("--checkpoint-interval 500", runs)
+    written = []
+
+    def fsync(number, original=os.fsync):
+        original(number)
+        written.append(number)
+        if len(written) == 3:  # args.json, the first checkpoint, the second one
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     with monkeypatch.context() as patch:
-        full_disk(patch, 2, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-        refused(lambda: case.main(argv), "checkpoint.pt", "No space left", "free some space")
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(OSError, match="No space left"):
+            case.main(case.argv("--checkpoint-interval 500", runs))
     run_dir = only(runs)
-    assert state_of(run_dir)["global_step"] == (500 if case.flat else 520)
-    assert not list(run_dir.glob("*.part"))
+    assert state_of(run_dir)["global_step"] == 520
     case.resume(run_dir)
     assert_same(state_of(run_dir), state_of(case.run_dir))
-
-
-@every_algo
-def test_full_memory_is_a_sentence_and_other_errors_of_torch_are_not(case, monkeypatch):
-    def full_gpu(*inputs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of\nmuch more")
-
-    monkeypatch.setattr(case.module, "train", full_gpu)
-    refused(case.start, "no memory left (CUDA out of memory", "end other programs")
-    monkeypatch.setattr(case.module, "train", lambda *inputs: torch.empty(10**16))
-    refused(case.start, "no memory left", "can't allocate memory", "end other programs")
-    monkeypatch.setattr(case.module, "train", lambda *inputs: np.empty(10**17))
-    refused(case.start, "no memory left", "Unable to allocate", "end other programs")
-    monkeypatch.setattr(case.module, "train", lambda *inputs: bytearray(2**62))  # Python itself gives no reason
-    refused(case.start, "no memory left (MemoryError)", "end other programs")
-    monkeypatch.setattr(case.module, "train", lambda *inputs: torch.ones(2) @ torch.ones(3))
-    with pytest.raises(RuntimeError, match="size"):
-        case.start()
-    if hasattr(case.module, "make_networks"):
-        with monkeypatch.context() as patch:
-            patch.setattr(case.module.nn, "Linear", lambda *inputs: torch.empty(10**16))
-            refused(case.start, "no memory left", "can't allocate memory", "end other programs")
-
-    def read():
-        with case.module.reading(case.run_dir):
-            full_gpu()
-
-    refused(read, f"no memory for {case.run_dir}", "end other programs")
-
-
-@skimo_only
-@pytest.mark.parametrize("name", ["add_scalar", "episodes.csv", "results.json"])
-def test_full_disk_elsewhere_is_a_sentence(case, name, monkeypatch):
-    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def fail(*args, **kwargs):
-        raise error
-
-    if name == "add_scalar":
-        monkeypatch.setattr(case.module.SummaryWriter, "add_scalar", fail)
-    else:
-        original = Path.open if name == "episodes.csv" else Path.write_text
-        function = original.__name__
-
-        def some(path, *args, **kwargs):
-            if path.stem == Path(name).stem:
-                raise error
-            return original(path, *args, **kwargs)
-
-        monkeypatch.setattr(Path, function, some)
-    refused(case.start, "No space left", "free some space")
-
-
-@skimo_only
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
-)  # TensorBoard's thread fails as well
-def test_run_folder_that_is_deleted_meanwhile_is_a_sentence(case, monkeypatch):
-    runs = case.folder / f"runs{len(list(case.folder.iterdir()))}"
-    remove = functools.partial(shutil.rmtree, runs)
-    after_calls(monkeypatch, data_tools.OfflineDataset, "sample_windows", 3, remove)
-    refused(lambda: case.main(case.argv(runs=runs, data_dir=case.new_data_dir())), "cannot write to", runs)
-
-
-@skimo_only
-def test_places_that_cannot_be_written_are_refused(case, tmp_path):
-    file = tmp_path / "file"
-    file.write_text("")
-    refused(lambda: case.main(case.argv(runs=file / "runs")), file, "cannot write", "--run-dir")
-    refused(lambda: case.main(case.argv(f"--exp-name {'x' * 300}", runs=tmp_path)), "too long", "--run-dir")
-    refused(lambda: case.main(case.argv(data_dir=file / "data")), file, "--data-dir")
-    data_dir = case.new_data_dir()
-    (data_dir / "pretrained").write_text("no folder")
-    refused(lambda: case.main(case.argv(data_dir=data_dir)), data_dir / "pretrained", "cannot write")
-
-
-@skimo_only
-def test_a_crash_never_leaves_half_of_a_json_file(case, tmp_path, monkeypatch):
-    path = tmp_path / "results.json"
-    case.module.write_json(path, dict(run=1))
-    write = Path.write_text
-
-    def crash(path, text):
-        write(path, text[: len(text) // 2])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Path, "write_text", crash)
-    with pytest.raises(KeyboardInterrupt):
-        case.module.write_json(path, dict(run=2))
-    assert json.loads(path.read_text()) == dict(run=1)
 
 
 @skimo_only
@@ -1257,29 +829,16 @@ def test_two_programs_that_save_the_same_file_do_not_disturb_each_other(case, tm
         with monkeypatch.context() as patch:  # another program begins and ends while this one writes
             patch.setattr(torch, "save", original)
             patch.setattr(os, "getpid", lambda: 1)
-            case.module.save(path, {}, by="the other")
+            case.module.save(path, dict(by="the other"), {})
         original(state, part)
 
     monkeypatch.setattr(torch, "save", save)
-    case.module.save(path, {}, by="this one")
+    case.module.save(path, dict(by="this one"), {})
     assert torch.load(path, weights_only=True)["by"] == "this one"
     assert list(tmp_path.iterdir()) == [path]
 
 
 # --------------------------------------------------------------------------------------------------- pre-trained models
-class SpyArgs:
-    """Notes which arguments are read."""
-
-    def __init__(self, args):
-        self.args = args
-        self.seen = set()
-
-    def __getattr__(self, name):
-        value = getattr(self.args, name)
-        self.seen.add(name)
-        return value
-
-
 def another(field, value):
     """Another value of an argument."""
     if typing.get_origin(field.type) is typing.Literal:
@@ -1289,184 +848,113 @@ def another(field, value):
     return 2 * value + 1
 
 
-# What `pretrain` calls to save, record, watch and stop
-NO_LEARNING = {"reading", "load", "save", "log", "set_random_state", "kept_random_state", "check_finite", "recorded"}
-NO_LEARNING |= {"prior_rollouts", "success", "gradient_norm", "train"}  # train: of networks, not the file's
+class Found(Exception):
+    """Pre-training begins: no model was found."""
 
 
-def used_by(module, *names):
-    """Names of a file's functions and classes that these ones use, themselves included, and of its tables of facts."""
-    tree = ast.parse(inspect.getsource(module))
-    nodes = {node.name: node for node in tree.body if hasattr(node, "name") and node.name != "Args"}
-    found, new = set(), nodes.keys() & names
-    while new:
-        found |= new
-        parts = [part for name in found for part in ast.walk(nodes[name]) if isinstance(part, ast.Name)]
-        own = {part.id for part in parts if isinstance(part.ctx, ast.Store)}  # local variables
-        words = {part.id for part in parts} - own
-        new = (words & nodes.keys()) - found
-    return found, words & {"POSITION_PERIODS", "ARM", "GOAL_ENTRIES"}
+def is_found(case, args, monkeypatch) -> bool:
+    """Whether pre-training finds its model in the cache."""
+    module = case.module
 
+    def begin(*inputs):
+        raise Found
 
-def edited_source(original, edited, part):
-    """Source code of a part of a file, one of which somebody edited, the others got a comment."""
-    return original(part) + ("\nx = 1\n" if part is edited else "\n# a comment\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(data_tools.OfflineDataset, "split", functools.wraps(data_tools.OfflineDataset.split)(begin))
+        try:
+            module.pretrain(args, module.make_networks(args), None, threading.Event())
+        except Found:
+            return False
+    return True
 
 
 @with_data
 def test_pretrained_model_is_found_by_all_that_shaped_it(case, tmp_path, monkeypatch):
     module = case.module
-    # To read the source of a class its whole file is parsed, each time anew: a minute in all files together.
-    monkeypatch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
     args = module.parse_args(case.argv())
-    path, data = module.find_pretrained(args)
-    assert path == case.model and data is None
-
-    # Whatever pre-training reads makes another model when it changes.
-    spy = SpyArgs(args)
-    networks = module.make_networks(spy, 4, 2)
-    data = data_tools.load_dataset("maze", case.data_dir)
-    writer = module.SummaryWriter(tmp_path)
-    module.pretrain(spy, networks, tmp_path / "model.pt", data, writer, threading.Event())
-    writer.close()
-    # where it runs, how it acts and is measured, and the task, which is in the file's name
-    spy.seen -= {"device", "cudagraphs", "pretrain_eval_interval", "pretrain_eval_episodes", "squash_actions", "env_id"}
+    find = functools.partial(is_found, case, monkeypatch=monkeypatch)
+    assert find(args)
     fields = {field.name: field for field in dataclasses.fields(module.Args)}
-    assert len(spy.seen) > 10 and "seed" in spy.seen
-    paths = {path}
-    with monkeypatch.context() as patch:
-        patch.setattr(data_tools, "load_dataset", lambda *args: data)
-        for name in sorted(spy.seen):
-            changed = dataclasses.replace(args, **{name: another(fields[name], getattr(args, name))})
-            found, made_from = module.find_pretrained(changed)
-            assert found not in paths and made_from is data, name
-            paths.add(found)
+    names = list(fields)
+    shaping = names[names.index("skill_horizon") : names.index("total_timesteps")]
+    assert len(shaping) >= 10
+    for name in ["seed", *shaping]:
+        changed = copy.copy(args)  # without the checks: a number may be senseless
+        setattr(changed, name, another(fields[name], getattr(args, name)))
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "load", lambda *inputs: pytest.fail("found"))
+            assert not find(changed), name
+    for name in {"gamma", "learning_rate", "num_envs", "warmup_steps", "total_timesteps", "device"} & fields.keys():
+        changed = copy.copy(args)
+        setattr(changed, name, another(fields[name], getattr(args, name)) if name != "device" else "cpu")
+        assert find(changed), name
 
-        # What belongs to RL does not.
-        for name in {"gamma", "learning_rate", "num_envs", "warmup_steps", "total_timesteps"} & fields.keys():
-            changed = dataclasses.replace(args, **{name: another(fields[name], getattr(args, name))})
-            assert module.find_pretrained(changed) == (path, None), name
-
-    # Other data or other code make another model as well.
+    # Other data, another task, other code make another model, comments and docstrings do not.
     other = case.new_data_dir()
-    import h5py
-
     with h5py.File(other / DATA_FILE, "r+") as file:
         file["actions"][5, 0] = 0.25
     shutil.copytree(case.data_dir / "pretrained", other / "pretrained")
-    assert module.find_pretrained(dataclasses.replace(args, data_dir=str(other)))[0].name != path.name
-    monkeypatch.setattr(data_tools, "load_dataset", lambda *args: data)
-    original = inspect.getsource
-    parts, tables = used_by(module, "make_networks", *set(module.pretrain.__code__.co_names) - NO_LEARNING)
-    assert len(parts) >= 8 and "POSITION_PERIODS" in tables
-    for name in parts:
+    assert not find(dataclasses.replace(args, data_dir=str(other)))
+    for change in (dict(obs_scale=(0.5, 1, 1, 1)), dict(obs_shift=(0.5, 0, 0, 0)), dict(objects=((2, 3),))):
         with monkeypatch.context() as patch:
-            part = getattr(module, name)
-            patch.setattr(inspect, "getsource", functools.partial(edited_source, original, part))
-            assert module.find_pretrained(args)[0] not in paths, name
-    with monkeypatch.context() as patch:
-        patch.setattr(inspect, "getsource", functools.partial(edited_source, original, data_tools.OfflineDataset))
-        assert module.find_pretrained(args)[0] not in paths  # how data are split and drawn
-    with monkeypatch.context() as patch:
-        patch.setattr(inspect, "getsource", functools.partial(edited_source, original, None))
-        assert module.find_pretrained(args)[0] == path
-    for name in tables:
-        with monkeypatch.context() as patch:
-            patch.setitem(getattr(module, name), "maze", [[1, 2.5]])
-            assert module.find_pretrained(args)[0] not in paths, name
-    if "obs_scale" in original(module):
-        for change in (dict(obs_scale=(0.5, 1, 1, 1)), dict(obs_shift=(0.5, 0, 0, 0)), dict(objects=((2, 3),))):
+            patch.setitem(data_tools.TASKS, "maze", dataclasses.replace(data_tools.TASKS["maze"], **change))
+            assert not find(args), change
+    source = case.script.read_text()
+    for section in ("networks", "pre-training"):
+        head = f"- {section}\n"
+        for added, same in (("# a comment\n", True), ("x = 1\n", False)):
+            edited = tmp_path / "edited.py"
+            edited.write_text(source.replace(head, head + added, 1))
             with monkeypatch.context() as patch:
-                patch.setitem(data_tools.TASKS, "maze", dataclasses.replace(data_tools.TASKS["maze"], **change))
-                assert module.find_pretrained(args)[0] not in paths, change
+                patch.setattr(module, "FILE", edited)
+                assert find(args) == same, (section, added)
 
 
-@pytest.mark.parametrize(
-    ("name", "phase"),
-    [
-        (name, phase)
-        for name in ALGOS
-        for phase in ("pretrain", "learn_flow")
-        if hasattr(algo_module(name), phase) and hasattr(algo_module(name).Args, "recombine")
-    ],
-)
-def test_recombined_demonstrations_are_learnt_from(name, phase, monkeypatch, tmp_path):
-    """With --recombine windows are drawn from what recombined returns, without the validation's episodes."""
-    module = algo_module(name)
-    args = module.Args(env_id="kitchen", device="cpu", cudagraphs=False, seed=3, hidden_dim=16)
-    rng = np.random.default_rng(0)
-    ends = np.arange(1, 12001) % 120 == 0
-    data = data_tools.OfflineDataset(rng.normal(size=(12000, 30)), rng.normal(size=(12000, 9)), ends & False, ends)
-    networks = module.make_networks(args, 30, 9)
-    if phase == "learn_flow":
-        networks["flow"] = module.FlowPrior(30, args)
-    recombine = data_tools.OfflineDataset.recombined
-    recombined, drawn_from = [], []
-
-    class Drawn(Exception):
-        pass
-
-    def remember(self, objects, seed=0):
-        recombined.append((len(self), objects, seed, recombine(self, objects, seed)))
-        return recombined[-1][-1]
-
-    def draw(self, *args, **kwargs):
-        drawn_from.append(self)
-        raise Drawn
-
-    monkeypatch.setattr(data_tools.OfflineDataset, "recombined", remember)
-    monkeypatch.setattr(data_tools.OfflineDataset, "sample_windows", draw)
-    for args.recombine in (False, True):
-        with pytest.raises(Drawn):
-            getattr(module, phase)(args, networks, tmp_path / "model.pt", data, None, threading.Event())
-    plain, again = drawn_from
-    ((rows, objects, seed, result),) = recombined
-    assert len(plain) == rows == 99 * 120
-    assert seed == (0 if phase == "learn_flow" else 3)  # a flow serves runs of all seeds
-    assert again is result and len(again) == 2 * rows
-    assert objects == data_tools.TASKS["kitchen"].objects
-
-
-@pytest.mark.parametrize("name", [name for name in ALGOS if hasattr(algo_module(name), "perturb")])
-def test_pretraining_learns_from_shifted_arms_and_is_judged_without(name, monkeypatch, tmp_path):
-    """Four updates on what `perturb` returns; after the second and fourth a look at the held-out episode as it is, and
-    roll-outs.
-    """
-    module = algo_module(name)
-    flags = "--env-id kitchen --device cpu --hidden-dim 16 --pretrain-updates 4 --pretrain-eval-interval 2"
-    args = module.parse_args([*flags.split(), "--pretrain-batch-size", "4", "--pretrain-eval-episodes", "3"])
-    networks = module.make_networks(args, 30, 9)
+@pytest.mark.parametrize("case", [name for name in ALGOS if name not in {*golden.FLAT, "relay"}], indirect=True)
+def test_pretraining_learns_from_shifted_arms_and_recombined_objects_and_is_judged_without(case, monkeypatch, tmp_path):
+    """Updates see what `recombined` and `perturb` return; the held-out episode stays as it is."""
+    module = case.module
+    flags = "--env-id kitchen --device cpu --hidden-dim 16 --pretrain-updates 4 --pretrain-eval-interval 2 --recombine"
+    flags += f" --pretrain-batch-size 4 --pretrain-eval-episodes 2 --arm-noise 0.1 --data-dir {tmp_path}"
+    args = module.parse_args(flags.split())
+    networks = module.make_networks(args)
     ends = np.arange(1, 40_001) % 400 == 0
     obs = np.where(np.arange(40_000) < 39_600, 1, 2)[:, None] * np.ones(30)  # the last of 100 episodes is held out
     data = data_tools.OfflineDataset(obs, np.zeros((40_000, 9)), ends & False, ends)
-    seen = []
+    seen, recombined = [], []
 
     def loss(*inputs):
         obs = inputs[-3]
         seen.append((obs.min().item(), obs.max().item()))
         return sum(weight.sum() for weight in networks.parameters()), {}
 
+    def recombine(data, objects, seed):
+        recombined.append((len(data), objects, seed))
+        return data
+
     monkeypatch.setattr(module, "pretrain_loss", loss)
-    monkeypatch.setattr(module, "perturb", lambda obs, actions, args: (obs + 10, actions))
-    rolled_out = []
-    monkeypatch.setattr(module, "prior_rollouts", lambda *inputs: rolled_out.append(inputs[-1]) or np.zeros(1))
+    monkeypatch.setattr(data_tools, "load_dataset", lambda *inputs: data)
+    monkeypatch.setattr(data_tools, "recombined", recombine)
+    monkeypatch.setattr(data_tools, "perturb", lambda obs, actions, arm, std: (obs + 10, actions))
+    scores = dict(episodic_return=0.0, episodic_length=1.0, success=0.0)
+    monkeypatch.setattr(module, "rollout", lambda *inputs, **how: scores)
     writer = SimpleNamespace(add_scalar=lambda *values: None)
-    module.pretrain(args, networks, tmp_path / "model.pt", data, writer, threading.Event())
+    module.pretrain(args, networks, writer, threading.Event())
     learnt, judged = (11, 11), (2, 2)
     assert seen == [learnt, learnt, judged] * 2
-    assert rolled_out == [3, 12]  # four times as many episodes at the end
+    assert recombined == [(99 * 400, data_tools.TASKS["kitchen"].objects, 1)]
 
 
 @with_data
-def test_kitchens_share_a_pretrained_model(case, tmp_path):
+def test_kitchens_share_a_pretrained_model(case, tmp_path, monkeypatch):
     golden.make_data(tmp_path / "kitchen.hdf5", 30, 9)
-    paths = set()
+    args = []
     for env_id in ("kitchen", "kitchen-misaligned"):  # which share their data
-        flags = f"--env-id {env_id} --data {tmp_path / 'kitchen.hdf5'}"
-        path, data = case.module.find_pretrained(case.module.parse_args(case.argv(flags)))
-        assert data is not None
-        paths.add(path)
-    assert len(paths) == 1
+        flags = f"--env-id {env_id} --data {tmp_path / 'kitchen.hdf5'} --pretrain-updates 1"
+        args.append(case.module.parse_args(case.argv(flags, data_dir=tmp_path)))
+    writer = case.module.SummaryWriter(tmp_path / "curves")
+    case.module.pretrain(args[0], case.module.make_networks(args[0]), writer, threading.Event())
+    assert is_found(case, args[1], monkeypatch)
 
 
 @skimo_only
@@ -1484,52 +972,10 @@ def test_model_of_other_skills_is_refused(case, tmp_path):
     state["facts"]["skill_horizon"] = horizon
     path = tmp_path / "model.pt"
     torch.save(state, path)
-    refused(lambda: case.start(f"--pretrained {path}"), f"{horizon} env steps", f"--skill-horizon {horizon}")
-
-
-@pytest.mark.parametrize("case", SKIMOS, indirect=True)
-def test_a_new_flag_of_pretraining_makes_a_new_model(case, monkeypatch):
-    """One that a reader adds as the last of `# Pre-training`."""
-    module = case.module
-    args = module.parse_args(case.argv())
-    names = list(dataclasses.fields(module.Args))
-    last = [field.name for field in names].index("total_timesteps")
-    names.insert(last, SimpleNamespace(name="smooth_coef"))
-    monkeypatch.setattr(module, "fields", lambda cls: names)
-    models = set()
-    for args.smooth_coef in (0.1, 50.0):
-        models.add(module.find_pretrained(args)[0])
-    assert len(models | {case.model}) == 3
+    refused(lambda: case.start(f"--pretrained {path}"), path, "--skill-horizon")
 
 
 # -------------------------------------------------------------------------------------------------------- real signals
-@skimo_only
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_before_the_run_has_a_folder_is_a_sentence(case, number, monkeypatch, tmp_path):
-    monkeypatch.setattr(case.module, "find_pretrained", lambda args: os.kill(os.getpid(), number))
-    with pytest.raises(SystemExit, match="stopped before there was anything to save"):
-        case.main(case.argv(runs=tmp_path / "runs"))
-    assert not (tmp_path / "runs").exists()
-
-
-@every_algo
-@pytest.mark.parametrize("where", ["check_args", "evaluate"])
-def test_signal_in_an_evaluation_is_a_sentence(case, where, monkeypatch):
-    monkeypatch.setattr(case.module, where, lambda args: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(SystemExit, match="stopped before there was anything to save"):
-        case.main(["--evaluate", case.run_dir / "checkpoint.pt"])
-
-
-@skimo_only
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_second_signal_ends_the_program_at_once(case, number):
-    stop = case.module.stop_at_signals()
-    assert not stop.is_set()
-    os.kill(os.getpid(), number)
-    assert stop.is_set()
-    assert signal.getsignal(number) == signal.SIG_DFL
-
-
 def wait_for(process, log, words, seconds=300):
     """Until the program has written the words into the file log."""
     limit = time.time() + seconds
@@ -1558,17 +1004,16 @@ def signalled(command, cwd, words, number):
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_signalled_program_saves_and_goes_on(case, first, tmp_path):
     data_dir = case.new_data_dir()
-    flags = "--pretrain-updates 400 --pretrain-eval-interval 1000 --total-timesteps 1000000 --eval-interval 0"
+    flags = "--pretrain-updates 400 --pretrain-eval-interval 1000 --total-timesteps 1000000 --eval-interval 10000000"
     command = [sys.executable, str(case.script), *case.argv(flags, tmp_path / "runs", data_dir)]
     written = signalled(command, tmp_path, "pre-training:", first)
     assert "stopping: saves first" in written and "stopped in pre-training; the same command goes on" in written
-    updates = torch.load(only(data_dir / "pretrained"), weights_only=True)["updates"]
+    updates = torch.load(only(data_dir / "pretrained"), weights_only=True)["progress"][0]
     assert 0 < updates < 400
 
     second = signal.SIGTERM if first == signal.SIGINT else signal.SIGINT
     shutil.rmtree(tmp_path / "runs")
     written = signalled(command, tmp_path, "RL:", second)
-    assert f"pre-training goes on at update {updates}" in written
     run_dir = only(tmp_path / "runs")
     assert f"--resume {run_dir}" in written
     step = state_of(run_dir)["global_step"]
@@ -1580,38 +1025,16 @@ def test_signalled_program_saves_and_goes_on(case, first, tmp_path):
 @skimo_only
 def test_kill_while_writing_keeps_the_old_checkpoint(case, tmp_path):
     script = """
-        import os, signal, sys, torch
+        import os, signal, sys
         from pathlib import Path
         from algos import skimo
-        original = torch.save
-        def save(state, path):
-            original(state, path)
-            with open(path, "r+b") as file:
-                file.truncate(os.path.getsize(path) // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
         path = Path(sys.argv[1])
-        skimo.save(path, {}, step=1)
-        torch.save = save
-        skimo.save(path, {}, step=2)
+        skimo.save(path, dict(step=1), {})
+        os.fsync = lambda number: os.kill(os.getpid(), signal.SIGKILL)
+        skimo.save(path, dict(step=2), {})
     """
     path = tmp_path / "checkpoint.pt"
     command = [sys.executable, "-c", textwrap.dedent(script), str(path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert case.module.load(path, {})["step"] == 1
-
-
-@skimo_only
-@pytest.mark.parametrize("size", [40_000, 5_000])
-def test_disk_that_fills_up_is_reported(case, size, tmp_path):
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # no file may grow larger
-
-    data_dir = case.new_data_dir()
-    flags = "" if size > 10_000 else f"--pretrained {case.model}"  # then TensorBoard's file cannot be written either
-    command = [sys.executable, str(case.script), *case.argv(flags, tmp_path / "runs", data_dir)]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, preexec_fn=limit)
-    assert result.returncode == 1
-    assert "Traceback" not in result.stderr, result.stderr
-    assert "error: cannot write" in result.stderr and "free some space" in result.stderr
-    assert not list(tmp_path.rglob("*.part")) and not list(data_dir.rglob("*.part"))
