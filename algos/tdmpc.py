@@ -212,6 +212,7 @@ def model_loss(model, target, policy, obs, action, rewards, terminals, args):
     for t in range(N):
         h.append(model.next(h[-1], action[:, t]))
     h = torch.stack(h, 1)  # (B, N+1, d)
+    reward = model.reward(h[:, :-1], action)  # (B, N)
     q1, q2 = model.q(h[:, :-1], action)  # (B, N)
 
     # Eq. 7-10: imagined states agree with encoded ones, rewards and values with what was seen; the near future counts
@@ -219,8 +220,7 @@ def model_loss(model, target, policy, obs, action, rewards, terminals, args):
     rho = args.rho ** torch.arange(N, device=obs.device)  # (N,)
     error = (h[:, 1:] - h_target).square().mean(-1)  # (B, N)
     consistency = (rho * error).sum(1)  # (B,)
-    reward_error = (model.reward(h[:, :-1], action) - rewards).square()  # (B, N)
-    reward_error = (rho * reward_error).sum(1)  # (B,)
+    reward_error = (rho * (reward - rewards).square()).sum(1)  # (B,)
     value_error = (q1 - td_target).square() + (q2 - td_target).square()  # (B, N)
     value_error = (rho * value_error).sum(1)  # (B,)
 

@@ -3,75 +3,49 @@
 Idea: skills and prior of spirl.py, frozen; TD-MPC (https://arxiv.org/abs/2203.04955) chooses skills instead of actions,
 its policy held to the prior by a KL. Its model does not know the offline data, unlike that of SkiMo.
 
-    python algos/tdmpc_skills.py --env-id maze                    # pre-training as spirl.py (shared), RL, evaluation
-    python algos/tdmpc_skills.py --env-id maze --release-defects  # with the defects below
+    python algos/tdmpc_skills.py --env-id maze      # pre-training as spirl.py (shared), RL, evaluation
+    python algos/tdmpc_skills.py --resume runs/FOLDER    # go on after Ctrl-C or a crash
 
-Repeat: plan skills u in (-1, 1) by CEM, execute z = 2 u for H steps of the skill policy; on windows of N skills fit the
-model h_0 = E(s_0), h_{i+1} = D(h_i, u_i), R, Q (consistency, reward, TD losses); policy: maximise the sum of
-rho^t min Q(h_t, u) over imagined states h_t, less alpha times the sum of KL(2 u || p(s_t)) over encoded ones; move the
-slow target copy.
+1. Pre-training: that of spirl.py, whose models are shared
+2. Downstream RL over skills u in (-1, 1), executed as z = 2 u. Repeat:
+   act: plan by CEM with D, R, Q; execute the first skill for H steps of the frozen skill policy pi_L
+   model: h_0 = E(s_0), h_{i+1} = D(h_i, u_i) on windows of N skills; consistency, reward and TD losses (eq. 7-10)
+   policy: maximise the sum of rho^t min Q(h_t, u) over imagined states h_t, less alpha times the sum of
+      KL(2 u || p(s_t)) over encoded ones (eq. 11, with a KL); move the slow target copy
 
---release-defects: (a) windows pair state t with the skill and reward that led *into* it, so that the reward at an
-episode's end is never learnt; (b) 2 u is stored, but planner, policy loss and targets evaluate the model at u; (c) the
-planner does not see the step: one skill ahead, std floor 0.5, for ever; (d) maze: the KL's prior gets scaled states but
-was trained on raw ones; (e) a window's errors are bounded by 1e4, SkiMo's by 1e5: a reward of 100 for its first skill
-that is predicted below 0 exceeds that bound, and beyond it the gradient is zero. It also ignores true ends, as TD-MPC
-does by design.
-
-Differences from the release, marked DEVIATION n below.
-1. KL divergences without sampling: exact, or quadrature for the policy's tanh. The release averages 100 samples. Its KL
-   is larger by a constant, Z ln 2 = 6.9, as it leaves out the slope of 2 u; so its bound of 100 is at 93.1 of ours, and
-   ours, 100 as well, a little above it (the first KL is 19 in the maze). reward_scale is applied; there it has no
-   effect.
-2. Pre-training is shorter, with a decaying learning rate and, in the maze and on CALVIN, a larger KL weight.
-3. Sines and cosines of positions are inputs as well, and the maze is scaled, as in skimo.py. On people's data arms are
-   shifted, objects recombined and skills hold less (--arm-noise, --recombine, --kl-coef).
-4. E environments side by side. Windows of 5 transitions (release: 5 stored items, 4 transitions). After ends and
-   time-outs nothing counts (release: both are ignored).
-5. Kitchen, CALVIN: as in spirl.py. Maze: a warm-up of 50,000 env steps with skills of the prior (release: 5,000 with
-   random low-level actions), so that it finishes episodes. The planner's schedules begin at the warm-up's end.
-6. Actions are those that pi_L was trained for; the release acts with their tanh (--squash-actions), see spirl.py.
---published takes the release's side of 2, 3 and 6, of the E environments in 4 and of the 50,000 env steps in 5.
-Checked against the release with the same weights, transitions and noise, in double precision: pre-training as spirl.py;
-consistency and reward losses are equal to 1e-16. Value and policy losses were compared while the policy's mean had a
-bound (value: 2e-4); now it has none, as in the release, and the rest was read there, not run.
-
-Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, PEOPLE, RELEASE, PUBLISHED, scalar_head, SkillModel,
-WorldModel, make_networks, pretrain_loss, model_loss, policy_loss, plan, Planner, ReplayBuffer, prior_rollouts,
-pretrain_lr, find_pretrained, pretrain, Agent, train, check_args.
-A run's folder holds what skimo.py names. Its prior_return is of skills 2 tanh(x); the warm-up draws them as they are.
-Score: maze, 300,000 env steps at small sizes (algos/README.md), two seeds: the warm-up's skills reach the goal in .29
-of the episodes, plans in 1 of the next 49 and in none after that. The paper's is 0 to its end. Kitchen, full width, a
-tenth of the updates: 3.3 of 4 sub-tasks after 60,000 env steps, where it was stopped (prior: .84).
+DEVIATION n: differences from the authors' release. Why, what was measured, and scores: algos/README.md
+1. KL divergences without sampling: exact, or quadrature for the policy's tanh.
+2. Pre-training: shorter, with a learning rate that decays; in the maze and on CALVIN a larger kl_coef.
+3. Sines of positions as inputs, the maze scaled; in people's data arms shifted, objects recombined, larger kl_coef.
+4. E environments act side by side. After ends and time-outs nothing counts (release: both are ignored).
+5. Warm-up: 50,000 env steps in the maze, skills of the prior; the planner's schedules begin at its end.
+6. Actions are those that pi_L was trained for, not their tanh. 7. Windows pair a state with the skill that follows, not
+with the one before; u is stored, not 2 u. 8. The planner knows the env step. 9. A window's errors are cut at 1e5, not
+1e4. --published takes the release's side of 2, 3 and 6, of the E environments in 4 and of the 50,000 env steps in 5.
+Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, SkillModel, make_networks, pretrain_loss, pretrain,
+sample_skill, scalar_head, WorldModel, model_loss, policy_loss, plan, ReplayBuffer, Agent, rollout, train, QUADRATURE
 Shapes: B batch, N skills per window, H steps per skill, O observation, F inputs, A action, Z skill, d latent state,
-E environments, K skills per plan, P plans.
+E environments, K skills per plan, P plans; in Features P positions.
 """
 
-import argparse
-import ast
-import contextlib
 import copy
-import csv
 import functools
 import gc
 import hashlib
-import inspect
+import io
 import json
 import math
 import os
-import platform
 import signal
 import sys
 import threading
 import time
 import zipfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
-# OpenMP's threads wait 1,000 turns for work before they sleep. With torch's default, 300 times that, an update beside
-# a busy program takes 1.6 times as long (algos/README.md). Must be set before torch is loaded.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: updates beside other programs are 1.6 times as fast
 
 import numpy as np
 import torch
@@ -80,31 +54,32 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+FILE = Path(__file__).resolve()
+sys.path.insert(0, str(FILE.parents[1]))
 import data_tools  # tasks and offline data, nothing else
 
-PRETRAINED = "spirl"  # begins the names of pre-trained models; algorithms with the same pre-training share them
-SHIPPED = Path(__file__).resolve().parents[1] / "benchmarks" / "results"  # models and agents that come with the code
+PRETRAINED = "spirl"  # begins the names of pre-trained models; files with the same pre-training share them
+SHIPPED = FILE.parents[1] / "benchmarks" / "results"  # models and agents that come with the code
+torch.set_num_threads(min(torch.get_num_threads(), 8))  # more do not help networks of this size
 
 
+# ----------------------------------------------------------------------------------------------------------- arguments
 @dataclass
 class Args:
-    env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned, calvin or one of your own
-    published: bool = False  # take the values of the authors' release for this task
-    exp_name: str = Path(__file__).stem  # part of the run folder's name
+    env_id: Literal[*data_tools.TASKS] = "maze"  # task
+    published: bool = False  # take the release's settings for this task
     seed: int = 1  # of networks, sampling and environments
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and plan
-    cudagraphs: bool = torch.cuda.is_available()  # replay updates and plans as CUDA graphs
+    cudagraphs: bool = True  # on a GPU, replay updates as CUDA graphs: one launch in place of hundreds
     run_dir: str = "runs"  # folder of the run folders
     resume: str | None = None  # run folder to go on with, with its arguments
     evaluate: str | None = None  # only evaluate this checkpoint, or `published`: our agent, if there is one
     checkpoint_interval: int = 50_000  # env steps between checkpoints
-    eval_interval: int = 100_000  # env steps between evaluations (0: only at the end)
+    eval_interval: int = 100_000  # env steps between evaluations; one more at the end
     eval_episodes: int = 20  # episodes of an evaluation, without exploration noise
-    capture_video: bool = False  # record an evaluation episode as MP4 at the end
+    capture_video: bool = False  # with --evaluate: record its first episode as MP4
     data_dir: str | None = None  # folder of offline data and pre-trained models (None: the user's cache)
-    dataset: Literal["scripted", "d4rl"] = "scripted"  # made by a script, or people's, fetched from D4RL (kitchens)
-    data: str | None = None  # offline data of your own instead: a file or a folder
+    data: str = "scripted"  # offline data: scripted, d4rl (people's, of the kitchens), or a path to your own
     pretrained: str | None = None  # start RL from this model: a path, or `published`: ours, if there is one
     pretrain_eval_interval: int = 12_000  # updates between validations with roll-outs of the prior
     pretrain_eval_episodes: int = 100  # roll-outs in a validation; four times as many at the end
@@ -121,11 +96,9 @@ class Args:
     pretrain_batch_size: int = 128  # windows of H actions per update
     pretrain_lr: float = 1e-3  # first learning rate
     pretrain_lr_decay: bool = True  # decay to zero (release: constant)
-    arm_noise: float = 0.0  # std in rad of shifts of the demonstrated arm, see `perturb` (release: 0)
+    arm_noise: float = 0.0  # std in rad of shifts of the demonstrated arm, see data_tools.perturb (release: 0)
     recombine: bool = False  # show demonstrations again among objects moved by others (release: no)
     kl_coef: float = 5e-4  # weight of KL(q || N(0,1)) per dimension
-    clip_updates: int = 100  # updates at the start with a bound on the gradient's norm
-    clip_norm: float = 0.001  # that bound
 
     # Downstream RL
     total_timesteps: int = 1_000_000  # env steps, warm-up included
@@ -139,15 +112,11 @@ class Args:
     learning_rate: float = 1e-3  # of world model and task policy
     policy_std: float = 0.05  # std of the task policy, before the tanh
     alpha: float = 1.0  # weight of the prior KL
-    release_defects: bool = False  # do what the authors' code does, see above
     gamma: float = 0.99  # discount per skill
     rho: float = 0.5  # weight rho^t of the t-th skill of a window
-    tau: float = 0.01  # share of the online weights in a target update
-    target_update_interval: int = 2  # updates between target updates
+    tau: float = 0.01  # share of the online weights in a target update, after every second update
     max_grad_norm: float = 10.0  # bound of the gradient's norm
     consistency_coef: float = 2.0  # weight of the latent consistency
-    reward_coef: float = 0.5  # weight of the reward loss
-    value_coef: float = 0.1  # weight of the TD loss
     reward_scale: float = 1.0  # factor on the task's reward
 
     # Planner
@@ -156,86 +125,45 @@ class Args:
     num_elites: int = 64  # best plans, which the next distribution is fitted to
     cem_iters: int = 6  # iterations
     temperature: float = 0.5  # factor on the values in the elites' softmax
-    momentum: float = 0.1  # share of the old mean in the new one
-    max_std: float = 2.0  # largest std of the sampled skills
-    min_std: float = 0.5  # least std at the start of the schedule
+    min_std: float = 0.5  # least std of sampled skills, at the start of the schedule
     min_std_end: float = 0.05  # the same after std_steps
     std_steps: int = 25_000  # env steps after the warm-up over which min_std falls
     horizon_steps: int = 25_000  # env steps after the warm-up over which plans grow from 1 to N skills
 
+    def __post_init__(self):  # what would run on and mean nothing; BatchNorm needs two windows
+        least = dict(seed=0, warmup_steps=0, pretrain_batch_size=2, policy_std=1e-6)
+        plans = self.num_samples + self.num_policy_trajs
+        most = dict(gamma=1, tau=1, rho=1, num_elites=plans, policy_std=1)  # beyond 1 the quadrature is wrong
+        for name, value in vars(self).items():
+            low, high = least.get(name, int(type(value) is int)), most.get(name, 2**31)
+            if type(value) in (int, float) and not low <= value <= high:  # nor NaN
+                sys.exit(f"error: --{name} {value} does not work: give {low} to {high}")
 
-# The release's values where they differ from Args. Our own are both kl_coef (DEVIATION 2) and the maze's warm-up
-# (DEVIATION 5), since the goal is some 700 env steps away or more. total_timesteps is the paper's.
+
+# By the name of a task's data: the release's values where they differ from Args, and our own kl_coef (DEVIATION 2) and
+# the maze's warm-up (5); total_timesteps is the paper's. `people`: with people's data (--data d4rl or a path), see 3.
 TASK_DEFAULTS = {
     "maze": dict(kl_coef=1e-2, total_timesteps=2_000_000, warmup_steps=50_000),
+    "kitchen": dict(people=dict(kl_coef=1e-3, arm_noise=0.02, recombine=True)),
     "calvin": dict(kl_coef=1e-2, total_timesteps=2_000_000),
 }
-
-# With people's demonstrations (--dataset d4rl, and all of --data) skills hold less, the arm is shifted, and objects
-# are recombined (DEVIATION 3). Chosen with skimo.py, kl_coef with spirl.py; reskill.py, tdmpc_skills.py and
-# dreamer_skills.py were not run with them (FINDINGS.md).
-PEOPLE = {"kitchen": dict(kl_coef=1e-3, arm_noise=0.02, recombine=True)}
-PEOPLE["kitchen-misaligned"] = PEOPLE["kitchen"]
-
-# --published: what changes to give the release's values, on all tasks and on each.
-RELEASE = dict(
-    position_features=False, arm_noise=0.0, recombine=False, pretrain_updates=480_000, pretrain_lr_decay=False,
-    kl_coef=5e-4, num_envs=1, squash_actions=True,
-)  # fmt: skip
-PUBLISHED = {
-    "maze": dict(RELEASE, pretrain_updates=530_000, kl_coef=1e-3, warmup_steps=5_000),
-}
-
-# DEVIATION 3: periods of the sines and cosines of an observation's first entries, a row for each entry.
-POSITION_PERIODS = {
-    "maze": np.outer([1.0] * 2, [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]),  # position, in cells
-    "kitchen": np.outer([1.0] * 7 + [0.1] * 2, [0.25, 0.5, 1.0, 2.0, 4.0]),  # arm joints in rad, fingers in m
-    "calvin": np.outer([0.25] * 3 + [1.0] * 11, [0.25, 0.5, 1.0, 2.0, 4.0]),  # tool in m; angles, grip, joints in rad
-}
-POSITION_PERIODS["kitchen-misaligned"] = POSITION_PERIODS["kitchen"]
-
-# DEVIATION 3: number of joints J that observations and actions begin with, and how far in rad an action of 1 asks each
-# to move from where it is observed.
-ARM = {"kitchen": (7, 0.16)}
-ARM["kitchen-misaligned"] = ARM["kitchen"]
+# --published: the release's values of all tasks, and of each.
+RELEASE = {
+    "all": dict(position_features=False, squash_actions=True, pretrain_updates=480_000, pretrain_lr_decay=False,
+                arm_noise=0.0, recombine=False, kl_coef=5e-4, num_envs=1),
+    "maze": dict(pretrain_updates=530_000, kl_coef=1e-3, warmup_steps=5_000),
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------ networks
-def mlp(*sizes: int) -> nn.Sequential:
-    """Linear layers with orthogonal weights, ELU between them, linear output."""
-    layers = []
-    for in_dim, out_dim in zip(sizes[:-1], sizes[1:]):
-        linear = nn.Linear(in_dim, out_dim)
-        nn.init.orthogonal_(linear.weight)
-        nn.init.zeros_(linear.bias)
-        layers += [linear, nn.ELU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def scalar_head(in_dim: int, u: int) -> nn.Sequential:
-    """Reward and Q: a normalised first layer, then an MLP of width u whose output starts near 0."""
-    first = [nn.Linear(in_dim, u), nn.LayerNorm(u), nn.Tanh()]
-    head = nn.Sequential(*first, *mlp(u, u, 1))
-    nn.init.orthogonal_(head[-1].weight, 0.01)
-    return head
-
-
-def sample_skill(distribution):
-    """One reparameterised sample of tanh(N(mean, std)); distribution is (mean, std), each (..., Z)."""
-    mean, std = distribution
-    return torch.tanh(mean + std * torch.randn_like(mean))
-
-
 class Predictor(nn.Sequential):
     """Linear, LeakyReLU; num_blocks x (Linear, BatchNorm, LeakyReLU); Linear: (..., in_dim) -> (..., out_dim)."""
 
     def __init__(self, in_dim: int, u: int, num_blocks: int, out_dim: int, batch_norm: bool = True):
         layers = [nn.Linear(in_dim, u), nn.LeakyReLU(0.2)]
         for _ in range(num_blocks):
-            layers.append(nn.Linear(u, u))
-            if batch_norm:
-                layers.append(nn.BatchNorm1d(u))
-            layers.append(nn.LeakyReLU(0.2))
+            norm = [nn.BatchNorm1d(u)] if batch_norm else []
+            layers += [nn.Linear(u, u), *norm, nn.LeakyReLU(0.2)]
         super().__init__(*layers, nn.Linear(u, out_dim))
         for layer in self:
             if isinstance(layer, nn.Linear):
@@ -248,7 +176,7 @@ class Predictor(nn.Sequential):
 
 
 def gaussian(x):
-    """Network output (..., 2 * Z) -> mean and std (..., Z)."""
+    """Network output (..., 2 * Z) -> mean and std, 2 x (..., Z)."""
     mean, log_std = x.chunk(2, -1)
     return mean, log_std.clamp(-10, 2).exp()
 
@@ -266,60 +194,31 @@ def squash(x):
 
 def kl_divergence(p, q):
     """KL(p || q) of Gaussians (mean, std), each (..., Z) -> (...) in nats; a common tanh leaves it as it is."""
-    mean_p, std_p = p
-    mean_q, std_q = q
+    (mean_p, std_p), (mean_q, std_q) = p, q
     square = std_p**2 + (mean_p - mean_q) ** 2
-    kl = (std_q / std_p).log() + square / (2 * std_q**2) - 0.5  # DEVIATION 1
-    return kl.sum(-1)
-
-
-# Gauss-Hermite quadrature: E f(x) for x ~ N(0, 1) is the sum of weight * f(node)
-QUADRATURE = [(float(x), float(w) / math.sqrt(2 * math.pi)) for x, w in zip(*np.polynomial.hermite_e.hermegauss(9))]
-
-
-def squashed_kl(p, q):
-    """KL(law of squash(x) with x ~ p || q) of Gaussians p, q = (mean, std), each (..., Z) -> (...) in nats."""
-    mean_p, std_p = p
-    mean_q, std_q = q
-    kl = -std_p.log() - 0.5 * math.log(2 * math.pi * math.e)  # E log p(x), the negative entropy
-    for node, weight in QUADRATURE:  # DEVIATION 1
-        x = mean_p + node * std_p
-        log_slope = math.log(8) - 2 * x - 2 * nn.functional.softplus(-2 * x)  # of squash: log(2 - 2 tanh(x)^2)
-        square = ((squash(x) - mean_q) / std_q).square()
-        log_q = -0.5 * square - std_q.log() - 0.5 * math.log(2 * math.pi)
-        kl = kl - weight * (log_slope + log_q)
-    return kl.sum(-1)
+    return ((std_q / std_p).log() + square / (2 * std_q**2) - 0.5).sum(-1)  # DEVIATION 1
 
 
 class Features(nn.Module):
-    """Observations (..., O) -> inputs of the networks (..., F), F = size.
-
-    DEVIATION 3: sines and cosines of positions are inputs as well, and the maze is scaled; see skimo.py's StateEncoder.
-    Without position_features they are the raw observations, but scaled with always_scaled.
+    """Observations (..., O) -> inputs of the networks (..., F), F = size. DEVIATION 3: sines and cosines of positions
+    are inputs, too, and the maze is scaled; see skimo.py's StateEncoder.
     """
 
-    def __init__(self, obs_dim: int, args: Args, always_scaled: bool = False):
+    def __init__(self, obs_dim: int, args: Args):
         super().__init__()
         task = data_tools.TASKS[args.env_id]
-        periods = np.zeros((0, 0))
-        scale = [1.0] * obs_dim
-        shift = [0.0] * obs_dim
+        scale, shift, periods = None, None, np.zeros((0, 0))
         if args.position_features:
-            periods = POSITION_PERIODS.get(args.env_id, periods)
-        if args.position_features or always_scaled:
-            scale = task.obs_scale or scale
-            shift = task.obs_shift or shift
-        frequency = torch.tensor(2 * np.pi / periods, dtype=torch.float32)
-        self.register_buffer("scale", torch.tensor(scale))  # (O,)
-        self.register_buffer("shift", torch.tensor(shift))  # (O,)
-        self.register_buffer("frequency", frequency)  # (P, .)
+            scale, shift, periods = task.obs_scale, task.obs_shift, task.position_periods
+        self.register_buffer("scale", torch.tensor(scale or [1.0] * obs_dim))  # (O,)
+        self.register_buffer("shift", torch.tensor(shift or [0.0] * obs_dim))  # (O,)
+        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (P, .)
         self.size = obs_dim + 2 * periods.size
 
     def forward(self, obs):
         position = obs[..., : len(self.frequency), None]  # (..., P, 1)
         phase = (position * self.frequency).flatten(-2)
-        scaled = obs * self.scale + self.shift  # (..., O)
-        return torch.cat([scaled, phase.sin(), phase.cos()], -1)  # (..., F)
+        return torch.cat([obs * self.scale + self.shift, phase.sin(), phase.cos()], -1)  # (..., F)
 
 
 class SkillModel(nn.Module):
@@ -327,8 +226,7 @@ class SkillModel(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        u = args.hidden_dim
-        Z = args.skill_dim
+        u, Z = args.hidden_dim, args.skill_dim
         self.squash_actions = args.squash_actions
         self.features = Features(obs_dim, args)
         F = self.features.size
@@ -370,54 +268,14 @@ class SkillPrior(nn.Module):
         return gaussian(self.net(self.features(obs)))
 
 
-def make_networks(args: Args, obs_dim: int, action_dim: int) -> nn.ModuleDict:
-    """The networks of pre-training: skills, and the prior p(z | s)."""
-    skills = SkillModel(obs_dim, action_dim, args)
-    prior = SkillPrior(obs_dim, args)
-    networks = nn.ModuleDict(dict(skills=skills, prior=prior))
-    return networks.to(args.device)
+def make_networks(args: Args) -> nn.ModuleDict:
+    """The networks of pre-training: skills and prior."""
+    obs_dim, action_dim = data_tools.env_sizes(args.env_id)
+    networks = dict(skills=SkillModel(obs_dim, action_dim, args), prior=SkillPrior(obs_dim, args))
+    return nn.ModuleDict(networks).to(args.device)
 
 
-class WorldModel(nn.Module):
-    """State encoder E, skill dynamics D, reward R, critics Q of TD-MPC."""
-
-    def __init__(self, obs_dim: int, args: Args):
-        super().__init__()
-        width = args.model_dim
-        d = args.latent_dim
-        dz = d + args.skill_dim
-        features = Features(obs_dim, args, always_scaled=True)
-        self.encoder = nn.Sequential(features, *mlp(features.size, 256, d))
-        self.dynamics = mlp(dz, width, width, d)
-        self.reward_model = scalar_head(dz, width)
-        self.qf1 = scalar_head(dz, width)
-        self.qf2 = scalar_head(dz, width)
-
-    def next(self, h, u):  # D(h, u): the latent state after the whole skill
-        return self.dynamics(torch.cat([h, u], -1))  # (..., d)
-
-    def reward(self, h, u):  # R(h, u): the sum of rewards during the skill
-        return self.reward_model(torch.cat([h, u], -1)).squeeze(-1)  # (...)
-
-    def q(self, h, u):  # Q_1(h, u), Q_2(h, u)
-        hu = torch.cat([h, u], -1)
-        return self.qf1(hu).squeeze(-1), self.qf2(hu).squeeze(-1)  # 2 x (...)
-
-
-class TaskPolicy(nn.Module):
-    """pi(u | h), u = tanh(x), x Gaussian with a fixed std: (..., d) -> mean and std of x, 2 x (..., Z)."""
-
-    def __init__(self, args: Args):
-        super().__init__()
-        self.std = args.policy_std
-        self.net = mlp(args.latent_dim, args.model_dim, args.model_dim, args.skill_dim)
-
-    def forward(self, h):
-        mean = self.net(h)
-        return mean, torch.full_like(mean, self.std)
-
-
-# -------------------------------------------------------------------------------------------------------------- losses
+# -------------------------------------------------------------------------------------------------------- pre-training
 def pretrain_loss(skills, prior, obs, actions, args):
     """Loss of skills and prior on windows of the offline data (SPiRL eq. 1, 2).
 
@@ -439,14 +297,186 @@ def pretrain_loss(skills, prior, obs, actions, args):
     # The prior says which skills the data show in a state. It learns from samples, and its gradient does not reach q.
     p = prior(obs[:, 0])  # 2 x (B, Z)
     likelihood = torch.distributions.Normal(*p, validate_args=False)
-    log_prob = likelihood.log_prob(z.detach())  # (B, Z)
-    prior_loss = -log_prob.sum(-1).mean()
+    prior_loss = -likelihood.log_prob(z.detach()).sum(-1).mean()
 
     # The likelihood of actions has unit variance: up to a constant it is half the squared error
     loss = 0.5 * bc_loss + args.kl_coef * kl_loss / args.skill_dim + prior_loss
     prior_kl = kl_divergence(q, p).mean()
     metrics = dict(bc_loss=bc_loss, kl_loss=kl_loss, prior_loss=prior_loss, prior_kl=prior_kl)
     return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+class PriorAgent:
+    """Acts with squashed skills of the prior, as spirl.py's task policy does at first. It is a copy, on the CPU."""
+
+    def __init__(self, networks: nn.ModuleDict):
+        self.networks = copy.deepcopy(networks).cpu().eval()
+        self.skills = self.networks["skills"]
+
+    @torch.no_grad()
+    def choose_skills(self, obs, global_step: int | None, explore: bool):
+        """obs (E, O), NumPy -> z (E, Z): always samples."""
+        return squash(draw(self.networks["prior"](torch.from_numpy(obs))))
+
+
+def pretrain(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: threading.Event) -> dict:
+    """Phase 1: learn skills and prior from the offline data; returns facts about them.
+
+    A model is found again by its data, seed and task, by the arguments under `# Model` and `# Pre-training`, and by the
+    code of these sections and of what draws batches: whoever changes one of them gets a new one.
+    """
+    task = data_tools.TASKS[args.env_id]
+    family = f"{PRETRAINED}_{task.data or args.env_id}"  # both kitchens share their data
+    path = Path(args.pretrained or "")
+    if args.pretrained == "published":
+        path = SHIPPED / f"{family}_pretrained.pt"
+    if not args.pretrained:
+        data = data_tools.load_dataset(args.env_id, args.data_dir, args.data)
+        names, settings = list(vars(args)), list(vars(args).items())
+        settings = settings[names.index("skill_horizon") : names.index("total_timesteps")]
+        code = FILE.read_text().split("- networks\n")[1].split("- downstream RL\n")[0]
+        made_from = [data.fingerprint, args.seed, settings, data_tools.code_of(code), task.arm, task.objects]
+        made_from += [task.obs_scale, task.obs_shift, task.position_periods.tolist()]
+        key = hashlib.sha256(repr(made_from).encode()).hexdigest()[:12]
+        path = data_tools.cache_dir(args.data_dir) / "pretrained" / f"{family}_{key}.pt"
+    if args.pretrained or path.exists():
+        print(f"pre-trained model: {path}")
+        facts = load(path, dict(networks=networks))["facts"]
+        if facts.get("skill_horizon", args.skill_horizon) != args.skill_horizon:
+            sys.exit(f"error: skills of {path} have another --skill-horizon")
+        return facts
+
+    window = args.skill_horizon + 1
+    train_data, valid_data = data.to(args.device).split(0.99, window)
+    if args.recombine:
+        train_data = data_tools.recombined(train_data, task.objects, args.seed)  # DEVIATION 3
+    networks.train()  # BatchNorm's statistics move in pre-training only
+    optimizer = torch.optim.RAdam(networks.parameters(), lr=args.pretrain_lr)
+    parts = dict(networks=networks, optimizer=optimizer)
+    unfinished = path.with_suffix(".unfinished")
+    updates, seconds = 0, 0.0
+    if unfinished.exists():  # go on where an earlier command was stopped
+        updates, seconds = load(unfinished, parts)["progress"]
+    start_time = time.time() - seconds
+
+    def gradients(obs, actions):
+        loss, metrics = pretrain_loss(*networks.values(), obs, actions, args)
+        optimizer.zero_grad()
+        loss.backward()
+        return metrics
+
+    gradients = Recorded(gradients, args)
+    total = args.pretrain_updates
+    with tqdm(desc="pre-training", total=total, initial=updates, unit="update") as bar:
+        while updates < total:
+            if args.pretrain_lr_decay:  # down to zero (DEVIATION 2)
+                optimizer.param_groups[0]["lr"] = args.pretrain_lr * (1 - updates / total) ** 0.5
+            batch = train_data.sample_windows(args.pretrain_batch_size, window)
+            batch = data_tools.perturb(*batch, task.arm, args.arm_noise)  # DEVIATION 3
+            metrics = gradients(*batch)
+            max_norm = 0.001 if updates < 100 else float("inf")
+            metrics["grad_norm"] = nn.utils.clip_grad_norm_(networks.parameters(), max_norm)
+            optimizer.step()
+            updates += 1
+            bar.update()
+
+            finished = updates == total
+            if finished or updates % 100 == 0:
+                bar.set_postfix_str(log(writer, "pretrain", metrics, updates))
+            if finished or updates % args.pretrain_eval_interval == 0:
+                # Losses do not tell whether skills are any good: let the prior act in the task
+                num_episodes = args.pretrain_eval_episodes * (4 if finished else 1)
+                scores = rollout(PriorAgent(networks), args, num_episodes, args.seed)
+                networks.eval()
+                with torch.random.fork_rng(["cuda"] if args.device == "cuda" else []), torch.no_grad():
+                    batch = valid_data.sample_windows(args.pretrain_batch_size, window)
+                    _, losses = pretrain_loss(*networks.values(), *batch, args)
+                networks.train()
+                facts = dict(prior_return=scores["episodic_return"], prior_success=scores["success"])
+                facts |= {f"valid_{name}": float(value) for name, value in losses.items()}
+                bar.write(f"update {updates}: {log(writer, 'pretrain', facts, updates)}")
+            if stop.is_set() or updates % 2_500 == 0:
+                save(unfinished, dict(progress=(updates, time.time() - start_time)), parts)
+            if stop.is_set() and not finished:
+                sys.exit("stopped in pre-training; the same command goes on")
+    facts |= dict(updates=updates, minutes=(time.time() - start_time) / 60)
+    facts |= dict(data=data.source, skill_horizon=args.skill_horizon)
+    save(path, dict(facts=facts), dict(networks=networks))
+    unfinished.unlink(missing_ok=True)
+    print(f"pre-trained model: {path}")
+    return facts
+
+
+# ------------------------------------------------------------------------------------------------------- downstream RL
+def mlp(*sizes: int) -> nn.Sequential:
+    """Linear layers with orthogonal weights, ELU between them, linear output."""
+    layers = []
+    for in_dim, out_dim in zip(sizes[:-1], sizes[1:]):
+        layers += [nn.Linear(in_dim, out_dim), nn.ELU()]
+        nn.init.orthogonal_(layers[-2].weight)
+        nn.init.zeros_(layers[-2].bias)
+    return nn.Sequential(*layers[:-1])
+
+
+def scalar_head(in_dim: int, u: int) -> nn.Sequential:
+    """Reward and Q: a normalised first layer, then an MLP of width u whose output starts near 0."""
+    head = nn.Sequential(nn.Linear(in_dim, u), nn.LayerNorm(u), nn.Tanh(), *mlp(u, u, 1))
+    nn.init.orthogonal_(head[-1].weight, 0.01)
+    return head
+
+
+# Gauss-Hermite quadrature: E f(x) for x ~ N(0, 1) is the sum of weight * f(node)
+QUADRATURE = [(float(x), float(w) / math.sqrt(2 * math.pi)) for x, w in zip(*np.polynomial.hermite_e.hermegauss(9))]
+
+
+def squashed_kl(p, q):
+    """KL(law of squash(x) with x ~ p || q) of Gaussians p, q = (mean, std), each (..., Z) -> (...) in nats."""
+    (mean_p, std_p), (mean_q, std_q) = p, q
+    kl = -std_p.log() - 0.5 * math.log(2 * math.pi * math.e)  # E log p(x), the negative entropy
+    for node, weight in QUADRATURE:  # DEVIATION 1
+        x = mean_p + node * std_p
+        log_slope = math.log(8) - 2 * x - 2 * nn.functional.softplus(-2 * x)  # of squash: log(2 - 2 tanh(x)^2)
+        square = ((squash(x) - mean_q) / std_q).square()
+        log_q = -0.5 * square - std_q.log() - 0.5 * math.log(2 * math.pi)
+        kl = kl - weight * (log_slope + log_q)
+    return kl.sum(-1)
+
+
+class WorldModel(nn.Module):
+    """State encoder E, skill dynamics D, reward R, critics Q of TD-MPC."""
+
+    def __init__(self, obs_dim: int, args: Args):
+        super().__init__()
+        width, d, du = args.model_dim, args.latent_dim, args.latent_dim + args.skill_dim
+        task = data_tools.TASKS[args.env_id]
+        features = Features(obs_dim, args)
+        features.scale = torch.tensor(task.obs_scale or [1.0] * obs_dim)  # also without position_features
+        features.shift = torch.tensor(task.obs_shift or [0.0] * obs_dim)
+        self.encoder = nn.Sequential(features, *mlp(features.size, 256, d))
+        self.dynamics = mlp(du, width, width, d)
+        self.reward_model = scalar_head(du, width)
+        self.qf1 = scalar_head(du, width)
+        self.qf2 = scalar_head(du, width)
+
+    def next(self, h, u):  # D(h, u): the latent state after the whole skill
+        return self.dynamics(torch.cat([h, u], -1))  # (..., d)
+
+    def reward(self, h, u):  # R(h, u): the sum of rewards during the skill
+        return self.reward_model(torch.cat([h, u], -1)).squeeze(-1)  # (...)
+
+    def q(self, h, u):  # Q_1(h, u), Q_2(h, u)
+        hu = torch.cat([h, u], -1)
+        return self.qf1(hu).squeeze(-1), self.qf2(hu).squeeze(-1)  # 2 x (...)
+
+    @torch.no_grad()
+    def follow(self, online, tau: float):  # move this slow copy towards the online model
+        torch._foreach_lerp_(list(self.parameters()), list(online.parameters()), tau)
+
+
+def sample_skill(policy, h, args):
+    """A reparameterised skill u of the policy, of fixed std before the tanh: h (..., d) -> (..., Z) in (-1, 1)."""
+    mean = policy(h)
+    return torch.tanh(mean + args.policy_std * torch.randn_like(mean))
 
 
 def model_loss(model, target, task_policy, obs, u, rewards, dones, args):
@@ -459,42 +489,33 @@ def model_loss(model, target, task_policy, obs, u, rewards, dones, args):
     with torch.no_grad():
         next_h = model.encoder(obs[:, 1:])  # (B, N, d)
         h_target = target.encoder(obs[:, 1:])  # (B, N, d)
-        next_u = sample_skill(task_policy(next_h))  # (B, N, Z)
-        next_q = torch.min(*target.q(next_h, next_u))  # (B, N)
-        goes_on = 1.0 if args.release_defects else 1 - dones  # DEVIATION 4
-        td_target = rewards + goes_on * args.gamma * next_q  # (B, N)
+        next_q = torch.min(*target.q(next_h, sample_skill(task_policy, next_h, args)))  # (B, N)
+        td_target = rewards + (1 - dones) * args.gamma * next_q  # (B, N), DEVIATION 4
     h_pred = [model.encoder(obs[:, 0])]
     for t in range(N):
         h_pred.append(model.next(h_pred[-1], u[:, t]))
     h_pred = torch.stack(h_pred, 1)  # (B, N+1, d)
-    rho = args.rho ** torch.arange(N, device=obs.device)  # (N,)
     q1, q2 = model.q(h_pred[:, :-1], u)  # (B, N)
     reward = model.reward(h_pred[:, :-1], u)  # (B, N)
 
     # Consistency: predicted latent states agree with encoded ones, so that imagined states can be trusted.
+    rho = args.rho ** torch.arange(N, device=obs.device)  # (N,)
     error = (h_pred[:, 1:] - h_target).square().mean(-1)  # (B, N)
     consistency = (rho * error).sum(1)  # (B,)
 
     # Reward and value learn on imagined states, where they are used.
     reward_error = (rho * (reward - rewards).square()).sum(1)  # (B,)
-    value_error = (q1 - td_target).square() + (q2 - td_target).square()
+    value_error = (q1 - td_target).square() + (q2 - td_target).square()  # (B, N)
     value_error = (rho * value_error).sum(1)  # (B,)
 
-    bound = 1e4 if args.release_defects else 1e5  # defect (e)
-    loss = args.consistency_coef * consistency.clamp(max=bound)
-    loss = loss + args.reward_coef * reward_error.clamp(max=bound)
-    loss = loss + args.value_coef * value_error.clamp(max=bound)
-    loss = loss.mean() / N
-    metrics = dict(
-        consistency_loss=consistency,
-        reward_loss=reward_error,
-        value_loss=value_error,
-        td_target=td_target,
-        q_value=q1,
-    )
+    loss = args.consistency_coef * consistency.clamp(max=1e5)  # DEVIATION 9
+    loss = loss + 0.5 * reward_error.clamp(max=1e5)
+    loss = loss + 0.1 * value_error.clamp(max=1e5)
+    metrics = dict(consistency_loss=consistency, reward_loss=reward_error, value_loss=value_error)
+    metrics |= dict(td_target=td_target, q_value=q1)
     metrics = {name: value.detach().mean() for name, value in metrics.items()}
     h = torch.cat([h_pred[:, :1], next_h], 1)  # (B, N+1, d)
-    return loss, metrics, h.detach(), h_pred.detach()
+    return loss.mean() / N, metrics, h.detach(), h_pred.detach()
 
 
 def policy_loss(model, task_policy, skill_prior, obs, h, h_pred, args):
@@ -502,15 +523,14 @@ def policy_loss(model, task_policy, skill_prior, obs, h, h_pred, args):
 
     obs (B, N+1, O), h and h_pred (B, N+1, d) detached. Returns the loss and metrics; metrics["prior_kl"] is in nats.
     """
-    N = obs.shape[1] - 1
-    rho = args.rho ** torch.arange(N + 1, device=obs.device)  # (N+1,)
+    rho = args.rho ** torch.arange(obs.shape[1], device=obs.device)  # (N+1,)
 
     # Maximise Q on imagined states, where plans need the policy: choose the skills that the critics like best.
-    u = sample_skill(task_policy(h_pred))  # (B, N+1, Z)
-    q_value = torch.min(*model.q(h_pred, u))  # (B, N+1)
+    q_value = torch.min(*model.q(h_pred, sample_skill(task_policy, h_pred, args)))  # (B, N+1)
 
     # Stay close to the prior on encoded states: the task is solved by skills that the data show. The prior is frozen.
-    pi = task_policy(h)  # 2 x (B, N+1, Z)
+    mean = task_policy(h)  # (B, N+1, Z)
+    pi = mean, torch.full_like(mean, args.policy_std)
     prior_kl = squashed_kl(pi, skill_prior(obs)).clamp(-100, 100)  # (B, N+1)
 
     loss = (args.alpha * prior_kl - rho * q_value).sum(1).mean()  # a sum, as in the release: it is clipped at 10
@@ -518,10 +538,9 @@ def policy_loss(model, task_policy, skill_prior, obs, h, h_pred, args):
     return loss, {name: value.detach().mean() for name, value in metrics.items()}
 
 
-# -------------------------------------------------------------------------------------------------- planner and acting
 @torch.no_grad()
 def plan(model, task_policy, obs, mean, min_std, noise_scale, args):
-    """CEM over sequences of K skills in the model, for all environments at once (SkiMo, section 3.4).
+    """CEM over sequences of K skills in the model, for all environments at once (TD-MPC, algorithm 1).
 
     obs (E, O); mean (E, K, Z): zeros or the last plan, moved on by one skill; min_std () least std of samples;
     noise_scale () 1 to explore, 0 to evaluate. Returns the first skill z = 2 u (E, Z) and the fitted mean (E, K, Z).
@@ -529,370 +548,115 @@ def plan(model, task_policy, obs, mean, min_std, noise_scale, args):
     E, K, Z = mean.shape
     h0 = model.encoder(obs)  # (E, d)
 
-    # Plans that the task policy proposes compete with the samples
+    # Plans that the task policy proposes: they compete with the samples
     h = h0[:, None].expand(-1, args.num_policy_trajs, -1)  # (E, trajs, d)
     policy_plans = []
     for _ in range(K):
-        policy_plans.append(sample_skill(task_policy(h)))  # (E, trajs, Z)
+        policy_plans.append(sample_skill(task_policy, h, args))  # (E, trajs, Z)
         h = model.next(h, policy_plans[-1])
     policy_plans = torch.stack(policy_plans, 2).nan_to_num(0.0)  # (E, trajs, K, Z); NaN: a state overflowed
-    std = torch.full_like(mean, args.max_std)
 
+    std = torch.full_like(mean, 2.0)
     for _ in range(args.cem_iters):
         # Sample plans
         noise = torch.randn(E, args.num_samples, K, Z, device=obs.device)
-        plans = mean[:, None] + std[:, None] * noise
-        plans = plans.clamp(-1, 1)  # (E, num_samples, K, Z)
+        plans = (mean[:, None] + std[:, None] * noise).clamp(-1, 1)  # (E, num_samples, K, Z)
         plans = torch.cat([plans, policy_plans], 1)  # (E, P, K, Z)
 
         # Return of each plan: K predicted rewards, then the value of going on with the task policy
         h = h0[:, None].expand(-1, plans.shape[1], -1)  # (E, P, d)
         value = 0.0
         for t in range(K):
-            reward = model.reward(h, plans[:, :, t])  # (E, P)
-            value = value + args.gamma**t * reward
+            value = value + args.gamma**t * model.reward(h, plans[:, :, t])  # (E, P)
             h = model.next(h, plans[:, :, t])
-        last_u = sample_skill(task_policy(h))
-        last_q = torch.min(*model.q(h, last_u))  # (E, P)
-        value = value + args.gamma**K * last_q
-        value = value.nan_to_num(-1e6)  # NaN: a state overflowed
+        last_q = torch.min(*model.q(h, sample_skill(task_policy, h, args)))  # (E, P)
+        value = (value + args.gamma**K * last_q).nan_to_num(-1e6)  # NaN: a state overflowed
 
         # Fit the next distribution to the best plans, weighted by their value
         elite_value, index = value.topk(args.num_elites, 1)  # (E, elites)
-        index = index[..., None, None].expand(-1, -1, K, Z)
-        elites = plans.gather(1, index)  # (E, elites, K, Z)
+        elites = plans.gather(1, index[..., None, None].expand(-1, -1, K, Z))  # (E, elites, K, Z)
         weight = torch.softmax(args.temperature * elite_value, 1)  # (E, elites)
         w = weight[..., None, None]
         elite_mean = (w * elites).sum(1)  # (E, K, Z)
-        deviation = elites - elite_mean[:, None]
-        variance = (w * deviation.square()).sum(1)  # (E, K, Z)
+        variance = (w * (elites - elite_mean[:, None]).square()).sum(1)  # (E, K, Z)
         std = variance.sqrt().maximum(min_std)
-        std = std.clamp(max=args.max_std)
-        mean = args.momentum * mean + (1 - args.momentum) * elite_mean
+        mean = 0.1 * mean + 0.9 * elite_mean
 
     # First skill of an elite: weight / Exp(1) is largest at elite i with probability weight_i. So this draws like
     # torch.multinomial, without its wait for the GPU.
-    race = weight / torch.empty_like(weight).exponential_()
-    picked = race.argmax(1)  # (E,)
+    picked = (weight / torch.empty_like(weight).exponential_()).argmax(1)  # (E,)
     u = elites[torch.arange(E, device=obs.device), picked, 0]  # (E, Z)
     u = u + noise_scale * std[:, 0] * torch.randn_like(u)
     return 2 * u.clamp(-1, 1), mean
 
 
-class Planner:
-    """Chooses skills for E environments at once; follows the schedules and keeps the last plans."""
-
-    def __init__(self, agent, args: Args, explore: bool):
-        self.agent = agent
-        self.args = args
-        self.explore = explore
-        self.graphs = {}  # of the last shape alone
-        self.last_mean = torch.zeros(0, 0, args.skill_dim, device=args.device)  # (E, K, Z)
-
-    def __call__(self, obs, global_step: int):
-        """Observations (E, O), NumPy -> skills (E, Z) on the CPU."""
-        args = self.args
-        agent = self.agent
-        E = len(obs)
-        steps = max(0, global_step - args.warmup_steps)  # since the first plan, DEVIATION 5
-        if args.release_defects:
-            steps = 0  # defect (c)
-        growth = min(1.0, steps / args.horizon_steps)
-        K = int(1 + growth * (args.num_skills - 1))  # skills per plan
-        progress = min(1.0, steps / args.std_steps)
-        min_std = args.min_std + progress * (args.min_std_end - args.min_std)
-        min_std = torch.full((), min_std, device=args.device)  # made there: torch.tensor would wait for the device
-        noise_scale = torch.full((), float(self.explore), device=args.device)
-        mean = torch.zeros(E, K, args.skill_dim, device=args.device)
-        if self.last_mean.shape == mean.shape:
-            mean[:, :-1] = self.last_mean[:, 1:]
-
-        inputs = torch.from_numpy(obs).to(args.device), mean, min_std, noise_scale
-
-        def plan_skills(obs, mean, min_std, noise_scale):
-            return plan(agent.model, agent.task_policy, obs, mean, min_std, noise_scale, args)
-
-        shape = mean.shape
-        if self.explore and shape not in self.graphs:  # an evaluation is too short to record
-            self.graphs = {shape: recorded(plan_skills, args)}
-        z, mean = self.graphs.get(shape, plan_skills)(*inputs)
-        self.last_mean = mean.clone()  # a CUDA graph overwrites its outputs
-        return z.cpu()
-
-    def forget(self, ended):
-        """Plans of episodes that ended, (E,) bool, mean nothing to the next ones."""
-        if len(self.last_mean) > 0:
-            goes_on = torch.from_numpy(~ended)[:, None, None]
-            self.last_mean = self.last_mean * goes_on.to(self.args.device)
+def with_room(x, rows: int):
+    """The tensor x, twice as long with zeros if it has fewer rows: growing costs little however often it happens."""
+    return x if rows <= len(x) else torch.cat([x, torch.zeros_like(x)])
 
 
-@torch.no_grad()
-def execute_skill(envs, skills, obs, z, ended, args: Args):
-    """H env steps of the skill policy with skills z (E, Z), on the CPU next to the simulator.
-
-    obs (E, O); ended (E,) bool: environments that wait for their reset. Returns next_obs (E, O), the rewards' sum (E,),
-    the new ended (E,) and the env steps taken (E,).
-    """
-    rewards = np.zeros(len(obs), dtype=np.float32)
-    steps = np.zeros(len(obs), dtype=np.int64)
-    for _ in range(args.skill_horizon):
-        action = skills.act(torch.from_numpy(obs), z).numpy()  # (E, A)
-        obs, reward, terminations, truncations, _ = envs.step(action)
-        rewards += np.where(ended, 0.0, reward)
-        steps += ~ended
-        ended = terminations | truncations
-        if ended.all():
-            break
-    return obs, rewards, ended, steps
-
-
-def rollout(choose_skill, skills, num_episodes: int, args: Args, seed: int, video: Path | None = None):
-    """An episode in each of num_episodes environments, with skills z (E, Z) = choose_skill(obs (E, O)), on the CPU.
-
-    Returns returns (E,) and lengths in env steps (E,). The random numbers of training stay as they were.
-    """
-    envs = data_tools.make_envs(args.env_id, num_episodes, video)
-    returns = np.zeros(num_episodes)
-    lengths = np.zeros(num_episodes, dtype=np.int64)
-    ended = np.zeros(num_episodes, dtype=bool)
-    with kept_random_state(args):
-        torch.manual_seed(seed)
-        obs, _ = envs.reset(seed=seed)
-        while not ended.all():
-            z = choose_skill(obs)
-            obs, rewards, ended, steps = execute_skill(envs, skills, obs, z, ended, args)
-            returns += rewards
-            lengths += steps
-    envs.close()
-    return returns, lengths
-
-
-def prior_rollouts(networks, args: Args, num_episodes: int):
-    """Returns (E,) of episodes with squashed skills of the prior: what spirl.py's task policy begins with."""
-    cpu = copy.deepcopy(networks).cpu().eval()
-
-    @torch.no_grad()
-    def choose_skill(obs):
-        return squash(draw(cpu["prior"](torch.from_numpy(obs))))  # (E, Z)
-
-    return rollout(choose_skill, cpu["skills"], num_episodes, args, args.seed)[0]
-
-
-def success(returns, args: Args) -> float:
-    """Share of episodes in which everything was done."""
-    best = data_tools.TASKS[args.env_id].max_return
-    reached = np.asarray(returns) >= best - 1e-5 * abs(best)  # rewards are float32
-    return float(reached.mean()) if len(returns) else 0.0
-
-
-# -------------------------------------------------------------------------------------------------------------- replay
 class ReplayBuffer:
-    """Finished episodes of at least N skills, back to back in flat tensors on the device; none is ever dropped.
+    """All skills of E environments, a row each, in flat tensors on the device; row r is followed by r + E.
 
-    From shorter ones nothing is learnt, as in the release. An episode of T skills takes T + 1 rows; the last one holds
-    its final observation. z here is u, skills over 2 (with --release-defects it is z).
+    Learning sees finished episodes of at least N skills. z here is u, skills over 2 (DEVIATION 7).
     """
 
     def __init__(self, obs_dim: int, args: Args):
         self.num_skills = args.num_skills
-        self.device = args.device
-        self.columns = dict(
-            obs=torch.zeros(0, obs_dim, device=args.device),
-            z=torch.zeros(0, args.skill_dim, device=args.device),
-            rewards=torch.zeros(0, device=args.device),
-            dones=torch.zeros(0, device=args.device),
-        )
-        self.episodes = torch.zeros(0, 2, dtype=torch.long, device=args.device)  # first row, skills
-        self.running = [[] for _ in range(args.num_envs)]  # rows of the unfinished episodes
+        sizes = dict(obs=[obs_dim], z=[args.skill_dim], rewards=[], dones=[], next_obs=[obs_dim])
+        room = 1024 * args.num_envs
+        self.columns = {name: torch.zeros(room, *size, device=args.device) for name, size in sizes.items()}
+        self.rows = 0  # filled so far
+        self.episodes = torch.zeros(1024, 2, dtype=torch.long, device=args.device)  # first row, skills
+        self.num_episodes = 0
+        self.running = torch.zeros(args.num_envs, dtype=torch.long)  # skills in each unfinished episode
 
-    def add(self, obs, z, rewards, ended, next_obs):
-        """One skill of every environment: obs, next_obs (E, O) NumPy, z (E, Z), rewards, ended (E,) NumPy.
-
-        A time-out is stored as a true end (DEVIATION 4).
-        """
-        obs = torch.from_numpy(obs)
-        next_obs = torch.from_numpy(next_obs)
-        rewards = torch.from_numpy(rewards)
-        dones = torch.from_numpy(ended).float()
-        for e, running in enumerate(self.running):
-            running.append((obs[e], z[e], rewards[e], dones[e]))
-            if ended[e]:
-                if len(running) >= self.num_skills:
-                    self.add_episode(running, next_obs[e])
-                self.running[e] = []
-
-    def add_episode(self, rows: list, last_obs):
-        """Rows (obs, z, reward, done) of an episode and its final observation (O,) go to the device."""
-        zeros = torch.zeros(())
-        first = len(self.columns["obs"])
-        episode = torch.tensor([[first, len(rows)]], device=self.device)
-        self.episodes = torch.cat([self.episodes, episode])
-        rows = [*rows, (last_obs, torch.zeros_like(rows[0][1]), zeros, zeros)]
-        for name, values in zip(self.columns, zip(*rows)):
-            new = torch.stack(values).to(self.device)
-            self.columns[name] = torch.cat([self.columns[name], new])
+    def add(self, **skill):
+        """One skill of every environment: obs, next_obs (E, O), z (E, Z), rewards, dones (E,)."""
+        E = len(self.running)
+        for name, column in self.columns.items():
+            self.columns[name] = with_room(column, self.rows + E)
+            self.columns[name][self.rows : self.rows + E] = torch.as_tensor(skill[name])
+        self.rows += E
+        self.running += 1
+        for e in np.flatnonzero(skill["dones"]):
+            T = int(self.running[e])
+            self.running[e] = 0
+            if T >= self.num_skills:
+                self.episodes = with_room(self.episodes, self.num_episodes + 1)
+                self.episodes[self.num_episodes] = torch.tensor([self.rows - E * T + e, T])
+                self.num_episodes += 1
 
     def sample(self, batch_size: int):
         """Windows of N skills: obs (B, N+1, O), z (B, N, Z), rewards and dones (B, N).
 
         Episodes are uniform, and so is the start in an episode.
         """
-        N = self.num_skills
-        index = torch.randint(len(self.episodes), (batch_size,), device=self.device)  # (B,)
+        N, E, device = self.num_skills, len(self.running), self.episodes.device
+        index = torch.randint(self.num_episodes, (batch_size,), device=device)  # (B,)
         first, T = self.episodes[index].unbind(1)  # (B,)
-        start = torch.rand(batch_size, device=self.device) * (T - N + 1)
-        start = first + start.long()  # (B,)
-        rows = start[:, None] + torch.arange(N + 1, device=self.device)  # (B, N+1)
-        obs, z, rewards, dones = (column[rows] for column in self.columns.values())
-        return obs, z[:, :-1], rewards[:, :-1], dones[:, :-1]
-
-    def state_dict(self) -> dict:
-        unfinished = [list(map(torch.stack, zip(*rows))) for rows in self.running]
-        return dict(self.columns, episodes=self.episodes, unfinished=unfinished)
-
-    def load_state_dict(self, state: dict):
-        rows = int((state["episodes"][:, 1] + 1).sum())
-        for name, column in self.columns.items():
-            if state[name].shape != (rows, *column.shape[1:]) or not state[name].isfinite().all():
-                raise ValueError(f"{name} of the replay buffer has another shape or is not finite")
-        if len(state["unfinished"]) != len(self.running):
-            raise ValueError("the replay buffer is that of another number of environments")
-        self.running = [list(zip(*columns)) for columns in state["unfinished"]]
-        self.episodes = state["episodes"].to(self.device)
-        self.columns = {name: state[name].to(self.device) for name in self.columns}
-
-
-# --------------------------------------------------------------------------------------------------- logs, checkpoints
-def kept_random_state(args: Args):
-    """Context that leaves torch's random numbers as they were, also those of the GPU that is used."""
-    return torch.random.fork_rng([torch.cuda.current_device()] if args.device == "cuda" else [])
-
-
-def log(writer: SummaryWriter, group: str, values: dict, step: int):
-    """Scalars to TensorBoard as group/name."""
-    for name, value in values.items():
-        writer.add_scalar(f"{group}/{name}", value, step)
-
-
-def stop_at_signals() -> threading.Event:
-    """Ctrl-C or SIGTERM asks for a stop where everything can be saved; the same once more ends the program at once."""
-    stop = threading.Event()
-
-    def ask(number, frame):
-        stop.set()
-        os.write(2, b"\nstopping: saves first (once more: stops at once)\n")  # print may not interrupt a print
-        signal.signal(number, signal.SIG_DFL)
-
-    signal.signal(signal.SIGINT, ask)
-    signal.signal(signal.SIGTERM, ask)
-    return stop
-
-
-def write_json(path: Path, values: dict):
-    """Values as JSON. The file is renamed when it is whole, so that a crash never leaves half of it."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(values, indent=1))
-    part.replace(path)
-
-
-def passed(interval: int, step: int, new_steps: int) -> bool:
-    """Whether the last new_steps reached or passed a multiple of interval (0: never)."""
-    return interval > 0 and step // interval > (step - new_steps) // interval
-
-
-def save(path: Path, parts: dict, **values):
-    """Write the state of modules, optimizers and replay, plain values, and torch's random numbers.
-
-    The file is renamed when it is whole, so that a crash while writing leaves the one of before.
-    """
-    temporary = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
-    state = {name: part.state_dict() for name, part in parts.items()}
-    rng = [torch.get_rng_state()]
-    if torch.cuda.is_initialized():
-        rng.append(torch.cuda.get_rng_state())
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(state, **values, rng=rng), temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
-        reason = str(error).split("\n")[0]
-        sys.exit(f"error: cannot write {path} ({reason}); free some space or choose another folder")
-
-
-@contextlib.contextmanager
-def reading(path: Path):
-    """A file that is missing, damaged or of other sizes ends the program with a sentence."""
-    try:
-        yield
-    except (FileNotFoundError, NotADirectoryError):
-        sys.exit(f"error: {path} does not exist; give another path")
-    except (IsADirectoryError, PermissionError) as error:
-        reason = error.strerror
-        sys.exit(f"error: {path} cannot be read ({reason}); check the path")
-    except torch.OutOfMemoryError:
-        sys.exit(f"error: no memory for {path}; end other programs")
-    except Exception as error:
-        kind = type(error).__name__
-        reason = " ".join(str(error).split())[:200]
-        problem = f"{path} is damaged or does not fit this file and task ({kind}: {reason})"
-        made = Path(path).parent.name in ("pretrained", "flows")
-        cure = "delete it to make it again" if made else "give another"
-        sys.exit(f"error: {problem}; {cure}")
-
-
-def load(path: Path, parts: dict) -> dict:
-    """Put what `save` wrote into parts; returns everything. Raises an error if a single bit is wrong."""
-    if zipfile.ZipFile(path).testzip() is not None:
-        raise ValueError("its checksum is wrong")
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-        if isinstance(part, nn.Module):
-            for key, value in part.state_dict().items():
-                if not value.isfinite().all():
-                    raise ValueError(f"{key} is not finite")
-        if isinstance(part, torch.optim.Optimizer):
-            for weight, moments in part.state.items():
-                for moment in (moments["exp_avg"], moments["exp_avg_sq"]):
-                    if moment.shape != weight.shape or not moment.isfinite().all():
-                        raise ValueError("an optimizer's state has another shape or is not finite")
-    return state
-
-
-def set_random_state(rng: list):
-    """Go on with the random numbers of a checkpoint; without its GPU not bit for bit."""
-    torch.set_rng_state(rng[0])
-    if torch.cuda.is_available() and len(rng) > 1:
-        torch.cuda.set_rng_state(rng[1])
-
-
-# --------------------------------------------------------------------------------------------------------- pre-training
-def clip_gradients(module, args: Args):
-    """Bound the gradient's norm; returns it, ()."""
-    return nn.utils.clip_grad_norm_(module.parameters(), args.max_grad_norm)
+        start = (torch.rand(batch_size, device=device) * (T - N + 1)).long()  # (B,)
+        rows = first[:, None] + E * (start[:, None] + torch.arange(N, device=device))  # (B, N)
+        obs, z, rewards, dones = (self.columns[name][rows] for name in ("obs", "z", "rewards", "dones"))
+        last = self.columns["next_obs"][rows[:, -1:]]  # (B, 1, O)
+        return torch.cat([obs, last], 1), z, rewards, dones
 
 
 class Recorded:
-    """A function of tensors as a CUDA graph: the GPU repeats what it did, with one launch in place of hundreds.
-
-    The first call is an ordinary one, in which optimizers make what they need. The second is recorded. This one and
-    all that follow replay it: inputs keep their shapes, Python decides nothing anew, nothing may wait for the GPU, and
-    optimizers in it are capturable. A call overwrites what the one before returned.
+    """A function of tensors as a CUDA graph: one launch in place of hundreds. The first call is an ordinary one, the
+    second is recorded: shapes stay, Python decides nothing anew, and a call overwrites what the one before returned.
     """
 
-    def __init__(self, function):
-        self.function = function
-        self.stream = torch.cuda.Stream()
-        self.graph = torch.cuda.CUDAGraph()
-        self.inputs = None
-        self.outputs = None
+    def __init__(self, function, args: Args):
+        self.function, self.recording = function, args.cudagraphs and args.device == "cuda"
+        self.inputs = self.outputs = None
 
     def __call__(self, *inputs):
+        if not self.recording:
+            return self.function(*inputs)
         if self.inputs is None:
             self.inputs = [x.clone() for x in inputs]
+            self.stream = torch.cuda.Stream()
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 outputs = self.function(*inputs)
@@ -900,6 +664,7 @@ class Recorded:
             return outputs
         if self.outputs is None:
             gc.collect()  # an old graph that Python deletes meanwhile would break this one
+            self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, stream=self.stream):
                 self.outputs = self.function(*self.inputs)
         for mine, given in zip(self.inputs, inputs):
@@ -908,581 +673,310 @@ class Recorded:
         return self.outputs
 
 
-def recorded(function, args: Args):
-    """The function itself on a CPU and with --no-cudagraphs."""
-    return Recorded(function) if args.cudagraphs and args.device == "cuda" else function
-
-
-def check_finite(metrics: dict):
-    """End the program before NaN gets into a checkpoint. After a NaN all gradients are NaN, so one look now and then
-    finds it; a look at every update would make the CPU wait for the GPU.
-    """
-    if not metrics["grad_norm"].isfinite():
-        sys.exit("error: the gradient is no number any more: lower the learning rate; the last checkpoint is kept")
-
-
-@torch.no_grad()
-def update_target(target, online, tau: float):
-    """target <- (1 - tau) target + tau online"""
-    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
-
-
-def pretrain_lr(updates: int, args: Args) -> float:
-    """Down to zero as sqrt(1 - progress) (DEVIATION 2)."""
-    if not args.pretrain_lr_decay:
-        return args.pretrain_lr
-    return args.pretrain_lr * (1 - updates / args.pretrain_updates) ** 0.5
-
-
-def perturb(obs, actions, args: Args):
-    """DEVIATION 3: put the arm a little beside where it was shown, with the actions that lead back to what was shown.
-
-    obs (B, T+1, O), actions (B, T, A). An action asks for a joint position relative to the observed one, so a shift of
-    that has a known correction. Without it the skill policy learns people's paths, but not how to stay on them.
-    """
-    if args.arm_noise == 0:
-        return obs, actions
-    J, reach = ARM[args.env_id]
-    shift = args.arm_noise * torch.randn_like(obs[..., :J])  # (B, T+1, J)
-    shifted = obs[..., :J] + shift
-    corrected = actions[..., :J] - shift[:, :-1] / reach
-    obs = torch.cat([shifted, obs[..., J:]], -1)
-    actions = torch.cat([corrected.clamp(-1, 1), actions[..., J:]], -1)
-    return obs, actions
-
-
-def code_of(*parts) -> dict:
-    """Source of functions and classes of this file, and of those that they use in turn, by name."""
-    code = {}
-    waiting = list(parts)
-    while waiting:
-        part = waiting.pop()
-        code[part.__name__] = inspect.getsource(part)
-        names = [node for node in ast.walk(ast.parse(code[part.__name__])) if isinstance(node, ast.Name)]
-        own = {node.id for node in names if isinstance(node.ctx, ast.Store)}
-        for name in {node.id for node in names} - own - {"Args", *code}:
-            used = globals().get(name)
-            if getattr(used, "__module__", None) == __name__:
-                waiting.append(used)
-    return code
-
-
-def find_pretrained(args: Args):
-    """Returns the file of the pre-trained model and, where it has to be trained first, the offline data or else None.
-
-    A model is found again by the data, the seed, the arguments under `# Model` and `# Pre-training`, and the code
-    of networks and pre-training: whoever changes one of them gets a new one. Constants, and what only pretrain()
-    calls, are not seen: delete the model after a change there.
-    """
-    task = data_tools.TASKS[args.env_id]
-    family = f"{PRETRAINED}_{task.data or args.env_id}"  # both kitchens share their data
-    if args.pretrained == "published":
-        return SHIPPED / f"{family}_pretrained.pt", None
-    if args.pretrained:
-        return Path(args.pretrained), None
-    data = data_tools.load_dataset(args.env_id, args.data_dir, args.dataset, args.data)
-    names = [field.name for field in fields(Args)]
-    names = names[names.index("skill_horizon") : names.index("clip_norm") + 1]
-    code = code_of(make_networks, pretrain_loss, pretrain_lr, perturb) | {"pretrain": inspect.getsource(pretrain)}
-    code["data"] = inspect.getsource(data_tools.OfflineDataset)
-    made_from = [data.fingerprint, args.seed]
-    made_from += [ast.dump(ast.parse(source)) for _, source in sorted(code.items())]
-    made_from += [[name, getattr(args, name)] for name in names]
-    made_from += [np.asarray(POSITION_PERIODS.get(args.env_id, ())).tolist(), ARM.get(args.env_id)]
-    made_from += [task.obs_scale, task.obs_shift, task.objects]
-    key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
-    path = data_tools.cache_dir(args.data_dir) / "pretrained" / f"{family}_{key}.pt"
-    return path, None if os.path.exists(path) else data
-
-
-def pretrain(args: Args, networks: nn.ModuleDict, path: Path, data, writer, stop: threading.Event):
-    """Phase 1: learn skills and prior from the offline data; writes them to path."""
-    window = args.skill_horizon + 1
-    train_data, valid_data = data.to(args.device).split(0.99, window)
-    if args.recombine:
-        train_data = train_data.recombined(data_tools.TASKS[args.env_id].objects, args.seed)  # DEVIATION 3
-    networks.train()  # BatchNorm's statistics move in pre-training only
-    optimizer = torch.optim.RAdam(networks.parameters(), lr=args.pretrain_lr)
-
-    def gradients(obs, actions):
-        loss, metrics = pretrain_loss(*networks.values(), obs, actions, args)
-        optimizer.zero_grad()
-        loss.backward()
-        return metrics
-
-    gradients = recorded(gradients, args)
-    updates = 0
-    seconds = 0.0  # of earlier commands
-
-    parts = dict(networks=networks, optimizer=optimizer)
-    unfinished = path.with_suffix(".unfinished")
-    if unfinished.exists():  # go on where an earlier command was stopped
-        with reading(unfinished):
-            state = load(unfinished, parts)
-            updates = int(state["updates"])
-            seconds = float(state["seconds"])
-            set_random_state(state["rng"])
-        print(f"pre-training goes on at update {updates}: {unfinished}")
-    start_time = time.time() - seconds
-    save(unfinished, parts, updates=updates, seconds=seconds)  # a folder that cannot be written is noticed now
-    bar = tqdm(desc="pre-training", total=args.pretrain_updates, initial=updates, unit="update")
-
-    while updates < args.pretrain_updates:
-        optimizer.param_groups[0]["lr"] = pretrain_lr(updates, args)
-        obs, actions = train_data.sample_windows(args.pretrain_batch_size, window)
-        obs, actions = perturb(obs, actions, args)
-        metrics = gradients(obs, actions)
-        max_norm = args.clip_norm if updates < args.clip_updates else float("inf")
-        metrics["grad_norm"] = nn.utils.clip_grad_norm_(networks.parameters(), max_norm)
-        optimizer.step()
-        updates += 1
-        bar.update()
-
-        finished = updates == args.pretrain_updates
-        stopping = stop.is_set()
-        saving = stopping or updates % 2_500 == 0
-        if finished or saving or updates % 100 == 0:
-            check_finite(metrics)
-            log(writer, "pretrain", metrics, updates)
-            bar.set_postfix({name: f"{value:.3g}" for name, value in metrics.items()})
-
-        # Losses do not tell whether skills are any good: let the prior act in the task
-        if finished or updates % args.pretrain_eval_interval == 0:
-            num_episodes = args.pretrain_eval_episodes * (4 if finished else 1)
-            returns = prior_rollouts(networks, args, num_episodes)
-            facts = dict(prior_return=float(returns.mean()), prior_success=success(returns, args))
-            networks.eval()
-            with kept_random_state(args), torch.no_grad():
-                obs, actions = valid_data.sample_windows(args.pretrain_batch_size, window)
-                _, metrics = pretrain_loss(*networks.values(), obs, actions, args)
-            networks.train()
-            facts |= {f"valid_{name}": float(value) for name, value in metrics.items()}
-            log(writer, "pretrain", facts, updates)
-            words = ", ".join(f"{name} {value:.3g}" for name, value in facts.items())
-            bar.write(f"update {updates}: {words}")
-
-        if saving and not finished:
-            save(unfinished, parts, updates=updates, seconds=time.time() - start_time)
-        if stopping and not finished:
-            bar.close()
-            sys.exit("stopped in pre-training; the same command goes on")
-    bar.close()
-    facts |= dict(updates=updates, minutes=(time.time() - start_time) / 60, data=data.source)
-    facts["skill_horizon"] = args.skill_horizon
-    save(path, dict(networks=networks), facts=facts)
-    unfinished.unlink(missing_ok=True)
-
-
-# -------------------------------------------------------------------------------------------------------- downstream RL
 class Agent(nn.Module):
-    """What downstream RL trains, the frozen prior and skills, and one gradient step."""
+    """What downstream RL trains, the frozen prior and skills; how skills are chosen, and one gradient step."""
 
     def __init__(self, args: Args, networks: nn.ModuleDict):
         super().__init__()
         self.args = args
-        self.skills = networks["skills"]
+        self.skills = networks["skills"].cpu()  # acts next to the simulator
         self.skill_prior = networks["prior"]
         obs_dim = len(self.skill_prior.features.scale)
         self.model = WorldModel(obs_dim, args).to(args.device)
-        self.task_policy = TaskPolicy(args).to(args.device)
+        sizes = args.latent_dim, args.model_dim, args.model_dim, args.skill_dim
+        self.task_policy = mlp(*sizes).to(args.device)  # pi(u | h): mean before the tanh, (..., d) -> (..., Z)
         self.target = copy.deepcopy(self.model)
         self.eval()  # BatchNorm keeps the statistics of pre-training
         for frozen in (self.skills, self.skill_prior, self.target):
             frozen.requires_grad_(False)
-        adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, eps=1e-7, fused=True, capturable=True)
-        self.model_optimizer = adam(self.model.parameters())
-        self.policy_optimizer = adam(self.task_policy.parameters())
-        self.update = recorded(self.update, args)
-
-    def prior_input(self, obs):
-        """Observations (..., O) as the KL's prior gets them; scaled ones are defect (d) of the release."""
-        features = self.model.encoder[0]
-        return obs * features.scale + features.shift if self.args.release_defects else obs
+        options = dict(lr=args.learning_rate, eps=1e-7, fused=True, capturable=True)
+        self.model_optimizer = torch.optim.Adam(self.model.parameters(), **options)
+        self.policy_optimizer = torch.optim.Adam(self.task_policy.parameters(), **options)
+        self.update = Recorded(self.update, args)
+        self.recorded_skills = None  # number of skills in the recorded plan
+        self.last_mean = torch.zeros(args.num_envs, 0)  # (E, K, Z) of the last plans, none yet
 
     @torch.no_grad()
-    def sample_prior(self, obs):
-        """Skills of the prior for the warm-up: obs (E, O) NumPy -> z (E, Z) on the CPU."""
-        return draw(self.skill_prior(torch.from_numpy(obs).to(self.args.device))).cpu()
+    def choose_skills(self, obs, global_step: int | None, explore: bool):
+        """obs (E, O), NumPy -> z (E, Z) on the CPU: planned as after global_step, or without it the prior's."""
+        args = self.args
+        obs = torch.from_numpy(obs).to(args.device)
+        if global_step is None:
+            return draw(self.skill_prior(obs)).cpu()
+        steps = max(0, global_step - args.warmup_steps)  # since the first plan, DEVIATION 5
+        growth = min(1.0, steps / args.horizon_steps)
+        K = int(1 + growth * (args.num_skills - 1))  # skills per plan
+        progress = min(1.0, steps / args.std_steps)
+        min_std = args.min_std + progress * (args.min_std_end - args.min_std)
+        min_std = torch.full((), min_std, device=args.device)  # made there: torch.tensor would wait for the device
+        noise_scale = torch.full((), float(explore), device=args.device)
+        mean = torch.zeros(len(obs), K, args.skill_dim, device=args.device)
+        if self.last_mean.shape == mean.shape:
+            mean[:, :-1] = self.last_mean[:, 1:]
+        planner = functools.partial(plan, self.model, self.task_policy, args=args)
+        if explore:  # an evaluation is too short to record
+            if K != self.recorded_skills:
+                self.recorded_skills, self.planner = K, Recorded(planner, args)
+            planner = self.planner
+        z, mean = planner(obs, mean, min_std, noise_scale)
+        self.last_mean = mean.clone()  # the next call overwrites what was recorded
+        return z.cpu()
 
     def update(self, obs, u, rewards, dones) -> dict:
         """One step of model and task policy on windows from the replay buffer; returns metrics."""
-        args = self.args
-        model = self.model
+        args, model = self.args, self.model
         loss, metrics, h, h_pred = model_loss(model, self.target, self.task_policy, obs, u, rewards, dones, args)
         self.model_optimizer.zero_grad()
         loss.backward()
-        model_norm = clip_gradients(model, args)
+        model_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         self.model_optimizer.step()
 
         model.requires_grad_(False)  # the critics' weights need no gradient of the policy loss
-        prior_obs = self.prior_input(obs)
-        nets = model, self.task_policy, self.skill_prior
-        loss, policy_metrics = policy_loss(*nets, prior_obs, h, h_pred, args)
+        loss, policy_metrics = policy_loss(model, self.task_policy, self.skill_prior, obs, h, h_pred, args)
         self.policy_optimizer.zero_grad()
         loss.backward()
-        policy_norm = clip_gradients(self.task_policy, args)
+        policy_norm = nn.utils.clip_grad_norm_(self.task_policy.parameters(), args.max_grad_norm)
         self.policy_optimizer.step()
         model.requires_grad_(True)
         return dict(metrics, **policy_metrics, grad_norm=model_norm + policy_norm)
 
 
-def train(args: Args, networks: nn.ModuleDict, facts: dict, run_dir: Path, writer, stop: threading.Event) -> dict:
-    """Phase 2: online RL over skills, from pre-trained networks or, where there is one, from the run's checkpoint.
+@torch.no_grad()
+def execute_skill(envs, skills, obs, z, args: Args):
+    """H env steps of the skill policy with skills z (E, Z), on the CPU next to the simulator.
 
-    facts about the pre-training go into the results, which are returned.
+    obs (E, O). Returns next_obs (E, O), the rewards' sum (E,), and whose episodes have ended (E,): they stand still.
     """
+    rewards = np.zeros(len(obs), dtype=np.float32)
+    for _ in range(args.skill_horizon):
+        action = skills.act(torch.from_numpy(obs), z).numpy()  # (E, A)
+        obs, reward, terminations, truncations, _ = envs.step(action)
+        rewards += reward
+        ended = terminations | truncations
+        if ended.all():
+            break
+    return obs, rewards, ended
+
+
+def rollout(agent: Agent, args: Args, num_episodes: int, seed: int, global_step=None, video: Path | None = None):
+    """Scores of an episode in each of num_episodes environments, without exploration noise and with random numbers of
+    its own. Skills are planned as after global_step, or without it the task policy's.
+    """
+    agent = copy.copy(agent)  # with plans of its own, none yet
+    agent.last_mean = torch.zeros(0)
+    envs = data_tools.make_envs(args.env_id, num_episodes, video)
+    with torch.random.fork_rng(["cuda"] if args.device == "cuda" else []):
+        torch.manual_seed(seed)
+        obs, _ = envs.reset(seed=seed)
+        ended = np.zeros(num_episodes, dtype=bool)
+        while not ended.all():
+            z = agent.choose_skills(obs, global_step, explore=False)
+            obs, _, ended = execute_skill(envs, agent.skills, obs, z, args)
+    envs.close()
+    success = data_tools.TASKS[args.env_id].success(envs.returns)
+    return dict(episodic_return=float(envs.returns.mean()), episodic_length=float(envs.steps.mean()), success=success)
+
+
+def train(args: Args) -> dict:
+    """Both phases of a run, or the rest of them; returns its results."""
+    task = data_tools.TASKS[args.env_id]
+    envs = data_tools.make_envs(args.env_id, args.num_envs)
+    if envs.max_episode_steps <= args.skill_horizon * (args.num_skills - 1):
+        sys.exit("error: --num-skills: a window is longer than an episode")
+    run_name = f"{args.env_id}__{FILE.stem}__{args.seed}__{time.time_ns() // 10**6}"
+    run_dir = Path(args.resume or f"{args.run_dir}/{run_name}").expanduser()
+    save(run_dir / "args.json", dict(asdict(args), script=FILE.name))
+    (run_dir / "results.json").unlink(missing_ok=True)  # of fewer env steps
+    writer = SummaryWriter(run_dir)
+    stop = threading.Event()
+
+    def stop_soon(number, frame):  # Ctrl-C: where all can be saved
+        stop.set()
+        os.write(2, b"\nstopping: saves first (once more: stops at once)\n")  # print may not interrupt a print
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, stop_soon)
+    signal.signal(signal.SIGTERM, stop_soon)
+    torch.manual_seed(args.seed)
+    networks = make_networks(args)
+    checkpoint = run_dir / "checkpoint.pt"
+    facts = {} if checkpoint.exists() else pretrain(args, networks, writer, stop)
+
+    # Phase 2: online RL over skills
     torch.manual_seed(args.seed)  # RL is the same whether the model was trained just now or comes from a file
     agent = Agent(args, networks)
-    planner = Planner(agent, args, explore=True)
-    envs = data_tools.make_envs(args.env_id, args.num_envs)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
     # Episodes that succeed end first, and an agent that learns from those alone fails. So the warm-up lasts until every
     # environment has finished an episode, or longer.
     args.warmup_steps = max(args.warmup_steps, args.num_envs * envs.max_episode_steps)
     rb = ReplayBuffer(obs.shape[1], args)
-    led_here = torch.zeros(args.num_envs, args.skill_dim), np.zeros(args.num_envs, dtype=np.float32)  # defect (a)
-    global_step = 0
-    gradient_step = 0
-    running_return = np.zeros(args.num_envs)  # (E,) of the episodes that have not ended yet
-    running_length = np.zeros(args.num_envs, dtype=np.int64)  # (E,)
-    episodes = []  # (env step, return, length, minutes) of those that have
-    evaluations = []  # (env step, mean return, success)
-    seconds = 0.0  # of earlier commands
-
-    parts = dict(agent=agent, rb=rb)
-    parts |= dict(model=agent.model_optimizer, policy=agent.policy_optimizer)
-    checkpoint = run_dir / "checkpoint.pt"
+    global_step, gradient_step, seconds = 0, 0, 0.0
+    episodes, evaluations = [], []  # (env step, return, length, minutes), (env step, mean return, success)
+    parts = dict(agent=agent, model=agent.model_optimizer, policy=agent.policy_optimizer)
     if checkpoint.exists():
-        with reading(checkpoint):
-            state = load(checkpoint, parts)
-            obs = envs.set_state(state["envs"])
-            planner.last_mean = state["last_mean"].to(args.device)
-            led_here[0][:] = state["led_here"][0]
-            led_here[1][:] = state["led_here"][1].numpy()
-            global_step = int(state["global_step"])
-            gradient_step = int(state["gradient_step"])
-            running_return[:] = state["running_return"].numpy()
-            running_length[:] = state["running_length"].numpy()
-            episodes = [(step, ret, length, minutes) for step, ret, length, minutes in state["episodes"]]
-            evaluations = [(step, ret, share) for step, ret, share in state["evaluations"]]
-            facts = dict(state["facts"])
-            seconds = float(state["seconds"])
-            set_random_state(state["rng"])
+        state = load(checkpoint, parts, args.device)
+        vars(rb).update(state["rb"])
+        agent.last_mean = state["last_mean"]
+        obs = envs.set_state(state["envs"])
+        global_step, gradient_step, seconds, episodes, evaluations, facts = state["progress"]
     start_time = time.time() - seconds
 
-    skills = copy.deepcopy(agent.skills).cpu()  # acts next to the simulator
-    none_ended = np.zeros(args.num_envs, dtype=bool)
-    episodes_file = (run_dir / "episodes.csv").open("w", buffering=1, newline="")  # written line by line
-    episodes_csv = csv.writer(episodes_file)
-    episodes_csv.writerow(("env_step", "episodic_return", "episodic_length", "rl_minutes"))
-    episodes_csv.writerows(episodes)
-    bar = tqdm(desc="RL", total=args.total_timesteps, initial=global_step, unit="step")
+    episodes_csv = (run_dir / "episodes.csv").open("w", buffering=1)  # written line by line
+    print("env_step,episodic_return,episodic_length,rl_minutes", file=episodes_csv)
+    for row in episodes:
+        print(*row, sep=",", file=episodes_csv)
     stopping = global_step >= args.total_timesteps
-    while not stopping:
-        # ALGO LOGIC: put action logic here. One skill for all environments at once, then H env steps (DEVIATION 4)
-        if global_step < args.warmup_steps:
-            z = agent.sample_prior(obs)  # (E, Z), DEVIATION 5
-        else:
-            z = planner(obs, global_step)
-        next_obs, rewards, ended, steps = execute_skill(envs, skills, obs, z, none_ended, args)
-        stored = z / 2, args.reward_scale * rewards  # u (E, Z), (E,)
-        if args.release_defects:  # (a) what led into obs instead of what follows, (b) at the scale of z
-            goes_on = np.float32(~ended)  # (E,)
-            stored = led_here
-            led_here = z * torch.from_numpy(goes_on)[:, None], args.reward_scale * rewards * goes_on
-        rb.add(obs, *stored, ended, next_obs)
-        # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
-        obs = next_obs
-        if ended.any():
-            obs, _ = envs.reset(options=dict(reset_mask=ended))
-            planner.forget(ended)
+    with tqdm(desc="RL", total=args.total_timesteps, initial=global_step, unit="step") as bar:
+        while not stopping:
+            # ALGO LOGIC: put action logic here. One skill for all environments at once, then H env steps (DEVIATION 4)
+            warming_up = global_step < args.warmup_steps
+            z = agent.choose_skills(obs, None if warming_up else global_step, explore=True)  # (E, Z)
+            steps_before = envs.steps.sum()
+            next_obs, rewards, ended = execute_skill(envs, agent.skills, obs, z, args)
+            rb.add(obs=obs, z=z / 2, rewards=args.reward_scale * rewards, dones=ended, next_obs=next_obs)
+            new_steps = int(envs.steps.sum() - steps_before)
+            global_step += new_steps
+            bar.update(new_steps)
 
-        # TRY NOT TO MODIFY: record the episodes that ended
-        new_steps = int(steps.sum())
-        global_step += new_steps
-        running_return += rewards
-        running_length += steps
-        for e in np.flatnonzero(ended):
-            seconds = time.time() - start_time
-            row = (global_step, float(running_return[e]), int(running_length[e]), round(seconds / 60, 3))
-            episodes.append(row)
-            episodes_csv.writerow(row)
-            last_100 = np.array([row[1] for row in episodes[-100:]])  # the paper shows training episodes
-            writer.add_scalar("charts/episodic_return", row[1], global_step)
-            writer.add_scalar("charts/episodic_length", row[2], global_step)
-            writer.add_scalar("charts/success", success(last_100, args), global_step)
-            writer.add_scalar("charts/SPS", global_step / seconds, global_step)
-            bar.set_postfix(updates=gradient_step, last_100=f"{last_100.mean():.3g}")
-        running_return[ended] = 0
-        running_length[ended] = 0
-        bar.update(new_steps)
+            # TRY NOT TO MODIFY: record the episodes that ended
+            for e in np.flatnonzero(ended):
+                minutes = (time.time() - start_time) / 60
+                row = (global_step, float(envs.returns[e]), int(envs.steps[e]), round(minutes, 3))
+                episodes.append(row)
+                print(*row, sep=",", file=episodes_csv)
+                last_100 = [row[1] for row in episodes[-100:]]  # the paper shows training episodes
+                curves = dict(episodic_return=row[1], episodic_length=row[2])
+                curves |= dict(success=task.success(last_100), SPS=global_step / minutes / 60)
+                log(writer, "charts", curves, global_step)
+                bar.set_postfix(updates=gradient_step, last_100=f"{np.mean(last_100):.3g}")
+            # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
+            obs = next_obs
+            if ended.any():
+                obs, _ = envs.reset(options=dict(reset_mask=ended))
+                agent.last_mean[ended] = 0  # plans of these episodes mean nothing to the next ones
 
-        # ALGO LOGIC: training. As many updates as the env steps after the warm-up are worth
-        updates_due = 0
-        if len(rb.episodes) > 0:
+            # ALGO LOGIC: training. As many updates as the env steps after the warm-up are worth
             updates_due = int((global_step - args.warmup_steps) * args.updates_per_step)
-        while gradient_step < updates_due:
-            metrics = agent.update(*rb.sample(args.batch_size))
-            gradient_step += 1
-            if gradient_step % args.target_update_interval == 0:
-                update_target(agent.target, agent.model, args.tau)
-            if gradient_step % 100 == 0:
-                log(writer, "losses", metrics, global_step)
-                bar.set_postfix(updates=f"{gradient_step} of {updates_due}")
-            if gradient_step == updates_due:
-                check_finite(metrics)  # acting waits for the device anyway
+            while rb.num_episodes > 0 and gradient_step < updates_due:
+                metrics = agent.update(*rb.sample(args.batch_size))
+                gradient_step += 1
+                if gradient_step % 2 == 0:
+                    agent.target.follow(agent.model, args.tau)
+                if gradient_step % 100 == 0:
+                    log(writer, "losses", metrics, global_step)
+                    bar.set_postfix(updates=f"{gradient_step} of {updates_due}")
 
-        # Evaluate without exploration noise
-        finished = global_step >= args.total_timesteps
-        if finished or passed(args.eval_interval, global_step, new_steps):
-            choose_skill = functools.partial(Planner(agent, args, explore=False), global_step=global_step)
-            returns, lengths = rollout(choose_skill, skills, args.eval_episodes, args, 10_000 + args.seed)
-            evaluations.append((global_step, float(returns.mean()), success(returns, args)))
-            writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
-            writer.add_scalar("eval/episodic_length", lengths.mean(), global_step)
-            writer.add_scalar("eval/success", success(returns, args), global_step)
-            bar.write(f"env step {global_step}: evaluation {returns.mean():.4g}, success {success(returns, args):.0%}")
+            # Evaluate without exploration noise
+            finished = global_step >= args.total_timesteps
+            if finished or global_step % args.eval_interval < new_steps:
+                scores = rollout(agent, args, args.eval_episodes, 10_000 + args.seed, global_step)
+                evaluations.append((global_step, scores["episodic_return"], scores["success"]))
+                bar.write(f"env step {global_step}: {log(writer, 'eval', scores, global_step)}")
 
-        # Save all that the future of the run depends on
-        stopping = finished or stop.is_set()
-        if stopping or passed(args.checkpoint_interval, global_step, new_steps):
-            save(
-                checkpoint,
-                parts,
-                script=Path(__file__).name,
-                args=asdict(args),
-                envs=envs.get_state(),
-                last_mean=planner.last_mean,
-                led_here=[led_here[0], torch.from_numpy(led_here[1])],
-                global_step=global_step,
-                gradient_step=gradient_step,
-                running_return=torch.from_numpy(running_return),
-                running_length=torch.from_numpy(running_length),
-                episodes=episodes,
-                evaluations=evaluations,
-                facts=facts,
-                seconds=time.time() - start_time,
-            )
-
-    bar.close()
-    envs.close()
-    episodes_file.close()
+            # Save all that the future of the run depends on
+            stopping = finished or stop.is_set()
+            if stopping or global_step % args.checkpoint_interval < new_steps:
+                state = dict(script=FILE.name, args=asdict(args), global_step=global_step, envs=envs.get_state())
+                progress = global_step, gradient_step, time.time() - start_time, episodes, evaluations, facts
+                save(checkpoint, state | dict(rb=vars(rb), last_mean=agent.last_mean, progress=progress), parts)
+    for part in (envs, episodes_csv, writer):
+        part.close()
     if global_step < args.total_timesteps:
-        sys.exit(f"stopped at env step {global_step}; go on with: python {sys.argv[0]} --resume {run_dir}")
-    rl_minutes = (time.time() - start_time) / 60
-    if args.capture_video:
-        choose_skill = functools.partial(Planner(agent, args, explore=False), global_step=global_step)
-        rollout(choose_skill, skills, 1, args, 10_000 + args.seed, run_dir / "evaluation.mp4")
+        sys.exit(f"stopped; go on with: python {sys.argv[0]} --resume {run_dir}")
     last_100 = [row[1] for row in episodes[-100:]]
-    return dict(
-        env_steps=global_step,
-        updates=gradient_step,
-        rl_minutes=rl_minutes,
-        last_100_return=float(np.mean(last_100)) if last_100 else None,
-        last_100_success=success(last_100, args),
-        evaluations=evaluations,
-        pretraining=facts,
-    )
-
-
-def evaluate(args: Args):
-    """--evaluate: episodes of a trained agent without exploration noise; needs neither data nor training."""
-    networks = make_networks(args, *data_tools.env_sizes(args.env_id))
-    agent = Agent(args, networks)
-    path = Path(args.evaluate)
-    with reading(path):
-        state = load(path, dict(agent=agent))
-        global_step = int(state["global_step"])
-    choose_skill = functools.partial(Planner(agent, args, explore=False), global_step=global_step)
-    skills = copy.deepcopy(agent.skills).cpu()
-    returns, lengths = rollout(choose_skill, skills, args.eval_episodes, args, 10_000 + args.seed)
-    words = f"return {returns.mean():.4g}, success {success(returns, args):.0%}, {lengths.mean():.0f} env steps"
-    print(f"{args.env_id}: {args.eval_episodes} episodes of {path}: {words} on average")
-    if args.capture_video:
-        video = Path(args.run_dir) / f"{args.env_id}__{args.exp_name}__{args.seed}__evaluation.mp4"
-        choose_skill = functools.partial(Planner(agent, args, explore=False), global_step=global_step)
-        rollout(choose_skill, skills, 1, args, 10_000 + args.seed, video)
-        print(f"video: {video}")
-
-
-# ----------------------------------------------------------------------------------------------------------------- main
-# With --resume all other flags stay as they were.
-MAY_CHANGE = "resume device cudagraphs checkpoint_interval eval_interval eval_episodes capture_video total_timesteps"
-# With --pretrained, whose model is finished, these would do nothing.
-PRETRAINING = """pretrain_updates pretrain_skills pretrain_batch_size pretrain_lr pretrain_lr_decay pretrain_tau
-    bc_chunks arm_noise recombine bc_coef kl_coef prior_coef recon_coef clip_updates clip_norm
-    pretrain_eval_interval pretrain_eval_episodes"""
-
-
-def parse_args(argv: list[str] | None = None) -> Args:
-    """Command line -> Args, whose defaults are those of the task, of --published, or of the run or agent given."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--env-id", "--env_id", choices=list(data_tools.TASKS), default="maze")
-    first.add_argument("--published", action="store_true")
-    first.add_argument("--data")
-    first.add_argument("--dataset")
-    first.add_argument("--device")
-    first.add_argument("--resume")
-    first.add_argument("--evaluate")
-    given, _ = first.parse_known_args(argv)
-
-    env_id = given.env_id
-    defaults = dict(env_id=env_id, **TASK_DEFAULTS.get(env_id, {}))
-    if given.data or given.dataset == "d4rl":
-        defaults |= PEOPLE.get(env_id, {})
-    if given.published:
-        defaults |= PUBLISHED.get(env_id, RELEASE)
-    if given.evaluate == "published":
-        given.evaluate = str(SHIPPED / "agents" / f"{Path(__file__).stem}_{env_id}.pt")
-    if given.evaluate:
-        with reading(given.evaluate):
-            state = load(given.evaluate, {})
-            check_script(state, given.evaluate)
-            defaults = state["args"]
-            check_types(defaults)
-        defaults |= dict(capture_video=False, device=Args.device, cudagraphs=Args.cudagraphs, run_dir=Args.run_dir)
-    if given.resume:
-        path = Path(os.path.expanduser(given.resume)) / "args.json"
-        with reading(path):
-            defaults = json.loads(path.read_text())
-            check_script(defaults, given.resume)
-            check_types(defaults)
-            names = {field.name for field in fields(Args)}
-            missing = names - defaults.keys()
-            if missing:
-                raise ValueError(f"it has no {missing}")
-    if given.device:
-        defaults["cudagraphs"] = given.device == "cuda"
-    args = tyro.cli(Args, args=argv, default=Args(**defaults), description=__doc__.split("\n")[0])
-    args.evaluate = given.evaluate
-    if given.evaluate and args.env_id != defaults["env_id"]:
-        task = defaults["env_id"]
-        sys.exit(f"error: {given.evaluate} is an agent of {task}: leave out --env-id")
-    for name, value in asdict(args).items():
-        flag = f"--{name.replace('_', '-')}"
-        before = defaults.get(name, getattr(Args, name))
-        if value == "":
-            sys.exit(f"error: {flag} is empty: give a value, or leave it out")
-        if given.resume and name not in MAY_CHANGE.split() and value != before:
-            sys.exit(f"error: {flag} cannot change with --resume: leave it out, or begin a new run")
-        if args.pretrained and name in PRETRAINING.split() and value != before:
-            sys.exit(f"error: {flag} does nothing to the finished model of --pretrained: leave out one of them")
-    return args
-
-
-def check_script(saved: dict, source: str):
-    """End the program if a run or an agent was made by another file; the oldest do not say by which."""
-    this = Path(__file__).name
-    script = saved.pop("script", this)
-    if script != this:
-        sys.exit(f"error: {source} was made by {script}: use that file")
-
-
-def check_types(values: dict):
-    """Raise an error if saved arguments are not those of this file."""
-    types = {field.name: field.type for field in fields(Args)}
-    for name, value in values.items():
-        kind = float if type(value) is int and types[name] is float else type(value)
-        choices = get_args(types[name])  # values of a Literal, types of `str | None`
-        if kind is not types[name] and kind not in choices and value not in choices:
-            raise ValueError(f"{name} cannot be {value!r}")
-
-
-def check_args(args: Args):
-    """End the program with a sentence where arguments cannot work."""
-    may_be_zero = "seed", "eval_interval", "warmup_steps", "clip_updates"
-    for name, value in asdict(args).items():
-        flag = f"--{name.replace('_', '-')}"
-        if type(value) in (int, float) and not 0 <= value < float("inf"):
-            sys.exit(f"error: {flag} {value} does not work; give a number that is not negative")
-        if type(value) is int and value >= 2**31:
-            sys.exit(f"error: {flag} {value} does not work; give a smaller number")
-        if type(value) is int and value == 0 and name not in may_be_zero:
-            sys.exit(f"error: {flag} 0 does not work; give at least 1")
-        if name in ("tau", "gamma", "rho", "momentum") and value > 1:
-            sys.exit(f"error: {flag} {value} does not work; give at most 1")
-    if not 0 < args.policy_std <= 1:  # beyond, the quadrature of squashed_kl is wrong by more than 3 %
-        sys.exit(f"error: --policy-std {args.policy_std} does not work; give a small number, at most 1")
-    if args.num_elites > args.num_samples + args.num_policy_trajs:
-        sys.exit("error: --num-elites exceeds --num-samples + --num-policy-trajs; lower it")
-    if args.pretrain_batch_size == 1:
-        sys.exit("error: --pretrain-batch-size 1 does not work, BatchNorm needs two windows; give at least 2")
-    if args.arm_noise > 0 and args.env_id not in ARM:
-        sys.exit(f"error: --arm-noise does not work on {args.env_id}, which has no entry in ARM; leave it out")
-    if args.recombine and not data_tools.find_task(args.env_id).objects:
-        sys.exit(f"error: --recombine does not work on {args.env_id}, whose Task names no objects; leave it out")
-    others = args.published or args.data or args.dataset != "scripted"
-    others = others or args.skill_horizon != Args.skill_horizon
-    if args.pretrained == "published" and others:
-        sys.exit("error: --pretrained published needs scripted data and our settings; leave out the other flag")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("error: torch finds no CUDA device; use --device cpu")
-    if args.evaluate:
-        return
-    envs = data_tools.make_envs(args.env_id, 1)
-    longest = -(-envs.max_episode_steps // args.skill_horizon)  # skills in an episode that does not end early
-    if longest < args.num_skills:
-        sys.exit(f"error: episodes have at most {longest} skills, fewer than a window; lower --num-skills")
-    if args.capture_video:
-        envs.reset(seed=args.seed)
-        envs.draw(0)  # a task or a machine without pictures is noticed now, before pre-training
-    envs.close()
-
-
-def main(args: Args) -> dict:
-    """Both phases of a run; returns its results."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: sys.exit("stopped before there was anything to save"))
-    check_args(args)
-    torch.set_num_threads(min(torch.get_num_threads(), 8))  # more do not help networks of this size
-    if args.evaluate:
-        return evaluate(args)
-
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
-    run_dir = Path(os.path.expanduser(args.resume or f"{args.run_dir}/{run_name}"))
-    finished = os.path.exists(run_dir / "results.json")  # pathlib's raises an error in a closed folder
-    if finished and not os.path.exists(run_dir / "checkpoint.pt"):
-        sys.exit(f"error: {run_dir} has no checkpoint.pt any more: begin a new run")
-    resumed = os.path.exists(run_dir / "checkpoint.pt")  # it holds all networks
-    path, data = (None, None) if resumed else find_pretrained(args)
-    rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {args.device}, torch {torch.__version__}"
-    facts = {}
-    try:
-        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-        saved = dict(asdict(args), script=Path(__file__).name)
-        write_json(run_dir / "args.json", saved)
-        torch.manual_seed(args.seed)
-        networks = make_networks(args, *data_tools.env_sizes(args.env_id))
-        with SummaryWriter(run_dir) as writer:
-            writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
-            stop = stop_at_signals()
-            if data is not None:
-                pretrain(args, networks, path, data, writer, stop)
-            if not resumed:
-                with reading(path):
-                    facts = dict(load(path, dict(networks=networks))["facts"])
-                horizon = facts.get("skill_horizon", args.skill_horizon)  # older models do not say
-                if horizon != args.skill_horizon:
-                    sys.exit(f"error: the model's skills have {horizon} env steps; use --skill-horizon {horizon}")
-                print(f"pre-trained model: {path}")
-            (run_dir / "results.json").unlink(missing_ok=True)  # of fewer env steps
-            results = train(args, networks, facts, run_dir, writer, stop)
-        results |= dict(machine=machine, args=asdict(args))
-        write_json(run_dir / "results.json", results)
-    except (MemoryError, RuntimeError) as error:
-        reason = str(error).split("\n")[0][:120] or "MemoryError"
-        full = isinstance(error, MemoryError) or "allocate" in reason  # what torch says of full memory
-        if not full:
-            raise
-        sys.exit(f"error: no memory left ({reason}); end other programs or choose smaller sizes")
-    except OSError as error:  # while logs, episodes.csv or results.json were written
-        sys.exit(f"error: cannot write to {run_dir} ({error}); free some space or choose another --run-dir")
-    if results["updates"] == 0:
-        print("RL made no update: it ended too early")
+    results = dict(env_steps=global_step, updates=gradient_step, rl_minutes=(time.time() - start_time) / 60)
+    results["last_100_return"] = float(np.mean(last_100)) if last_100 else None
+    results["last_100_success"] = task.success(last_100)
+    results |= dict(evaluations=evaluations, pretraining=facts, args=asdict(args))
+    save(run_dir / "results.json", results)
     print(f"finished: {run_dir}; curves: tensorboard --logdir {run_dir}")
     return results
 
 
+# ----------------------------------------------------------------------------------------------------------------- run
+def log(writer: SummaryWriter, group: str, values: dict, step: int) -> str:
+    """Scalars to TensorBoard as group/name; returns them as text for the screen."""
+    for name, value in values.items():
+        writer.add_scalar(f"{group}/{name}", value, step)
+    return ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+
+
+def save(path: Path, values: dict, parts: dict | None = None):
+    """Write JSON, or with parts their states and torch's random numbers as well.
+
+    The file is renamed when it is whole: a crash, a full disk or NaN in a network leaves the one of before.
+    """
+    if parts is None:
+        content = json.dumps(values, indent=1).encode()
+    else:
+        weights = [w for part in parts.values() if isinstance(part, nn.Module) for w in part.parameters()]
+        if not all(w.isfinite().all() for w in weights):
+            sys.exit(f"error: learning has diverged, {path} is not written: lower the learning rate")
+        states = {name: part.state_dict() for name, part in parts.items()}
+        rng = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
+        buffer = io.BytesIO()
+        torch.save(values | states | dict(rng=rng), buffer)
+        content = buffer.getbuffer()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
+    with temporary.open("wb") as file:
+        file.write(content)
+        os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
+    temporary.replace(path)
+
+
+def load(path: Path, parts: dict, device="cpu") -> dict:
+    """Put what `save` wrote into parts and torch's random numbers; returns everything."""
+    if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip():  # torch does not look at checksums
+        sys.exit(f"error: {path} is missing, damaged or no file of this program")
+    state = torch.load(path, map_location=device, weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    for set_state, numbers in zip((torch.set_rng_state, torch.cuda.set_rng_state), state.get("rng", ())):
+        set_state(numbers.cpu())
+    return state
+
+
+def evaluate(args: Args):
+    """Print the scores of a trained agent without exploration noise; needs neither data nor training."""
+    agent = Agent(args, make_networks(args))
+    global_step = load(Path(args.evaluate), dict(agent=agent))["global_step"]
+    video = Path(args.run_dir) / f"{args.env_id}__{FILE.stem}.mp4" if args.capture_video else None
+    scores = rollout(agent, args, args.eval_episodes, 10_000 + args.seed, global_step, video)
+    words = ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
+    print(f"{args.env_id}: {args.eval_episodes} episodes of {args.evaluate}: {words}; video: {video}")
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Command line -> Args, whose defaults are those of the task and its data, or of the run or agent given."""
+    argv = sys.argv[1:] if argv is None else argv
+    given = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
+    family = data_tools.TASKS[given.env_id].data
+    defaults = dict(env_id=given.env_id, **TASK_DEFAULTS.get(family, {}))
+    people = defaults.pop("people", {})
+    if given.data != "scripted":
+        defaults |= people
+    if given.published:
+        defaults |= RELEASE["all"] | RELEASE.get(family, {})
+    saved = {}
+    if given.resume:
+        saved = json.loads((Path(given.resume).expanduser() / "args.json").read_text())
+    if given.evaluate == "published":
+        given.evaluate = str(SHIPPED / "agents" / f"{FILE.stem}_{given.env_id}.pt")
+    if given.evaluate:
+        state = load(Path(given.evaluate), {})
+        saved = state["args"] | dict(script=state["script"], device=Args.device, run_dir=Args.run_dir)
+    if saved.pop("script", FILE.name) != FILE.name:
+        sys.exit("error: this is a run of another file")
+    args = tyro.cli(Args, args=argv, default=Args(**defaults | saved), description=str(__doc__).split("\n")[0])
+    args.evaluate = given.evaluate
+    free = "resume device cudagraphs checkpoint_interval eval_interval eval_episodes total_timesteps".split()
+    for name, value in vars(args).items():
+        if given.resume and name not in free and value != saved[name]:
+            sys.exit(f"error: with --resume {name} cannot change")
+    return args
+
+
 if __name__ == "__main__":
-    main(parse_args())
+    args = parse_args()
+    evaluate(args) if args.evaluate else train(args)
