@@ -8,34 +8,33 @@ import pytest
 import torch
 from numpy_nets import has_gradient, noisy_copy, np_gaussian, np_kl, np_lstm, np_net, random_obs, rl_batch
 from skimo_tools import (
+    backward_of_one_term,
     double_networks,
-    float_batch,
+    floats,
     np_encode,
     np_q,
     np_scaled,
     pretraining_batch,
+    tensors,
     tiny_args,
 )
 from torch import nn
 
+import data_tools
 from algos import skimo
 
 
 @pytest.mark.parametrize("skill_encoder", ["mlp", "lstm"])
 def test_pretrain_loss_is_eq_3_to_5(skill_encoder):
     maze = skill_encoder == "mlp"
-    coefs = dict(bc_coef=1.7, kl_coef=0.3, prior_coef=0.9, recon_coef=1.3, consistency_coef=2.3, rho=0.6)
-    args = tiny_args(env_id="maze" if maze else "kitchen", skill_encoder=skill_encoder, position_features=maze, **coefs)
+    env_id, coefs = "maze" if maze else "kitchen", dict(kl_coef=0.3, consistency_coef=2.3, rho=0.6)
+    args = tiny_args(env_id=env_id, skill_encoder=skill_encoder, position_features=maze, **coefs)
     N, H, Z = args.num_skills, args.skill_horizon, args.skill_dim
-    obs_dim, action_dim = (4, 2) if maze else (7, 3)
-    networks = double_networks(args, obs_dim, action_dim)
-    model, skills, prior = networks["model"], networks["skills"], networks["prior"]
+    model, skills, prior = double_networks(args).values()
     target = noisy_copy(model)
-    obs, actions = pretraining_batch(args, maze, obs_dim, action_dim)
+    obs, actions = pretraining_batch(args)
     torch.manual_seed(3)
-    loss, metrics = skimo.pretrain_loss(
-        model, skills, prior, target, torch.from_numpy(obs), torch.from_numpy(actions), args
-    )
+    loss, metrics = skimo.pretrain_loss(model, skills, prior, target, *tensors(obs, actions), args)
     torch.manual_seed(3)
     torch.rand(len(obs), N)  # the chunks
     noise = torch.randn(len(obs), N, Z, dtype=torch.float64).numpy()
@@ -69,7 +68,7 @@ def test_pretrain_loss_is_eq_3_to_5(skill_encoder):
     assert set(metrics) == set(expected)
     for name, value in expected.items():
         assert metrics[name].item() == pytest.approx(value, rel=1e-5), name
-    total = 1.7 * bc + 0.3 * kl + 0.9 * prior_kl + (1.3 * recon + 2.3 * consistency.mean()) / N
+    total = 2 * bc + 0.3 * kl + prior_kl + (recon + 2.3 * consistency.mean()) / N
     assert loss.item() == pytest.approx(total, rel=1e-5)
 
 
@@ -79,16 +78,15 @@ def test_losses_of_one_bad_window_are_bounded_in_pretraining():
     target = noisy_copy(networks["model"])
     target.encoder.net[-1].bias.data += 1e6  # no predicted state is near its own
     networks["skills"].skill_encoder[-1].bias.data += 1e6  # the largest mean and std
-    batch = [torch.from_numpy(x) for x in pretraining_batch(args)]
-    _, metrics = skimo.pretrain_loss(*networks.values(), target, *batch, args)
+    _, metrics = skimo.pretrain_loss(*networks.values(), target, *tensors(*pretraining_batch(args)), args)
     assert (metrics["consistency_loss"].item(), metrics["kl_loss"].item()) == (1e4, 100)
 
 
 def test_few_bc_chunks_give_the_same_loss_on_average():
     args = tiny_args(bc_chunks=3)
     networks = double_networks(args)
-    batch = [torch.from_numpy(x) for x in pretraining_batch(args, B=64)]
-    nets = networks["model"], networks["skills"], networks["prior"], networks["model"]
+    batch = tensors(*pretraining_batch(args, B=64))
+    nets = *networks.values(), networks["model"]
     few, one = [], dataclasses.replace(args, bc_chunks=1)
     with torch.no_grad():
         torch.manual_seed(0)
@@ -99,41 +97,28 @@ def test_few_bc_chunks_give_the_same_loss_on_average():
 
 
 @pytest.mark.parametrize(
-    ("only", "reached", "not_reached"),
+    ("only", "reached"),
     [
-        ("bc_coef", "encoder_l skill_encoder skill_policy", "encoder dynamics prior decoder"),
-        ("kl_coef", "encoder_l skill_encoder", "skill_policy encoder dynamics prior decoder"),
-        ("prior_coef", "encoder prior", "encoder_l skill_encoder skill_policy dynamics decoder"),
-        ("recon_coef", "encoder decoder", "encoder_l skill_encoder skill_policy dynamics prior"),
-        ("consistency_coef", "encoder dynamics encoder_l skill_encoder", "skill_policy prior decoder"),
+        ("bc", "encoder_l skill_encoder skill_policy"),
+        ("kl", "encoder_l skill_encoder"),
+        ("prior", "encoder prior"),
+        ("recon", "encoder decoder"),
+        ("consistency", "encoder dynamics encoder_l skill_encoder"),
     ],
 )
-def test_gradients_of_pretraining_go_where_the_paper_sends_them(only, reached, not_reached):
-    zero = dict(bc_coef=0.0, kl_coef=0.0, prior_coef=0.0, recon_coef=0.0, consistency_coef=0.0)
-    args = tiny_args(**(zero | {only: 1.0}))
-    networks = double_networks(args)
-    model, skills = networks["model"], networks["skills"]
-    target = noisy_copy(model)
-    batch = [torch.from_numpy(x) for x in pretraining_batch(args)]
-    skimo.pretrain_loss(model, skills, networks["prior"], target, *batch, args)[0].backward()
-    parts = dict(encoder=model.encoder, dynamics=model.dynamics, decoder=model.decoder, prior=networks["prior"])
-    parts |= dict(encoder_l=skills.encoder, skill_encoder=skills.skill_encoder, skill_policy=skills.skill_policy)
-    assert {name for name in reached.split() if not has_gradient(parts[name])} == set()
-    assert {name for name in not_reached.split() if has_gradient(parts[name])} == set()
-    for module in (model.reward_model, model.qf1, model.qf2, target):
-        assert not has_gradient(module)
+def test_gradients_of_pretraining_go_where_the_paper_sends_them(only, reached):
+    parts = backward_of_one_term(only, skimo, tiny_args())
+    assert {name for name, part in parts.items() if has_gradient(part)} == set(reached.split())
 
 
 def test_model_loss_is_eq_6():
-    args = tiny_args(gamma=0.9, rho=0.6, consistency_coef=1.9, reward_coef=0.35, value_coef=0.15)
+    args = tiny_args(gamma=0.9, rho=0.6, consistency_coef=1.9)
     N, Z = args.num_skills, args.skill_dim
-    networks = double_networks(args)
-    model, policy = networks["model"], networks["prior"]
+    model, _, policy = double_networks(args).values()
     target = noisy_copy(model)
-    obs, z, rewards, dones = rl_batch(args)
-    tensors = [torch.from_numpy(x) for x in (obs, z, rewards, dones)]
+    batch = obs, z, rewards, dones = rl_batch(args)
     torch.manual_seed(5)
-    loss, metrics, h_out, h_pred_out = skimo.model_loss(model, target, policy, *tensors, args)
+    loss, metrics, h_out, h_pred_out = skimo.model_loss(model, target, policy, *tensors(*batch), args)
     torch.manual_seed(5)
     noise = torch.randn(len(obs), N, Z, dtype=torch.float64).numpy()
 
@@ -154,7 +139,7 @@ def test_model_loss_is_eq_6():
         consistency += 0.6**t * np.square(h_pred[-1] - h_target[:, t + 1]).mean(-1)
         td_targets.append(td_target)
         q_values.append(q1)  # on the encoded state
-    total = (1.9 * consistency + 0.35 * reward_error + 0.15 * value_error).mean() / N
+    total = (1.9 * consistency + 0.25 * reward_error + 0.1 * value_error).mean() / N
     assert loss.item() == pytest.approx(total, rel=1e-5)
     expected = dict(consistency_loss=consistency, reward_loss=reward_error, value_loss=value_error)
     for name, value in (expected | dict(td_target=np.array(td_targets), q_value=np.array(q_values))).items():
@@ -170,18 +155,16 @@ def test_model_loss_is_eq_6():
         assert not has_gradient(module)
 
 
-@pytest.mark.parametrize("error", ["consistency", "reward", "value"])
-def test_errors_of_one_bad_window_are_bounded(error):
-    coefs = {f"{name}_coef": float(name == error) for name in ("consistency", "reward", "value")}
-    args = tiny_args(**coefs)
+def test_errors_of_one_bad_window_are_bounded():
+    args = tiny_args(consistency_coef=1.9)
     networks = double_networks(args)
     obs, z, rewards, dones = rl_batch(args)
     rewards[:] = 1e6
     target = noisy_copy(networks["model"])
     target.encoder.net[-1].bias.data += 1e6  # no predicted state is near its own
-    tensors = [torch.from_numpy(x) for x in (obs, z, rewards, dones)]
-    loss = skimo.model_loss(networks["model"], target, networks["prior"], *tensors, args)[0]
-    assert loss.item() == pytest.approx(1e5 / args.num_skills)
+    batch = tensors(obs, z, rewards, dones)
+    loss = skimo.model_loss(networks["model"], target, networks["prior"], *batch, args)[0]
+    assert loss.item() == pytest.approx((1.9 + 0.25 + 0.1) * 1e5 / args.num_skills)
 
 
 def test_kl_of_a_policy_far_from_the_prior_is_bounded():
@@ -199,28 +182,24 @@ def test_kl_of_a_policy_far_from_the_prior_is_bounded():
     assert metrics["prior_kl"].item() == 100
 
 
-@pytest.mark.parametrize("latents", ["imagined", "encoded", "release_defects"])
+@pytest.mark.parametrize("latents", ["imagined", "encoded"])
 def test_policy_loss_is_eq_7(latents):
-    args = tiny_args(rho=0.6, release_defects=latents == "release_defects")
-    if not args.release_defects:
-        args.policy_latents = latents
+    args = tiny_args(rho=0.6, policy_latents=latents)
     N, Z = args.num_skills, args.skill_dim
-    networks = double_networks(args)
-    model, prior = networks["model"], networks["prior"]
+    model, _, prior = double_networks(args).values()
     policy, prior_encoder = noisy_copy(prior, 2), noisy_copy(model.encoder, 3)
     rng = np.random.default_rng(2)
     obs, B = random_obs(rng, 5, N + 1), 5
     h, h_pred = rng.normal(size=(2, B, N + 1, args.latent_dim))
-    tensors = [torch.from_numpy(x) for x in (obs, h, h_pred)]
     alpha = torch.tensor(0.7, dtype=torch.float64)
     torch.manual_seed(6)
-    loss, metrics = skimo.policy_loss(model, policy, prior_encoder, prior, *tensors, alpha, args)
+    loss, metrics = skimo.policy_loss(model, policy, prior_encoder, prior, *tensors(obs, h, h_pred), alpha, args)
     torch.manual_seed(6)
     noise = torch.randn(B, N, Z, dtype=torch.float64).numpy()
 
     total, kls, qs = 0, [], []
     for t in range(N):
-        latent = {"imagined": h_pred[:, t], "release_defects": h[:, 0], "encoded": h[:, t]}[latents]
+        latent = {"imagined": h_pred, "encoded": h}[latents][:, t]
         mean, std = np_gaussian(np_net(policy, latent))
         qs.append(np.minimum(*np_q(model, latent, np.tanh(mean + std * noise[:, t]))))
         frozen = np_gaussian(np_net(prior, np_encode(prior_encoder, obs[:, t])))
@@ -233,8 +212,8 @@ def test_policy_loss_is_eq_7(latents):
 
 def test_policy_loss_reaches_the_policy_only():
     args = tiny_args()
-    agent = skimo.Agent(args, skimo.make_networks(args, 4, 2))
-    obs, *_ = batch = float_batch(args)
+    agent = skimo.Agent(args, skimo.make_networks(args))
+    obs, *_ = batch = floats(*rl_batch(args))
     loss, _, h, h_pred = skimo.model_loss(agent.model, agent.target, agent.task_policy, *batch, args)
     agent.model.requires_grad_(False)
     parts = agent.model, agent.task_policy, agent.prior_encoder, agent.skill_prior
@@ -290,11 +269,10 @@ def linear_sizes(net):
 
 @pytest.mark.parametrize("env_id", ["maze", "kitchen", "kitchen-misaligned", "calvin"])
 def test_networks_have_the_sizes_of_the_release(env_id):
-    args = skimo.Args(env_id=env_id, **skimo.TASK_DEFAULTS[env_id])
-    obs_dim, action_dim = {"maze": (4, 2), "calvin": (21, 7)}.get(env_id, (30, 9))
+    args = skimo.parse_args(["--env-id", env_id, "--device", "cpu"])
+    obs_dim, action_dim = data_tools.env_sizes(env_id)
     u, d = {"maze": (128, 128), "calvin": (256, 256)}.get(env_id, (128, 256))
-    networks = skimo.make_networks(args, obs_dim, action_dim)
-    model, skills, prior = networks["model"], networks["skills"], networks["prior"]
+    model, skills, prior = skimo.make_networks(args).values()
     inputs = obs_dim + {"maze": 24, "calvin": 140}.get(env_id, 90)
     for encoder in (model.encoder, skills.encoder):
         assert linear_sizes(encoder.net) == [(inputs, u), (u, d)]
@@ -314,9 +292,8 @@ def test_networks_have_the_sizes_of_the_release(env_id):
     else:
         assert (skills.lstm.input_size, skills.lstm.hidden_size, skills.lstm.num_layers) == (action_dim + d, 128, 1)
         assert linear_sizes(skills.skill_encoder) == [(128, 20)]
-        assert skills.skill_encoder[0].weight.std().item() == pytest.approx(
-            (1 / 3 / 128) ** 0.5, rel=0.05
-        )  # torch's own
+        std = skills.skill_encoder[0].weight.std().item()
+        assert std == pytest.approx((1 / 3 / 128) ** 0.5, rel=0.05)  # torch's own
         assert skills.skill_encoder[0].bias.any()
     orthogonal = [model.encoder.net, model.dynamics, model.decoder, prior, skills.skill_policy]
     if env_id == "maze":
@@ -377,12 +354,9 @@ def test_joints_and_tool_enter_with_five_periods(env_id, unit):
 
 
 def test_observations_enter_raw_without_features():
-    for args in (
-        tiny_args(env_id="kitchen", position_features=False),
-        tiny_args(env_id="calvin", position_features=False),
-    ):
-        obs = torch.randn(5, 21)
-        assert torch.equal(first_inputs(skimo.StateEncoder(21, args), obs), obs)
+    obs = torch.randn(5, 30)
+    encoder = skimo.StateEncoder(30, tiny_args(env_id="kitchen", position_features=False))
+    assert torch.equal(first_inputs(encoder, obs), obs)
     obs = torch.randn(5, 4)
     inputs = first_inputs(skimo.StateEncoder(4, tiny_args(position_features=False)), obs)
     np.testing.assert_allclose(inputs.numpy(), np_scaled(obs.numpy()), atol=1e-6)

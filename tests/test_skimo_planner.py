@@ -1,6 +1,5 @@
 """skimo.py's planner on problems with known optima and against a NumPy planner; acting and roll-outs."""
 
-import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from numpy_nets import np_gaussian, np_net, random_obs
-from skimo_tools import double_networks, np_encode, np_q, tiny_args
+from skimo_tools import double_networks, np_encode, np_q, tensors, tiny_args
 
 from algos import skimo
 
@@ -49,7 +48,8 @@ def run_plan(model, obs, K, args, policy=None, min_std=0.01, noise_scale=0.0, se
     torch.manual_seed(seed)
     obs = torch.as_tensor(obs, dtype=torch.float32)
     policy = policy or gaussian_policy(0.0, 0.0)
-    return skimo.plan(model, policy, obs, K, torch.tensor(min_std), torch.tensor(noise_scale), args)
+    stds = torch.tensor(min_std), torch.tensor(min_std * noise_scale)
+    return skimo.plan(model, policy, obs, *stds, K, args)
 
 
 @pytest.mark.parametrize("K", [1, 3])
@@ -172,16 +172,13 @@ def test_elite_is_drawn_with_the_softmax_of_its_value():
 
 
 def test_plan_agrees_with_a_numpy_planner():
-    args = tiny_args(num_samples=12, num_policy_trajs=3, num_elites=5, cem_iters=3, gamma=0.8, momentum=0.2)
-    args.temperature = 0.7
+    args = tiny_args(num_samples=12, num_policy_trajs=3, num_elites=5, cem_iters=3, gamma=0.8, temperature=0.7)
     E, K, Z, P = 2, 3, args.skill_dim, 15
-    networks = double_networks(args)
-    model, policy = networks["model"], networks["prior"]
-    rng = np.random.default_rng(4)
-    obs = random_obs(rng, E)
+    model, _, policy = double_networks(args).values()
+    obs = random_obs(np.random.default_rng(4), E)
     torch.manual_seed(9)
-    scalars = torch.tensor([0.3, 1.0], dtype=torch.float64)
-    skill, mean_out = skimo.plan(model, policy, torch.from_numpy(obs), K, *scalars, args)
+    stds = torch.tensor([0.3, 0.2], dtype=torch.float64)
+    skill, mean_out = skimo.plan(model, policy, *tensors(obs), *stds, K, args)
     torch.manual_seed(9)
 
     def normal(*shape, dtype=torch.float64):
@@ -214,100 +211,92 @@ def test_plan_agrees_with_a_numpy_planner():
             elite = plans[e][best]
             centre = np.average(elite, axis=0, weights=w)
             new_std[e] = np.sqrt(np.average((elite - centre) ** 2, axis=0, weights=w))
-            new_mean[e] = 0.2 * mean[e] + 0.8 * centre
+            new_mean[e] = 0.1 * mean[e] + 0.9 * centre
             elites.append(elite)
             weights.append(w)
         mean, std = new_mean, np.maximum(new_std, 0.3)
     np.testing.assert_allclose(mean_out.numpy(), mean, atol=1e-5)
     race = torch.empty(E, 5, dtype=torch.float64).exponential_().numpy()
     picked = [np.argmax(weights[e] / race[e]) for e in range(E)]
-    expected = np.stack([elites[e][picked[e]][0] for e in range(E)]) + 0.3 * normal(E, Z)
+    expected = np.stack([elites[e][picked[e]][0] for e in range(E)]) + 0.2 * normal(E, Z)
     np.testing.assert_allclose(skill.numpy(), np.clip(expected, -0.999, 0.999), atol=1e-5)
 
 
-class PlannerLog:
-    """In place of `plan`: notes its arguments."""
+@pytest.fixture
+def logged(monkeypatch):
+    """An agent whose plans are only noted, and the notes."""
+    calls = []
 
-    def __init__(self):
-        self.calls = []
-
-    def __call__(self, model, task_policy, obs, K, min_std, noise_scale, args):
-        self.calls.append(SimpleNamespace(K=K, min_std=min_std.item(), noise=noise_scale.item()))
+    def plan(model, task_policy, obs, min_std, noise_std, K, args):
+        calls.append(SimpleNamespace(K=K, min_std=min_std.item(), noise=noise_std.item()))
         return torch.zeros(len(obs), args.skill_dim), None
 
-
-def logged_planner(monkeypatch, **changes):
-    """A planner, and the log of its plans."""
-    args = tiny_args(**(dict(num_skills=10, horizon_steps=25_000, std_steps=50_000) | changes))
-    log = PlannerLog()
-    monkeypatch.setattr(skimo, "plan", log)
-    agent = SimpleNamespace(model=None, task_policy=None)
-    return skimo.Planner(agent, args, explore=True), log.calls
+    monkeypatch.setattr(skimo, "plan", plan)
+    args = tiny_args(num_skills=10, horizon_steps=25_000, std_steps=50_000)
+    return skimo.Agent(args, skimo.make_networks(args)), calls
 
 
-def test_planner_follows_its_schedules(monkeypatch):
-    planner, calls = logged_planner(monkeypatch)
+def test_plans_follow_their_schedules(logged):
+    agent, calls = logged
     obs = np.zeros((2, 4), dtype=np.float32)
     for step in (0, 2777, 2778, 12_500, 24_999, 25_000, 50_000, 10**6):
-        planner(obs, step)
+        agent.choose_skills(obs, step, explore=True)
     assert [call.K for call in calls] == [1, 1, 2, 5, 9, 10, 10, 10]
     stds = [0.5, 0.4727854, 0.4727756, 0.3775, 0.2550098, 0.255, 0.01, 0.01]
     assert [call.min_std for call in calls] == pytest.approx(stds, rel=1e-5)
-    skimo.Planner(planner.agent, planner.args, explore=False)(obs, 0)
-    assert [call.noise for call in calls] == [1.0] * 8 + [0.0]
+    assert [call.noise for call in calls] == [call.min_std for call in calls]
+    agent.choose_skills(obs, 0, explore=False)
+    assert (calls[-1].min_std, calls[-1].noise) == (0.5, 0)
 
 
-def test_plans_of_training_are_recorded_anew_for_each_length(monkeypatch):
+def test_plans_of_training_are_recorded_anew_for_each_length(logged, monkeypatch):
     """A graph has fixed shapes; recording one for the few plans of an evaluation does not pay."""
-    planner, calls = logged_planner(monkeypatch)
+    agent, calls = logged
     recordings = []
-    monkeypatch.setattr(skimo, "recorded", lambda function, args: recordings.append(function) or function)
+    monkeypatch.setattr(skimo, "Recorded", lambda function, args: recordings.append(function) or function)
     obs = np.zeros((2, 4), dtype=np.float32)
     for step in (0, 100, 24_999, 24_999, 25_000, 10**6):
-        planner(obs, step)
-    assert len(recordings) == 3 and [call.K for call in calls] == [1, 1, 9, 9, 10, 10]
-    planner(obs[:1], 10**6)
-    assert len(recordings) == 4
-    skimo.Planner(planner.agent, planner.args, explore=False)(obs, 25_000)
-    assert len(recordings) == 4 and len(calls) == 8
+        agent.choose_skills(obs, step, explore=True)
+        agent.choose_skills(obs[:1], 0, explore=False)
+    assert len(recordings) == 3 and [call.K for call in calls[::2]] == [1, 1, 9, 9, 10, 10]
 
 
 # ------------------------------------------------------------------------------------------------- acting and roll-outs
 class FakeEnvs:
-    """Members that end after given numbers of steps; obs counts steps, reward is member + 1, and 99 once frozen."""
+    """Members that end after given numbers of steps and then stand still; obs counts steps, reward is member + 1."""
 
     def __init__(self, lengths):
         self.lengths, self.closed, self.actions = np.array(lengths), False, []
 
     def reset(self, seed=None, options=None):
-        self.clock = np.zeros(len(self.lengths), dtype=int)
+        self.steps, self.returns = np.zeros((2, len(self.lengths)))
         torch.rand(3)  # an environment may draw, too
         return self._obs(), {}
 
     def _obs(self):
-        return np.repeat(self.clock[:, None], 4, 1).astype(np.float32)
+        return np.repeat(self.steps[:, None], 4, 1).astype(np.float32)
 
     def step(self, action):
-        frozen = self.clock >= self.lengths
+        running = self.steps < self.lengths
         self.actions.append(action)
-        self.clock = np.where(frozen, self.clock, self.clock + 1)
-        reward = np.where(frozen, 99.0, np.arange(len(self.lengths)) + 1.0)
-        ended, even = self.clock >= self.lengths, np.arange(len(self.lengths)) % 2 == 0
+        self.steps += running
+        reward = running * (np.arange(len(self.lengths)) + 1.0)
+        self.returns += reward
+        ended, even = self.steps >= self.lengths, np.arange(len(self.lengths)) % 2 == 0
         return self._obs(), reward, ended & even, ended & ~even, {}
 
     def close(self):
         self.closed = True
 
 
-def test_execute_skill_sums_rewards_and_counts_steps_until_the_end():
+def test_execute_skill_sums_rewards_until_all_have_ended():
     args = tiny_args(skill_horizon=5)
-    skills = skimo.make_networks(args, 4, 2)["skills"]
+    skills = skimo.make_networks(args)["skills"]
     envs = FakeEnvs([3, 20, 1, 20])
     obs, _ = envs.reset()
     z = torch.rand(4, 3)
-    obs, rewards, ended, steps = skimo.execute_skill(envs, skills, obs, z, np.zeros(4, dtype=bool), args)
+    obs, rewards, ended = skimo.execute_skill(envs, skills, obs, z, args)
     assert rewards.tolist() == [3, 10, 3, 20] and rewards.dtype == np.float32
-    assert steps.tolist() == [3, 5, 1, 5]
     assert ended.tolist() == [True, False, True, False]
     assert obs[:, 0].tolist() == [3, 5, 1, 5]
     for action, seen in zip(envs.actions, [[0] * 4, [1] * 4, [2, 2, 1, 2], [3, 3, 1, 3], [3, 4, 1, 4]], strict=True):
@@ -315,51 +304,37 @@ def test_execute_skill_sums_rewards_and_counts_steps_until_the_end():
         inputs = np.concatenate([np_encode(skills.encoder, x), z.numpy()], -1)
         expected = np.tanh(np_gaussian(np_net(skills.skill_policy, inputs))[0])
         np.testing.assert_allclose(action, expected, atol=1e-5)  # the mode of pi_L
-    obs, rewards, ended, steps = skimo.execute_skill(envs, skills, obs, z, ended, args)  # who waits earns nothing
-    assert rewards.tolist() == [0, 10, 0, 20] and steps.tolist() == [0, 5, 0, 5]
+    _, rewards, _ = skimo.execute_skill(envs, skills, obs, z, args)  # who waits earns nothing
+    assert rewards.tolist() == [0, 10, 0, 20]
 
     envs = FakeEnvs([2, 3])
     obs, _ = envs.reset()
-    skimo.execute_skill(envs, skills, obs, z[:2], np.zeros(2, dtype=bool), args)
+    skimo.execute_skill(envs, skills, obs, z[:2], args)
     assert len(envs.actions) == 3  # nobody is left
 
 
-def test_rollout_returns_whole_episodes_and_leaves_the_random_state_alone(monkeypatch):
+@pytest.mark.parametrize("global_step", [7, None])
+def test_rollout_scores_whole_episodes_and_leaves_the_random_state_alone(global_step, monkeypatch):
     args = tiny_args(skill_horizon=5)
-    skills = skimo.make_networks(args, 4, 2)["skills"]
-    made = []
+    made, chosen = [], []
 
     def make_envs(env_id, num_envs, video):
-        made.append(FakeEnvs([7, 12]))
+        made.append(FakeEnvs([7, 50]))
         return made[-1]
 
-    monkeypatch.setattr(skimo.data_tools, "make_envs", make_envs)
-    chosen = []
-
-    def choose_skill(obs):
+    def choose_skills(obs, step, explore):
+        assert step == global_step and not explore
         chosen.append(torch.rand(2, 3))
         return chosen[-1]
 
+    agent = SimpleNamespace(skills=skimo.make_networks(args)["skills"], choose_skills=choose_skills)
+    monkeypatch.setattr(skimo.data_tools, "make_envs", make_envs)
     before = torch.get_rng_state()
-    returns, lengths = skimo.rollout(choose_skill, skills, 2, args, seed=4)
+    scores = skimo.rollout(agent, args, 2, seed=4, global_step=global_step)
     assert torch.equal(torch.get_rng_state(), before)
-    assert returns.tolist() == [7, 24] and lengths.tolist() == [7, 12]
-    assert made[0].closed and len(made[0].actions) == 12 and len(chosen) == 3
+    assert scores == dict(episodic_return=(7 + 100) / 2, episodic_length=57 / 2, success=0.5)  # 100 is the goal
+    assert made[0].closed and len(made[0].actions) == 50 and len(chosen) == 10
     for seed in (4, 5):
-        skimo.rollout(choose_skill, skills, 2, args, seed=seed)
-    assert torch.equal(torch.stack(chosen[3:6]), torch.stack(chosen[:3]))
-    assert not torch.equal(torch.stack(chosen[6:]), torch.stack(chosen[:3]))
-
-
-@pytest.mark.parametrize(
-    ("best", "returns", "share"),
-    [
-        (100, [100, 99.9995, 99.99, 0], 0.5),  # sums of float32
-        (-2, [-2.00001, -2.01, -1], 2 / 3),
-        (4, [], 0),  # no episode has ended yet
-    ],
-)
-def test_success_is_the_highest_return_but_for_rounding(best, returns, share, monkeypatch):
-    task = dataclasses.replace(skimo.data_tools.TASKS["maze"], max_return=best)
-    monkeypatch.setitem(skimo.data_tools.TASKS, "maze", task)
-    assert skimo.success(returns, tiny_args()) == pytest.approx(share)
+        skimo.rollout(agent, args, 2, seed=seed, global_step=global_step)
+    assert torch.equal(torch.stack(chosen[10:20]), torch.stack(chosen[:10]))
+    assert not torch.equal(torch.stack(chosen[20:]), torch.stack(chosen[:10]))
