@@ -23,8 +23,8 @@ DEVIATION n: differences from the authors' release. Why, what was measured, and 
 8. Maze: a longer warm-up, with skills of the prior as in all tasks; the model learns from what was executed, u.
 9. The decoder begins at the mean of what was seen. 10. reward_scale is applied.
 --published takes the release's side of 2, 3, the actions in 6, the E environments in 7 and the warm-up's length in 8.
-Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, SkillModel, sample_gaussian, make_networks,
-pretrain_loss, pretrain, Agent, train, evaluate
+Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, SkillModel, make_networks, pretrain_loss,
+pretrain, Inputs, sample_gaussian, Agent, train, evaluate
 Shapes: B batch, L rows per window, O observation, F inputs, A action, Z skill, s and h their sizes, d = s + h,
 E environments, S starts, J imagined skills. Actions of dreamer.py's parts (..., A) are here skills u (..., Z).
 """
@@ -100,13 +100,6 @@ class Args:
     recombine: bool = False  # show demonstrations again among objects moved by others (release: no)
     kl_coef: float = 5e-4  # weight of KL(q || N(0,1)) per dimension
 
-    # World model
-    deter_dim: int = 100  # size of h
-    stoch_dim: int = 15  # size of s
-    encoder_dim: int = 256  # width of encoder and decoder, and size of an encoded observation
-    model_dim: int = 128  # width of reward model, critic and actor
-    continue_head: bool = False  # learn where episodes end, and imagine it
-
     # Downstream RL
     total_timesteps: int = 1_000_000  # env steps, warm-up included
     num_envs: int = 8  # environments side by side
@@ -126,6 +119,13 @@ class Args:
     td_lambda: float = 0.95  # share of longer returns in the lambda-return
     explore_std: float = 0.3  # std of the noise on skills
     reward_scale: float = 1.0  # factor on the task's reward
+
+    # World model and actor
+    deter_dim: int = 100  # size of h
+    stoch_dim: int = 15  # size of s
+    encoder_dim: int = 256  # width of encoder and decoder, and size of an encoded observation
+    model_dim: int = 128  # width of reward model, critic and actor
+    continue_head: bool = False  # learn where episodes end, and imagine it
 
     def __post_init__(self):  # what would run on and mean nothing; BatchNorm needs two windows
         least = dict(seed=0, warmup_steps=0, pretrain_batch_size=2, batch_length=2, imagine_steps=2)
@@ -415,22 +415,14 @@ def mlp(*sizes: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-class Inputs(nn.Module):
-    """Observations (..., O), scaled, with sines and cosines of positions -> inputs (..., F) of networks, F = size."""
+class Inputs(Features):
+    """What the model sees: as in dreamer.py observations are scaled without position_features, too (DEVIATION 4)."""
 
     def __init__(self, obs_dim: int, args: Args):
-        super().__init__()
+        super().__init__(obs_dim, args)
         task = data_tools.TASKS[args.env_id]
-        periods = task.position_periods if args.position_features else np.zeros((0, 0))
-        self.register_buffer("scale", torch.tensor(task.obs_scale or [1.0] * obs_dim))  # (O,)
-        self.register_buffer("shift", torch.tensor(task.obs_shift or [0.0] * obs_dim))  # (O,)
-        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (P, F)
-        self.size = obs_dim + 2 * periods.size
-
-    def forward(self, obs):
-        position = obs[..., : len(self.frequency), None]  # (..., P, 1)
-        phase = (position * self.frequency).flatten(-2)
-        return torch.cat([obs * self.scale + self.shift, phase.sin(), phase.cos()], -1)  # (..., F)
+        self.scale = torch.tensor(task.obs_scale or [1.0] * obs_dim)  # (O,)
+        self.shift = torch.tensor(task.obs_shift or [0.0] * obs_dim)  # (O,)
 
 
 sample_gaussian = draw  # its name in dreamer.py, whose parts these are
@@ -530,8 +522,7 @@ class ActionModel(nn.Module):
 
 
 # E f(x) for x ~ N(0, 1) is nearly the sum of weight * f(node). The policy's std begins at 5: its tanh is nearly a step,
-# which nodes of Gauss and Hermite miss: with 33 of theirs the KL is 7 % off. 33 at equal distances are right to .2 %,
-# but the gradient for the mean is 6 % off. With 65 both are right to .1 %.
+# which the nodes of Gauss and Hermite miss. With 65 at equal distances the KL and its gradient are right to .1 %.
 NODES = np.linspace(-4, 4, 65)
 QUADRATURE = [(float(x), float(w)) for x, w in zip(NODES, np.exp(-0.5 * NODES**2) / np.exp(-0.5 * NODES**2).sum())]
 
