@@ -13,7 +13,6 @@ from typing import ClassVar
 import mujoco
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode
 from mujoco.batch import Batch
 
 from data_tools.tasks.calvin_arm import MOTOR_FORCE, OPENING_FORCE, SUBSTEPS, InverseKinematics, euler_angles
@@ -253,13 +252,12 @@ class CalvinVectorEnv(MemberVectorEnv):
         num_envs: int = 1,
         max_episode_steps: int = MAX_EPISODE_STEPS,
         render_mode: str | None = None,
-        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         num_threads: int | None = None,
         simulator: str = "mujoco",
         calvin_env_root: str | os.PathLike | None = None,
     ):
         """Raises ValueError for arguments out of range; for PyBullet also DependencyNotInstalled and DataError."""
-        super().__init__(num_envs, 21, 7, max_episode_steps, render_mode, autoreset_mode)
+        super().__init__(num_envs, 21, 7, max_episode_steps, render_mode)
         if simulator not in ("mujoco", "pybullet"):
             raise ValueError(f"simulator must be 'mujoco' or 'pybullet', got {simulator!r}")
         if simulator == "pybullet":
@@ -306,22 +304,6 @@ class CalvinVectorEnv(MemberVectorEnv):
         self.check_state(state)
         self.physics.set_state(state.get("physics", ()))
         return super().set_state(state)
-
-
-def rollout_statistics(returns, obs, actions, ended) -> dict[str, float]:
-    """Return how often the sub-tasks happen in E episodes, in any order.
-
-    obs (T + 1, E, 21) and ended (T + 1, E) bool: which members had ended before the step; their rows do not count.
-    Returns and actions are not used.
-    Result: the share of episodes in which the condition of `drawer`, `bulb`, `slider`, `led` holds at some time, and
-    `any_order`, how many different ones per episode.
-    """
-    obs, ended = np.asarray(obs), np.asarray(ended, dtype=bool)
-    # The row at which `ended` is first True is the last observation of the episode, and counts.
-    counts = ~np.concatenate([np.zeros_like(ended[:1]), ended[:-1]])
-    happened = (subtask_conditions(obs, obs[:1]) & counts[:, :, None]).any(axis=0)  # (E, 4)
-    shares = {name: float(share) for name, share in zip(SUBTASKS, happened.mean(axis=0), strict=True)}
-    return shares | {"any_order": float(happened.sum(axis=1).mean())}
 
 
 # ------------------------------------------------------------------------------------------------------------ rendering
