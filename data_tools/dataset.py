@@ -107,8 +107,6 @@ class OfflineDataset:
     def narrowed(self, obs_dim: int) -> "OfflineDataset":
         """Return the data with the first `obs_dim` numbers of each observation; the fingerprint stays the file's."""
         narrowed = copy.copy(self)
-        narrowed._windows = {}
-        narrowed._pairs = {}
         narrowed.observations = self.observations[:, :obs_dim].contiguous()
         return narrowed
 

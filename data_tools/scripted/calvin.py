@@ -37,92 +37,57 @@ def view_of(physics, member):
     return calvin_play.View(physics.observations()[member], physics.target[member].copy(), blocks)
 
 
-class _Recorder:
-    """Records attempts at a trajectory, up to E at a time; an attempt depends on seed, noise and its number alone."""
+def begin(physics, member, rng):
+    """Put a member into the start state of an attempt."""
+    fixtures, led = calvin_play.draw_fixtures(rng)
+    physics.gripper[member] = calvin_play.OPEN
+    physics.reset(np.array([member]), [rng], fixtures[None])
+    physics.led[member] = led
 
-    def __init__(self, num_envs, num_threads):
-        self.physics = Physics(num_envs, num_threads)
 
-    def _begin(self, member, rng):
-        """Put a member into the start state of an attempt."""
-        fixtures, led = calvin_play.draw_fixtures(rng)
-        self.physics.gripper[member] = calvin_play.OPEN
-        self.physics.reset(np.array([member]), [rng], fixtures[None])
-        self.physics.led[member] = led
+def _script(view, rng, noise, rows):
+    """Play, and append (obs (21,), action (7,)) to rows once the warm-up is over."""
+    view = yield from calvin_play.warm_up(view, rng)
+    player = calvin_play.play(view, rng, noise)
+    action = next(player)
+    while True:
+        # Applied as stored (float32), so that the file can be replayed.
+        action = action.astype(np.float32)
+        rows.append((view.obs.astype(np.float32), action))
+        view = yield action
+        action = player.send(view)
 
-    def record(self, seed, attempts, noise, bar=None):
-        """Yield (attempt, obs (490, 21), actions (490, 7)) of the attempts (iterable of int), in any order.
 
-        An attempt whose physics diverge gives (attempt, None, None). `bar` counts the steps.
-        """
-        physics = self.physics
-        waiting = iter(attempts)
-        num_envs = len(physics.state)
-        current = [None] * num_envs  # the attempt of each member
-        scripts = [None] * num_envs
-        rows = [None] * num_envs
-        actions = np.zeros((num_envs, 7))
-        free = list(range(num_envs))
-        while True:
-            for member in free:
-                current[member] = next(waiting, None)
-                if current[member] is not None:
-                    rng = stream(seed, current[member])
-                    self._begin(member, rng)
-                    rows[member] = []
-                    scripts[member] = self._script(view_of(physics, member), rng, noise, rows[member])
-                    actions[member] = next(scripts[member])
-            running = np.array([member for member in range(num_envs) if current[member] is not None], dtype=int)
-            if len(running) == 0:
-                return
-            unstable = physics.step(actions, running if len(running) < num_envs else None)
-            observations = physics.observations()
-            if bar is not None:
-                bar.update(sum(len(rows[member]) > 0 for member in running))
-            free = []
-            for member in running:
-                if unstable[member] or len(rows[member]) == calvin_play.TRAJECTORY_STEPS:
-                    attempt = current[member]
-                    recorded = rows[member]
-                    free.append(int(member))
-                    if unstable[member]:
-                        yield attempt, None, None
-                    else:
-                        yield attempt, np.stack([row[0] for row in recorded]), np.stack([row[1] for row in recorded])
-                    continue
-                blocks = physics.qpos[member, BLOCKS].reshape(3, 7).copy()
-                view = calvin_play.View(observations[member], physics.target[member].copy(), blocks)
-                actions[member] = scripts[member].send(view)
+def _record(physics, seed, attempts, noise, bar):
+    """Yield (attempt, rows) of the attempts (iterable of int), in any order; None for rows if its physics diverge.
 
-    def _script(self, view, rng, noise, rows):
-        """Play, and append (observation, action) to rows once the warm-up is over."""
-        view = yield from calvin_play.warm_up(view, rng)
-        player = calvin_play.play(view, rng, noise)
-        action = next(player)
-        while True:
-            # Applied as stored (float32), so that the file can be replayed.
-            action = action.astype(np.float32)
-            rows.append((view.obs.astype(np.float32), action))
-            view = yield action
-            action = player.send(view)
-
-    def replay(self, seed, attempt, actions):
-        """Return obs (T + 1, 21) float32 of actions (T, 7) from the start state of an attempt (with one member)."""
-        rng = stream(seed, attempt)
-        self._begin(0, rng)
-        warm_up = calvin_play.warm_up(view_of(self.physics, 0), rng)
-        try:
-            action = next(warm_up)
-            while True:
-                self.physics.step(action[None])
-                action = warm_up.send(view_of(self.physics, 0))
-        except StopIteration:
-            pass
-        observations = [self.physics.observations()[0]]
-        for action in actions:
-            self.physics.step(np.asarray(action, dtype=np.float64)[None])
-            observations.append(self.physics.observations()[0])
-        return np.stack(observations).astype(np.float32)
+    An attempt depends on seed, noise and its number alone. `bar` counts the steps.
+    """
+    waiting = iter(attempts)
+    num_envs = len(physics.state)
+    at_work = {}  # member -> attempt, rows so far, script
+    actions = np.zeros((num_envs, 7))
+    while True:
+        for member in range(num_envs):
+            if member not in at_work and (attempt := next(waiting, None)) is not None:
+                rng = stream(seed, attempt)
+                begin(physics, member, rng)
+                rows = []
+                script = _script(view_of(physics, member), rng, noise, rows)
+                actions[member] = next(script)
+                at_work[member] = attempt, rows, script
+        if not at_work:
+            return
+        members = sorted(at_work)
+        unstable = physics.step(actions, np.array(members) if len(members) < num_envs else None)
+        for member in members:
+            attempt, rows, script = at_work[member]
+            bar.update(len(rows) > 0)
+            if unstable[member] or len(rows) == calvin_play.TRAJECTORY_STEPS:
+                del at_work[member]
+                yield attempt, None if unstable[member] else rows
+            else:
+                actions[member] = script.send(view_of(physics, member))
 
 
 def transitions(obs) -> list[tuple[int, int]]:
@@ -159,7 +124,7 @@ def collect(
     `attributes["skipped"]` lists the attempts left out. Raises DataError for arguments without meaning.
     """
     attributes = attributes_of(__name__, num_episodes, noise, seed)
-    recorder = _Recorder(min(LOCKSTEP, num_episodes), num_workers or num_cores())
+    physics = Physics(min(LOCKSTEP, num_episodes), num_workers or num_cores())
     kept = {}
     skipped = []
     first = 0
@@ -167,35 +132,18 @@ def collect(
     with tqdm(total=total, desc="calvin play", unit="step", unit_scale=True, disable=not progress) as bar:
         while len(kept) < num_episodes:
             missing = num_episodes - len(kept)
-            for attempt, observations, actions in recorder.record(seed, range(first, first + missing), noise, bar):
-                if observations is None or _does_the_task(observations):
+            for attempt, rows in _record(physics, seed, range(first, first + missing), noise, bar):
+                observations, actions = (np.array(part) for part in zip(*rows)) if rows else (None, None)
+                if rows is None or _does_the_task(observations):
                     skipped.append(attempt)
                     bar.total += calvin_play.TRAJECTORY_STEPS  # another takes its place
                 else:
-                    kept[attempt] = (observations, actions)
+                    kept[attempt] = observations, actions, False
             first += missing
             if len(skipped) > MAX_SKIPPED + num_episodes:
                 raise DataError(f"Recording with noise {noise} fails too often: use less --noise.")
-    episodes = [(*kept[attempt], False) for attempt in sorted(kept)]
+    episodes = [kept[attempt] for attempt in sorted(kept)]
     return OfflineDataset.from_episodes(episodes, attributes | {"skipped": sorted(skipped)})
-
-
-def replay(dataset: OfflineDataset, trajectory: int) -> np.ndarray:
-    """Apply the actions of a trajectory of a complete data set from its start state; return obs (T + 1, 21) float32.
-
-    The first T rows equal the recorded ones bit for bit. The start state is not in the file (observations leave out
-    blocks, speeds and target pose): it follows from the seed. Raises DataError for data that `collect` did not make.
-    """
-    attributes = dataset.attributes
-    if "skipped" not in attributes:
-        raise DataError(f"{dataset!r} was not recorded by data_tools.scripted.calvin and cannot be replayed.")
-    if not 0 <= trajectory < len(dataset.episode_starts):
-        raise DataError(f"{dataset!r} has no trajectory {trajectory}.")
-    kept = (attempt for attempt in itertools.count() if attempt not in attributes["skipped"])
-    attempt = next(itertools.islice(kept, trajectory, None))
-    start, length = int(dataset.episode_starts[trajectory]), int(dataset.episode_lengths[trajectory])
-    actions = dataset.actions[start : start + length].cpu().numpy()
-    return _Recorder(1, 1).replay(attributes["seed"], attempt, actions)
 
 
 # Means and standard deviations of the real data: published as constants of a public evaluation script.

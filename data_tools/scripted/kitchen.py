@@ -10,7 +10,6 @@ import os
 import pickle
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cache, partial
 from pathlib import Path
 
@@ -412,9 +411,8 @@ def _episode(seed, episode, noise):
 # -------------------------------------------------------------------------------------------------------- offline data
 
 
-def _worker():
-    """Make every `step`-th episode from `first` on and send each to the parent process: a line of `_make_episodes`."""
-    seed, first, end, step, noise = (number(arg) for number, arg in zip((int, int, int, int, float), sys.argv[1:]))
+def _worker(seed, first, end, step, noise):
+    """Make every `step`-th episode from `first` on and send each to `_make_episodes` in the parent process."""
     channel = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # anything printed must not get into the data
     for episode in range(first, end, step):
@@ -424,44 +422,28 @@ def _worker():
 
 def _make_episodes(num_episodes, noise, seed, num_workers, progress):
     """Return [_episode(seed, 0, noise), _episode(seed, 1, noise), ...], made by `num_workers` processes."""
-    episodes = [None] * num_episodes
-    bar = tqdm(total=num_episodes, desc="kitchen demonstrations", unit="episode", disable=not progress)
+    bar = tqdm(range(num_episodes), desc="kitchen demonstrations", unit="episode", disable=not progress)
     if num_workers == 1:
-        for i in range(num_episodes):
-            episodes[i] = _episode(seed, i, noise)
-            bar.update()
-        bar.close()
-        return episodes
-
+        return [_episode(seed, i, noise) for i in bar]
     # Threads would wait for Python's lock half of the time. Plain processes rather than multiprocessing: those would
     # copy a process with running threads (fork) or run the caller's script again (spawn).
     paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", "from data_tools.scripted.kitchen import _worker; _worker()"]
-    workers = []  # in sessions of their own: Ctrl-C reaches only this program, which ends them
-
-    def follow(first):
-        for i in range(first, num_episodes, num_workers):
-            episodes[i] = pickle.load(workers[first].stdout)
-            bar.update()
-
-    with bar, ThreadPoolExecutor(num_workers) as pool:
-        try:
-            for first in range(num_workers):
-                arguments = [str(value) for value in (seed, first, num_episodes, num_workers, noise)]
-                options = dict(stdout=subprocess.PIPE, env=environment, start_new_session=True)
-                workers.append(subprocess.Popen([*command, *arguments], **options))
-            for done in as_completed([pool.submit(follow, first) for first in range(num_workers)]):
-                done.result()  # or the error, as soon as one worker has died
-        except (EOFError, pickle.UnpicklingError) as error:
-            raise DataError("A process that makes kitchen demonstrations ended early; see its message.") from error
-        finally:
-            for worker in workers:  # all have ended, unless something went wrong
-                worker.kill()
-                worker.wait()
-    for worker in workers:
-        worker.stdout.close()
-    return episodes
+    options = dict(stdout=subprocess.PIPE, env=environment, start_new_session=True)  # Ctrl-C is for this process alone
+    workers = []
+    try:
+        for first in range(num_workers):
+            call = f"_worker({seed}, {first}, {num_episodes}, {num_workers}, {float(noise)!r})"
+            code = f"from data_tools.scripted.kitchen import _worker; {call}"
+            workers.append(subprocess.Popen([sys.executable, "-c", code], **options))
+        return [pickle.load(workers[i % num_workers].stdout) for i in bar]
+    except (EOFError, pickle.UnpicklingError) as error:
+        raise DataError("A process that makes kitchen demonstrations ended early; see its message.") from error
+    finally:
+        for worker in workers:  # all have ended, unless something went wrong
+            worker.kill()
+            worker.wait()
+            worker.stdout.close()
 
 
 def collect(

@@ -195,16 +195,6 @@ class Kitchen:
         return float(self.credited - before)
 
 
-def _checked_subtasks(task):
-    """Return the names of the sub-tasks in order; ValueError if `task` is neither a key of SUBTASKS nor such names."""
-    names = SUBTASKS.get(task, ()) if isinstance(task, str) else tuple(task)
-    if not names or len(set(names)) != len(names) or not set(names) <= set(ELEMENTS):
-        raise ValueError(
-            f"task must be one of {', '.join(SUBTASKS)} or different names of {', '.join(ELEMENTS)}, got {task!r}"
-        )
-    return names
-
-
 # ------------------------------------------------------------------------------------------------------------ rendering
 
 FRAME_SHAPE = (300, 400, 3)
@@ -277,7 +267,11 @@ class KitchenVectorEnv(MemberVectorEnv):
     ):
         """Raises ValueError for arguments out of range, DataError if the kitchen's model is not the known one."""
         super().__init__(num_envs, 30, 9, max_episode_steps, render_mode)
-        self.subtasks = _checked_subtasks(task)
+        self.subtasks = SUBTASKS.get(task, ()) if isinstance(task, str) else tuple(task)
+        if not self.subtasks or not set(self.subtasks) <= set(ELEMENTS):
+            raise ValueError(
+                f"task must be one of {', '.join(SUBTASKS)} or names of {', '.join(ELEMENTS)}, got {task!r}"
+            )
         self.kitchens = [Kitchen(self.subtasks, noise) for _ in range(num_envs)]
         self.physics = np.zeros((num_envs, len(self.kitchens[0].state)))
         self.observed = np.zeros((num_envs, 30))
