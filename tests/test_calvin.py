@@ -26,6 +26,8 @@ from data_tools.tasks.calvin_scene import (
     HOME,
     SURFACES,
     SWITCH_ORIGIN,
+    SWITCH_Y,
+    SWITCH_Z,
     place_blocks,
     scene_model,
 )
@@ -479,7 +481,7 @@ def test_way_points_of_the_switch_lie_on_its_front():
     body = scene_model().body("switch").id
     assert np.allclose(data.xpos[body], SWITCH_ORIGIN)
     matrix = data.xmat[body].reshape(3, 3)
-    assert np.allclose(matrix[:, 1], calvin_play.SWITCH_Y) and np.allclose(matrix[:, 2], calvin_play.SWITCH_Z)
+    assert np.allclose(matrix[:, 1], SWITCH_Y) and np.allclose(matrix[:, 2], SWITCH_Z)
 
 
 @pytest.fixture(scope="module")

@@ -20,21 +20,8 @@ import gymnasium
 import numpy as np
 
 from data_tools.files import DataError
+from data_tools.tasks import calvin_scene as scene
 from data_tools.tasks.calvin_arm import JOINT_HIGH, JOINT_LOW, MOTOR_FORCE, SUBSTEPS
-from data_tools.tasks.calvin_scene import (
-    ANGLE_SCALE,
-    ARM,
-    BLOCKS,
-    FINGER_OPEN,
-    FINGERS,
-    FIXTURES,
-    HOME,
-    POSITION_SCALE,
-    TIME_STEP,
-    observations,
-    place_blocks,
-    switch_lights,
-)
 
 REPOSITORY = "https://github.com/mees/calvin_env"
 PYBULLET = "pybullet==3.2.7"  # the version that was measured
@@ -107,7 +94,7 @@ class _World:
         client = self.client
         data = self.data
         client.resetSimulation()
-        client.setTimeStep(TIME_STEP)
+        client.setTimeStep(scene.TIME_STEP)
         client.setPhysicsEngineParameter(deterministicOverlappingPairs=1)
         client.setGravity(0, 0, GRAVITY)
         client.setAdditionalSearchPath(str(data))
@@ -174,12 +161,12 @@ class _World:
             client.resetJointState(self.table, joint, 0.0)
         for block, pose in zip(self.blocks, poses.reshape(3, 7)):
             client.resetBasePositionAndOrientation(block, pose[:3], pose[[4, 5, 6, 3]])  # quaternions end with w here
-        for joint, angle in zip(self.arm, HOME):
+        for joint, angle in zip(self.arm, scene.HOME):
             client.resetJointState(self.robot, joint, angle)
         for joint in self.fingers:
-            client.resetJointState(self.robot, joint, FINGER_OPEN)
-        self._drive(self.arm, HOME, MOTOR_FORCE, ARM_SPEED)
-        self._drive(self.fingers, [FINGER_OPEN] * 2, MOTOR_FORCE, FINGER_SPEED)
+            client.resetJointState(self.robot, joint, scene.FINGER_OPEN)
+        self._drive(self.arm, scene.HOME, MOTOR_FORCE, ARM_SPEED)
+        self._drive(self.fingers, [scene.FINGER_OPEN] * 2, MOTOR_FORCE, FINGER_SPEED)
         start = self.tool_pose()
         client.stepSimulation()
         return start
@@ -188,10 +175,11 @@ class _World:
         """Move the tool towards the pose target (6,) and open or close the gripper, for 1/30 s."""
         client = self.client
         orientation = client.getQuaternionFromEuler(target[3:])
-        limits = [-NULL_SPACE] * 9, [NULL_SPACE] * 9, [NULL_SPACE] * 9, [*HOME, FINGER_OPEN, FINGER_OPEN]
+        rest = [*scene.HOME, scene.FINGER_OPEN, scene.FINGER_OPEN]
+        limits = [-NULL_SPACE] * 9, [NULL_SPACE] * 9, [NULL_SPACE] * 9, rest
         joints = client.calculateInverseKinematics(self.robot, self.tool, target[:3], orientation, *limits)
         self._drive(self.arm, np.clip(joints[:7], JOINT_LOW, JOINT_HIGH), MOTOR_FORCE, ARM_SPEED)
-        opening, force = (FINGER_OPEN, FINGER_FORCE) if is_open else (0.0, MOTOR_FORCE)
+        opening, force = (scene.FINGER_OPEN, FINGER_FORCE) if is_open else (0.0, MOTOR_FORCE)
         self._drive(self.fingers, [opening] * 2, force, FINGER_SPEED)
         for _ in range(SUBSTEPS):
             client.stepSimulation()
@@ -204,10 +192,10 @@ class _World:
     def qpos(self):
         """Return the positions (34,) of all joints and blocks, as data_tools.tasks.calvin_scene orders them."""
         qpos = np.empty(34)
-        robot = (self.robot, self.arm, ARM), (self.robot, self.fingers, FINGERS)
-        for body, joints, entries in (*robot, (self.table, self.fixtures, FIXTURES)):
+        robot = (self.robot, self.arm, scene.ARM), (self.robot, self.fingers, scene.FINGERS)
+        for body, joints, entries in (*robot, (self.table, self.fixtures, scene.FIXTURES)):
             qpos[entries] = [state[0] for state in self.client.getJointStates(body, joints)]
-        poses = qpos[BLOCKS].reshape(3, 7)
+        poses = qpos[scene.BLOCKS].reshape(3, 7)
         for pose, block in zip(poses, self.blocks):
             pose[:3], quaternion = self.client.getBasePositionAndOrientation(block)
             pose[3:] = np.roll(quaternion, 1)
@@ -247,7 +235,7 @@ class BulletPhysics:
     def reset(self, members, rngs):
         """Put the members (n,) int into a start state, with the lights off and the blocks drawn from rngs (n)."""
         for i, rng in zip(members, rngs, strict=True):
-            self.target[i] = self.worlds[i].reset(place_blocks(rng))
+            self.target[i] = self.worlds[i].reset(scene.place_blocks(rng))
             self._read(i)
             self.pressed[i] = self.led[i] = self.bulb[i] = False
 
@@ -259,7 +247,7 @@ class BulletPhysics:
         """
         stepped = np.zeros(len(self.worlds), dtype=bool)
         stepped[slice(None) if members is None else members] = True
-        scale = np.repeat([POSITION_SCALE, ANGLE_SCALE], 3)
+        scale = np.repeat([scene.POSITION_SCALE, scene.ANGLE_SCALE], 3)
         unstable = np.zeros(len(self.worlds), dtype=bool)
         for i in np.flatnonzero(stepped):
             target = self.target[i] + scale * actions[i, :6]
@@ -267,10 +255,10 @@ class BulletPhysics:
             self.worlds[i].step(target, gripper > 0)
             unstable[i] = not self._read(i)
             if unstable[i]:
-                self.worlds[i].reset(self.qpos[i, BLOCKS])
+                self.worlds[i].reset(self.qpos[i, scene.BLOCKS])
             else:
                 self.target[i], self.gripper[i] = target, gripper
-        switch_lights(self, stepped & ~unstable)
+        scene.switch_lights(self, stepped & ~unstable)
         return unstable
 
     def _read(self, member):
@@ -283,7 +271,7 @@ class BulletPhysics:
 
     def observations(self):
         """Return the observations (E, 21) float64."""
-        return observations(self)
+        return scene.observations(self)
 
     def _arrays(self):
         """Return the arrays (E, ...) that belong to the state besides what PyBullet holds."""

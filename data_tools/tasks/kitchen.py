@@ -248,12 +248,7 @@ class KitchenVectorEnv(MemberVectorEnv):
     """
 
     metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 12.5}
-    saved: ClassVar[dict] = {
-        "physics": np.float64,
-        "observed": np.float64,
-        "credited": np.int64,
-        **MemberVectorEnv.saved,
-    }
+    saved: ClassVar[dict] = {"physics": float, "observed": float, "credited": int, **MemberVectorEnv.saved}
     info_names: ClassVar[dict] = {**MemberVectorEnv.info_names, "num_subtasks": "credited"}
 
     def __init__(
