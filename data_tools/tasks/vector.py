@@ -174,7 +174,7 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
         """
         self._check_started("get_state()")
         state = {name: getattr(self, name).tolist() for name in self.saved}
-        return {**state, "rng": [rng_state(rng) for rng in self.rngs]}
+        return {**state, "rng": [json.dumps(rng.bit_generator.state) for rng in self.rngs]}
 
     def set_state(self, state: dict[str, list]) -> np.ndarray:
         """Continue exactly where `get_state` was called; return the observations (E, O) of that moment.
@@ -182,7 +182,9 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
         Raises ValueError for a state that does not fit, or with NaN.
         """
         arrays = self.check_state(state)
-        rngs = [rng_from_state(saved) for saved in state["rng"]]
+        rngs = [seeding.np_random(0)[0] for _ in state["rng"]]
+        for rng, saved in zip(rngs, state["rng"]):
+            rng.bit_generator.state = json.loads(saved)
         for name, array in arrays.items():
             setattr(self, name, array)
         self.rngs = rngs
@@ -273,18 +275,6 @@ def checked_action(action, shape) -> np.ndarray:
         cure = "if a network made it, lower its learning rate and go on from the last checkpoint (--resume)"
         raise NotFiniteError(f"{message}, got NaN or infinity; {cure}")
     return np.clip(array, -1.0, 1.0)
-
-
-def rng_state(rng) -> str:
-    """Return the state of a generator as JSON."""
-    return json.dumps(rng.bit_generator.state)
-
-
-def rng_from_state(state: str) -> np.random.Generator:
-    """Return a generator that continues where `rng_state` was called."""
-    rng = seeding.np_random(0)[0]
-    rng.bit_generator.state = json.loads(state)
-    return rng
 
 
 def num_cores() -> int:
