@@ -38,6 +38,9 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.provenance import load_algorithm
 from data_tools import TASKS
 from data_tools.files import imported, write_atomically
+from data_tools.tasks.calvin import SUBTASKS, subtask_conditions
+from data_tools.tasks.kitchen import elements_complete
+from data_tools.tasks.maze import GOAL, GOAL_REWARD, cell_of, geodesic_distance, make_layout
 
 
 @dataclass
@@ -145,13 +148,70 @@ def traced_rollout(algo, agent, args, choose_skill, num_episodes: int, seed: int
     return returns, torch.stack(skills, 1), recorders[0].arrays()
 
 
+# ----------------------------------------------------------------------------------------------------------- statistics
+def maze_statistics(returns, obs, actions, ended) -> dict[str, float]:
+    """Of E roll-outs, returns (E,): how near to the goal, where, and how they move.
+
+    `goal` share that reached it; `approach` least geodesic distance to it in cells (10, 25 and 50 % quantiles; 34 at
+    the start); `cells` mean number of different cells visited; `lateral` std of the offset from the middle of the
+    planner's way-points (c - 0.1), while moving fast along the first axis (cells); `wall` share of env steps that
+    deviate from free flight, i.e. touch a wall.
+    """
+    cells = cell_of(obs)  # (T+1, E, 2)
+    distance = geodesic_distance(make_layout(), GOAL)[cells[..., 0], cells[..., 1]]  # (T+1, E)
+    goal = returns >= GOAL_REWARD
+    quantiles = np.quantile(np.where(goal, 0.0, distance.min(0)), [0.1, 0.25, 0.5])
+    visited = [len(np.unique(path, axis=0)) for path in cells.swapaxes(0, 1)]
+
+    # Free flight: v' = v + dt (100 a - v) / (m + dt), from the velocity clipped to [-5, 5]
+    velocity = obs[:-1, :, 2:].clip(-5, 5)
+    free = velocity + 0.01 * (100 * actions[:-1] - velocity) / (4.18879 + 0.01)
+    touches = np.abs(obs[1:, :, 2:] - free).max(-1) > 1e-3  # (T, E)
+    running = ~ended[:-1]
+    along_first = (np.abs(obs[:-1, :, 2]) > 3.5) & running
+    offset = obs[:-1, :, 1] + 0.1
+    lateral = (offset - np.round(offset))[along_first]
+    return {
+        "goal": float(goal.mean()),
+        "approach_10": float(quantiles[0]),
+        "approach_25": float(quantiles[1]),
+        "approach_50": float(quantiles[2]),
+        "cells": float(np.mean(visited)),
+        "lateral": float(lateral.std()) if len(lateral) else 0.0,
+        "wall": float(touches[running].mean()),
+    }
+
+
+def shares(done: dict, ended) -> dict[str, float]:
+    """Share of E episodes in which each of done (T+1, E) was True at some time, and `any_order`: how many were."""
+    counts = np.ones_like(ended)
+    counts[1:] = ~ended[:-1]  # the first row with `ended` holds an episode's last observation, and counts
+    figures = {name: float((values & counts).any(0).mean()) for name, values in done.items()}
+    return figures | {"any_order": float(sum(figures.values()))}
+
+
+def kitchen_statistics(returns, obs, actions, ended) -> dict[str, float]:
+    """How often each of the seven elements was complete at some time."""
+    return shares(elements_complete(obs), ended)
+
+
+def calvin_statistics(returns, obs, actions, ended) -> dict[str, float]:
+    """How often the four sub-tasks happen, in any order."""
+    happened = subtask_conditions(obs, obs[:1])  # (T+1, E, 4)
+    return shares({name: happened[..., k] for k, name in enumerate(SUBTASKS)}, ended)
+
+
+STATISTICS = {"maze": maze_statistics, "kitchen": kitchen_statistics, "calvin": calvin_statistics}  # by Task.data
+
+
 def rollout_statistics(env_id: str, returns, trace) -> dict[str, float]:
-    """Mean return of E roll-outs, returns (E,), and the task's own statistics of them (TASKS[env_id].statistics)."""
-    figures = {"mean_return": float(returns.mean()), "success": float((returns >= TASKS[env_id].max_return).mean())}
-    statistics = TASKS[env_id].statistics
-    return figures | (imported(statistics)(returns, *trace) if statistics else {})
+    """Mean return of E roll-outs, returns (E,), and what STATISTICS has for the task."""
+    task = TASKS[env_id]
+    figures = {"mean_return": float(returns.mean()), "success": task.success(returns)}
+    return figures | (STATISTICS[task.data](returns, *trace) if task.data in STATISTICS else {})
 
 
+# ----------------------------------------------------------------------------------------------------------- prediction
 @torch.no_grad()
 def open_loop_prediction(model, trace, z, skill_horizon: int, num_paths: int) -> list:
     """The first of E roll-outs, and what the dynamics predicts for each from its first state alone (paper, fig. 10).

@@ -14,7 +14,8 @@ import numpy as np
 from data_tools.augment import code_of, perturb, recombined
 from data_tools.dataset import OfflineDataset, made_once
 from data_tools.files import DataError, cache_dir, imported
-from data_tools.tasks.vector import SingleEnv, VideoRecorder
+from data_tools.tasks.vector import SingleEnv
+from data_tools.tasks.video import VideoRecorder
 
 __all__ = ["TASKS", "DataError", "OfflineDataset", "Task", "cache_dir", "code_of", "env_sizes", "load_dataset"]
 __all__ += ["make_envs", "perturb", "recombined"]
@@ -35,7 +36,6 @@ class Task:
     download: str | None = None  # "module:function" of (folder, progress): the path of published data, fetched once
     objects: tuple[tuple[int, ...], ...] = ()  # entries of an observation that belong to each object
     data_obs_dim: int | None = None  # numbers in the observations of data that append something, which is cut off
-    statistics: str | None = None  # "module:function" of (returns, obs, actions, ended) of roll-outs
     draw_map: str | None = None  # "module:function" of (axes): a map, on which an observation is at (obs[1], obs[0])
     position_periods: tuple[tuple[float, ...], ...] = ()  # of sines and cosines, a row for each of the first entries
     arm: tuple[int, float] | None = None  # joints that observations and actions begin with; rad asked by an action of 1
@@ -63,7 +63,6 @@ TASKS = {
         noise=0.5,
         data="maze",
         position_periods=((1.0, 2.0, 4.0, 8.0, 16.0, 32.0),) * 2,  # in cells
-        statistics="data_tools.tasks.maze:rollout_statistics",
         draw_map="data_tools.tasks.maze:draw_maze",
     ),
     "kitchen": Task(
@@ -79,7 +78,6 @@ TASKS = {
         # Arm joints in rad, fingers in m
         position_periods=((0.25, 0.5, 1.0, 2.0, 4.0),) * 7 + ((0.025, 0.05, 0.1, 0.2, 0.4),) * 2,
         arm=(7, 0.16),
-        statistics="data_tools.tasks.kitchen:rollout_statistics",
     ),
     "calvin": Task(
         envs="data_tools.tasks.calvin:CalvinVectorEnv",
@@ -90,7 +88,6 @@ TASKS = {
         # Tool in m; angles, grip, joints in rad
         position_periods=((0.0625, 0.125, 0.25, 0.5, 1.0),) * 3 + ((0.25, 0.5, 1.0, 2.0, 4.0),) * 11,
         data_obs_dim=39,  # with the blocks
-        statistics="data_tools.tasks.calvin:rollout_statistics",
     ),
 }
 TASKS["kitchen-misaligned"] = replace(TASKS["kitchen"], env_kwargs={"task": "kitchen-misaligned"})
@@ -109,10 +106,9 @@ def make_envs(env_id: str, num_envs: int, video: Path | None = None) -> gymnasiu
     With `video`, the first member's episode is recorded into that MP4 file when the environments are closed.
     """
     task = find_task(env_id)
-    arguments = {**task.env_kwargs, "autoreset_mode": gymnasium.vector.AutoresetMode.DISABLED}
     if video is None:
-        return imported(task.envs)(num_envs, **arguments)
-    return VideoRecorder(imported(task.envs)(num_envs, **arguments, render_mode="rgb_array"), video)
+        return imported(task.envs)(num_envs, **task.env_kwargs)
+    return VideoRecorder(imported(task.envs)(num_envs, **task.env_kwargs, render_mode="rgb_array"), video)
 
 
 def env_sizes(env_id: str) -> tuple[int, int]:

@@ -63,6 +63,22 @@ class OfflineDataset:
         self._windows = {}  # window length -> first row and number of starts of each episode that is long enough
         self._pairs = {}  # window -> of each row, how many later ones there are within it, and their running sum
 
+    @classmethod
+    def from_episodes(cls, episodes, attributes=None) -> "OfflineDataset":
+        """Join [(obs (T, O), actions (T, A), done), ...]; their last rows are terminals if done, else timeouts.
+
+        A last observation, which no action follows, is left out: obs may have T + 1 rows.
+        """
+        lengths = [len(actions) for _, actions, _ in episodes]
+        done = np.array([done for _, _, done in episodes], dtype=bool)
+        last_rows = np.cumsum(lengths) - 1
+        terminals, timeouts = np.zeros((2, sum(lengths)), dtype=bool)
+        terminals[last_rows] = done
+        timeouts[last_rows] = ~done
+        observations = np.concatenate([obs[:length] for (obs, _, _), length in zip(episodes, lengths)])
+        actions = np.concatenate([actions for _, actions, _ in episodes])
+        return cls(observations, actions, terminals, timeouts, attributes)
+
     def __len__(self):
         """Return the number of rows R."""
         return len(self.observations)
@@ -91,8 +107,6 @@ class OfflineDataset:
     def narrowed(self, obs_dim: int) -> "OfflineDataset":
         """Return the data with the first `obs_dim` numbers of each observation; the fingerprint stays the file's."""
         narrowed = copy.copy(self)
-        narrowed._windows = {}
-        narrowed._pairs = {}
         narrowed.observations = self.observations[:, :obs_dim].contiguous()
         return narrowed
 

@@ -2,10 +2,6 @@
 
 import functools
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import gymnasium
 import matplotlib.image
@@ -18,7 +14,7 @@ from gymnasium.utils.env_checker import check_env
 import data_tools
 from data_tools import DataError
 from data_tools.scripted import calvin as scripted
-from data_tools.scripted import calvin_play
+from data_tools.scripted import calvin_play, stream
 from data_tools.scripted.calvin import collect
 from data_tools.tasks import calvin, calvin_arm
 from data_tools.tasks.calvin import CalvinVectorEnv
@@ -30,6 +26,8 @@ from data_tools.tasks.calvin_scene import (
     HOME,
     SURFACES,
     SWITCH_ORIGIN,
+    SWITCH_Y,
+    SWITCH_Z,
     place_blocks,
     scene_model,
 )
@@ -334,7 +332,7 @@ def test_conditions_are_relative_to_the_start():
 
 
 def test_expert_solves_the_task():
-    returns, lengths = scripted.run_expert(6, seed=20)
+    returns, lengths = scripted.expert(6, seed=20)
     assert (returns == 400).all() and (lengths < 260).all()
 
 
@@ -373,7 +371,7 @@ def test_unknown_simulator():
 
 def test_diverged_physics_end_the_episode(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # MuJoCo may write its warnings to a file here
-    env, healthy = CalvinVectorEnv(3, autoreset_mode="NextStep"), CalvinVectorEnv(3)
+    env, healthy = CalvinVectorEnv(3), CalvinVectorEnv(3)
     before, _ = env.reset(seed=0)
     healthy.reset(seed=0)
     run = env.physics._run
@@ -390,9 +388,9 @@ def test_diverged_physics_end_the_episode(tmp_path, monkeypatch):
     assert np.array_equal(obs, [expected[0], before[1], expected[2]])
     assert terminations.tolist() == infos["unstable"].tolist() == [False, True, False]
     assert not truncations.any() and not rewards.any() and not infos["is_success"].any()
-    obs, *_, infos = env.step(actions)  # the others are as if nothing had happened, this one begins anew
-    assert np.array_equal(obs[[0, 2]], healthy.step(actions)[0][[0, 2]])
-    assert np.allclose(obs[1, 7:14], HOME, atol=1e-4) and not infos["unstable"].any()
+    env.reset(options={"reset_mask": terminations})
+    obs, *_, infos = env.step(actions)  # the others are as if nothing had happened
+    assert np.array_equal(obs[[0, 2]], healthy.step(actions)[0][[0, 2]]) and not infos["unstable"].any()
 
 
 # ------------------------------------------------------------------------------------------------------------ rendering
@@ -483,7 +481,7 @@ def test_way_points_of_the_switch_lie_on_its_front():
     body = scene_model().body("switch").id
     assert np.allclose(data.xpos[body], SWITCH_ORIGIN)
     matrix = data.xmat[body].reshape(3, 3)
-    assert np.allclose(matrix[:, 1], calvin_play.SWITCH_Y) and np.allclose(matrix[:, 2], calvin_play.SWITCH_Z)
+    assert np.allclose(matrix[:, 1], SWITCH_Y) and np.allclose(matrix[:, 2], SWITCH_Z)
 
 
 @pytest.fixture(scope="module")
@@ -506,16 +504,31 @@ def test_recorded_play(dataset):
         assert 0.2 < (x > travel / 2).mean() < 0.8
 
 
+def replay(attempt, actions):
+    """Return obs (T + 1, 21) float32 of actions (T, 7) from the start state of an attempt, which is not in the file."""
+    physics = calvin.Physics(1, 1)
+    rng = stream(0, attempt)
+    scripted.begin(physics, 0, rng)
+    warm_up = calvin_play.warm_up(scripted.view_of(physics, 0), rng)
+    action = next(warm_up, None)
+    while action is not None:
+        physics.step(action[None])
+        try:
+            action = warm_up.send(scripted.view_of(physics, 0))
+        except StopIteration:
+            action = None
+    obs = [physics.observations()[0]]
+    for action in actions:
+        physics.step(action[None].astype(np.float64))
+        obs.append(physics.observations()[0])
+    return np.float32(obs)
+
+
 def test_replaying_the_actions_reproduces_the_states(dataset):
-    for trajectory in (0, 7, 23):
-        rows = slice(490 * trajectory, 490 * (trajectory + 1))
-        obs = scripted.replay(dataset, trajectory)
-        assert obs.shape == (491, 21)
-        assert np.array_equal(obs[:-1], dataset.observations[rows].numpy())
-    with pytest.raises(DataError, match="no trajectory 24"):
-        scripted.replay(dataset, 24)
-    with pytest.raises(DataError, match="cannot be replayed"):
-        scripted.replay(data_tools.OfflineDataset(np.ones((2, 21)), np.ones((2, 7)), [0, 0], [0, 1]), 0)
+    for attempt in (0, 7, 23):
+        rows = slice(490 * attempt, 490 * (attempt + 1))
+        obs = replay(attempt, dataset.actions[rows].numpy())
+        assert obs.shape == (491, 21) and np.array_equal(obs[:-1], dataset.observations[rows].numpy())
 
 
 def test_recording_depends_on_the_seed_alone(dataset):
@@ -525,7 +538,7 @@ def test_recording_depends_on_the_seed_alone(dataset):
     other = collect(1, seed=1, progress=False)
     assert not torch.equal(other.observations, fewer.observations[:490])
     for arguments in ((0, 0.5, 0), (10, -1.0, 0), (10, float("nan"), 0), (10, 0.5, -1)):
-        with pytest.raises(DataError, match="--num-trajectories"):
+        with pytest.raises(DataError, match="--num-episodes"):
             collect(*arguments, progress=False)
 
 
@@ -535,7 +548,6 @@ def test_attempts_that_do_the_task_are_left_out(dataset, monkeypatch):
     fewer = collect(2, progress=False)
     assert fewer.attributes["skipped"] == [1]
     assert torch.equal(fewer.observations[490:], dataset.observations[980:1470])
-    assert np.array_equal(scripted.replay(fewer, 1)[:-1], fewer.observations[490:].numpy())
 
 
 def test_transitions():
@@ -555,16 +567,16 @@ def test_transitions():
         np.concatenate([obs, swapped]), np.ones((120, 7)), np.zeros(120), np.tile(np.arange(60) == 59, 2)
     )
     figures = scripted.statistics(two)
-    assert [figures[name] for name in calvin.SUBTASKS] == [1, 1, 1, 1.5]
-    assert figures["task"] == 2
+    assert [figures[f"{name} per trajectory"] for name in calvin.SUBTASKS] == [1, 1, 1, 1.5]
+    assert figures["all four in order"] == 2
     # Pairs: 3 in the first; LED-drawer, drawer-bulb, bulb-slider, slider-LED off, LED off-on in the second.
-    assert figures["drawer then bulb"] == figures["bulb then slider"] == 2 / 8
-    assert figures["slider then led"] == 1 / 8
+    assert figures["drawer then bulb, of pairs"] == figures["bulb then slider, of pairs"] == 2 / 8
+    assert figures["slider then led, of pairs"] == 1 / 8
 
 
 def test_statistics_resemble_the_real_data(dataset):
     figures = scripted.statistics(dataset)
-    assert figures["trajectories"] == 24 and figures["rows"] == 24 * 490 and figures["task"] == 0
+    assert figures["trajectories"] == 24 and figures["rows"] == 24 * 490 and figures["all four in order"] == 0
     tolerance = {"x": 0.12, "y": 0.08, "z": 0.05, "pitch": 0.1, "yaw": 0.2, "width": 0.02, "gripper": 0.4, "roll": 1.2}
     tolerance |= {"slide": 0.05, "drawer": 0.05, "switch": 0.015}
     for name, (_, mean, std) in scripted.REAL_DATA.items():
@@ -572,53 +584,11 @@ def test_statistics_resemble_the_real_data(dataset):
             continue
         assert figures[f"mean {name}"] == pytest.approx(mean, abs=tolerance.get(name, 0.35 * std + 0.12)), name
         assert 0.6 * std < figures[f"std {name}"] < 2.2 * std, name
-    assert all(0.05 < figures[name] < 1.0 for name in calvin.SUBTASKS)  # rare, but there
-
-
-def test_rollout_statistics():
-    obs = np.zeros((5, 3, 21), dtype=np.float32)
-    obs[2:, 0, DRAWER] = 0.2
-    obs[3:, 0, LED] = 1
-    obs[1:, 1, SLIDE] = 0.2
-    obs[1:, 1, DRAWER] = 0.13
-    obs[:, 1, BULB] = 1  # lit from the start
-    obs[4, 2, BULB] = 1  # after the end of the third episode
-    ended = np.zeros((5, 3), dtype=bool)
-    ended[3:, 2] = True
-    assert calvin.rollout_statistics(None, obs, None, ended) == {
-        "drawer": pytest.approx(2 / 3),
-        "bulb": 0.0,
-        "slider": pytest.approx(1 / 3),
-        "led": pytest.approx(1 / 3),
-        "any_order": pytest.approx(4 / 3),
-    }
-
-
-# -------------------------------------------------------------------------------------------------------- command line
-
-
-def environment():
-    """Return the environment variables of a sub-process that finds data_tools."""
-    return {**os.environ, "PYTHONPATH": str(Path(data_tools.__file__).parents[1])}
-
-
-def test_command_line(tmp_path):
-    command = [sys.executable, "-m", "data_tools.scripted.calvin"]
-    out = tmp_path / "few.hdf5"
-    arguments = ["--num-trajectories", "2", "--out", str(out)]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True, env=environment())
-    assert "(real)" in done.stdout and "drawer then bulb" in done.stdout and "all four happen in order" in done.stdout
-    loaded = data_tools.OfflineDataset.load(out)
-    assert len(loaded.episode_starts) == 2
-    assert np.array_equal(scripted.replay(loaded, 1)[:-1], loaded.observations[490:].numpy())  # from the file
-    refused = subprocess.run([*command, "--num-trajectories", "2"], capture_output=True, text=True, env=environment())
-    assert refused.returncode == 1 and "needs --out" in refused.stderr and "Traceback" not in refused.stderr
-    expert = subprocess.run([*command, "--expert", "2"], capture_output=True, text=True, check=True, env=environment())
-    assert "2 of 2 episodes earn 400" in expert.stdout
+    assert all(0.05 < figures[f"{name} per trajectory"] < 1.0 for name in calvin.SUBTASKS)  # rare, but there
 
 
 def test_plot(dataset, tmp_path):
     needs_opengl()
-    scripted.plot_play(dataset, tmp_path / "play.png")
+    scripted.plot(dataset, tmp_path / "play.png")
     image = matplotlib.image.imread(tmp_path / "play.png")
     assert image.shape[0] > 400 and image.std() > 0.05

@@ -170,7 +170,7 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     data = OfflineDataset(**make_arrays())
     with pytest.raises(DataError, match=r"cannot write .*a\.foo"):
-        maze.plot_trajectories(data, tmp_path / "a.foo")
+        maze.plot(data, tmp_path / "a.foo")
 
 
 def test_numbers_of_numpy_scale_observations_in_single_precision():
@@ -205,37 +205,17 @@ def test_split_counts_the_episodes_that_are_long_enough(capsys):
         dataset.split(0.99, 10)
 
 
-def test_recombined_episodes_differ_in_untouched_objects_alone():
-    """Column 0 is the arm, 1 and (2, 3) are objects: episode 0 moves the first, 1 the second, 2 and 3 nothing."""
+def test_episodes_of_any_kind_are_joined():
     rng = np.random.default_rng(0)
-    lengths = [20, 15, 30, 10]
-    obs = rng.uniform(-0.01, 0.01, (75, 4)).astype(np.float32)
-    obs[:, 0] = np.arange(75)
-    obs[12:20, 1] += 2.0
-    obs[30:35, 2:] += [1.0, -3.0]
-    flags = np.zeros(75, dtype=bool)
-    flags[np.cumsum(lengths)[:3] - 1] = True  # none at the data's end
-    data = OfflineDataset(obs, rng.normal(size=(75, 2)), np.zeros(75), flags)
-    left = {1: np.float32([2.0]), 2: np.float32([1.0, -3.0])}
-    seen = set()
-    for seed in range(30):
-        both = data.recombined([[1], [2, 3]], seed)
-        assert both.episode_lengths.tolist() == 2 * lengths
-        assert torch.equal(both.observations[:75], data.observations)
-        assert torch.equal(both.actions, torch.cat([data.actions, data.actions]))
-        again = both.observations[75:].numpy()
-        assert np.array_equal(again[:, 0], obs[:, 0])
-        assert np.array_equal(again[:20, 1], obs[:20, 1]) and np.array_equal(again[20:35, 2:], obs[20:35, 2:])
-        for episode, rows in enumerate(np.split(np.arange(75), np.cumsum(lengths)[:3])):
-            for entries in ([1], [2, 3]):
-                if (episode, entries[0]) in ((0, 1), (1, 2)):
-                    continue
-                change = again[rows][:, entries] - obs[rows][:, entries]
-                np.testing.assert_allclose(change, np.tile(change[0], (len(rows), 1)), atol=1e-6)  # noise stays
-                if change.any():
-                    np.testing.assert_allclose(again[rows][:, entries].mean(0), left[entries[0]], atol=0.02)
-                seen.add((episode, entries[0], bool(change.any())))
-    assert len(seen) == 12  # each was moved and was left alone
+    episodes = [(rng.normal(size=(n + more, 3)), rng.normal(size=(n, 2)), done) for n, more, done in
+                ((4, 0, True), (2, 1, False), (5, 1, True))]  # fmt: skip
+    dataset = OfflineDataset.from_episodes(episodes, {"seed": 3})
+    assert dataset.episode_lengths.tolist() == [4, 2, 5] and dataset.attributes == {"seed": 3}
+    assert dataset.terminals.nonzero().flatten().tolist() == [3, 10]
+    assert dataset.timeouts.nonzero().flatten().tolist() == [5]
+    rows = [np.float32(obs[: len(actions)]) for obs, actions, _ in episodes]
+    assert np.array_equal(dataset.observations.numpy(), np.concatenate(rows))
+    assert np.array_equal(dataset.actions.numpy(), np.concatenate([np.float32(x) for _, x, _ in episodes]))
 
 
 def test_fingerprint_depends_on_content_alone():
@@ -570,8 +550,6 @@ def test_d4rl_never_falls_back(tmp_path, offline):
         load_dataset("kitchen", tmp_path, "d4rl")
     with pytest.raises(DataError, match="no data for calvin"):
         load_dataset("calvin", tmp_path, "d4rl")
-    with pytest.raises(DataError, match="--dataset minari is unknown"):
-        load_dataset("kitchen", tmp_path, "minari")
 
 
 def test_a_damaged_download_is_an_error(tmp_path):

@@ -10,6 +10,8 @@ import torch
 import data_tools
 from algos import skimo
 from benchmarks import pictures
+from data_tools.tasks.calvin import BULB, DRAWER, LED, SLIDE
+from data_tools.tasks.kitchen import INITIAL_QPOS
 
 HALF_CELL = 0.2  # the free space of cell c is centred at q = c - 0.2
 
@@ -59,6 +61,42 @@ def test_lateral_offset_is_measured_across_the_motion_of_running_members():
     ended = np.broadcast_to([False, False, True], positions.shape[:2])
     statistics = pictures.rollout_statistics("maze", np.zeros(3), trace_of(positions, velocities, ended=ended))
     assert statistics["lateral"] == pytest.approx(0.05, abs=1e-5)
+
+
+def test_shares_of_the_kitchens_elements():
+    obs = np.zeros((4, 3, 30), dtype=np.float32) + np.float32(INITIAL_QPOS)
+    obs[1, 0, 22] = -0.7  # the microwave of the first, for a moment
+    obs[2:, 1, 22], obs[2:, 1, 19] = -0.75, 0.37
+    obs[3, 2, 19] = 0.37  # after the third's end
+    ended = np.zeros((4, 3), dtype=bool)
+    ended[2:, 2] = True
+    statistics = pictures.kitchen_statistics(None, obs, None, ended)
+    assert statistics.pop("any_order") == pytest.approx(1.0)
+    assert statistics.pop("microwave") == pytest.approx(2 / 3)
+    assert statistics.pop("slide_cabinet") == pytest.approx(1 / 3)
+    assert set(statistics) == {"kettle", "bottom_burner", "top_burner", "light_switch", "hinge_cabinet"}
+    assert not any(statistics.values())
+    ended[2:, 1] = True  # row 2 shows the second's last state
+    assert pictures.kitchen_statistics(None, obs, None, ended)["any_order"] == pytest.approx(1.0)
+
+
+def test_shares_of_calvins_sub_tasks():
+    obs = np.zeros((5, 3, 21), dtype=np.float32)
+    obs[2:, 0, DRAWER] = 0.2
+    obs[3:, 0, LED] = 1
+    obs[1:, 1, SLIDE] = 0.2
+    obs[1:, 1, DRAWER] = 0.13
+    obs[:, 1, BULB] = 1  # lit from the start
+    obs[4, 2, BULB] = 1  # after the end of the third episode
+    ended = np.zeros((5, 3), dtype=bool)
+    ended[3:, 2] = True
+    assert pictures.calvin_statistics(None, obs, None, ended) == {
+        "drawer": pytest.approx(2 / 3),
+        "bulb": 0.0,
+        "slider": pytest.approx(1 / 3),
+        "led": pytest.approx(1 / 3),
+        "any_order": pytest.approx(4 / 3),
+    }
 
 
 class ShiftedDynamics(torch.nn.Module):

@@ -103,33 +103,27 @@ def assert_same(left, right):
 # --------------------------------------------------------------------------------------------------------------- rules
 
 
-@pytest.mark.parametrize("action", ["nan", "inf", "short", 0.0, "left", "nested", None])
+@pytest.mark.parametrize("action", ["nan", "inf", "short", 0.0, "left", None])
 def test_bad_actions(task, action):
-    single, envs, A = task.single(), task.vector(3), task.action_dim
-    single.reset(seed=0)
+    envs, A = task.vector(3), task.action_dim
     envs.reset(seed=0)
-    special = {"nan": [0.0] * (A - 1) + [np.nan], "inf": [np.inf] * A, "short": [0.0] * (A - 1), "nested": [[0.0] * A]}
-    action = special.get(action, action)
-    with pytest.raises(ValueError, match=f"expected finite numbers of shape \\({A},\\)"):
-        single.step(action)
-    with pytest.raises(ValueError, match=f"expected finite numbers of shape \\(3, {A}\\)"):
-        envs.step([action] * 3 if action != special["nested"] else np.zeros((2, A)))
+    special = {"nan": [0.0] * (A - 1) + [np.nan], "inf": [np.inf] * A, "short": [0.0] * (A - 1)}
+    with pytest.raises(ValueError, match="expected finite numbers of shape"):
+        envs.step([special.get(action, action)] * 3)
 
 
 def test_bad_arguments(task):
-    for make in (task.single, task.vector):
-        with pytest.raises(ValueError, match="render_mode"):
-            make(render_mode="human")
-    with pytest.raises(ValueError, match="num_envs"):
-        task.vector(0)
+    with pytest.raises(ValueError, match="render_mode"):
+        task.vector(render_mode="human")
+    for sizes in ((0, 5), (2, 0)):
+        with pytest.raises(ValueError, match="at least 1"):
+            task.vector(sizes[0], max_episode_steps=sizes[1])
     envs = task.vector(2)
-    for too_early in (
-        lambda: envs.step(np.zeros((2, task.action_dim))),
-        lambda: envs.reset(options={"reset_mask": np.array([True, False])}),
-        envs.get_state,
-    ):
+    for too_early in (lambda: envs.step(np.zeros((2, task.action_dim))), envs.get_state):
         with pytest.raises(gymnasium.error.ResetNeeded):
             too_early()
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        envs.reset(options={"reset_mask": np.array([True, False])})
     with pytest.raises(ValueError, match="seed"):
         envs.reset(seed=[1, 2, 3])
     envs.reset(seed=0)
@@ -138,13 +132,13 @@ def test_bad_arguments(task):
             envs.reset(options={"reset_mask": mask})
 
 
-@pytest.mark.parametrize("mode", list(AutoresetMode))
-def test_equals_gymnasiums_vector_of_single_envs(task, mode):
+def test_equals_gymnasiums_vector_of_single_envs(task):
     # Terminations (two members), truncations (all), resets and infos, with later unseeded resets.
     num_envs, limit = 4, task.steps // 12 + 5
-    envs = task.vector(num_envs, max_episode_steps=limit, autoreset_mode=mode, **task.threads)
-    reference = SyncVectorEnv([lambda: task.single(max_episode_steps=limit)] * num_envs, autoreset_mode=mode)
-    assert envs.metadata["autoreset_mode"] is mode
+    envs = task.vector(num_envs, max_episode_steps=limit, **task.threads)
+    make = [lambda: task.single(max_episode_steps=limit)] * num_envs
+    reference = SyncVectorEnv(make, autoreset_mode=AutoresetMode.DISABLED)
+    assert envs.metadata["autoreset_mode"] is AutoresetMode.DISABLED
     assert envs.observation_space == reference.observation_space
     assert envs.action_space == reference.action_space
     assert_same(envs.reset(seed=7), reference.reset(seed=7))
@@ -161,7 +155,7 @@ def test_equals_gymnasiums_vector_of_single_envs(task, mode):
         assert all(result[i].dtype == bool for i in (2, 3))
         done = result[2] | result[3]
         ended.append((result[2].sum(), result[3].sum()))
-        if mode == AutoresetMode.DISABLED and done.any():
+        if done.any():
             reset = envs.reset(options={"reset_mask": done})
             # Gymnasium takes the mask out of the options, hence a dictionary of its own.
             assert_same(reset, reference.reset(options={"reset_mask": done.copy()}))
@@ -183,8 +177,8 @@ def test_threads_do_not_change_the_result(name, num_threads):
     threaded.close()
 
 
-def test_disabled_autoreset_freezes_finished_members(task):
-    envs = task.vector(3, autoreset_mode=AutoresetMode.DISABLED)
+def test_finished_members_freeze(task):
+    envs = task.vector(3)
     first, _ = envs.reset(seed=0)
     task.solve(envs, 1)
     actions, total = np.full((3, task.action_dim), 0.2), np.zeros(3)
@@ -206,8 +200,7 @@ def test_disabled_autoreset_freezes_finished_members(task):
     assert not envs.step(actions)[2].any()
 
 
-@pytest.mark.parametrize("mode", list(AutoresetMode))
-def test_state_round_trip_continues_exactly(task, mode):
+def test_state_round_trip_continues_exactly(task):
     def run(envs, first, last):
         results = []
         for step in range(first, last):
@@ -215,11 +208,11 @@ def test_state_round_trip_continues_exactly(task, mode):
             if step == 5:
                 task.solve(envs, 2, partly=True)
             done = results[-1][2] | results[-1][3]
-            if mode == AutoresetMode.DISABLED and step % 7 == 0 and done.any():
+            if step % 7 == 0 and done.any():
                 results.append(envs.reset(options={"reset_mask": done}))
         return results
 
-    envs = task.vector(3, max_episode_steps=20, autoreset_mode=mode)
+    envs = task.vector(3, max_episode_steps=20)
     envs.reset(seed=3)
     for cut in (12, 20, 21):  # in an episode, at its end, after it
         last_obs = run(envs, 0, cut)[-1][0]
@@ -227,7 +220,7 @@ def test_state_round_trip_continues_exactly(task, mode):
         torch.save(envs.get_state(), file)
         expected = run(envs, cut, cut + 30)
         file.seek(0)
-        other = task.vector(3, max_episode_steps=20, autoreset_mode=mode, **task.threads)
+        other = task.vector(3, max_episode_steps=20, **task.threads)
         assert np.array_equal(other.set_state(torch.load(file, weights_only=True)), last_obs)
         for left, right in zip(expected, run(other, cut, cut + 30), strict=True):
             assert_same(left, right)
@@ -235,72 +228,40 @@ def test_state_round_trip_continues_exactly(task, mode):
 
 
 def test_states_are_checked(task):
+    """One that does not fit is refused before anything has changed."""
     envs = task.vector(3)
     envs.reset(seed=0)
     state = envs.get_state()
+    envs.step(np.zeros(envs.action_space.shape))
+    moved = envs.get_state()
     with pytest.raises(ValueError, match="3 members"):
         task.vector(2).set_state(state)
-    before = copy.deepcopy(state)
+    physics = copy.deepcopy(state["physics"])
+    physics[1][3] = float("nan")
     for change, message in [
         ({"waiting": [False] * 2}, "waiting has shape"),
         ({"steps": [0] * 4}, "steps has shape"),
         ({"rng": state["rng"][:2]}, "random numbers for 2 members"),
+        ({"physics": physics}, "NaN"),
+        ({"physics": [[0.0] * 3] * 3}, "shape"),
     ]:
         with pytest.raises(ValueError, match=message):
             envs.set_state({**state, **change})
-    for name in envs.saved:
-        older = {key: value for key, value in state.items() if key != name}
+    for name in ("rng", *envs.saved):
         with pytest.raises(ValueError, match=f"has no {name}: another version"):
-            envs.set_state(older)
-    with pytest.raises(ValueError, match="has no rng: another version"):
-        envs.set_state({key: value for key, value in state.items() if key != "rng"})
-    other = {key: value for key, value in state.items() if key not in ("kitchens", "physics")}
-    with pytest.raises(ValueError):  # of another task
-        envs.set_state(other)
-    envs.step(np.zeros(envs.action_space.shape))
-    moved = envs.get_state()
-    with pytest.raises(ValueError, match="steps has shape"):
-        envs.set_state({**state, "steps": [0] * 4})
-    assert envs.get_state() == moved  # the physics, too
-    physics = state["kitchens"][1]["physics"] if "kitchens" in state else state["physics"][1]
-    physics[3] = float("nan")
-    with pytest.raises(ValueError, match="NaN"):
-        envs.set_state(state)
-    envs.set_state(before)
-    assert envs.get_state() == before
-
-
-def test_states_of_kitchens_are_checked():
-    envs = KitchenVectorEnv(3)
-    envs.reset(seed=0)
-    envs.step(np.full((3, 9), 0.5))
-    state = envs.get_state()
-    changes = [
-        ("observed", [float("nan")] * 30, "observed of the state contains NaN"),
-        ("observed", [0.0] * 29, "observed of the state has shape"),
-        ("physics", [0.0] * 7, "physics of the state has shape"),
-        ("num_remaining", 9, "9 sub-tasks left of 4"),
-        ("num_remaining", -1, "-1 sub-tasks left of 4"),
-    ]
-    for name, value, message in changes:
-        damaged = copy.deepcopy(state)
-        damaged["kitchens"][2][name] = value
-        damaged["kitchens"][0]["num_remaining"] = 1  # as it may be: taken over only if all is in order
-        with pytest.raises(ValueError, match=message):
-            envs.set_state(damaged)
-        assert envs.get_state() == state
-    for kitchens in (state["kitchens"][:2], [*state["kitchens"], state["kitchens"][0]]):
-        with pytest.raises(ValueError, match=f"{len(kitchens)} members, this environment has 3"):
-            envs.set_state({**state, "kitchens": kitchens})
+            envs.set_state({key: value for key, value in state.items() if key != name})
+    assert envs.get_state() == moved
+    envs.set_state(state)
+    assert envs.get_state() == state
 
 
 def test_a_kitchen_that_diverged_stays_so_in_a_restored_state(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # MuJoCo writes its warnings to a file here
-    envs = KitchenVectorEnv(2, autoreset_mode="Disabled")
+    envs = KitchenVectorEnv(2)
     envs.reset(seed=0)
     envs.kitchens[1].data.qvel[0] = 1e12
     envs.step(np.zeros((2, 9)))
-    other = KitchenVectorEnv(2, autoreset_mode="Disabled")
+    other = KitchenVectorEnv(2)
     other.set_state(envs.get_state())
     for _ in range(2):
         result = envs.step(np.full((2, 9), 0.3))
@@ -351,7 +312,7 @@ class Rail(MemberVectorEnv):
     """Counts its steps; `reached` is what advance() returns beside the rewards, `seen` the size of an observation."""
 
     def __init__(self, num_envs, max_episode_steps=5, reached=lambda running: running & False, seen=1):
-        super().__init__(num_envs, 1, 1, max_episode_steps, autoreset_mode="Disabled")
+        super().__init__(num_envs, 1, 1, max_episode_steps)
         self.position = np.zeros((num_envs, seen))
         self.reached = reached
 
@@ -366,7 +327,7 @@ class Rail(MemberVectorEnv):
         return self.position
 
 
-@pytest.mark.parametrize("kind", [bool, int, float, list])
+@pytest.mark.parametrize("kind", [bool, float, list])
 def test_goals_may_be_told_as_numbers(kind):
     def reached(running):
         goals = running & (envs.position[:, 0] == [2, 9])
@@ -378,14 +339,10 @@ def test_goals_may_be_told_as_numbers(kind):
     for _ in range(7):
         _, _, terminations, truncations, _ = envs.step(np.zeros((2, 1)))
         flags.append([*terminations.tolist(), *truncations.tolist()])
-    goes_on = [False] * 4
-    assert flags == [goes_on] + [[True, False, False, False]] * 3 + [[True, False, False, True]] * 3
+    assert flags == [[False] * 4] + [[True, False, False, False]] * 3 + [[True, False, False, True]] * 3
 
 
 def test_what_does_not_fit_is_an_error():
-    for steps in (0, -3, 2.5, None):
-        with pytest.raises(ValueError, match="max_episode_steps must be an integer of at least 1"):
-            Rail(2, steps)
     with pytest.raises(ValueError, match=r"observations\(\) must have shape \(2, 1\), they have \(2, 4\)"):
         Rail(2, seen=4).reset(seed=0)
     envs = Rail(2, reached=lambda running: running[:, None])

@@ -13,8 +13,8 @@ class WalkVectorEnv(MemberVectorEnv):
 
     saved = {"position": np.float64, **MemberVectorEnv.saved}
 
-    def __init__(self, num_envs=1, max_episode_steps=60, render_mode=None, autoreset_mode="NextStep"):
-        super().__init__(num_envs, 2, 2, max_episode_steps, render_mode, autoreset_mode)
+    def __init__(self, num_envs=1, max_episode_steps=60, render_mode=None):
+        super().__init__(num_envs, 2, 2, max_episode_steps, render_mode)
         self.position = np.zeros((num_envs, 2))
 
     def begin(self, members):
@@ -31,7 +31,7 @@ class WalkVectorEnv(MemberVectorEnv):
 
 def collect(noise, seed, progress):
     """Forty walks of 30 steps towards random places, each step disturbed by `noise`."""
-    envs = WalkVectorEnv(40, autoreset_mode="Disabled")
+    envs = WalkVectorEnv(40)
     rng = np.random.default_rng(seed)
     places = rng.uniform(-1, 1, (40, 2))
     obs = [envs.reset(seed=seed)[0]]
@@ -39,6 +39,5 @@ def collect(noise, seed, progress):
     for _ in range(30):
         actions.append(np.clip(3 * (places - obs[-1]) + noise * rng.normal(size=(40, 2)), -1, 1))
         obs.append(envs.step(actions[-1])[0])
-    timeouts = np.tile(np.arange(30) == 29, 40)
-    rows = [np.stack(part, axis=1).reshape(-1, 2) for part in (obs[:-1], actions)]  # walk after walk, (1200, 2) each
-    return OfflineDataset(*rows, terminals=np.zeros_like(timeouts), timeouts=timeouts)
+    obs, actions = np.array(obs), np.array(actions)  # (31, 40, 2), (30, 40, 2)
+    return OfflineDataset.from_episodes([(obs[:, i], actions[:, i], False) for i in range(40)])

@@ -17,15 +17,13 @@ from data_tools.files import DataError, check_regular, reading
 from data_tools.formats import calvin, d4rl, skimo_release
 
 EXPECTED = "an HDF5 file in D4RL's layout, an archive of the SkiMo release, or CALVIN's extracted folder task_D_D"
-OUR_SOURCES = ("scripted", "calvin", "d4rl", "d4rl-partial", "d4rl-complete")  # known without a checksum
 
 
 def read_data(path, obs_dim: int, action_dim: int, data_obs_dim: int | None = None, progress=True) -> OfflineDataset:
     """Read the data that `--data PATH` names for a task with O and A numbers, and print what they are.
 
     data_obs_dim: the file's observations may also have this many numbers; then those after the first O are left out.
-    attributes["source"] is a short name, which the results record: d4rl (d4rl-partial, -complete), skimo-release,
-    calvin, scripted, hdf5.
+    attributes["source"] is a short name, which the results record: see d4rl.SOURCES.
     Raises DataError if nothing of the task can be read from `path`, or what is there is damaged or incomplete.
     """
     path = Path(os.path.expanduser(path))
@@ -42,7 +40,7 @@ def read_data(path, obs_dim: int, action_dim: int, data_obs_dim: int | None = No
             f"{action_dim}: give data of this task."
         )
     notes = [attributes["note"]] if "note" in attributes else []
-    if path.is_file() and attributes["source"] not in OUR_SOURCES:
+    if path.is_file() and not d4rl.SOURCES[attributes["source"]][1]:
         with open(path, "rb") as file:
             notes.append(f"SHA-256 {hashlib.file_digest(file, 'sha256').hexdigest()}")
     largest = float(np.abs(arrays["actions"]).max())

@@ -65,7 +65,7 @@ def read(path, progress: bool = True) -> tuple[dict[str, np.ndarray], dict]:
     if len(frames) > 10_000:
         print(
             f"Reading {len(frames):,} small files; to do so only once, write them as one file: "
-            f"python -m data_tools --env-id calvin --data {path} --out calvin.hdf5",
+            f"python -m data_tools convert --env-id calvin --data {path} --out calvin.hdf5",
             flush=True,
         )
     observations = np.empty((len(frames), 21), dtype=np.float32)

@@ -17,14 +17,18 @@ KITCHEN_URL = (
     "http://rail.eecs.berkeley.edu/datasets/offline_rl/kitchen/kitchen_microwave_kettle_bottomburner_light-v0.hdf5"
 )
 KITCHEN_SHA256 = "a30382a50278fdaea2e2d88e5f2836a95bcf9b581d252617872fd6537302721b"
-# Sums of D4RL's kitchen files, as stated by third parties: name, source.
-KNOWN = {
-    KITCHEN_SHA256: ("D4RL kitchen-mixed-v0", "d4rl"),
-    "57bfd9c5fe88a7cf702bbaf8b7cd800d30cd869e7f73416007238d26cd859800": ("D4RL kitchen-partial-v0", "d4rl-partial"),
-    "cd797c38cd52dfbe3f960cef73935cc724847abd189e47a703a7a2315ed60a81": ("D4RL kitchen-complete-v0", "d4rl-complete"),
+# Short name of a source -> what its data are, and whether they are known without a checksum in the logs: made or read
+# by us, or the one published file with this SHA-256, as third parties state it.
+SOURCES = {
+    "scripted": ("scripted data", True),
+    "calvin": ("CALVIN play data", True),
+    "human": ("human data", False),
+    "skimo-release": ("archive of the SkiMo release", False),
+    "hdf5": ("data in D4RL's layout", False),
+    "d4rl": ("D4RL kitchen-mixed-v0", KITCHEN_SHA256),
+    "d4rl-partial": ("D4RL kitchen-partial-v0", "57bfd9c5fe88a7cf702bbaf8b7cd800d30cd869e7f73416007238d26cd859800"),
+    "d4rl-complete": ("D4RL kitchen-complete-v0", "cd797c38cd52dfbe3f960cef73935cc724847abd189e47a703a7a2315ed60a81"),
 }
-# Attribute `source` of the files that OfflineDataset.save wrote, of data made here or read by one of our readers.
-SOURCES = ("scripted", "human", "calvin", "skimo-release", "hdf5", *(source for _, source in KNOWN.values()))
 TIMEOUT = 10  # seconds without an answer or a byte until the server counts as not there
 
 
@@ -48,7 +52,7 @@ def fetch_kitchen(folder, progress: bool = True, url: str = KITCHEN_URL, sha256:
     except requests.RequestException as error:
         raise DataError(
             f"{url} cannot be fetched ({type(error).__name__}): try again later, fetch it by hand and give it with "
-            "--data PATH, or use --dataset scripted."
+            "--data PATH, or use --data scripted."
         ) from error
     except ValueError as error:  # pooch: another checksum; nothing is kept
         raise DataError(
@@ -83,12 +87,14 @@ def read(path) -> tuple[dict[str, np.ndarray], dict]:
         raise DataError(
             f"{path} has no ends of episodes, neither terminals nor timeouts are ever set: give other data."
         )
-    if attributes.get("source") in SOURCES:
-        return arrays, {"description": f"{attributes['source']} data", **attributes}
+    source = str(attributes.get("source"))
+    if source in SOURCES:  # OfflineDataset.save wrote it
+        return arrays, {"description": SOURCES[source][0], **attributes}
     if str(attributes.get("generator", "")).startswith("data_tools."):  # older ones of ours
         return arrays, {**attributes, "description": "scripted data", "source": "scripted"}
-    name, source = KNOWN.get(pooch.file_hash(path), ("data in D4RL's layout", "hdf5"))
-    attributes |= {"description": name, "source": source}
+    checksum = pooch.file_hash(path)
+    source = next((name for name, (_, known) in SOURCES.items() if known == checksum), "hdf5")
+    attributes |= {"description": SOURCES[source][0], "source": source}
     attributes.pop("note", None)  # somebody else's: ours go into the one line that read_data prints
     if source == "d4rl":
         attributes["note"] = "split where terminals or timeouts are set (the SkiMo paper says 603 episodes)"

@@ -1,31 +1,21 @@
 """The offline data of CALVIN: play recorded by scripts (calvin_play.py) on the table of data_tools.tasks.calvin.
 
 Shapes: E trajectories recorded together, T steps.
-
-    python -m data_tools.scripted.calvin --help                  # record the play data, print their statistics
-    python -m data_tools.scripted.calvin --plot play.png         # and draw the scene and some of the data
-    python -m data_tools.scripted.calvin --expert 100            # how many of 100 episodes the scripted expert solves
 """
 
 import itertools
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import tyro
-from gymnasium.vector import AutoresetMode
 from tqdm import tqdm
 
-from data_tools import load_dataset
 from data_tools.dataset import OfflineDataset
-from data_tools.files import DataError, check_writable, write_atomically
-from data_tools.scripted import calvin_play
+from data_tools.files import DataError, write_atomically
+from data_tools.scripted import attributes_of, calvin_play, stream
 from data_tools.tasks.calvin import (
     BULB,
     DRAWER,
     LED,
     SLIDE,
-    SUBTASK_REWARD,
     SUBTASKS,
     SWITCH,
     CalvinVectorEnv,
@@ -35,11 +25,9 @@ from data_tools.tasks.calvin import (
 from data_tools.tasks.calvin_scene import BLOCKS
 from data_tools.tasks.vector import num_cores
 
-GENERATOR = "data_tools.scripted.calvin"
-NUM_TRAJECTORIES = 1239  # paper, section 4.1
+NUM_EPISODES = 1239  # paper, section 4.1
 GRIPPER = 14  # of the observation
 LOCKSTEP = 32  # trajectories recorded together
-NOISE = 0.25  # of the default data, in units of action
 MAX_SKIPPED = 100  # attempts, and as many as trajectories
 
 
@@ -49,98 +37,57 @@ def view_of(physics, member):
     return calvin_play.View(physics.observations()[member], physics.target[member].copy(), blocks)
 
 
-def _generator(seed, attempt):
-    # A stream of its own for each attempt: the data do not depend on what else is recorded.
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(attempt,)))
+def begin(physics, member, rng):
+    """Put a member into the start state of an attempt."""
+    fixtures, led = calvin_play.draw_fixtures(rng)
+    physics.gripper[member] = calvin_play.OPEN
+    physics.reset(np.array([member]), [rng], fixtures[None])
+    physics.led[member] = led
 
 
-class _Recorder:
-    """Records attempts at a trajectory, up to E at a time; an attempt depends on seed, noise and its number alone."""
+def _script(view, rng, noise, rows):
+    """Play, and append (obs (21,), action (7,)) to rows once the warm-up is over."""
+    view = yield from calvin_play.warm_up(view, rng)
+    player = calvin_play.play(view, rng, noise)
+    action = next(player)
+    while True:
+        # Applied as stored (float32), so that the file can be replayed.
+        action = action.astype(np.float32)
+        rows.append((view.obs.astype(np.float32), action))
+        view = yield action
+        action = player.send(view)
 
-    def __init__(self, num_envs, num_threads):
-        self.physics = Physics(num_envs, num_threads)
 
-    def _begin(self, member, rng):
-        """Put a member into the start state of an attempt."""
-        fixtures, led = calvin_play.draw_fixtures(rng)
-        self.physics.gripper[member] = calvin_play.OPEN
-        self.physics.reset(np.array([member]), [rng], fixtures[None])
-        self.physics.led[member] = led
+def _record(physics, seed, attempts, noise, bar):
+    """Yield (attempt, rows) of the attempts (iterable of int), in any order; None for rows if its physics diverge.
 
-    def record(self, seed, attempts, noise, bar=None):
-        """Yield (attempt, obs (490, 21), actions (490, 7)) of the attempts (iterable of int), in any order.
-
-        An attempt whose physics diverge gives (attempt, None, None). `bar` counts the steps.
-        """
-        physics = self.physics
-        waiting = iter(attempts)
-        num_envs = len(physics.state)
-        current = [None] * num_envs  # the attempt of each member
-        scripts = [None] * num_envs
-        rows = [None] * num_envs
-        actions = np.zeros((num_envs, 7))
-        free = list(range(num_envs))
-        while True:
-            for member in free:
-                current[member] = next(waiting, None)
-                if current[member] is not None:
-                    rng = _generator(seed, current[member])
-                    self._begin(member, rng)
-                    rows[member] = []
-                    view = view_of(physics, member)
-                    scripts[member] = self._script(view, rng, noise, rows[member])
-                    actions[member] = next(scripts[member])
-            running = np.array([member for member in range(num_envs) if current[member] is not None], dtype=int)
-            if len(running) == 0:
-                return
-            unstable = physics.step(actions, running if len(running) < num_envs else None)
-            observations = physics.observations()
-            if bar is not None:
-                bar.update(sum(len(rows[member]) > 0 for member in running))
-            free = []
-            for member in running:
-                if unstable[member] or len(rows[member]) == calvin_play.TRAJECTORY_STEPS:
-                    attempt = current[member]
-                    recorded = rows[member]
-                    free.append(int(member))
-                    if unstable[member]:
-                        yield attempt, None, None
-                    else:
-                        yield attempt, np.stack([row[0] for row in recorded]), np.stack([row[1] for row in recorded])
-                    continue
-                blocks = physics.qpos[member, BLOCKS].reshape(3, 7).copy()
-                view = calvin_play.View(observations[member], physics.target[member].copy(), blocks)
-                actions[member] = scripts[member].send(view)
-
-    def _script(self, view, rng, noise, rows):
-        """Play, and append (observation, action) to rows once the warm-up is over."""
-        view = yield from calvin_play.warm_up(view, rng)
-        player = calvin_play.play(view, rng, noise)
-        action = next(player)
-        while True:
-            # Applied as stored (float32), so that the file can be replayed.
-            action = action.astype(np.float32)
-            rows.append((view.obs.astype(np.float32), action))
-            view = yield action
-            action = player.send(view)
-
-    def replay(self, seed, attempt, actions):
-        """Return obs (T + 1, 21) float32 of actions (T, 7) from the start state of an attempt (with one member)."""
-        rng = _generator(seed, attempt)
-        self._begin(0, rng)
-        warm_up = calvin_play.warm_up(view_of(self.physics, 0), rng)
-        try:
-            action = next(warm_up)
-            while True:
-                self.physics.step(action[None])
-                action = warm_up.send(view_of(self.physics, 0))
-        except StopIteration:
-            pass
-        observations = [self.physics.observations()[0]]
-        for action in actions:
-            self.physics.step(np.asarray(action, dtype=np.float64)[None])
-            observations.append(self.physics.observations()[0])
-        return np.stack(observations).astype(np.float32)
+    An attempt depends on seed, noise and its number alone. `bar` counts the steps.
+    """
+    waiting = iter(attempts)
+    num_envs = len(physics.state)
+    at_work = {}  # member -> attempt, rows so far, script
+    actions = np.zeros((num_envs, 7))
+    while True:
+        for member in range(num_envs):
+            if member not in at_work and (attempt := next(waiting, None)) is not None:
+                rng = stream(seed, attempt)
+                begin(physics, member, rng)
+                rows = []
+                script = _script(view_of(physics, member), rng, noise, rows)
+                actions[member] = next(script)
+                at_work[member] = attempt, rows, script
+        if not at_work:
+            return
+        members = sorted(at_work)
+        unstable = physics.step(actions, np.array(members) if len(members) < num_envs else None)
+        for member in members:
+            attempt, rows, script = at_work[member]
+            bar.update(len(rows) > 0)
+            if unstable[member] or len(rows) == calvin_play.TRAJECTORY_STEPS:
+                del at_work[member]
+                yield attempt, None if unstable[member] else rows
+            else:
+                actions[member] = script.send(view_of(physics, member))
 
 
 def transitions(obs) -> list[tuple[int, int]]:
@@ -162,8 +109,8 @@ def _does_the_task(obs):
 
 
 def collect(
-    num_trajectories: int = NUM_TRAJECTORIES,
-    noise: float = NOISE,
+    num_episodes: int = NUM_EPISODES,
+    noise: float = 0.25,
     seed: int = 0,
     num_workers: int | None = None,
     progress: bool = True,
@@ -172,67 +119,31 @@ def collect(
 
     `noise` is the greatest standard deviation of the disturbances of an action (calvin_play.follow); each behaviour has
     its own, uniform from 0. `num_workers` threads step the physics (None: one per core that this process may use); the
-    result depends on `num_trajectories`, `noise` and `seed` only. The data must not contain the task: an attempt in
+    result depends on `num_episodes`, `noise` and `seed` only. The data must not contain the task: an attempt in
     which the four sub-tasks happen in their order is left out, and the next one takes its place.
     `attributes["skipped"]` lists the attempts left out. Raises DataError for arguments without meaning.
     """
-    if num_trajectories < 1 or not 0.0 <= noise < np.inf or not 0 <= seed < 2**63:
-        raise DataError(
-            "Recording needs --num-trajectories >= 1, --noise >= 0 and 0 <= --seed < 2**63, "
-            f"got {num_trajectories}, {noise} and {seed}."
-        )
-    recorder = _Recorder(min(LOCKSTEP, num_trajectories), num_workers or num_cores())
+    attributes = attributes_of(__name__, num_episodes, noise, seed)
+    physics = Physics(min(LOCKSTEP, num_episodes), num_workers or num_cores())
     kept = {}
     skipped = []
     first = 0
-    total = num_trajectories * calvin_play.TRAJECTORY_STEPS
+    total = num_episodes * calvin_play.TRAJECTORY_STEPS
     with tqdm(total=total, desc="calvin play", unit="step", unit_scale=True, disable=not progress) as bar:
-        while len(kept) < num_trajectories:
-            missing = num_trajectories - len(kept)
-            for attempt, observations, actions in recorder.record(seed, range(first, first + missing), noise, bar):
-                if observations is None or _does_the_task(observations):
+        while len(kept) < num_episodes:
+            missing = num_episodes - len(kept)
+            for attempt, rows in _record(physics, seed, range(first, first + missing), noise, bar):
+                observations, actions = (np.array(part) for part in zip(*rows)) if rows else (None, None)
+                if rows is None or _does_the_task(observations):
                     skipped.append(attempt)
                     bar.total += calvin_play.TRAJECTORY_STEPS  # another takes its place
                 else:
-                    kept[attempt] = (observations, actions)
+                    kept[attempt] = observations, actions, False
             first += missing
-            if len(skipped) > MAX_SKIPPED + num_trajectories:
+            if len(skipped) > MAX_SKIPPED + num_episodes:
                 raise DataError(f"Recording with noise {noise} fails too often: use less --noise.")
-    trajectories = [kept[attempt] for attempt in sorted(kept)]
-    timeouts = np.zeros((num_trajectories, calvin_play.TRAJECTORY_STEPS), dtype=bool)
-    timeouts[:, -1] = True
-    return OfflineDataset(
-        observations=np.concatenate([observations for observations, _ in trajectories]),
-        actions=np.concatenate([actions for _, actions in trajectories]),
-        terminals=np.zeros(timeouts.size, dtype=bool),
-        timeouts=timeouts.ravel(),
-        attributes={
-            "source": "scripted",
-            "generator": GENERATOR,
-            "version": 1,
-            "seed": seed,
-            "noise": float(noise),
-            "skipped": sorted(skipped),
-        },
-    )
-
-
-def replay(dataset: OfflineDataset, trajectory: int) -> np.ndarray:
-    """Apply the actions of a trajectory of a complete data set from its start state; return obs (T + 1, 21) float32.
-
-    The first T rows equal the recorded ones bit for bit. The start state is not in the file (observations leave out
-    blocks, speeds and target pose): it follows from the seed. Raises DataError for data that `collect` did not make.
-    """
-    attributes = dataset.attributes
-    if "skipped" not in attributes:
-        raise DataError(f"{dataset!r} was not recorded by data_tools.scripted.calvin and cannot be replayed.")
-    if not 0 <= trajectory < len(dataset.episode_starts):
-        raise DataError(f"{dataset!r} has no trajectory {trajectory}.")
-    kept = (attempt for attempt in itertools.count() if attempt not in attributes["skipped"])
-    attempt = next(itertools.islice(kept, trajectory, None))
-    start, length = int(dataset.episode_starts[trajectory]), int(dataset.episode_lengths[trajectory])
-    actions = dataset.actions[start : start + length].cpu().numpy()
-    return _Recorder(1, 1).replay(attributes["seed"], attempt, actions)
+    episodes = [kept[attempt] for attempt in sorted(kept)]
+    return OfflineDataset.from_episodes(episodes, attributes | {"skipped": sorted(skipped)})
 
 
 # Means and standard deviations of the real data: published as constants of a public evaluation script.
@@ -249,16 +160,17 @@ REAL_DATA = {
 def statistics(dataset: OfflineDataset) -> dict[str, float]:
     """Return the figures by which play data are compared.
 
-    `mean NAME` and `std NAME` of the entries of an observation; `NAME` how often a sub-task happens per trajectory;
-    `NAME then NEXT` the share of pairs of successive sub-tasks, or of their opposites, that are these two;
-    `task` the number of trajectories in which the four sub-tasks happen in their order.
+    `mean NAME` and `std NAME` of the entries of an observation, here and in the real data; how often a sub-task happens
+    per trajectory; the share of pairs of successive sub-tasks, or of their opposites, that are NAME and NEXT; in how
+    many trajectories the four sub-tasks happen in their order.
     """
     observations = dataset.observations.cpu().numpy()
     starts, lengths = dataset.episode_starts.tolist(), dataset.episode_lengths.tolist()
     figures = {"trajectories": len(lengths), "rows": len(observations), "mean length": float(np.mean(lengths))}
-    for name, (entry, _, _) in REAL_DATA.items():
+    for name, (entry, mean, std) in REAL_DATA.items():
         values = observations[:, entry].astype(np.float64)
         figures |= {f"mean {name}": float(values.mean()), f"std {name}": float(values.std())}
+        figures |= {f"real mean {name}": mean, f"real std {name}": std}
     count, pairs, num_pairs, in_order = np.zeros(4), np.zeros(3), 0, 0
     for start, length in zip(starts, lengths, strict=True):
         obs = observations[start : start + length]
@@ -273,32 +185,27 @@ def statistics(dataset: OfflineDataset) -> dict[str, float]:
         num_pairs += max(len(order) - 1, 0)
         pairs += [sum(pair == (k, k + 1) for pair in itertools.pairwise(order)) for k in range(3)]
         in_order += _does_the_task(obs)
-    figures |= {name: float(number) for name, number in zip(SUBTASKS, count / len(lengths), strict=True)}
+    for name, number in zip(SUBTASKS, count / len(lengths), strict=True):
+        figures[f"{name} per trajectory"] = float(number)
     for k in range(3):
-        figures[f"{SUBTASKS[k]} then {SUBTASKS[k + 1]}"] = float(pairs[k] / max(num_pairs, 1))
-    return figures | {"task": in_order}
+        figures[f"{SUBTASKS[k]} then {SUBTASKS[k + 1]}, of pairs"] = float(pairs[k] / max(num_pairs, 1))
+    return figures | {"all four in order": in_order}
 
 
-def run_expert(num_episodes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Let the scripted expert play episodes with seeds seed, seed + 1, ...; return (returns (N,), lengths (N,))."""
-    envs = CalvinVectorEnv(num_episodes, autoreset_mode=AutoresetMode.DISABLED)
+def expert(num_episodes: int, noise: float = 0.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return returns (N,) and lengths (N,) of the scripted expert, which knows no noise; seeds seed, seed + 1, ..."""
+    envs = CalvinVectorEnv(num_episodes)
     envs.reset(seed=seed)
     scripts = [calvin_play.expert(view_of(envs.physics, i)) for i in range(num_episodes)]
     actions = np.stack([next(script) for script in scripts])
-    returns, lengths = np.zeros(num_episodes), np.zeros(num_episodes, dtype=int)
-    running = np.ones(num_episodes, dtype=bool)
-    while running.any():
-        _, rewards, terminations, truncations, _ = envs.step(actions)
-        returns += rewards
-        lengths += running
-        running = ~(terminations | truncations)
-        for i in np.flatnonzero(running):
+    while not envs.waiting.all():
+        envs.step(actions)
+        for i in np.flatnonzero(~envs.waiting):
             actions[i] = scripts[i].send(view_of(envs.physics, i))
-    envs.close()
-    return returns, lengths
+    return envs.returns, envs.steps
 
 
-def plot_play(dataset: OfflineDataset, path, num_trajectories: int = 40) -> None:
+def plot(dataset: OfflineDataset, path) -> None:
     """Draw the scene and the tool's paths, from above and from the side, into the image file `path`.
 
     Raises DataError where OpenGL is missing.
@@ -313,7 +220,7 @@ def plot_play(dataset: OfflineDataset, path, num_trajectories: int = 40) -> None
     picture.imshow(scene)
     picture.set(xticks=[], yticks=[], title="the scene")
     starts, lengths = dataset.episode_starts.tolist(), dataset.episode_lengths.tolist()
-    chosen = np.unique(np.linspace(0, len(starts) - 1, num_trajectories).astype(int))
+    chosen = np.unique(np.linspace(0, len(starts) - 1, 40).astype(int))
     positions = dataset.observations[:, :3].cpu().numpy()
     for i in chosen:
         x, y, z = positions[starts[i] : starts[i] + lengths[i]].T
@@ -333,57 +240,3 @@ def plot_play(dataset: OfflineDataset, path, num_trajectories: int = 40) -> None
     above.set_aspect("equal")
     side.set_aspect("equal")
     write_atomically(path, lambda part: figure.savefig(part, dpi=110))
-
-
-@dataclass
-class Args:
-    """Record the play data of CALVIN, unless they are there already, and print their statistics."""
-
-    num_trajectories: int = NUM_TRAJECTORIES
-    """trajectories to record (paper: 1,239); any other number needs --out"""
-    noise: float = NOISE
-    """greatest standard deviation of the disturbances of an action"""
-    seed: int = 0
-    """random seed"""
-    data_dir: str | None = None
-    """folder of the data files (default: $SKIMO_DATA_DIR, else the user's cache folder)"""
-    out: Path | None = None
-    """write to this file instead of the data folder, recording anew"""
-    plot: Path | None = None
-    """draw the scene and some of the tool's paths into this image file"""
-    expert: int = 0
-    """instead of all that, count how many of this many episodes the scripted expert solves"""
-
-
-def main(args: Args) -> None:
-    if args.expert > 0:
-        returns, lengths = run_expert(args.expert, args.seed)
-        solved = returns == SUBTASK_REWARD * len(SUBTASKS)
-        print(f"{solved.sum()} of {args.expert} episodes earn 400; mean length {lengths.mean():.0f} steps")
-        return
-    for path in filter(None, (args.out, args.plot)):
-        check_writable(path)
-    if args.out is not None:
-        dataset = collect(args.num_trajectories, args.noise, args.seed)
-        dataset.save(args.out)
-        print(f"Wrote {args.out}")
-    elif args.num_trajectories != NUM_TRAJECTORIES:
-        raise DataError("--num-trajectories other than 1239 needs --out: the data folder holds complete data only.")
-    else:
-        dataset = load_dataset("calvin", args.data_dir, noise=args.noise, seed=args.seed)
-    figures = statistics(dataset)
-    print(f"{'entry':>20}  {'mean':>7} {'(real)':>8}  {'std':>6} {'(real)':>7}")
-    for name, (_, mean, std) in REAL_DATA.items():
-        ours = figures.pop(f"mean {name}"), figures.pop(f"std {name}")
-        print(f"{name:>20}  {ours[0]:7.3f} {f'({mean:.3g})':>8}  {ours[1]:6.3f} {f'({std:.3g})':>7}")
-    units = dict.fromkeys(SUBTASKS, "per trajectory") | {"task": "trajectories in which all four happen in order"}
-    for name, value in figures.items():
-        unit = units.get(name, "of pairs of successive sub-tasks" if " then " in name else "")
-        print(f"{name:>20}  {f'{value:,}' if isinstance(value, int) else f'{value:.4f}'} {unit}".rstrip())
-    if args.plot is not None:
-        plot_play(dataset, args.plot)
-        print(f"Wrote {args.plot}")
-
-
-if __name__ == "__main__":
-    main(tyro.cli(Args, prog="python -m data_tools.scripted.calvin"))

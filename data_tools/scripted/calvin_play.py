@@ -9,17 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_tools.tasks.calvin_scene import (
-    ANGLE_SCALE,
-    BLOCK_NAMES,
-    DRAWER_RANGE,
-    POSITION_SCALE,
-    SLIDE_RANGE,
-    SWITCH_ORIGIN,
-    SWITCH_RANGE,
-    SWITCH_Y,
-    SWITCH_Z,
-)
+from data_tools.tasks import calvin_scene as scene
 
 TRAJECTORY_STEPS = 490
 OPEN, CLOSED = 1.0, -1.0
@@ -77,7 +67,7 @@ def open_drawer(view: View, rng=None) -> list[Waypoint]:
     return [
         Waypoint(np.array([x, y - 0.02, 0.50]), down, gripper),
         Waypoint(np.array([x, y, 0.372]), down, gripper, 1),
-        Waypoint(np.array([x, -0.218 - DRAWER_RANGE, 0.372]), down, gripper, 2),
+        Waypoint(np.array([x, -0.218 - scene.DRAWER_RANGE, 0.372]), down, gripper, 2),
         Waypoint(np.array([x, -0.43, 0.50]), down, gripper),
     ]
 
@@ -112,7 +102,7 @@ def _move_slider(view, rng, x_end):
 
 
 def slide_left(view: View, rng=None) -> list[Waypoint]:
-    return _move_slider(view, rng, 0.04 - SLIDE_RANGE - 0.035)
+    return _move_slider(view, rng, 0.04 - scene.SLIDE_RANGE - 0.035)
 
 
 def slide_right(view: View, rng=None) -> list[Waypoint]:
@@ -122,18 +112,18 @@ def slide_right(view: View, rng=None) -> list[Waypoint]:
 def _at_switch(style, stops):
     """Way-points in the switch's frame: (y, z, settle), y out of the slanted front, z down along it."""
     shift = style.shift(0.03, 0, 0)
-    return [
-        Waypoint(SWITCH_ORIGIN + y * SWITCH_Y + z * SWITCH_Z + shift, style.tilt, style.gripper, settle)
-        for y, z, settle in stops
-    ]
+    waypoints = []
+    for y, z, settle in stops:
+        place = scene.SWITCH_ORIGIN + y * scene.SWITCH_Y + z * scene.SWITCH_Z + shift
+        waypoints.append(Waypoint(place, style.tilt, style.gripper, settle))
+    return waypoints
 
 
 def switch_on(view: View, rng=None) -> list[Waypoint]:
     """Push the switch up the slant, with the tip of the tool under its bar."""
     z = 0.03 - view.obs[SWITCH]
-    return _at_switch(
-        _Style(rng), [(0.13, z + 0.02, 0), (0.043, z + 0.004, 1), (0.046, 0.01 - SWITCH_RANGE, 2), (0.15, -0.05, 0)]
-    )
+    end = 0.01 - scene.SWITCH_RANGE
+    return _at_switch(_Style(rng), [(0.13, z + 0.02, 0), (0.043, z + 0.004, 1), (0.046, end, 2), (0.15, -0.05, 0)])
 
 
 def switch_off(view: View, rng=None) -> list[Waypoint]:
@@ -169,7 +159,7 @@ def _block_yaw(quaternion):
 def lift_block(view: View, rng, block: int) -> list[Waypoint]:
     """Grasp a block across its short side and raise it, now and then turning it."""
     position, quaternion = view.blocks[block, :3], view.blocks[block, 3:]
-    symmetry = np.pi / 2 if BLOCK_NAMES[block] == "blue" else np.pi  # the blue one is a cube
+    symmetry = np.pi / 2 if scene.BLOCK_NAMES[block] == "blue" else np.pi  # the blue one is a cube
     turn = (_block_yaw(quaternion) + np.pi - DOWN[2] + symmetry / 2) % symmetry - symmetry / 2
     angles = DOWN + [0, 0, turn]
     grasp = position + [0, 0, -0.002]
@@ -236,8 +226,8 @@ def follow(view: View, waypoints: list[Waypoint], speed: float = 1.0, noise: flo
     for waypoint in waypoints:
         waited = 0
         while waited <= waypoint.settle and steps < BEHAVIOUR_LIMIT:
-            way = (waypoint.position - view.target[:3]) / POSITION_SCALE
-            turn = (waypoint.angles - view.target[3:]) / ANGLE_SCALE
+            way = (waypoint.position - view.target[:3]) / scene.POSITION_SCALE
+            turn = (waypoint.angles - view.target[3:]) / scene.ANGLE_SCALE
             shrink = max(np.sqrt(way @ way) / speed, np.abs(turn).max() / speed, 1.0)
             action = np.concatenate([way, turn]) / shrink
             if noise > 0:
@@ -267,8 +257,8 @@ def _choose(view, rng):
     if rng.random() < FIXTURE_SHARE:
         fixtures = (
             open_drawer if drawer < 0.08 else close_drawer,
-            slide_left if slide < SLIDE_RANGE / 2 else slide_right,
-            switch_on if switch < SWITCH_RANGE / 2 else switch_off,
+            slide_left if slide < scene.SLIDE_RANGE / 2 else slide_right,
+            switch_on if switch < scene.SWITCH_RANGE / 2 else switch_off,
             press_button,
         )
         return fixtures[rng.integers(len(fixtures))](view, rng)
@@ -311,7 +301,7 @@ def warm_up(view: View, rng) -> Script:
 
 def draw_fixtures(rng) -> tuple[np.ndarray, bool]:
     """Draw the start of a trajectory: slide, drawer, button and switch (4,), each at one of its ends, and the LED."""
-    ends = np.array([SLIDE_RANGE, DRAWER_RANGE, 0.0, SWITCH_RANGE])
+    ends = np.array([scene.SLIDE_RANGE, scene.DRAWER_RANGE, 0.0, scene.SWITCH_RANGE])
     return np.where(rng.random(4) < 0.5, ends, 0.0), bool(rng.random() < 0.5)
 
 

@@ -4,28 +4,22 @@ The paper learns from 603 episodes of people's tele-operation (D4RL's kitchen-mi
 that file cannot be had: the sets of sub-tasks that people demonstrated, in D4RL's layout, with variation in plan, pace,
 way-points and actions. They lack people's detours, other grasps and idle stretches; label results as "scripted data".
 Units and frame as in tasks/kitchen.py. Shapes: T steps; a position (3,) is that of the tip of the hand.
-
-    python -m data_tools.scripted.kitchen --help               # make the demonstrations, print their statistics
-    python -m data_tools.scripted.kitchen --expert 100         # and the returns of the scripted expert on both tasks
 """
 
 import os
 import pickle
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
 import mujoco
 import numpy as np
-import tyro
 from tqdm import tqdm
 
-from data_tools import load_dataset
 from data_tools.dataset import OfflineDataset
-from data_tools.files import DataError, check_writable, write_atomically
+from data_tools.files import DataError, write_atomically
+from data_tools.scripted import attributes_of, stream
 from data_tools.tasks.kitchen import (
     ELEMENTS,
     INITIAL_QPOS,
@@ -45,7 +39,6 @@ from data_tools.tasks.kitchen import (
 from data_tools.tasks.vector import num_cores
 
 NUM_EPISODES = 603  # paper, section 4.1
-GENERATOR = "data_tools.scripted.kitchen"
 
 # The planned sets of sub-tasks of the real demonstrations (folders of relay-policy-learning's tele-operation logs), in
 # the order in which people did them (but the top burner here comes before the bottom one, people's after it): an open
@@ -391,13 +384,12 @@ def _demonstrate(subtasks, rng, noise):
                 SKILLS[name](arm)  # once more, like people
     except _TimeIsUp:
         pass
-    return np.array(arm.observations), np.array(arm.actions), len(subtasks) - len(simulation.remaining)
+    return np.array(arm.observations), np.array(arm.actions), simulation.credited
 
 
 def plan(seed, episode):
     """Return the sub-tasks of a demonstration in order, and the generator for all else that varies in it."""
-    # A stream of its own for each episode: the data do not depend on their number or on the number of processes.
-    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(episode,)))
+    rng = stream(seed, episode)
     deal, place = divmod(episode, len(PLANS))  # each set of sub-tasks once, shuffled, and again
     shuffled = np.random.default_rng([seed, deal]).permutation(len(PLANS))
     letters = list(PLANS[shuffled[place]])
@@ -419,9 +411,8 @@ def _episode(seed, episode, noise):
 # -------------------------------------------------------------------------------------------------------- offline data
 
 
-def _worker():
-    """Make every `step`-th episode from `first` on and send each to the parent process: a line of `_make_episodes`."""
-    seed, first, end, step, noise = (number(arg) for number, arg in zip((int, int, int, int, float), sys.argv[1:]))
+def _worker(seed, first, end, step, noise):
+    """Make every `step`-th episode from `first` on and send each to `_make_episodes` in the parent process."""
     channel = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # anything printed must not get into the data
     for episode in range(first, end, step):
@@ -431,44 +422,28 @@ def _worker():
 
 def _make_episodes(num_episodes, noise, seed, num_workers, progress):
     """Return [_episode(seed, 0, noise), _episode(seed, 1, noise), ...], made by `num_workers` processes."""
-    episodes = [None] * num_episodes
-    bar = tqdm(total=num_episodes, desc="kitchen demonstrations", unit="episode", disable=not progress)
+    bar = tqdm(range(num_episodes), desc="kitchen demonstrations", unit="episode", disable=not progress)
     if num_workers == 1:
-        for i in range(num_episodes):
-            episodes[i] = _episode(seed, i, noise)
-            bar.update()
-        bar.close()
-        return episodes
-
+        return [_episode(seed, i, noise) for i in bar]
     # Threads would wait for Python's lock half of the time. Plain processes rather than multiprocessing: those would
     # copy a process with running threads (fork) or run the caller's script again (spawn).
     paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", "from data_tools.scripted.kitchen import _worker; _worker()"]
-    workers = []  # in sessions of their own: Ctrl-C reaches only this program, which ends them
-
-    def follow(first):
-        for i in range(first, num_episodes, num_workers):
-            episodes[i] = pickle.load(workers[first].stdout)
-            bar.update()
-
-    with bar, ThreadPoolExecutor(num_workers) as pool:
-        try:
-            for first in range(num_workers):
-                arguments = [str(value) for value in (seed, first, num_episodes, num_workers, noise)]
-                options = dict(stdout=subprocess.PIPE, env=environment, start_new_session=True)
-                workers.append(subprocess.Popen([*command, *arguments], **options))
-            for done in as_completed([pool.submit(follow, first) for first in range(num_workers)]):
-                done.result()  # or the error, as soon as one worker has died
-        except (EOFError, pickle.UnpicklingError) as error:
-            raise DataError("A process that makes kitchen demonstrations ended early; see its message.") from error
-        finally:
-            for worker in workers:  # all have ended, unless something went wrong
-                worker.kill()
-                worker.wait()
-    for worker in workers:
-        worker.stdout.close()
-    return episodes
+    options = dict(stdout=subprocess.PIPE, env=environment, start_new_session=True)  # Ctrl-C is for this process alone
+    workers = []
+    try:
+        for first in range(num_workers):
+            call = f"_worker({seed}, {first}, {num_episodes}, {num_workers}, {float(noise)!r})"
+            code = f"from data_tools.scripted.kitchen import _worker; {call}"
+            workers.append(subprocess.Popen([sys.executable, "-c", code], **options))
+        return [pickle.load(workers[i % num_workers].stdout) for i in bar]
+    except (EOFError, pickle.UnpicklingError) as error:
+        raise DataError("A process that makes kitchen demonstrations ended early; see its message.") from error
+    finally:
+        for worker in workers:  # all have ended, unless something went wrong
+            worker.kill()
+            worker.wait()
+            worker.stdout.close()
 
 
 def collect(
@@ -486,28 +461,13 @@ def collect(
     An episode's last row has `terminals` if all was done as planned, else `timeouts`.
     Raises DataError for arguments without meaning.
     """
-    workers_given = num_workers is not None
-    if num_episodes < 1 or not 0.0 <= noise < np.inf or not 0 <= seed < 2**63 or (workers_given and num_workers < 1):
-        raise DataError(
-            "Making demonstrations needs --num-episodes >= 1, --noise >= 0, 0 <= --seed < 2**63 and at least one "
-            f"worker, got {num_episodes}, {noise}, {seed} and {num_workers}."
-        )
+    attributes = attributes_of(__name__, num_episodes, noise, seed)
     num_workers = min(num_workers or num_cores(), num_episodes)
-    episodes = _make_episodes(num_episodes, noise, seed, num_workers, progress)
-    last_rows = np.cumsum([len(actions) for _, actions, _ in episodes]) - 1
-    done = np.array([done for _, _, done in episodes])
-    terminals, timeouts = np.zeros((2, last_rows[-1] + 1), dtype=bool)
-    terminals[last_rows[done]] = True
-    timeouts[last_rows[~done]] = True
-    observations = np.concatenate([obs[:-1] for obs, _, _ in episodes])  # (R, 30)
-    goals = np.broadcast_to(goal_of(SUBTASKS["kitchen"]), observations.shape)
-    return OfflineDataset(
-        observations=np.concatenate([observations, goals], axis=1),
-        actions=np.concatenate([actions for _, actions, _ in episodes]),
-        terminals=terminals,
-        timeouts=timeouts,
-        attributes={"source": "scripted", "generator": GENERATOR, "version": 1, "seed": seed, "noise": float(noise)},
-    )
+    goal = goal_of(SUBTASKS["kitchen"])
+    episodes = []
+    for obs, actions, done in _make_episodes(num_episodes, noise, seed, num_workers, progress):
+        episodes.append((np.concatenate([obs, np.tile(goal, (len(obs), 1))], axis=1), actions, done))
+    return OfflineDataset.from_episodes(episodes, attributes)
 
 
 def statistics(dataset: OfflineDataset) -> dict[str, float]:
@@ -543,67 +503,21 @@ def statistics(dataset: OfflineDataset) -> dict[str, float]:
     return figures
 
 
-def expert_returns(task: str, num_episodes: int, noise: float = 0.05) -> list[int]:
-    """Return the return of the demonstrating arm in each of `num_episodes` episodes of a task (a key of SUBTASKS)."""
-    seeds = tqdm(range(num_episodes), desc=f"expert on {task}", unit="episode")
-    return [_demonstrate(SUBTASKS[task], np.random.default_rng(seed), noise)[2] for seed in seeds]
+def expert(num_episodes: int, noise: float, seed: int, task: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return returns (N,) and lengths (N,) of the demonstrating arm on a task, a key of SUBTASKS."""
+    returns = np.zeros(num_episodes)
+    lengths = np.zeros(num_episodes)
+    for i in tqdm(range(num_episodes), desc=f"expert on {task}", unit="episode"):
+        _, actions, returns[i] = _demonstrate(SUBTASKS[task], np.random.default_rng(seed + i), noise)
+        lengths[i] = len(actions)
+    return returns, lengths
 
 
-def record(dataset: OfflineDataset, episode: int, path) -> None:
-    """Write one episode of the data as a video file in real time. Raises DataError where OpenGL is missing."""
+def plot(dataset: OfflineDataset, path) -> None:
+    """Write the first episode of the data as a video file in real time. Raises DataError where OpenGL is missing."""
     import imageio.v2 as imageio  # ffmpeg is started only for videos
 
-    start, length = int(dataset.episode_starts[episode]), int(dataset.episode_lengths[episode])
-    observations = dataset.observations[start : start + length, :30].cpu().numpy()
+    observations = dataset.observations[: int(dataset.episode_lengths[0]), :30].cpu().numpy()
     frames = [draw(obs) for obs in tqdm(observations, desc="pictures", unit="step")]
     fps = KitchenVectorEnv.metadata["render_fps"]
     write_atomically(path, lambda part: imageio.mimwrite(part, frames, fps=fps, macro_block_size=1))
-
-
-@dataclass
-class Args:
-    """Make the scripted kitchen demonstrations, unless they are there already, and print their statistics."""
-
-    num_episodes: int = NUM_EPISODES
-    """episodes to make (paper: 603); any other number needs --out"""
-    noise: float = 0.05
-    """size of the actions' disturbance: standard deviation of what each step adds to it"""
-    seed: int = 0
-    """random seed"""
-    data_dir: str | None = None
-    """folder of the data files (default: $SKIMO_DATA_DIR, else the user's cache folder)"""
-    out: Path | None = None
-    """write to this file instead of the data folder, making the episodes anew"""
-    expert: int = 0
-    """let the scripted expert do this many episodes of each task, too"""
-    video: Path | None = None
-    """record the first episode into this MP4 file"""
-
-
-def main(args: Args) -> None:
-    """Do what the command line asks for. Raises DataError."""
-    for path in filter(None, (args.out, args.video)):
-        check_writable(path)
-    if args.out is not None:
-        dataset = collect(args.num_episodes, args.noise, args.seed)
-        dataset.save(args.out)
-        print(f"Wrote {args.out}")
-    elif args.num_episodes != NUM_EPISODES:
-        raise DataError("--num-episodes other than 603 needs --out: the data folder holds complete data only.")
-    else:
-        dataset = load_dataset("kitchen", args.data_dir, dataset="scripted", noise=args.noise, seed=args.seed)
-    for key, value in statistics(dataset).items():
-        print(f"{key:>26}  {value:,}" if isinstance(value, int) else f"{key:>26}  {value:.3f}")
-    for task in SUBTASKS if args.expert > 0 else ():
-        returns = expert_returns(task, args.expert, args.noise)
-        perfect = returns.count(len(SUBTASKS[task]))
-        print(
-            f"scripted expert on {task}: return {np.mean(returns):.2f}, all done in {perfect} of {args.expert} episodes"
-        )
-    if args.video is not None:
-        record(dataset, 0, args.video)
-        print(f"Wrote {args.video}")
-
-
-if __name__ == "__main__":
-    main(tyro.cli(Args, prog="python -m data_tools.scripted.kitchen"))

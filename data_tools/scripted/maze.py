@@ -1,27 +1,20 @@
 """The maze's offline data: trajectories between random cells, by a planner and a way-point controller.
 
 Rules and numbers are those of SPiRL's public script. Shapes: B trajectories of a chunk, T steps, W way-points.
-
-    python -m data_tools.scripted.maze --help                     # collect the data, print their statistics
-    python -m data_tools.scripted.maze --plot trajectories.png    # and draw some of them
 """
 
 import itertools
-from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import numpy as np
-import tyro
 from tqdm import tqdm
 
-from data_tools import load_dataset
 from data_tools.dataset import OfflineDataset
-from data_tools.files import DataError, check_writable, write_atomically
+from data_tools.files import write_atomically
+from data_tools.scripted import attributes_of, stream
 from data_tools.tasks.maze import Physics, draw_maze, geodesic_distance, make_layout
 
-NUM_TRAJECTORIES = 3046  # paper, section 4.1
-GENERATOR = "data_tools.scripted.maze"
+NUM_EPISODES = 3046  # paper, section 4.1
 MAX_TRAJECTORY_STEPS = 500  # cap of the public collector when it also records images, as for the published data
 MIN_TRAJECTORY_STEPS = 50  # shorter (or equal) ones are dropped
 MAX_WAYPOINTS = 100
@@ -47,8 +40,7 @@ def _policy(goal):
 
 def _plan(seed, attempt):
     """Draw start and way-points of one trajectory: state (5,), way-points (W, 2), generator for its action noise."""
-    # A stream of its own for each attempt: the data do not depend on chunks or the number of trajectories.
-    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(attempt,)))
+    rng = stream(seed, attempt)
     free = np.argwhere(~make_layout())
     start, goal = free[rng.integers(len(free), size=2)]
     state = np.zeros(5)
@@ -104,7 +96,7 @@ def _simulate(physics, seed, attempts, noise):
 
 
 def collect(
-    num_trajectories: int = NUM_TRAJECTORIES,
+    num_episodes: int = NUM_EPISODES,
     noise: float = 0.5,
     seed: int = 0,
     progress: bool = True,
@@ -116,36 +108,20 @@ def collect(
     reached its last way-point, else `timeouts`. The last way-point is the goal, except where start or goal is the
     sealed cell (16, 20), as in four trajectories of the default data. Raises DataError for arguments without meaning.
     """
-    if num_trajectories < 1 or not 0.0 <= noise < np.inf or not 0 <= seed < 2**63:
-        raise DataError(
-            "Collecting needs --num-trajectories >= 1, --noise >= 0 and 0 <= --seed < 2**63, "
-            f"got {num_trajectories}, {noise} and {seed}."
-        )
+    attributes = attributes_of(__name__, num_episodes, noise, seed)
     # Chunks in lockstep, not processes or threads: 3,046 trajectories take 15 s on one core, and a script that calls
     # this needs no `__main__` guard and may already have started torch's threads.
     physics = Physics()
     kept = []
-    with tqdm(total=num_trajectories, desc="maze trajectories", unit="traj", disable=not progress) as bar:
+    with tqdm(total=num_episodes, desc="maze trajectories", unit="traj", disable=not progress) as bar:
         for first in itertools.count(step=CHUNK):
             for trajectory in _simulate(physics, seed, range(first, first + CHUNK), noise):
-                if len(trajectory[1]) > MIN_TRAJECTORY_STEPS and len(kept) < num_trajectories:
+                if len(trajectory[1]) > MIN_TRAJECTORY_STEPS and len(kept) < num_episodes:
                     kept.append(trajectory)
                     bar.update()
-            if len(kept) == num_trajectories:
+            if len(kept) == num_episodes:
                 break
-
-    last_rows = np.cumsum([len(actions) for _, actions, _ in kept]) - 1
-    reached = np.array([reached for _, _, reached in kept])
-    terminals, timeouts = np.zeros((2, last_rows[-1] + 1), dtype=bool)
-    terminals[last_rows[reached]] = True
-    timeouts[last_rows[~reached]] = True
-    return OfflineDataset(
-        observations=np.concatenate([observations for observations, _, _ in kept]),
-        actions=np.concatenate([actions for _, actions, _ in kept]),
-        terminals=terminals,
-        timeouts=timeouts,
-        attributes={"source": "scripted", "generator": GENERATOR, "version": 1, "seed": seed, "noise": float(noise)},
-    )
+    return OfflineDataset.from_episodes(kept, attributes)
 
 
 def statistics(dataset: OfflineDataset) -> dict[str, float]:
@@ -165,7 +141,7 @@ def statistics(dataset: OfflineDataset) -> dict[str, float]:
     }
 
 
-def plot_trajectories(dataset: OfflineDataset, path, num_trajectories: int = 60) -> None:
+def plot(dataset: OfflineDataset, path) -> None:
     """Draw evenly chosen trajectories into the image file `path`."""
     from matplotlib.figure import Figure  # only plots need matplotlib; no pyplot, so no display either
 
@@ -173,7 +149,7 @@ def plot_trajectories(dataset: OfflineDataset, path, num_trajectories: int = 60)
     ax = figure.subplots()
     draw_maze(ax)
     starts, lengths = dataset.episode_starts.tolist(), dataset.episode_lengths.tolist()
-    chosen = np.unique(np.linspace(0, len(starts) - 1, num_trajectories).astype(int))
+    chosen = np.unique(np.linspace(0, len(starts) - 1, 60).astype(int))
     positions = dataset.observations[:, :2].cpu().numpy()
     for i in chosen:
         rows = positions[starts[i] : starts[i] + lengths[i]]
@@ -182,43 +158,3 @@ def plot_trajectories(dataset: OfflineDataset, path, num_trajectories: int = 60)
     ax.set_title(f"{len(chosen)} of {len(starts)} maze trajectories (dots: starts)")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     write_atomically(path, lambda part: figure.savefig(part, dpi=120))
-
-
-@dataclass
-class Args:
-    """Collect the offline maze data, unless they are there already, and print their statistics."""
-
-    num_trajectories: int = NUM_TRAJECTORIES
-    """trajectories to collect (paper: 3,046); any other number needs --out"""
-    noise: float = 0.5
-    """standard deviation of the action noise"""
-    seed: int = 0
-    """random seed"""
-    data_dir: str | None = None
-    """folder of the data files (default: $SKIMO_DATA_DIR, else the user's cache folder)"""
-    out: Path | None = None
-    """write to this file instead of the data folder, collecting anew"""
-    plot: Path | None = None
-    """draw some trajectories into this image file"""
-
-
-def main(args: Args) -> None:
-    for path in filter(None, (args.out, args.plot)):
-        check_writable(path)
-    if args.out is not None:
-        dataset = collect(args.num_trajectories, args.noise, args.seed)
-        dataset.save(args.out)
-        print(f"Wrote {args.out}")
-    elif args.num_trajectories != NUM_TRAJECTORIES:
-        raise DataError("--num-trajectories other than 3046 needs --out: the data folder holds complete data only.")
-    else:
-        dataset = load_dataset("maze", args.data_dir, noise=args.noise, seed=args.seed)
-    for key, value in statistics(dataset).items():
-        print(f"{key:>16}  {value:,}" if isinstance(value, int) else f"{key:>16}  {value:.3f}")
-    if args.plot is not None:
-        plot_trajectories(dataset, args.plot)
-        print(f"Wrote {args.plot}")
-
-
-if __name__ == "__main__":
-    main(tyro.cli(Args, prog="python -m data_tools.scripted.maze"))

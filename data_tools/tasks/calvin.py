@@ -13,29 +13,10 @@ from typing import ClassVar
 import mujoco
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode
 from mujoco.batch import Batch
 
+from data_tools.tasks import calvin_scene as scene
 from data_tools.tasks.calvin_arm import MOTOR_FORCE, OPENING_FORCE, SUBSTEPS, InverseKinematics, euler_angles
-from data_tools.tasks.calvin_scene import (
-    ANGLE_SCALE,
-    ARM,
-    BLOCKS,
-    BUTTON_WEIGHT,
-    FINGER_OPEN,
-    FINGERS,
-    FIXTURES,
-    HOME,
-    POSITION_SCALE,
-    ROBOT,
-    SWITCH_THRESHOLD,
-    TIME_STEP,
-    display_model,
-    observations,
-    place_blocks,
-    scene_model,
-    switch_lights,
-)
 from data_tools.tasks.rendering import Painter
 from data_tools.tasks.vector import MemberVectorEnv
 
@@ -54,14 +35,14 @@ class Physics:
     """Scene, joint motors, button and lights of E members."""
 
     def __init__(self, num_envs, num_threads):
-        model = scene_model()
+        model = scene.scene_model()
         # persistent: a step continues from the mass matrix and forces that the motor law has read.
         self.batch = Batch(model, num_envs, num_threads, persistent=True)
         self.state = self.batch.state  # (E, S), all that MuJoCo needs to continue
         self.qpos = self.batch.bind("qpos")  # (E, 34), the views below follow the simulation
         self.qvel = self.batch.bind("qvel")  # (E, 31)
         self.ctrl = self.batch.bind("ctrl")  # (E, 10)
-        self.bias = self.batch.bind("qfrc_bias")[:, ROBOT]  # gravity, Coriolis and centrifugal forces
+        self.bias = self.batch.bind("qfrc_bias")[:, scene.ROBOT]  # gravity, Coriolis and centrifugal forces
         self.mass = self.batch.bind("M")  # (E, M), the mass matrix in sparse rows
         self.mass_index = _dense_index(model)
         self.dense_mass = np.empty((num_envs, 9, 9))  # that of the robot
@@ -85,21 +66,21 @@ class Physics:
         fixtures (n, 4): where slide, drawer, button and switch are put; None: all at 0.
         """
         self.batch.reset(members, stage=mujoco.mjtStage.mjSTAGE_NONE)
-        self.qpos[members, ARM] = HOME
-        self.qpos[members, FINGERS] = FINGER_OPEN
+        self.qpos[members, scene.ARM] = scene.HOME
+        self.qpos[members, scene.FINGERS] = scene.FINGER_OPEN
         if fixtures is not None:
-            self.qpos[members, FIXTURES] = fixtures
+            self.qpos[members, scene.FIXTURES] = fixtures
         for i, rng in zip(members, rngs, strict=True):
-            self.qpos[i, BLOCKS] = place_blocks(rng)
-        self.ctrl[members, -1] = BUTTON_WEIGHT
+            self.qpos[i, scene.BLOCKS] = scene.place_blocks(rng)
+        self.ctrl[members, -1] = scene.BUTTON_WEIGHT
         self.batch.forward(members, stage=mujoco.mjtStage.mjSTAGE_VEL)
-        self.joint_target[members] = self.qpos[members, ROBOT]
+        self.joint_target[members] = self.qpos[members, scene.ROBOT]
         self.max_force[members] = MOTOR_FORCE
         self._run(1, members)
         self.target[members] = np.concatenate([self.tool_position, self.tool_angles], axis=1)[members]
         self.pressed[members] = False
         self.led[members] = False
-        self.bulb[members] = self.qpos[members, FIXTURES.stop - 1] > SWITCH_THRESHOLD
+        self.bulb[members] = self.qpos[members, scene.FIXTURES.stop - 1] > scene.SWITCH_THRESHOLD
 
     def step(self, actions, members=None):
         """Apply actions (E, 7) for 1/30 s, to the members (n,) int (None: all).
@@ -108,14 +89,15 @@ class Physics:
         """
         chosen = slice(None) if members is None else members
         before = [array[chosen].copy() for array in self._arrays()]
-        self.target[chosen] += (actions[:, :6] * np.repeat([POSITION_SCALE, ANGLE_SCALE], 3))[chosen]
+        self.target[chosen] += (actions[:, :6] * np.repeat([scene.POSITION_SCALE, scene.ANGLE_SCALE], 3))[chosen]
         self.gripper[chosen] = np.where(actions[:, 6] >= 0, 1.0, -1.0)[chosen]
         is_open = self.gripper[:, None] > 0
-        self.joint_target[:, ARM] = self.kinematics.solve(self.qpos[:, ARM], self.target[:, :3], self.target[:, 3:])
-        self.joint_target[:, FINGERS] = np.where(is_open, FINGER_OPEN, 0.0)
-        self.max_force[:, FINGERS] = np.where(is_open, OPENING_FORCE, MOTOR_FORCE)
+        position, angles = self.target[:, :3], self.target[:, 3:]
+        self.joint_target[:, scene.ARM] = self.kinematics.solve(self.qpos[:, scene.ARM], position, angles)
+        self.joint_target[:, scene.FINGERS] = np.where(is_open, scene.FINGER_OPEN, 0.0)
+        self.max_force[:, scene.FINGERS] = np.where(is_open, OPENING_FORCE, MOTOR_FORCE)
         self._run(SUBSTEPS, members)
-        switch_lights(self, chosen)
+        scene.switch_lights(self, chosen)
 
         unstable = np.zeros(len(self.state), dtype=bool)
         unstable[chosen] = ~np.isfinite(self.state).all(axis=1)[chosen]
@@ -131,8 +113,8 @@ class Physics:
         Bullet's motors aim at a joint velocity: v* = clip(24/s (target - q), +- greatest speed). The force that reaches
         it within one step of physics is M (v* - v) / dt plus the bias forces, as far as the motor is strong enough.
         """
-        q = self.qpos[:, ROBOT]
-        v = self.qvel[:, ROBOT]
+        q = self.qpos[:, scene.ROBOT]
+        v = self.qvel[:, scene.ROBOT]
         mass = self.dense_mass
         forces = self.ctrl[:, :9]
         for substep in range(substeps):
@@ -140,7 +122,7 @@ class Physics:
             self.mass.take(self.mass_index, axis=1, out=mass)
             mass[:, 7, 8] = mass[:, 8, 7] = 0.0  # the fingers, which are not coupled
             change = _clip(MOTOR_RATE * (self.joint_target - q), MAX_JOINT_SPEED) - v
-            force = (mass @ change[:, :, None])[:, :, 0] / TIME_STEP + self.bias
+            force = (mass @ change[:, :, None])[:, :, 0] / scene.TIME_STEP + self.bias
             forces[:] = _clip(force, self.max_force)
             if substep == substeps - 1:
                 # The original observes the tool's pose one step of physics late, the joints without delay.
@@ -155,7 +137,7 @@ class Physics:
 
     def observations(self):
         """Return the observations (E, 21) float64."""
-        return observations(self)
+        return scene.observations(self)
 
     def _arrays(self):
         """Return the arrays (E, ...) that make up the state; motor targets and forces follow from them."""
@@ -253,13 +235,12 @@ class CalvinVectorEnv(MemberVectorEnv):
         num_envs: int = 1,
         max_episode_steps: int = MAX_EPISODE_STEPS,
         render_mode: str | None = None,
-        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         num_threads: int | None = None,
         simulator: str = "mujoco",
         calvin_env_root: str | os.PathLike | None = None,
     ):
         """Raises ValueError for arguments out of range; for PyBullet also DependencyNotInstalled and DataError."""
-        super().__init__(num_envs, 21, 7, max_episode_steps, render_mode, autoreset_mode)
+        super().__init__(num_envs, 21, 7, max_episode_steps, render_mode)
         if simulator not in ("mujoco", "pybullet"):
             raise ValueError(f"simulator must be 'mujoco' or 'pybullet', got {simulator!r}")
         if simulator == "pybullet":
@@ -308,22 +289,6 @@ class CalvinVectorEnv(MemberVectorEnv):
         return super().set_state(state)
 
 
-def rollout_statistics(returns, obs, actions, ended) -> dict[str, float]:
-    """Return how often the sub-tasks happen in E episodes, in any order.
-
-    obs (T + 1, E, 21) and ended (T + 1, E) bool: which members had ended before the step; their rows do not count.
-    Returns and actions are not used.
-    Result: the share of episodes in which the condition of `drawer`, `bulb`, `slider`, `led` holds at some time, and
-    `any_order`, how many different ones per episode.
-    """
-    obs, ended = np.asarray(obs), np.asarray(ended, dtype=bool)
-    # The row at which `ended` is first True is the last observation of the episode, and counts.
-    counts = ~np.concatenate([np.zeros_like(ended[:1]), ended[:-1]])
-    happened = (subtask_conditions(obs, obs[:1]) & counts[:, :, None]).any(axis=0)  # (E, 4)
-    shares = {name: float(share) for name, share in zip(SUBTASKS, happened.mean(axis=0), strict=True)}
-    return shares | {"any_order": float(happened.sum(axis=1).mean())}
-
-
 # ------------------------------------------------------------------------------------------------------------ rendering
 
 FRAME_SHAPE = (400, 400, 3)
@@ -333,7 +298,8 @@ DARK_LAMP = (0.86, 0.86, 0.84, 1.0)
 
 @cache
 def _painter():
-    return Painter(display_model(), FRAME_SHAPE, lookat=(-0.02, -0.1, 0.45), distance=1.5, azimuth=122, elevation=-36)
+    camera = dict(lookat=(-0.02, -0.1, 0.45), distance=1.5, azimuth=122, elevation=-36)
+    return Painter(scene.display_model(), FRAME_SHAPE, **camera)
 
 
 def draw(qpos, bulb: bool = False, led: bool = False) -> np.ndarray:

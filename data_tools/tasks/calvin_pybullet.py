@@ -10,7 +10,6 @@ Units and frames as in calvin.py; E members, one PyBullet server in this process
 """
 
 import base64
-import contextlib
 import importlib
 import os
 import tempfile
@@ -21,21 +20,8 @@ import gymnasium
 import numpy as np
 
 from data_tools.files import DataError
+from data_tools.tasks import calvin_scene as scene
 from data_tools.tasks.calvin_arm import JOINT_HIGH, JOINT_LOW, MOTOR_FORCE, SUBSTEPS
-from data_tools.tasks.calvin_scene import (
-    ANGLE_SCALE,
-    ARM,
-    BLOCKS,
-    FINGER_OPEN,
-    FINGERS,
-    FIXTURES,
-    HOME,
-    POSITION_SCALE,
-    TIME_STEP,
-    observations,
-    place_blocks,
-    switch_lights,
-)
 
 REPOSITORY = "https://github.com/mees/calvin_env"
 PYBULLET = "pybullet==3.2.7"  # the version that was measured
@@ -98,67 +84,43 @@ class _World:
         """`data`: the folder of the URDF files. Raises DataError for files that PyBullet cannot use."""
         self.bullet = bullet
         self.data = data
-        # Its functions are PyBullet's, for this server.
+        # Its functions are PyBullet's, for this server. Other users of PyBullet belong into another process: its own
+        # functions use server 0 unless they are told another.
         self.client = importlib.import_module("pybullet_utils.bullet_client").BulletClient(bullet.DIRECT)
         self.load()
 
     def load(self):
         """Empty the server and load everything."""
         client = self.client
-        bullet = self.bullet
         data = self.data
         client.resetSimulation()
-        client.setTimeStep(TIME_STEP)
+        client.setTimeStep(scene.TIME_STEP)
         client.setPhysicsEngineParameter(deterministicOverlappingPairs=1)
         client.setGravity(0, 0, GRAVITY)
         client.setAdditionalSearchPath(str(data))
         self.robot = self._load(data / ROBOT_FILE, basePosition=ROBOT_BASE, useFixedBase=True)
-        joints = self._joints(self.robot, data / ROBOT_FILE, (*ARM_JOINTS, *FINGER_JOINTS, TOOL_JOINT))
+        joints = self._joints(self.robot, (*ARM_JOINTS, *FINGER_JOINTS, TOOL_JOINT))
         self.arm = joints[:7]
         self.fingers = joints[7:9]
         self.tool = joints[9]
-        constraint = client.createConstraint(
-            self.robot,
-            self.fingers[0],
-            self.robot,
-            self.fingers[1],
-            jointType=bullet.JOINT_GEAR,
-            jointAxis=[1, 0, 0],
-            parentFramePosition=[0, 0, 0],
-            childFramePosition=[0, 0, 0],
-        )
+        left, right = self.fingers
+        ends = self.robot, left, self.robot, right
+        zero = [0, 0, 0]
+        constraint = client.createConstraint(*ends, self.bullet.JOINT_GEAR, [1, 0, 0], zero, zero)
         client.changeConstraint(constraint, gearRatio=-1, erp=CONSTRAINT_ERP, maxForce=CONSTRAINT_FORCE)
         self.blocks = [self._load(data / name, globalScaling=SCALE) for name in BLOCK_FILES]
         self.table = self._load(data / TABLE_FILE, globalScaling=SCALE)
-        self.fixtures = self._joints(self.table, data / TABLE_FILE, FIXTURE_JOINTS)
+        self.fixtures = self._joints(self.table, FIXTURE_JOINTS)
         self._load(data / PLANE_FILE)
         slide, drawer, button, switch = self.fixtures
         for joint in (slide, drawer, switch):  # a motor that wants to stand still: friction
-            client.setJointMotorControl2(self.table, joint, bullet.VELOCITY_CONTROL, force=FIXTURE_FORCE)
-        client.setJointMotorControl2(
-            self.table, button, bullet.POSITION_CONTROL, targetPosition=0.0, force=FIXTURE_FORCE
-        )  # a spring
+            client.setJointMotorControl2(self.table, joint, self.bullet.VELOCITY_CONTROL, force=FIXTURE_FORCE)
+        spring = dict(targetPosition=0.0, force=FIXTURE_FORCE)
+        client.setJointMotorControl2(self.table, button, self.bullet.POSITION_CONTROL, **spring)
         self._check_shapes(self.table, (BASE, *self.fixtures), data / TABLE_FILE)
         self._check_shapes(self.robot, (*self.arm, *self.fingers), data / ROBOT_FILE)
         for block, name in zip(self.blocks, BLOCK_FILES):
             self._check_shapes(block, (BASE,), data / name)
-
-    @contextlib.contextmanager
-    def _owned(self):
-        """Raise DataError where other code of this process works on this server.
-
-        PyBullet's functions use server 0 unless they are told another, so that any of its users may meet ours.
-        """
-        try:
-            found = self.client.getNumBodies()
-            if found != len(FILES):
-                raise self.bullet.error(f"it has {found} bodies instead of {len(FILES)}")
-            yield
-        except self.bullet.error as error:
-            raise DataError(
-                f"other code in this process has changed the PyBullet server of this environment ({error}): "
-                "run the environment in a process of its own."
-            ) from error
 
     def _load(self, path, **arguments):
         """Return the body of a URDF file."""
@@ -167,13 +129,10 @@ class _World:
         except self.bullet.error as error:
             raise DataError(f"PyBullet cannot load {path} ({error}): clone {REPOSITORY} anew.") from error
 
-    def _joints(self, body, path, names):
+    def _joints(self, body, names):
         """Return the numbers of a body's joints."""
         infos = [self.client.getJointInfo(body, i) for i in range(self.client.getNumJoints(body))]
         numbers = {info[1].decode(): i for i, info in enumerate(infos)}
-        missing = [name for name in names if name not in numbers]
-        if missing:
-            raise DataError(f"{path} has no joint {missing[0]}: clone {REPOSITORY} anew.")
         return [numbers[name] for name in names]
 
     def _check_shapes(self, body, links, path):
@@ -189,58 +148,38 @@ class _World:
     def _drive(self, joints, targets, force, speed):
         """Let motors of the robot move joints towards targets."""
         for joint, target in zip(joints, targets):
-            self.client.setJointMotorControl2(
-                self.robot,
-                joint,
-                self.bullet.POSITION_CONTROL,
-                targetPosition=target,
-                force=force,
-                maxVelocity=speed,
-            )
+            motor = dict(targetPosition=target, force=force, maxVelocity=speed)
+            self.client.setJointMotorControl2(self.robot, joint, self.bullet.POSITION_CONTROL, **motor)
 
     def reset(self, poses):
         """Put everything to its start, the blocks at poses (21,); let 1/240 s pass. Returns the tool's pose before."""
-        with self._owned():
-            # Nothing of the last episode may remain: PyBullet's restoreState keeps forces inside its solver, so that on
-            # the real scene the same episode again differed by 1e-7 m at once and by 1e-4 m at its end.
-            self.load()
-            return self._begin(poses)
-
-    def _begin(self, poses):
+        # Nothing of the last episode may remain: PyBullet's restoreState keeps forces inside its solver, so that on the
+        # real scene the same episode again differed by 1e-7 m at once and by 1e-4 m at its end.
+        self.load()
         client = self.client
         for joint in self.fixtures:
             client.resetJointState(self.table, joint, 0.0)
         for block, pose in zip(self.blocks, poses.reshape(3, 7)):
             client.resetBasePositionAndOrientation(block, pose[:3], pose[[4, 5, 6, 3]])  # quaternions end with w here
-        for joint, angle in zip(self.arm, HOME):
+        for joint, angle in zip(self.arm, scene.HOME):
             client.resetJointState(self.robot, joint, angle)
         for joint in self.fingers:
-            client.resetJointState(self.robot, joint, FINGER_OPEN)
-        self._drive(self.arm, HOME, MOTOR_FORCE, ARM_SPEED)
-        self._drive(self.fingers, [FINGER_OPEN] * 2, MOTOR_FORCE, FINGER_SPEED)
+            client.resetJointState(self.robot, joint, scene.FINGER_OPEN)
+        self._drive(self.arm, scene.HOME, MOTOR_FORCE, ARM_SPEED)
+        self._drive(self.fingers, [scene.FINGER_OPEN] * 2, MOTOR_FORCE, FINGER_SPEED)
         start = self.tool_pose()
         client.stepSimulation()
         return start
 
     def step(self, target, is_open):
         """Move the tool towards the pose target (6,) and open or close the gripper, for 1/30 s."""
-        with self._owned():
-            self._step(target, is_open)
-
-    def _step(self, target, is_open):
         client = self.client
-        joints = client.calculateInverseKinematics(
-            self.robot,
-            self.tool,
-            target[:3],
-            client.getQuaternionFromEuler(target[3:]),
-            [-NULL_SPACE] * 9,
-            [NULL_SPACE] * 9,
-            [NULL_SPACE] * 9,
-            [*HOME, FINGER_OPEN, FINGER_OPEN],
-        )
+        orientation = client.getQuaternionFromEuler(target[3:])
+        rest = [*scene.HOME, scene.FINGER_OPEN, scene.FINGER_OPEN]
+        limits = [-NULL_SPACE] * 9, [NULL_SPACE] * 9, [NULL_SPACE] * 9, rest
+        joints = client.calculateInverseKinematics(self.robot, self.tool, target[:3], orientation, *limits)
         self._drive(self.arm, np.clip(joints[:7], JOINT_LOW, JOINT_HIGH), MOTOR_FORCE, ARM_SPEED)
-        opening, force = (FINGER_OPEN, FINGER_FORCE) if is_open else (0.0, MOTOR_FORCE)
+        opening, force = (scene.FINGER_OPEN, FINGER_FORCE) if is_open else (0.0, MOTOR_FORCE)
         self._drive(self.fingers, [opening] * 2, force, FINGER_SPEED)
         for _ in range(SUBSTEPS):
             client.stepSimulation()
@@ -253,13 +192,10 @@ class _World:
     def qpos(self):
         """Return the positions (34,) of all joints and blocks, as data_tools.tasks.calvin_scene orders them."""
         qpos = np.empty(34)
-        for body, joints, entries in (
-            (self.robot, self.arm, ARM),
-            (self.robot, self.fingers, FINGERS),
-            (self.table, self.fixtures, FIXTURES),
-        ):
+        robot = (self.robot, self.arm, scene.ARM), (self.robot, self.fingers, scene.FINGERS)
+        for body, joints, entries in (*robot, (self.table, self.fixtures, scene.FIXTURES)):
             qpos[entries] = [state[0] for state in self.client.getJointStates(body, joints)]
-        poses = qpos[BLOCKS].reshape(3, 7)
+        poses = qpos[scene.BLOCKS].reshape(3, 7)
         for pose, block in zip(poses, self.blocks):
             pose[:3], quaternion = self.client.getBasePositionAndOrientation(block)
             pose[3:] = np.roll(quaternion, 1)
@@ -269,8 +205,7 @@ class _World:
         """Return all that PyBullet needs to continue, as text."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "world.bullet")
-            with self._owned():
-                self.client.saveBullet(str(path))
+            self.client.saveBullet(str(path))
             return base64.b64encode(zlib.compress(path.read_bytes(), level=1)).decode()
 
     def set_state(self, text):
@@ -278,8 +213,7 @@ class _World:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "world.bullet")
             path.write_bytes(zlib.decompress(base64.b64decode(text)))
-            with self._owned():
-                self.client.restoreState(fileName=str(path))
+            self.client.restoreState(fileName=str(path))
 
 
 class BulletPhysics:
@@ -301,7 +235,7 @@ class BulletPhysics:
     def reset(self, members, rngs):
         """Put the members (n,) int into a start state, with the lights off and the blocks drawn from rngs (n)."""
         for i, rng in zip(members, rngs, strict=True):
-            self.target[i] = self.worlds[i].reset(place_blocks(rng))
+            self.target[i] = self.worlds[i].reset(scene.place_blocks(rng))
             self._read(i)
             self.pressed[i] = self.led[i] = self.bulb[i] = False
 
@@ -313,7 +247,7 @@ class BulletPhysics:
         """
         stepped = np.zeros(len(self.worlds), dtype=bool)
         stepped[slice(None) if members is None else members] = True
-        scale = np.repeat([POSITION_SCALE, ANGLE_SCALE], 3)
+        scale = np.repeat([scene.POSITION_SCALE, scene.ANGLE_SCALE], 3)
         unstable = np.zeros(len(self.worlds), dtype=bool)
         for i in np.flatnonzero(stepped):
             target = self.target[i] + scale * actions[i, :6]
@@ -321,10 +255,10 @@ class BulletPhysics:
             self.worlds[i].step(target, gripper > 0)
             unstable[i] = not self._read(i)
             if unstable[i]:
-                self.worlds[i].reset(self.qpos[i, BLOCKS])
+                self.worlds[i].reset(self.qpos[i, scene.BLOCKS])
             else:
                 self.target[i], self.gripper[i] = target, gripper
-        switch_lights(self, stepped & ~unstable)
+        scene.switch_lights(self, stepped & ~unstable)
         return unstable
 
     def _read(self, member):
@@ -337,7 +271,7 @@ class BulletPhysics:
 
     def observations(self):
         """Return the observations (E, 21) float64."""
-        return observations(self)
+        return scene.observations(self)
 
     def _arrays(self):
         """Return the arrays (E, ...) that belong to the state besides what PyBullet holds."""
@@ -346,13 +280,11 @@ class BulletPhysics:
 
     def get_state(self):
         """Return the state as a list of E dictionaries of numbers and text; `world` is PyBullet's file, compressed."""
-        return [
-            {
-                "world": world.get_state(),
-                "arrays": [np.asarray(array[i], dtype=float).tolist() for array in self._arrays()],
-            }
-            for i, world in enumerate(self.worlds)
-        ]
+        members = []
+        for i, world in enumerate(self.worlds):
+            arrays = [np.asarray(array[i], dtype=float).tolist() for array in self._arrays()]
+            members.append({"world": world.get_state(), "arrays": arrays})
+        return members
 
     def set_state(self, state):
         """Continue from what `get_state` returned. Raises ValueError for a state that is none of this physics."""

@@ -17,7 +17,6 @@ from typing import ClassVar
 import mujoco
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode
 
 from data_tools.files import DataError
 from data_tools.tasks.rendering import Painter
@@ -68,20 +67,6 @@ def elements_complete(obs) -> dict[str, np.ndarray]:
         name: np.linalg.norm(obs[..., indices] - np.array(goal), axis=-1) < COMPLETE_DISTANCE
         for name, (indices, goal) in ELEMENTS.items()
     }
-
-
-def rollout_statistics(returns, obs, actions, ended) -> dict[str, float]:
-    """Return the share of E episodes in which each element was complete at some time, and `any_order`: how many were.
-
-    obs (T+1, E, 30); ended (T+1, E) bool tells which members had ended before the step, so that the first such
-    row holds an episode's last observation and the rows after it do not count. Returns and actions are not used.
-    """
-    ended = np.asarray(ended)
-    counts = np.ones_like(ended)
-    counts[1:] = ~ended[:-1]
-    reached = {name: (done & counts).any(0) for name, done in elements_complete(obs).items()}  # (E,) each
-    shares = {name: float(done.mean()) for name, done in reached.items()}
-    return shares | {"any_order": float(sum(shares.values()))}
 
 
 # -------------------------------------------------------------------------------------------------------------- physics
@@ -146,8 +131,9 @@ DIVERGED = [
 class Kitchen:
     """One simulated kitchen: D4RL's controller, noise and ordered reward. Any thread may step it, one at a time.
 
-    `observed` (30,) float64 is the last noisy observation, on which controller and reward work; `remaining` are the
-    sub-tasks not credited yet, in order; `unstable` tells that the physics diverged, which ends the episode.
+    `state` (S,) float64 is MuJoCo's after the last step; `observed` (30,) float64 the last noisy observation, on which
+    controller and reward work; `credited` how many sub-tasks have counted; `unstable` tells that the physics diverged,
+    which ends the episode.
     """
 
     def __init__(self, subtasks, noise=NOISE):
@@ -158,13 +144,14 @@ class Kitchen:
         self.noise = noise
         self.model = compile_model()
         self.data = mujoco.MjData(self.model)
-        self._before = np.empty(mujoco.mj_stateSize(self.model, STATE))  # of the last step, to return to
+        self.state = np.empty(mujoco.mj_stateSize(self.model, STATE))
+        self.unstable = False
 
     def reset(self, rng):
         """Start an episode whose noise comes from `rng`."""
         self.rng = rng
         self.unstable = False
-        self.remaining = self.subtasks
+        self.credited = 0
         mujoco.mj_resetData(self.model, self.data)
         self.data.qpos[:] = INITIAL_QPOS
         mujoco.mj_forward(self.model, self.data)
@@ -173,7 +160,6 @@ class Kitchen:
     def step(self, action):
         """Apply one action (9,) float64 in [-1, 1] for 0.08 s and return the reward."""
         data = self.data
-        mujoco.mj_getState(self.model, data, self._before, STATE)
         # D4RL integrates the velocity from what it last *observed*: noise enters the motion.
         target = self.observed[:9] + MAX_JOINT_SPEED * STEP_TIME * action
         data.ctrl[:] = np.minimum(np.maximum(target, TARGET_LOW), TARGET_HIGH)  # np.clip takes twice as long
@@ -181,75 +167,32 @@ class Kitchen:
         # MuJoCo counts a diverged state as a warning and puts the state silently back to zero.
         if data.warning.number[DIVERGED].any() or not (np.isfinite(data.qpos).all() and np.isfinite(data.qvel).all()):
             self.unstable = True
-            self._set_physics(self._before)
+            self.go_on(self.state, self.observed, self.credited)
             return UNSTABLE_REWARD
         self._observe()
         return self._credit()
 
+    def go_on(self, state, observed, credited):
+        """Continue from the attributes of these names."""
+        mujoco.mj_resetData(self.model, self.data)  # the warnings, too
+        mujoco.mj_setState(self.model, self.data, state, STATE)
+        self.state[:] = state
+        self.observed = observed
+        self.credited = credited
+
     def _observe(self):
-        deviation = self.rng.uniform(-1.0, 1.0, 30)
-        self.observed = self.data.qpos + self.noise * NOISE_AMPLITUDE * deviation
+        mujoco.mj_getState(self.model, self.data, self.state, STATE)
+        self.observed = self.data.qpos + self.noise * NOISE_AMPLITUDE * self.rng.uniform(-1.0, 1.0, 30)
 
     def _credit(self):
-        """Return how many remaining sub-tasks count now: each that is complete while all before it are complete."""
-        credited = 0
-        for name in self.remaining:
+        """Return how many more sub-tasks count now: each that is complete while all before it are complete."""
+        before = self.credited
+        for name in self.subtasks[before:]:
             indices, goal = ELEMENTS[name]
             if np.linalg.norm(self.observed[indices] - goal) >= COMPLETE_DISTANCE:
                 break
-            credited += 1
-        self.remaining = self.remaining[credited:]
-        return float(credited)
-
-    def _set_physics(self, state):
-        mujoco.mj_resetData(self.model, self.data)  # the warnings, too
-        mujoco.mj_setState(self.model, self.data, state, STATE)
-
-    def get_state(self):
-        """Return all that the future depends on, but `rng` and `unstable`, as plain Python values."""
-        physics = np.empty_like(self._before)
-        mujoco.mj_getState(self.model, self.data, physics, STATE)
-        return {
-            "physics": physics.tolist(),
-            "observed": self.observed.tolist(),
-            "num_remaining": len(self.remaining),
-        }
-
-    def check_state(self, state):
-        """Raise ValueError for what no `get_state` of a kitchen returned."""
-        for name, size in (("physics", len(self._before)), ("observed", 30)):
-            numbers = np.array(state[name], dtype=np.float64)
-            if numbers.shape != (size,):
-                raise ValueError(f"{name} of the state has shape {numbers.shape}, expected ({size},)")
-            if not np.isfinite(numbers).all():
-                raise ValueError(f"{name} of the state contains NaN or infinity")
-        if not 0 <= state["num_remaining"] <= len(self.subtasks):
-            raise ValueError(f"the state has {state['num_remaining']} sub-tasks left of {len(self.subtasks)}")
-
-    def set_state(self, state):
-        """Continue where `get_state` was called."""
-        self._set_physics(np.array(state["physics"], dtype=np.float64))
-        self.observed = np.array(state["observed"], dtype=np.float64)
-        self.remaining = self.subtasks[len(self.subtasks) - int(state["num_remaining"]) :]
-
-    def info(self):
-        """Return what is known about the episode so far."""
-        return {
-            "is_success": not self.remaining,
-            "unstable": self.unstable,
-            "num_subtasks": len(self.subtasks) - len(self.remaining),
-            "subtasks": self.subtasks[: len(self.subtasks) - len(self.remaining)],
-        }
-
-
-def _checked_subtasks(task):
-    """Return the names of the sub-tasks in order; ValueError if `task` is neither a key of SUBTASKS nor such names."""
-    names = SUBTASKS.get(task, ()) if isinstance(task, str) else tuple(task)
-    if not names or len(set(names)) != len(names) or not set(names) <= set(ELEMENTS):
-        raise ValueError(
-            f"task must be one of {', '.join(SUBTASKS)} or different names of {', '.join(ELEMENTS)}, got {task!r}"
-        )
-    return names
+            self.credited += 1
+        return float(self.credited - before)
 
 
 # ------------------------------------------------------------------------------------------------------------ rendering
@@ -305,6 +248,8 @@ class KitchenVectorEnv(MemberVectorEnv):
     """
 
     metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 12.5}
+    saved: ClassVar[dict] = {"physics": float, "observed": float, "credited": int, **MemberVectorEnv.saved}
+    info_names: ClassVar[dict] = {**MemberVectorEnv.info_names, "num_subtasks": "credited"}
 
     def __init__(
         self,
@@ -313,65 +258,67 @@ class KitchenVectorEnv(MemberVectorEnv):
         noise: float = NOISE,
         max_episode_steps: int = MAX_EPISODE_STEPS,
         render_mode: str | None = None,
-        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         num_threads: int | None = None,
     ):
         """Raises ValueError for arguments out of range, DataError if the kitchen's model is not the known one."""
-        super().__init__(num_envs, 30, 9, max_episode_steps, render_mode, autoreset_mode)
-        subtasks = _checked_subtasks(task)
-        self.kitchens = [Kitchen(subtasks, noise) for _ in range(num_envs)]
+        super().__init__(num_envs, 30, 9, max_episode_steps, render_mode)
+        self.subtasks = SUBTASKS.get(task, ()) if isinstance(task, str) else tuple(task)
+        if not self.subtasks or not set(self.subtasks) <= set(ELEMENTS):
+            raise ValueError(
+                f"task must be one of {', '.join(SUBTASKS)} or names of {', '.join(ELEMENTS)}, got {task!r}"
+            )
+        self.kitchens = [Kitchen(self.subtasks, noise) for _ in range(num_envs)]
+        self.physics = np.zeros((num_envs, len(self.kitchens[0].state)))
+        self.observed = np.zeros((num_envs, 30))
+        self.credited = np.zeros(num_envs, dtype=np.int64)
         self.num_threads = min(torch.get_num_threads() if num_threads is None else max(num_threads, 1), num_envs)
         self.pool = ThreadPoolExecutor(self.num_threads) if self.num_threads > 1 else None
 
     def begin(self, members):
         for i in members:
             self.kitchens[i].reset(self.rngs[i])
+            self._read(i)
 
     def advance(self, actions, running):
-        rewards = np.zeros(self.num_envs, dtype=np.float32)
+        rewards = np.zeros(self.num_envs)
         upcoming = iter(np.flatnonzero(running).tolist())  # shared by the threads: each takes the next member
 
         def step_members(_):
             for i in upcoming:
                 rewards[i] = self.kitchens[i].step(actions[i])
+                self._read(i)
 
         if self.pool is None:
             step_members(0)
         else:
             list(self.pool.map(step_members, range(self.num_threads)))  # list: raise errors here
-        self.unstable = np.array([kitchen.unstable for kitchen in self.kitchens])
-        return rewards, np.array([not kitchen.remaining for kitchen in self.kitchens])
+        return rewards, self.credited == len(self.subtasks)
+
+    def _read(self, member):
+        kitchen = self.kitchens[member]
+        self.physics[member] = kitchen.state
+        self.observed[member] = kitchen.observed
+        self.credited[member] = kitchen.credited
+        self.unstable[member] = kitchen.unstable
 
     def observations(self):
-        return np.stack([kitchen.observed for kitchen in self.kitchens]).astype(np.float32)  # (E, 30)
+        return self.observed.astype(np.float32)  # (E, 30)
 
     def draw(self, member):
         """Return (300, 400, 3) uint8."""
         return draw(self.kitchens[member].data.qpos)
 
     def infos(self, mask):
-        infos = {}
+        names = np.full(self.num_envs, None)
         for i in np.flatnonzero(mask):
-            infos = self._add_info(infos, self.kitchens[i].info(), i)
-        return infos
-
-    def get_state(self):
-        return {**super().get_state(), "kitchens": [kitchen.get_state() for kitchen in self.kitchens]}
+            names[i] = self.subtasks[: self.credited[i]]
+        return {**super().infos(mask), "subtasks": names, "_subtasks": mask.copy()}
 
     def set_state(self, state):
-        self.check_state(state)
-        saved = state.get("kitchens", ())
-        if len(saved) != self.num_envs:
-            raise ValueError(f"the state is that of {len(saved)} members, this environment has {self.num_envs}")
-        pairs = list(zip(self.kitchens, saved))
-        for kitchen, member in pairs:  # all before the first is changed
-            kitchen.check_state(member)
-        for kitchen, member in pairs:
-            kitchen.set_state(member)
         observations = super().set_state(state)
         for i, kitchen in enumerate(self.kitchens):
             kitchen.rng = self.rngs[i]
-            kitchen.unstable = bool(self.unstable[i])
+            kitchen.go_on(self.physics[i], self.observed[i].copy(), int(self.credited[i]))
         return observations
 
     def close_extras(self, **kwargs):

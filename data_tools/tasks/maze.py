@@ -12,7 +12,6 @@ from typing import ClassVar
 
 import mujoco
 import numpy as np
-from gymnasium.vector import AutoresetMode
 from mujoco.rollout import Rollout
 from numpy.lib.stride_tricks import sliding_window_view
 
@@ -233,10 +232,9 @@ class MazeVectorEnv(MemberVectorEnv):
         num_envs: int = 1,
         max_episode_steps: int = MAX_EPISODE_STEPS,
         render_mode: str | None = None,
-        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
     ):
         """Raises ValueError for arguments out of range."""
-        super().__init__(num_envs, 4, 2, max_episode_steps, render_mode, autoreset_mode)
+        super().__init__(num_envs, 4, 2, max_episode_steps, render_mode)
         self.simulator = Physics()
         self.physics = np.zeros((num_envs, 5))  # (time, q_x, q_y, v_x, v_y)
         self.trails = [[] for _ in range(num_envs)]  # positions of the episode, for pictures
@@ -274,43 +272,3 @@ class MazeVectorEnv(MemberVectorEnv):
     def draw(self, member):
         """Return (504, 504, 3) uint8 with the path of the episode so far; needs no OpenGL."""
         return _draw_frame(self.trails[member])
-
-
-# ----------------------------------------------------------------------------------------------------------- statistics
-
-
-def rollout_statistics(returns, obs, actions, ended) -> dict[str, float]:
-    """Return statistics of E roll-outs of T steps.
-
-    returns (E,), obs (T + 1, E, 4), actions (T + 1, E, 2), of which the last row does not count; ended (T + 1, E) bool
-    tells which members had finished before the step.
-    `goal` share that reached it; `approach` least geodesic distance to it in cells (10, 25 and 50 % quantiles; 34 at
-    the start); `cells` mean number of different cells visited; `lateral` std of the offset from the middle of the
-    planner's way-points (c - 0.1), while moving fast along the first axis (cells); `wall` share of env steps that
-    deviate from free flight, i.e. touch a wall.
-    """
-    cells = cell_of(obs)  # (T + 1, E, 2)
-    distance = geodesic_distance(make_layout(), GOAL)[cells[..., 0], cells[..., 1]]  # (T + 1, E)
-    goal = returns >= GOAL_REWARD
-    approach = np.where(goal, 0.0, distance.min(0))  # (E,)
-    cell_index = cells[..., 0] * 42 + cells[..., 1]
-    visited = [len(np.unique(cell_index[:, e])) for e in range(obs.shape[1])]
-
-    # Free flight: v' = v + dt (100 a - v) / (m + dt), from the velocity clipped to [-5, 5]
-    velocity = obs[:-1, :, 2:].clip(-5, 5)
-    free = velocity + 0.01 * (100 * actions[:-1] - velocity) / (4.18879 + 0.01)
-    touches = np.abs(obs[1:, :, 2:] - free).max(-1) > 1e-3  # (T, E)
-    running = ~ended[:-1]
-    along_first = (np.abs(obs[:-1, :, 2]) > 3.5) & running
-    offset = obs[:-1, :, 1] + 0.1
-    lateral = (offset - np.round(offset))[along_first]
-    quantiles = np.quantile(approach, [0.1, 0.25, 0.5])
-    return {
-        "goal": float(goal.mean()),
-        "approach_10": float(quantiles[0]),
-        "approach_25": float(quantiles[1]),
-        "approach_50": float(quantiles[2]),
-        "cells": float(np.mean(visited)),
-        "lateral": float(lateral.std()) if len(lateral) else 0.0,
-        "wall": float(touches[running].mean()),
-    }

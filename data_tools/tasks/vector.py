@@ -4,10 +4,7 @@ Shapes: E members of a vector environment, n of them; O numbers in an observatio
 """
 
 import json
-import math
 import os
-import zlib
-from pathlib import Path
 from typing import ClassVar
 
 import gymnasium
@@ -16,8 +13,9 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
-from data_tools.files import DataError, NotFiniteError, imported, write_atomically
+from data_tools.files import DataError, NotFiniteError, imported
 
+# (E,) bool each. successes: the goal was reached; unstable: the physics diverged; waiting: for a reset.
 FLAGS = ("terminations", "truncations", "successes", "unstable", "waiting")
 
 
@@ -26,9 +24,8 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
 
     Observations (E, O) float32, actions (E, A) in [-1, 1], rewards (E,) float32; infos in Gymnasium's vector form:
     `is_success`, `unstable` (the physics diverged) and those of the environment, (E,) each.
-    A member that ended is reset as Gymnasium's `autoreset_mode` says: by the next step (NEXT_STEP), by the same step
-    with `info["final_obs"]`, `info["final_info"]` (SAME_STEP), or never (DISABLED): then it stays frozen, with reward 0
-    and its flags True, until `reset(options={"reset_mask": mask})` with mask (E,) bool.
+    A member that ended stays frozen, with reward 0 and its flags True, until `reset(options={"reset_mask": mask})` with
+    mask (E,) bool: Gymnasium's AutoresetMode.DISABLED.
 
     To make an environment of your own, write three methods: `begin`, `advance`, `observations`. Keep what changes in
     arrays with one row per member and name them in `saved`. `draw` is needed for videos only. tests/toy_walk.py is an
@@ -48,20 +45,16 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
         action_dim: int,
         max_episode_steps: int,
         render_mode: str | None = None,
-        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
     ):
         """Raises ValueError for arguments out of range."""
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
-        if not isinstance(max_episode_steps, int | np.integer) or max_episode_steps < 1:
-            raise ValueError(f"max_episode_steps must be an integer of at least 1, got {max_episode_steps!r}")
+        if num_envs < 1 or max_episode_steps < 1:
+            raise ValueError(f"num_envs and max_episode_steps must be at least 1, got {num_envs}, {max_episode_steps}")
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
         self.num_envs = num_envs
         self.max_episode_steps = max_episode_steps
         self.render_mode = render_mode
-        self.autoreset_mode = AutoresetMode(autoreset_mode)
-        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
+        self.metadata = {**self.metadata, "autoreset_mode": AutoresetMode.DISABLED}
         self.single_observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
         self.single_action_space = gymnasium.spaces.Box(-1.0, 1.0, (action_dim,), np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -69,11 +62,8 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
         self.rngs = None  # one generator per member, made by the first reset
         self.steps = np.zeros(num_envs, dtype=np.int64)  # of the episode so far, and of an ended one until its reset
         self.returns = np.zeros(num_envs)  # sum of rewards, as long
-        self.terminations = np.zeros(num_envs, dtype=bool)
-        self.truncations = np.zeros(num_envs, dtype=bool)
-        self.successes = np.zeros(num_envs, dtype=bool)
-        self.unstable = np.zeros(num_envs, dtype=bool)
-        self.waiting = np.zeros(num_envs, dtype=bool)  # the episode ended and the member was not reset yet
+        for name in FLAGS:
+            setattr(self, name, np.zeros(num_envs, dtype=bool))
 
     # -------------------------------------------------------------------------------- what an environment has to write
 
@@ -133,7 +123,12 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
             if self.rngs[i] is None or seeds[i] is not None:
                 self.rngs[i] = seeding.np_random(seeds[i])[0]
                 self.seeded(i)
-        self._start_episodes(mask)
+        members = np.flatnonzero(mask)
+        self.begin(members)
+        self.steps[members] = 0
+        self.returns[members] = 0
+        for name in FLAGS:
+            getattr(self, name)[members] = False
         return self._observed(), self.infos(mask)
 
     def step(self, actions) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
@@ -149,27 +144,12 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
             raise ValueError(f"advance() must return rewards and successes ({self.num_envs},), they are {found}")
         self.steps += running
         self.returns += rewards
-        # A member that waits keeps its flags (DISABLED) or is reset below (NEXT_STEP).
         self.successes = np.where(running, successes, self.successes)
         self.terminations = np.where(running, successes | self.unstable, self.terminations)
         self.truncations = np.where(running, self.steps >= self.max_episode_steps, self.truncations)
-
-        if self.autoreset_mode == AutoresetMode.NEXT_STEP:
-            self._start_episodes(self.waiting)
-        done = self.terminations | self.truncations
-        terminations, truncations = self.terminations.copy(), self.truncations.copy()
+        self.waiting = self.terminations | self.truncations
         everyone = np.ones(self.num_envs, dtype=bool)
-        infos = {}
-        self.waiting = done
-        if self.autoreset_mode == AutoresetMode.SAME_STEP and done.any():
-            final_obs = np.full(self.num_envs, None, dtype=object)
-            observations = self._observed()
-            for i in np.flatnonzero(done):
-                final_obs[i] = observations[i]
-            infos = {"final_obs": final_obs, "_final_obs": done.copy()}
-            infos |= {"final_info": self.infos(done), "_final_info": done.copy()}
-            self._start_episodes(done)
-        return self._observed(), rewards, terminations, truncations, infos | self.infos(everyone)
+        return self._observed(), rewards, self.terminations.copy(), self.truncations.copy(), self.infos(everyone)
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """Return one picture per member, or None without a render mode. Raises DataError where OpenGL is missing."""
@@ -194,7 +174,7 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
         """
         self._check_started("get_state()")
         state = {name: getattr(self, name).tolist() for name in self.saved}
-        return {**state, "rng": [rng_state(rng) for rng in self.rngs]}
+        return {**state, "rng": [json.dumps(rng.bit_generator.state) for rng in self.rngs]}
 
     def set_state(self, state: dict[str, list]) -> np.ndarray:
         """Continue exactly where `get_state` was called; return the observations (E, O) of that moment.
@@ -202,7 +182,9 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
         Raises ValueError for a state that does not fit, or with NaN.
         """
         arrays = self.check_state(state)
-        rngs = [rng_from_state(saved) for saved in state["rng"]]
+        rngs = [seeding.np_random(0)[0] for _ in state["rng"]]
+        for rng, saved in zip(rngs, state["rng"]):
+            rng.bit_generator.state = json.loads(saved)
         for name, array in arrays.items():
             setattr(self, name, array)
         self.rngs = rngs
@@ -239,29 +221,15 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
         if self.rngs is None:
             raise gymnasium.error.ResetNeeded(f"call reset() before {what}")
 
-    def _start_episodes(self, mask):
-        """Reset the members in mask (E,) bool."""
-        members = np.flatnonzero(mask)
-        if len(members) == 0:
-            return
-        self.begin(members)
-        self.steps[members] = 0
-        self.returns[members] = 0
-        for name in FLAGS:
-            getattr(self, name)[members] = False
-
 
 class SingleEnv(gymnasium.Env):
     """One environment of any task: a vector of one, without the first axis. See the vector's class for the rest."""
 
     def __init__(self, vector_class: type[MemberVectorEnv] | str, **arguments):
-        """`vector_class`: the class of the vector environment, or its name "module:Class".
-
-        `arguments`: those of the class, except num_envs and autoreset_mode.
-        """
+        """`vector_class`: the class of the vector environment, or its name "module:Class"; `arguments`: its others."""
         if isinstance(vector_class, str):
             vector_class = imported(vector_class)
-        self.envs = vector_class(num_envs=1, autoreset_mode=AutoresetMode.DISABLED, **arguments)
+        self.envs = vector_class(num_envs=1, **arguments)
         self.metadata = vector_class.metadata
         self.render_mode = self.envs.render_mode
         self.observation_space = self.envs.single_observation_space
@@ -294,44 +262,6 @@ class SingleEnv(gymnasium.Env):
         return {key: value.item() if isinstance(value, np.generic) else value for key, value in values.items()}
 
 
-class VideoRecorder(gymnasium.vector.VectorWrapper):
-    """Records the first member's pictures in real time, at most 50 per second; written when closed."""
-
-    def __init__(self, envs: MemberVectorEnv, path):
-        super().__init__(envs)
-        self.path = Path(path)
-        self.frames = []  # compressed: those of a long episode would take gigabytes
-        self.frame = 0
-        self.steps, self.returns = envs.steps, envs.returns  # the same arrays
-        self.every = math.ceil(self.metadata["render_fps"] / 50)  # steps per picture
-
-    def step(self, actions):
-        result = self.env.step(actions)
-        if self.frame % self.every == 0:
-            frame = self.env.draw(0)
-            self.shape = frame.shape
-            self.frames.append(zlib.compress(frame.tobytes(), 1))  # fast
-        self.frame += 1
-        return result
-
-    def close(self, **kwargs):
-        if self.frames:
-            write_atomically(self.path, self._write)
-            self.frames = []
-        return super().close(**kwargs)
-
-    def _write(self, part):
-        """Write the pictures one by one into the video file `part`."""
-        import imageio.v2 as imageio  # ffmpeg is started only for videos
-
-        fps = self.metadata["render_fps"] / self.every
-        even = [(0, size % 2) for size in self.shape[:2]] + [(0, 0)]  # what the video format can hold
-        with imageio.get_writer(part, fps=fps, macro_block_size=1) as writer:
-            for frame in self.frames:
-                picture = np.frombuffer(zlib.decompress(frame), np.uint8).reshape(self.shape)
-                writer.append_data(np.pad(picture, even, mode="edge"))
-
-
 def checked_action(action, shape) -> np.ndarray:
     """Return the action(s) as a float64 array in [-1, 1]; ValueError if the shape is wrong, NotFiniteError for NaN."""
     message = f"expected finite numbers of shape {shape} in [-1, 1] as action"
@@ -345,18 +275,6 @@ def checked_action(action, shape) -> np.ndarray:
         cure = "if a network made it, lower its learning rate and go on from the last checkpoint (--resume)"
         raise NotFiniteError(f"{message}, got NaN or infinity; {cure}")
     return np.clip(array, -1.0, 1.0)
-
-
-def rng_state(rng) -> str:
-    """Return the state of a generator as JSON."""
-    return json.dumps(rng.bit_generator.state)
-
-
-def rng_from_state(state: str) -> np.random.Generator:
-    """Return a generator that continues where `rng_state` was called."""
-    rng = seeding.np_random(0)[0]
-    rng.bit_generator.state = json.loads(state)
-    return rng
 
 
 def num_cores() -> int:

@@ -1,0 +1,49 @@
+"""Videos of episodes."""
+
+import math
+import zlib
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+
+from data_tools.files import write_atomically
+from data_tools.tasks.vector import MemberVectorEnv
+
+
+class VideoRecorder(gymnasium.vector.VectorWrapper):
+    """Records the first member's pictures in real time, at most 50 per second; written when closed."""
+
+    def __init__(self, envs: MemberVectorEnv, path):
+        super().__init__(envs)
+        self.path = Path(path)
+        self.frames = []  # compressed: those of a long episode would take gigabytes
+        self.frame = 0
+        self.steps, self.returns = envs.steps, envs.returns  # the same arrays
+        self.every = math.ceil(self.metadata["render_fps"] / 50)  # steps per picture
+
+    def step(self, actions):
+        result = self.env.step(actions)
+        if self.frame % self.every == 0:
+            frame = self.env.draw(0)
+            self.shape = frame.shape
+            self.frames.append(zlib.compress(frame.tobytes(), 1))  # fast
+        self.frame += 1
+        return result
+
+    def close(self, **kwargs):
+        if self.frames:
+            write_atomically(self.path, self._write)
+            self.frames = []
+        return super().close(**kwargs)
+
+    def _write(self, part):
+        """Write the pictures one by one into the video file `part`."""
+        import imageio.v2 as imageio  # ffmpeg is started only for videos
+
+        fps = self.metadata["render_fps"] / self.every
+        even = [(0, size % 2) for size in self.shape[:2]] + [(0, 0)]  # what the video format can hold
+        with imageio.get_writer(part, fps=fps, macro_block_size=1) as writer:
+            for frame in self.frames:
+                picture = np.frombuffer(zlib.decompress(frame), np.uint8).reshape(self.shape)
+                writer.append_data(np.pad(picture, even, mode="edge"))

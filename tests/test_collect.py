@@ -1,0 +1,87 @@
+"""The program: `python -m data_tools collect` and `convert`."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import matplotlib.image
+import numpy as np
+import pytest
+import toy_walk  # noqa: F401 (a task of one's own)
+
+import data_tools
+from data_tools import DataError, OfflineDataset
+from data_tools.__main__ import collect, convert
+
+ROOT = Path(data_tools.__file__).parents[1]
+
+
+def program(*arguments):
+    command = [sys.executable, "-m", "data_tools", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_variant_is_written_and_drawn(tmp_path):
+    out, plot = tmp_path / "few.hdf5", tmp_path / "few.png"
+    flags = ["--num-episodes", 12, "--noise", 0, "--out", out, "--plot", plot]
+    done = program("collect", "--env-id", "maze", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "OfflineDataset(12 episodes" in done.stdout and "mean length" in done.stdout
+    made = OfflineDataset.load(out)
+    assert len(made.episode_starts) == 12 and made.attributes["noise"] == 0
+    image = matplotlib.image.imread(plot)
+    assert image.shape[0] > 500 and image.std() > 0.05
+    refused = program("collect", "--env-id", "maze", "--num-episodes", 12)
+    assert refused.returncode == 1 and refused.stderr.startswith("error: --num-episodes needs --out")
+
+
+@pytest.mark.parametrize(("env_id", "share"), [("kitchen", "all as planned"), ("calvin", "real mean slide")])
+def test_the_other_tasks_data(env_id, share, tmp_path, capsys):
+    out = tmp_path / "few.hdf5"
+    collect(env_id, num_episodes=2, seed=1, out=out)
+    assert share in capsys.readouterr().out
+    made = OfflineDataset.load(out)
+    assert len(made.episode_starts) == 2 and made.attributes["seed"] == 1
+    assert made.attributes["noise"] == data_tools.TASKS[env_id].noise and made.source == "scripted"
+
+
+@pytest.mark.parametrize("env_id", ["kitchen-misaligned", "calvin"])
+def test_the_experts_solve_the_tasks(env_id, capsys):
+    collect(env_id, expert=2)
+    assert "all done in 2 of 2 episodes" in capsys.readouterr().out
+
+
+def test_a_task_of_ones_own(tmp_path, monkeypatch, capsys):
+    task = data_tools.Task(envs="toy_walk:WalkVectorEnv", max_return=10.0, collect="toy_walk:collect")
+    monkeypatch.setitem(data_tools.TASKS, "walk", task)
+    collect("walk", data_dir=tmp_path)
+    made = data_tools.load_dataset("walk", tmp_path)
+    assert str(made) in capsys.readouterr().out and len(made.episode_starts) == 40
+    for flags in ({"plot": tmp_path / "walk.png"}, {"expert": 3}):
+        with pytest.raises(DataError, match=f"--{[*flags][0]}: toy_walk has no function of this name"):
+            collect("walk", data_dir=tmp_path, **flags)
+    monkeypatch.setitem(data_tools.TASKS, "bare", data_tools.Task(envs="toy_walk:WalkVectorEnv", max_return=10.0))
+    with pytest.raises(DataError, match="bare has no scripted data"):
+        collect("bare")
+
+
+def test_convert_does_not_overwrite_what_it_reads(tmp_path, monkeypatch):
+    path = tmp_path / "mine.hdf5"
+    rng = np.random.default_rng(0)
+    OfflineDataset(rng.normal(size=(20, 4)), rng.normal(size=(20, 2)), np.zeros(20), np.arange(20) % 10 == 9).save(path)
+    with h5py.File(path, "a") as file:
+        file["rewards"][:] = 1.0  # would be lost
+    before = path.read_bytes()
+    (tmp_path / "link.hdf5").symlink_to(path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for data, out in [(path, path), (Path("~/mine.hdf5"), path), (path, tmp_path / "link.hdf5")]:
+        with pytest.raises(DataError, match=f"--out {re.escape(str(out))} is the file of --data"):
+            convert("maze", data, out)
+    with pytest.raises(DataError, match="nothing.hdf5 does not exist"):
+        convert("maze", tmp_path / "nothing.hdf5", path)
+    convert("maze", path, tmp_path / "new.hdf5")
+    assert path.read_bytes() == before
+    with h5py.File(tmp_path / "new.hdf5") as file:  # rewards are 0, as the README says
+        assert file["rewards"].shape == (20,) and not file["rewards"][()].any()
