@@ -176,8 +176,8 @@ def test_skills_are_drawn_by_their_values_and_act_by_samples_or_their_mode():
 class CountVectorEnv(MemberVectorEnv):
     """Observation: member and step. Reward: the step squared. Member 0 ends at step 13, the others time out at 17."""
 
-    def __init__(self, num_envs=1, max_episode_steps=17, render_mode=None, autoreset_mode="NextStep"):
-        super().__init__(num_envs, 2, 1, max_episode_steps, render_mode, autoreset_mode)
+    def __init__(self, num_envs=1, max_episode_steps=17, render_mode=None):
+        super().__init__(num_envs, 2, 1, max_episode_steps, render_mode)
 
     def begin(self, members):
         pass
@@ -303,8 +303,8 @@ class LineVectorEnv(MemberVectorEnv):
 
     saved = {"position": np.float64, **MemberVectorEnv.saved}
 
-    def __init__(self, num_envs=1, max_episode_steps=8, render_mode=None, autoreset_mode="NextStep"):
-        super().__init__(num_envs, 1, 1, max_episode_steps, render_mode, autoreset_mode)
+    def __init__(self, num_envs=1, max_episode_steps=8, render_mode=None):
+        super().__init__(num_envs, 1, 1, max_episode_steps, render_mode)
         self.position = np.zeros((num_envs, 1))
 
     def begin(self, members):

@@ -424,7 +424,7 @@ LOGS = controls_hiro.ROOT / "benchmarks" / "results" / "studies" / "hiro"
 
 
 def test_open_maze_is_what_its_docstring_says():
-    envs = controls_hiro.OpenMazeVectorEnv(50, autoreset_mode="Disabled")
+    envs = controls_hiro.OpenMazeVectorEnv(50)
     obs, _ = envs.reset(seed=0)
     returns = np.zeros(50)
     first = np.linalg.norm(5 * obs[:, 2:] - 5 * obs[:, :2], axis=1)

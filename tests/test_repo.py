@@ -44,7 +44,7 @@ def test_shipped_agents_do_their_tasks(path, tmp_path, capsys):
     name, task = path.stem.split("_", 1)
     algo = importlib.import_module(f"algos.{name}")
     flags = f"--evaluate published --env-id {task} --eval-episodes 2 --device cpu --no-cudagraphs"
-    algo.main(algo.parse_args([*flags.split(), "--data-dir", str(tmp_path / "none"), "--run-dir", str(tmp_path)]))
-    mean = float(re.search(r"return ([\d.]+)", capsys.readouterr().out)[1])
+    algo.evaluate(algo.parse_args([*flags.split(), "--data-dir", str(tmp_path / "none"), "--run-dir", str(tmp_path)]))
+    mean = float(re.search(r"episodic_return ([\d.]+)", capsys.readouterr().out)[1])
     assert mean >= 0.6 * data_tools.TASKS[task].max_return
     assert not list(tmp_path.iterdir())

@@ -518,7 +518,7 @@ def test_collected_rows_are_what_happened():
     args = tiny_args(skill_horizon=10, num_envs=3)
     agent = noisy_agent(args).float()
     actor = agent.actor()
-    envs = MazeVectorEnv(3, 25, autoreset_mode="Disabled")
+    envs = MazeVectorEnv(3, 25)
     taken = []
     step = envs.step
 
