@@ -43,7 +43,7 @@ from algos import skimo, skimo_no_cem, skimo_no_joint, skimo_sac, skimo_single_s
 
 # -------------------------------------------------------------------------------------------------------------- helpers
 def single_step_batch(args, B=5):
-    """Windows of the replay with the env steps of every skill: obs (B, N*H+1, 4), actions (B, N, H, 2), ..., steps (B, N)."""
+    """rl_batch with the env steps of every skill: obs (B, N*H+1, 4), actions (B, N, H, 2), ..., steps (B, N)."""
     rng = np.random.default_rng(1)
     N = args.num_skills
     H = args.skill_horizon
