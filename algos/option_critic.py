@@ -22,7 +22,7 @@ DEVIATION n from paper and A2OC (why, measurements, scores: algos/README.md): 1 
 RMSProp), networks, beta = .12 and Q near 0 at first; 2 sines of positions as inputs; 3 in tables the noise of the
 release: a move is followed by a slip (--paper-slip: a slip in place of the move); 4 softmax of both levels at .01
 (paper: .001), whose gradient leaves out 1 / .01, as there.
-Differs from skimo.py in: Args, TASK_DEFAULTS, Agent, rollout, train, evaluate, parse_args
+Differs from skimo.py in: Args, TASK_DEFAULTS, RolloutBuffer, Agent, rollout, train, evaluate, parse_args
 Shapes: B = (E, T) env steps, O observation, F inputs, A action, W options, E environments, T env steps per update; in
 tables R runs side by side, S states.
 """
