@@ -18,7 +18,6 @@ def recording(module, patch) -> SimpleNamespace:
     notes = SimpleNamespace()
     note_environments(notes, patch)
     note_replay(notes, module, patch)
-    note_forgetting(notes, module, patch)
     note_losses_and_optimizers(notes, module, patch)
     note_updates(notes, module, patch)
     note_exploring(notes, module, patch)
@@ -72,24 +71,16 @@ def note_replay(notes, module, patch):
 
     def add(rb, *inputs, original=buffer.add, **named):
         row = inspect.signature(original).bind(rb, *inputs, **named).arguments
+        if "members" in row:  # only where an episode begins
+            return original(rb, *inputs, **named)
         row = row | row.pop("skill", {})  # what was given by name
+        if buffer.__name__ == "SequenceBuffer":  # a row is what led to an observation
+            row["next_obs"] = row.pop("obs")
         row = {name: np.asarray(value).copy() for name, value in row.items() if name != "self"}
         notes.rows.append((len(notes.training.steps), row))
         return original(rb, *inputs, **named)
 
     patch.setattr(buffer, "add", add)
-
-
-def note_forgetting(notes, module, patch):
-    """forgotten: each time who acts was told to forget, the env steps of training so far and whose episodes ended."""
-    notes.forgotten = []
-    for actor in [value for value in vars(module).values() if hasattr(value, "forget")]:
-
-        def forget(self, ended, original=actor.forget):
-            notes.forgotten.append((len(notes.training.steps), *ended))
-            original(self, ended)
-
-        patch.setattr(actor, "forget", forget)
 
 
 def note_losses_and_optimizers(notes, module, patch):
@@ -180,24 +171,38 @@ def note_updates(notes, module, patch):
 
 def note_exploring(notes, module, patch):
     """explored: whether it explored whenever something was chosen, and for how many environments: {(E, bool), ...};
-    planned_at: of each plan of training the env step that the planner was told, and the one that it was.
+    planned_at: of each plan of training the env step that the planner was told, and the one that it was; remembered:
+    env steps of each choice of training -> the largest number that was kept from the choices before.
     """
     notes.explored = set()
     notes.planned_at = []
+    notes.remembered = {}
 
-    def choose(agent, *inputs, original, **how):
-        bound = inspect.signature(original).bind(agent, *inputs, **how).arguments
-        notes.explored.add((len(bound["obs"]), bound["explore"]))
-        if len(bound["obs"]) == NUM_ENVS and bound["explore"] and bound.get("global_step") is not None:
-            notes.planned_at.append((bound["global_step"], NUM_ENVS * len(notes.training.steps)))
-        return original(agent, *inputs, **how)
+    def choose(actor, *inputs, original, **how):
+        bound = inspect.signature(original).bind(actor, *inputs, **how).arguments
+        explore = bound.get("explore", vars(actor).get("explore"))
+        notes.explored.add((len(bound["obs"]), explore))
+        if len(bound["obs"]) == NUM_ENVS and explore:
+            steps = len(notes.training.steps)
+            if bound.get("global_step") is not None:
+                notes.planned_at.append((bound["global_step"], NUM_ENVS * steps))
+            memory = {**vars(actor), **bound}
+            kept = [memory[name] for name in ("memory", "last_mean", "left") if name in memory]
+            kept = [torch.as_tensor(x) for value in kept for x in (value if isinstance(value, list) else [value])]
+            largest = [float(x.abs().max()) for x in kept if x.numel()]
+            notes.remembered[steps] = max([notes.remembered.get(steps, 0.0), *largest])
+        return original(actor, *inputs, **how)
 
-    def wrapped(name, original):
-        patch.setattr(module.Agent, name, lambda *inputs, **how: choose(*inputs, original=original, **how))
+    def wrapped(owner, name, original):
+        patch.setattr(owner, name, lambda *inputs, **how: choose(*inputs, original=original, **how))
 
-    for name, method in list(vars(module.Agent).items()):
-        if inspect.isfunction(method) and {"obs", "explore"} <= inspect.signature(method).parameters.keys():
-            wrapped(name, method)
+    own = [part for part in vars(module).values() if inspect.isclass(part) and part.__module__ == module.__name__]
+    for part in own:
+        for name in ("act", "choose_skills"):
+            if name in vars(part):
+                known = inspect.signature(vars(part)[name]).parameters.keys()
+                if "explore" in known | inspect.signature(part).parameters.keys() and "obs" in known:
+                    wrapped(part, name, vars(part)[name])
 
 
 def note_decoder(notes, module, patch):
