@@ -104,7 +104,7 @@ class Args:
     mppi_iters: int = 10  # iterations
     temperature: float = 10.0  # factor on the plans' normalised returns in the softmax
 
-    def __post_init__(self):  # what would run on and mean nothing
+    def __post_init__(self):  # refuse numbers that would train without a word, and wrongly
         least = dict(seed=0, warmup_steps=0, buffer_size=self.num_envs * self.skill_horizon)
         most = dict(gamma=1, tau=1, warmup_steps=self.discover_steps - 1)
         for name, value in vars(self).items():
@@ -144,12 +144,12 @@ class Inputs(nn.Module):
         periods = task.position_periods if args.position_features else np.zeros((0, 0))
         self.register_buffer("scale", torch.tensor(task.obs_scale or [1.0] * obs_dim))  # (O,)
         self.register_buffer("shift", torch.tensor(task.obs_shift or [0.0] * obs_dim))  # (O,)
-        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (P, F)
+        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (M, F)
         self.size = obs_dim + 2 * periods.size + args.skill_dim
 
     def forward(self, state):
         obs, z = state.tensor_split([len(self.scale)], -1)
-        position = obs[..., : len(self.frequency), None]  # (..., P, 1)
+        position = obs[..., : len(self.frequency), None]  # (..., M, 1)
         phase = (position * self.frequency).flatten(-2)
         return torch.cat([obs * self.scale + self.shift, phase.sin(), phase.cos(), z], -1)  # (..., F)
 
@@ -599,7 +599,7 @@ def train(args: Args) -> dict:
     run_name = f"{args.env_id}__{FILE.stem}__{args.seed}__{time.time_ns() // 10**6}"
     run_dir = Path(args.resume or f"{args.run_dir}/{run_name}").expanduser()
     save(run_dir / "args.json", dict(asdict(args), script=FILE.name))
-    (run_dir / "results.json").unlink(missing_ok=True)  # of fewer env steps
+    (run_dir / "results.json").unlink(missing_ok=True)  # of a shorter run
     writer = SummaryWriter(run_dir)
     stop = threading.Event()
 
@@ -818,7 +818,9 @@ def evaluate(args: Args):
     video = Path(args.run_dir) / f"{args.env_id}__{FILE.stem}.mp4" if args.capture_video else None
     scores = rollout(agent, args, args.eval_episodes, 10_000 + args.seed, video)
     words = ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
-    print(f"{args.env_id}: {args.eval_episodes} episodes of {args.evaluate}: {words}; video: {video}")
+    print(f"{args.env_id}: {args.eval_episodes} episodes of {args.evaluate}: {words}")
+    if video:
+        print(f"video: {video}")
     if video:
         draw_skills(agent, args, args.hold_steps, video.with_suffix(".png"))
 
@@ -839,7 +841,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = tyro.cli(Args, args=argv, default=Args(**defaults | saved), description=str(__doc__).split("\n")[0])
     free = "resume device cudagraphs checkpoint_interval eval_interval eval_episodes total_timesteps".split()
     for name, value in vars(args).items():
-        if given.resume and name not in free and value != saved[name]:
+        if given.resume and name not in free and value != saved.get(name, value):
             sys.exit(f"error: with --resume {name} cannot change")
     return args
 

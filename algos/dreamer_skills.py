@@ -127,7 +127,7 @@ class Args:
     model_dim: int = 128  # width of reward model, critic and actor
     continue_head: bool = False  # learn where episodes end, and imagine it
 
-    def __post_init__(self):  # what would run on and mean nothing; BatchNorm needs two windows
+    def __post_init__(self):  # refuse numbers that would train without a word, and wrongly; BatchNorm needs two windows
         least = dict(seed=0, warmup_steps=0, pretrain_batch_size=2, batch_length=2, imagine_steps=2)
         most = dict(gamma=1, td_lambda=1)
         for name, value in vars(self).items():
@@ -209,11 +209,11 @@ class Features(nn.Module):
             scale, shift, periods = task.obs_scale, task.obs_shift, task.position_periods
         self.register_buffer("scale", torch.tensor(scale or [1.0] * obs_dim))  # (O,)
         self.register_buffer("shift", torch.tensor(shift or [0.0] * obs_dim))  # (O,)
-        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (P, .)
+        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (M, .)
         self.size = obs_dim + 2 * periods.size
 
     def forward(self, obs):
-        position = obs[..., : len(self.frequency), None]  # (..., P, 1)
+        position = obs[..., : len(self.frequency), None]  # (..., M, 1)
         phase = (position * self.frequency).flatten(-2)
         return torch.cat([obs * self.scale + self.shift, phase.sin(), phase.cos()], -1)  # (..., F)
 
@@ -392,7 +392,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: t
                 facts = dict(prior_return=scores["episodic_return"], prior_success=scores["success"])
                 facts |= {f"valid_{name}": float(value) for name, value in losses.items()}
                 bar.write(f"update {updates}: {log(writer, 'pretrain', facts, updates)}")
-            if stop.is_set() or updates % 2_500 == 0:
+            if not finished and (stop.is_set() or updates % 2_500 == 0):
                 save(unfinished, dict(progress=(updates, time.time() - start_time)), parts)
             if stop.is_set() and not finished:
                 sys.exit("stopped in pre-training; the same command goes on")
@@ -875,7 +875,7 @@ def train(args: Args) -> dict:
     run_name = f"{args.env_id}__{FILE.stem}__{args.seed}__{time.time_ns() // 10**6}"
     run_dir = Path(args.resume or f"{args.run_dir}/{run_name}").expanduser()
     save(run_dir / "args.json", dict(asdict(args), script=FILE.name))
-    (run_dir / "results.json").unlink(missing_ok=True)  # of fewer env steps
+    (run_dir / "results.json").unlink(missing_ok=True)  # of a shorter run
     writer = SummaryWriter(run_dir)
     stop = threading.Event()
 
@@ -1040,7 +1040,9 @@ def evaluate(args: Args):
     policy = Filter(agent, args.eval_episodes)
     scores = rollout(policy, args, args.eval_episodes, 10_000 + args.seed, global_step, video)
     words = ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
-    print(f"{args.env_id}: {args.eval_episodes} episodes of {args.evaluate}: {words}; video: {video}")
+    print(f"{args.env_id}: {args.eval_episodes} episodes of {args.evaluate}: {words}")
+    if video:
+        print(f"video: {video}")
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -1068,7 +1070,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args.evaluate = given.evaluate
     free = "resume device cudagraphs checkpoint_interval eval_interval eval_episodes total_timesteps".split()
     for name, value in vars(args).items():
-        if given.resume and name not in free and value != saved[name]:
+        if given.resume and name not in free and value != saved.get(name, value):
             sys.exit(f"error: with --resume {name} cannot change")
     return args
 

@@ -92,7 +92,7 @@ class Args:
     hidden_dim: int = 300  # width of hidden layers
     position_features: bool = True  # sines and cosines of positions as inputs (DEVIATION 6)
 
-    def __post_init__(self):  # what would run on and mean nothing
+    def __post_init__(self):  # refuse numbers that would train without a word, and wrongly
         least = dict(seed=0, warmup_steps=0, buffer_size=self.num_envs)
         most = dict(gamma=1, tau=1)
         for name, value in vars(self).items():
@@ -140,11 +140,11 @@ class Inputs(nn.Module):
         periods = task.position_periods if args.position_features else np.zeros((0, 0))
         self.register_buffer("scale", torch.tensor(task.obs_scale or [1.0] * obs_dim))  # (O,)
         self.register_buffer("shift", torch.tensor(task.obs_shift or [0.0] * obs_dim))  # (O,)
-        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (P, F)
+        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (M, F)
         self.size = obs_dim + 2 * periods.size
 
     def forward(self, obs):
-        position = obs[..., : len(self.frequency), None]  # (..., P, 1)
+        position = obs[..., : len(self.frequency), None]  # (..., M, 1)
         phase = (position * self.frequency).flatten(-2)
         return torch.cat([obs * self.scale + self.shift, phase.sin(), phase.cos()], -1)  # (..., F)
 
@@ -502,7 +502,7 @@ def train(args: Args) -> dict:
     run_name = f"{args.env_id}__{FILE.stem}__{args.seed}__{time.time_ns() // 10**6}"
     run_dir = Path(args.resume or f"{args.run_dir}/{run_name}").expanduser()
     save(run_dir / "args.json", dict(asdict(args), script=FILE.name))
-    (run_dir / "results.json").unlink(missing_ok=True)  # of fewer env steps
+    (run_dir / "results.json").unlink(missing_ok=True)  # of a shorter run
     writer = SummaryWriter(run_dir)
     stop = threading.Event()
 
@@ -655,7 +655,9 @@ def evaluate(args: Args):
     video = Path(args.run_dir) / f"{args.env_id}__{FILE.stem}.mp4" if args.capture_video else None
     scores = rollout(agent, args, args.eval_episodes, 10_000 + args.seed, video)
     words = ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
-    print(f"{args.env_id}: {args.eval_episodes} episodes of {args.evaluate}: {words}; video: {video}")
+    print(f"{args.env_id}: {args.eval_episodes} episodes of {args.evaluate}: {words}")
+    if video:
+        print(f"video: {video}")
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -674,7 +676,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = tyro.cli(Args, args=argv, default=Args(**defaults | saved), description=str(__doc__).split("\n")[0])
     free = "resume device cudagraphs checkpoint_interval eval_interval eval_episodes total_timesteps".split()
     for name, value in vars(args).items():
-        if given.resume and name not in free and value != saved[name]:
+        if given.resume and name not in free and value != saved.get(name, value):
             sys.exit(f"error: with --resume {name} cannot change")
     return args
 

@@ -24,7 +24,7 @@ DEVIATION n: differences from the paper, whose learning code was not released. W
 5. When the task ends while a subgoal is pursued, the value of the last state still counts. With --flat it does not.
 Differs from skimo.py in: PRETRAINED, Args, TASK_DEFAULTS, GOAL_ENTRIES, make_networks, pretrain_loss, pretrain,
 ppo_loss, RolloutBuffer, Agent, rollout, train, parse_args
-Shapes: B batch, O observation, A action, E environments, H steps per subgoal, T env steps, P positions, F periods of
+Shapes: B batch, O observation, A action, E environments, H steps per subgoal, T env steps, M positions, F periods of
 each. A goal or subgoal z is a state (O,).
 """
 
@@ -108,7 +108,9 @@ class Args:
     demo_coef: float = 0.1  # lambda: weight of imitation, times .999 after each round
     reward_scale: float = 1.0  # factor on the task's reward (only --flat learns from it)
 
-    def __post_init__(self):  # what would run on and mean nothing; policies have no smaller std
+    def __post_init__(
+        self,
+    ):  # refuse numbers that would train without a word, and wrongly; policies have no smaller std
         least = dict(seed=0, total_timesteps=0, batch_size=2, max_std=0.007)
         most = dict(gamma=1)
         for name, value in vars(self).items():
@@ -168,7 +170,7 @@ class GoalNetwork(nn.Module):
         self.args, self.seen = args, seen
         task = data_tools.TASKS[args.env_id]
         periods = task.position_periods if args.position_features else np.zeros((0, 0))
-        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (P, F)
+        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (M, F)
         self.register_buffer("mean", torch.zeros(obs_dim))  # (O,) of the offline data
         self.register_buffer("std", torch.ones(obs_dim))  # (O,)
         in_dim = obs_dim + 2 * periods.size + seen.stop - seen.start
@@ -177,8 +179,8 @@ class GoalNetwork(nn.Module):
     def forward(self, obs, goal):
         obs = unwrap(obs, self.mean, self.args)
         goal = unwrap(goal, obs, self.args)
-        position = obs[..., : len(self.frequency), None]  # (..., P, 1)
-        phase = (position * self.frequency).flatten(-2)  # (..., P * F)
+        position = obs[..., : len(self.frequency), None]  # (..., M, 1)
+        phase = (position * self.frequency).flatten(-2)  # (..., M * F)
         state = (obs - self.mean) / self.std  # (..., O)
         way = (goal - obs) / self.std  # (..., O)
         return self.net(torch.cat([state, phase.sin(), phase.cos(), way[..., self.seen]], -1))
@@ -351,7 +353,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: t
                 facts = dict(prior_return=scores["episodic_return"], prior_success=scores["success"])
                 facts |= {f"valid_{name}": float(value) for name, value in losses.items()}
                 bar.write(f"update {updates}: {log(writer, 'pretrain', facts, updates)}")
-            if stop.is_set() or updates % 2_500 == 0:
+            if not finished and (stop.is_set() or updates % 2_500 == 0):
                 save(unfinished, dict(progress=(updates, time.time() - start_time)), parts)
             if stop.is_set() and not finished:
                 sys.exit("stopped in pre-training; the same command goes on")
@@ -595,7 +597,7 @@ def train(args: Args) -> dict:
     run_name = f"{args.env_id}__{FILE.stem}__{args.seed}__{time.time_ns() // 10**6}"
     run_dir = Path(args.resume or f"{args.run_dir}/{run_name}").expanduser()
     save(run_dir / "args.json", dict(asdict(args), script=FILE.name))
-    (run_dir / "results.json").unlink(missing_ok=True)  # of fewer env steps
+    (run_dir / "results.json").unlink(missing_ok=True)  # of a shorter run
     writer = SummaryWriter(run_dir)
     stop = threading.Event()
 
@@ -751,7 +753,9 @@ def evaluate(args: Args):
     video = Path(args.run_dir) / f"{args.env_id}__{FILE.stem}.mp4" if args.capture_video else None
     scores = rollout(agent, args, args.eval_episodes, 10_000 + args.seed, global_step, video)
     words = ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
-    print(f"{args.env_id}: {args.eval_episodes} episodes of {args.evaluate}: {words}; video: {video}")
+    print(f"{args.env_id}: {args.eval_episodes} episodes of {args.evaluate}: {words}")
+    if video:
+        print(f"video: {video}")
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -770,7 +774,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = tyro.cli(Args, args=argv, default=Args(**defaults | saved), description=str(__doc__).split("\n")[0])
     free = "resume device cudagraphs checkpoint_interval eval_interval eval_episodes total_timesteps".split()
     for name, value in vars(args).items():
-        if given.resume and name not in free and value != saved[name]:
+        if given.resume and name not in free and value != saved.get(name, value):
             sys.exit(f"error: with --resume {name} cannot change")
     return args
 

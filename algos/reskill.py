@@ -122,7 +122,9 @@ class Args:
     flow_updates: int = 20_000  # gradient updates
     flow_batch_size: int = 256  # windows per update
 
-    def __post_init__(self):  # what would run on and mean nothing; BatchNorm needs two windows, the flow two halves
+    def __post_init__(
+        self,
+    ):  # refuse numbers that would train without a word, and wrongly; BatchNorm needs two windows, the flow two halves
         least = dict(seed=0, skill_dim=2, pretrain_batch_size=2, residual_std=0.02)
         most = dict(gamma=1, gae_lambda=1, residual_std=1)
         for name, value in vars(self).items():
@@ -205,11 +207,11 @@ class Features(nn.Module):
             scale, shift, periods = task.obs_scale, task.obs_shift, task.position_periods
         self.register_buffer("scale", torch.tensor(scale or [1.0] * obs_dim))  # (O,)
         self.register_buffer("shift", torch.tensor(shift or [0.0] * obs_dim))  # (O,)
-        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (P, .)
+        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (M, .)
         self.size = obs_dim + 2 * periods.size
 
     def forward(self, obs):
-        position = obs[..., : len(self.frequency), None]  # (..., P, 1)
+        position = obs[..., : len(self.frequency), None]  # (..., M, 1)
         phase = (position * self.frequency).flatten(-2)
         return torch.cat([obs * self.scale + self.shift, phase.sin(), phase.cos()], -1)  # (..., F)
 
@@ -388,7 +390,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: t
                 facts = dict(prior_return=scores["episodic_return"], prior_success=scores["success"])
                 facts |= {f"valid_{name}": float(value) for name, value in losses.items()}
                 bar.write(f"update {updates}: {log(writer, 'pretrain', facts, updates)}")
-            if stop.is_set() or updates % 2_500 == 0:
+            if not finished and (stop.is_set() or updates % 2_500 == 0):
                 save(unfinished, dict(progress=(updates, time.time() - start_time)), parts)
             if stop.is_set() and not finished:
                 sys.exit("stopped in pre-training; the same command goes on")
@@ -528,7 +530,7 @@ def learn_flow(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop:
             bar.update()
             if updates == total or updates % 100 == 0:
                 bar.set_postfix_str(log(writer, "pretrain", metrics, updates))
-            if stop.is_set() or updates % 2_500 == 0:
+            if updates < total and (stop.is_set() or updates % 2_500 == 0):
                 save(unfinished, dict(updates=updates), parts)
             if stop.is_set() and updates < total:
                 sys.exit("stopped while the flow prior learnt; the same command goes on")
@@ -895,7 +897,7 @@ def train(args: Args) -> dict:
     run_name = f"{args.env_id}__{FILE.stem}__{args.seed}__{time.time_ns() // 10**6}"
     run_dir = Path(args.resume or f"{args.run_dir}/{run_name}").expanduser()
     save(run_dir / "args.json", dict(asdict(args), script=FILE.name))
-    (run_dir / "results.json").unlink(missing_ok=True)  # of fewer env steps
+    (run_dir / "results.json").unlink(missing_ok=True)  # of a shorter run
     writer = SummaryWriter(run_dir)
     stop = threading.Event()
 
@@ -1054,7 +1056,9 @@ def evaluate(args: Args):
     video = Path(args.run_dir) / f"{args.env_id}__{FILE.stem}.mp4" if args.capture_video else None
     scores = rollout(agent, args, args.eval_episodes, 10_000 + args.seed, global_step, video)
     words = ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
-    print(f"{args.env_id}: {args.eval_episodes} episodes of {args.evaluate}: {words}; video: {video}")
+    print(f"{args.env_id}: {args.eval_episodes} episodes of {args.evaluate}: {words}")
+    if video:
+        print(f"video: {video}")
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -1082,7 +1086,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args.evaluate = given.evaluate
     free = "resume device cudagraphs checkpoint_interval eval_interval eval_episodes total_timesteps".split()
     for name, value in vars(args).items():
-        if given.resume and name not in free and value != saved[name]:
+        if given.resume and name not in free and value != saved.get(name, value):
             sys.exit(f"error: with --resume {name} cannot change")
     return args
 

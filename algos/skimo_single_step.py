@@ -17,16 +17,16 @@ Differs from skimo.py in: PRETRAINED, TASK_DEFAULTS, WorldModel, SkillModel, mak
 DEVIATION n: differences from the authors' release. Why, what was measured, and scores: algos/README.md
 1. KL divergences are exact, not averages of samples.
 2. The skill policy is trained on bc_chunks random chunks of a window, not on all.
-3. Pre-training: shorter, smaller batches, larger kl_coef; sines of positions as inputs; arms shifted in people's data.
+3. Pre-training is shorter: smaller batches, larger kl_coef, falling rate, sines as inputs; people's data are augmented.
 4. E environments act side by side; the warm-up lasts until each has finished an episode.
 5. CEM starts from plans of the task policy, with fewer samples and iterations, and less noise.
 6. The target copy is faster: tau is .05, not .01.
 7. Kitchens: alpha is .05, not .5, and Q in eq. 7 sees encoded states.
-8. Elsewhere it sees the imagined states h_t of the paper; in the release h_0 for all t.
+8. Elsewhere Q sees the imagined states h_t, as in the paper; in the release h_0 for all t.
 9. The target copy of RL starts as the online model, not as the slow copy of pre-training.
 --published takes the release's side of 2, 3, 4, 6 and of alpha in 7.
 Shapes: B batch, N skills per window, H steps per skill, O observation, A action, Z skill, d latent state,
-E environments, K skills per plan, P plans, C chunks. Of inputs: P positions, F periods of each.
+E environments, K skills per plan, P plans, C chunks. Of inputs: M positions, F periods of each.
 """
 
 import copy
@@ -94,7 +94,7 @@ class Args:
 
     # Pre-training
     pretrain_updates: int = 12_000  # gradient updates
-    pretrain_skills: int = 10  # skills per window (release: num_skills)
+    pretrain_skills: int = 10  # skills per window (release: 10, CALVIN 1)
     pretrain_batch_size: int = 128  # windows per update (release: 512)
     bc_chunks: int = 4  # chunks of each window that the skill policy is trained on (release: all)
     pretrain_lr: float = 1e-3  # peak learning rate
@@ -133,7 +133,7 @@ class Args:
     std_steps: int = 25_000  # env steps over which min_std falls
     horizon_steps: int = 25_000  # env steps over which plans grow from 1 to N skills
 
-    def __post_init__(self):  # what would run on and mean nothing
+    def __post_init__(self):  # refuse numbers that would train without a word, and wrongly
         least = dict(seed=0, warmup_steps=0, num_policy_trajs=2, alpha=1e-6)
         plans = self.num_samples + self.num_policy_trajs
         most = dict(gamma=1, tau=1, rho=1, bc_chunks=self.pretrain_skills, num_elites=plans)
@@ -214,15 +214,15 @@ class StateEncoder(nn.Module):
         periods = task.position_periods if args.position_features else np.zeros((0, 0))
         self.register_buffer("scale", torch.tensor(task.obs_scale or [1.0] * obs_dim))  # (O,)
         self.register_buffer("shift", torch.tensor(task.obs_shift or [0.0] * obs_dim))  # (O,)
-        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (P, F)
+        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (M, F)
         self.net = mlp(obs_dim + 2 * periods.size, args.hidden_dim, args.latent_dim)
 
     def scaled(self, obs):  # what the decoder reconstructs
         return obs * self.scale + self.shift  # (..., O)
 
     def forward(self, obs):
-        position = obs[..., : len(self.frequency), None]  # (..., P, 1)
-        phase = (position * self.frequency).flatten(-2)  # (..., P * F)
+        position = obs[..., : len(self.frequency), None]  # (..., M, 1)
+        phase = (position * self.frequency).flatten(-2)  # (..., M * F)
         return self.net(torch.cat([self.scaled(obs), phase.sin(), phase.cos()], -1))  # (..., d)
 
 
@@ -353,7 +353,7 @@ def pretrain_loss(model, skills, prior, target, obs, actions, args):
     p = gaussian_parameters(prior(h[:, :-1]))  # 2 x (B, N, Z)
     prior_loss = kl_divergence((q_mean.detach(), q_std.detach()), p).mean()
 
-    skill_loss = 2.0 * bc_loss + args.kl_coef * kl_loss + prior_loss
+    skill_loss = 2.0 * bc_loss + args.kl_coef * kl_loss + prior_loss  # weights as in the release
     world_loss = recon_loss + args.consistency_coef * consistency_loss
     metrics = dict(bc_loss=bc_loss, kl_loss=kl_loss, prior_loss=prior_loss, recon_loss=recon_loss)
     metrics["consistency_loss"] = consistency_loss
@@ -419,7 +419,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: t
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(networks.parameters(), args.max_grad_norm)
             optimizer.step()
             updates += 1
-            if updates % 2 == 0:
+            if updates % 2 == 0:  # as in the release
                 target.follow(networks["model"], 0.01)
             bar.update()
 
@@ -436,7 +436,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: t
                 facts = dict(prior_return=scores["episodic_return"], prior_success=scores["success"])
                 facts |= {f"valid_{name}": float(value) for name, value in losses.items()}
                 bar.write(f"update {updates}: {log(writer, 'pretrain', facts, updates)}")
-            if stop.is_set() or updates % 2_500 == 0:
+            if not finished and (stop.is_set() or updates % 2_500 == 0):
                 save(unfinished, dict(progress=(updates, time.time() - start_time)), parts)
             if stop.is_set() and not finished:
                 sys.exit("stopped in pre-training; the same command goes on")
@@ -462,7 +462,7 @@ def model_loss(model, target, task_policy, obs, actions, z, rewards, dones, step
         h = h_steps[:, ::H]  # (B, N+1, d)
         h_target = h_steps[:, 1:].unflatten(1, (N, H))  # (B, N, H, d)
         next_z = sample_skill(gaussian_parameters(task_policy(h[:, 1:])))  # (B, N, Z)
-        next_q = torch.min(*target.q(h[:, 1:], next_z))  # (B, N)
+        next_q = torch.min(*target.q(h[:, 1:], next_z))  # (B, N); the online states, as in the release
         td_target = rewards + (1 - dones) * args.gamma * next_q  # (B, N)
     h_pred = model.next_steps(h[:, :-1], actions)  # (B, N, H, d); over N * H steps states overflow
 
@@ -786,7 +786,7 @@ def train(args: Args) -> dict:
     run_name = f"{args.env_id}__{FILE.stem}__{args.seed}__{time.time_ns() // 10**6}"
     run_dir = Path(args.resume or f"{args.run_dir}/{run_name}").expanduser()
     save(run_dir / "args.json", dict(asdict(args), script=FILE.name))
-    (run_dir / "results.json").unlink(missing_ok=True)  # of fewer env steps
+    (run_dir / "results.json").unlink(missing_ok=True)  # of a shorter run
     writer = SummaryWriter(run_dir)
     stop = threading.Event()
 
@@ -859,7 +859,7 @@ def train(args: Args) -> dict:
             while gradient_step < updates_due:
                 metrics = agent.update(*rb.sample(args.batch_size))
                 gradient_step += 1
-                if gradient_step % 2 == 0:
+                if gradient_step % 2 == 0:  # as in the release
                     agent.target.follow(agent.model, args.tau)  # DEVIATION 6
                 if gradient_step % 100 == 0:
                     log(writer, "losses", metrics, global_step)
@@ -943,7 +943,9 @@ def evaluate(args: Args):
     video = Path(args.run_dir) / f"{args.env_id}__{FILE.stem}.mp4" if args.capture_video else None
     scores = rollout(agent, args, args.eval_episodes, 10_000 + args.seed, global_step, video)
     words = ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
-    print(f"{args.env_id}: {args.eval_episodes} episodes of {args.evaluate}: {words}; video: {video}")
+    print(f"{args.env_id}: {args.eval_episodes} episodes of {args.evaluate}: {words}")
+    if video:
+        print(f"video: {video}")
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -971,7 +973,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args.evaluate = given.evaluate
     free = "resume device cudagraphs checkpoint_interval eval_interval eval_episodes total_timesteps".split()
     for name, value in vars(args).items():
-        if given.resume and name not in free and value != saved[name]:
+        if given.resume and name not in free and value != saved.get(name, value):
             sys.exit(f"error: with --resume {name} cannot change")
     return args
 

@@ -25,7 +25,7 @@ not with the next one. 8. Evaluations take the mode of the policy, not samples. 
 --published takes the release's side of 2, 3, 6 and 9, and of the E environments in 4.
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, SkillModel, make_networks, pretrain_loss, pretrain,
 ReplayBuffer, Agent, train
-Shapes: B batch, H steps per skill, O observation, F inputs, A action, Z skill, E environments, P positions.
+Shapes: B batch, H steps per skill, O observation, F inputs, A action, Z skill, E environments, M positions.
 """
 
 import copy
@@ -114,7 +114,7 @@ class Args:
     tau: float = 0.005  # share of the online weights in a target update
     reward_scale: float = 1.0  # factor on the task's reward
 
-    def __post_init__(self):  # what would run on and mean nothing; BatchNorm needs two windows
+    def __post_init__(self):  # refuse numbers that would train without a word, and wrongly; BatchNorm needs two windows
         least = dict(seed=0, warmup_skills=0, alpha=1e-6, pretrain_batch_size=2, buffer_size=self.num_envs)
         most = dict(gamma=1, tau=1)
         for name, value in vars(self).items():
@@ -196,11 +196,11 @@ class Features(nn.Module):
             scale, shift, periods = task.obs_scale, task.obs_shift, task.position_periods
         self.register_buffer("scale", torch.tensor(scale or [1.0] * obs_dim))  # (O,)
         self.register_buffer("shift", torch.tensor(shift or [0.0] * obs_dim))  # (O,)
-        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (P, .)
+        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (M, .)
         self.size = obs_dim + 2 * periods.size
 
     def forward(self, obs):
-        position = obs[..., : len(self.frequency), None]  # (..., P, 1)
+        position = obs[..., : len(self.frequency), None]  # (..., M, 1)
         phase = (position * self.frequency).flatten(-2)
         return torch.cat([obs * self.scale + self.shift, phase.sin(), phase.cos()], -1)  # (..., F)
 
@@ -379,7 +379,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: t
                 facts = dict(prior_return=scores["episodic_return"], prior_success=scores["success"])
                 facts |= {f"valid_{name}": float(value) for name, value in losses.items()}
                 bar.write(f"update {updates}: {log(writer, 'pretrain', facts, updates)}")
-            if stop.is_set() or updates % 2_500 == 0:
+            if not finished and (stop.is_set() or updates % 2_500 == 0):
                 save(unfinished, dict(progress=(updates, time.time() - start_time)), parts)
             if stop.is_set() and not finished:
                 sys.exit("stopped in pre-training; the same command goes on")
@@ -616,7 +616,7 @@ def train(args: Args) -> dict:
     run_name = f"{args.env_id}__{FILE.stem}__{args.seed}__{time.time_ns() // 10**6}"
     run_dir = Path(args.resume or f"{args.run_dir}/{run_name}").expanduser()
     save(run_dir / "args.json", dict(asdict(args), script=FILE.name))
-    (run_dir / "results.json").unlink(missing_ok=True)  # of fewer env steps
+    (run_dir / "results.json").unlink(missing_ok=True)  # of a shorter run
     writer = SummaryWriter(run_dir)
     stop = threading.Event()
 
@@ -765,7 +765,9 @@ def evaluate(args: Args):
     video = Path(args.run_dir) / f"{args.env_id}__{FILE.stem}.mp4" if args.capture_video else None
     scores = rollout(agent, args, args.eval_episodes, 10_000 + args.seed, global_step, video)
     words = ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
-    print(f"{args.env_id}: {args.eval_episodes} episodes of {args.evaluate}: {words}; video: {video}")
+    print(f"{args.env_id}: {args.eval_episodes} episodes of {args.evaluate}: {words}")
+    if video:
+        print(f"video: {video}")
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -793,7 +795,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args.evaluate = given.evaluate
     free = "resume device cudagraphs checkpoint_interval eval_interval eval_episodes total_timesteps".split()
     for name, value in vars(args).items():
-        if given.resume and name not in free and value != saved[name]:
+        if given.resume and name not in free and value != saved.get(name, value):
             sys.exit(f"error: with --resume {name} cannot change")
     return args
 

@@ -25,7 +25,7 @@ with the one before; u is stored, not 2 u. 8. The planner knows the env step. 9.
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, SkillModel, make_networks, pretrain_loss, pretrain,
 sample_skill, scalar_head, WorldModel, model_loss, policy_loss, plan, ReplayBuffer, Agent, rollout, train, QUADRATURE
 Shapes: B batch, N skills per window, H steps per skill, O observation, F inputs, A action, Z skill, d latent state,
-E environments, K skills per plan, P plans; in Features P positions.
+E environments, K skills per plan, P plans; in Features M positions.
 """
 
 import copy
@@ -130,7 +130,7 @@ class Args:
     std_steps: int = 25_000  # env steps after the warm-up over which min_std falls
     horizon_steps: int = 25_000  # env steps after the warm-up over which plans grow from 1 to N skills
 
-    def __post_init__(self):  # what would run on and mean nothing; BatchNorm needs two windows
+    def __post_init__(self):  # refuse numbers that would train without a word, and wrongly; BatchNorm needs two windows
         least = dict(seed=0, warmup_steps=0, pretrain_batch_size=2, policy_std=1e-6)
         plans = self.num_samples + self.num_policy_trajs
         most = dict(gamma=1, tau=1, rho=1, num_elites=plans, policy_std=1)  # beyond 1 the quadrature is wrong
@@ -212,11 +212,11 @@ class Features(nn.Module):
             scale, shift, periods = task.obs_scale, task.obs_shift, task.position_periods
         self.register_buffer("scale", torch.tensor(scale or [1.0] * obs_dim))  # (O,)
         self.register_buffer("shift", torch.tensor(shift or [0.0] * obs_dim))  # (O,)
-        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (P, .)
+        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (M, .)
         self.size = obs_dim + 2 * periods.size
 
     def forward(self, obs):
-        position = obs[..., : len(self.frequency), None]  # (..., P, 1)
+        position = obs[..., : len(self.frequency), None]  # (..., M, 1)
         phase = (position * self.frequency).flatten(-2)
         return torch.cat([obs * self.scale + self.shift, phase.sin(), phase.cos()], -1)  # (..., F)
 
@@ -395,7 +395,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: t
                 facts = dict(prior_return=scores["episodic_return"], prior_success=scores["success"])
                 facts |= {f"valid_{name}": float(value) for name, value in losses.items()}
                 bar.write(f"update {updates}: {log(writer, 'pretrain', facts, updates)}")
-            if stop.is_set() or updates % 2_500 == 0:
+            if not finished and (stop.is_set() or updates % 2_500 == 0):
                 save(unfinished, dict(progress=(updates, time.time() - start_time)), parts)
             if stop.is_set() and not finished:
                 sys.exit("stopped in pre-training; the same command goes on")
@@ -786,7 +786,7 @@ def train(args: Args) -> dict:
     run_name = f"{args.env_id}__{FILE.stem}__{args.seed}__{time.time_ns() // 10**6}"
     run_dir = Path(args.resume or f"{args.run_dir}/{run_name}").expanduser()
     save(run_dir / "args.json", dict(asdict(args), script=FILE.name))
-    (run_dir / "results.json").unlink(missing_ok=True)  # of fewer env steps
+    (run_dir / "results.json").unlink(missing_ok=True)  # of a shorter run
     writer = SummaryWriter(run_dir)
     stop = threading.Event()
 
@@ -860,7 +860,7 @@ def train(args: Args) -> dict:
             while rb.num_episodes > 0 and gradient_step < updates_due:
                 metrics = agent.update(*rb.sample(args.batch_size))
                 gradient_step += 1
-                if gradient_step % 2 == 0:
+                if gradient_step % 2 == 0:  # as in the release
                     agent.target.follow(agent.model, args.tau)
                 if gradient_step % 100 == 0:
                     log(writer, "losses", metrics, global_step)
@@ -944,7 +944,9 @@ def evaluate(args: Args):
     video = Path(args.run_dir) / f"{args.env_id}__{FILE.stem}.mp4" if args.capture_video else None
     scores = rollout(agent, args, args.eval_episodes, 10_000 + args.seed, global_step, video)
     words = ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
-    print(f"{args.env_id}: {args.eval_episodes} episodes of {args.evaluate}: {words}; video: {video}")
+    print(f"{args.env_id}: {args.eval_episodes} episodes of {args.evaluate}: {words}")
+    if video:
+        print(f"video: {video}")
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -972,7 +974,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args.evaluate = given.evaluate
     free = "resume device cudagraphs checkpoint_interval eval_interval eval_episodes total_timesteps".split()
     for name, value in vars(args).items():
-        if given.resume and name not in free and value != saved[name]:
+        if given.resume and name not in free and value != saved.get(name, value):
             sys.exit(f"error: with --resume {name} cannot change")
     return args
 
