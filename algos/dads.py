@@ -23,7 +23,7 @@ by their std; 7 R is learnt from what was seen: our rewards are sparse. Until on
 Differs from skimo.py in: Args, TASK_DEFAULTS, Inputs, policy_loss, plan, ReplayBuffer, Agent, rollout, train,
     evaluate, parse_args
 Shapes: B batch, O observation, D entries of x, F inputs, A action, Z skill, E environments, K skills per plan, P plans,
-L other skills, M Gaussians of the mixture, T rows of the replay.
+L other skills, G Gaussians of the mixture, T rows of the replay.
 """
 
 import copy
@@ -197,13 +197,13 @@ class TwinQ(nn.Module):
 
 
 class SkillDynamics(nn.Module):
-    """q(x' | x, z): M Gaussians of std 1 over the normalised change of x; and the task's reward R(x, x_later)."""
+    """q(x' | x, z): G Gaussians of std 1 over the normalised change of x; and the task's reward R(x, x_later)."""
 
     def __init__(self, dim: int, args: Args):
         super().__init__()
         u = args.hidden_dim
-        self.dim, self.M = dim, 4
-        self.net = relu_mlp(dim + args.skill_dim, u, u, self.M + self.M * dim)
+        self.dim, self.G = dim, 4
+        self.net = relu_mlp(dim + args.skill_dim, u, u, self.G + self.G * dim)
         self.reward_net = relu_mlp(2 * dim, u, u, 1)
         for name in ("x", "change"):
             self.register_buffer(f"{name}_mean", torch.zeros(dim))
@@ -227,17 +227,17 @@ class SkillDynamics(nn.Module):
             std.copy_(torch.where(spread < 1e-6, 1.0, spread))
 
     def forward(self, x, z):
-        """x (..., D), z (..., Z) -> log-weights (..., M) and means (..., M, D) of the normalised change."""
+        """x (..., D), z (..., Z) -> log-weights (..., G) and means (..., G, D) of the normalised change."""
         scaled = (x - self.x_mean) / self.x_std  # DEVIATION 2
         out = self.net(torch.cat([scaled, z], -1))
-        logits, means = out.tensor_split([self.M], -1)
-        return logits.log_softmax(-1), means.unflatten(-1, (self.M, self.dim))
+        logits, means = out.tensor_split([self.G], -1)
+        return logits.log_softmax(-1), means.unflatten(-1, (self.G, self.dim))
 
     def log_prob(self, x, z, next_x):
         """log q(x' | x, z), (...), per unit of the normalised change."""
         log_weights, means = self(x, z)
         change = (self.change(x, next_x) - self.change_mean) / self.change_std  # (..., D)
-        error = (change[..., None, :] - means).square().sum(-1)  # (..., M)
+        error = (change[..., None, :] - means).square().sum(-1)  # (..., G)
         constant = 0.5 * self.dim * math.log(2 * math.pi)
         return torch.logsumexp(log_weights - 0.5 * error, -1) - constant
 
@@ -763,6 +763,7 @@ def draw_skills(agent: Agent, args: Args, num_steps: int, path: Path):
             ax.plot(position[:, n, across], position[:, n, up], color=colormaps["hsv"](angle / 2 / np.pi))
         ax.set(aspect="equal", xlabel="xyz"[across], ylabel="xyz"[up])
     figure.suptitle(f"{args.env_id}: {len(position) - 1} env steps of 16 skills, coloured by the angle of z")
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     print(f"picture of the skills: {path}")
 
@@ -821,7 +822,6 @@ def evaluate(args: Args):
     print(f"{args.env_id}: {args.eval_episodes} episodes of {args.evaluate}: {words}")
     if video:
         print(f"video: {video}")
-    if video:
         draw_skills(agent, args, args.hold_steps, video.with_suffix(".png"))
 
 

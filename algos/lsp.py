@@ -24,7 +24,7 @@ sines of positions as inputs; 5 imagine_starts; 6 --continue-head; 7 the decoder
 Differs from skimo.py in: Args, TASK_DEFAULTS, CPU_PRESET, kl_divergence, skill_paths, Agent, rollout, train, evaluate,
     parse_args
 Shapes: B batch, L rows per window, O observation, F inputs, A action, Z skill, s and h the sizes of these states,
-d = s + h, E environments, S starts, K steps per skill, M skills per plan, P plans.
+d = s + h, E environments, S starts, K steps per skill, N skills per plan, P plans.
 """
 
 import functools
@@ -92,7 +92,7 @@ class Args:
 
     # Planner
     random_skills: bool = False  # skills are drawn, not planned
-    num_skills: int = 5  # M: skills per plan
+    num_skills: int = 5  # N: skills per plan
     num_samples: int = 16  # P: sampled plans per iteration
     num_elites: int = 4  # best plans, which the next distribution is fitted to
     cem_iters: int = 4  # iterations
@@ -412,26 +412,26 @@ def imagined_value_loss(critic, feature, returns, weight):
 # ------------------------------------------------------------------------------------------------------------------ RL
 @torch.no_grad()
 def plan_skills(model, actor, critic, h, s, mean, noise_scale: float, args):
-    """CEM over sequences of M skills in the model, without its noise, for all environments at once.
+    """CEM over sequences of N skills in the model, without its noise, for all environments at once.
 
-    h (E, h), s (E, s); mean (E, M, Z): zeros or the last plan, moved on by one skill; noise_scale is 1 to explore,
-    0 to evaluate. Returns the first skill (E, Z) and the fitted mean (E, M, Z).
+    h (E, h), s (E, s); mean (E, N, Z): zeros or the last plan, moved on by one skill; noise_scale is 1 to explore,
+    0 to evaluate. Returns the first skill (E, Z) and the fitted mean (E, N, Z).
     """
-    (E, M, Z), P, K = mean.shape, args.num_samples, args.skill_horizon
+    (E, N, Z), P, K = mean.shape, args.num_samples, args.skill_horizon
     std = torch.ones_like(mean)
     h0, s0 = h[:, None].expand(-1, P, -1), s[:, None].expand(-1, P, -1)  # (E, P, h), (E, P, s)
     for _ in range(args.cem_iters):
-        noise = torch.randn(E, P, M, Z, device=h.device)
-        plans = (mean[:, None] + std[:, None] * noise).clamp(-3, 3)  # (E, P, M, Z)
+        noise = torch.randn(E, P, N, Z, device=h.device)
+        plans = (mean[:, None] + std[:, None] * noise).clamp(-3, 3)  # (E, P, N, Z)
 
-        # Return of each plan: the rewards of M K steps. The last state's critic holds its reward and all that follows
+        # Return of each plan: the rewards of N K steps. The last state's critic holds its reward and all that follows
         h, s, value, discount = h0, s0, 0.0, 1.0
-        for t in range(M * K):
+        for t in range(N * K):
             mode, _ = actor(torch.cat([s, h], -1), plans[:, :, t // K])
             h = model.step(h, s, torch.tanh(mode))
             s, _ = model.prior(h)
             feature = torch.cat([s, h], -1)  # (E, P, d)
-            if t == M * K - 1:
+            if t == N * K - 1:
                 break
             value = value + discount * model.reward(feature)  # (E, P)
             goes_on = args.gamma
@@ -442,7 +442,7 @@ def plan_skills(model, actor, critic, h, s, mean, noise_scale: float, args):
 
         # Fit the next distribution to the best plans
         best = value.topk(args.num_elites, 1).indices  # (E, elites)
-        elites = plans.gather(1, best[..., None, None].expand(-1, -1, M, Z))  # (E, elites, M, Z)
+        elites = plans.gather(1, best[..., None, None].expand(-1, -1, N, Z))  # (E, elites, N, Z)
         mean = elites.mean(1)
         std = elites.std(1, correction=0)
     z = mean[:, 0]
@@ -565,7 +565,7 @@ class Agent(nn.Module):
 
     def new_memory(self, num_envs: int) -> list:
         """What the agent knows of E episodes that begin, all zero: h (E, h), s (E, s), the last action (E, A), skill
-        (E, Z) and plan (E, M * Z), and the env steps of the skill so far (E, 1).
+        (E, Z) and plan (E, N * Z), and the env steps of the skill so far (E, 1).
         """
         return [torch.zeros(num_envs, size, device=self.args.device) for size in self.memory_sizes]
 
@@ -590,7 +590,7 @@ class Agent(nn.Module):
         return action.cpu().numpy(), [h, s, action, z, plan, age]
 
     def choose_skills(self, h, s, plan, explore: bool):
-        """Skills z (E, Z) and the plans (E, M * Z) that they begin, in h (E, h) and s (E, s) after the last plans."""
+        """Skills z (E, Z) and the plans (E, N * Z) that they begin, in h (E, h) and s (E, s) after the last plans."""
         args, Z = self.args, self.args.skill_dim
         if args.random_skills:
             return torch.randn(len(h), Z, device=h.device), plan
@@ -837,6 +837,7 @@ def draw_skills(agent: Agent, args: Args, num_steps: int, path: Path):
             ax.plot(position[:, n, across], position[:, n, up], color=colormaps["hsv"](angle / 2 / np.pi))
         ax.set(aspect="equal", xlabel="xyz"[across], ylabel="xyz"[up])
     figure.suptitle(f"{args.env_id}: {len(position) - 1} env steps of 16 skills, coloured by the angle of z")
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     print(f"picture of the skills: {path}")
 

@@ -734,7 +734,7 @@ def execute_skill(envs, skills, obs, z, args: Args):
 
 def rollout(agent: Agent, args: Args, num_episodes: int, seed: int, global_step=None, video: Path | None = None):
     """Scores of an episode in each of num_episodes environments, without exploration noise and with random numbers of
-    its own. Skills are planned as after global_step, or without it the task policy's.
+    its own. Skills are chosen as after global_step; without it they are those of the warm-up, the prior's.
     """
     envs = data_tools.make_envs(args.env_id, num_episodes, video)
     with torch.random.fork_rng(["cuda"] if args.device == "cuda" else []):

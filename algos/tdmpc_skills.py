@@ -760,7 +760,7 @@ def execute_skill(envs, skills, obs, z, args: Args):
 
 def rollout(agent: Agent, args: Args, num_episodes: int, seed: int, global_step=None, video: Path | None = None):
     """Scores of an episode in each of num_episodes environments, without exploration noise and with random numbers of
-    its own. Skills are planned as after global_step, or without it the task policy's.
+    its own. Skills are chosen as after global_step; without it they are those of the warm-up, the prior's.
     """
     agent = copy.copy(agent)  # with plans of its own, none yet
     agent.last_mean = torch.zeros(0)

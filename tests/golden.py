@@ -90,14 +90,16 @@ def hash_of(values) -> str:
 
 
 def by_episode(rb: dict) -> dict:
-    """Replay of skills, a row per environment and skill: finished episodes back to back, with their last observation."""
+    """Replay of skills, a row per environment and skill: finished episodes back to back, with what they ended in."""
     rows, table, E = rb["columns"], [], len(rb["running"])
     found = {name: [] for name in rows if name != "next_obs"}
     for first, T in rb["episodes"][: rb["num_episodes"]].tolist():
         index = first + E * torch.arange(T)
         table.append([sum(T + 1 for _, T in table), T])
         for name in found:
-            last = rows["next_obs"][index[-1:]] if name == "obs" else torch.zeros_like(rows[name][:1])
+            last = torch.zeros_like(rows[name][:1])
+            if name == "obs":  # of a skill's env steps, where there are several, the first
+                last.view(-1)[: rows["next_obs"].shape[1]] = rows["next_obs"][index[-1]]
             found[name].append(torch.cat([rows[name][index], last]))
     return dict({name: torch.cat(parts) for name, parts in found.items()}, episodes=torch.tensor(table))
 

@@ -83,7 +83,7 @@ def test_its_data_are_made_once_and_read(walk, tmp_path, capsys):
 
 
 def test_what_it_lacks_is_one_sentence(walk, tmp_path, monkeypatch):
-    with pytest.raises(data_tools.DataError, match="^error: D4RL has no data for walk: use --dataset scripted"):
+    with pytest.raises(data_tools.DataError, match="^error: D4RL has no data for walk: use --data scripted"):
         data_tools.load_dataset(walk, tmp_path, "d4rl")
     monkeypatch.setitem(data_tools.TASKS, "bare", data_tools.Task(envs="toy_walk:WalkVectorEnv", max_return=10.0))
     with pytest.raises(data_tools.DataError, match="bare has no scripted data: give a file with --data PATH"):
@@ -103,14 +103,14 @@ data_tools.TASKS["walk"] = data_tools.Task(envs="toy_walk:WalkVectorEnv", max_re
 
 import skimo  # the copy
 
-results = skimo.main(skimo.parse_args())
+results = skimo.train(skimo.parse_args())
 print("RESULTS", results["pretraining"]["prior_success"], results["evaluations"][-1][2])
 """
 TINY = """--env-id walk --device cpu --no-cudagraphs --run-dir runs --data-dir data --skill-horizon 5 --skill-dim 2
     --hidden-dim 32 --latent-dim 16 --skill-encoder mlp --pretrain-skills 3 --bc-chunks 3 --pretrain-updates 300
     --pretrain-lr 3e-3 --pretrain-batch-size 32 --pretrain-eval-interval 300 --pretrain-eval-episodes 25
     --num-skills 3 --num-envs 8 --total-timesteps 4800 --warmup-steps 2400 --updates-per-step 0.1 --batch-size 64
-    --alpha 0.01 --num-samples 32 --num-policy-trajs 8 --num-elites 8 --horizon-steps 1 --eval-interval 0
+    --alpha 0.01 --num-samples 32 --num-policy-trajs 8 --num-elites 8 --horizon-steps 1 --eval-interval 100000
     --eval-episodes 100"""
 
 

@@ -521,9 +521,9 @@ def test_gradients_are_shortened_to_the_bound(case):
 
 @pytest.mark.parametrize("case", SKIMOS, indirect=True)
 def test_gradients_of_pretraining_are_shortened_to_the_bound(case):
-    """In six updates, without joint training those of each of three optimizers."""
-    steps = 18 if case.module.__name__.endswith("no_joint") else 6
-    assert case.notes.pretraining_norms == pytest.approx([0.01] * steps, rel=1e-3)
+    """In six updates; without joint training each of three parts has its own bound."""
+    parts = 3 if case.module.__name__.endswith("no_joint") else 1
+    assert case.notes.pretraining_norms == pytest.approx([0.01 * parts**0.5] * 6, rel=1e-3)
 
 
 REMEMBER = ["tdmpc_skills", "dreamer_skills", "tdmpc", "dreamer", "lsp", "dads"]
