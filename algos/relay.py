@@ -108,10 +108,8 @@ class Args:
     demo_coef: float = 0.1  # lambda: weight of imitation, times .999 after each round
     reward_scale: float = 1.0  # factor on the task's reward (only --flat learns from it)
 
-    def __post_init__(
-        self,
-    ):  # refuse numbers that would train without a word, and wrongly; policies have no smaller std
-        least = dict(seed=0, total_timesteps=0, batch_size=2, max_std=0.007)
+    def __post_init__(self):  # refuse numbers that would train without a word, and wrongly
+        least = dict(seed=0, total_timesteps=0, batch_size=2, max_std=0.007)  # policies have no smaller std
         most = dict(gamma=1)
         for name, value in vars(self).items():
             low, high = least.get(name, int(type(value) is int)), most.get(name, 2**31)
