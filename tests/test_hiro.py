@@ -308,18 +308,17 @@ def test_an_update_learns_from_the_slow_copies_which_follow_by_tau(agent):
             torch.nn.init.normal_(weight, std=0.3)
     obs, _, action, goal, (rewards, _, _) = rows_of(agent, 40)
     batch = obs[:, 0], goal, action[:, 0], rewards, obs[:, 1], -goal, torch.full((40,), 0.9)
-    pairs = (level.critics, level.critics_target), (level.actor, level.actor_target)
+    online, slow = [level.critics, level.actor], [level.critics_target, level.actor_target]
+    vector = lambda parts: torch.nn.utils.parameters_to_vector(p for part in parts for p in part.parameters())  # noqa: E731
     for with_policy in (False, True):
-        old = [[weight.clone() for weight in slow.parameters()] for _, slow in pairs]
+        old = vector(slow).clone()
         torch.manual_seed(1)
         expected, _ = hiro.td3_critic_loss(level.critics, level.critics_target, level.actor_target, *batch)
         torch.manual_seed(1)
         metrics = level.update(*batch, with_policy=with_policy)
         assert metrics["value_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
         share = 0.1 if with_policy else 0.0
-        for (online, slow), before in zip(pairs, old):
-            for now, weight, start in zip(online.parameters(), slow.parameters(), before):
-                torch.testing.assert_close(weight, (1 - share) * start + share * now)
+        torch.testing.assert_close(vector(slow), (1 - share) * old + share * vector(online))
 
 
 def test_schedule_of_both_levels(agent):
