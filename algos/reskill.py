@@ -122,9 +122,7 @@ class Args:
     flow_updates: int = 20_000  # gradient updates
     flow_batch_size: int = 256  # windows per update
 
-    def __post_init__(
-        self,
-    ):  # refuse numbers that would train without a word, and wrongly; BatchNorm needs two windows, the flow two halves
+    def __post_init__(self):  # refuse numbers that would train without a word, and wrongly; the flow halves skills
         least = dict(seed=0, skill_dim=2, pretrain_batch_size=2, residual_std=0.02)
         most = dict(gamma=1, gae_lambda=1, residual_std=1)
         for name, value in vars(self).items():
