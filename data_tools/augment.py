@@ -67,7 +67,7 @@ def code_of(source: str) -> str:
 
     Pre-trained models are found again by it: whoever changes networks, loss or sampling gets a new model.
     """
-    sampling = OfflineDataset.split, OfflineDataset.sample_windows, recombined, perturb
+    sampling = [OfflineDataset.split, OfflineDataset.sample_windows, OfflineDataset.sample_pairs, recombined, perturb]
     digest = hashlib.sha256()
     for text in (source, *map(inspect.getsource, sampling)):
         tree = ast.parse(textwrap.dedent(text))
