@@ -15,7 +15,7 @@ where o_t is seen, s_t ~ p(s_t | h_t) where it is imagined. Repeat:
    actor: maximise V through the model (eq. 7); critic: v(s, h) -> V (eq. 8)
 v(s, h) counts the reward for arriving in this state, then the later ones. (Later Dreamers leave out the first.)
 
-DEVIATION n from SkiMo's release, whose Dreamer this is (why, measurements, scores: algos/README.md): 1 several
+DEVIATION n from SkiMo's release, whose Dreamer this is (why, measurements, scores: algos/docs/dreamer.md): 1 several
 environments side by side; 2 windows are any L steps of an episode, unfinished ones included, each drawn as often;
 3 reward_scale is applied; 4 scaled observations with sines of positions as inputs, raw ones are reconstructed;
 5 imagine_starts, by default all states, as there; 6 --continue-head, a model of the end; without it, as there,
@@ -77,7 +77,7 @@ class Args:
     stoch_dim: int = 30  # size of s
     encoder_dim: int = 256  # width of encoder and decoder, and size of an encoded observation
     hidden_dim: int = 400  # width of reward model, critic and actor
-    position_features: bool = True  # sines and cosines of positions as inputs, (DEVIATION 4)
+    position_features: bool = True  # sines and cosines of positions as inputs (DEVIATION 4)
     continue_head: bool = False  # learn where episodes end, and imagine it (DEVIATION 6)
 
     # RL
@@ -99,7 +99,7 @@ class Args:
     explore_std: float = 0.3  # std of the noise on actions
     reward_scale: float = 1.0  # factor on the task's reward
 
-    def __post_init__(self):  # refuse numbers that would train without a word, and wrongly
+    def __post_init__(self):  # refuse what would train wrongly without a word
         least = dict(seed=0, warmup_steps=0, batch_length=2, imagine_steps=2)
         most = dict(gamma=1, td_lambda=1)
         for name, value in vars(self).items():

@@ -12,7 +12,7 @@ executed as z = 2 u for H steps of the skill policy; its reward is the sum of th
    imagine: J skills from states of the batch (eq. 3); lambda-returns V of their rewards and values (eq. 4-6)
    actor: maximise V through the model (eq. 7) - alpha KL(2 u || p(z | o)); critic: v(s, h) -> V (eq. 8)
 
-DEVIATION n: differences from the authors' release. Why, what was measured, and scores: algos/README.md
+DEVIATION n: differences from the authors' release. Why, what was measured, and scores: algos/docs/dreamer_skills.md
 1. KL divergences without sampling: exact, or quadrature for the policy's tanh, whose whole slope counts.
 2. Pre-training: shorter, with a learning rate that decays; in the maze and on CALVIN a larger kl_coef.
 3. Sines of positions as inputs, the maze scaled; in people's data arms shifted, objects recombined, larger kl_coef.
@@ -127,7 +127,7 @@ class Args:
     model_dim: int = 128  # width of reward model, critic and actor
     continue_head: bool = False  # learn where episodes end, and imagine it
 
-    def __post_init__(self):  # refuse numbers that would train without a word, and wrongly; BatchNorm needs two windows
+    def __post_init__(self):  # refuse what would train wrongly without a word; BatchNorm needs two windows
         least = dict(seed=0, warmup_steps=0, pretrain_batch_size=2, batch_length=2, imagine_steps=2)
         most = dict(gamma=1, td_lambda=1)
         for name, value in vars(self).items():

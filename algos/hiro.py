@@ -13,7 +13,7 @@ phi(s) is a state's place: G entries of an observation, in units of GOAL_RANGE. 
    high: TD3 on (s_0, g~, sum of c rewards, s_c), where g~ is the best of ten goals (eq. 5): the one that was given, the
       change that happened, phi(s_c) - phi(s_0), and eight random ones around it
 
-DEVIATION n: differences from paper or release. Why, what was measured, and scores: algos/README.md
+DEVIATION n: differences from paper or release. Why, what was measured, and scores: algos/docs/hiro.md
 1. Environments act side by side, with fewer updates (paper: low one per env step, high one per c).
 2. At the c-th env step the next goal is h's, as in the paper; the release stores the high level's next goal.
 3. For the high level a true end has no future; in the release nothing ends. For the low level nothing ends in both.
@@ -92,7 +92,7 @@ class Args:
     hidden_dim: int = 300  # width of hidden layers
     position_features: bool = True  # sines and cosines of positions as inputs (DEVIATION 6)
 
-    def __post_init__(self):  # refuse numbers that would train without a word, and wrongly
+    def __post_init__(self):  # refuse what would train wrongly without a word
         least = dict(seed=0, warmup_steps=0, buffer_size=self.num_envs)
         most = dict(gamma=1, tau=1)
         for name, value in vars(self).items():

@@ -15,7 +15,7 @@ later counts as a goal (RIL); then the low level goes on by RL (RRF). Subgoals t
    act: subgoal z = mean of pi_h(s, g), kept for H steps of pi_l(s, z)
    update pi_l by PPO on the reward 1 while s is within subgoal_eps of z, plus demo_coef times eq. 1 (eq. 2)
 
-DEVIATION n: differences from the paper, whose learning code was not released. Why, and scores: algos/README.md
+DEVIATION n: differences from the paper, whose learning code was not released. Why, and scores: algos/docs/relay.md
 1. PPO in place of the natural gradient. Its demonstrations are 20,000 relabelled pairs, kept in the model's file.
 2. Only the low level is fine-tuned. With --flat the reward is the task's.
 3. The high level looks at the objects' entries of a goal only. The user's goal is the present state with the objects of
@@ -108,7 +108,7 @@ class Args:
     demo_coef: float = 0.1  # lambda: weight of imitation, times .999 after each round
     reward_scale: float = 1.0  # factor on the task's reward (only --flat learns from it)
 
-    def __post_init__(self):  # refuse numbers that would train without a word, and wrongly
+    def __post_init__(self):  # refuse what would train wrongly without a word
         least = dict(seed=0, total_timesteps=0, batch_size=2, max_std=0.007)  # policies have no smaller std
         most = dict(gamma=1)
         for name, value in vars(self).items():

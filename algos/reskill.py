@@ -12,7 +12,7 @@ begins with what the data show, and can still reach every skill; then a residual
    a' = pi_L(s, z), d ~ pi_res(s, z, a'), action a' + w d, where w = 1 / (1 + exp(-k (n - C))) after n env steps
    PPO for pi(g | s) on the sums of H rewards, PPO for pi_res(d | s, z, a') on each reward, each with a value of its own
 
-DEVIATION n: differences from the authors' release. Why, what was measured, and scores: algos/README.md
+DEVIATION n: differences from the authors' release. Why, what was measured, and scores: algos/docs/reskill.md
 1, 2, 3, 6: those of spirl.py. 4. Skills are spirl.py's: larger networks, 10 entries instead of 4, more KL, no tanh.
 5. The flow learns after the skills, starts as the identity, is half as wide, with one network for scale and shift of a
 coupling; its learning rate decays to zero.
@@ -122,7 +122,7 @@ class Args:
     flow_updates: int = 20_000  # gradient updates
     flow_batch_size: int = 256  # windows per update
 
-    def __post_init__(self):  # refuse numbers that would train without a word, and wrongly; the flow halves skills
+    def __post_init__(self):  # refuse what would train wrongly without a word; the flow halves skills
         least = dict(seed=0, skill_dim=2, pretrain_batch_size=2, residual_std=0.02)
         most = dict(gamma=1, gae_lambda=1, residual_std=1)
         for name, value in vars(self).items():

@@ -14,7 +14,7 @@ Differs from skimo.py in: Args, TASK_DEFAULTS, RELEASE, plan, Agent
    model update: consistency, reward and TD losses on windows of N skills (eq. 6)
    policy update: maximise Q(h, z) - alpha KL(pi(h) || p(h)) (eq. 7); tune alpha; move the slow target copy
 
-DEVIATION n: differences from the authors' release. Why, what was measured, and scores: algos/README.md
+DEVIATION n: differences from the authors' release. Why, what was measured, and scores: algos/docs/skimo_no_cem.md
 1. KL divergences are exact, not averages of samples.
 2. The skill policy is trained on bc_chunks random chunks of a window, not on all.
 3. Pre-training is shorter: smaller batches, larger kl_coef, falling rate, sines as inputs; people's data are augmented.
@@ -120,7 +120,7 @@ class Args:
     tau: float = 0.05  # share of the online weights in a target update (release: 0.01)
     reward_scale: float = 1.0  # factor on the task's reward
 
-    def __post_init__(self):  # refuse numbers that would train without a word, and wrongly
+    def __post_init__(self):  # refuse what would train wrongly without a word
         least = dict(seed=0, warmup_steps=0, alpha=1e-6)
         most = dict(gamma=1, tau=1, rho=1, bc_chunks=self.pretrain_skills)
         for name, value in vars(self).items():

@@ -14,7 +14,7 @@ Differs from skimo.py in: PRETRAINED, TASK_DEFAULTS, pretrain_loss, pretrain
    model update: consistency, reward and TD losses on windows of N skills (eq. 6)
    policy update: maximise Q(h, z) - alpha KL(pi(h) || p(h)) (eq. 7); tune alpha; move the slow target copy
 
-DEVIATION n: differences from the authors' release. Why, what was measured, and scores: algos/README.md
+DEVIATION n: differences from the authors' release. Why, what was measured, and scores: algos/docs/skimo_no_joint.md
 1. KL divergences are exact, not averages of samples.
 2. The skill policy is trained on bc_chunks random chunks of a window, not on all.
 3. Pre-training is shorter: smaller batches, larger kl_coef, falling rate, sines as inputs; people's data are augmented.
@@ -133,7 +133,7 @@ class Args:
     std_steps: int = 25_000  # env steps over which min_std falls
     horizon_steps: int = 25_000  # env steps over which plans grow from 1 to N skills
 
-    def __post_init__(self):  # refuse numbers that would train without a word, and wrongly
+    def __post_init__(self):  # refuse what would train wrongly without a word
         least = dict(seed=0, warmup_steps=0, num_policy_trajs=2, alpha=1e-6)
         plans = self.num_samples + self.num_policy_trajs
         most = dict(gamma=1, tau=1, rho=1, bc_chunks=self.pretrain_skills, num_elites=plans)

@@ -14,7 +14,7 @@ prior by a KL instead of the entropy. This is the closed-loop version of SkiLD, 
    critics: Q(s, z) -> r + gamma (min Q'(s', z') - alpha KL(pi(s') || p(s'))), Q' slow copies (algorithm 1)
    policy: maximise min Q(s, z) - alpha KL(pi(s) || p(s)) (algorithm 1)
 
-DEVIATION n: differences from the authors' release. Why, what was measured, and scores: algos/README.md
+DEVIATION n: differences from the authors' release. Why, what was measured, and scores: algos/docs/spirl.md
 1. KL divergences are exact, not averages of samples. As there, they are those of x, although z = 2 tanh(x) acts.
 2. Pre-training: shorter, with a learning rate that decays; in the maze and on CALVIN a larger kl_coef.
 3. Sines of positions as inputs, the maze scaled; in people's data arms shifted, objects recombined, larger kl_coef.
@@ -114,7 +114,7 @@ class Args:
     tau: float = 0.005  # share of the online weights in a target update
     reward_scale: float = 1.0  # factor on the task's reward
 
-    def __post_init__(self):  # refuse numbers that would train without a word, and wrongly; BatchNorm needs two windows
+    def __post_init__(self):  # refuse what would train wrongly without a word; BatchNorm needs two windows
         least = dict(seed=0, warmup_skills=0, alpha=1e-6, pretrain_batch_size=2, buffer_size=self.num_envs)
         most = dict(gamma=1, tau=1)
         for name, value in vars(self).items():

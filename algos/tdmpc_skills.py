@@ -13,7 +13,7 @@ its policy held to the prior by a KL. Its model does not know the offline data, 
    policy: maximise the sum of rho^t min Q(h_t, u) over imagined states h_t, less alpha times the sum of
       KL(2 u || p(s_t)) over encoded ones (eq. 11, with a KL); move the slow target copy
 
-DEVIATION n: differences from the authors' release. Why, what was measured, and scores: algos/README.md
+DEVIATION n: differences from the authors' release. Why, what was measured, and scores: algos/docs/tdmpc_skills.md
 1. KL divergences without sampling: exact, or quadrature for the policy's tanh.
 2. Pre-training: shorter, with a learning rate that decays; in the maze and on CALVIN a larger kl_coef.
 3. Sines of positions as inputs, the maze scaled; in people's data arms shifted, objects recombined, larger kl_coef.
@@ -130,7 +130,7 @@ class Args:
     std_steps: int = 25_000  # env steps after the warm-up over which min_std falls
     horizon_steps: int = 25_000  # env steps after the warm-up over which plans grow from 1 to N skills
 
-    def __post_init__(self):  # refuse numbers that would train without a word, and wrongly; BatchNorm needs two windows
+    def __post_init__(self):  # refuse what would train wrongly without a word; BatchNorm needs two windows
         least = dict(seed=0, warmup_steps=0, pretrain_batch_size=2, policy_std=1e-6)
         plans = self.num_samples + self.num_policy_trajs
         most = dict(gamma=1, tau=1, rho=1, num_elites=plans, policy_std=1)  # beyond 1 the quadrature is wrong
