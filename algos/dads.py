@@ -16,7 +16,7 @@ Phase A, discover_steps env steps, repeat:
 Phase B, the rest; the policy is frozen, its dynamics and the rewards go on being learnt:
    plan: z_1..z_K by MPPI in q, so that the sum of predicted rewards R(x_k, x_k+H) is highest; execute z_1 for H steps
 
-DEVIATION n from the release (arxiv.org/abs/2004.12974; why, measurements, scores: algos/docs/dads.md): 1 x and its change
+DEVIATION n from the release (arxiv.org/abs/2004.12974; why, scores: algos/docs/dads.md): 1 x and its change
 are normalised by the replay, not by batch norm; 2 q, policy and critics see positions; 3 the replay holds all steps;
 4 sac.py's networks, which are smaller; 5 updates come one at a time; 6 MPPI begins at mean 0, and returns are divided
 by their std; 7 R is learnt from what was seen: our rewards are sparse. Until one is seen, phase B's skills are random.

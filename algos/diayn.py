@@ -18,7 +18,7 @@ Control, skills do not change any more. Repeat:
    Q(s, z) -> R + gamma V(s'), R the task's reward in that time, V(s) = alpha log mean_z exp(Q(s, z) / alpha)
 Only true ends have no future, time-outs have one.
 
-DEVIATION n from the paper and its release (why, measurements, scores: algos/docs/diayn.md): 1 sac.py's tanh Gaussian, two
+DEVIATION n from the paper and its release (why, scores: algos/docs/diayn.md): 1 sac.py's tanh Gaussian, two
 critics and weights to start from (release: a mixture of 4 Gaussians, one critic and a value network, Xavier);
 2 environments side by side, fewer updates; 3 the discriminator sees where things are (the paper's "DIAYN+prior"), far
 apart if they are; s_t as in the release, not s_{t+1} as in Algorithm 1; 4 shorter episodes in discovery; 5 sines of

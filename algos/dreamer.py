@@ -15,7 +15,7 @@ where o_t is seen, s_t ~ p(s_t | h_t) where it is imagined. Repeat:
    actor: maximise V through the model (eq. 7); critic: v(s, h) -> V (eq. 8)
 v(s, h) counts the reward for arriving in this state, then the later ones. (Later Dreamers leave out the first.)
 
-DEVIATION n from SkiMo's release, whose Dreamer this is (why, measurements, scores: algos/docs/dreamer.md): 1 several
+DEVIATION n from SkiMo's release, whose Dreamer this is (why, scores: algos/docs/dreamer.md): 1 several
 environments side by side; 2 windows are any L steps of an episode, unfinished ones included, each drawn as often;
 3 reward_scale is applied; 4 scaled observations with sines of positions as inputs, raw ones are reconstructed;
 5 imagine_starts, by default all states, as there; 6 --continue-head, a model of the end; without it, as there,

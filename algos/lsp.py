@@ -14,7 +14,7 @@ The model is that of dreamer.py, one env step at a time. Repeat:
    policy: maximise V + c I, I = log q(z | start, state) - log N(z; 0, I), a lower bound on the mutual information
    predictor: q(z | start, state) -> z; critic: v(s, h) -> V (Dreamer eq. 8)
 
-There is no public code. **Our choices** (why, measurements, scores: algos/docs/lsp.md): (i) c; (ii) q sees the first and
+There is no public code. **Our choices** (why, scores: algos/docs/lsp.md): (i) c; (ii) q sees the first and
 the present state of a skill; (iii) v does not see z: it is the value when other skills follow, which a plan's end
 needs; (iv) plans of 5 skills; (v) skills are N(0, I), planned ones at most 3 before noise; (vi) in imagination one z
 per start, held for one whole skill. Z = 3 and K = 10 are the paper's; sizes of CEM are recalled, not verified.

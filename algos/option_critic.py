@@ -18,7 +18,7 @@ In tables this is Algorithm 1 of the paper. On the tasks it is A2OC (Harb et al.
 E environments times T env steps per update, returns over them, and a deliberation cost, which is paid when an option
 ends by itself and keeps options alive.
 
-DEVIATION n from paper and A2OC (why, measurements, scores: algos/docs/option_critic.md): 1 Gaussians for actions, Adam (A2OC:
+DEVIATION n from paper and A2OC (why, scores: algos/docs/option_critic.md): 1 Gaussians for actions, Adam (A2OC:
 RMSProp), networks, beta = .12 and Q near 0 at first; 2 sines of positions as inputs; 3 in tables the noise of the
 release: a move is followed by a slip (--paper-slip: a slip in place of the move); 4 softmax of both levels at .01
 (paper: .001), whose gradient leaves out 1 / .01, as there.

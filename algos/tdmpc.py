@@ -13,7 +13,7 @@ Repeat:
       E'(o_{t+1}), R(h_t, a_t) -> r_t, Q(h_t, a_t) -> r_t + gamma min Q'(E(o_{t+1}), pi) (eq. 7-10)
    policy: maximise min Q(h_t, pi(h_t)) on the same h_t (eq. 11); move the slow target copy
 
-DEVIATION n: differences from SkiMo's release, whose TD-MPC this is (why, measurements, scores: algos/docs/tdmpc.md)
+DEVIATION n: differences from SkiMo's release, whose TD-MPC this is (why, scores: algos/docs/tdmpc.md)
 1. E environments act side by side; planner and updates see each env step at once, the warm-up's updates are spread.
 2. A window is any N steps of an episode, unfinished ones included.
 3. Each of a window's three losses is cut at 1e5, not 1e4, above which a reward of 100 would not be learnt.
