@@ -24,7 +24,8 @@ earlier; rewards of maze and CALVIN x .01.
 --published takes SPiRL's release's side of 2 and 3, and this one's width of the flow, roll-outs, batches and gate.
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, SkillModel, make_networks, pretrain_loss, pretrain,
 Agent, train
-Shapes: B batch, T skills of a roll-out, H steps per skill, O observation, F inputs, A action, Z skill, E environments.
+Shapes: B batch, T skills of a roll-out, H steps per skill, O observation, F inputs, A action, Z skill, E environments,
+M positions.
 """
 
 import copy
