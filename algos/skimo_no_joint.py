@@ -1,7 +1,7 @@
 """SkiMo without joint training: ablation of SkiMo (Shi, Lim & Lee, CoRL 2022), https://arxiv.org/abs/2207.07560
 
-Idea: SkiMo shapes its skills by what its dynamics can predict. Here skills learn from behavioural cloning alone, and
-dynamics and prior must use them as they are; all three still train at the same time, their gradients clipped apart.
+Idea: SkiMo shapes its skills by what its dynamics can predict. Here skills learn from eq. 3 alone, and dynamics and
+prior must use them as they are; all three still train at the same time, their gradients clipped apart.
 Differs from skimo.py in: PRETRAINED, TASK_DEFAULTS, pretrain_loss, pretrain
 
     python algos/skimo_no_joint.py --env-id maze             # as skimo.py, with a pre-trained model of its own
