@@ -624,7 +624,7 @@ class RolloutBuffer:
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         self.args = args
         H, A = args.skill_horizon, action_dim
-        shapes = dict(obs=(H, obs_dim), z=(args.skill_dim,), actions=(H, A), residuals=(H, A), rewards=(H,))
+        shapes = dict(obs=(H, obs_dim), z=(args.skill_dim,), actions=(H, A), residuals=(H, A), step_rewards=(H,))
         shapes |= dict(terminations=(), truncations=(), steps=(), next_obs=(obs_dim,))
         self.size = args.rollout_skills * args.num_envs
         self.columns = {name: torch.zeros(self.size, *shape, device=args.device) for name, shape in shapes.items()}
@@ -838,7 +838,7 @@ def collect_skill(envs, actor: SkilledActor, obs, z, args: Args) -> dict:
     """H env steps with skills z (E, Z) and noisy residuals, on the CPU next to the simulator. obs (E, O).
 
     Returns what the buffer keeps of them, NumPy but for z: obs (E, H, O), z (E, Z), actions of the skill policy and
-    residuals (E, H, A), rewards (E, H), terminations, truncations, steps (E,) and next_obs (E, O).
+    residuals (E, H, A), step_rewards (E, H), terminations, truncations, steps (E,) and next_obs (E, O).
     """
     steps_before = envs.steps.copy()
     rows = []
@@ -849,7 +849,7 @@ def collect_skill(envs, actor: SkilledActor, obs, z, args: Args) -> dict:
         next_obs, reward, terminations, truncations, _ = envs.step(command.numpy())
         rows.append((obs, action.numpy(), residual.numpy(), reward))  # which is 0 after the end
         obs = next_obs
-    columns = zip(("obs", "actions", "residuals", "rewards"), zip(*rows))
+    columns = zip(("obs", "actions", "residuals", "step_rewards"), zip(*rows))
     skill = {name: np.stack(column, 1) for name, column in columns}
     skill |= dict(z=z, terminations=terminations, truncations=truncations, next_obs=obs)
     return dict(skill, steps=envs.steps - steps_before)  # DEVIATION 10

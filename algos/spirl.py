@@ -455,16 +455,15 @@ class ReplayBuffer:
     def __len__(self):
         return min(self.added, self.args.buffer_size)
 
-    def add(self, *skill):
-        """One skill of every environment: obs (E, O), z (E, Z), rewards, dones (E,), next_obs (E, O).
+    def add(self, obs, z, rewards, dones, next_obs):
+        """One skill of every environment: obs, next_obs (E, O), z (E, Z), rewards, dones (E,).
 
         A time-out is stored as a true end, as in the release. DEVIATION 7: obs is where the skill was chosen.
         """
-        E = self.args.num_envs
-        rows = torch.arange(self.added, self.added + E, device=self.args.device) % self.args.buffer_size
-        for column, values in zip(self.columns, skill):
+        rows = torch.arange(self.added, self.added + len(obs), device=self.args.device) % self.args.buffer_size
+        for column, values in zip(self.columns, (obs, z, rewards, dones, next_obs)):
             column[rows] = torch.as_tensor(values).float().to(self.args.device)
-        self.added += E
+        self.added += len(obs)
 
     def sample(self, batch_size: int):
         """Uniform transitions: obs (B, O), z (B, Z), rewards and dones (B,), next_obs (B, O)."""

@@ -57,7 +57,7 @@ def random_skill(args, seed):
     obs = random_obs(rng, E, H + 1)
     skill = dict(obs=obs[:, :-1], z=torch.from_numpy(rng.normal(size=(E, args.skill_dim))), next_obs=obs[:, -1])
     skill |= dict(actions=rng.normal(size=(E, H, 2)), residuals=rng.normal(size=(E, H, 2)))
-    skill |= dict(rewards=rng.normal(size=(E, H)), steps=np.full(E, H))
+    skill |= dict(step_rewards=rng.normal(size=(E, H)), steps=np.full(E, H))
     return skill | dict(terminations=np.zeros(E, dtype=bool), truncations=np.zeros(E, dtype=bool))
 
 
@@ -70,7 +70,7 @@ def filled_buffer(args, agent):
     skills = [random_skill(args, t) for t in range(args.rollout_skills)]
     first = np.array([True, False])
     skills[1] |= dict(terminations=first, truncations=first, steps=np.array([2, args.skill_horizon]))
-    skills[1]["rewards"][0, 2:] = 0.0
+    skills[1]["step_rewards"][0, 2:] = 0.0
     skills[2]["truncations"] = ~first
     for before, after in itertools.pairwise(skills):
         running = ~(before["terminations"] | before["truncations"])
@@ -203,13 +203,13 @@ def test_advantages_of_skills_and_env_steps_are_those_of_their_paths():
         last_action = agent.skill_model.act(torch.from_numpy(last["next_obs"])[None], last["z"][None])[0].detach()
         behind = alive * value(agent.high, last["next_obs"])
         values = [value(agent.high, skills[t]["obs"][e, 0]) for t in members]
-        sums = 0.5 * np.array([skills[t]["rewards"][e].sum() for t in members])
+        sums = 0.5 * np.array([skills[t]["step_rewards"][e].sum() for t in members])
         for lam in (0.8, 1.0):
             for t, a, v in zip(members, np_advantages(sums, values, behind, 0.9, lam), values):
                 high.setdefault((t, e), []).append(a + (v if lam == 1 else 0))
         behind = alive * value(agent.residual, last["next_obs"], last["z"], last_action)
         values = [value(agent.residual, *inputs(skills[t], h, e)) for t, h in steps]
-        single = 0.5 * np.array([skills[t]["rewards"][e, h] for t, h in steps])
+        single = 0.5 * np.array([skills[t]["step_rewards"][e, h] for t, h in steps])
         for lam in (0.8, 1.0):
             for (t, h), a, v in zip(steps, np_advantages(single, values, behind, step_gamma, lam), values):
                 residual.setdefault((t, h, e), []).append(a + (v if lam == 1 else 0))
@@ -335,7 +335,8 @@ def test_ppo_finds_the_best_skill():
             z = agent.choose_skills(obs.numpy(), 0, explore=True)
             g, _ = agent.flow(z, obs)
             rewards = (-(g[:, :1] - 0.7).square()).detach().expand(-1, 2)
-            rb.add(**skill | dict(obs=obs[:, None].expand(-1, 2, -1), z=z, rewards=rewards, terminations=np.ones(64)))
+            skill |= dict(obs=obs[:, None].expand(-1, 2, -1), z=z, step_rewards=rewards, terminations=np.ones(64))
+            rb.add(**skill)
         rb.prepare(agent)
         for _ in range(10):
             agent.update(*rb.sample(128))
@@ -487,7 +488,7 @@ def test_collected_rows_are_what_happened():
             if weight == 0:
                 assert np.array_equal(acted, plain)  # bit for bit
             np.testing.assert_allclose(acted, plain + weight * skill["residuals"][:, k], rtol=1e-6)
-            assert np.array_equal(skill["rewards"][:, k], reward)
+            assert np.array_equal(skill["step_rewards"][:, k], reward)
         assert np.array_equal(obs, seen) and not skill["terminations"].any()
         assert skill["truncations"].all() == (t == 2) and (skill["steps"] == (5 if t == 2 else 10)).all()
     action = agent.skill_model.act(torch.from_numpy(obs), z)
