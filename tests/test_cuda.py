@@ -43,7 +43,7 @@ with_pretraining = pytest.mark.parametrize("name", [name for name in ALGOS if na
 
 
 def fact(name: str, algo: str, value):
-    """Keep a measured number for the report of benchmarks/gpu_check.py."""
+    """Keep a measured number for benchmarks/gpu_check.sh."""
     print(f"{name}, {algo}: {value}")
     if "GPU_CHECK_FACTS" in os.environ:
         with open(os.environ["GPU_CHECK_FACTS"], "a") as file:
