@@ -123,26 +123,10 @@ def make_agent(algo, config):
     return agent
 
 
-def call_by_name(function, **inputs):
-    """Call with those inputs that the function has parameters for."""
-    return function(**{name: inputs[name] for name in inspect.signature(function).parameters if name in inputs})
-
-
-def chooser(algo):
-    """Owner and name of the method that chooses skills or, in files without them, actions."""
-    for owner in ("Filter", "TwoLevels", "Executor"):  # they keep something of each environment
-        if hasattr(algo, owner):
-            return getattr(algo, owner), "__call__"
-    names = ("choose_skills", "choose_subgoal", "act")
-    return algo.Agent, next(name for name in names if hasattr(algo.Agent, name))
-
-
-def first_obs(env_id: str, num_envs: int):
-    """Observations (E, O) with which episodes begin."""
-    envs = data_tools.make_envs(env_id, num_envs)
-    obs, _ = envs.reset(seed=0)
-    envs.close()
-    return obs
+def chooser(algo) -> str:
+    """Name of the agent's method that chooses skills or, in files without them, actions."""
+    names = ("choose_skills", "choose_subgoal") if has_skills(algo) else ("act",)
+    return next(name for name in names if hasattr(algo.Agent, name))
 
 
 def random_dataset(env_id: str, window: int):
@@ -192,24 +176,30 @@ class Enough(Exception):
     """A loop has run long enough."""
 
 
-def filled_replay(algo, config):
-    """The file's own `train` until it draws its first batch: a function that draws such batches."""
+def first_call(algo, config, owner, name: str) -> inspect.BoundArguments:
+    """The inputs with which the file's own `train` first calls a method, from random networks, in short episodes."""
     E, H = config.num_envs, getattr(config, "skill_horizon", 1)
     length = window_of(config) * (H if has_skills(algo) else 2)
     soon = dict(warmup_steps=2 * E * length, warmup_skills=2 * E * window_of(config), total_timesteps=10**9)
     soon |= dict(updates_per_step=1.0, updates_per_skill=1.0, eval_interval=10**9, checkpoint_interval=10**9)
-    buffer = next(getattr(algo, name) for name in BUFFERS if hasattr(algo, name))
-    sample = buffer.sample
+    method = getattr(owner, name)
     found = []
 
-    def draw(self, *inputs):
-        found.append(functools.partial(sample, self, *inputs))
+    def keep(*inputs, **named):
+        found.append(inspect.signature(method).bind(*inputs, **named))
         raise Enough
 
     torch.manual_seed(0)
-    with in_passing(algo, length) as folder, mock.patch.object(buffer, "sample", draw), contextlib.suppress(Enough):
+    with in_passing(algo, length) as folder, mock.patch.object(owner, name, keep), contextlib.suppress(Enough):
         algo.train(replaced(config, dict(soon, run_dir=folder)))
     return found[0]
+
+
+def filled_replay(algo, config):
+    """Function that draws a batch as the file's first update does."""
+    buffer = next(getattr(algo, name) for name in BUFFERS if hasattr(algo, name))
+    inputs = first_call(algo, config, buffer, "sample")
+    return lambda: buffer.sample(*inputs.args, **inputs.kwargs)
 
 
 # Each of the next functions returns a callable; `measure` calls it again and again.
@@ -222,17 +212,12 @@ def rl_update(algo, config):
 
 def choosing(algo, config, num_envs: int):
     """Skills or actions for E environments: by the planner with K = N, by the policy without one; CPU to CPU."""
-    agent = make_agent(algo, config)
-    owner, name = chooser(algo)
-    obs = first_obs(config.env_id, num_envs)
-    none = np.zeros(num_envs, dtype=np.int64)
-    inputs = dict(agent=agent, num_envs=num_envs, explore=True, args=config)
-    inputs |= dict(option=none, begins=none > 0, z=np.zeros((num_envs, getattr(config, "skill_dim", 0)), np.float32))
-    inputs |= dict(global_step=10**9, action_dim=data_tools.env_sizes(config.env_id)[1])  # all schedules are over
-    if has_skills(algo) and hasattr(config, "skill_dim"):
-        inputs["action_dim"] = config.skill_dim
-    choose = getattr(agent, name) if owner is algo.Agent else call_by_name(owner, **inputs)
-    return functools.partial(call_by_name, choose, **inputs, obs=obs)
+    config = dataclasses.replace(config, num_envs=num_envs)
+    inputs = first_call(algo, config, algo.Agent, chooser(algo))
+    if "global_step" in inputs.arguments:
+        inputs.arguments["global_step"] = 10**9  # all schedules are over
+    choose = getattr(make_agent(algo, config), chooser(algo))
+    return lambda: choose(*inputs.args[1:], **inputs.kwargs)
 
 
 def acting(algo, config, num_envs: int):
@@ -241,8 +226,9 @@ def acting(algo, config, num_envs: int):
         return choosing(algo, config, num_envs)
     agent = make_agent(algo, config)
     skills = getattr(agent, "skills", None) or agent.low.cpu()
-    obs = first_obs(config.env_id, num_envs)
-    z = torch.rand(num_envs, getattr(config, "skill_dim", obs.shape[1])) * 2 - 1
+    obs_dim, _ = data_tools.env_sizes(config.env_id)
+    obs = np.zeros((num_envs, obs_dim), dtype=np.float32)
+    z = torch.rand(num_envs, getattr(config, "skill_dim", obs_dim)) * 2 - 1
 
     @torch.no_grad()
     def act():
@@ -370,7 +356,7 @@ def time_training(algo, config, args: Args) -> dict:
 
     with in_passing(algo, length) as folder, contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(algo.Agent, "__init__", timed_init))
-        for label, owner, name in (("env", vector_class, "step"), ("choose", *chooser(algo))):
+        for label, owner, name in (("env", vector_class, "step"), ("choose", algo.Agent, chooser(algo))):
             patches.enter_context(mock.patch.object(owner, name, timer(getattr(owner, name), label, seconds, args)))
         results = algo.train(dataclasses.replace(config, run_dir=folder))
     if results["updates"] == 0:
