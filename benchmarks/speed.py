@@ -125,7 +125,7 @@ def make_agent(algo, config):
 
 def chooser(algo) -> str:
     """Name of the agent's method that chooses skills or, in files without them, actions."""
-    names = ("choose_skills", "choose_subgoal") if has_skills(algo) else ("act",)
+    names = ("choose_skills", "choose_subgoal", "act") if has_skills(algo) or hasattr(algo, "plan") else ("act",)
     return next(name for name in names if hasattr(algo.Agent, name))
 
 
@@ -214,8 +214,9 @@ def choosing(algo, config, num_envs: int):
     """Skills or actions for E environments: by the planner with K = N, by the policy without one; CPU to CPU."""
     config = dataclasses.replace(config, num_envs=num_envs)
     inputs = first_call(algo, config, algo.Agent, chooser(algo))
-    if "global_step" in inputs.arguments:
-        inputs.arguments["global_step"] = 10**9  # all schedules are over
+    for name, value in dict(global_step=10**9, planned=True).items():  # all schedules are over
+        if name in inputs.arguments:
+            inputs.arguments[name] = value
     choose = getattr(make_agent(algo, config), chooser(algo))
     return lambda: choose(*inputs.args[1:], **inputs.kwargs)
 

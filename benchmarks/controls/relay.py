@@ -1,7 +1,7 @@
 """Relay's policies on compound goals of the kitchen: sub-tasks in order and in any order, and a picture of subgoals.
 
-    python benchmarks/relay_goals.py RUN_OR_MODEL --out runs/goals.json                    # a checkpoint.pt or a model
-    python benchmarks/relay_goals.py RUN_OR_MODEL --out runs/goals.json --picture subgoals.png
+    python benchmarks/controls/relay.py RUN_OR_MODEL --out runs/goals.json                    # a checkpoint.pt or a model
+    python benchmarks/controls/relay.py RUN_OR_MODEL --out runs/goals.json --picture subgoals.png
 
 Goals are the two tasks and, of the 24 sets of four sub-tasks that people demonstrated, 17 that a fixed seed draws, as
 many as in the paper's table 1 (which ones it took is not known). Each goal is a task of its own for the simulator: what
