@@ -123,10 +123,11 @@ def make_agent(algo, config):
     return agent
 
 
-def chooser(algo) -> str:
-    """Name of the agent's method that chooses skills or, in files without them, actions."""
+def chooser(algo) -> tuple:
+    """Owner and name of the method that chooses skills or, in files without them, actions."""
     names = ("choose_skills", "choose_subgoal", "act") if has_skills(algo) or hasattr(algo, "plan") else ("act",)
-    return next(name for name in names if hasattr(algo.Agent, name))
+    owners = [getattr(algo, name) for name in ("Filter", "Agent") if hasattr(algo, name)]
+    return next((owner, name) for name in names for owner in owners if hasattr(owner, name))
 
 
 def random_dataset(env_id: str, window: int):
@@ -213,12 +214,13 @@ def rl_update(algo, config):
 def choosing(algo, config, num_envs: int):
     """Skills or actions for E environments: by the planner with K = N, by the policy without one; CPU to CPU."""
     config = dataclasses.replace(config, num_envs=num_envs)
-    inputs = first_call(algo, config, algo.Agent, chooser(algo))
-    for name, value in dict(global_step=10**9, planned=True).items():  # all schedules are over
-        if name in inputs.arguments:
-            inputs.arguments[name] = value
-    choose = getattr(make_agent(algo, config), chooser(algo))
-    return lambda: choose(*inputs.args[1:], **inputs.kwargs)
+    owner, name = chooser(algo)
+    inputs = first_call(algo, config, owner, name)
+    for schedule, value in dict(global_step=10**9, planned=True).items():  # all are over
+        if schedule in inputs.arguments:
+            inputs.arguments[schedule] = value
+    choose = getattr(owner, name)
+    return lambda: choose(*inputs.args, **inputs.kwargs)
 
 
 def acting(algo, config, num_envs: int):
@@ -357,7 +359,7 @@ def time_training(algo, config, args: Args) -> dict:
 
     with in_passing(algo, length) as folder, contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(algo.Agent, "__init__", timed_init))
-        for label, owner, name in (("env", vector_class, "step"), ("choose", algo.Agent, chooser(algo))):
+        for label, owner, name in (("env", vector_class, "step"), ("choose", *chooser(algo))):
             patches.enter_context(mock.patch.object(owner, name, timer(getattr(owner, name), label, seconds, args)))
         results = algo.train(dataclasses.replace(config, run_dir=folder))
     if results["updates"] == 0:
