@@ -161,8 +161,9 @@ def in_passing(algo, length: int | None = None):
         return envs
 
     with contextlib.ExitStack() as stack:
-        if hasattr(algo, "pretrain"):
-            stack.enter_context(mock.patch.object(algo, "pretrain", return_value={}))
+        for name in ("pretrain", "learn_flow"):
+            if hasattr(algo, name):
+                stack.enter_context(mock.patch.object(algo, name, return_value={}))
         stack.enter_context(mock.patch.object(data_tools, "make_envs", make_envs))
         stack.enter_context(mock.patch.object(algo, "rollout", return_value=scores))
         stack.enter_context(mock.patch.object(algo, "SummaryWriter"))
