@@ -22,7 +22,7 @@ from data_tools import TASKS, Task
 GATE = -250.0
 # Sizes for minutes on one core
 COMMON = dict(
-    env_id="pendulum",
+    env_id="Pendulum-v1",
     eval_interval=10**9,
     eval_episodes=1,
     device="cpu",
@@ -42,7 +42,7 @@ SETTINGS = {
     ),
 }  # fmt: skip
 pendulum = dict(name="Pendulum-v1", max_episode_steps=200)
-TASKS["pendulum"] = Task("benchmarks.controls.frame:GymVectorEnv", max_return=GATE, env_kwargs=pendulum)
+TASKS["Pendulum-v1"] = Task("benchmarks.controls.frame:GymVectorEnv", max_return=GATE, env_kwargs=pendulum)
 
 
 def main():
