@@ -214,7 +214,8 @@ def rl_update(algo, config):
 
 def choosing(algo, config, num_envs: int):
     """Skills or actions for E environments: by the planner with K = N, by the policy without one; CPU to CPU."""
-    config = dataclasses.replace(config, num_envs=num_envs)
+    multiple = num_envs * config.batch_size  # option_critic.py asks for one
+    config = dataclasses.replace(config, num_envs=num_envs, batch_size=multiple)
     owner, name = chooser(algo)
     inputs = first_call(algo, config, owner, name)
     for schedule, value in dict(global_step=10**9, planned=True).items():  # all are over

@@ -148,7 +148,6 @@ def test_the_table_has_eager_beside_graphs():
     ("args", "words"),
     [
         (dict(algos=("nothing",)), "nothing is no file in algos/"),
-        (dict(algos=()), "nothing to time"),
         (dict(sizes=(), only=("plan",)), "nothing to time"),
         (dict(plan_envs=(1, -8)), "--plan-envs needs numbers of at least 1"),
         (dict(step_envs=(0,)), "--step-envs needs numbers of at least 1"),
