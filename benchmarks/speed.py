@@ -118,7 +118,7 @@ def make_agent(algo, config):
     torch.manual_seed(0)
     sizes = [algo.make_networks(config)] if has_skills(algo) else data_tools.env_sizes(config.env_id)
     agent = algo.Agent(config, *sizes)
-    if hasattr(agent, "rewarded"):  # from then on dads.py plans, and hiro.py's high level learns
+    if hasattr(agent, "rewarded"):  # from then on hiro.py's high level learns
         agent.rewarded.fill_(1)
     return agent
 
@@ -218,9 +218,11 @@ def choosing(algo, config, num_envs: int):
     config = dataclasses.replace(config, num_envs=num_envs, batch_size=multiple)
     owner, name = chooser(algo)
     inputs = first_call(algo, config, owner, name)
-    for schedule, value in dict(global_step=10**9, planned=True).items():  # all are over
+    for schedule, value in dict(global_step=10**9, planned=True, uniform=False).items():  # all are over
         if schedule in inputs.arguments:
             inputs.arguments[schedule] = value
+    if hasattr(inputs.args[0], "rewarded"):  # else hiro.py's high level guesses
+        inputs.args[0].rewarded.fill_(1)
     choose = getattr(owner, name)
     return lambda: choose(*inputs.args, **inputs.kwargs)
 
@@ -316,8 +318,8 @@ class Clock:
         self.next = self.calls + self.block
 
 
-def run_pretraining(algo, config, networks, clock):
-    """The file's own pre-training on random data; the clock, which is called in place of the bar's update, ends it."""
+def run_pretraining(algo, config, networks, clock, writer=None):
+    """The file's own pre-training on random data; the clock is called in place of the bar's update, and may end it."""
     data = random_dataset(config.env_id, getattr(config, "pretrain_skills", 1) * config.skill_horizon + 1)
     pretrain = algo.pretrain
     bar = mock.MagicMock(update=clock)
@@ -329,7 +331,7 @@ def run_pretraining(algo, config, networks, clock):
         contextlib.suppress(Enough),
     ):
         config = dataclasses.replace(config, data_dir=folder, pretrain_eval_interval=10**9)
-        pretrain(config, networks, mock.Mock(), threading.Event())
+        pretrain(config, networks, writer or mock.Mock(), threading.Event())
 
 
 def time_pretraining(algo, config, args: Args) -> dict:
