@@ -150,14 +150,19 @@ def window_of(config) -> int:
 def in_passing(algo, length: int | None = None):
     """Context for the file's own loops: a folder, no pre-training, roll-outs, curves, bars; nothing catches Ctrl-C.
 
-    length: env steps of an episode (None: the task's).
+    length: env steps of an episode, whose rewards are random: on-policy files learn nothing from zeros (None: the
+    task's, as they are).
     """
+    rng = np.random.default_rng(0)
     make = data_tools.make_envs
     scores = dict(episodic_return=0.0, episodic_length=0.0, success=0.0)
 
     def make_envs(*inputs):
         envs = make(*inputs)
-        envs.max_episode_steps = length or envs.max_episode_steps
+        if length:
+            envs.max_episode_steps = length
+            advance = envs.advance
+            envs.advance = lambda *inputs: (rng.random(envs.num_envs), advance(*inputs)[1])
         return envs
 
     with contextlib.ExitStack() as stack:

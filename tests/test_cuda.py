@@ -370,6 +370,15 @@ def test_nothing_is_read_after_the_next_replay_overwrote_it(name, tmp_path, monk
 
 
 # --------------------------------------------------------------------------------------------- a GPU, played on the CPU
+def placed(values, device: str):
+    """Nested values with their tensors on a device."""
+    if isinstance(values, torch.Tensor):
+        return values.to(device)
+    if isinstance(values, dict):
+        return {name: placed(value, device) for name, value in values.items()}
+    return type(values)(placed(value, device) for value in values) if isinstance(values, list | tuple) else values
+
+
 @algorithms
 def test_a_run_keeps_its_tensors_on_one_device(name, tmp_path):
     """Pre-training, RL, evaluations and resume, with "cuda" as a device of its own."""
@@ -382,8 +391,10 @@ def test_a_run_keeps_its_tensors_on_one_device(name, tmp_path):
     if name not in golden.FLAT:
         golden.make_data(tmp_path / "data.hdf5", 30, 9)
         args = speed.replaced(args, dict(data=str(tmp_path / "data.hdf5"), data_dir=str(tmp_path)))
+    load = torch.load
     with (
         second_device() as gpu,
+        mock.patch.object(torch, "load", lambda path, map_location, **_: placed(load(path), map_location)),
         mock.patch.dict(algo.data_tools.TASKS["kitchen"].env_kwargs, dict(max_episode_steps=70)),
         mock.patch.object(algo, "Agent", with_rewards(algo.Agent)),
     ):
