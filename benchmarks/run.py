@@ -64,7 +64,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 @dataclass
 class Args:
     algos: tuple[str, ...] = ("skimo",)  # names of files in --algos-dir, without .py
-    env_ids: tuple[str, ...] = ("maze",)  # tasks: maze, kitchen, kitchen-misaligned, calvin or one of your own
+    env_ids: tuple[Literal[*TASKS], ...] = ("maze",)  # tasks
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # one run each
     args: str = ""  # more flags for every run, as one string: --args "--total-timesteps 100000"
     results_dir: Path = Path("runs/results")  # CSV and JSON of finished runs; small
@@ -115,33 +115,29 @@ class Cell:
 
 
 # ----------------------------------------------------------------------------------------------------------- one cell
-
-
 def find_run_dir(folder: Path) -> Path | None:
     """The algorithm's run folder in a cell's folder, or None; the newest, should there be several."""
     return max((path.parent for path in folder.glob("*/args.json")), key=lambda path: path.name, default=None)
 
 
+def parsed(text: str):
+    """What JSON says, or None if it is not whole."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
 def read_json(path: Path):
     """Content of a JSON file, or None if it is not there or not whole."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
+    return parsed(path.read_text()) if path.is_file() else None
 
 
 def read_attempts(folder: Path) -> list[dict]:
     """Starts of a cell so far; a line that a power cut tore is left out."""
     path = folder / "attempts.jsonl"
-    if not path.exists():
-        return []
-    attempts = []
-    for line in path.read_text().splitlines():
-        try:
-            attempts.append(json.loads(line))
-        except ValueError:
-            continue
-    return attempts
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [attempt for attempt in map(parsed, lines) if attempt]
 
 
 def log_tail(folder: Path, lines: int = 8) -> str:
@@ -250,8 +246,6 @@ def write_results(cell: Cell, outcome: dict):
 
 
 # --------------------------------------------------------------------------------------------------------- the display
-
-
 def observe(cell: Cell):
     """Read a started cell's state, step, return and time left from its files."""
     run_dir, log = find_run_dir(cell.folder), cell.folder / "log.txt"
@@ -321,8 +315,6 @@ class Display:
 
 
 # ------------------------------------------------------------------------------------------------------------ the grid
-
-
 def resumed(command: list[str], run_dir: Path) -> list[str]:
     """The command that goes on with a run. Where folders were, the run itself has noted: they may have moved."""
     command = list(command)
@@ -345,11 +337,16 @@ def make_cells(args: Args) -> list[Cell]:
         if not (args.algos_dir / f"{algo}.py").is_file():
             known = ", ".join(sorted(path.stem for path in args.algos_dir.glob("*.py"))) or "none"
             sys.exit(f"error: --algos {algo} is no file in {args.algos_dir}; there are: {known}")
-    for env_id in args.env_ids:
-        if env_id not in TASKS:
-            sys.exit(f"error: --env-ids {env_id} is no task; choose from {', '.join(TASKS)}")
     if not (args.algos and args.env_ids and args.seeds):
         sys.exit("error: the grid is empty; give at least one of --algos, --env-ids and --seeds")
+    try:
+        flags = shlex.split(args.args)
+    except ValueError as error:
+        sys.exit(f"error: --args {args.args} cannot be split into flags ({error}); check its quotes")
+    names = [flag.split("=")[0] for flag in flags]
+    for name in names:
+        if name.replace("_", "-") in OURS:
+            sys.exit(f"error: {name} in --args would mix up the grid; leave it out")
     cells = []
     for env_id in dict.fromkeys(args.env_ids):
         for seed in dict.fromkeys(args.seeds):
@@ -362,31 +359,24 @@ def make_cells(args: Args) -> list[Cell]:
                 command = ["python", str(file), "--env-id", env_id, "--seed", str(seed), "--run-dir", str(folder)]
                 command += ["--data-dir", os.path.abspath(os.path.expanduser(args.data_dir))] if args.data_dir else []
                 command += ["--device", args.device] if args.device else []
-                try:
-                    flags = shlex.split(args.args)
-                except ValueError as error:
-                    sys.exit(f"error: --args {args.args} cannot be split into flags ({error}); check its quotes")
-                for flag in flags:
-                    if flag.split("=")[0].replace("_", "-") in OURS:
-                        sys.exit(f"error: {flag.split('=')[0]} in --args would mix up the grid; leave it out")
                 cell = Cell(algo, env_id, seed, command + flags, folder, result, checkpoint, family)
-                cell.pretrained = any(flag.split("=")[0] == "--pretrained" for flag in flags)
-                check_flags(args, cell)
+                cell.pretrained = "--pretrained" in names
+                check_flags(flags, cell)
                 cells.append(cell)
     return cells
 
 
-def check_flags(args: Args, cell: Cell):
+def check_flags(flags: list[str], cell: Cell):
     """Mark a finished cell; refuse one that was begun with other flags, whose numbers would be mixed with ours."""
     facts, attempts = read_json(cell.result.with_suffix(".json")), read_attempts(cell.folder)
     if facts is not None:
         cell.state, cell.pretrained = "finished", True
     begun = facts["flags"] if facts is not None else attempts[-1]["flags"] if attempts else None
-    if begun is not None and begun != shlex.split(args.args):
+    if begun is not None and begun != flags:
         where = cell.result.with_suffix(".json") if facts is not None else cell.folder
         sys.exit(
-            f"error: {where} was made with --args {shlex.join(begun)!r}, not {args.args!r}; give the same flags, "
-            "or other folders with --run-dir, --results-dir and --checkpoints-dir"
+            f"error: {where} was made with --args {shlex.join(begun)!r}, not {shlex.join(flags)!r}; give the same "
+            "flags, or other folders with --run-dir, --results-dir and --checkpoints-dir"
         )
 
 
