@@ -4,8 +4,7 @@
     python benchmarks/pictures.py --pretrained MODEL.pt --env-id kitchen --algo skimo
 
 Acts in the task for some episodes and prints their statistics: sub-tasks of kitchen and CALVIN, goal share of the maze.
-Of a run acts the task policy, or in a file that has no other way to act, the planner; of a pre-trained model, the
-prior. Writes into the run's folder, or next to the model:
+Of a run acts the task policy, of a pre-trained model the prior. Writes into the run's folder, or next to the model:
 
   visited.png     states that the run has visited, early to late (paper, fig. 9); not of a pre-trained model
   prediction.png  what the world model predicts from the first state alone, skill after skill (paper, fig. 10); only of
@@ -18,7 +17,6 @@ before the step.
 """
 
 import copy
-import functools
 import json
 import math
 import sys
@@ -35,8 +33,9 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import data_tools
 from benchmarks.provenance import load_algorithm
-from data_tools import TASKS
+from data_tools import TASKS, DataError
 from data_tools.files import imported, write_atomically
 from data_tools.tasks.calvin import SUBTASKS, subtask_conditions
 from data_tools.tasks.kitchen import elements_complete
@@ -47,7 +46,7 @@ from data_tools.tasks.maze import GOAL, GOAL_REWARD, cell_of, geodesic_distance,
 class Args:
     run: tyro.conf.Positional[Path | None] = None  # run folder or checkpoint
     pretrained: Path | None = None  # a pre-trained model instead
-    algo: str | None = None  # the file that made it, without .py (None: what the run's --exp-name says, else skimo)
+    algo: str | None = None  # the file that made it, without .py (None: what the run says, else skimo)
     env_id: str = "maze"  # task, with --pretrained
     episodes: int = 100  # roll-outs for the statistics
     paths: int = 4  # roll-outs in prediction.png
@@ -56,47 +55,31 @@ class Args:
 
 # ----------------------------------------------------------------------------------------------- what the files give us
 def load_run(path: Path, name: str | None):
-    """A run's folder or checkpoint -> (algorithm file, arguments, agent on the CPU, choose_skill, observations)."""
+    """A run's folder or checkpoint -> (algorithm file, arguments, agent on the CPU, observations)."""
     checkpoint = path if path.is_file() else path / "checkpoint.pt"
-    first = load_algorithm(name or "skimo")
-    with first.reading(checkpoint):
-        args = first.load(checkpoint, {})["args"]
-    if name is None and (ROOT / "algos" / f"{args['exp_name']}.py").is_file():
-        name = args["exp_name"]
-    algo = load_algorithm(name or "skimo")
-    refusal = f"error: runs of {algo.__name__}.py hold no skills in a replay buffer of observations; give another run"
+    script = load_algorithm("skimo").load(checkpoint, {})["script"]
+    algo = load_algorithm(name or script.removesuffix(".py"))
+    refusal = f"runs of {algo.__name__}.py hold no skills in a replay buffer of observations; give another run"
     if not hasattr(algo, "make_networks"):
-        sys.exit(refusal)
-    with algo.reading(checkpoint):
-        args = algo.Args(**args | dict(device="cpu", cudagraphs=False))
-        agent = algo.Agent(args, algo.make_networks(args, *algo.data_tools.env_sizes(args.env_id)))
-        state = algo.load(checkpoint, dict(agent=agent))
-    if "obs" not in state.get("rb", {}):
-        sys.exit(refusal)
-    obs = state["rb"]["obs"].numpy()
-    if obs.ndim == 3:  # files that store all env steps of a skill: where the skill begins
-        obs = obs[:, 0]
-    if hasattr(agent, "sample_policy"):
-        choose_skill = agent.sample_policy
-    else:
-        choose_skill = functools.partial(algo.Planner(agent, args, explore=False), global_step=state["global_step"])
-    return algo, args, agent, choose_skill, obs
+        raise DataError(refusal)
+    args = algo.Args(**algo.load(checkpoint, {})["args"] | dict(device="cpu", cudagraphs=False))
+    agent = algo.Agent(args, algo.make_networks(args))
+    replay = algo.load(checkpoint, dict(agent=agent)).get("rb", {})
+    if "columns" not in replay:
+        raise DataError(refusal)
+    columns = replay["columns"]
+    obs = columns["obs"] if isinstance(columns, dict) else columns[0]
+    return algo, args, agent, obs[: replay.get("rows")].numpy()
 
 
 def load_pretrained(path: Path, name: str | None, env_id: str):
-    """A pre-trained model -> (algorithm file, arguments, fresh agent on the CPU, choose_skill: the prior's skills)."""
+    """A pre-trained model -> (algorithm file, arguments, agent on the CPU that acts by the prior)."""
     algo = load_algorithm(name or "skimo")
-    args = algo.Args(env_id=env_id, **algo.TASK_DEFAULTS.get(env_id, {}))
-    args.device = "cpu"
-    args.cudagraphs = False
-    networks = algo.make_networks(args, *algo.data_tools.env_sizes(env_id))
-    with algo.reading(path):
-        algo.load(path, dict(networks=networks))
-    agent = algo.Agent(args, networks)
-    choose_skill = (
-        agent.sample_prior if hasattr(agent, "sample_prior") else agent.sample_policy
-    )  # it starts as the prior
-    return algo, args, agent, choose_skill
+    args = algo.parse_args(["--env-id", env_id, "--device", "cpu"])
+    networks = algo.make_networks(args)
+    algo.load(path, dict(networks=networks))
+    agent = algo.PriorAgent(networks) if hasattr(algo, "PriorAgent") else algo.Agent(args, networks)
+    return algo, args, agent
 
 
 # ------------------------------------------------------------------------------------------------------------ roll-outs
@@ -105,6 +88,7 @@ class Recorder(gymnasium.vector.VectorWrapper):
 
     def __init__(self, envs):
         super().__init__(envs)
+        self.steps, self.returns = envs.steps, envs.returns  # the same arrays
         self.trace = []
         self.obs = None
         self.ended = np.zeros(envs.num_envs, dtype=bool)
@@ -126,26 +110,26 @@ class Recorder(gymnasium.vector.VectorWrapper):
         return np.stack(obs), np.stack(actions), np.stack(ended)
 
 
-def traced_rollout(algo, agent, args, choose_skill, num_episodes: int, seed: int):
-    """The file's own roll-out with skills z (E, Z) = choose_skill(obs (E, O)).
-
-    Returns returns (E,), skills (E, T / H, Z) and the trace.
-    """
+def traced_rollout(algo, agent, args, num_episodes: int, seed: int):
+    """The file's own roll-out by the task policy. Returns returns (E,), skills (E, T / H, Z) and the trace."""
     recorders = []
     skills = []
+    make, choose = data_tools.make_envs, agent.choose_skills
 
     def make_envs(*inputs):
         recorders.append(Recorder(make(*inputs)))
         return recorders[0]
 
-    def choose_and_keep(obs):
-        skills.append(choose_skill(obs))
+    def choose_and_keep(*inputs, **named):
+        skills.append(choose(*inputs, **named))
         return skills[-1]
 
-    make = algo.data_tools.make_envs
-    with mock.patch.object(algo.data_tools, "make_envs", make_envs):
-        returns, _ = algo.rollout(choose_and_keep, agent.skills, num_episodes, args, seed)
-    return returns, torch.stack(skills, 1), recorders[0].arrays()
+    with (
+        mock.patch.object(data_tools, "make_envs", make_envs),
+        mock.patch.object(agent, "choose_skills", choose_and_keep),
+    ):
+        algo.rollout(agent, args, num_episodes, seed)
+    return recorders[0].returns, torch.stack(skills, 1), recorders[0].arrays()
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics
@@ -309,23 +293,23 @@ def plot_prediction(env_id: str, paths: list, path: Path):
 def main(args: Args) -> dict:
     """Roll-outs, statistics, pictures; returns the statistics."""
     if (args.run is None) == (args.pretrained is None):
-        sys.exit("error: give a run's folder or checkpoint, or --pretrained MODEL")
+        raise DataError("give a run's folder or checkpoint, or --pretrained MODEL")
     if args.episodes < 2 or args.paths < 1:
-        sys.exit("error: --episodes needs at least 2 and --paths at least 1")
+        raise DataError("--episodes needs at least 2 and --paths at least 1")
     if args.env_id not in TASKS:
-        sys.exit(f"error: --env-id {args.env_id} is no task; choose one of {', '.join(TASKS)}")
+        raise DataError(f"--env-id {args.env_id} is no task; choose one of {', '.join(TASKS)}")
     written = []
     if args.run is not None:
-        algo, config, agent, choose_skill, visited = load_run(args.run, args.algo)
+        algo, config, agent, visited = load_run(args.run, args.algo)
         folder = args.run if args.run.is_dir() else args.run.parent
         plot_visited(config.env_id, visited, folder / "visited.png")
         written.append("visited.png")
     else:
-        algo, config, agent, choose_skill = load_pretrained(args.pretrained, args.algo, args.env_id)
+        algo, config, agent = load_pretrained(args.pretrained, args.algo, args.env_id)
         folder = args.pretrained.parent
 
     print(f"{config.env_id}: {args.episodes} episodes", flush=True)
-    returns, z, trace = traced_rollout(algo, agent, config, choose_skill, args.episodes, args.seed)
+    returns, z, trace = traced_rollout(algo, agent, config, args.episodes, args.seed)
     statistics = rollout_statistics(config.env_id, returns, trace)
     model = getattr(agent, "model", None)
     if hasattr(model, "decoder"):  # a world model of pre-training

@@ -6,6 +6,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,22 +40,36 @@ def load_algorithm(name: str):
     return module
 
 
+def processor() -> str:
+    try:
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):  # not on Linux
+        return platform.processor() or platform.machine()
+
+
 def describe_machine() -> str:
     """Processor, cores, GPUs and Python of this machine in one line."""
-    try:
-        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):
-        cpu = platform.processor() or platform.machine()
     try:
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         gpus = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")
     except (OSError, subprocess.CalledProcessError):  # no such program, or no driver
         gpus = []
-    gpus = [gpu.strip() for gpu in gpus if gpu.strip()] or ["no GPU"]
-    return f"{cpu}, {os.cpu_count()} cores, {', '.join(gpus)}, Python {platform.python_version()}, {platform.system()}"
+    gpus = ", ".join(gpu.strip() for gpu in gpus if gpu.strip()) or "no GPU"
+    return f"{processor()}, {os.cpu_count()} cores, {gpus}, Python {platform.python_version()}, {platform.system()}"
 
 
 def provenance() -> dict:
     """Command, commit, whether files were changed since, and machine: for the JSON beside a log. Ask at the start."""
     command = " ".join(["python", *sys.argv])
     return dict(command=command, **describe_code(ROOT), machine=describe_machine())
+
+
+def conditions(device: str) -> dict:
+    """What measured times depend on, for learning on a device: machine, load, versions, code."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    facts = dict(cpu=processor(), cores=os.cpu_count(), gpu=gpu, load=os.getloadavg(), system=platform.platform())
+    facts |= dict(python=platform.python_version(), torch=torch.__version__, device=device)
+    facts |= dict(threads=torch.get_num_threads(), date=time.strftime("%Y-%m-%d %H:%M:%S"))
+    return facts | describe_code(ROOT)

@@ -140,10 +140,11 @@ def offline_data(facts: dict, path: Path) -> str:
     folder = path.parent.name
     if path.name != "args.json" and folder != facts["algo"]:  # the runner writes TASK/METHOD
         return folder
-    if "dataset" not in facts["args"]:
+    if "data" not in facts["args"]:
         return "none"
     if not facts.get("results"):  # it still runs, and only its results name the source of a file
-        return "data of its own" if facts["args"].get("data") else facts["args"]["dataset"]
+        given = facts["args"]["data"]
+        return given if given in ("scripted", "d4rl") else "data of its own"
     pretraining = facts["results"].get("pretraining") or {}
     data = pretraining.get("data", "not known")
     return data["source"] if isinstance(data, dict) else data  # of the models that are in this repository
@@ -174,10 +175,10 @@ def read_log(path: Path) -> tuple[str, dict, list[dict]]:
     try:
         if path.name == "args.json":
             args = json.loads(path.read_text())
-            facts = dict(algo=args["exp_name"], env_id=args["env_id"], seed=args["seed"], args=args)
+            algo = args["script"].removesuffix(".py")
+            facts = dict(algo=algo, env_id=args["env_id"], seed=args["seed"], args=args)
             results = path.with_name("results.json")
             facts["results"] = json.loads(results.read_text()) if results.exists() else None
-            facts["machine"] = (facts["results"] or {}).get("machine")
             table = path.with_name("episodes.csv")
         else:
             facts = json.loads(path.read_text())

@@ -1,25 +1,24 @@
-"""benchmarks/controls.py: every flat file's agent goes through its loop; the committed logs are what they say."""
+"""benchmarks/controls/: those of flat files and of DIAYN run, whole; the committed logs are what they say."""
 
 import csv
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import controls
+from benchmarks.controls import diayn, flat
 
-LOGS = Path(controls.ROOT) / "benchmarks" / "results" / "studies" / "controls"
+LOGS = flat.ROOT / "benchmarks" / "results" / "studies" / "controls"
 
 
-@pytest.mark.parametrize("algo", list(controls.SETTINGS))
+@pytest.mark.parametrize("algo", list(flat.SETTINGS))
 def test_a_short_run(algo, tmp_path, monkeypatch):
-    monkeypatch.setitem(controls.COMMON, "warmup_steps", 150)
-    monkeypatch.setitem(controls.SETTINGS[algo], "updates_per_step", 0.05)
+    monkeypatch.setitem(flat.COMMON, "warmup_steps", 150)
+    monkeypatch.setitem(flat.SETTINGS[algo], "updates_per_step", 0.05)
     out = tmp_path / "log.csv"
-    monkeypatch.setattr(sys, "argv", ["controls.py", algo, "--out", str(out), "--env-steps", "420"])
-    controls.main()
+    monkeypatch.setattr(sys, "argv", ["flat.py", algo, "--out", str(out), "--env-steps", "420"])
+    flat.main()
     facts = json.loads(out.with_suffix(".json").read_text())
     with out.open() as file:
         rows = list(csv.DictReader(file))
@@ -28,11 +27,24 @@ def test_a_short_run(algo, tmp_path, monkeypatch):
     assert facts["passed"] is False and facts["args"]["seed"] == 1
 
 
-@pytest.mark.parametrize("algo", list(controls.SETTINGS))
+@pytest.mark.parametrize("algo", list(flat.SETTINGS))
 def test_the_committed_log_has_passed(algo):
     facts = json.loads((LOGS / f"{algo}_seed1.json").read_text())
     with (LOGS / f"{algo}_seed1.csv").open() as file:
         returns = [float(row["episodic_return"]) for row in csv.DictReader(file)]
     assert len(returns) == 75 and np.mean(returns[:5]) < -800
     assert np.mean(returns[-20:]) == pytest.approx(facts["last_20_return"], abs=0.1)
-    assert facts["last_20_return"] > facts["gate"] == controls.GATE and facts["passed"]
+    assert facts["last_20_return"] > facts["gate"] == flat.GATE and facts["passed"]
+
+
+def test_a_short_run_of_diayn(tmp_path, monkeypatch):
+    monkeypatch.setitem(diayn.COMMON, "updates_per_step", 0.02)
+    monkeypatch.setitem(diayn.SETTINGS, "box", dict(discover_steps=1_200, total_timesteps=1_500))
+    monkeypatch.setattr(sys, "argv", ["diayn.py", "box", "--out", str(tmp_path / "box.csv")])
+    diayn.main()
+    facts = json.loads((tmp_path / "box.json").read_text())
+    with (tmp_path / "box.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 10 * 101 and rows[0]["x"] == rows[0]["y"] == "0.5"  # a path of each skill, from the middle
+    assert facts["passed"] is False and len(facts["first_returns_in_control"]) == 3
+    assert (tmp_path / "box.png").stat().st_size > 5_000

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import json
 import os
-import threading
 from pathlib import Path
 from unittest import mock
 
@@ -33,7 +32,7 @@ SIZES = dict(
     pretrain_eval_interval=10**9, buffer_size=1000, encoder_dim=16, num_steps=3, deter_dim=12, stoch_dim=4,
     batch_length=8, imagine_starts=32, imagine_steps=4, discover_steps=300, controller_dim=16,
     flow_dim=16, policy_dim=16, rollout_skills=5, updates_per_rollout=30,
-    demo_rows=100, mppi_iters=2, policy_updates=2, flow_windows=100, flow_updates=6,
+    demo_rows=100, mppi_iters=2, policy_updates=2, flow_windows=100, flow_updates=6, warmup_steps=10,
 )  # fmt: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -43,7 +42,7 @@ with_pretraining = pytest.mark.parametrize("name", [name for name in ALGOS if na
 
 
 def fact(name: str, algo: str, value):
-    """Keep a measured number for the report of benchmarks/gpu_check.py."""
+    """Keep a measured number for benchmarks/gpu_check.sh."""
     print(f"{name}, {algo}: {value}")
     if "GPU_CHECK_FACTS" in os.environ:
         with open(os.environ["GPU_CHECK_FACTS"], "a") as file:
@@ -52,7 +51,7 @@ def fact(name: str, algo: str, value):
 
 def tiny_args(algo, cudagraphs: bool, device: str = DEVICE):
     """The file's arguments for the kitchen, with small networks; skills are encoded by the LSTM where there is one."""
-    args = algo.Args(env_id="kitchen", **algo.TASK_DEFAULTS.get("kitchen", {}))
+    args = algo.parse_args(["--env-id", "kitchen"])
     num_skills = min(3, getattr(args, "num_skills", 1))
     return speed.replaced(args, dict(SIZES, num_skills=num_skills, device=device, cudagraphs=cudagraphs))
 
@@ -75,50 +74,48 @@ def weights(module) -> dict:
     return {name: value.detach().cpu().double() for name, value in module.state_dict().items()}
 
 
-def pretrained_weights(algo, args, tmp_path):
+def pretrained_weights(algo, args):
     """Weights before and after pre-training with random data, and the metrics of the last update."""
     torch.manual_seed(0)
-    networks = algo.make_networks(args, 30, 9)
+    networks = algo.make_networks(args)
     before = weights(networks)
-    window = getattr(args, "pretrain_skills", 1) * args.skill_horizon + 1
-    data = speed.random_dataset(algo, "kitchen", window)
     writer = mock.MagicMock()
-    with mock.patch.object(algo, "prior_rollouts", return_value=np.zeros(1)):
-        algo.pretrain(args, networks, tmp_path / "model.pt", data, writer, threading.Event())
+    speed.run_pretraining(algo, args, networks, mock.Mock(), writer)
     metrics = {call.args[0]: float(call.args[1]) for call in writer.add_scalar.call_args_list}
     return before, weights(networks), metrics
 
 
 def rounds(algo, args):
-    """Rounds of update and planner on one batch. Returns weights before and after, and all numbers.
+    """Rounds of update and choice on one batch. Returns weights before and after, and all numbers.
 
     Four, as a CUDA graph is recorded in the second, and only replayed from then on; HIRO's high level learns at each
     tenth, its policy at every other of those.
     """
-    agent = speed.make_agent(algo, "kitchen", args)
-    batch = speed.filled_replay(algo, "kitchen", args).sample(args.batch_size)
-    obs = torch.rand(3, 30).numpy()
-    planner = algo.Planner(agent, args, explore=True) if hasattr(algo, "Planner") else None
+    agent = speed.make_agent(algo, args)
+    batch = speed.filled_replay(algo, args)()
+    choose = speed.choosing(algo, args, 3)
     before = weights(agent)
     numbers = {}
     torch.manual_seed(1)
     for k in range(60 if algo.__name__ == "hiro" else 4):
         for name, value in agent.update(*batch).items():
             numbers[f"{name} {k}"] = torch.as_tensor(value).cpu().clone()
-        if planner:
-            numbers[f"skills {k}"] = torch.as_tensor(planner(obs, 10**6)).clone()
-            if hasattr(planner, "last_mean"):
-                numbers[f"plan {k}"] = planner.last_mean.cpu().clone()
+        numbers[f"chosen {k}"] = first_of(choose())
     return before, weights(agent), numbers
+
+
+def first_of(chosen):
+    """What was chosen, without what is remembered."""
+    return torch.as_tensor(chosen[0] if isinstance(chosen, tuple) else chosen).clone()
 
 
 @needs_device
 @with_pretraining
-def test_recorded_pretraining_is_eager_pretraining(name, tmp_path):
+def test_recorded_pretraining_is_eager_pretraining(name):
     """Bit for bit, as a replay draws the random numbers that eager code would."""
     algo = speed.load_algorithm(name)
-    before, eager, eager_metrics = pretrained_weights(algo, tiny_args(algo, False), tmp_path / "eager")
-    _, recorded, metrics = pretrained_weights(algo, tiny_args(algo, CUDA), tmp_path / "recorded")
+    before, eager, eager_metrics = pretrained_weights(algo, tiny_args(algo, False))
+    _, recorded, metrics = pretrained_weights(algo, tiny_args(algo, CUDA))
     apart = moved(before, eager, recorded)
     fact("recorded pre-training is off by (share of the way)", name, apart)
     assert apart < 1e-5, furthest(eager, recorded)
@@ -142,21 +139,19 @@ def test_recorded_updates_and_plans_are_eager_ones(name):
 def test_a_replayed_graph_draws_new_numbers():
     algo = speed.load_algorithm("skimo")
     args = tiny_args(algo, CUDA)
-    agent = speed.make_agent(algo, "kitchen", args)
-    planner = algo.Planner(agent, args, explore=True)
-    obs = torch.rand(3, 30).numpy()
-    plans = [torch.as_tensor(planner(obs, 10**6)).clone() for _ in range(6)]
+    choose = speed.choosing(algo, args, 3)
+    plans = [first_of(choose()) for _ in range(6)]
     assert len({tuple(plan.flatten().tolist()) for plan in plans}) == 6
 
-    networks = algo.make_networks(args, 30, 9).to(DEVICE)
-    data = speed.random_dataset(algo, "kitchen", args.pretrain_skills * args.skill_horizon + 1).to(DEVICE)
-    batch = data.sample_windows(args.pretrain_batch_size, args.pretrain_skills * args.skill_horizon + 1)
+    networks = algo.make_networks(args)
+    window = args.pretrain_skills * args.skill_horizon + 1
+    batch = speed.random_dataset("kitchen", window).to(DEVICE).sample_windows(args.pretrain_batch_size, window)
 
     @torch.no_grad()
     def loss(*batch):
         return algo.pretrain_loss(*networks.values(), networks["model"], *batch, args)[0]
 
-    loss = algo.recorded(loss, args)
+    loss = algo.Recorded(loss, args)
     assert len({float(loss(*batch)) for _ in range(6)}) == 6
 
 
@@ -174,9 +169,9 @@ def no_waiting():
 
 def sampler(algo, args):
     """Draws a batch from the replay buffer. On-policy data come from the CPU, once: theirs was drawn before."""
-    rb = speed.filled_replay(algo, "kitchen", args)
-    batch = rb.sample(args.batch_size)
-    return (lambda: batch) if algo.__name__ == "option_critic" else lambda: rb.sample(args.batch_size)
+    draw = speed.filled_replay(algo, args)
+    batch = draw()
+    return (lambda: batch) if algo.__name__ == "option_critic" else draw
 
 
 @needs_device
@@ -184,7 +179,7 @@ def sampler(algo, args):
 def test_an_rl_update_never_waits_for_the_device(name):
     algo = speed.load_algorithm(name)
     args = tiny_args(algo, False)
-    agent = speed.make_agent(algo, "kitchen", args)
+    agent = speed.make_agent(algo, args)
     sample = sampler(algo, args)
     agent.update(*sample())
     with no_waiting():
@@ -192,34 +187,27 @@ def test_an_rl_update_never_waits_for_the_device(name):
             agent.update(*sample())
 
 
-def some_pretraining(algo, args, tmp_path, watch):
+def some_pretraining(algo, args, watch):
     """Ten updates of pre-training; calls watch() after five."""
-    args = speed.replaced(args, dict(pretrain_updates=50))
-    window = getattr(args, "pretrain_skills", 1) * args.skill_horizon + 1
-    data = speed.TimedData(speed.random_dataset(algo, "kitchen", window), speed.Args(device="cpu", quick=True))
-    name = "sample_pairs" if hasattr(algo, "relabel") else "sample_windows"
-    sample = getattr(data, name)
+    calls = []
 
-    def draw(batch_size, length):
-        if data.calls == 10:
-            raise speed.Enough
-        if data.calls == 5:
+    def clock(n=1):
+        calls.append(n)
+        if len(calls) == 5:
             watch()
-        return sample(batch_size, length)
+        if len(calls) == 10:
+            raise speed.Enough
 
-    setattr(data, name, draw)
-    data.next = -1  # the clock is not asked
-    networks = algo.make_networks(args, 30, 9)
-    with pytest.raises(speed.Enough):
-        algo.pretrain(args, networks, tmp_path / "model.pt", data, mock.MagicMock(), threading.Event())
+    speed.run_pretraining(algo, speed.replaced(args, dict(pretrain_updates=50)), algo.make_networks(args), clock)
+    assert len(calls) == 10
 
 
 @needs_device
 @with_pretraining
-def test_a_pretraining_update_never_waits_for_the_device(name, tmp_path):
+def test_a_pretraining_update_never_waits_for_the_device(name):
     algo = speed.load_algorithm(name)
     with contextlib.ExitStack() as stack:
-        some_pretraining(algo, tiny_args(algo, False), tmp_path, lambda: stack.enter_context(no_waiting()))
+        some_pretraining(algo, tiny_args(algo, False), lambda: stack.enter_context(no_waiting()))
 
 
 def memory_in_use() -> int:
@@ -235,17 +223,15 @@ def memory_in_use() -> int:
 def test_memory_does_not_grow_over_300_updates(name):
     algo = speed.load_algorithm(name)
     args = tiny_args(algo, CUDA)
-    agent = speed.make_agent(algo, "kitchen", args)
-    rb = speed.filled_replay(algo, "kitchen", args)
-    planner = algo.Planner(agent, args, explore=True) if hasattr(algo, "Planner") else None
-    obs = torch.rand(3, 30).numpy()
+    agent = speed.make_agent(algo, args)
+    draw = speed.filled_replay(algo, args)
+    choose = speed.choosing(algo, args, 3)
     used = []
     for k in range(330):
-        metrics = agent.update(*rb.sample(args.batch_size))
+        metrics = agent.update(*draw())
         if k == 329:  # before the planner, whose graph may write over them
             assert all(np.isfinite(float(value)) for value in metrics.values())
-        if planner:
-            planner(obs, 10**6)
+        choose()
         if k in (29, 329):
             used.append(memory_in_use())
     fact("bytes more after 300 updates", name, used[1] - used[0])
@@ -267,17 +253,17 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(name, tmp_path):
         flags += ["--data", str(tmp_path / "data.hdf5"), "--data-dir", str(tmp_path / "cache")]
 
     def run(*more):
-        algo.main(algo.parse_args([*flags, *more]))
+        algo.train(algo.parse_args([*flags, *more]))
 
     run("--run-dir", str(tmp_path / "whole"))
     run("--run-dir", str(tmp_path / "halves"), "--total-timesteps", "2000")
     (whole,) = (tmp_path / "whole").iterdir()
     (halves,) = (tmp_path / "halves").iterdir()
     loaded = torch.load(halves / "checkpoint.pt", weights_only=True)
-    algo.main(algo.parse_args(["--resume", str(halves), "--total-timesteps", "3000"]))
+    algo.train(algo.parse_args(["--resume", str(halves), "--total-timesteps", "3000"]))
     one = torch.load(whole / "checkpoint.pt", weights_only=True, map_location="cpu")
     two = torch.load(halves / "checkpoint.pt", weights_only=True, map_location="cpu")
-    assert one["gradient_step"] == two["gradient_step"] > loaded["gradient_step"]
+    assert one["progress"][1] == two["progress"][1] > loaded["progress"][1]  # updates
     apart = max(float((one["agent"][key].double() - two["agent"][key].double()).abs().max()) for key in one["agent"])
     fact("resumed run is off by (largest weight)", name, apart)
     assert apart == 0 or (CUDA and apart < 0.05)
@@ -289,7 +275,7 @@ class Overwriting:
 
     calls = 0
 
-    def __init__(self, function):
+    def __init__(self, function, args):
         self.function = function
         self.outputs = None
 
@@ -338,32 +324,31 @@ def both_phases(algo, folder):
     """Pre-training, where there is one, and RL on the CPU, with logs and planner: checkpoint and all logged numbers."""
     args = tiny_args(algo, True, "cpu")
     args = speed.replaced(args, dict(pretrain_updates=110, total_timesteps=700, warmup_steps=10, warmup_skills=2))
-    args = speed.replaced(args, dict(updates_per_step=0.2, updates_per_skill=2.0, eval_interval=0))
+    args = speed.replaced(args, dict(updates_per_step=0.2, updates_per_skill=2.0, eval_interval=10**9))
+    args = speed.replaced(args, dict(run_dir=str(folder), data_dir=str(folder)))
     if algo.__name__ == "option_critic":  # on-policy: an update for every batch
         args.total_timesteps = 210 * args.batch_size
     logged = []
     writer = mock.MagicMock()
     writer.add_scalar = lambda name, value, step: name.startswith("charts") or logged.append((name, float(value), step))
-    networks = ()
     short = {}
     if speed.has_skills(algo):  # the warm-up waits for whole episodes
         short = dict(max_episode_steps=70)
         args = speed.replaced(args, dict(num_envs=2))
+    window = getattr(args, "pretrain_skills", 1) * getattr(args, "skill_horizon", 1) + 1
+    scores = dict(episodic_return=0.0, episodic_length=0.0, success=0.0)
     with (
         mock.patch.dict(algo.data_tools.TASKS["kitchen"].env_kwargs, short),
         mock.patch.object(algo, "Agent", with_rewards(algo.Agent)),
-        mock.patch.object(algo, "rollout", return_value=(np.zeros(1), np.zeros(1))),
+        mock.patch.object(algo, "SummaryWriter", return_value=writer),
+        mock.patch.object(algo, "rollout", return_value=scores),
+        mock.patch.object(algo.data_tools, "load_dataset", return_value=speed.random_dataset("kitchen", window)),
         mock.patch.object(torch.Tensor, "cpu", torch.Tensor.clone),  # as from a GPU
     ):
-        if speed.has_skills(algo):
-            networks = speed.make_networks(algo, "kitchen", args), {}
-            window = getattr(args, "pretrain_skills", 1) * args.skill_horizon + 1
-            data = speed.random_dataset(algo, "kitchen", window)
-            with mock.patch.object(algo, "prior_rollouts", return_value=np.zeros(1)):
-                algo.pretrain(args, networks[0], folder / "model.pt", data, writer, threading.Event())
-        results = algo.train(args, *networks, folder, writer, threading.Event())
+        results = algo.train(args)
     assert results["updates"] > 100  # some are logged
-    return torch.load(folder / "checkpoint.pt", weights_only=True), logged
+    (checkpoint,) = folder.glob("*/checkpoint.pt")
+    return torch.load(checkpoint, weights_only=True), logged
 
 
 @algorithms
@@ -372,7 +357,7 @@ def test_nothing_is_read_after_the_next_replay_overwrote_it(name, tmp_path, monk
     (tmp_path / "plain").mkdir()
     (tmp_path / "replayed").mkdir()
     expected, expected_logged = both_phases(algo, tmp_path / "plain")
-    monkeypatch.setattr(algo, "recorded", lambda function, args: Overwriting(function))
+    monkeypatch.setattr(algo, "Recorded", Overwriting)
     monkeypatch.setattr(Overwriting, "calls", 0)
     state, logged = both_phases(algo, tmp_path / "replayed")
     assert Overwriting.calls > 100
@@ -385,6 +370,15 @@ def test_nothing_is_read_after_the_next_replay_overwrote_it(name, tmp_path, monk
 
 
 # --------------------------------------------------------------------------------------------- a GPU, played on the CPU
+def placed(values, device: str):
+    """Nested values with their tensors on a device."""
+    if isinstance(values, torch.Tensor):
+        return values.to(device)
+    if isinstance(values, dict):
+        return {name: placed(value, device) for name, value in values.items()}
+    return type(values)(placed(value, device) for value in values) if isinstance(values, list | tuple) else values
+
+
 @algorithms
 def test_a_run_keeps_its_tensors_on_one_device(name, tmp_path):
     """Pre-training, RL, evaluations and resume, with "cuda" as a device of its own."""
@@ -397,14 +391,16 @@ def test_a_run_keeps_its_tensors_on_one_device(name, tmp_path):
     if name not in golden.FLAT:
         golden.make_data(tmp_path / "data.hdf5", 30, 9)
         args = speed.replaced(args, dict(data=str(tmp_path / "data.hdf5"), data_dir=str(tmp_path)))
+    load = torch.load
     with (
         second_device() as gpu,
+        mock.patch.object(torch, "load", lambda path, map_location, **_: placed(load(path), map_location)),
         mock.patch.dict(algo.data_tools.TASKS["kitchen"].env_kwargs, dict(max_episode_steps=70)),
         mock.patch.object(algo, "Agent", with_rewards(algo.Agent)),
     ):
-        first = algo.main(args)
+        first = algo.train(args)
         (checkpoint,) = tmp_path.glob("*/checkpoint.pt")
-        resumed = algo.main(speed.replaced(args, dict(resume=str(checkpoint.parent), total_timesteps=500)))
+        resumed = algo.train(speed.replaced(args, dict(resume=str(checkpoint.parent), total_timesteps=500)))
     assert 3 < first["updates"] < resumed["updates"]
     assert len(first["evaluations"]) < len(resumed["evaluations"])
     assert gpu.operations > 5_000
@@ -415,7 +411,7 @@ def test_an_rl_update_waits_for_no_second_device(name):
     algo = speed.load_algorithm(name)
     args = tiny_args(algo, False, "cuda")
     with second_device() as gpu:
-        agent = speed.make_agent(algo, "kitchen", args)
+        agent = speed.make_agent(algo, args)
         sample = sampler(algo, args)
         agent.update(*sample())
         gpu.may_wait = False
@@ -426,7 +422,7 @@ def test_an_rl_update_waits_for_no_second_device(name):
 
 
 @with_pretraining
-def test_a_pretraining_update_waits_for_no_second_device(name, tmp_path):
+def test_a_pretraining_update_waits_for_no_second_device(name):
     algo = speed.load_algorithm(name)
     with second_device() as gpu:
 
@@ -434,7 +430,7 @@ def test_a_pretraining_update_waits_for_no_second_device(name, tmp_path):
             gpu.may_wait = False
             gpu.operations = 0
 
-        some_pretraining(algo, tiny_args(algo, False, "cuda"), tmp_path, watch)
+        some_pretraining(algo, tiny_args(algo, False, "cuda"), watch)
     assert gpu.operations > 100
 
 

@@ -13,10 +13,10 @@ import torch
 
 import data_tools.tasks.maze
 from algos import dads
-from benchmarks import skill_control
+from benchmarks.controls import dads as control
 from data_tools.tasks import kitchen
 
-LOG = skill_control.ROOT / "benchmarks" / "results" / "studies" / "dads" / "hall_seed1"
+LOG = control.ROOT / "benchmarks" / "results" / "studies" / "dads" / "hall_seed1"
 
 
 def tiny_args(**changes):
@@ -510,7 +510,7 @@ def test_the_committed_control_has_passed():
     facts = json.loads(LOG.with_suffix(".json").read_text())
     with LOG.with_suffix(".csv").open() as file:
         rewards = [float(row["losses/intrinsic_reward"]) for row in csv.DictReader(file)]
-    assert facts["passed"] and skill_control.verdict(facts)
+    assert facts["passed"] and control.verdict(facts)
     assert rewards[-1] == pytest.approx(facts["intrinsic_reward"], rel=1e-3) and rewards[-1] > 2 * rewards[0]
 
 

@@ -12,7 +12,7 @@ import torch
 
 import data_tools
 from algos import hiro
-from benchmarks import controls_hiro
+from benchmarks.controls import hiro as control
 
 C = 10
 
@@ -419,11 +419,11 @@ def test_progress_is_the_share_of_the_way(agent):
 
 
 # --------------------------------------------------------------------------------------------------- positive control
-LOGS = controls_hiro.ROOT / "benchmarks" / "results" / "studies" / "hiro"
+LOGS = control.ROOT / "benchmarks" / "results" / "studies" / "hiro"
 
 
 def test_open_maze_is_what_its_docstring_says():
-    envs = controls_hiro.OpenMazeVectorEnv(50)
+    envs = control.OpenMazeVectorEnv(50)
     obs, _ = envs.reset(seed=0)
     returns = np.zeros(50)
     first = np.linalg.norm(5 * obs[:, 2:] - 5 * obs[:, :2], axis=1)
@@ -441,10 +441,10 @@ def test_open_maze_is_what_its_docstring_says():
 
 def test_control_writes_its_log(tmp_path, monkeypatch):
     small = dict(warmup_steps=200, eval_interval=400, eval_episodes=3, updates_per_step=0.02)
-    monkeypatch.setattr(controls_hiro, "SETTINGS", controls_hiro.SETTINGS | small)
+    monkeypatch.setattr(control, "SETTINGS", control.SETTINGS | small)
     out = tmp_path / "log.csv"
-    monkeypatch.setattr(sys, "argv", ["controls_hiro.py", "--out", str(out), "--env-steps", "800"])
-    controls_hiro.main()
+    monkeypatch.setattr(sys, "argv", ["hiro.py", "--out", str(out), "--env-steps", "800"])
+    control.main()
     facts = json.loads(out.with_suffix(".json").read_text())
     with out.open() as file:
         rows = list(csv.DictReader(file))
@@ -458,5 +458,5 @@ def test_committed_logs_have_passed(name):
     with (LOGS / f"{name}.csv").open() as file:
         success = [float(row["success"]) for row in csv.DictReader(file)]
     assert (max(success), success[-1]) == (facts["best_success"], facts["last_success"])
-    assert facts["last_success"] > facts["gate"] == controls_hiro.GATE and facts["passed"]
+    assert facts["last_success"] > facts["gate"] == control.GATE and facts["passed"]
     assert facts["uniform_success"] < 0.1 and success[0] < 0.1

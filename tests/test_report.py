@@ -1,7 +1,6 @@
 """benchmarks/report.py: scores against independent versions, and what is published against the logs."""
 
 import csv
-import itertools
 import json
 from collections import Counter
 
@@ -209,7 +208,7 @@ def test_a_lead_that_only_smoothing_remembers_does_not_hold(tmp_path):
     assert pair.scores[0][0] - pair.scores[1][0] > 0.2
     assert [part.tolist() for part in pair.unsmoothed] == [[pytest.approx(0.9)]] * 2
     assert pair.training == "fails"
-    assert "; unsmoothed 0.90 vs 0.90" in report.ordering_row(cells, pair, "scripted")[5]
+    assert "; unsmoothed 0.90 vs 0.90" in report.ordering_row(cells, pair, "scripted")["ours"]
 
 
 def test_commits_of_a_run():
@@ -302,14 +301,6 @@ def test_results_are_what_the_logs_give(cells):
     assert published == report.results_text(scores.RESULTS, cells), "run python benchmarks/report.py"
 
 
-def test_every_table_stands_by_itself():
-    lines = (scores.RESULTS.parent / "RESULTS.md").read_text().splitlines()
-    rules = [number for number, line in enumerate(lines) if line.startswith("| ---")]
-    assert len(rules) > 20
-    for number in rules:  # else it is drawn as rows of the table above
-        assert not lines[number - 2].startswith("|")
-
-
 def test_the_readmes_table_is_what_the_logs_give(cells):
     readme = (scores.ROOT / "README.md").read_text()
     assert report.BEGIN in readme and report.END in readme
@@ -389,27 +380,6 @@ def test_human_data_are_a_column_of_their_own(tmp_path):
     assert "demonstrations" not in text  # the note on scripted data
 
 
-def test_scripted_data_of_the_misaligned_kitchen_carry_a_note(tmp_path):
-    write_log(tmp_path, "skimo", 1, 3.0, task="kitchen-misaligned", length=200)
-    cells = scores.read_cells(tmp_path)
-    for text in (report.readme_text(cells), report.board_section(cells, "kitchen-misaligned", "scripted")):
-        assert "Mis-aligned Kitchen\\*" in text
-        assert "slide -> hinge" in text
-
-
-def test_all_words_lie_inside_the_figures_and_names_do_not_overlap(cells):
-    for figure in (plot.overview(cells), *(plot.enlarged(cells, task) for task in scores.TASKS)):
-        figure.draw_without_rendering()
-        for axes in figure.axes:
-            names = [text.get_window_extent() for text in axes.texts]
-            for box in names:
-                assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
-                assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
-            for box, other in itertools.combinations(names, 2):
-                between = abs(box.y0 + box.y1 - other.y0 - other.y1) / 2
-                assert between > 0.7 * box.height or not box.overlaps(other)
-
-
 def test_labels_are_moved_apart():
     moved = plot.spread([0.0, 0.01, 0.5, 0.99, 1.0], 0.1, 0.0, 1.0)
     assert np.allclose(moved, [0.0, 0.1, 0.5, 0.9, 1.0])
@@ -435,7 +405,7 @@ def test_tables_and_figures_of_a_grid_are_written_and_are_the_same_again(tmp_pat
 def test_a_run_folder_is_drawn(tmp_path):
     folder = tmp_path / "maze__skimo__1"
     folder.mkdir()
-    args = dict(exp_name="skimo", env_id="maze", seed=1, num_envs=8, eval_episodes=20)
+    args = dict(script="skimo.py", env_id="maze", seed=1, num_envs=8, eval_episodes=20)
     (folder / "args.json").write_text(json.dumps(args))
     rows = [f"{step},100.0,1000,{step / 1e4}" for step in range(8_000, 120_001, 8_000)]
     (folder / "episodes.csv").write_text("\n".join([HEADER_OF_RUNS, *rows]))
@@ -462,7 +432,7 @@ def test_logs_as_the_runner_and_the_algorithm_files_write_them(tmp_path):
         facts = json.loads(path.read_text())
         if pretraining:
             facts["results"]["pretraining"] = pretraining
-            facts["args"]["dataset"] = "scripted"
+            facts["args"]["data"] = "scripted"
         path.write_text(json.dumps(facts))
     cells = scores.read_cells(tmp_path)
     assert set(cells) == {("maze", "skimo", "scripted"), ("maze", "spirl", "d4rl"), ("maze", "sac", "scripted")}
@@ -472,14 +442,14 @@ def test_logs_as_the_runner_and_the_algorithm_files_write_them(tmp_path):
 @pytest.mark.parametrize("model", sorted(scores.RESULTS.glob("*_pretrained.pt")), ids=lambda path: path.stem)
 def test_runs_from_the_models_of_this_repository_name_their_data(model, tmp_path):
     data = torch.load(model, weights_only=True)["facts"]["data"]
-    facts = dict(algo="skimo", args=dict(dataset="scripted"), results=dict(pretraining=dict(data=data)))
+    facts = dict(algo="skimo", args=dict(data="scripted"), results=dict(pretraining=dict(data=data)))
     assert scores.offline_data(facts, tmp_path / "args.json") == "scripted"
 
 
 def test_a_run_that_still_pretrains_is_left_alone(tmp_path, capsys):
     young = tmp_path / "young" / "args.json"
     young.parent.mkdir()
-    young.write_text(json.dumps(dict(exp_name="skimo", env_id="maze", seed=1, num_envs=8)))
+    young.write_text(json.dumps(dict(script="skimo.py", env_id="maze", seed=1, num_envs=8)))
     with pytest.raises(SystemExit, match="young RL has not begun yet"):
         scores.read_cells(tmp_path)
     write_log(tmp_path, "skimo", 1, 0.5)
@@ -535,11 +505,6 @@ def test_runs_of_which_one_stopped_before_the_others_first_episode(tmp_path):
     report.main(report.Args(tmp_path))
     row = next(line for line in (tmp_path / "RESULTS.md").read_text().splitlines() if "| 7,000 |" in line)
     assert "1.00 / –" in row
-
-
-def test_figures_are_small():
-    for path in [scores.RESULTS / "curves.png", *scores.RESULTS.glob("*/curves.png")]:
-        assert path.stat().st_size <= 300_000
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input

@@ -43,7 +43,7 @@ def test_quick_run_of_every_file_writes_every_row(name, tmp_path, capsys):
     names = check_rows(written, capsys.readouterr().out)
 
     text = (ROOT / "algos" / f"{name}.py").read_text()
-    plans = "class Planner" in text
+    plans = "\ndef plan(" in text
     choice = "plan" if plans else "policy"
     expected = ["step, 1 env, no threads", "step, 2 envs, no threads"]
     expected += ["pre-training update, release's sizes"] * (name == "skimo")
@@ -80,23 +80,19 @@ def test_environments_alone_with_one_thread_and_two(env_id, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ALGOS)
-def test_inputs_have_the_shapes_of_a_run(name):
-    """Batches have the replay buffer's own fields, and the mode with graphs has them."""
+def test_inputs_are_those_of_a_run(name):
+    """A batch as the file's first update draws it, as many choices as environments; graphs where they are asked for."""
     algo = speed.load_algorithm(name)
     args = speed.Args(quick=True, **CPU)
-    assert speed.size_args(algo, "kitchen", "graphs", args).cudagraphs
-    config = speed.size_args(algo, "kitchen", "eager", args)
+    assert speed.size_args(algo, "maze", "graphs", args).cudagraphs
+    config = speed.size_args(algo, "maze", "eager", args)
     assert not config.cudagraphs
-    with mock.patch.object(algo.Agent, "update") as update:
-        speed.rl_update(algo, "kitchen", config)()
-    obs, *others = [tuple(values.shape) for values in update.call_args.args]
-    assert obs[0] == 8 and obs[-1] == 30
+    obs, *others = [tuple(values.shape) for values in speed.filled_replay(algo, config)()]
+    assert obs[0] == 8 and obs[-1] == 4
     if name in FLAT:
-        assert others[0] == ((8, 10, 9) if name == "hiro" else (*obs[:-1], 9))  # actions
-    else:
-        N = getattr(config, "num_skills", obs[1])  # a row of SequenceBuffer holds the skill that led to it
-        size = speed.skill_size("kitchen", config)
-        assert (8, size) in others or (8, N, size) in others  # skills
+        assert others[0] == ((8, obs[1] - 1, 2) if name == "hiro" else (*obs[:-1], 2))  # actions
+    chosen = speed.choosing(algo, config, 5)()
+    assert len(chosen[0] if isinstance(chosen, tuple) else chosen) == 5
 
 
 def test_the_releases_sizes():
@@ -108,16 +104,15 @@ def test_the_releases_sizes():
     assert (release.num_samples, release.num_elites, release.cem_iters) == (512, 64, 6)
 
 
-def test_time_is_taken_from_batch_to_batch():
+def test_time_is_taken_from_update_to_update():
     """The first updates, which record, do not count; a block is long enough for the clock."""
-    data = speed.TimedData(mock.MagicMock(), speed.Args(min_seconds=0.3, **CPU))
-    train, _ = data.to("cpu").split(0.99)
+    clock = speed.Clock(speed.Args(min_seconds=0.3, **CPU))
     with pytest.raises(speed.Enough):
         for k in range(10_000):
-            train.sample_windows(8, 11)
+            clock()
             time.sleep(0.1 if k < 4 else 0.005)
-    assert data.block > 1 and len(data.times) >= 5
-    assert 0.005 <= min(data.times) and sorted(data.times)[len(data.times) // 2] < 0.05
+    assert clock.block > 1 and len(clock.times) >= 5
+    assert 0.005 <= min(clock.times) and sorted(clock.times)[len(clock.times) // 2] < 0.05
 
 
 def test_per_second_are_env_steps_of_all_members():
@@ -132,7 +127,7 @@ def test_per_second_are_env_steps_of_all_members():
     algo = speed.load_algorithm("sac")
     config = speed.size_args(algo, "maze", "eager", args)
     with mock.patch.object(algo, "train", return_value=dict(updates=1, rl_minutes=0.1, env_steps=600)):
-        row = speed.time_training(algo, "maze", config, args)
+        row = speed.time_training(algo, config, args)
     assert row["per_second"] == pytest.approx(100) and row["ms"] == pytest.approx(10)
 
 
@@ -152,15 +147,13 @@ def test_the_table_has_eager_beside_graphs():
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (dict(algos=("nothing",)), "--algos nothing is no file in algos/"),
-        (dict(algos=()), "nothing to time"),
+        (dict(algos=("nothing",)), "nothing is no file in algos/"),
         (dict(sizes=(), only=("plan",)), "nothing to time"),
-        (dict(env_id="kitchn"), "--env-id kitchn is no task"),
         (dict(plan_envs=(1, -8)), "--plan-envs needs numbers of at least 1"),
         (dict(step_envs=(0,)), "--step-envs needs numbers of at least 1"),
         (dict(loop_steps=-1), "--loop-steps -1 does not work"),
         (dict(min_seconds=float("nan")), "--min-seconds nan does not work"),
-        (dict(loop_steps=100, only=("loop",)), "ends before the first episode does"),
+        (dict(loop_steps=100, only=("loop",)), "ends before the first update is due"),
     ],
 )
 def test_senseless_flags_are_refused_in_a_sentence(args, words, tmp_path):

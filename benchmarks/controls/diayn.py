@@ -1,8 +1,8 @@
 """Positive controls of algos/diayn.py: a box whose skills can be told apart, and a pendulum that may fall.
 
-    python benchmarks/controls_diayn.py box --out benchmarks/results/studies/diayn/box_seed1.csv
-    python benchmarks/controls_diayn.py pendulum --out benchmarks/results/studies/diayn/pendulum_seed1.csv
-    python benchmarks/controls_diayn.py pendulum --no-log-p-z --env-steps 5000 \\
+    python benchmarks/controls/diayn.py box --out benchmarks/results/studies/diayn/box_seed1.csv
+    python benchmarks/controls/diayn.py pendulum --out benchmarks/results/studies/diayn/pendulum_seed1.csv
+    python benchmarks/controls/diayn.py pendulum --no-log-p-z --env-steps 5000 \\
         --out benchmarks/results/studies/diayn/pendulum_without_seed1.csv
 
 box (the paper's appendix C): a point in [0, 1]^2 begins in the middle and moves by at most 0.1 along each axis in a
@@ -14,29 +14,26 @@ negative, and falling early is the best that a skill can do.
 Both run the whole file as any task of one's own. A JSON beside the csv tells command, commit, machine, arguments.
 """
 
-import argparse
-import csv
-import json
 import sys
-import tempfile
-import time
 from pathlib import Path
 
-import gymnasium
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from algos import diayn
-from benchmarks.provenance import provenance
-from data_tools import TASKS, Task
+from benchmarks.controls import frame
+from data_tools import TASKS, Task, make_envs
 from data_tools.tasks.vector import MemberVectorEnv
 
 GATE = dict(bound=1.8, accuracy=0.9)  # nats of log 10 = 2.30; share of states
 CORNER = np.array([1.0, 0.0])  # of the box; reward 1 for each step that ends less than 0.3 away from it
-COMMON = dict(device="cpu", cudagraphs=False, num_envs=1, skill_dim=10, hidden_dim=128, updates_per_step=1.0)
+COMMON = dict(
+    device="cpu", cudagraphs=False, num_envs=1, skill_dim=10, hidden_dim=128, updates_per_step=1.0, buffer_size=30_000,
+    eval_interval=10**9, eval_episodes=1,
+)  # fmt: skip
 SETTINGS = {
     "box": dict(discover_steps=25_000, total_timesteps=30_000),
     "pendulum": dict(discover_steps=30_000, total_timesteps=30_000),
@@ -48,8 +45,8 @@ class BoxVectorEnv(MemberVectorEnv):
 
     saved = {"position": np.float64, **MemberVectorEnv.saved}
 
-    def __init__(self, num_envs=1, max_episode_steps=100, render_mode=None, autoreset_mode="NextStep"):
-        super().__init__(num_envs, 2, 2, max_episode_steps, render_mode, autoreset_mode)
+    def __init__(self, num_envs: int, max_episode_steps: int = 100, **options):
+        super().__init__(num_envs, 2, 2, max_episode_steps, **options)
         self.position = np.zeros((num_envs, 2))
 
     def begin(self, members):
@@ -64,47 +61,24 @@ class BoxVectorEnv(MemberVectorEnv):
         return self.position.astype(np.float32)
 
 
-class PendulumVectorEnv(MemberVectorEnv):
-    """E of Gymnasium's inverted pendulums; reward 1 for each step before they fall, which ends the episode."""
-
-    def __init__(self, num_envs=1, max_episode_steps=1_000, render_mode=None, autoreset_mode="NextStep"):
-        super().__init__(num_envs, 4, 1, max_episode_steps, render_mode, autoreset_mode)
-        self.envs = [gymnasium.make("InvertedPendulum-v5").unwrapped for _ in range(num_envs)]
-        self.obs = np.zeros((num_envs, 4), dtype=np.float32)
-
-    def begin(self, members):
-        for i in members:
-            self.obs[i], _ = self.envs[i].reset(seed=int(self.rngs[i].integers(2**31)))
-
-    def advance(self, actions, running):
-        rewards = np.zeros(self.num_envs)
-        for i in np.flatnonzero(running):
-            self.obs[i], rewards[i], self.unstable[i], _, _ = self.envs[i].step(3 * actions[i])
-        return rewards, np.zeros(self.num_envs, dtype=bool)
-
-    def observations(self):
-        return self.obs.copy()
-
-
-TASKS["box"] = Task(envs="benchmarks.controls_diayn:BoxVectorEnv", max_return=100.0)
-TASKS["pendulum"] = Task(envs="benchmarks.controls_diayn:PendulumVectorEnv", max_return=1_000.0)
+TASKS["box"] = Task("benchmarks.controls.diayn:BoxVectorEnv", max_return=100.0)
+pendulum = dict(name="InvertedPendulum-v5", max_episode_steps=1_000)
+TASKS["pendulum"] = Task("benchmarks.controls.frame:GymVectorEnv", max_return=1_000.0, env_kwargs=pendulum)
 
 
 def skill_paths(agent, args):
     """An episode of each skill without exploration: observations (T + 1, Z, O), and lengths (Z,) in env steps."""
     z = np.eye(args.skill_dim, dtype=np.float32)
-    envs = diayn.data_tools.make_envs(args.env_id, args.skill_dim)
+    envs = make_envs(args.env_id, args.skill_dim)
     obs, _ = envs.reset(seed=10_000 + args.seed)
     path = [obs]
-    lengths = np.zeros(args.skill_dim, dtype=int)
     ended = np.zeros(args.skill_dim, dtype=bool)
     while not ended.all():
         obs, _, terminations, truncations, _ = envs.step(agent.act(obs, z, explore=False))
         path.append(obs)
-        lengths += ~ended
         ended = terminations | truncations
     envs.close()
-    return np.stack(path), lengths
+    return np.stack(path), envs.steps
 
 
 @torch.no_grad()
@@ -149,65 +123,36 @@ def draw_pendulum(folder: Path, out: Path, seed: int):
     figure.savefig(out, dpi=110)
 
 
-def learn(name: str, seed: int, subtract_log_p_z: bool, env_steps: int | None):
-    """A run: arguments, trained agent, training episodes [env step, return, length, minutes], results."""
-    with tempfile.TemporaryDirectory() as folder:
-        args = diayn.Args(
-            env_id=name,
-            seed=seed,
-            run_dir=folder,
-            buffer_size=30_000,
-            eval_interval=0,
-            eval_episodes=1,
-            subtract_log_p_z=subtract_log_p_z,
-            **COMMON,
-            **SETTINGS[name],
-        )
-        args.total_timesteps = env_steps or args.total_timesteps
-        results = diayn.main(args)
-        (run_dir,) = Path(folder).iterdir()
-        agent = diayn.Agent(args, *diayn.data_tools.env_sizes(name))
-        state = diayn.load(run_dir / "checkpoint.pt", dict(agent=agent))
-    return args, agent, state["episodes"], results
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = frame.parser(__doc__)
     parser.add_argument("name", choices=list(SETTINGS))
-    parser.add_argument("--out", type=Path, required=True, help="csv; JSON and picture are put beside it")
-    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--env-steps", type=int, help="stop early")
     parser.add_argument("--no-log-p-z", action="store_true", help="leave - log p(z) out of the reward")
     given = parser.parse_args()
-    torch.set_num_threads(1)
-    origin = provenance()
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    start = time.time()
-    args, agent, episodes, results = learn(given.name, given.seed, not given.no_log_p_z, given.env_steps)
-    facts = dict(minutes=(time.time() - start) / 60)
-    path, lengths = skill_paths(agent, args)
-    if given.name == "box":
-        header = ("skill", "step", "x", "y")
-        points = np.round(path.astype(float), 4).tolist()
-        rows = [(k, t, *points[t][k]) for k in range(args.skill_dim) for t in range(len(path))]
-        facts["bound"], facts["accuracy"] = told_apart(agent, path)
-        in_control = [value for step, value, _, _ in episodes if step > args.discover_steps]
-        facts |= dict(controller_return=results["evaluations"][-1][1], first_returns_in_control=in_control[:5])
-        facts |= dict(gate=GATE, passed=all(facts[key] > least for key, least in GATE.items()))
-    else:
-        header = ("env_step", "episodic_length", "minutes")
-        rows = [(step, length, minutes) for step, _, length, minutes in episodes]
-        last_20 = [length for _, _, length, _ in episodes[-20:]]
-        longest = max(np.mean([row[2] for row in episodes[i : i + 20]]) for i in range(max(1, len(episodes) - 19)))
-        facts |= dict(last_20_length=float(np.mean(last_20)), best_20_length=float(longest))
-        facts |= dict(longest_training_episode=max(row[2] for row in episodes), skill_lengths=lengths.tolist())
-    with given.out.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
-    facts |= dict(origin, seed=given.seed, env=given.name)
-    facts |= dict(args=vars(args) | dict(run_dir="(temporary)"))
-    given.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+    settings = COMMON | SETTINGS[given.name]
+    if given.env_steps:
+        settings["total_timesteps"] = given.env_steps
+    args = diayn.Args(**settings, env_id=given.name, seed=given.seed, subtract_log_p_z=not given.no_log_p_z)
+    with frame.record(given.out) as facts:
+        results, agent, episodes, _ = frame.train(diayn, args)
+        path, lengths = skill_paths(agent, args)
+        if given.name == "box":
+            header = ("skill", "step", "x", "y")
+            points = np.round(path.astype(float), 4).tolist()
+            rows = [(k, t, *points[t][k]) for k in range(args.skill_dim) for t in range(len(path))]
+            facts["bound"], facts["accuracy"] = told_apart(agent, path)
+            in_control = [value for step, value, _, _ in episodes if step > args.discover_steps]
+            facts |= dict(controller_return=results["evaluations"][-1][1], first_returns_in_control=in_control[:5])
+            facts |= dict(gate=GATE, passed=all(facts[key] > least for key, least in GATE.items()))
+        else:
+            header = ("env_step", "episodic_length", "minutes")
+            rows = [(int(step), int(length), minutes) for step, _, length, minutes in episodes]
+            trained = episodes[:, 2]
+            best = max(trained[i : i + 20].mean() for i in range(max(1, len(trained) - 19)))
+            facts |= dict(last_20_length=float(trained[-20:].mean()), best_20_length=float(best))
+            facts |= dict(longest_training_episode=int(trained.max()), skill_lengths=lengths.tolist())
+        frame.write_csv(given.out, header, rows)
+        facts |= dict(seed=given.seed, env=given.name, args=vars(args))
     if given.name == "box":
         title = f"{args.skill_dim} skills: {facts['bound']:.2f} of {np.log(args.skill_dim):.2f} nats"
         draw_box(given.out, given.out.with_suffix(".png"), title)

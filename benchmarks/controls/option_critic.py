@@ -1,6 +1,6 @@
 """The figure of the Option-Critic paper: options and a plain actor-critic in four rooms, whose goal moves half-way.
 
-    python benchmarks/four_rooms.py --out benchmarks/results/studies/option_critic/four_rooms_seed1.csv
+    python benchmarks/controls/option_critic.py --out benchmarks/results/studies/option_critic/four_rooms_seed1.csv
 
 Runs algos/option_critic.py's tables with four options and with one, which is a plain actor-critic. The csv has the mean
 steps of each episode over all runs; the picture beside it shows them with the fewest possible, by value iteration; the
@@ -8,9 +8,6 @@ JSON has command, commit, machine and what is asked: under 20 steps before the g
 quarter of the steps that the one option takes.
 """
 
-import argparse
-import csv
-import json
 import sys
 import time
 from dataclasses import asdict
@@ -19,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from algos import option_critic
-from benchmarks.provenance import provenance
+from benchmarks.controls import frame
 
 WINDOWS = {
     "first 10": (0, 10),
@@ -49,38 +46,30 @@ def draw(table: Path, out: Path, fewest):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="csv; JSON and picture are put beside it")
-    parser.add_argument("--seed", type=int, default=1)
+    parser = frame.parser(__doc__)
     parser.add_argument("--num-runs", type=int, default=20)
     given = parser.parse_args()
-    origin = provenance()
     args = option_critic.Args(seed=given.seed, num_runs=given.num_runs, four_rooms=True)
     transitions = option_critic.four_rooms(args.paper_slip)
     later = [option_critic.mean_fewest_steps(transitions, goal) for goal in option_critic.LATER_GOALS]
     fewest = option_critic.mean_fewest_steps(transitions, option_critic.FIRST_GOAL), float(np.mean(later))
-    facts = dict(fewest_before=fewest[0], fewest_after=fewest[1])
     columns = []
-    for num_options, name in ((4, "four_options"), (1, "one_option")):
-        start = time.time()
-        cpu_start = time.process_time()
-        steps, choices = option_critic.learn_four_rooms(args, num_options)
-        columns.append(steps.mean(0))
-        facts[name] = {label: float(steps[:, slice(*window)].mean()) for label, window in WINDOWS.items()}
-        facts[name]["worst of the runs, last 100"] = float(steps[:, 1_900:].mean(1).max())
-        facts[name]["mean option length"] = float(steps.sum() / choices.sum())
-        facts[name] |= dict(minutes=(time.time() - start) / 60, cpu_minutes=(time.process_time() - cpu_start) / 60)
-        print(name, {key: round(value, 2) for key, value in facts[name].items()}, flush=True)
-    before = facts["four_options"]["last 100 before the goal moves"]
-    share = facts["four_options"]["last 100"] / facts["one_option"]["last 100"]
-    facts |= dict(share_of_the_one_option=share, passed=before < 20 and share < 0.25)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    with given.out.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("episode", "four_options", "one_option"))
-        writer.writerows(zip(range(args.num_episodes), *columns))
-    facts |= dict(origin, args=asdict(args))
-    given.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+    with frame.record(given.out) as facts:
+        facts |= dict(fewest_before=fewest[0], fewest_after=fewest[1])
+        for num_options, name in ((4, "four_options"), (1, "one_option")):
+            start = time.time()
+            steps, choices = option_critic.learn_four_rooms(args, num_options)
+            columns.append(steps.mean(0))
+            facts[name] = {label: float(steps[:, slice(*window)].mean()) for label, window in WINDOWS.items()}
+            facts[name]["worst of the runs, last 100"] = float(steps[:, 1_900:].mean(1).max())
+            facts[name]["mean option length"] = float(steps.sum() / choices.sum())
+            facts[name]["minutes"] = (time.time() - start) / 60
+            print(name, {key: round(value, 2) for key, value in facts[name].items()}, flush=True)
+        before = facts["four_options"]["last 100 before the goal moves"]
+        share = facts["four_options"]["last 100"] / facts["one_option"]["last 100"]
+        facts |= dict(share_of_the_one_option=share, passed=before < 20 and share < 0.25, args=asdict(args))
+        rows = zip(range(args.num_episodes), *columns)
+        frame.write_csv(given.out, ("episode", "four_options", "one_option"), rows)
     draw(given.out, given.out.with_suffix(".png"), fewest)
     print(f"share of the one option's steps {share:.2f}; {'passed' if facts['passed'] else 'NOT passed'}")
 

@@ -1,7 +1,7 @@
 """Positive control of algos/hiro.py: a point learns to reach random goals in an open maze; and pictures of goals.
 
-    python benchmarks/controls_hiro.py --out benchmarks/results/studies/hiro/open_maze_seed1.csv --seed 1
-    python benchmarks/controls_hiro.py --checkpoint runs/FOLDER/checkpoint.pt --out goals.png     # of a run in our maze
+    python benchmarks/controls/hiro.py --out benchmarks/results/studies/hiro/open_maze_seed1.csv --seed 1
+    python benchmarks/controls/hiro.py --checkpoint runs/FOLDER/checkpoint.pt --out goals.png     # of a run in our maze
 
 The file's own `train` runs on a task of 20 lines. The csv has a row per evaluation: 200 episodes without noise, with
 the same starts and goals each time. The JSON beside it tells command, commit, machine, arguments, the best and the last
@@ -9,13 +9,7 @@ evaluation, and what uniform actions reach on the same episodes. The picture bes
 level gave along the way: arrows start where the point was and end where it was sent.
 """
 
-import argparse
-import csv
-import json
 import sys
-import tempfile
-import threading
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,12 +17,12 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-import data_tools
 from algos import hiro
-from benchmarks.provenance import provenance
-from data_tools.files import imported
+from benchmarks.controls import frame
+from data_tools import TASKS, Task, env_sizes, make_envs
+from data_tools.files import imported, write_atomically
 from data_tools.tasks.vector import MemberVectorEnv
 
 GATE = 0.8  # success that the last policy needs
@@ -48,8 +42,8 @@ class OpenMazeVectorEnv(MemberVectorEnv):
 
     saved = {"position": np.float64, "target": np.float64, **MemberVectorEnv.saved}
 
-    def __init__(self, num_envs=1, max_episode_steps=100, render_mode=None, autoreset_mode="NextStep"):
-        super().__init__(num_envs, 4, 2, max_episode_steps, render_mode, autoreset_mode)
+    def __init__(self, num_envs: int, max_episode_steps: int = 100, **options):
+        super().__init__(num_envs, 4, 2, max_episode_steps, **options)
         self.position = np.zeros((num_envs, 2))
         self.target = np.zeros((num_envs, 2))
 
@@ -72,37 +66,26 @@ class OpenMazeVectorEnv(MemberVectorEnv):
 
 
 # Ten steps at full speed go 2.0, that is 0.4 in the observation
-data_tools.TASKS["open-maze"] = data_tools.Task(envs="benchmarks.controls_hiro:OpenMazeVectorEnv", max_return=1.0)
+TASKS["open-maze"] = Task(envs="benchmarks.controls.hiro:OpenMazeVectorEnv", max_return=1.0)
 hiro.GOAL_RANGE["open-maze"] = [0.4, 0.4]
-
-
-class Scalars:
-    """In place of TensorBoard's writer: keeps the last value of each curve."""
-
-    def __init__(self):
-        self.last = {}
-
-    def add_scalar(self, name, value, step):
-        self.last[name] = float(value)
 
 
 def record_goals(agent, args, seed: int, episodes: int):
     """Episodes without noise. Returns observations (T+1, E, O), goals (T, E, G) in their units, and lengths (E,)."""
-    envs = data_tools.make_envs(args.env_id, episodes)
-    levels = hiro.TwoLevels(agent, episodes, envs.single_action_space.shape[0], explore=False)
+    envs = make_envs(args.env_id, episodes)
     obs, _ = envs.reset(seed=seed)
     path = [obs]
     goals = []
-    lengths = np.zeros(episodes, dtype=int)
+    place = goal = torch.zeros(episodes, agent.goal_dim)
     ended = np.zeros(episodes, dtype=bool)
     while not ended.all():
-        obs, _, terminations, truncations, _ = envs.step(levels(obs))
+        action, place, goal = agent.act(obs, envs.steps, place, goal, explore=False)
+        obs, _, terminations, truncations, _ = envs.step(action)
         path.append(obs)
-        goals.append((levels.goal * agent.goal_unit).cpu().numpy())
-        lengths += ~ended
+        goals.append((goal * agent.goal_unit).numpy())
         ended = terminations | truncations
     envs.close()
-    return np.stack(path), np.stack(goals), lengths
+    return np.stack(path), np.stack(goals), envs.steps
 
 
 def draw_goals(agent, args, path: Path, seed: int):
@@ -111,7 +94,7 @@ def draw_goals(agent, args, path: Path, seed: int):
     Returns the share of the way to the goals that all episodes covered, without noise.
     """
     obs, goals, lengths = record_goals(agent, args, seed, 12)
-    draw_map = data_tools.TASKS[args.env_id].draw_map
+    draw_map = TASKS[args.env_id].draw_map
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     for axes, e in zip(figure.subplots(1, 3), np.argsort(-lengths, kind="stable")):
         if draw_map:
@@ -133,77 +116,46 @@ def draw_goals(agent, args, path: Path, seed: int):
             axes.set_ylim((y.max() + y.min()) / 2 + reach, (y.max() + y.min()) / 2 - reach)
         axes.set_aspect("equal")
         axes.set_title(f"{lengths[e]} env steps, {len(starts)} goals")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
+    write_atomically(path, lambda part: figure.savefig(part, dpi=90))
 
     given = 0.0
     left = 0.0
     for e, length in enumerate(lengths):
         for t in range(0, length, args.goal_steps):
             end = min(t + args.goal_steps, length)
-            goal = goals[t, e]
-            unit = agent.goal_unit.cpu().numpy()
-            entries = agent.goal_entries.cpu().numpy()
-            change = (obs[end, e] - obs[t, e])[entries]
-            given += np.linalg.norm(goal / unit)
-            left += np.linalg.norm((goal - change) / unit)
+            change = (obs[end, e] - obs[t, e])[agent.goal_entries]
+            given += np.linalg.norm(goals[t, e] / agent.goal_unit.numpy())
+            left += np.linalg.norm((goals[t, e] - change) / agent.goal_unit.numpy())
     return float(1 - left / given)
 
 
-def uniform_success(args, action_dim: int = 2) -> float:
+def uniform_success(args) -> float:
     """What uniform actions reach on the episodes of the evaluations."""
-    returns, _ = hiro.rollout(
-        lambda obs: 2 * torch.rand(len(obs), action_dim).numpy() - 1, args.eval_episodes, args, 10_000 + args.seed
-    )
-    return hiro.success(returns, args)
+    envs = make_envs(args.env_id, args.eval_episodes)
+    envs.reset(seed=10_000 + args.seed)
+    rng = np.random.default_rng(args.seed)
+    ended = np.zeros(args.eval_episodes, dtype=bool)
+    while not ended.all():
+        _, _, terminations, truncations, _ = envs.step(rng.uniform(-1, 1, envs.action_space.shape))
+        ended = terminations | truncations
+    return TASKS[args.env_id].success(envs.returns)
 
 
 def control(given):
     """Train, and write csv, JSON and picture."""
-    args = hiro.Args(**SETTINGS, seed=given.seed, correction=given.correction)
-    if given.env_steps:
-        args.total_timesteps = given.env_steps
-    origin = provenance()
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    scalars = Scalars()
-    start = time.time()
-    cpu_start = time.process_time()
-    rows = []
-    rollout = hiro.rollout
-
-    def logged(*inputs):
-        returns, lengths = rollout(*inputs)
-        minutes = (time.process_time() - cpu_start) / 60
-        rows.append([hiro.success(returns, args), returns.mean(), scalars.last.get("charts/success"), minutes])
-        return returns, lengths
-
-    hiro.rollout = logged
-    with tempfile.TemporaryDirectory() as folder:
-        results = hiro.train(args, Path(folder), scalars, threading.Event())
-        hiro.rollout = rollout
-        agent = hiro.Agent(args, 4, 2)
-        hiro.load(Path(folder) / "checkpoint.pt", dict(agent=agent))
-    steps = [step for step, _, _ in results["evaluations"]]
-    with given.out.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("env_step", "success", "mean_return", "training_success", "cpu_minutes"))
-        for step, row in zip(steps, rows):
-            writer.writerow((step, *("" if value is None else round(float(value), 4) for value in row)))
-    successes = [row[0] for row in rows]
-    facts = dict(
-        **origin,
-        env="open maze, 10 x 10, random starts and goals",
-        best_success=max(successes),
-        last_success=successes[-1],
-        uniform_success=uniform_success(args),
-        goal_progress=results["goal_progress"],  # with exploration
-        gate=GATE,
-        passed=successes[-1] > GATE,
-        minutes=(time.time() - start) / 60,
-        cpu_minutes=(time.process_time() - cpu_start) / 60,
-        args=asdict(args),
-    )
-    given.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+    settings = SETTINGS | (dict(total_timesteps=given.env_steps) if given.env_steps else {})
+    args = hiro.Args(**settings, seed=given.seed, correction=given.correction)
+    with frame.record(given.out) as facts:
+        results, agent, episodes, _ = frame.train(hiro, args)
+        rows = []
+        for step, mean, success in results["evaluations"]:
+            training = TASKS[args.env_id].success(episodes[episodes[:, 0] <= step, 1][-100:])
+            rows.append((step, round(success, 4), round(mean, 4), round(training, 4)))
+        frame.write_csv(given.out, ("env_step", "success", "mean_return", "training_success"), rows)
+        successes = [row[1] for row in rows]
+        facts |= dict(env="open maze, 10 x 10, random starts and goals", uniform_success=uniform_success(args))
+        facts |= dict(best_success=max(successes), last_success=successes[-1], gate=GATE, passed=successes[-1] > GATE)
+        facts |= dict(goal_progress=results["goal_progress"], args=asdict(args))  # with exploration
     draw_goals(agent, args, given.out.with_suffix(".png"), 10_000 + args.seed)
     words = "learnt" if facts["passed"] else "NOT learnt"
     print(
@@ -212,20 +164,16 @@ def control(given):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="csv; JSON and picture are put beside it")
-    parser.add_argument("--seed", type=int, default=1)
+    parser = frame.parser(__doc__)
     parser.add_argument("--env-steps", type=int, help="instead of 40,000")
     parser.add_argument("--no-correction", dest="correction", action="store_false", help="without eq. 5")
     parser.add_argument("--checkpoint", type=Path, help="only draw the goals of this agent, into --out (png)")
     given = parser.parse_args()
-    torch.set_num_threads(1)
     if not given.checkpoint:
         return control(given)
-    with hiro.reading(given.checkpoint):
-        args = hiro.Args(**hiro.load(given.checkpoint, {})["args"] | dict(device="cpu", cudagraphs=False))
-        agent = hiro.Agent(args, *data_tools.env_sizes(args.env_id))
-        hiro.load(given.checkpoint, dict(agent=agent))
+    args = hiro.Args(**hiro.load(given.checkpoint, {})["args"] | dict(device="cpu", cudagraphs=False))
+    agent = hiro.Agent(args, *env_sizes(args.env_id))
+    hiro.load(given.checkpoint, dict(agent=agent))
     share = draw_goals(agent, args, given.out, 10_000 + given.seed)
     print(f"{args.env_id}: without noise {share:.2f} of the way to the goals is covered, in twelve episodes")
 

@@ -1,7 +1,7 @@
 """Positive control of algos/lsp.py: skills come to mean directions, for a point that moves by its action, in the maze.
 
-    python benchmarks/controls_lsp.py --out benchmarks/results/studies/controls/lsp_point_seed1.csv
-    python benchmarks/controls_lsp.py --task maze --out benchmarks/results/studies/controls/lsp_maze_seed1.csv
+    python benchmarks/controls/lsp.py --out benchmarks/results/studies/controls/lsp_point_seed1.csv
+    python benchmarks/controls/lsp.py --task maze --out benchmarks/results/studies/controls/lsp_maze_seed1.csv
 
 Without reward, the agent of the file learns from windows of uniform actions: of a point in the plane, o' = o + a, or of
 500 env steps in each of 8 environments of the maze. The csv has the bound on the mutual information, in nats and in
@@ -10,10 +10,7 @@ GATE, and a check outside of imagination: the share of the variance of end posit
 they act as in training, before learning and after. The PNG shows these paths, one colour per skill.
 """
 
-import argparse
-import json
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,11 +18,12 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-import data_tools
 from algos import lsp
-from benchmarks.provenance import provenance
+from benchmarks.controls import frame
+from data_tools import make_envs
+from data_tools.files import write_atomically
 
 GATE = 1.0  # nats
 REPEATS = 8  # paths of each skill
@@ -57,7 +55,7 @@ def point_windows(args):
 
 def maze_windows(args):
     """Returns a function that gives windows of uniform actions in the maze."""
-    envs = data_tools.make_envs(args.env_id, args.num_envs)
+    envs = make_envs(args.env_id, args.num_envs)
     obs, _ = envs.reset(seed=args.seed)
     rb = lsp.SequenceBuffer(*SIZES["maze"], args.batch_length, args)
     rb.begin(obs, np.ones(args.num_envs, dtype=bool))
@@ -100,15 +98,16 @@ def skill_paths(task: str, args, agent):
     axes = 2 * torch.eye(args.skill_dim)
     skills = torch.cat([axes, -axes])
     z = skills.repeat_interleave(REPEATS, 0)  # (E, Z)
-    policy = lsp.Filter(agent, len(z), 2, explore=True)
-    policy.choose_skills = lambda due: None  # they stay
-    policy.z = z
+    age = torch.ones(len(z), 1)  # no skill is over
+    memory = agent.new_memory(len(z))
     torch.manual_seed(1)
-    envs = Point(len(z)) if task == "point" else data_tools.make_envs(args.env_id, len(z))
+    envs = Point(len(z)) if task == "point" else make_envs(args.env_id, len(z))
     obs, _ = envs.reset(seed=1)
     positions = [obs[:, :2]]
     for _ in range(args.skill_horizon):
-        obs = envs.step(policy(obs))[0]
+        h, s, action, _, plan, _ = memory
+        action, memory = agent.act(obs, [h, s, action, z, plan, age], explore=True)
+        obs = envs.step(action)[0]
         positions.append(obs[:, :2])
     ways = np.stack(positions) - positions[0]
     return skills, ways.reshape(-1, len(skills), REPEATS, 2)
@@ -136,45 +135,30 @@ def draw(skills, paths, information, share: float, path: Path):
     right.legend(fontsize="small")
     right.set_aspect("equal")
     right.set_title(f"10 env steps of each skill, with noise\nskills explain {share:.0%}", fontsize="medium")
-    figure.savefig(path, dpi=100, bbox_inches="tight")
+    write_atomically(path, lambda part: figure.savefig(part, dpi=100, bbox_inches="tight"))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = frame.parser(__doc__)
     parser.add_argument("--task", choices=SETTINGS, default="point")
-    parser.add_argument("--out", type=Path, required=True, help="csv; JSON and PNG are put beside it")
     parser.add_argument("--updates", type=int, default=600)
-    parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
-    torch.set_num_threads(1)
-    origin = provenance()
     args = lsp.Args(**SETTINGS[given.task], seed=given.seed)
-    start = time.process_time()
-    torch.manual_seed(args.seed)
-    agent = lsp.Agent(args, *SIZES[given.task])
-    sample = (point_windows if given.task == "point" else maze_windows)(args)
-    _, paths = skill_paths(given.task, args, agent)
-    share_before = explained(paths[-1])
-    torch.manual_seed(args.seed)
-    information = learn(agent, sample, given.updates)
-    minutes = (time.process_time() - start) / 60
-    skills, paths = skill_paths(given.task, args, agent)
-    share = explained(paths[-1])
-    last = float(np.mean(information[-20:]))
-    facts = dict(
-        **origin,
-        last_20_nats=last,
-        gate=GATE,
-        passed=last > GATE,
-        explained_before=share_before,
-        explained=share,
-        cpu_minutes=minutes,
-        args=asdict(args),
-    )
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    rows = [f"{k + 1},{value:.4f}" for k, value in enumerate(information)]
-    given.out.write_text("\n".join(["update,skill_information", *rows]) + "\n")
-    given.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+    with frame.record(given.out) as facts:
+        torch.manual_seed(args.seed)
+        agent = lsp.Agent(args, *SIZES[given.task])
+        sample = (point_windows if given.task == "point" else maze_windows)(args)
+        _, paths = skill_paths(given.task, args, agent)
+        share_before = explained(paths[-1])
+        torch.manual_seed(args.seed)
+        information = learn(agent, sample, given.updates)
+        skills, paths = skill_paths(given.task, args, agent)
+        share = explained(paths[-1])
+        last = float(np.mean(information[-20:]))
+        facts |= dict(last_20_nats=last, gate=GATE, passed=last > GATE)
+        facts |= dict(explained_before=share_before, explained=share, args=asdict(args))
+        rows = [(k + 1, f"{value:.4f}") for k, value in enumerate(information)]
+        frame.write_csv(given.out, ("update", "skill_information"), rows)
     draw(skills, paths, information, share, given.out.with_suffix(".png"))
     words = f"skills explain {share:.0%} of where they end, before learning {share_before:.0%}"
     print(f"last 20 updates: {last:.2f} nats; {words}")

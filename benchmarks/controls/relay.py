@@ -1,7 +1,7 @@
 """Relay's policies on compound goals of the kitchen: sub-tasks in order and in any order, and a picture of subgoals.
 
-    python benchmarks/relay_goals.py RUN_OR_MODEL --out runs/goals.json                    # a checkpoint.pt or a model
-    python benchmarks/relay_goals.py RUN_OR_MODEL --out runs/goals.json --picture subgoals.png
+    python benchmarks/controls/relay.py RUN_OR_MODEL --out runs/goals.json              # a checkpoint.pt or a model
+    python benchmarks/controls/relay.py RUN_OR_MODEL --out runs/goals.json --picture subgoals.png
 
 Goals are the two tasks and, of the 24 sets of four sub-tasks that people demonstrated, 17 that a fixed seed draws, as
 many as in the paper's table 1 (which ones it took is not known). Each goal is a task of its own for the simulator: what
@@ -9,25 +9,20 @@ counts in order is that of the demonstrations. RUN_OR_MODEL was trained in one o
 the checkpoint or, for a pre-trained model, are the file's defaults with --flat.
 """
 
-import copy
-import json
 import sys
-import time
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
-import torch
-import tyro
-from gymnasium.vector import AutoresetMode
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+import data_tools
 from algos import relay
-from benchmarks.pictures import Recorder, save_figure
-from benchmarks.provenance import provenance
+from benchmarks.controls import frame
+from benchmarks.pictures import save_figure, traced_rollout
 from data_tools.tasks import kitchen
 
 # First letters of microwave, kettle, bottom burner, top burner, light switch, slide cabinet, hinge cabinet.
@@ -37,17 +32,6 @@ DEMONSTRATED = (
 ).split()
 LETTERS = {name[0]: name for name in kitchen.ELEMENTS}
 TASKS = {"kitchen": kitchen.SUBTASKS["kitchen"], "kitchen-misaligned": kitchen.SUBTASKS["kitchen-misaligned"]}
-
-
-@dataclass
-class Args:
-    path: tyro.conf.Positional[Path]  # checkpoint or pre-trained model
-    out: Path  # JSON
-    flat: bool = False  # the pre-trained model has one level
-    task_episodes: int = 40  # episodes of each task
-    episodes: int = 4  # episodes of each of the 17 goals (0: the tasks only)
-    seed: int = 1_000  # of the episodes
-    picture: Path | None = None  # where to draw subgoals of an episode of the Kitchen task
 
 
 def compound_goals() -> dict[str, tuple[str, ...]]:
@@ -62,45 +46,30 @@ def entries(subtasks) -> dict[int, float]:
     return {entry: value for pair in pairs for entry, value in pair}
 
 
-def load(given: Args):
-    """Networks on the CPU and their arguments."""
-    with relay.reading(given.path):
-        state = relay.load(given.path, {})
-        args = relay.Args(**state["args"]) if "args" in state else relay.Args(env_id="kitchen", flat=given.flat)
-        args.device = "cpu"
-        args.cudagraphs = False
-        networks = relay.make_networks(args, 30, 9)
-        if "agent" in state:
-            relay.load(given.path, dict(agent=relay.Agent(args, networks)))
-        else:
-            relay.load(given.path, dict(networks=networks))
-    return networks.eval(), args
+def load(path: Path, flat: bool):
+    """Agent on the CPU and its arguments."""
+    state = relay.load(path, {})
+    args = relay.Args(**state.get("args", dict(env_id="kitchen", flat=flat)) | dict(device="cpu", cudagraphs=False))
+    networks = relay.make_networks(args)
+    if "agent" not in state:
+        relay.load(path, dict(networks=networks))
+    agent = relay.Agent(args, networks)
+    if "agent" in state:
+        relay.load(path, dict(agent=agent))
+    return agent, args
 
 
-def episodes(networks, args, subtasks, number: int, seed: int):
+def episodes(agent, args, subtasks, number: int, seed: int):
     """Roll-outs of the file itself: sub-tasks in order (E,), in any order (E,), subgoals (E, n, O), trace."""
-    recorders = []
-    subgoals = []
-
-    def make_envs(env_id, num_envs, video=None):
-        envs = kitchen.KitchenVectorEnv(num_envs, subtasks, autoreset_mode=AutoresetMode.DISABLED)
-        recorders.append(Recorder(envs))
-        return recorders[0]
-
-    def choose_skill(obs):
-        subgoals.append(relay.choose_subgoal(networks, obs, args))
-        return subgoals[-1]
-
-    low = copy.deepcopy(networks["low"])
+    task = replace(data_tools.TASKS[args.env_id], env_kwargs=dict(task=subtasks))
     with (
-        mock.patch.object(relay.data_tools, "make_envs", make_envs),
+        mock.patch.dict(data_tools.TASKS, {args.env_id: task}),
         mock.patch.dict(relay.GOALS, {args.env_id: entries(subtasks)}),
     ):
-        returns, _ = relay.rollout(choose_skill, low, number, args, seed)
-    trace = recorders[0].arrays()
+        returns, subgoals, trace = traced_rollout(relay, agent, args, number, seed)
     done = kitchen.elements_complete(trace[0])  # frozen members repeat their last observation
     any_order = sum(done[name].any(0) for name in subtasks)
-    return returns, any_order, torch.stack(subgoals, 1).numpy(), trace
+    return returns, any_order, subgoals.numpy(), trace
 
 
 def draw_subgoals(z, obs, subtasks, H: int, path: Path):
@@ -134,34 +103,36 @@ def draw_subgoals(z, obs, subtasks, H: int, path: Path):
     save_figure(figure, path)
 
 
-def main(given: Args) -> dict:
-    origin = provenance()
-    networks, args = load(given)
-    torch.set_num_threads(1)
-    start = time.time()
-    scores = {}
-    for name, subtasks in compound_goals().items():
-        number = given.task_episodes if name in TASKS else given.episodes
-        if number == 0:
-            continue
-        in_order, any_order, z, trace = episodes(networks, args, subtasks, number, given.seed)
-        scores[name] = dict(in_order=float(in_order.mean()), any_order=float(any_order.mean()), episodes=number)
-        scores[name]["std_in_order"] = float(in_order.std())
-        scores[name]["all_done_any_order"] = float((any_order == 4).mean())
-        print(f"{name:20}", " ".join(f"{key} {value:.2f}" for key, value in scores[name].items()), flush=True)
-        if name == "kitchen" and given.picture:
-            best = int(np.argsort(in_order)[len(in_order) // 2])  # an episode of middling return
-            draw_subgoals(z[best], trace[0][:, best], subtasks, args.skill_horizon, given.picture)
-    demonstrated = [scores[name] for name in scores if name not in TASKS]
-    keys = ("in_order", "any_order", "all_done_any_order") if demonstrated else ()
-    means = {key: float(np.mean([score[key] for score in demonstrated])) for key in keys}
-    facts = dict(origin, flat=args.flat, trained=vars(args))
-    facts |= dict(minutes=(time.time() - start) / 60, demonstrated=means, goals=scores)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(facts, indent=1) + "\n")
+def main():
+    parser = frame.parser(__doc__)
+    parser.set_defaults(seed=1_000)  # of the episodes
+    parser.add_argument("path", type=Path, help="checkpoint or pre-trained model")
+    parser.add_argument("--flat", action="store_true", help="the pre-trained model has one level")
+    parser.add_argument("--task-episodes", type=int, default=40, help="of each task")
+    parser.add_argument("--episodes", type=int, default=4, help="of each of the 17 goals (0: the tasks only)")
+    parser.add_argument("--picture", type=Path, help="where to draw subgoals of an episode of the Kitchen task")
+    given = parser.parse_args()
+    with frame.record(given.out) as facts:
+        agent, args = load(given.path, given.flat)
+        scores = {}
+        for name, subtasks in compound_goals().items():
+            number = given.task_episodes if name in TASKS else given.episodes
+            if number == 0:
+                continue
+            in_order, any_order, z, trace = episodes(agent, args, subtasks, number, given.seed)
+            scores[name] = dict(in_order=float(in_order.mean()), any_order=float(any_order.mean()), episodes=number)
+            scores[name]["std_in_order"] = float(in_order.std())
+            scores[name]["all_done_any_order"] = float((any_order == 4).mean())
+            print(f"{name:20}", " ".join(f"{key} {value:.2f}" for key, value in scores[name].items()), flush=True)
+            if name == "kitchen" and given.picture:
+                best = int(np.argsort(in_order)[len(in_order) // 2])  # an episode of middling return
+                draw_subgoals(z[best], trace[0][:, best], subtasks, args.skill_horizon, given.picture)
+        demonstrated = [scores[name] for name in scores if name not in TASKS]
+        keys = ("in_order", "any_order", "all_done_any_order") if demonstrated else ()
+        means = {key: float(np.mean([score[key] for score in demonstrated])) for key in keys}
+        facts |= dict(flat=args.flat, trained=vars(args), demonstrated=means, goals=scores)
     print("17 demonstrated sets:", " ".join(f"{key} {value:.2f}" for key, value in means.items()))
-    return facts
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main()

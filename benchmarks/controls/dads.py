@@ -1,6 +1,6 @@
-"""Positive control of dads.py: in an open hall its skills go all ways, and plans over them reach near goals.
+"""Positive control of algos/dads.py: in an open hall its skills go all ways, and plans over them reach near goals.
 
-    python benchmarks/skill_control.py --out benchmarks/results/studies/dads/hall_seed1.csv
+    python benchmarks/controls/dads.py --out benchmarks/results/studies/dads/hall_seed1.csv
 
 Phase A is the file's own `train`, in a maze without its inner walls. Then nothing is learnt any more, and goals 3 cells
 away, which nothing had told it, are reached by its planner with minus the distance as score. The csv has what was
@@ -12,49 +12,25 @@ logged in training, a JSON beside it the measurements and the verdict:
   reached, ...            share of 16 goals that came nearer than half a cell within 200 env steps
 """
 
-import argparse
-import csv
 import json
 import sys
-import tempfile
-import threading
-import time
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-import data_tools
-import data_tools.tasks.maze as maze
 from algos import dads
-from benchmarks.provenance import provenance
+from benchmarks.controls import frame
+from data_tools import make_envs
+from data_tools.tasks import maze
 
 MIDDLE = (20, 20)
 STEPS = 200  # env steps of an episode
 DISTANCE = 3.0  # of goals, in cells
 NEAR = 0.5  # cells
-
-
-class Log:
-    """In place of TensorBoard's writer: the curves, by env step."""
-
-    def __init__(self):
-        self.rows = {}
-
-    def add_scalar(self, name, value, step):
-        self.rows.setdefault(step, {})[name] = float(value)
-
-
-def learn(args, folder: Path):
-    """Phase A; returns the agent and what was logged in it."""
-    log = Log()
-    dads.train(args, folder, log, threading.Event())
-    agent = dads.Agent(args, 4, 2)
-    dads.load(folder / "checkpoint.pt", dict(agent=agent))
-    return agent, log.rows
 
 
 def circle(n: int):
@@ -79,7 +55,7 @@ def headings(agent, args) -> dict:
 
 def visited(choose_action, seed: int) -> int:
     """Different cells visited by 64 episodes."""
-    envs = data_tools.make_envs("maze", 64)
+    envs = make_envs("maze", 64)
     obs, _ = envs.reset(seed=seed)
     cells = set()
     for _ in range(STEPS):
@@ -91,16 +67,19 @@ def visited(choose_action, seed: int) -> int:
 
 def reached(agent, args, seed: int, plans: bool) -> float:
     """Share of 16 goals around the starts that came near; skills last skill_horizon env steps."""
-    envs = data_tools.make_envs("maze", 16)
+    envs = make_envs("maze", 16)
     obs, _ = envs.reset(seed=seed)
     goal = torch.from_numpy(obs[:, :2] + DISTANCE * circle(16))[:, None]  # (E, 1, 2)
-    agent.score = lambda x, x_later: -(x_later - goal).norm(dim=-1)
+
+    def score(x, x_later):
+        return -(x_later - goal).norm(dim=-1)
+
     nearest = np.full(16, np.inf)
     for t in range(STEPS):
         if t % args.skill_horizon == 0:
             z = 2 * torch.rand(16, 2).numpy() - 1
             if plans:
-                z = dads.plan(agent.dynamics, agent.score, torch.from_numpy(obs[:, :2]), args)[:, 0].numpy()
+                z = dads.plan(agent.dynamics, score, torch.from_numpy(obs[:, :2]), args)[:, 0].numpy()
         obs, *_ = envs.step(agent.act(np.concatenate([obs, z], 1), explore=False))
         nearest = np.minimum(nearest, np.linalg.norm(obs[:, :2] - goal[:, 0].numpy(), axis=1))
     envs.close()
@@ -130,48 +109,30 @@ def verdict(facts: dict) -> bool:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="csv of what is logged; a JSON is put beside it")
+    parser = frame.parser(__doc__)
     parser.add_argument("--env-steps", type=int, default=150_000)
-    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--picture", type=Path, help="where skills lead, PNG")
     given = parser.parse_args()
-    torch.set_num_threads(1)
     hall = np.pad(np.zeros((40, 40), dtype=bool), 1, constant_values=True)
     maze.make_layout = lambda: hall
     maze.START = MIDDLE
-    origin = provenance()
-    steps = given.env_steps
-    args = dads.Args(**dads.TASK_DEFAULTS["maze"], seed=given.seed, device="cpu", cudagraphs=False)
-    args.total_timesteps = steps
-    args.discover_steps = steps
-    args.eval_interval = 0
+    args = dads.parse_args(["--env-id", "maze", "--seed", str(given.seed), "--device", "cpu"])
+    args.total_timesteps = args.discover_steps = given.env_steps
+    args.eval_interval = 10**9
     args.eval_episodes = 1
-    start = time.time()
-    cpu_start = time.process_time()
-    with tempfile.TemporaryDirectory() as folder:
-        agent, rows = learn(args, Path(folder))
-    facts = measure(agent, args)
-    rewards = [row["losses/intrinsic_reward"] for row in rows.values() if "losses/intrinsic_reward" in row]
-    facts |= dict(intrinsic_reward=rewards[-1] if rewards else None)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    columns = sorted({name for row in rows.values() for name in row if not name.startswith(("charts", "eval"))})
-    with given.out.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("env_step", *columns))
-        for step, row in sorted(rows.items()):
-            if any(name in row for name in columns):
-                writer.writerow((step, *(f"{row[name]:.4g}" if name in row else "" for name in columns)))
+    with frame.record(given.out) as facts:
+        _, agent, _, curves = frame.train(dads, args)
+        facts |= measure(agent, args)
+        columns = sorted(name for name in curves if not name.startswith(("charts", "eval")))
+        rows = []
+        for step in sorted({step for name in columns for step in curves[name]}):
+            values = [curves[name].get(step) for name in columns]
+            rows.append([step, *("" if value is None else f"{value:.4g}" for value in values)])
+        frame.write_csv(given.out, ("env_step", *columns), rows)
+        rewards = list(curves.get("losses/intrinsic_reward", {}).values())
+        facts |= dict(intrinsic_reward=rewards[-1] if rewards else None, passed=verdict(facts), args=asdict(args))
     if given.picture:
         dads.draw_skills(agent, args, args.hold_steps, given.picture)
-    facts |= dict(
-        passed=verdict(facts),
-        **origin,
-        minutes=(time.time() - start) / 60,
-        cpu_minutes=(time.process_time() - cpu_start) / 60,
-        args=asdict(args),
-    )
-    given.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
     print(json.dumps({name: value for name, value in facts.items() if name != "args"}, indent=1))
 
 

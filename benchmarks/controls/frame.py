@@ -1,0 +1,91 @@
+"""What the controls share: arguments, a run of an algorithm file in a folder, Gymnasium's tasks, CSV, JSON."""
+
+import argparse
+import contextlib
+import csv
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from benchmarks.provenance import provenance
+from data_tools import env_sizes
+from data_tools.files import check_writable, write_atomically
+from data_tools.tasks.vector import MemberVectorEnv
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """The arguments of every control."""
+    result = argparse.ArgumentParser(description=doc.split("\n")[0])
+    result.add_argument("--out", type=Path, required=True, help="csv; JSON and picture are put beside it")
+    result.add_argument("--seed", type=int, default=1)
+    return result
+
+
+@contextlib.contextmanager
+def record(out: Path):
+    """Give a dict for facts, which gets where they come from and how long they took, and is written beside `out`."""
+    check_writable(out)
+    torch.set_num_threads(1)
+    facts = provenance()
+    start, cpu_start = time.time(), time.process_time()
+    yield facts
+    facts |= dict(minutes=(time.time() - start) / 60, cpu_minutes=(time.process_time() - cpu_start) / 60)
+    text = json.dumps(facts, indent=1) + "\n"
+    write_atomically(out.with_suffix(".json"), lambda part: part.write_text(text))
+
+
+def write_csv(path: Path, header, rows):
+    def write(part: Path):
+        with part.open("w", newline="") as file:
+            csv.writer(file).writerows([header, *rows])
+
+    write_atomically(path, write)
+
+
+def train(algo, args):
+    """A whole run of a file without offline data. Returns its results, the trained agent, training episodes (n, 4) as
+    in episodes.csv, and curves, name -> {step: value}.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        args.run_dir = folder
+        results = algo.train(args)
+        args.run_dir = "(temporary)"
+        (run,) = Path(folder).iterdir()
+        agent = algo.Agent(args, *env_sizes(args.env_id))
+        algo.load(run / "checkpoint.pt", dict(agent=agent))
+        lines = (run / "episodes.csv").read_text().splitlines()[1:]
+        episodes = np.array([line.split(",") for line in lines], dtype=float).reshape(-1, 4)
+        events = EventAccumulator(str(run), dict(scalars=0)).Reload()
+        names = events.Tags()["scalars"]
+        curves = {name: {event.step: event.value for event in events.Scalars(name)} for name in names}
+    return results, agent, episodes, curves
+
+
+class GymVectorEnv(MemberVectorEnv):
+    """E environments of Gymnasium as a task: actions in [-1, 1]; what ends an episode early is no success."""
+
+    def __init__(self, num_envs: int, name: str, max_episode_steps: int, **options):
+        self.envs = [gymnasium.make(name).unwrapped for _ in range(num_envs)]
+        obs, action = self.envs[0].observation_space, self.envs[0].action_space
+        super().__init__(num_envs, obs.shape[0], action.shape[0], max_episode_steps, **options)
+        self.obs = np.zeros((num_envs, *obs.shape), dtype=np.float32)
+        self.high = action.high
+
+    def begin(self, members):
+        for i in members:
+            self.obs[i], _ = self.envs[i].reset(seed=int(self.rngs[i].integers(2**31)))
+
+    def advance(self, actions, running):
+        rewards = np.zeros(self.num_envs)
+        for i in np.flatnonzero(running):
+            self.obs[i], rewards[i], self.unstable[i], _, _ = self.envs[i].step(self.high * actions[i])
+        return rewards, np.zeros(self.num_envs, dtype=bool)
+
+    def observations(self):
+        return self.obs
