@@ -341,7 +341,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: t
 
             finished = updates == total
             if finished or updates % 100 == 0:
-                bar.set_postfix_str(log(writer, "pretrain", metrics, updates))
+                bar.set_postfix_str(", ".join(log(writer, "pretrain", metrics, updates).split(", ")[:2]))
             if finished or updates % args.pretrain_eval_interval == 0:
                 with torch.random.fork_rng(["cuda"] if args.device == "cuda" else []), torch.no_grad():
                     _, losses = pretrain_loss(networks, relabel(valid_data, args.pretrain_batch_size, args))
@@ -354,7 +354,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: t
             if not finished and (stop.is_set() or updates % 2_500 == 0):
                 save(unfinished, dict(progress=(updates, time.time() - start_time)), parts)
             if stop.is_set() and not finished:
-                sys.exit("stopped in pre-training; the same command goes on")
+                sys.exit(f"stopped; go on with: python {sys.argv[0]} --resume {writer.log_dir}")
     facts |= dict(updates=updates, minutes=(time.time() - start_time) / 60)
     facts |= dict(data=data.source, skill_horizon=args.skill_horizon)
     save(path, dict(facts=facts), dict(networks=networks))
@@ -592,8 +592,9 @@ def train(args: Args) -> dict:
     """Both phases of a run, or the rest of them; returns its results."""
     task = data_tools.TASKS[args.env_id]
     envs = data_tools.make_envs(args.env_id, args.num_envs)
-    run_name = f"{args.env_id}__{FILE.stem}__{args.seed}__{time.time_ns() // 10**6}"
+    run_name = f"{args.env_id}__{FILE.stem}__{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     run_dir = Path(args.resume or f"{args.run_dir}/{run_name}").expanduser()
+    run_dir.mkdir(parents=True, exist_ok=bool(args.resume))  # two runs never share one
     save(run_dir / "args.json", dict(asdict(args), script=FILE.name))
     (run_dir / "results.json").unlink(missing_ok=True)  # of a shorter run
     writer = SummaryWriter(run_dir)

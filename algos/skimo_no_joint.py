@@ -80,7 +80,7 @@ class Args:
     capture_video: bool = False  # with --evaluate: record its first episode as MP4
     data_dir: str | None = None  # folder of offline data and pre-trained models (None: the user's cache)
     data: str = "scripted"  # offline data: scripted, d4rl (people's, of the kitchens), or a path to your own
-    pretrained: str | None = None  # start RL from this model: a path, or `published`: ours, if there is one
+    pretrained: str | None = None  # begin with RL from this model: a path, or `published`: ours
     pretrain_eval_interval: int = 3_000  # updates between validations with roll-outs of the prior
     pretrain_eval_episodes: int = 100  # roll-outs in a validation; four times as many at the end
 
@@ -101,7 +101,7 @@ class Args:
     pretrain_lr_decay: bool = True  # warm-up, then decay to zero (release: constant)
     arm_noise: float = 0.0  # std in rad of shifts of the demonstrated arm, see data_tools.perturb (release: 0)
     recombine: bool = False  # show demonstrations again among objects moved by others (release: no)
-    kl_coef: float = 1e-4  # weight of KL(q || N(0,1))
+    kl_coef: float = 3e-3  # weight of KL(q || N(0,1)) (release: 1e-4)
     consistency_coef: float = 2.0  # weight of the latent consistency, in both phases
     rho: float = 0.5  # weight rho^t of the t-th skill of a window, in both phases
     max_grad_norm: float = 100.0  # bound of the gradient's norm, in both phases
@@ -147,7 +147,7 @@ class Args:
 # (DEVIATION 3), std_steps (5), the kitchen's alpha and policy_latents (7), the maze's total_timesteps. `people`: with
 # people's data (--data d4rl or a path) arms are shifted, objects recombined (DEVIATION 3).
 TASK_DEFAULTS = {
-    "maze": dict(latent_dim=128, skill_encoder="mlp", kl_coef=3e-3, total_timesteps=300_000, warmup_steps=50_000,
+    "maze": dict(latent_dim=128, skill_encoder="mlp", total_timesteps=300_000, warmup_steps=50_000,
                  batch_size=128, alpha=1.0, autotune=True, horizon_steps=1_000_000, std_steps=300_000),
     "kitchen": dict(pretrain_updates=10_000, pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=5e-4,
                     alpha=0.05, policy_latents="encoded",
@@ -416,7 +416,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: t
 
             finished = updates == total
             if finished or updates % 100 == 0:
-                bar.set_postfix_str(log(writer, "pretrain", metrics, updates))
+                bar.set_postfix_str(", ".join(log(writer, "pretrain", metrics, updates).split(", ")[:2]))
             if finished or updates % args.pretrain_eval_interval == 0:
                 with torch.random.fork_rng(["cuda"] if args.device == "cuda" else []), torch.no_grad():
                     batch = valid_data.sample_windows(args.pretrain_batch_size, window)
@@ -430,7 +430,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: t
             if not finished and (stop.is_set() or updates % 2_500 == 0):
                 save(unfinished, dict(progress=(updates, time.time() - start_time)), parts)
             if stop.is_set() and not finished:
-                sys.exit("stopped in pre-training; the same command goes on")
+                sys.exit(f"stopped; go on with: python {sys.argv[0]} --resume {writer.log_dir}")
     facts |= dict(updates=updates, minutes=(time.time() - start_time) / 60)
     facts |= dict(data=data.source, skill_horizon=args.skill_horizon)
     save(path, dict(facts=facts), dict(networks=networks))
@@ -757,8 +757,9 @@ def train(args: Args) -> dict:
     envs = data_tools.make_envs(args.env_id, args.num_envs)
     if envs.max_episode_steps <= args.skill_horizon * (args.num_skills - 1):
         sys.exit("error: --num-skills: a window is longer than an episode")
-    run_name = f"{args.env_id}__{FILE.stem}__{args.seed}__{time.time_ns() // 10**6}"
+    run_name = f"{args.env_id}__{FILE.stem}__{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     run_dir = Path(args.resume or f"{args.run_dir}/{run_name}").expanduser()
+    run_dir.mkdir(parents=True, exist_ok=bool(args.resume))  # two runs never share one
     save(run_dir / "args.json", dict(asdict(args), script=FILE.name))
     (run_dir / "results.json").unlink(missing_ok=True)  # of a shorter run
     writer = SummaryWriter(run_dir)

@@ -80,7 +80,7 @@ class Args:
     capture_video: bool = False  # with --evaluate: record its first episode as MP4
     data_dir: str | None = None  # folder of offline data and pre-trained models (None: the user's cache)
     data: str = "scripted"  # offline data: scripted, d4rl (people's, of the kitchens), or a path to your own
-    pretrained: str | None = None  # start RL from this model: a path, or `published`: ours, if there is one
+    pretrained: str | None = None  # begin with RL from this model: a path, or `published`: ours
     pretrain_eval_interval: int = 12_000  # updates between validations with roll-outs of the prior
     pretrain_eval_episodes: int = 100  # roll-outs in a validation; four times as many at the end
 
@@ -382,7 +382,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: t
 
             finished = updates == total
             if finished or updates % 100 == 0:
-                bar.set_postfix_str(log(writer, "pretrain", metrics, updates))
+                bar.set_postfix_str(", ".join(log(writer, "pretrain", metrics, updates).split(", ")[:2]))
             if finished or updates % args.pretrain_eval_interval == 0:
                 # Losses do not tell whether skills are any good: let the prior act in the task
                 num_episodes = args.pretrain_eval_episodes * (4 if finished else 1)
@@ -398,7 +398,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: t
             if not finished and (stop.is_set() or updates % 2_500 == 0):
                 save(unfinished, dict(progress=(updates, time.time() - start_time)), parts)
             if stop.is_set() and not finished:
-                sys.exit("stopped in pre-training; the same command goes on")
+                sys.exit(f"stopped; go on with: python {sys.argv[0]} --resume {writer.log_dir}")
     facts |= dict(updates=updates, minutes=(time.time() - start_time) / 60)
     facts |= dict(data=data.source, skill_horizon=args.skill_horizon)
     save(path, dict(facts=facts), dict(networks=networks))
@@ -783,8 +783,9 @@ def train(args: Args) -> dict:
     envs = data_tools.make_envs(args.env_id, args.num_envs)
     if envs.max_episode_steps <= args.skill_horizon * (args.num_skills - 1):
         sys.exit("error: --num-skills: a window is longer than an episode")
-    run_name = f"{args.env_id}__{FILE.stem}__{args.seed}__{time.time_ns() // 10**6}"
+    run_name = f"{args.env_id}__{FILE.stem}__{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     run_dir = Path(args.resume or f"{args.run_dir}/{run_name}").expanduser()
+    run_dir.mkdir(parents=True, exist_ok=bool(args.resume))  # two runs never share one
     save(run_dir / "args.json", dict(asdict(args), script=FILE.name))
     (run_dir / "results.json").unlink(missing_ok=True)  # of a shorter run
     writer = SummaryWriter(run_dir)

@@ -121,7 +121,7 @@ class OfflineDataset:
         found = f"{len(usable):,} of {len(lengths):,} episodes have the {length:,} rows of a window"
         if len(usable) < 2:
             raise DataError(f"{found}, the longest has {int(lengths.max()):,}: use at least two, or shorter windows.")
-        if len(usable) < len(lengths):
+        if len(usable) < 0.9 * len(lengths):
             print(f"{found}; the others are left out", flush=True)
         cut = int(usable[min(max(int(fraction * len(usable)), 1), len(usable) - 1)])
         row = int(self.episode_starts[cut])

@@ -290,7 +290,7 @@ def test_interrupted_pretraining_goes_on_bit_for_bit(case, by, stop, monkeypatch
         # In the second update. Before the first one: a draw for validation, and relay's demonstrations.
         before = 4 if case.draws == 2 else 1
         after_calls(patch, data_tools.OfflineDataset, case.sampling, before + case.draws + 1, stop.set)
-        part = case.interrupted("stopped in pre-training; the same command goes on", data_dir=data_dir)
+        part = case.interrupted("stopped; go on with: .* --resume ", data_dir=data_dir)
     unfinished = only(data_dir / "pretrained")
     updates = torch.load(unfinished, weights_only=True)["progress"][0]
     assert unfinished.suffix == ".unfinished" and 2 <= updates < 6
@@ -1009,7 +1009,7 @@ def test_signalled_program_saves_and_goes_on(case, first, tmp_path):
     flags = "--pretrain-updates 400 --pretrain-eval-interval 1000 --total-timesteps 1000000 --eval-interval 10000000"
     command = [sys.executable, str(case.script), *case.argv(flags, tmp_path / "runs", data_dir)]
     written = signalled(command, tmp_path, "pre-training:", first)
-    assert "stopping: saves first" in written and "stopped in pre-training; the same command goes on" in written
+    assert "stopping: saves first" in written and f"--resume {tmp_path / 'runs'}" in written
     updates = torch.load(only(data_dir / "pretrained"), weights_only=True)["progress"][0]
     assert 0 < updates < 400
 
