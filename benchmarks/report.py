@@ -1,22 +1,18 @@
-"""Make RESULTS.md, all learning curves and the README's table from the logs in benchmarks/results.
+"""Make RESULTS.md, the pictures of all learning curves, and the tables of the other pages from the logs.
 
-    python benchmarks/report.py                  # this repository's results
-    python benchmarks/report.py runs/results     # results of your own from benchmarks/run.py
-    python benchmarks/report.py runs/FOLDER      # one run of an algorithm file
+    python benchmarks/report.py                            # this repository's results
+    python benchmarks/report.py runs/results               # results of your own from benchmarks/run.py
+    python benchmarks/report.py runs/FOLDER [runs/OTHER]   # runs of algorithm files, beside the published SkiMo
 
 A log is TASK/METHOD/seedN.csv and .json, as benchmarks/run.py writes them. In this repository a folder DATA (scripted,
 human, none: the offline data of the pre-training) stands between the two. studies/NAME/VARIANT/seedN.* are comparisons
-of settings, explained in NAME/study.json. Sentences about these runs are in results/notes.md. How scores are computed
-stands in scores.py; plot.py draws the curves.
+of settings, explained in NAME/study.json. Sentences are in results/notes.md. scores.py computes, plot.py draws.
 """
 
-import csv
 import json
 import re
 import sys
 import textwrap
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -27,40 +23,106 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import plot, scores
-from benchmarks.scores import DATA, METHODS, PAPER, RESULTS, TASKS, Cell, Ordering, Run, label, paper_at, paper_final
+from benchmarks.scores import (
+    DATA,
+    MAIN,
+    MEASURES,
+    METHODS,
+    RESULTS,
+    ROOT,
+    TASKS,
+    Cell,
+    Run,
+    board_label,
+    label,
+    paper_at,
+)
 from data_tools.files import write_atomically
 
-BEGIN = "<!-- results -->"  # the README's table stands between these two lines
-END = "<!-- /results -->"
+COMPARED = ("skimo", "skimo_no_joint", "skimo_no_cem", "skimo_sac", "skimo_single_step", "spirl")
+COMPARED += ("dreamer_skills", "relay", "reskill")  # rows of the README's table
 
 
 def read_notes() -> dict[str, str]:
-    """Sentences about single runs, from notes.md: name of the section -> text."""
+    """Sentences of the pages, from notes.md: name of the section -> text."""
     _, *parts = re.split(r"<!-- (.+) -->\n", (RESULTS / "notes.md").read_text())
     return {name: text.strip("\n") for name, text in zip(parts[::2], parts[1::2])}
 
 
 NOTES = read_notes()
-# Methods that had no fair chance here: why
-UNFAIR = dict(line.removeprefix("- ").split(": ", 1) for line in NOTES["unfair"].splitlines())
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the paper says of two methods: the first is better."""
+
+    text: str
+    first: str
+    second: str
+    tasks: tuple[str, ...]
+    verdict: str
+
+
+KITCHENS = ("kitchen", "kitchen-misaligned")
+ALL = ("maze", *KITCHENS, "calvin")
+CLAIMS = (
+    Claim("a model pays: SkiMo > SAC", "skimo", "skimo_sac", ALL, "for speed; the end only on CALVIN"),
+    Claim(
+        "planning pays: SkiMo > no planner", "skimo", "skimo_no_cem", ALL[1:], "in training; without noise on CALVIN"
+    ),
+    Claim(
+        "but the maze is faster without", "skimo_no_cem", "skimo", ALL[:1], "only by the release's planner: see above"
+    ),
+    Claim(
+        "joint training pays",
+        "skimo",
+        "skimo_no_joint",
+        ("maze", *ALL[2:]),
+        "only in the maze, whose other prior fails",
+    ),
+    Claim("but not in the Kitchen", "skimo_no_joint", "skimo", ALL[1:2], "not shown: both are at the ceiling"),
+    Claim(
+        "a skill-level model > a single-step one", "skimo", "skimo_single_step", ALL, "yes, but single-step learns too"
+    ),
+    Claim("SkiMo > SPiRL", "skimo", "spirl", ALL, "faster everywhere; its end is no better"),
+    Claim(
+        "naive combinations fail: > SPiRL + Dreamer", "skimo", "dreamer_skills", ALL, "far behind, though not at zero"
+    ),
+    Claim("without skills nothing is learned: > Dreamer", "skimo", "dreamer", ALL, "yes, but ours were smaller"),
+    Claim("the same: > TD-MPC", "skimo", "tdmpc", ALL, "yes, but ours were smaller"),
+)
+# One setting of one method: what is changed, method, study/variant with the other value
+SETTINGS = (
+    ("inputs of SAC's critics: raw → with sines of positions", "maze_tau/skimo_sac_raw_inputs"),
+    ("tau .01 → .05", "maze_tau/skimo_sac_tau0.01"),
+    ("tau .01 → .05", "maze_tau/skimo_tau0.01"),
+    ("target KL 10 → 3 nats", "maze_spirl_target_kl/target_kl10"),
+    ("alpha .5 → .05", "kitchen_sac_alpha/alpha0.5"),
+    ("KL weight of skills 5e-4 → 1e-3, people's data", "kitchen_human_kl/kitchen_spirl_5e-4"),
+    ("the same", "kitchen_human_kl/misaligned_spirl_5e-4"),
+    ("four times the updates", "calvin_updates/skimo_0.08"),
+    ("a quarter of the updates → all", "calvin_updates/spirl_0.24"),
+)
 
 
 @dataclass
 class Args:
-    path: Annotated[Path, tyro.conf.Positional] = RESULTS  # folder of logs, or a run folder
+    paths: Annotated[tuple[Path, ...], tyro.conf.Positional] = (RESULTS,)  # folder of logs, or run folders
 
 
 # ---------------------------------------------------------------------------------------------------------- markdown
 def number(value: float) -> str:
-    return "–" if np.isnan(value) else f"{value:.2f}"
+    """A score: two digits, without the zero before the point."""
+    return "–" if np.isnan(value) else re.sub(r"^(-?)0\.", r"\1.", f"{value:.2f}").replace("-.00", ".00")
 
 
-def numbers(values, separator: str = " / ") -> str:
-    return separator.join(map(number, values))
+def signed(value: float) -> str:
+    return ("+" if value > 0 else "") + number(value)
 
 
-def distinct(values) -> str:
-    return ", ".join(dict.fromkeys(values))
+def mean_and_seeds(values) -> str:
+    mean = number(np.mean(values))
+    return f"**{mean}**" + (f" ({' '.join(map(number, values))})" if len(values) > 1 and mean != "–" else "")
 
 
 def table(rows: list[dict]) -> str:
@@ -75,26 +137,198 @@ def paragraph(text: str) -> str:
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
-def note(name: str) -> str:
-    """A section of notes.md, after an empty line."""
-    return f"\n{NOTES[name]}\n"
+def filled(page: str, name: str, text: str) -> str:
+    """The page with the text between its markers <!-- NAME --> and <!-- /... -->; as it is without them."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name.split()[0]} -->"
+    if begin not in page or end not in page:
+        return page
+    before, rest = page.split(begin, 1)
+    return f"{before}{begin}\n{text}{end}{rest.split(end, 1)[1]}"
 
 
-def of_data(data: str) -> str:
-    return f"{DATA.get(data, data)} data"
+def thousands(steps: int) -> str:
+    return f"{steps // 1000}k"
 
 
-def starred(task: str, data: str) -> str:
-    """Name of a task; with a star where its data are not what its name says."""
-    star = "\\*" if (task, data) == ("kitchen-misaligned", "scripted") else ""
-    return TASKS[task].label + star
+# ------------------------------------------------------------------------------------------------------------- boards
+def mark(values, skimo, margin: float) -> str:
+    """* where every seed is above every one of SkiMo's, ° where every one is below."""
+    if not len(skimo) or np.isnan([*values, *skimo]).any():
+        return ""
+    return {">": "\\*", "<": "°"}.get(scores.relation(values, skimo, margin), "")
 
 
-def under_star(text: str) -> str:
-    """The note that belongs to the stars of a text."""
-    return note("misaligned") if "\\*" in text else ""
+def three(cells, task: str, method: str, data: str) -> list[str]:
+    """The means of the three measures, with the marks."""
+    found = []
+    for measure in MEASURES:
+        values = scores.measured(cells, task, method, data, measure)
+        skimo = scores.measured(cells, task, "skimo", data, measure) if method != "skimo" else ()
+        found.append(number(values.mean()) + mark(values, skimo, TASKS[task].margin))
+    return found
 
 
+def board_row(cells, task: str, method: str, data: str) -> dict[str, str]:
+    end = scores.cell_end(cells, task, method, data)
+    runs = cells[task, method, data].reaching(end)
+    row = {"method": label(method), "seeds": len(runs), "env steps": thousands(end)}
+    for measure in MEASURES:
+        row[measure] = mean_and_seeds(scores.measured(cells, task, method, data, measure))
+    row["paper, same step"] = number(paper_at(task, method, end)) + "²" * (method == "spirl")
+    row["prior alone"] = number(np.nanmean([*map(scores.prior_alone, runs), np.nan])) if data else "–"
+    minutes = [scores.minutes_at(run, end) for run in runs]
+    row["minutes"] = "–" if np.isnan(minutes).all() else f"{np.nanmean(minutes):.0f}"
+    return row
+
+
+def lead_row(cells, task: str, method: str, data: str) -> dict[str, str]:
+    """Steps to three quarters of the task, and SkiMo's lead in each measure with its interval."""
+    cell = cells[task, method, data]
+    end = scores.cell_end(cells, task, method, data)
+    row = {"method": label(method)}
+    steps = sorted(scores.steps_to(run, 0.75) for run in cell.reaching(end))
+    steps = ["never" if step > end else f"{step / 1000:.0f}" for step in steps]
+    row["thousand env steps to .75"] = steps[0] if steps[0] == steps[-1] else f"{steps[0]} to {steps[-1]}"
+    for name, measure in MEASURES.items():
+        middle, low, high, paired = scores.lead(
+            cells["task" and task, "skimo", data].reaching(end), cell.reaching(end), measure, end
+        )
+        row[f"SkiMo's lead: {name}"] = "–" if method == "skimo" or np.isnan(middle) else signed(middle)
+        if not np.isnan(low) and method != "skimo":
+            row[f"SkiMo's lead: {name}"] += f" [{signed(low)}, {signed(high)}]" + " p" * paired
+    return row
+
+
+def board_section(cells, task: str, data: str) -> str:
+    """Results of a task with one kind of data."""
+    here = scores.board(cells, task, data)
+    text = f"## {board_label(task, data)}\n" + table([board_row(cells, task, name, data) for name in here])
+    if "skimo" in here and len(here) > 1:
+        text += "\n" + table([lead_row(cells, task, name, data) for name in here if name in COMPARED])
+    return text + "\n"
+
+
+# ------------------------------------------------------------------------------------------------------------- claims
+def verdicts(cells, claim: Claim, measure: str) -> str:
+    """On how many boards a claim holds (with all seeds apart), is tied or reversed."""
+    found = []
+    for task, data in scores.boards(cells):
+        values = [scores.measured(cells, task, name, data, measure) for name in (claim.first, claim.second)]
+        if task in claim.tasks and all(map(len, values)) and not np.isnan(np.concatenate(values)).any():
+            stands = scores.relation(*values, TASKS[task].margin)
+            found.append(stands if stands != "?" else "mean" if values[0].mean() > values[1].mean() else "<")
+    holds = found.count(">") + found.count("mean")
+    apart = f" ({found.count('>')} apart)" if found.count(">") else ""
+    words = [f"{holds} of {len(found)}{apart}"]
+    words += [f"{found.count('=')} tied"] if "=" in found else []
+    words += [f"{found.count('<')} reversed"] if "<" in found else []
+    return ", ".join(words)
+
+
+def claims_table(cells) -> str:
+    rows = []
+    for claim in CLAIMS:
+        row = {"claim": claim.text} | {measure: verdicts(cells, claim, measure) for measure in MEASURES}
+        rows.append(row | {"verdict": claim.verdict})
+    rows.append(
+        {"claim": "longer plans pay"}
+        | dict.fromkeys(MEASURES, "–")
+        | {"verdict": "not tested at equal numbers of plans"}
+    )
+    return table(rows)
+
+
+def orderings_table(cells) -> str:
+    rows = []
+    for data in DATA:
+        for measure in MEASURES:
+            found = scores.agreement(cells, measure, data)
+            row = {"data": DATA[data], "measure": measure, "pairs": found["pairs"], "as in the paper": found["hold"]}
+            rows.append(row | {"by chance": f"{found['chance']:.1f}", "p": f"{found['p']:.3f}".lstrip("0")})
+    return table(rows)
+
+
+def settings_table(cells) -> str:
+    """What one setting changes in the level of one method; the last row: what the choice of method does."""
+    rows = []
+    for text, variant in SETTINGS:
+        found = effect(RESULTS / "studies" / variant, cells)
+        if found:
+            cell, other, end = found
+            before, after = (np.mean([scores.level(run, end) for run in part]) for part in (cell, other))
+            if variant.endswith("skimo_0.08"):  # here the study has the better value
+                before, after = after, before
+            study = variant.split("/")[0]
+            name = f"{label(cell[0].method)}, {TASKS[cell[0].task].label}"
+            link = f"[{study}](results/studies/{study})"
+            row = {"setting": text, "method, task": name, "level": f"{number(after)} → {number(before)}"}
+            rows.append(row | {"effect": signed(before - after), "seeds": f"{len(other)}, {len(cell)}", "study": link})
+    for task, data in scores.boards(cells):
+        levels = [scores.measured(cells, task, name, data, "level").mean() for name in MAIN]
+        row = {
+            "setting": "*for comparison: worst to best of the five methods*",
+            "method, task": board_label(task, data),
+        }
+        row |= {"level": f"{number(min(levels))} → {number(max(levels))}", "effect": signed(max(levels) - min(levels))}
+        rows += [row | {"seeds": "", "study": ""}] if task in KITCHENS else []
+    return table(rows)
+
+
+# ------------------------------------------------------------------------------------------------------------ studies
+def effect(variant: Path, cells) -> tuple[list[Run], list[Run], int] | None:
+    """The runs of a cell that a study's variant is compared with, the variant's, and the env steps both have."""
+    other = Cell(scores.read_run(path) for path in sorted(variant.glob("seed*.json")))
+    names = json.loads((variant.parent / "study.json").read_text()).get("compare", [])
+    for task, method, data in (name.split("/") for name in names):
+        data = "scripted" if data == "none" else data
+        if (task, method, data) not in cells:
+            sys.exit(f"error: {variant.parent / 'study.json'} compares with {task}/{method}, which has no logs")
+        if other and (task, method) == (other[0].task, other[0].method):
+            end = min(cells[task, method, data].main_end, other.main_end)
+            return cells[task, method, data].reaching(end), other.reaching(end), end
+    return None
+
+
+def variant_row(study: Path, variant: str, cells) -> dict[str, str]:
+    found = effect(study / variant, cells)
+    runs = found[1] if found else Cell(scores.read_run(path) for path in sorted((study / variant).glob("seed*.json")))
+    end = found[2] if found else Cell(runs).main_end
+    row = {
+        "study": f"[{study.name}]({study.name})",
+        "variant": variant,
+        "method, task": f"{label(runs[0].method)}, {TASKS[runs[0].task].label}",
+    }
+    row |= {"seeds": len(runs), "env steps": thousands(end)}
+    for name, measure in MEASURES.items():
+        row[name] = number(np.mean([measure(run, end) for run in runs]))
+        if found:
+            row[name] += f" ({number(np.mean([measure(run, end) for run in found[0]]))})"
+    return row
+
+
+def studies_text(folder: Path, cells) -> str:
+    """The page of all studies."""
+    rows, variants = [], []
+    for path in sorted(folder.glob("*/study.json")):
+        study, facts = path.parent, json.loads(path.read_text())
+        names = sorted({log.parent.name for log in study.glob("*/seed*.json")})
+        found = [(name, effect(study / name, cells)) for name in names]
+        changes = {
+            name: np.mean([scores.level(run, end) for run in other]) - np.mean([scores.level(run, end) for run in cell])
+            for name, (cell, other, end) in [(name, value) for name, value in found if value]
+        }
+        changes = {name: change for name, change in changes.items() if not np.isnan(change)}
+        largest = max(changes, key=lambda name: abs(changes[name]), default=None)
+        row = {"study": f"[{study.name}]({study.name})", "question": facts["question"], "answer": facts["answer"]}
+        row["effect on the level"] = f"{signed(changes[largest])}, {largest}" if largest else "–"
+        counts = [len(list((study / name).glob("seed*.json"))) for name in names]
+        row["seeds"] = "–" if not counts else f"{min(counts)} to {max(counts)}" if len(set(counts)) > 1 else counts[0]
+        rows.append(row)
+        variants += [variant_row(study, name, cells) for name in names]
+    return f"{NOTES['studies']}\n\n{table(rows)}\n## Variants\n{NOTES['variants']}\n\n{table(variants)}"
+
+
+# ------------------------------------------------------------------------------------------------------ pages of tasks
 def commits(run: Run) -> list[str]:
     """Short names of the commits that a run ran at, with a + where files were changed since."""
     starts = run.facts.get("attempts") or [run.facts]
@@ -102,357 +336,172 @@ def commits(run: Run) -> list[str]:
     return [(start.get("commit") or "no log")[:7] + "+" * bool(start.get("changed")) for start in known]
 
 
-def result_row(name: str, runs: list[Run], end: int, paper: bool = True) -> dict[str, str]:
-    """What all runs that got to an env step have there."""
-    task = runs[0].task
-
-    def each(function: Callable, *inputs) -> list[float]:
-        return [function(run, *inputs) for run in runs]
-
-    clean = each(scores.evaluation_at, end)
-    episodes = ""
-    if not np.isnan(clean).all():
-        count = runs[0].facts["args"]["eval_episodes"]
-        episodes = f" ({count} from one state)" if TASKS[task].one_start else f" ({count})"
-    minutes = each(scores.minutes_at, end)
-    score = each(scores.score_at, end)
-    row = {"method": name, "seeds": ", ".join(str(run.seed) for run in runs), "env steps": f"{end:,}"}
-    row["score"] = f"**{number(np.mean(score))}** ({numbers(score)})"
-    if paper:
-        row["paper, same step"] = number(paper_at(task, runs[0].method, end))
-        row["paper, its end"] = number(paper_final(task, runs[0].method))
-    row["last 50,000 env steps"] = numbers(each(scores.mean_between, end - scores.LAST, end))
-    row["last 100 episodes"] = numbers(each(scores.last_episodes, end))
-    row["clean evaluation (episodes)"] = numbers(clean) + episodes
-    row["prior alone"] = numbers(each(scores.prior_alone))
-    row["RL minutes"] = " / ".join("–" if np.isnan(value) else f"{value:.0f}" for value in minutes)
-    row["machine"] = distinct(run.machine for run in runs)
-    row["commit"] = distinct(commit for run in runs for commit in commits(run))
-    return row
-
-
 def bin_edges(last: int, width: int) -> list[int]:
-    """Edges of the bins of training means up to an env step: eight bins of a width, then bins four times as wide.
-
-    There is no wide bin of which less than half was run.
-    """
+    """Edges of bins up to an env step: eight of a width, then bins four times as wide, of which half or more was run."""
     edges = list(range(0, min(last, 8 * width), width))
     edges.append(edges[-1] + width)
     wide = range(8 * width, last - 2 * width + 1, 4 * width)
     return [*edges, *(low + 4 * width for low in wide)]
 
 
-def board_section(cells, task: str, data: str) -> str:
-    """Results of a task: a table of scores, and one of training means along the way."""
-    facts = TASKS[task]
-    here = {method: cell for (t, method, d), cell in cells.items() if (t, d) == (task, data)}
-    shared = shown_end(cells, task, data)
-    rows = []
-    for name, cell in here.items():
-        ends = {*cell.ends, shared} if cell.ends[-1] >= shared else cell.ends
-        rows += [result_row(label(name), cell.reaching(end), end) for end in sorted(ends)]
-    text = f"## {starred(task, data)}, {of_data(data)}\n\n"
-    best = "" if facts.measure == "return" else f", at best {facts.best:g}"  # not known of a user's own task
-    text += f"Score: {facts.measure}{best}.\n\n" + table(rows)
-    text += "\nTraining episodes, unsmoothed mean between two env steps:\n\n"
-    edges = bin_edges(max(end for cell in here.values() for end in cell.ends), facts.bin)
-    rows = []
-    for run in [run for cell in here.values() for run in cell]:
-        row = {"method": label(run.method), "seed": run.seed}
-        for low, high in zip(edges, edges[1:]):
-            mean = scores.mean_between(run, low, high)
-            there = run.end >= (low + high) / 2 and not np.isnan(mean)  # half of a bin, or more, was run
-            row[f"{low // 1000}-{high // 1000}k"] = number(mean) if there else ""
-        rows.append(row)
-    text += table(rows)
-    return text + under_star(text) + "\n"
-
-
-# --------------------------------------------------------------------------------------------------------- orderings
-def count_orderings(pairs: list[Ordering]) -> str:
-    tested = [pair for pair in pairs if pair.training]
-    holds = [pair for pair in tested if pair.training == "holds"]
-    clean = [pair for pair in holds if pair.clean == "fails"]
-    early = Counter(pair.training for pair in tested if pair.paper_then not in ("", pair.expected))
-    single = [pair for pair in holds if min(map(len, pair.scores)) == 1]
-    return (
-        f"Of {len(pairs)} orderings of the paper, {len(tested)} were tested: **{len(holds)} hold, "
-        f"{len(tested) - len(holds)} fail**, {len(pairs) - len(tested)} are untested. Of those that hold in training, "
-        f"{len(clean)} fail in clean evaluation, and {len(single)} have a method with a single seed. At our env steps "
-        f"the paper's own curves do not show {early['fails']} of those that fail and {early['holds']} of those that "
-        "hold."
-    )
-
-
-def fair_text(pairs: list[Ordering]) -> str:
-    """A sentence on the orderings of those methods only that had a fair chance here."""
-    tested = [pair for pair in pairs if pair.training]
-    fair = [pair for pair in tested if not {pair.first, pair.second} & UNFAIR.keys()]
-    holds = [pair for pair in fair if pair.training == "holds"]
-    clean = [pair for pair in holds if pair.clean == "holds"]
-    left_out = [why for name, why in UNFAIR.items() if any(name in (pair.first, pair.second) for pair in tested)]
-    return (
-        f"Without {', '.join(left_out)}, {len(fair)} pairs remain; as in the paper: {len(holds)}, also without "
-        f"noise: {len(clean)}."
-    )
-
-
-def ordering_row(cells, pair: Ordering, data: str) -> dict[str, str]:
-    def means(parts) -> str:
-        return numbers([part.mean() for part in parts], " vs ")
-
-    names = pair.first, pair.second
-    ours = means(pair.scores)
-    if len({cells[pair.task, name, data].main_end for name in names}) > 1:
-        ours += f"; at the end of each {means(pair.at_ends)}"
-    margin = TASKS[pair.task].margin
-    if scores.relation(*pair.unsmoothed, margin) != scores.relation(*pair.scores, margin):
-        ours += f"; unsmoothed {' vs '.join(map(numbers, pair.unsmoothed))}"
-    return {
-        "task": starred(pair.task, data),
-        "paper's order": f"{label(pair.first)} {pair.expected} {label(pair.second)}",
-        "its last scores": numbers([paper_final(pair.task, name) for name in names], " vs "),
-        "paper then": pair.paper_then or "–",
-        "env steps": f"{pair.end:,}",
-        "ours": ours,
-        "training": f"**{pair.training}**",
-        "clean evaluation": pair.clean or "–",
-    }
-
-
-def orderings_section(cells) -> str:
-    text = ""
-    for data in scores.kinds(cells):
-        pairs = scores.orderings(cells, data)
-        text += f"\n### With {of_data(data)}\n\n" + paragraph(count_orderings(pairs)) + "\n"
-        found = table([ordering_row(cells, pair, data) for pair in pairs if pair.training])
-        counts = []
-        for task, facts in TASKS.items():
-            here = [pair for pair in pairs if pair.task == task]
-            counts.append(f"{facts.label} {sum(not pair.training for pair in here)} of {len(here)}")
-        text += found + under_star(found) + f"\nUntested: {', '.join(counts)}.\n"
+def task_text(cells, task: str) -> str:
+    """Every run of a task: machine, commit, and means of training episodes along the way."""
+    text = f"# Every run: {TASKS[task].label}\n{NOTES['runs']}\n"
+    for data in [data for t, data in scores.boards(cells) if t == task]:
+        runs = [run for cell in scores.board(cells, task, data).values() for run in cell]
+        edges = bin_edges(max(run.end for run in runs), TASKS[task].last)
+        facts, bins = [], []
+        for run in runs:
+            name = {"method": label(run.method), "seed": run.seed}
+            row = name | {"env steps": f"{run.env_steps:,}", "minutes": f"{scores.minutes_at(run, run.end):.0f}"}
+            row["evaluations, thousand env steps: score"] = ", ".join(
+                f"{step // 1000}: {number(value)}" for step, value in run.evaluations
+            )
+            row["machine"] = run.machine
+            facts.append(row | {"commit": ", ".join(dict.fromkeys(commits(run)))})
+            bins.append(name)
+            for low, high in zip(edges, edges[1:]):
+                mean = scores.mean_between(run, low, high)
+                there = run.end >= (low + high) / 2 and not np.isnan(mean)  # half of a bin, or more, was run
+                bins[-1][f"{low // 1000}-{high // 1000}k"] = number(mean) if there else ""
+        text += f"\n## With {DATA.get(data, data)}\n{table(facts)}\nMeans of training episodes between two env steps:\n\n{table(bins)}"
     return text
 
 
-def coverage_section(cells) -> str:
+# -------------------------------------------------------------------------------------------------------- other pages
+def readme_text(cells) -> str:
+    """The README's table: speed / level / without noise of the methods with offline data on every board."""
     rows = []
-    for data in scores.kinds(cells):
-        found = scores.coverage(cells, data)
-        pairs = scores.orderings(cells, data)
-        tested = [pair for pair in pairs if pair.training]
-        done, whole = found["done"], found["whole"]
-        row = {"data": DATA.get(data, data), "runs": found["runs"]}
-        row["paper's curves begun"] = f"{found['begun']} of {len(PAPER)}"
-        row["run to the paper's end"] = found["ended"]
-        row["with 5 seeds"] = found["five"]
-        row["paper's seeds x env steps"] = f"{done / 1e6:.1f}M of {whole / 1e6:.1f}M ({done / whole:.1%})"
-        row["orderings tested"] = f"{len(tested)} of {len(pairs)}"
-        row["orderings that hold"] = sum(pair.training == "holds" for pair in tested)
+    for name in COMPARED:
+        row = {"speed / level / without noise": f"[{label(name)}](algos/docs/{name}.md)"}
+        for task, data in scores.boards(cells):
+            board_steps = scores.board_end(cells, task, data)
+            column = f"{board_label(task, data).replace(', ', '<br>')}<br>{thousands(board_steps)} env steps"
+            row[column] = "–"
+            if (task, name, data) in cells:
+                end = scores.cell_end(cells, task, name, data)
+                count = len(cells[task, name, data].reaching(end))
+                row[column] = f"{' / '.join(three(cells, task, name, data))} ({count})" + "¹" * (end < board_steps)
         rows.append(row)
-    return "\n## Coverage\n\n" + table(rows) + note("coverage").format(curves=len(PAPER)) + "\n"
+    return table(rows)
 
 
-# ----------------------------------------------------------------------------------------------------------- studies
-def study_rows(study: Path, facts: dict, cells) -> list[dict[str, str]]:
-    """The cells to compare with, then every variant; each at its own ends and those of the others."""
-    variants = {}
-    for path in sorted(study.glob("*/seed*.json")):
-        variants.setdefault(path.parent.name, Cell()).append(scores.read_run(path))
-    compared = []
-    for name in facts.get("compare", []):
-        task, method, data = name.split("/")
-        data = "scripted" if data == "none" else data  # runs without data stand beside all others
-        if (task, method, data) not in cells:
-            sys.exit(f"error: {study / 'study.json'} compares with {name}, which has no logs; correct the name")
-        compared.append((task, method, cells[task, method, data]))
-    several = len({task for task, _, _ in compared}) > 1
+def method_text(cells, name: str) -> str:
+    """The table of a method's page."""
     rows = []
-    for task, method, cell in compared:
-        ends = {end for other in variants.values() if other[0].task == task for end in other.ends}
-        ends |= {other.main_end for t, _, other in compared if t == task}
-        text = f"{label(method)}, {TASKS[task].label}, default" if several else f"{label(method)}, default"
-        for end in sorted(end for end in ends if end <= cell.main_end):
-            rows.append(result_row(text, cell.reaching(end), end, paper=False))
-    for name, cell in variants.items():
-        text = name.replace("_", " ")
-        if name in facts.get("variants", {}):
-            text += f": {facts['variants'][name]}"
-        main_ends = {other.main_end for task, _, other in compared if task == cell[0].task}
-        for end in sorted({*cell.ends, *(end for end in main_ends if end <= cell.ends[-1])}):
-            rows.append(result_row(text, cell.reaching(end), end, paper=False))
+    for (task, method, data), cell in cells.items():
+        if method == name:
+            row = board_row(cells, task, method, data)
+            without = all(run.without_data for run in cell)
+            what = TASKS[task].label if without else f"{TASKS[task].label}, {DATA.get(data, data)}"
+            found = dict(zip(MEASURES, three(cells, task, name, data)))
+            row = {"task": what, "seeds": row["seeds"], "env steps": row["env steps"], **found}
+            rows.append(
+                row | {"paper, same step": number(paper_at(task, name, scores.cell_end(cells, task, name, data)))}
+            )
+    if rows:
+        return table(rows) + NOTES["under a method"] + "\n"
+    logs = sorted((RESULTS / "studies").glob("*/*/seed*.json"))
+    studies = dict.fromkeys(path.parts[-3] for path in logs if json.loads(path.read_text())["algo"] == name)
+    links = [f"[{study}](../../benchmarks/results/studies/{study})" for study in studies]
+    return f"No run of its own yet; studies: {', '.join(links)}\n"
+
+
+def coverage_text(cells) -> str:
+    rows = []
+    for data in DATA:
+        found = scores.coverage(cells, data)
+        row = {"data": DATA[data], "curves of the paper begun": f"{found['begun']} of {len(scores.PAPER)}"}
+        row["run to the paper's end, by a seed"] = found["ended"]
+        share = f"{found['done'] / found['whole']:.0%}"
+        rows.append(
+            row | {"seeds x env steps": f"{found['done'] / 1e6:.0f} of {found['whole'] / 1e6:.0f} million ({share})"}
+        )
+    return table(rows)
+
+
+def results_text(cells, ours: bool = True) -> str:
+    """RESULTS.md."""
+    boards = "".join(board_section(cells, task, data) for task, data in scores.boards(cells))
+    if not ours:
+        return f"{NOTES['other results']}\n\n{boards}".strip() + "\n"
+    parts = [NOTES["introduction"], NOTES["claims"], claims_table(cells), NOTES["orderings"], orderings_table(cells)]
+    parts += [
+        NOTES["settings"],
+        settings_table(cells),
+        NOTES["coverage"],
+        coverage_text(cells),
+        NOTES["boards"],
+        boards,
+    ]
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def pages(cells) -> dict[Path, str]:
+    """All pages that are made, or in part made, from the published logs."""
+    made = {RESULTS.parent / "RESULTS.md": results_text(cells)}
+    made |= {RESULTS / "studies" / "README.md": studies_text(RESULTS / "studies", cells)}
+    made |= {RESULTS / task / "README.md": task_text(cells, task) for task in ALL}
+    made[ROOT / "README.md"] = filled((ROOT / "README.md").read_text(), "results", readme_text(cells))
+    for path in sorted((ROOT / "algos" / "docs").glob("*.md")):
+        made[path] = filled(path.read_text(), f"result {path.stem}", method_text(cells, path.stem))
+    return made
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+def run_rows(run: Run, published) -> list[dict[str, str]]:
+    """A user's run, and at its env steps the published SkiMo and the paper's curves of its task."""
+    end = run.end
+
+    def row(name: str, values: list) -> dict[str, str]:
+        return {"": name, "env steps": f"{end:,}"} | dict(zip(MEASURES, values))
+
+    rows = [row(f"this run: {label(run.method)}, seed {run.seed}", [number(m(run, end)) for m in MEASURES.values()])]
+    data = {"d4rl": "human"}.get(run.data, run.data)
+    for name in dict.fromkeys(("skimo", run.method)):
+        runs = published.get((run.task, name, data), Cell()).reaching(end)
+        values = [number(np.mean([m(other, end) for other in runs])) for m in MEASURES.values()] if runs else []
+        rows += [row(f"published {label(name)}, {len(runs)} seeds", values)] if runs else []
+        if not np.isnan(paper_at(run.task, name, end)):
+            area = number(scores.paper_speed(run.task, name, end))
+            rows.append(row(f"the paper's {label(name)}", [area, number(paper_at(run.task, name, end)), "–"]))
     return rows
 
 
-def pretraining_rows(study: Path) -> list[dict[str, str]]:
-    """Of each log of pre-training: what roll-outs of the prior did at each validation."""
-    unit = TASKS[study.name.split("_")[0]].unit  # the folder is TASK_..._pretraining
-
-    def series(name: str, unit: float = 1.0, digits: int = 2) -> str:
-        return " / ".join(f"{float(row[name]) / unit:.{digits}f}" for row in rows) if rows[0].get(name) else "–"
-
-    found = []
-    for path in sorted(study.glob("*.csv")):
-        with path.open() as file:
-            rows = [row for row in csv.DictReader(file) if row.get("prior_return")]
-        if rows:
-            updates = " / ".join(f"{int(row['update']):,}" for row in rows)
-            found.append({"file": f"`{path.name}`", "updates": updates, "prior alone": series("prior_return", unit)})
-            found[-1]["in any order"] = series("any_order")
-            found[-1]["KL(q, N(0,1)), nats"] = series("valid_kl_loss", digits=1)
-    return found
-
-
-def studies_section(folder: Path, cells) -> str:
-    text = note("studies")
-    for path in sorted((folder / "studies").glob("*/study.json")):
-        study = path.parent
-        facts = json.loads(path.read_text())
-        text += f"\n### {study.name}\n\n" + paragraph(f"{facts['question']} {facts['note']}") + "\n"
-        text += table(study_rows(study, facts, cells))
-        files = []
-        for name, file in facts.get("files", {}).items():
-            row = dict(file=f"`{name}`", command=f"`{file['command']}`", commit=file.get("commit", "in the JSON"))
-            files.append(row | dict(machine=file["machine"], note=file.get("note", "")))
-        text += "\n" + table(files) if files else ""
-        text += "\n" + table(pretraining_rows(study)) if study.name.endswith("_pretraining") else ""
-        for log in sorted(study.glob("*.txt")):
-            text += f"\n`{log.name}`:\n\n```\n{log.read_text().rstrip()}\n```\n"
-    return text
-
-
-def results_text(folder: Path, cells) -> str:
-    """RESULTS.md."""
-    ours = folder.resolve() == RESULTS
-    text = note("introduction") + coverage_section(cells) if ours else note("introduction of other results") + "\n"
-    for task, data in scores.boards(cells):
-        text += board_section(cells, task, data)
-    if ours or any(pair.training for data in scores.kinds(cells) for pair in scores.orderings(cells, data)):
-        text += note("orderings")
-        text += note("fair") + paragraph(fair_text(scores.orderings(cells, "scripted"))) if ours else ""
-        text += orderings_section(cells)
-    if (folder / "studies").is_dir():
-        text += studies_section(folder, cells)
-    return text.strip() + "\n"
-
-
-# --------------------------------------------------------------------------------------------------- README's table
-def shown_end(cells, task: str, data: str) -> int:
-    """Env steps in the README's table: SkiMo's if it was run."""
-    ends = [cell.main_end for (t, _, d), cell in cells.items() if (t, d) == (task, data)]
-    return cells[task, "skimo", data].main_end if (task, "skimo", data) in cells else max(ends)
-
-
-def readme_cell(cells, task: str, method: str, data: str) -> str:
-    cell = cells.get((task, method, data))
-    final = paper_final(task, method)
-    if cell is None:
-        return "not run" + ("" if np.isnan(final) else f"<br>paper's end: {number(final)}")
-    end = min(cell.main_end, shown_end(cells, task, data))
-    score = [scores.score_at(run, end) for run in cell.reaching(end)]
-    text = f"**{number(np.mean(score))}** ({numbers(score)})<br>"
-    same = number(paper_at(task, method, end))
-    text += "paper: no curve" if np.isnan(final) else f"paper: {same}, its end: {number(final)}"
-    return text if end == shown_end(cells, task, data) else f"{text}<br>(at {end:,})"
-
-
-def without_data(cells) -> list[str]:
-    """Methods that have no offline data."""
-    found = {method for (_, method, _), cell in cells.items() if all(run.without_data for run in cell)}
-    return [name for name in METHODS if name in found]
-
-
-def without_data_text(cells) -> str:
-    """A sentence with the scores of methods without offline data, where SkiMo's are shown."""
-    values = []
-    counts = set()
-    for name in without_data(cells):
-        found = [cells.get((task, name, "scripted"), Cell()) for task in TASKS]
-        final = [scores.final_scores(cell) if cell else np.array([np.nan]) for cell in found]
-        counts |= {len(score) for score in final if not np.isnan(score).any()}
-        values.append(f"{label(name)} {numbers([score.mean() for score in final])}")
-    if not values:
-        return ""
-    seeds = "one seed each" if counts == {1} else f"{min(counts)} to {max(counts)} seeds"
-    tasks = " / ".join(facts.label for facts in TASKS.values())
-    return f"**Without offline data**, {seeds}, {tasks}: {'; '.join(values)}. {NOTES['smaller']}"
-
-
-def distance_text(cells) -> str:
-    """How far this is from the paper."""
-    words = "**How far this is from the paper.**"
-    for data in scores.kinds(cells):
-        found = scores.coverage(cells, data)
-        every = scores.orderings(cells, data)
-        pairs = [pair for pair in every if pair.training]
-        holds = sum(pair.training == "holds" for pair in pairs)
-        both = sum(pair.training == pair.clean == "holds" for pair in pairs)
-        tested = "no pair of methods compared"
-        if pairs:
-            tested = (
-                f"of its {len(every)} pairs of methods (one better, or both alike) we could compare {len(pairs)}: "
-                f"{holds} stand as in the paper in training, {both} of these also without noise"
-            )
-        words += (
-            f" {of_data(data).capitalize()}: {found['begun']} of its {len(PAPER)} curves begun, "
-            f"{found['ended']} run to their end; {tested}."
-        )
-        if any({pair.first, pair.second} & UNFAIR.keys() for pair in pairs):
-            words += f" {fair_text(pairs)}"
-    return words
-
-
-def readme_text(cells) -> str:
-    """The README's table: a row for every method with offline data, a column for every task and kind of data."""
-    run = {method for _, method, _ in cells} - set(without_data(cells))
-    rows = []
-    for name in [name for name in METHODS if name in plot.SHOWN or name in run]:
-        row = {"method": f"{label(name)}<br>`{name}.py`"}
-        for task, data in scores.boards(cells):
-            steps = f"{shown_end(cells, task, data):,} env steps"
-            column = f"{starred(task, data)}, {of_data(data)}<br>{TASKS[task].measure}<br>{steps}"
-            row[column] = readme_cell(cells, task, name, data)
-        rows.append(row)
-    text = table(rows) + note("under the table")
-    cell = cells.get(("maze", "skimo_no_joint", "scripted"))
-    if cell:
-        prior = numbers(map(scores.prior_alone, cell))
-        text += "\n" + paragraph(NOTES["no joint training"].format(prior=prior))
-    for words in (without_data_text(cells), under_star(text).strip(), distance_text(cells)):
-        text += "\n" + paragraph(words) if words else ""
-    return text
-
-
-def with_table(readme: str, text: str) -> str:
-    """The README with the text between its two markers; as it is if it does not have both."""
-    if BEGIN not in readme or END not in readme:
-        return readme
-    before, rest = readme.split(BEGIN, 1)
-    return f"{before}{BEGIN}\n{text}{END}{rest.split(END, 1)[1]}"
-
-
-# -------------------------------------------------------------------------------------------------------------- main
 def write(path: Path, text: str):
     write_atomically(path, lambda part: part.write_text(text))
     print(f"wrote {path}")
 
 
 def main(args: Args):
-    """Write tables and figures, and print the coverage."""
-    cells = scores.read_cells(args.path)
+    """Write pages and figures, or compare runs with what is published."""
+    single = [path for path in args.paths if (path / "args.json").exists()]
+    first = args.paths[0]
+    if single:
+        runs = [scores.read_cells(path) for path in args.paths]
+        published = scores.read_cells(RESULTS)
+        for cells in runs:
+            print(table([row for cell in cells.values() for run in cell for row in run_rows(run, published)]))
+        plot.save(
+            plot.beside_published([run for cells in runs for cell in cells.values() for run in cell], published),
+            first / "curves.png",
+        )
+        return
+    if len(args.paths) > 1:
+        sys.exit("error: several folders are compared only if each is a run folder, with an args.json")
+    cells = scores.read_cells(first)
     if not cells:
-        sys.exit(f"error: no logs in {args.path}; it should hold TASK/METHOD/seedN.json or a run's args.json")
-    ours = args.path.resolve() == RESULTS
+        sys.exit(f"error: no logs in {first}; it should hold TASK/METHOD/seedN.json or a run's args.json")
+    ours = first.resolve() == RESULTS
     if ours:
-        print(coverage_section(cells))
-    write(RESULTS.parent / "RESULTS.md" if ours else args.path / "RESULTS.md", results_text(args.path, cells))
-    plot.save(plot.overview(cells), args.path / "curves.png")
+        for path, text in pages(cells).items():
+            write(path, text)
+    else:
+        write(first / "RESULTS.md", results_text(cells, ours=False))
+    plot.save(plot.overview(cells), first / "curves.png")
     for task in dict.fromkeys(task for task, _ in scores.boards(cells)):
-        folder = args.path / task
-        picture = folder / "curves.png" if folder.is_dir() else args.path / f"curves_{task}.png"
-        plot.save(plot.enlarged(cells, task), picture)
-    if ours:
-        readme = scores.ROOT / "README.md"
-        write(readme, with_table(readme.read_text(), readme_text(cells)))
+        if (first / task).is_dir():
+            plot.save(plot.enlarged(cells, task), first / task / "curves.png")
 
 
 if __name__ == "__main__":

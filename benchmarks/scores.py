@@ -1,15 +1,13 @@
-"""Read the logs of runs, compute scores as the paper does, and compare them with the paper's.
+"""Read the logs of runs and give each three scores, as shares of the task: 1 is the goal, or all sub-tasks.
+
+- Learning speed: area under the training curve, from 0 to an env step. The curve is the mean of each bin.
+- Level: mean of the training episodes in the last env steps before it.
+- Without noise: the last clean evaluation.
 
 When an episode counts. With E environments side by side the first episodes all begin together, and those that succeed
 end first: placed where they end, they make every curve begin too high. So an episode is placed where it would have
 ended at the latest: at the env step of its start plus E times the longest episode. Then a policy that does not change
 gives a flat curve.
-
-Score. The paper smooths returns in windows of 500 env steps (SPiRL: 100) exponentially, with weight 0.99, beginning at
-the mean of the first ten windows. Here the same weights are given to episodes: the score at an env step is the mean of
-all episodes so far, each weighted by 0.99 per window of age. With one episode in each window this is the paper's
-smoothing. The paper repeats the last return in windows without an episode, and takes the maximum of a window; from
-environments side by side, the first would give failures, which last longer, more weight, and the second would flatter.
 """
 
 import csv
@@ -17,7 +15,7 @@ import json
 import re
 import sys
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, permutations
 from pathlib import Path
 
 import numpy as np
@@ -29,22 +27,17 @@ PAPER_CURVES = ROOT / "benchmarks" / "paper_curves.csv"
 
 @dataclass(frozen=True)
 class Task:
-    """Facts about a task. Scores are returns divided by `unit`, as in the paper's figures."""
+    """Facts about a task. Scores are shares of it; of a user's own task they are returns."""
 
     label: str
-    measure: str  # what a score counts
-    best: float  # score of an episode in which everything was done
-    unit: float  # return that counts as 1
+    max_return: float  # of an episode in which everything was done: a score of 1
+    parts: int  # sub-tasks, which the paper's figures count
     longest: int  # env steps of an episode that nothing ends
-    paper_end: int  # env steps of the paper's curves
     margin: float  # error of reading the paper's curves: smaller differences count as none
-    bin: int  # env steps of a bin in the tables
-    one_start: bool = False  # all clean evaluations begin with the same observation: they are no independent samples
+    bin: int  # env steps of a bin of the training curve
+    last: int  # env steps of the level
+    best: float = 1.0  # highest and
     worst: float = 0.0  # least score
-
-    @property
-    def span(self) -> float:
-        return self.best - self.worst
 
 
 @dataclass(frozen=True)
@@ -52,50 +45,45 @@ class Method:
     """An algorithm file; `paper` is its name in the paper's figures (None: it has no curve there)."""
 
     label: str
-    short: str  # in figures
     colour: str
     paper: str | None = None
 
 
 TASKS = {
-    "maze": Task("Maze", "success rate", 1, 100, 2_000, 2_000_000, 0.03, 50_000),
-    "kitchen": Task("Kitchen", "sub-tasks of 4", 4, 1, 280, 1_000_000, 0.1, 25_000),
-    "kitchen-misaligned": Task("Mis-aligned Kitchen", "sub-tasks of 4", 4, 1, 280, 1_000_000, 0.1, 25_000),
-    "calvin": Task("CALVIN", "sub-tasks of 4", 4, 100, 360, 2_000_000, 0.1, 50_000, one_start=True),
+    "maze": Task("Maze", 100, 1, 2_000, 0.03, 25_000, 50_000),
+    "kitchen": Task("Kitchen", 4, 4, 280, 0.025, 10_000, 25_000),
+    "kitchen-misaligned": Task("Mis-aligned Kitchen", 4, 4, 280, 0.025, 10_000, 25_000),
+    "calvin": Task("CALVIN", 400, 4, 360, 0.025, 10_000, 25_000),
 }
 METHODS = {
-    "skimo": Method("SkiMo", "SkiMo", "#d62728", "SkiMo"),
-    "skimo_no_cem": Method("SkiMo without CEM", "without CEM", "#1f77b4", "SkiMo w/o CEM"),
-    "skimo_sac": Method("SkiMo + SAC", "SAC", "#2ca02c", "SkiMo+SAC"),
-    "skimo_no_joint": Method(
-        "SkiMo without joint training", "no joint training", "#9467bd", "SkiMo w/o joint training"
-    ),
-    "skimo_single_step": Method("SkiMo, single-step dynamics", "single-step", "#7f7f7f"),
-    "spirl": Method("SPiRL", "SPiRL", "#ff7f0e", "SPiRL"),
-    "reskill": Method("ReSkill", "ReSkill", "#e7ba52"),
-    "tdmpc_skills": Method("SPiRL + TD-MPC", "SPiRL+TD-MPC", "#8c564b", "SPiRL+TD-MPC"),
-    "dreamer_skills": Method("SPiRL + Dreamer", "SPiRL+Dreamer", "#e377c2", "SPiRL+Dreamer"),
-    "dreamer": Method("Dreamer", "Dreamer", "#17becf", "Dreamer"),
-    "tdmpc": Method("TD-MPC", "TD-MPC", "#bcbd22", "TD-MPC"),
-    "sac": Method("SAC without skills", "flat SAC", "#393b79"),
-    "diayn": Method("DIAYN with a controller", "DIAYN", "#ce6dbd"),
-    "option_critic": Method("Option-Critic", "Option-Critic", "#a55194"),
-    "relay": Method("Relay Policy Learning", "Relay", "#8c6d31"),
-    "hiro": Method("HIRO", "HIRO", "#8ca252"),
-    "dads": Method("DADS", "DADS", "#637939"),
-    "lsp": Method("LSP", "LSP", "#843c39"),
+    "skimo": Method("SkiMo", "#d62728", "SkiMo"),
+    "skimo_no_joint": Method("no joint training", "#9467bd", "SkiMo w/o joint training"),
+    "skimo_no_cem": Method("no planner", "#1f77b4", "SkiMo w/o CEM"),
+    "skimo_sac": Method("no model in RL (SAC)", "#2ca02c", "SkiMo+SAC"),
+    "skimo_single_step": Method("single-step model", "#7f7f7f"),
+    "spirl": Method("SPiRL", "#ff7f0e", "SPiRL"),
+    "tdmpc_skills": Method("SPiRL + TD-MPC", "#8c564b", "SPiRL+TD-MPC"),
+    "dreamer_skills": Method("SPiRL + Dreamer", "#e377c2", "SPiRL+Dreamer"),
+    "reskill": Method("ReSkill", "#e7ba52"),
+    "relay": Method("Relay", "#8c6d31"),
+    "sac": Method("SAC", "#393b79"),
+    "tdmpc": Method("TD-MPC", "#bcbd22", "TD-MPC"),
+    "dreamer": Method("Dreamer", "#17becf", "Dreamer"),
+    "diayn": Method("DIAYN", "#ce6dbd"),
+    "dads": Method("DADS", "#637939"),
+    "lsp": Method("LSP", "#843c39"),
+    "hiro": Method("HIRO", "#8ca252"),
+    "option_critic": Method("Option-Critic", "#a55194"),
 }
-DATA = {"scripted": "scripted", "human": "human (187 episodes)"}  # label of a kind of offline data, in tables
+MAIN = ("skimo", "skimo_no_joint", "skimo_no_cem", "skimo_sac", "spirl")  # methods in figures and orderings
+DATA = {"scripted": "scripted data", "human": "people's data"}
 PAPER_SEEDS = 5
-SMOOTHING = 0.99  # weight that is left after
-INTERVAL = {"spirl": 100}  # so many env steps, 500 if the method is not named
-LAST = 50_000  # env steps of the unsmoothed mean
 
 
 # ------------------------------------------------------------------------------------------------------------- logs
 @dataclass
 class Run:
-    """A log. Episodes (n,) in the order in which they are placed: env step, score. Evaluations: (env step, score)."""
+    """A log. Episodes (n,) in the order in which they are placed. Evaluations: (env step, score)."""
 
     task: str
     method: str
@@ -103,7 +91,6 @@ class Run:
     seed: int
     steps: np.ndarray
     scores: np.ndarray
-    ended: np.ndarray  # (n,) scores in the order in which the episodes ended
     minutes: np.ndarray  # (n,) of RL, without pre-training, when each episode ended
     end_steps: np.ndarray  # (n,) env step at which each episode ended
     evaluations: list
@@ -159,10 +146,8 @@ def own_task(env_id: str, rows: list[dict]) -> Task:
     worst = min([0.0, *returns])
     best = max(returns, default=1.0)
     best = best if best > worst else worst + 1.0
-    end = int(max(steps, default=1))
-    width = 1_000 * -(-end // 8_000)  # eight bins in a table
-    longest = int(max(lengths, default=1))
-    return Task(env_id, "return", best, 1.0, longest, end, 0.0, width, worst=worst)
+    width = 1_000 * -(-int(max(steps, default=1)) // 16_000)  # sixteen bins in a figure
+    return Task(env_id, 1, 1, int(max(lengths, default=1)), 0.0, width, 2 * width, best, worst)
 
 
 def has_begun(path: Path) -> bool:
@@ -202,14 +187,14 @@ def run_of(path: Path, env_id: str, facts: dict, rows: list[dict]) -> Run:
     try:
         task = TASKS[env_id]
         results = facts.get("results") or {}
-        evaluations = [(int(step), value / task.unit) for step, value, _ in results.get("evaluations", [])]
+        evaluations = [(int(step), value / task.max_return) for step, value, _ in results.get("evaluations", [])]
         if not evaluations:  # of a stopped run
             found = [row for row in rows if row.get("eval_return")]
-            evaluations = [(int(row["env_step"]), float(row["eval_return"]) / task.unit) for row in found]
+            evaluations = [(int(row["env_step"]), float(row["eval_return"]) / task.max_return) for row in found]
         rows = [row for row in rows if row["episodic_return"]]
         end_steps = np.array([float(row["env_step"]) for row in rows])
         lengths = np.array([float(row["episodic_length"]) for row in rows])
-        scores = np.array([float(row["episodic_return"]) for row in rows]) / task.unit
+        scores = np.array([float(row["episodic_return"]) for row in rows]) / task.max_return
         if "rl_minutes" in rows[0]:
             minutes = np.array([float(row["rl_minutes"]) for row in rows])
         else:
@@ -225,7 +210,6 @@ def run_of(path: Path, env_id: str, facts: dict, rows: list[dict]) -> Run:
             seed=facts["seed"],
             steps=steps[order],
             scores=scores[order],
-            ended=scores,
             minutes=minutes,
             end_steps=end_steps,
             evaluations=evaluations,
@@ -237,44 +221,57 @@ def run_of(path: Path, env_id: str, facts: dict, rows: list[dict]) -> Run:
         sys.exit(f"error: {path} and its CSV are no whole log ({type(error).__name__}: {error}); move both elsewhere")
 
 
-def smooth(run: Run) -> np.ndarray:
-    """The run's curve: (n, 2) env steps and score, from the first window with an episode to the last."""
-    interval = INTERVAL.get(run.method, 500)
-    window = np.ceil(run.steps / interval).astype(int) - 1  # of each episode
-    begin = window[0]
-    counts = np.bincount(window - begin)
-    sums = np.bincount(window - begin, weights=run.scores)
-    first = sums[:10].sum() / counts[:10].sum()
-    weight = 1.0  # of `first`
-    total = 0.0
-    episodes = 0.0
-    curve = []
-    for count, returns in zip(counts, sums):
-        total = SMOOTHING * total + returns
-        episodes = SMOOTHING * episodes + count
-        weight = SMOOTHING * weight
-        curve.append(weight * first + (1 - weight) * total / episodes)
-    return np.column_stack([(begin + 1.0 + np.arange(len(curve))) * interval, curve])
+def curve(run: Run, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """Middles of the bins up to an env step, and the mean of each; a bin without an episode lies between others."""
+    width = min(TASKS[run.task].bin, end)
+    count = end // width
+    index = np.ceil(run.steps / width).astype(int) - 1  # of each episode: bins have their upper edge
+    inside = index < count
+    episodes = np.bincount(index[inside], minlength=count)
+    sums = np.bincount(index[inside], weights=run.scores[inside], minlength=count)
+    filled = np.flatnonzero(episodes)
+    if not len(filled):
+        return np.array([]), np.array([])
+    means = np.interp(np.arange(count), filled, sums[filled] / episodes[filled])
+    return (np.arange(count) + 0.5) * width, means
 
 
-def score_at(run: Run, step: float) -> float:
-    """The score of a run at an env step; NaN before its first episode counts."""
-    return float(np.interp(step, *smooth(run).T, left=np.nan))
+def speed(run: Run, end: int) -> float:
+    """Learning speed: area under the training curve from 0 to an env step; NaN before the first episode counts."""
+    means = curve(run, end)[1]
+    return float(means.mean()) if len(means) else np.nan
 
 
 def mean_between(run: Run, low: float, high: float) -> float:
-    """Unsmoothed mean of the episodes placed in (low, high]; NaN if there are none.
+    """Mean of the episodes placed in (low, high]; NaN if there are none.
 
     Beyond the run's end only episodes are placed that ended early, as successes do: they count for nothing.
     """
     inside = (run.steps > low) & (run.steps <= min(high, run.end))
-    return run.scores[inside].mean() if inside.any() else np.nan
+    return float(run.scores[inside].mean()) if inside.any() else np.nan
 
 
-def last_episodes(run: Run, end: int, count: int = 100) -> float:
-    """Mean of the last episodes that ended up to an env step; NaN if there are none."""
-    ended = run.ended[run.end_steps <= end + min(1_000, end // 8)]
-    return ended[-count:].mean() if len(ended) else np.nan
+def level(run: Run, end: int) -> float:
+    """Mean of the training episodes in the last env steps before an env step."""
+    return mean_between(run, end - TASKS[run.task].last, end)
+
+
+def without_noise(run: Run, end: int) -> float:
+    """Clean evaluation at an env step; NaN if there was none."""
+    step, value = min(run.evaluations, key=lambda evaluation: abs(evaluation[0] - end), default=(np.inf, np.nan))
+    return value if abs(step - end) <= min(5_000, end // 8) else np.nan
+
+
+MEASURES = {"speed": speed, "level": level, "without noise": without_noise}
+
+
+def steps_to(run: Run, share: float, episodes: int = 40) -> float:
+    """Env step at which the mean of the last 40 episodes first is a share of the task; infinite if it never is."""
+    if len(run.scores) < episodes:
+        return np.inf
+    means = np.convolve(run.scores, np.ones(episodes) / episodes, "valid")
+    reached = np.flatnonzero(means >= share - 1e-9)
+    return float(run.steps[reached[0] + episodes - 1]) if len(reached) else np.inf
 
 
 def minutes_at(run: Run, end: int) -> float:
@@ -293,13 +290,14 @@ def prior_alone(run: Run) -> float:
     pretraining = (run.facts.get("results") or {}).get("pretraining") or {}
     if run.task == "kitchen-misaligned":
         return np.nan
-    return pretraining.get("prior_return", np.nan) / TASKS[run.task].unit
+    return pretraining.get("prior_return", np.nan) / TASKS[run.task].max_return
 
 
-def evaluation_at(run: Run, end: int) -> float:
-    """Clean evaluation at an env step; NaN if there was none."""
-    step, value = min(run.evaluations, key=lambda evaluation: abs(evaluation[0] - end), default=(np.inf, np.nan))
-    return value if abs(step - end) <= min(5_000, end // 8) else np.nan
+def model_of(run: Run) -> str | None:
+    """A mark of the pre-trained model that a run started from; None if it is not known."""
+    pretraining = (run.facts.get("results") or {}).get("pretraining") or {}
+    held = pretraining.get("valid_kl_loss")  # what its skills hold: no two models agree in three digits
+    return None if held is None else f"{held:.3f}"
 
 
 # ------------------------------------------------------------------------------------------------------------ cells
@@ -347,12 +345,12 @@ def read_cells(folder: Path) -> dict[tuple[str, str, str], Cell]:
 
 
 def order_of(task: str, method: str, data: str) -> tuple:
-    """Sorts cells by task, data, method; unknown names come last."""
+    """Sorts cells by data, task, method; unknown names come last."""
 
     def rank(name, names):
         return [*names, name].index(name), name
 
-    return rank(task, TASKS), rank(data, DATA), rank(method, METHODS)
+    return rank(data, DATA), rank(task, TASKS), rank(method, METHODS)
 
 
 def boards(cells) -> list[tuple[str, str]]:
@@ -360,13 +358,38 @@ def boards(cells) -> list[tuple[str, str]]:
     return list(dict.fromkeys((task, data) for task, _, data in cells))
 
 
+def board(cells, task: str, data: str) -> dict[str, Cell]:
+    """Method -> its runs on a board."""
+    return {method: cell for (t, method, d), cell in cells.items() if (t, d) == (task, data)}
+
+
 def label(method: str) -> str:
     return METHODS[method].label if method in METHODS else method
 
 
-def kinds(cells) -> list[str]:
-    """Kinds of data for which there are runs."""
-    return list(dict.fromkeys(data for _, data in boards(cells)))
+def board_label(task: str, data: str) -> str:
+    return TASKS[task].label + ("" if data == "scripted" else f", {DATA.get(data, data)}")
+
+
+def board_end(cells, task: str, data: str) -> int:
+    """The env steps to which methods of a board are compared: those that most of the main ones ran."""
+    here = board(cells, task, data)
+    ends = [cell.main_end for method, cell in here.items() if method in MAIN]
+    ends = ends or [cell.main_end for cell in here.values()]
+    return max(sorted(set(ends)), key=ends.count)
+
+
+def cell_end(cells, task: str, method: str, data: str) -> int:
+    """The env steps to which a cell is scored: its board's, or its own if it was not run so far."""
+    return min(board_end(cells, task, data), cells[task, method, data].main_end)
+
+
+def measured(cells, task: str, method: str, data: str, measure: str) -> np.ndarray:
+    """A measure of every seed of a cell; empty without runs."""
+    if (task, method, data) not in cells:
+        return np.array([])
+    end = cell_end(cells, task, method, data)
+    return np.array([MEASURES[measure](run, end) for run in cells[task, method, data].reaching(end)])
 
 
 # ------------------------------------------------------------------------------------------------- the paper's curves
@@ -375,7 +398,7 @@ def paper_curves() -> dict[tuple[str, str], np.ndarray]:
     curves = {}
     with PAPER_CURVES.open() as file:
         for row in csv.DictReader(file):
-            point = (float(row["env_step"]), float(row["value"]))
+            point = (float(row["env_step"]), float(row["value"]) / TASKS[row["task"]].parts)
             curves.setdefault((row["task"], row["method"]), []).append(point)
     return {key: np.array(points) for key, points in curves.items()}
 
@@ -383,21 +406,28 @@ def paper_curves() -> dict[tuple[str, str], np.ndarray]:
 PAPER = paper_curves()
 
 
+def paper_curve(task: str, method: str) -> np.ndarray | None:
+    return PAPER.get((task, METHODS[method].paper if method in METHODS else None))
+
+
 def paper_at(task: str, method: str, step: float) -> float:
     """The paper's score at an env step, linear between the points that were read; NaN outside of them."""
-    curve = PAPER.get((task, METHODS[method].paper if method in METHODS else None))
-    if curve is None:
-        return np.nan
-    return float(np.interp(step, *curve.T, left=np.nan, right=np.nan))
+    points = paper_curve(task, method)
+    return np.nan if points is None else float(np.interp(step, *points.T, left=np.nan, right=np.nan))
 
 
 def paper_final(task: str, method: str) -> float:
     """The paper's last score; NaN if it has no curve."""
-    curve = PAPER.get((task, METHODS[method].paper if method in METHODS else None))
-    return np.nan if curve is None else float(curve[-1, 1])
+    points = paper_curve(task, method)
+    return np.nan if points is None else float(points[-1, 1])
 
 
-# ---------------------------------------------------------------------------------------------------------- orderings
+def paper_speed(task: str, method: str, end: int) -> float:
+    """Area under the paper's curve up to an env step; before the first point that was read it counts as 0."""
+    return float(np.interp(np.arange(0, end + 1, 1_000), *paper_curve(task, method).T, left=0.0).mean())
+
+
+# -------------------------------------------------------------------------------------------------------- comparisons
 def relation(first, second, margin: float) -> str:
     """How two sets of scores, one per seed, stand: > or < if all seeds agree, = if the means are within the margin."""
     first = np.asarray(first)
@@ -411,79 +441,70 @@ def relation(first, second, margin: float) -> str:
     return "?"
 
 
-@dataclass
-class Ordering:
-    """A pair of methods that the paper orders by its final scores, and what is found here."""
+def lead(first: list[Run], second: list[Run], measure, end: int) -> tuple[float, float, float, bool]:
+    """Mean lead of the first runs, its 95 % interval by bootstrap over seeds, and whether seeds were paired.
 
-    task: str
-    first: str  # the better one in the paper
-    second: str
-    expected: str  # > or =
-    end: int = 0  # env steps at which both are compared here (0: untested)
-    training: str = ""  # holds, fails
-    clean: str = ""
-    paper_then: str = ""  # the paper's relation at the same env step
-    scores: tuple = ()  # of both methods' seeds at `end`
-    at_ends: tuple = ()  # the same, each method at its own end
-    unsmoothed: tuple = ()  # plain means of the last env steps before `end`
-
-
-def orderings(cells, data: str) -> list[Ordering]:
-    """All pairs of the paper's curves in the four tasks."""
-    found = []
-    for task, facts in TASKS.items():
-        curves = [name for name, method in METHODS.items() if (task, method.paper) in PAPER]
-        curves.sort(key=lambda name: -paper_final(task, name))
-        for first, second in combinations(curves, 2):
-            expected = relation([paper_final(task, first)], [paper_final(task, second)], facts.margin)
-            pair = Ordering(task, first, second, expected)
-            found.append(pair)
-            if (task, first, data) not in cells or (task, second, data) not in cells:
-                continue
-            pair.end = min(cells[task, name, data].main_end for name in (first, second))
-            runs = [cells[task, name, data].reaching(pair.end) for name in (first, second)]
-            pair.scores = tuple(np.array([score_at(run, pair.end) for run in part]) for part in runs)
-            # A method that loses what it had must not count as better because the other one's runs are shorter.
-            pair.at_ends = tuple(final_scores(cells[task, name, data]) for name in (first, second))
-            # Smoothing remembers how a run began: the plain means of what came last must agree.
-            pair.unsmoothed = tuple(
-                np.array([mean_between(run, pair.end - LAST, pair.end) for run in part]) for part in runs
-            )
-            three = pair.scores, pair.at_ends, pair.unsmoothed
-            relations = {relation(*scores, facts.margin) for scores in three}
-            pair.training = "holds" if relations == {expected} else "fails"
-            clean = [[evaluation_at(run, pair.end) for run in part] for part in runs]
-            if not np.isnan(np.concatenate(clean)).any():
-                pair.clean = "holds" if relation(*clean, facts.margin) == expected else "fails"
-            then = [[paper_at(task, name, pair.end)] for name in (first, second)]
-            if not np.isnan(then).any():
-                pair.paper_then = relation(*then, facts.margin)
-    return found
+    Seeds are paired where each started from a pre-trained model of its own that a run of the other cell has, too.
+    """
+    models = [{model_of(run): measure(run, end) for run in runs} for runs in (first, second)]
+    rng = np.random.default_rng(0)
+    pairs = None not in models[0] and models[0].keys() == models[1].keys()
+    pairs = pairs and len(models[0]) == len(first) == len(second) > 1
+    if pairs:
+        differences = np.array([models[0][name] - models[1][name] for name in models[0]])
+        means = rng.choice(differences, (2_000, len(differences))).mean(1)
+        middle = differences.mean()
+    else:
+        values = [np.array([measure(run, end) for run in runs]) for runs in (first, second)]
+        middle = values[0].mean() - values[1].mean()
+        means = np.subtract(*(rng.choice(part, (2_000, len(part))).mean(1) for part in values))
+        if min(map(len, values)) == 1:
+            means = np.array([np.nan])
+    return middle, *np.quantile(means, [0.025, 0.975]), pairs
 
 
-def final_scores(cell: Cell) -> np.ndarray:
-    """Scores of the seeds that reached the cell's main end."""
-    return np.array([score_at(run, cell.main_end) for run in cell.reaching(cell.main_end)])
+def agreement(cells, measure: str, data: str) -> dict:
+    """How many orderings of pairs of the main methods are the paper's, and what chance would give.
+
+    The paper's order is that of its last scores, for speed that of its areas over the same env steps. Chance: on each
+    board the names of our methods are shuffled, all ways; p is the share of shufflings with as many or more.
+    """
+    total, holds = 0, 0
+    chance = np.ones(1)  # chance[n]: of n orderings that hold
+    for task in [task for task, d in boards(cells) if d == data and task in TASKS]:
+        ours = {name: measured(cells, task, name, data, measure) for name in MAIN}
+        names = [name for name, values in ours.items() if len(values) and not np.isnan(values).any()]
+        end = board_end(cells, task, data)
+        paper = {
+            name: [paper_speed(task, name, end) if measure == "speed" else paper_final(task, name)] for name in names
+        }
+        margin = TASKS[task].margin
+        pairs = list(combinations(names, 2))
+        expected = [relation(paper[a], paper[b], margin) for a, b in pairs]
+        found = {(a, b): relation(ours[a], ours[b], margin) for a, b in permutations(names, 2)}
+        counts = []
+        for shuffled in permutations(names):
+            called = dict(zip(names, shuffled))
+            counts.append(sum(found[called[a], called[b]] == wanted for (a, b), wanted in zip(pairs, expected)))
+        total += len(pairs)
+        holds += counts[0]
+        chance = np.convolve(chance, np.bincount(counts, minlength=len(pairs) + 1) / len(counts))
+    expectation = float(chance @ np.arange(len(chance)))
+    return dict(pairs=total, hold=holds, chance=expectation, p=float(chance[holds:].sum()))
 
 
 def coverage(cells, data: str) -> dict:
-    """How much of the paper's figures there is here: runs, curves, seeds x env steps."""
-    whole = 0
-    done = 0
-    begun = 0
-    ended = 0
-    five = 0
+    """How much of the paper's figures there is here: curves begun, run to their end; seeds x env steps."""
+    whole, done, begun, ended = 0, 0, 0, 0
     for task in TASKS:
-        for name, method in METHODS.items():
-            if (task, method.paper) not in PAPER:
+        for name in METHODS:
+            points = paper_curve(task, name)
+            if points is None:
                 continue
-            end = PAPER[task, method.paper][-1, 0]
-            whole += PAPER_SEEDS * end
+            end = points[-1, 0]
             cell = cells.get((task, name, data), Cell())
-            steps = sorted((min(run.env_steps, end) for run in cell), reverse=True)[:PAPER_SEEDS]
-            done += sum(steps)
+            whole += PAPER_SEEDS * end
+            done += sum(sorted((min(run.env_steps, end) for run in cell), reverse=True)[:PAPER_SEEDS])
             begun += bool(cell)
             ended += any(run.end >= end for run in cell)
-            five += len(cell) >= PAPER_SEEDS
-    runs = sum(len(cell) for (_, _, d), cell in cells.items() if d == data)
-    return dict(runs=runs, begun=begun, ended=ended, five=five, done=done, whole=whole)
+    return dict(begun=begun, ended=ended, done=done, whole=whole)
