@@ -9,20 +9,8 @@ from matplotlib.lines import Line2D
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.scores import (
-    MAIN,
-    METHODS,
-    TASKS,
-    Cell,
-    board,
-    board_end,
-    board_label,
-    boards,
-    curve,
-    label,
-    paper_curve,
-    without_noise,
-)
+from benchmarks import scores
+from benchmarks.scores import MAIN, METHODS, TASKS, Cell, board, board_end, board_label, boards, curve, label
 from data_tools.files import write_atomically
 
 OTHERS = ("black", "#006d77", "#9d0208", "#7b2cbf")  # colours of a user's own methods and runs
@@ -60,18 +48,18 @@ def draw_seeds(axes, runs, end: int, colour: str, width: float = 2.2):
 
 def draw_paper(axes, task: str, method: str, end: int, colour: str):
     """The paper's curve, dotted, up to an env step."""
-    points = paper_curve(task, method)
+    points = scores.paper_curve(task, method)
     if points is None or points[0, 0] >= end:
         return
     steps = np.append(points[points[:, 0] < end, 0], min(end, points[-1, 0]))
     axes.plot(steps / 1000, np.interp(steps, *points.T), ":", color=colour, lw=1.4)
 
 
-def legend(figure, found: dict[str, str], columns: int):
+def legend(figure, found: dict[str, str], columns: int, paper: bool = True):
     """One legend on top: names with their colours, and the paper."""
     lines = [Line2D([], [], color=colour, lw=2.2) for colour in found.values()]
-    lines.append(Line2D([], [], color="black", ls=":", lw=1.4))
-    names = [*found, "the paper (other data)"]
+    lines += [Line2D([], [], color="black", ls=":", lw=1.4)] * paper
+    names = [*found, *["the paper (other data)"] * paper]
     figure.legend(lines, names, loc="upper center", ncol=columns, frameon=False, fontsize=9.5, handlelength=1.8)
 
 
@@ -96,12 +84,7 @@ def overview(cells) -> Figure:
             draw_seeds(axes, cell.reaching(min(end, cell.main_end)), end, colour[name])
             draw_paper(axes, task, name, end, colour[name])
     for axes in grid[:, 0]:
-        axes.set_ylabel(
-            "return"
-            if task not in METHODS and TASKS[task].parts == TASKS[task].max_return == 1
-            else "share of the task",
-            fontsize=9,
-        )
+        axes.set_ylabel("share of the task" if task in scores.PAPER_TASKS else "return", fontsize=9)
     legend(figure, {label(name): colour[name] for name in shown}, min(6, len(shown) + 1))
     figure.tight_layout(rect=(0, 0, 1, 1 - (0.3 if len(shown) < 6 else 0.3 * (1 + len(shown) // 6)) / height))
     return figure
@@ -112,7 +95,7 @@ def enlarged(cells, task: str) -> Figure:
     kinds = [data for t, data in boards(cells) if t == task]
     names = list(dict.fromkeys(method for t, method, _ in cells if t == task))
     colour = colours(names)
-    height = 3.6 * len(kinds) + 0.3 * (1 + len(names) // 6) + 0.1
+    height = 3.6 * len(kinds) + 0.21 * (1 + (len(names) - 1) // 6)
     figure = Figure(figsize=(10.5, height))
     for (training, clean), data in zip(figure.subplots(len(kinds), 2, squeeze=False), kinds):
         end = board_end(cells, task, data)
@@ -122,14 +105,14 @@ def enlarged(cells, task: str) -> Figure:
             runs = cell.reaching(min(end, cell.main_end))
             draw_seeds(training, runs, end, colour[name], 1.8)
             steps = [step for step, _ in runs[0].evaluations if step <= end * 1.01]
-            values = np.array([[without_noise(run, step) for run in runs] for step in steps])
+            values = np.array([[scores.without_noise(run, step) for run in runs] for step in steps])
             kept = [i for i, row in enumerate(values) if not np.isnan(row).any()]
             if kept:
                 x = np.array(steps)[kept] / 1000
                 clean.plot(x, values[kept], "o", color=colour[name], ms=3, alpha=0.4)
                 clean.plot(x, values[kept].mean(1), "o-", color=colour[name], lw=1.6, ms=5)
-    legend(figure, {label(name): colour[name] for name in names}, 6)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.27 * (1 + len(names) // 6) / height))
+    legend(figure, {label(name): colour[name] for name in names}, 6, paper=False)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.21 * (1 + (len(names) - 1) // 6) / height))
     return figure
 
 
@@ -149,7 +132,8 @@ def beside_published(runs, published) -> Figure:
         draw_paper(axes, task, "skimo", end, METHODS["skimo"].colour)
         for run in here:
             colour = OTHERS[runs.index(run) % 4]
-            axes.plot(*(curve(run, run.end)[0] / 1000, curve(run, run.end)[1]), color=colour, lw=1.8)
+            x, y = curve(run, run.end)
+            axes.plot(x / 1000, y, color=colour, lw=1.8)
             lines[f"{label(run.method)}, seed {run.seed}"] = colour
     legend(figure, lines, 3)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.07 * (1 + len(lines) // 3)))
@@ -159,6 +143,6 @@ def beside_published(runs, published) -> Figure:
 def save(figure: Figure, path: Path):
     """Write a picture whole or not at all, with the same bytes for the same logs."""
     write_atomically(
-        path, lambda part: figure.savefig(part, dpi=110, metadata={"Software": None}, pil_kwargs={"optimize": True})
+        path, lambda part: figure.savefig(part, dpi=96, metadata={"Software": None}, pil_kwargs={"optimize": True})
     )
     print(f"wrote {path}")

@@ -12,7 +12,6 @@ of settings, explained in NAME/study.json. Sentences are in results/notes.md. sc
 import json
 import re
 import sys
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -23,20 +22,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import plot, scores
-from benchmarks.scores import (
-    DATA,
-    MAIN,
-    MEASURES,
-    METHODS,
-    RESULTS,
-    ROOT,
-    TASKS,
-    Cell,
-    Run,
-    board_label,
-    label,
-    paper_at,
-)
+from benchmarks.scores import DATA, MAIN, MEASURES, RESULTS, ROOT, TASKS, Cell, Run, board_label, label, paper_at
 from data_tools.files import write_atomically
 
 COMPARED = ("skimo", "skimo_no_joint", "skimo_no_cem", "skimo_sac", "skimo_single_step", "spirl")
@@ -71,7 +57,11 @@ CLAIMS = (
         "planning pays: SkiMo > no planner", "skimo", "skimo_no_cem", ALL[1:], "in training; without noise on CALVIN"
     ),
     Claim(
-        "but the maze is faster without", "skimo_no_cem", "skimo", ALL[:1], "only by the release's planner: see above"
+        "but the maze is faster without",
+        "skimo_no_cem",
+        "skimo",
+        ALL[:1],
+        "tied here; slower with the release's planner",
     ),
     Claim(
         "joint training pays",
@@ -98,6 +88,7 @@ SETTINGS = (
     ("tau .01 → .05", "maze_tau/skimo_tau0.01"),
     ("target KL 10 → 3 nats", "maze_spirl_target_kl/target_kl10"),
     ("alpha .5 → .05", "kitchen_sac_alpha/alpha0.5"),
+    ("alpha .5, imagined states → .05, encoded", "kitchen_policy_loss/alpha0.5_imagined"),
     ("KL weight of skills 5e-4 → 1e-3, people's data", "kitchen_human_kl/kitchen_spirl_5e-4"),
     ("the same", "kitchen_human_kl/misaligned_spirl_5e-4"),
     ("four times the updates", "calvin_updates/skimo_0.08"),
@@ -117,7 +108,7 @@ def number(value: float) -> str:
 
 
 def signed(value: float) -> str:
-    return ("+" if value > 0 else "") + number(value)
+    return ("+" if round(value, 2) > 0 else "") + number(value)
 
 
 def mean_and_seeds(values) -> str:
@@ -129,12 +120,9 @@ def table(rows: list[dict]) -> str:
     """Rows, column -> value, as Markdown; nothing without rows."""
     if not rows:
         return ""
-    lines = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
-
-
-def paragraph(text: str) -> str:
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False) + "\n"
+    lines = [" | ".join(str(cell).replace("|", "\\|") for cell in line) for line in (rows[0], *map(dict.values, rows))]
+    lines = [f"| {line} |" for line in lines]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"
 
 
 def filled(page: str, name: str, text: str) -> str:
@@ -175,7 +163,9 @@ def board_row(cells, task: str, method: str, data: str) -> dict[str, str]:
     for measure in MEASURES:
         row[measure] = mean_and_seeds(scores.measured(cells, task, method, data, measure))
     row["paper, same step"] = number(paper_at(task, method, end)) + "²" * (method == "spirl")
-    row["prior alone"] = number(np.nanmean([*map(scores.prior_alone, runs), np.nan])) if data else "–"
+    row["prior alone"] = number(
+        np.mean(priors) if (priors := [*filter(np.isfinite, map(scores.prior_alone, runs))]) else np.nan
+    )
     minutes = [scores.minutes_at(run, end) for run in runs]
     row["minutes"] = "–" if np.isnan(minutes).all() else f"{np.nanmean(minutes):.0f}"
     return row
@@ -191,7 +181,7 @@ def lead_row(cells, task: str, method: str, data: str) -> dict[str, str]:
     row["thousand env steps to .75"] = steps[0] if steps[0] == steps[-1] else f"{steps[0]} to {steps[-1]}"
     for name, measure in MEASURES.items():
         middle, low, high, paired = scores.lead(
-            cells["task" and task, "skimo", data].reaching(end), cell.reaching(end), measure, end
+            cells[task, "skimo", data].reaching(end), cell.reaching(end), measure, end
         )
         row[f"SkiMo's lead: {name}"] = "–" if method == "skimo" or np.isnan(middle) else signed(middle)
         if not np.isnan(low) and method != "skimo":
@@ -255,14 +245,14 @@ def settings_table(cells) -> str:
         found = effect(RESULTS / "studies" / variant, cells)
         if found:
             cell, other, end = found
-            before, after = (np.mean([scores.level(run, end) for run in part]) for part in (cell, other))
-            if variant.endswith("skimo_0.08"):  # here the study has the better value
-                before, after = after, before
+            after, before = (np.mean([scores.level(run, end) for run in part]) for part in (cell, other))
+            if variant.endswith("skimo_0.08"):  # the other way round: the study has more updates than the cell
+                after, before = before, after
             study = variant.split("/")[0]
             name = f"{label(cell[0].method)}, {TASKS[cell[0].task].label}"
             link = f"[{study}](results/studies/{study})"
-            row = {"setting": text, "method, task": name, "level": f"{number(after)} → {number(before)}"}
-            rows.append(row | {"effect": signed(before - after), "seeds": f"{len(other)}, {len(cell)}", "study": link})
+            row = {"setting": text, "method, task": name, "level": f"{number(before)} → {number(after)}"}
+            rows.append(row | {"effect": signed(after - before), "seeds": f"{len(other)}, {len(cell)}", "study": link})
     for task, data in scores.boards(cells):
         levels = [scores.measured(cells, task, name, data, "level").mean() for name in MAIN]
         row = {
@@ -276,7 +266,7 @@ def settings_table(cells) -> str:
 
 # ------------------------------------------------------------------------------------------------------------ studies
 def effect(variant: Path, cells) -> tuple[list[Run], list[Run], int] | None:
-    """The runs of a cell that a study's variant is compared with, the variant's, and the env steps both have."""
+    """The runs of the cell that a study's variant is compared with, the variant's, and the env steps both have."""
     other = Cell(scores.read_run(path) for path in sorted(variant.glob("seed*.json")))
     names = json.loads((variant.parent / "study.json").read_text()).get("compare", [])
     for task, method, data in (name.split("/") for name in names):
@@ -337,7 +327,7 @@ def commits(run: Run) -> list[str]:
 
 
 def bin_edges(last: int, width: int) -> list[int]:
-    """Edges of bins up to an env step: eight of a width, then bins four times as wide, of which half or more was run."""
+    """Edges of bins up to an env step: eight of a width, then four times as wide while half of a bin was run."""
     edges = list(range(0, min(last, 8 * width), width))
     edges.append(edges[-1] + width)
     wide = range(8 * width, last - 2 * width + 1, 4 * width)
@@ -364,7 +354,7 @@ def task_text(cells, task: str) -> str:
                 mean = scores.mean_between(run, low, high)
                 there = run.end >= (low + high) / 2 and not np.isnan(mean)  # half of a bin, or more, was run
                 bins[-1][f"{low // 1000}-{high // 1000}k"] = number(mean) if there else ""
-        text += f"\n## With {DATA.get(data, data)}\n{table(facts)}\nMeans of training episodes between two env steps:\n\n{table(bins)}"
+        text += f"\n## With {DATA.get(data, data)}\n{table(facts)}\n{NOTES['bins']}\n\n{table(bins)}"
     return text
 
 
@@ -373,15 +363,15 @@ def readme_text(cells) -> str:
     """The README's table: speed / level / without noise of the methods with offline data on every board."""
     rows = []
     for name in COMPARED:
-        row = {"speed / level / without noise": f"[{label(name)}](algos/docs/{name}.md)"}
+        row = {"speed/level/without noise,<br>to env steps": f"[{label(name)}](algos/docs/{name}.md)"}
         for task, data in scores.boards(cells):
             board_steps = scores.board_end(cells, task, data)
-            column = f"{board_label(task, data).replace(', ', '<br>')}<br>{thousands(board_steps)} env steps"
+            column = f"{board_label(task, data).replace(', ', '<br>')}<br>{thousands(board_steps)}"
             row[column] = "–"
             if (task, name, data) in cells:
                 end = scores.cell_end(cells, task, name, data)
                 count = len(cells[task, name, data].reaching(end))
-                row[column] = f"{' / '.join(three(cells, task, name, data))} ({count})" + "¹" * (end < board_steps)
+                row[column] = f"{'/'.join(three(cells, task, name, data))} ({count})" + "¹" * (end < board_steps)
         rows.append(row)
     return table(rows)
 

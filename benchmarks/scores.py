@@ -55,6 +55,7 @@ TASKS = {
     "kitchen-misaligned": Task("Mis-aligned Kitchen", 4, 4, 280, 0.025, 10_000, 25_000),
     "calvin": Task("CALVIN", 400, 4, 360, 0.025, 10_000, 25_000),
 }
+PAPER_TASKS = tuple(TASKS)  # a user's own are added to TASKS
 METHODS = {
     "skimo": Method("SkiMo", "#d62728", "SkiMo"),
     "skimo_no_joint": Method("no joint training", "#9467bd", "SkiMo w/o joint training"),
