@@ -131,7 +131,7 @@ def beside_published(runs, published) -> Figure:
             lines |= {"published SkiMo": METHODS["skimo"].colour} if cell else {}
         draw_paper(axes, task, "skimo", end, METHODS["skimo"].colour)
         for run in here:
-            colour = OTHERS[runs.index(run) % 4]
+            colour = OTHERS[[other is run for other in runs].index(True) % 4]
             x, y = curve(run, run.end)
             axes.plot(x / 1000, y, color=colour, lw=1.8)
             lines[f"{label(run.method)}, seed {run.seed}"] = colour

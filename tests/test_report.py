@@ -1,8 +1,7 @@
-"""benchmarks/report.py: scores against independent versions, and what is published against the logs."""
+"""benchmarks/report.py: scores against independent versions, and what is published against the logs and the audit."""
 
 import csv
 import json
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -25,7 +24,6 @@ def make_run(steps, values, method="skimo", task="kitchen", num_envs=1):
         seed=1,
         steps=steps,
         scores=values,
-        ended=values,
         minutes=steps,
         end_steps=steps,
         evaluations=[],
@@ -38,7 +36,7 @@ def write_log(folder, method, seed, value, task="maze", data="scripted", steps=3
     """A log as benchmarks/run.py writes it: one environment, all episodes alike."""
     path = folder / task / method / data / f"seed{seed}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    unit = scores.TASKS[task].unit
+    unit = scores.TASKS[task].max_return
     rows = [f"{step},{value * unit},{length},,,{step / 100}" for step in range(length, steps + 1, length)]
     path.with_suffix(".csv").write_text("\n".join([HEADER, *rows]) + "\n")
     evaluations = [[steps, unit * (value if clean is None else clean), 0.0]]
@@ -70,7 +68,6 @@ def lockstep_episodes(rng, num_envs, budget, success, longest):
 @pytest.mark.parametrize("num_envs", [1, 8])
 def test_an_unchanging_policy_gives_a_flat_curve(num_envs):
     rng = np.random.default_rng(0)
-    grid = np.array([2_500 * num_envs, 5_000 * num_envs, 50_000, 100_000])
     placed = []
     as_they_end = []
     for _ in range(150):
@@ -78,11 +75,10 @@ def test_an_unchanging_policy_gives_a_flat_curve(num_envs):
         steps = scores.place(ends, lengths, num_envs, 2_000)
         for curves, where in ((placed, steps), (as_they_end, ends)):
             order = np.argsort(where, kind="stable")
-            run = make_run(where[order], wins[order])
-            curves.append(np.interp(grid, *scores.smooth(run).T))
-    assert np.abs(np.mean(placed, axis=0) - 0.5).max() < 0.06  # the standard error is 0.03 at the beginning
+            curves.append(scores.curve(make_run(where[order], wins[order], task="maze"), 100_000)[1])
+    assert np.abs(np.mean(placed, axis=0) - 0.5).max() < 0.06
     if num_envs == 8:  # the reason for all this
-        assert np.mean(as_they_end, axis=0)[0] > 0.8
+        assert np.mean(as_they_end, axis=0)[0] > 0.57
 
 
 def test_episodes_are_placed_where_the_longest_would_have_ended():
@@ -92,41 +88,32 @@ def test_episodes_are_placed_where_the_longest_would_have_ended():
     assert scores.place(np.array([2_000.0]), np.array([2_000.0]), 1, 2_000).tolist() == [2_000]
 
 
-@pytest.mark.parametrize(("method", "interval"), [("skimo", 500), ("spirl", 100)])
-def test_with_an_episode_in_each_window_the_smoothing_is_the_papers(method, interval):
-    values = np.random.default_rng(1).random(300)
-    run = make_run(interval * np.arange(3, 303), values, method)
-    average = sum(values[:10]) / 10
-    expected = []
-    for value in values:
-        average = 0.99 * average + 0.01 * value
-        expected.append(average)
-    curve = scores.smooth(run)
-    assert np.array_equal(curve[:, 0], interval * np.arange(3, 303))
-    assert np.allclose(curve[:, 1], expected)
-    assert scores.score_at(run, 100 * interval) == pytest.approx(expected[97])
-    assert np.isnan(scores.score_at(run, interval))
-
-
-def test_episodes_are_weighted_by_age_and_not_by_the_gaps_between_them():
+def test_the_curve_is_the_mean_of_bins_with_their_upper_edge_and_speed_its_area():
     rng = np.random.default_rng(2)
-    steps = np.sort(rng.choice(np.arange(1, 60_000), 90, replace=False))
-    values = rng.random(90)
-    window = -(-steps // 500)
-    first = values[window < window[0] + 10].mean()
-    for step in (20_000, 55_000):
-        age = step // 500 - window
-        weights = np.where(age >= 0, 0.99 ** np.maximum(age, 0), 0)
-        forgotten = 0.99 ** (step // 500 - window[0] + 1)
-        expected = forgotten * first + (1 - forgotten) * (weights * values).sum() / weights.sum()
-        assert scores.score_at(make_run(steps, values), step) == pytest.approx(expected)
+    steps = np.sort(rng.choice(np.arange(1, 60_000), 400, replace=False))
+    steps[steps // 10_000 == 2] -= 10_000  # an empty bin
+    steps = np.sort(np.append(steps, 40_000))
+    values = rng.random(len(steps))
+    middles, means = scores.curve(make_run(steps, values), 50_000)
+    expected = [
+        values[(steps > low) & (steps <= low + 10_000)].mean() if low != 20_000 else np.nan for low in middles - 5_000
+    ]
+    expected[2] = (expected[1] + expected[3]) / 2
+    assert np.allclose(means, expected)
+    assert scores.speed(make_run(steps, values), 50_000) == pytest.approx(np.mean(expected))
+    assert np.isnan(scores.speed(make_run([9_000], [1.0]), 5_000))
 
 
-def test_bins_and_last_episodes():
+def test_means_between_env_steps():
     run = make_run([10, 20, 30, 40], [1.0, 2, 3, 5])
     assert scores.mean_between(run, 10, 30) == 2.5  # without its lower edge, with its upper one
     assert np.isnan(scores.mean_between(run, 40, 50))
-    assert scores.last_episodes(run, 40, count=2) == 4
+
+
+def test_steps_to_a_share_of_the_task():
+    run = make_run(np.arange(1_000, 101_000, 1_000), np.repeat([0.0, 1.0], 50))
+    assert scores.steps_to(run, 0.75) == 80_000  # 30 of the last 40 episodes
+    assert scores.steps_to(make_run([1_000], [1.0]), 0.75) == np.inf
 
 
 def test_the_main_end_is_where_more_than_half_of_the_seeds_got():
@@ -144,7 +131,7 @@ def test_the_main_end_is_where_more_than_half_of_the_seeds_got():
     assert cell.main_end == 60_000
 
 
-# ---------------------------------------------------------------------------------------------------------- orderings
+# -------------------------------------------------------------------------------------------------------- comparisons
 @pytest.mark.parametrize(
     ("first", "second", "expected"),
     [
@@ -159,56 +146,39 @@ def test_relations(first, second, expected):
     assert scores.relation(first, second, 0.1) == expected
 
 
-def test_orderings_of_a_small_grid(tmp_path):
-    for seed in (1, 2):
-        write_log(tmp_path, "skimo", seed, 0.9, clean=0.5)
-        write_log(tmp_path, "skimo_no_cem", seed, 0.91, clean=0.5)
-        write_log(tmp_path, "skimo_sac", seed, 0.5, clean=0.5)
+def with_models(values, models):
+    runs = [make_run(np.arange(1_000, 51_000, 1_000), np.full(50, value)) for value in values]
+    for run, model in zip(runs, models):
+        run.facts["results"] = dict(pretraining=dict(valid_kl_loss=model))
+    return runs
+
+
+def test_seeds_are_paired_where_each_has_a_model_of_its_own():
+    first, second = [0.5, 0.7, 0.9], [0.4, 0.6, 0.8]
+    middle, low, high, paired = scores.lead(
+        with_models(first, (1, 2, 3)), with_models(second, (1, 2, 3)), scores.level, 50_000
+    )
+    assert paired and np.allclose([middle, low, high], 0.1)
+    middle, low, high, paired = scores.lead(
+        with_models(first, (1, 1, 1)), with_models(second, (1, 1, 1)), scores.level, 50_000
+    )
+    assert not paired and middle == pytest.approx(0.1) and low < -0.1 and high > 0.3
+    assert np.isnan(scores.lead(with_models([0.5], (1,)), with_models(second, (1, 2, 3)), scores.level, 50_000)[1])
+
+
+def test_agreement_beside_chance(tmp_path):
+    """Three methods whose order is the paper's: one of the six shufflings of their names agrees as often."""
+    for method, value in (("skimo", 0.9), ("skimo_no_cem", 0.9), ("skimo_sac", 0.5)):
+        for seed in (1, 2):
+            write_log(tmp_path, method, seed, value, clean=0.5)
     cells = scores.read_cells(tmp_path)
-    pairs = scores.orderings(cells, "scripted")
-    assert len(pairs) == 4 * 36
-    tested = {(pair.first, pair.second): pair for pair in pairs if pair.training}
-    assert set(tested) == {("skimo_no_cem", "skimo"), ("skimo_no_cem", "skimo_sac"), ("skimo", "skimo_sac")}
-    assert {pair.training for pair in tested.values()} == {"holds"}
-    assert tested["skimo_no_cem", "skimo"].expected == "="  # .99 and .97 in the paper
-    assert tested["skimo", "skimo_sac"].expected == ">"
-    assert tested["skimo", "skimo_sac"].clean == "fails"
-    assert tested["skimo", "skimo_sac"].paper_then == "<"  # .04 and .17 at 300,000
-    text = report.count_orderings(pairs)
-    assert "3 were tested: **3 hold, 0 fail**, 141 are untested" in text
-    assert "2 fail in clean evaluation" in text
-    assert not any(pair.training for pair in scores.orderings(cells, "human"))
-
-
-def test_a_collapse_is_no_agreement(tmp_path):
-    write_log(tmp_path, "skimo_no_joint", 1, 0.0, steps=200_000)
-    write_log(tmp_path, "spirl", 1, 0.5)
-    cells = scores.read_cells(tmp_path)
-
-    def verdict():
-        pairs = scores.orderings(cells, "scripted")
-        pairs = [pair for pair in pairs if pair.task == "maze"]
-        (pair,) = [pair for pair in pairs if {pair.first, pair.second} == {"spirl", "skimo_no_joint"}]
-        return pair.training
-
-    assert verdict() == "holds"
-    (run,) = cells["maze", "spirl", "scripted"]
-    run.scores[run.steps > 200_000] = 0.0  # still above at 200,000 env steps, gone at its end
-    assert verdict() == "fails"
-
-
-def test_a_lead_that_only_smoothing_remembers_does_not_hold(tmp_path):
-    write_log(tmp_path, "skimo", 1, 0.9)
-    write_log(tmp_path, "skimo_sac", 1, 0.9)
-    cells = scores.read_cells(tmp_path)
-    (run,) = cells["maze", "skimo_sac", "scripted"]
-    run.scores[run.steps <= 240_000] = 0.0  # as good as SkiMo since, which its smoothed score does not show yet
-    (pair,) = [pair for pair in scores.orderings(cells, "scripted") if pair.training]
-    assert (pair.first, pair.second, pair.expected) == ("skimo", "skimo_sac", ">")
-    assert pair.scores[0][0] - pair.scores[1][0] > 0.2
-    assert [part.tolist() for part in pair.unsmoothed] == [[pytest.approx(0.9)]] * 2
-    assert pair.training == "fails"
-    assert "; unsmoothed 0.90 vs 0.90" in report.ordering_row(cells, pair, "scripted")["ours"]
+    found = scores.agreement(cells, "level", "scripted")
+    assert (found["pairs"], found["hold"]) == (3, 3)  # .97 and .99 are tied in the paper, .20 is below
+    assert found["p"] == pytest.approx(2 / 6) and found["chance"] == pytest.approx((2 * 3 + 4 * 0) / 6, abs=0.7)
+    assert scores.agreement(cells, "without noise", "scripted")["hold"] == 1
+    claim = report.Claim("", "skimo", "skimo_sac", ("maze",), "")
+    assert report.verdicts(cells, claim, "level") == "1 of 1 (1 apart)"
+    assert report.verdicts(cells, claim, "without noise") == "0 of 1, 1 tied"
 
 
 def test_commits_of_a_run():
@@ -232,11 +202,11 @@ def test_the_papers_curves_are_whole():
         facts = scores.TASKS[task]
         assert method in names
         assert (np.diff(curve[:, 0]) > 0).all()
-        assert (curve[:, 1] >= 0).all() and (curve[:, 1] <= facts.best).all()
+        assert (curve[:, 1] >= 0).all() and (curve[:, 1] <= 1).all()
         if (task, method) != ("kitchen-misaligned", "TD-MPC"):
-            assert curve[-1, 0] == facts.paper_end
-    assert scores.paper_final("kitchen", "skimo_no_joint") == 3.81
-    assert scores.paper_at("calvin", "spirl", 450_000) == pytest.approx((1.45 + 1.54) / 2)
+            assert curve[-1, 0] == (1_000_000 if facts.parts == 4 and facts.max_return == 4 else 2_000_000)
+    assert scores.paper_final("kitchen", "skimo_no_joint") == 3.81 / 4
+    assert scores.paper_at("calvin", "spirl", 450_000) == pytest.approx((1.45 + 1.54) / 8)
     assert np.isnan(scores.paper_at("calvin", "spirl", 50_000))
     assert np.isnan(scores.paper_at("maze", "skimo_single_step", 500_000))
 
@@ -250,8 +220,9 @@ def test_the_paper_reaches_95_percent_without_cem_at_720_thousand():
 def test_facts_about_the_tasks_are_those_of_data_tools():
     import data_tools
 
-    for name, task in scores.TASKS.items():
-        assert data_tools.TASKS[name].max_return == task.best * task.unit
+    for name in scores.PAPER_TASKS:
+        task = scores.TASKS[name]
+        assert data_tools.TASKS[name].max_return == task.max_return
         env = data_tools.make_envs(name, 1)
         assert env.max_episode_steps == task.longest
         env.close()
@@ -285,6 +256,7 @@ def test_every_log_is_where_the_rule_says():
 def test_what_a_study_names_is_there():
     for path in sorted((scores.RESULTS / "studies").glob("*/study.json")):
         facts = json.loads(path.read_text())
+        assert facts["question"] and facts["answer"]
         for name, file in facts.get("files", {}).items():
             assert (path.parent / name).exists()
             assert file["command"]
@@ -296,22 +268,57 @@ def test_what_a_study_names_is_there():
     assert set(models) == {path.name for path in scores.RESULTS.glob("*_pretrained.pt")}
 
 
-def test_results_are_what_the_logs_give(cells):
-    published = (scores.RESULTS.parent / "RESULTS.md").read_text()
-    assert published == report.results_text(scores.RESULTS, cells), "run python benchmarks/report.py"
+# The audit's own numbers (shared/design/evidence_audit.md, 3.1): speed, level, without noise, number of seeds
+AUDIT = {
+    ("maze", "skimo", "scripted"): (0.72, 1.00, 1.00, 5),
+    ("maze", "skimo_no_joint", "scripted"): (0.01, 0.00, 0.00, 3),
+    ("maze", "spirl", "scripted"): (0.40, 0.49, 0.10, 3),
+    ("kitchen", "skimo", "scripted"): (0.89, 0.96, 0.91, 5),
+    ("kitchen", "skimo_no_cem", "scripted"): (0.85, 0.90, 0.97, 3),
+    ("kitchen", "spirl", "scripted"): (0.49, 0.87, 0.99, 3),
+    ("kitchen-misaligned", "skimo", "scripted"): (0.87, 0.93, 0.96, 4),
+    ("kitchen-misaligned", "dreamer_skills", "scripted"): (0.43, 0.56, 0.77, 2),
+    ("calvin", "skimo_sac", "scripted"): (0.08, 0.13, 0.25, 3),
+    ("calvin", "spirl", "scripted"): (0.48, 0.92, 0.92, 3),
+    ("kitchen", "skimo", "human"): (0.91, 0.98, 0.95, 3),
+    ("kitchen-misaligned", "skimo_sac", "human"): (0.67, 0.85, 0.97, 3),
+}
 
 
-def test_the_readmes_table_is_what_the_logs_give(cells):
-    readme = (scores.ROOT / "README.md").read_text()
-    assert report.BEGIN in readme and report.END in readme
-    assert readme == report.with_table(readme, report.readme_text(cells)), "run python benchmarks/report.py"
+@pytest.mark.parametrize("cell", AUDIT, ids="/".join)
+def test_the_audits_numbers_come_out(cells, cell):
+    found = [scores.measured(cells, *cell, measure) for measure in scores.MEASURES]
+    assert tuple(float(f"{values.mean():.2f}") for values in found) == AUDIT[cell][:3]
+    assert len(found[0]) == AUDIT[cell][3]
 
 
-def test_a_study_that_compares_with_a_cell_without_logs_ends_in_a_sentence(tmp_path):
-    write_log(tmp_path / "studies", "skimo", 1, 0.5)
-    study = tmp_path / "studies" / "maze"
-    with pytest.raises(SystemExit, match="error: .*study.json compares with maze/sac/none"):
-        report.study_rows(study, dict(compare=["maze/sac/none"]), scores.read_cells(tmp_path))
+def test_the_audits_counts_and_marks_come_out(cells):
+    speed = [scores.agreement(cells, "speed", data) for data in ("scripted", "human")]
+    assert [(found["hold"], found["pairs"]) for found in speed] == [(23, 40), (13, 20)]
+    assert [round(found["chance"], 1) for found in speed] == [14.4, 6.5] and round(speed[1]["p"], 3) == 0.007
+    assert report.three(cells, "kitchen-misaligned", "spirl", "scripted") == [".55°", ".96\\*", ".99"]
+    assert report.three(cells, "kitchen", "skimo_sac", "human") == [".82°", ".98", "1.00\\*"]
+    to = [scores.steps_to(run, 0.75) for run in cells["kitchen", "spirl", "scripted"]]
+    assert (round(min(to), -3), round(max(to), -3)) == (179_000, 184_000)
+    runs = [cells["kitchen-misaligned", name, "human"] for name in ("skimo", "skimo_no_cem")]
+    middle, low, _, paired = scores.lead(*runs, scores.speed, 200_000)
+    assert paired and low > 0.07 and middle == pytest.approx(0.09, abs=0.005)  # +.10, +.08, +.08
+
+
+def test_pages_are_what_the_logs_give(cells):
+    """RESULTS.md, the README's table, the blocks of the methods' pages, the pages beside the logs."""
+    pages = report.pages(cells)
+    assert len(pages) == 25
+    for path, text in pages.items():
+        assert path.read_text() == text, f"run python benchmarks/report.py: {path}"
+    assert "| [SkiMo](algos/docs/skimo.md) | .72/1.00/1.00 (5) |" in pages[scores.ROOT / "README.md"]
+    blocks = [text for path, text in pages.items() if path.parent.name == "docs"]
+    assert all("| speed | level |" in text or "No run of its own yet; studies: [" in text for text in blocks)
+
+
+def test_the_pictures_are_small_enough():
+    assert (scores.RESULTS / "curves.png").stat().st_size < 300_000
+    assert (scores.RESULTS / "kitchen" / "evaluation.gif").stat().st_size < 2_000_000
 
 
 @pytest.mark.parametrize("last", [30_000, 200_000, 300_000, 450_000, 1_000_000, 1_010_000, 2_000_000])
@@ -323,98 +330,75 @@ def test_bins_of_training_means_cover_a_run_without_gaps_and_stay_few(last):
     assert set(np.diff(edges[:9])) == {50_000}
 
 
-def test_the_coverage_is_that_of_the_logs(cells):
-    found = scores.coverage(cells, "scripted")
-    seeds = Counter()
-    steps = 0
-    for path in [*scores.RESULTS.glob("*/*/scripted/seed*.json"), *scores.RESULTS.glob("*/*/none/seed*.json")]:
-        facts = json.loads(path.read_text())
-        if scores.METHODS[facts["algo"]].paper:  # it has curves there
-            seeds[facts["env_id"], facts["algo"]] += 1
-            curve = scores.PAPER[facts["env_id"], scores.METHODS[facts["algo"]].paper]
-            table = path.with_suffix(".csv").read_text().splitlines()
-            last = facts["results"]["env_steps"] if facts["results"] else int(table[-1].split(",")[0])  # it was stopped
-            steps += min(last, curve[-1, 0])
-    assert found["begun"] == len(seeds)
-    if max(seeds.values()) <= 5:
-        assert found["done"] == steps
-    assert found["whole"] == 5 * (9 * (2e6 + 1e6 + 1e6 + 2e6) - 0.9e6)  # one curve of 36 ends at 100,000
+def test_a_study_that_compares_with_a_cell_without_logs_ends_in_a_sentence(tmp_path):
+    write_log(tmp_path / "studies", "skimo", 1, 0.5)
+    study = tmp_path / "studies" / "maze"
+    (study / "study.json").write_text(json.dumps(dict(question="?", answer="!", compare=["maze/sac/none"])))
+    with pytest.raises(SystemExit, match="error: .*study.json compares with maze/sac, which has no logs"):
+        report.effect(study / "skimo", scores.read_cells(tmp_path))
 
 
 # --------------------------------------------------------------------------------------------------- text and figures
-def test_the_readmes_table_stands_between_its_markers():
-    readme = f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n"
-    new = report.with_table(readme, "table\n")
-    assert new == f"above\n{report.BEGIN}\ntable\n{report.END}\nbelow\n"
-    assert report.with_table(new, "table\n") == new
-    assert report.with_table("no markers", "table\n") == "no markers"
+def test_text_stands_between_its_markers():
+    page = "above\n<!-- result sac -->\nold\n<!-- /result -->\nbelow\n"
+    new = report.filled(page, "result sac", "table\n")
+    assert new == "above\n<!-- result sac -->\ntable\n<!-- /result -->\nbelow\n"
+    assert report.filled(new, "result sac", "table\n") == new
+    assert report.filled("no markers", "results", "table\n") == "no markers"
 
 
-def test_methods_without_data_stand_beside_those_with_scripted_data(tmp_path):
-    write_log(tmp_path, "skimo", 1, 3.0, task="kitchen", length=200)
-    write_log(tmp_path, "sac", 1, 0.0, task="kitchen", data="none", length=200)
-    write_log(tmp_path, "sac", 2, 1.0, task="kitchen", data="none", length=200)
-    cells = scores.read_cells(tmp_path)
-    header, _, *rows = report.board_section(cells, "kitchen", "scripted").split("| method |")[1].splitlines()
-    values = {row.split(" | ")[0]: row.split(" | ")[3] for row in rows if row.startswith("| S")}
-    assert "3.00" in values["| SkiMo"] and "0.50" in values["| SAC without skills"]
-    text = report.readme_text(cells)
-    assert "| SAC without skills" not in text and text.splitlines()[0].count("Kitchen, ") == 1
-    assert "SAC without skills – / 0.50 / – / –" in text.replace("\n", " ")
-
-
-def test_human_data_are_a_column_of_their_own(tmp_path):
-    write_log(tmp_path, "skimo", 1, 3.0, task="kitchen", length=200)
-    write_log(tmp_path, "skimo", 1, 2.0, task="kitchen", data="human", length=200)
-    write_log(tmp_path, "skimo", 1, 2.0, task="kitchen-misaligned", data="human", length=200)
-    cells = scores.read_cells(tmp_path)
-    header, _, row = report.readme_text(cells).splitlines()[:3]
-    assert [cell.split("<br>")[0].strip() for cell in header.split("|")[2:-1]] == [
-        "Kitchen, scripted data",
-        "Kitchen, human (187 episodes) data",
-        "Mis-aligned Kitchen, human (187 episodes) data",
+def test_numbers_of_a_table():
+    assert [*map(report.number, (0.724, 1.0, -0.05, -0.001, np.nan, 50))] == [
+        ".72",
+        "1.00",
+        "-.05",
+        ".00",
+        "–",
+        "50.00",
     ]
-    assert [cell.split("**")[1] for cell in row.split("|")[2:-1]] == ["3.00", "2.00", "2.00"]
-    text = report.results_text(tmp_path, cells)
-    assert "## Kitchen, human (187 episodes) data" in text
-    assert "demonstrations" not in text  # the note on scripted data
-
-
-def test_labels_are_moved_apart():
-    moved = plot.spread([0.0, 0.01, 0.5, 0.99, 1.0], 0.1, 0.0, 1.0)
-    assert np.allclose(moved, [0.0, 0.1, 0.5, 0.9, 1.0])
-    moved = plot.spread([0.5, 0.5, 0.5], 0.1, 0.0, 1.0)
-    assert np.allclose(sorted(moved), [0.4, 0.5, 0.6])
+    assert report.table([{"a": "x|y"}]) == "| a |\n|---|\n| x\\|y |\n"
 
 
 def test_tables_and_figures_of_a_grid_are_written_and_are_the_same_again(tmp_path):
     for seed in (1, 2):
         write_log(tmp_path, "skimo", seed, 0.9)
         write_log(tmp_path, "own_method", seed, 0.8)
-    write_log(tmp_path, "skimo", 1, 3.0, task="calvin", length=300)
-    report.main(report.Args(tmp_path))
+    write_log(tmp_path, "skimo", 1, 0.75, task="calvin", length=300)
+    report.main(report.Args((tmp_path,)))
     names = ["RESULTS.md", "curves.png", "maze/curves.png", "calvin/curves.png"]
     first = [(tmp_path / name).read_bytes() for name in names]
     assert all(len(content) > 1_000 for content in first)
-    assert "| own_method | 1, 2 | 300,000 | **0.80** (0.80 / 0.80) | – | – |" in first[0].decode()
-    report.main(report.Args(tmp_path))
+    assert "| own_method | 2 | 300k | **.80** (.80 .80) | **.80** (.80 .80) |" in first[0].decode()
+    report.main(report.Args((tmp_path,)))
     assert first == [(tmp_path / name).read_bytes() for name in names]
-    assert "## Coverage" not in first[0].decode()  # that is of the paper's figures
+    assert "## What the paper claims" not in first[0].decode()
 
 
-def test_a_run_folder_is_drawn(tmp_path):
-    folder = tmp_path / "maze__skimo__1"
+def run_folder(folder, steps=120_000, task="maze"):
+    """As an algorithm file leaves it while it runs: without results.json, and since long without exp_name."""
     folder.mkdir()
-    args = dict(script="skimo.py", env_id="maze", seed=1, num_envs=8, eval_episodes=20)
+    args = dict(script="skimo.py", env_id=task, seed=1, num_envs=8, eval_episodes=20, data="scripted")
     (folder / "args.json").write_text(json.dumps(args))
-    rows = [f"{step},100.0,1000,{step / 1e4}" for step in range(8_000, 120_001, 8_000)]
+    rows = [f"{step},100.0,1000,{step / 1e4}" for step in range(8_000, steps + 1, 8_000)]
     (folder / "episodes.csv").write_text("\n".join([HEADER_OF_RUNS, *rows]))
-    report.main(report.Args(folder))  # unfinished: without results.json
-    assert "| SkiMo | 1 | 120,000 | **1.00** (1.00) |" in (folder / "RESULTS.md").read_text()
-    assert (folder / "curves_maze.png").exists()
-    (folder / "episodes.csv").write_text("\n".join([HEADER_OF_RUNS, rows[0]]))  # its one episode counts at 16,000
-    report.main(report.Args(folder))
-    assert "| SkiMo | 1 | 8,000 | **–** (–) |" in (folder / "RESULTS.md").read_text()
+    (folder / "results.json").write_text(
+        json.dumps(
+            dict(env_steps=steps, rl_minutes=9.0, evaluations=[[steps, 90.0, 0.9]], pretraining=dict(data="scripted"))
+        )
+    )
+    return folder
+
+
+def test_run_folders_are_compared_with_what_is_published(tmp_path, capsys):
+    folders = run_folder(tmp_path / "a"), run_folder(tmp_path / "b", 16_000)
+    report.main(report.Args(folders))
+    text = capsys.readouterr().out
+    assert "| this run: SkiMo, seed 1 | 120,000 | 1.00 | 1.00 | .90 |" in text
+    assert "| published SkiMo, 5 seeds | 120,000 | .29 |" in text and "| the paper's SkiMo | 120,000 | .0" in text
+    assert (folders[0] / "curves.png").stat().st_size > 10_000
+    assert sorted(path.name for path in folders[1].iterdir()) == ["args.json", "episodes.csv", "results.json"]
+    with pytest.raises(SystemExit, match="error: several folders are compared only if each is a run folder"):
+        report.main(report.Args((tmp_path, tmp_path)))
 
 
 def test_logs_as_the_runner_and_the_algorithm_files_write_them(tmp_path):
@@ -479,32 +463,30 @@ def test_ends_are_rounded_down(env_steps, end, tmp_path):
 
 def test_evaluations_of_a_stopped_run_are_those_of_its_table(tmp_path):
     """Its JSON has no results; the runner's table has a row for each clean evaluation."""
-    write_log(tmp_path, "skimo", 1, 2.0, task="calvin", steps=210_000)
+    write_log(tmp_path, "skimo", 1, 0.5, task="calvin", steps=210_000)
     log = tmp_path / "calvin" / "skimo" / "scripted" / "seed1.json"
     log.write_text(json.dumps(json.loads(log.read_text()) | dict(results=None)))
     with log.with_suffix(".csv").open("a") as file:
         file.write("100040,,,300.0,0.0,1000.4\n200080,,,400.0,1.0,2000.8\n")
     run = scores.read_run(log)
     assert run.end == 210_000
-    assert scores.evaluation_at(run, 100_000) == 3 and scores.evaluation_at(run, 200_000) == 4
-    assert np.isnan(scores.evaluation_at(run, 210_000))
-    assert scores.last_episodes(run, run.end) == 2  # not among the training episodes
+    assert scores.without_noise(run, 100_000) == 0.75 and scores.without_noise(run, 200_000) == 1
+    assert np.isnan(scores.without_noise(run, 210_000))
+    assert scores.level(run, 210_000) == 0.5  # they are not among the training episodes
 
 
 def test_evaluations_of_a_short_run_are_not_mixed():
-    run = make_run(np.arange(100, 8_001, 100), np.repeat([0.0, 10.0], 40))
-    run.evaluations = [(4_016, 1.0), (8_000, 9.0)]
-    assert [scores.evaluation_at(run, end) for end in (4_000, 8_000)] == [1, 9]
-    assert np.isnan(scores.evaluation_at(run, 6_000))
-    assert scores.last_episodes(run, 4_000) < 2  # at most 1.1 for the five later ones, not 2.0
+    run = make_run(np.arange(100, 8_001, 100), np.repeat([0.0, 1.0], 40))
+    run.evaluations = [(4_016, 0.1), (8_000, 0.9)]
+    assert [scores.without_noise(run, end) for end in (4_000, 8_000)] == [0.1, 0.9]
+    assert np.isnan(scores.without_noise(run, 6_000))
 
 
 def test_runs_of_which_one_stopped_before_the_others_first_episode(tmp_path):
     write_log(tmp_path, "skimo", 1, 1.0, steps=7_200, length=900)
     write_log(tmp_path, "skimo", 2, 1.0, steps=160_000, length=16_000)
-    report.main(report.Args(tmp_path))
-    row = next(line for line in (tmp_path / "RESULTS.md").read_text().splitlines() if "| 7,000 |" in line)
-    assert "1.00 / –" in row
+    report.main(report.Args((tmp_path,)))
+    assert "| SkiMo | 2 | 7k | **1.00** (1.00 1.00) |" in (tmp_path / "RESULTS.md").read_text()
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -525,19 +507,19 @@ def test_damaged_logs_are_refused(damage, tmp_path):
     write_log(tmp_path, "skimo", 1, 0.0)
     damage(tmp_path / "maze" / "skimo" / "scripted" / "seed1.json")
     with pytest.raises(SystemExit, match="error: .*seed1.json and its CSV are no whole log"):
-        report.main(report.Args(tmp_path))
+        report.main(report.Args((tmp_path,)))
     assert [path.name for path in tmp_path.iterdir()] == ["maze"]
 
 
 def test_other_bad_input_is_refused_in_a_sentence(tmp_path):
     with pytest.raises(SystemExit, match="error: no logs in"):
-        report.main(report.Args(tmp_path))
+        report.main(report.Args((tmp_path,)))
     write_log(tmp_path, "skimo", 1, 0.0)
     log = tmp_path / "maze" / "skimo" / "scripted" / "seed1.json"
     log.with_name("seed01.json").write_text(log.read_text())
     log.with_name("seed01.csv").write_text(log.with_suffix(".csv").read_text())
     with pytest.raises(SystemExit, match="error: seed 1 of maze/skimo/scripted is in .* twice; give the folder"):
-        report.main(report.Args(tmp_path))
+        report.main(report.Args((tmp_path,)))
 
 
 def test_a_task_of_ones_own_has_tables_and_curves(tmp_path, monkeypatch):
@@ -548,12 +530,13 @@ def test_a_task_of_ones_own_has_tables_and_curves(tmp_path, monkeypatch):
         write_log(tmp_path, name, 1, value, steps=4_800, length=length)
         log = tmp_path / "maze" / name / "scripted" / "seed1.json"
         log.write_text(log.read_text().replace('"env_id": "maze"', '"env_id": "moon"'))
-    report.main(report.Args(tmp_path))
+    report.main(report.Args((tmp_path,)))
     text = (tmp_path / "RESULTS.md").read_text()
-    assert "## moon, scripted data" in text and "Score: return.\n" in text
-    row = next(line for line in text.splitlines() if line.startswith("| mine | 1 |"))
-    assert "**50.00** (50.00)" in row
-    assert (tmp_path / "curves_moon.png").stat().st_size > 10_000
+    assert "## moon\n" in text
+    assert next(line for line in text.splitlines() if line.startswith("| mine |")).startswith(
+        "| mine | 1 | 5k | **50.00** |"
+    )
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
     moon = scores.TASKS["moon"]  # of all runs
     assert (moon.worst, moon.best, moon.longest) == (-200, 50, 400)
     (run,) = scores.read_cells(tmp_path)["moon", "mine", "scripted"]

@@ -1,0 +1,117 @@
+"""The pages that one reads: their lengths, headings, links, commands and sentences."""
+
+import importlib
+import re
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
+HEADINGS = ["Idea", "Run", "In the code", "What differs", "Result", "Watch"]
+LINES = {
+    "README.md": 110,
+    "algos/README.md": 100,
+    "data_tools/README.md": 150,
+    "benchmarks/README.md": 90,
+    "benchmarks/RESULTS.md": 300,
+    "benchmarks/FINDINGS.md": 90,
+    "benchmarks/SPEED.md": 80,
+}
+LINES |= {f"algos/docs/{name}.md": 40 for name in METHODS}  # without the result, which report.py fills in
+GENERATED = [f"benchmarks/results/{name}/README.md" for name in ("maze", "kitchen", "calvin", "studies")]
+RESULT = re.compile(r"(<!-- results? ?\w*? -->\n).*?(<!-- /results? -->)", re.DOTALL)
+
+
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text()
+
+
+def prose(page: str) -> str:
+    """Without code, tables, headings, pictures and the targets of links."""
+    text = re.sub(r"```.*?```", "", RESULT.sub(r"\1\2", text_of(page)), flags=re.DOTALL)
+    lines = [line for line in text.split("\n") if not line.startswith(("|", "#", "!", "<!--", "    "))]
+    return re.sub(r"\]\([^)]*\)", "]", "\n".join(lines))
+
+
+def sentences(page: str) -> list[str]:
+    paragraphs = re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d\.)\s)", prose(page))
+    parts = [re.split(r"(?<=[.?!:])\s+(?=[A-Z`*\"\[])", " ".join(text.split())) for text in paragraphs]
+    return [sentence for part in parts for sentence in part if sentence]
+
+
+def anchors(path: Path) -> set[str]:
+    """Names that GitHub gives the headings of a page."""
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    names = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    names = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", name).lower() for name in names]
+    return {re.sub(r"[^\w\- ]", "", name).strip().replace(" ", "-") for name in names}
+
+
+def commands(page: str) -> list[tuple[str, str]]:
+    """Name of the file and flags of each command `python algos/NAME.py ...`; a trailing \\ goes on."""
+    text = re.sub(r"\\\n\s*", " ", text_of(page))
+    return re.findall(r"python (algos/\w+\.py|benchmarks/\w+\.py)((?: +[^\s`#|&]+)*)", text)
+
+
+@pytest.mark.parametrize("page", LINES)
+def test_a_page_is_short_and_plain(page):
+    text = text_of(page)
+    assert len(RESULT.sub(r"\1\2", text).splitlines() if "docs/" in page else text.splitlines()) <= LINES[page]
+    lengths = [len(sentence.split()) for sentence in sentences(page)]
+    assert sum(lengths) / len(lengths) <= 20
+    assert not re.findall(r"\b(?=[0-9a-f]*\d)(?=[0-9a-f]*[a-f])[0-9a-f]{7,40}\b", prose(page)), "a commit hash"
+
+
+def test_the_readme_is_short():
+    assert len(text_of("README.md").split()) <= 1_200
+    words = re.sub(r"`[^`]*`", "x", re.sub(r"^\d+\. ", "", prose("README.md"), flags=re.MULTILINE)).split()
+    numbers = [word for word in words if re.search(r"(?<!\w)\d", word)]
+    assert len(numbers) / len(words) <= 0.045
+    before, *_ = text_of("README.md").split("\n![", 1)
+    assert before == "# SkiMo in single files\n"  # then comes a robot
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_file_has_a_page_with_the_same_headings(name):
+    text = text_of(f"algos/docs/{name}.md")
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == HEADINGS
+    assert re.search(rf"^`algos/{name}\.py`", text, re.MULTILINE)
+    assert f"<!-- result {name} -->\n" in text and "\n<!-- /result -->" in text
+    assert f"(algos/docs/{name}.md)" in text_of("README.md") and f"(docs/{name}.md)" in text_of("algos/README.md")
+
+
+@pytest.mark.parametrize("page", [*LINES, *GENERATED])
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text_of(page), flags=re.DOTALL)):
+        if not target.startswith("http"):
+            path, _, anchor = target.partition("#")
+            there = (ROOT / page).parent / path if path else ROOT / page
+            assert there.exists(), target
+            assert not anchor or anchor in anchors(there), target
+
+
+@pytest.mark.parametrize("page", LINES)
+def test_flags_of_commands_exist(page):
+    for file, flags in commands(page):
+        names = METHODS if file == "algos/NAME.py" else [Path(file).stem]
+        names = [f"{Path(file).parent.name}.{name}" for name in names]
+        names += [f"algos.{name}" for name in METHODS] * (file == "benchmarks/run.py")  # in its --args
+        if file == "algos/my_idea.py":  # the reader's
+            continue
+        assert file == "algos/NAME.py" or (ROOT / file).is_file(), file
+        for given in re.findall(r"--([a-z][\w-]*)", flags):
+            known = {"help"}
+            for name in names:
+                args = getattr(importlib.import_module(name), "Args", None)
+                known |= {field.name for field in fields(args)} if args else {given.replace("-", "_")}
+            field = given.replace("-", "_")
+            assert {field, field.removeprefix("no_")} & known, f"{file} --{given}"
+
+
+def test_commands_are_found():
+    assert ("algos/skimo.py", " --env-id maze") in commands("README.md")
+    assert len(commands("algos/README.md")) > 6
+    assert "algos.skimo" in sys.modules or importlib.import_module("algos.skimo")
