@@ -547,7 +547,7 @@ def train(args: Args) -> dict:
             if ended.any():
                 obs, _ = envs.reset(options=dict(reset_mask=ended))
                 rb.begin(obs, ended)
-                mean[ended] = 0  # plans of these episodes mean nothing to the next ones
+                mean[torch.from_numpy(ended).to(args.device)] = 0  # plans of these episodes are over
 
             # ALGO LOGIC: training. As many updates as all env steps so far are worth, but none in the warm-up, and
             # never more than ten times those of one step (DEVIATION 1)

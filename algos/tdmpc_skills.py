@@ -854,7 +854,7 @@ def train(args: Args) -> dict:
             obs = next_obs
             if ended.any():
                 obs, _ = envs.reset(options=dict(reset_mask=ended))
-                agent.last_mean[ended] = 0  # plans of these episodes mean nothing to the next ones
+                agent.last_mean[torch.from_numpy(ended).to(args.device)] = 0  # plans of these episodes are over
 
             # ALGO LOGIC: training. As many updates as the env steps after the warm-up are worth
             updates_due = int((global_step - args.warmup_steps) * args.updates_per_step)

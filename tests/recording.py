@@ -73,10 +73,11 @@ def note_replay(notes, module, patch):
         row = inspect.signature(original).bind(rb, *inputs, **named).arguments
         if "members" in row:  # only where an episode begins
             return original(rb, *inputs, **named)
-        row = row | row.pop("skill", {})  # what was given by name
+        row |= next((value for value in row.values() if isinstance(value, dict)), {})  # what was given by name
         if buffer.__name__ == "SequenceBuffer":  # a row is what led to an observation
             row["next_obs"] = row.pop("obs")
-        row = {name: np.asarray(value).copy() for name, value in row.items() if name != "self"}
+        row = {name: x for name, x in row.items() if not isinstance(x, buffer | list | dict | tuple)}
+        row = {name: np.asarray(x).copy() for name, x in row.items()}
         notes.rows.append((len(notes.training.steps), row))
         return original(rb, *inputs, **named)
 

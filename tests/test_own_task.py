@@ -18,6 +18,7 @@ from algos import dreamer, hiro, lsp, sac, tdmpc
 from benchmarks import constant_actions
 
 ROOT = Path(__file__).resolve().parents[1]
+NO_SCORES = dict(episodic_return=0.0, episodic_length=1.0, success=0.0)
 
 
 @pytest.fixture
@@ -149,23 +150,24 @@ def test_replay_tells_true_ends_from_time_outs(file, walk, monkeypatch, tmp_path
     name = "ReplayBuffer" if file is sac else "SequenceBuffer"
     add = getattr(file, name).add
     monkeypatch.setattr(toy_walk.WalkVectorEnv, "step", record)
-    monkeypatch.setattr(getattr(file, name), "add", lambda rb, *inputs: (buffers.append(rb), add(rb, *inputs)))
-    monkeypatch.setattr(file, "rollout", lambda *args: (np.zeros(1), np.zeros(1)))
-    flags = f"--env-id {walk} --device cpu --num-envs 2 --warmup-steps 600 --total-timesteps 600 --reward-scale 0.5"
+    monkeypatch.setattr(getattr(file, name), "add", lambda rb, *inputs: buffers.append(rb) or add(rb, *inputs))
+    monkeypatch.setattr(file, "rollout", lambda *args: NO_SCORES)
+    flags = "--device cpu --num-envs 2 --warmup-steps 600 --total-timesteps 600 --reward-scale 0.5"
     if file is not sac:
         flags += " --cpu-preset"  # a few small updates at the end
-    file.main(file.parse_args([*flags.split(), "--run-dir", str(tmp_path)]))
+    args = file.parse_args([*flags.split(), "--run-dir", str(tmp_path)])
+    args.env_id = walk  # the file was imported before the task was known
+    file.train(args)
     rewards, ends, time_outs = np.array(given).swapaxes(0, 1)  # 3 x (300, E)
     assert ends.sum() > 2 and (time_outs > ends).sum() > 2
     rb = buffers[0]
     if file is sac:
-        got = [rb.columns["rewards"], rb.columns["discount"] == 0]
+        got = [rb.columns[2], rb.columns[4] == 0]  # rewards, discount
         got = [values[: len(rb)].numpy().reshape(300, 2) for values in got]
     else:
-        rows = rb.rows.reshape(-1, 2, rb.rows.shape[1])
         got = []
         for e in range(2):
-            mine = rows[: rb.filled[e], e]
+            mine = rb.rows[e::2][: rb.filled[e]]
             first = (mine[:, 2:] == 0).all(1)  # of an episode: nothing led to it
             got.append(mine[~first, 4:])
         got = torch.stack(got, 1).numpy().transpose(2, 0, 1)  # 2 x (300, E)
@@ -178,7 +180,7 @@ def test_hiros_rows_are_what_happened_under_a_goal(walk, monkeypatch, tmp_path):
     monkeypatch.setattr(toy_walk, "GOAL", np.array([-0.5, -0.5]))
     given, goals, buffers, knew = [], [], [], []
     step = toy_walk.WalkVectorEnv.step
-    act = hiro.TwoLevels.__call__
+    act = hiro.Agent.act
     add = hiro.ReplayBuffer.add
 
     def record_step(envs, action):
@@ -187,18 +189,20 @@ def test_hiros_rows_are_what_happened_under_a_goal(walk, monkeypatch, tmp_path):
         given.append((before, action.copy(), *result[:4]))
         return result
 
-    def record_goal(levels, obs, **how):
-        action = act(levels, obs, **how)
-        goals.append(levels.goal.numpy().copy())
-        knew.append(levels.agent.rewarded.item())
-        return action
+    def record_goal(agent, *inputs, **how):
+        action, place, goal = act(agent, *inputs, **how)
+        goals.append(goal.numpy().copy())
+        knew.append(agent.rewarded.item())
+        return action, place, goal
 
     monkeypatch.setattr(toy_walk.WalkVectorEnv, "step", record_step)
-    monkeypatch.setattr(hiro.TwoLevels, "__call__", record_goal)
-    monkeypatch.setattr(hiro.ReplayBuffer, "add", lambda rb, *inputs: (buffers.append(rb), add(rb, *inputs)))
-    monkeypatch.setattr(hiro, "rollout", lambda *args: (np.zeros(1), np.zeros(1)))
-    flags = f"--env-id {walk} --device cpu --num-envs 2 --warmup-steps 600 --total-timesteps 600 --reward-scale 0.5"
-    hiro.main(hiro.parse_args([*flags.split(), "--goal-steps", "5", "--run-dir", str(tmp_path)]))
+    monkeypatch.setattr(hiro.Agent, "act", record_goal)
+    monkeypatch.setattr(hiro.ReplayBuffer, "add", lambda rb, *inputs: buffers.append(rb) or add(rb, *inputs))
+    monkeypatch.setattr(hiro, "rollout", lambda *args: NO_SCORES)
+    flags = "--device cpu --num-envs 2 --warmup-steps 600 --total-timesteps 600 --reward-scale 0.5"
+    args = hiro.parse_args([*flags.split(), "--goal-steps", "5", "--run-dir", str(tmp_path)])
+    args.env_id = walk
+    hiro.train(args)
     rewarded = np.cumsum([rewards.any() for _, _, _, rewards, *_ in given]) > 0
     assert knew == [False, *rewarded[:-1]] and not rewarded[3]  # the high level waits for a first reward
     expected = []
@@ -211,7 +215,8 @@ def test_hiros_rows_are_what_happened_under_a_goal(walk, monkeypatch, tmp_path):
                 running[e] = []
     rb = buffers[0]
     assert len(rb) == len(expected) and 2 < sum(end for _, end in expected) < len(expected) - 2
-    columns = {name: column[: len(rb)].numpy() for name, column in rb.columns.items()}
+    names = ("obs", "action", "goal", "rewards", "steps", "terminations")
+    columns = {name: column[: len(rb)].numpy() for name, column in zip(names, rb.columns)}
     for i, (steps, end) in enumerate(expected):
         n = len(steps)
         assert columns["steps"][i] == n and columns["terminations"][i] == end
