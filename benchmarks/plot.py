@@ -10,10 +10,10 @@ from matplotlib.lines import Line2D
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import scores
-from benchmarks.scores import MAIN, METHODS, TASKS, Cell, board, board_end, board_label, boards, curve, label
+from benchmarks.scores import MAIN, METHODS, TASKS, board, board_end, board_label, boards, curve, label
 from data_tools.files import write_atomically
 
-OTHERS = ("black", "#006d77", "#9d0208", "#7b2cbf")  # colours of a user's own methods and runs
+OTHERS = ("black", "#00a896", "#7b2cbf", "#588157")  # colours of a user's own methods and runs
 
 
 def colours(methods) -> dict[str, str]:
@@ -117,26 +117,26 @@ def enlarged(cells, task: str) -> Figure:
 
 
 def beside_published(runs, published) -> Figure:
-    """A user's runs with the published SkiMo and the paper's; a panel for each task."""
-    tasks = list(dict.fromkeys(run.task for run in runs))
-    figure = Figure(figsize=(6.5 * len(tasks), 4.6))
+    """A user's runs with the published ones of SkiMo and of their methods, and the paper's; a panel for each board."""
+    panels = list(dict.fromkeys(scores.published_board(run) for run in runs))
+    figure = Figure(figsize=(6.5 * len(panels), 4.6))
     lines = {}
-    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks):
-        here = [run for run in runs if run.task == task]
-        end = max(run.end for run in here)
-        style(axes, task, end, TASKS[task].label)
-        for data in dict.fromkeys({"d4rl": "human"}.get(run.data, run.data) for run in here):
-            cell = published.get((task, "skimo", data), Cell())
-            draw_seeds(axes, cell.reaching(min(end, cell.main_end)) if cell else [], end, METHODS["skimo"].colour)
-            lines |= {"published SkiMo": METHODS["skimo"].colour} if cell else {}
-        draw_paper(axes, task, "skimo", end, METHODS["skimo"].colour)
-        for run in here:
-            colour = OTHERS[[other is run for other in runs].index(True) % 4]
+    for axes, (task, data) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        here = {number: run for number, run in enumerate(runs) if scores.published_board(run) == (task, data)}
+        end = max(run.end for run in here.values())
+        style(axes, task, end, board_label(task, data))
+        for name in dict.fromkeys(["skimo", *(run.method for run in here.values())]):
+            if (task, name, data) in published:
+                cell = published[task, name, data]
+                draw_seeds(axes, cell.reaching(min(end, cell.main_end)), end, METHODS[name].colour)
+                draw_paper(axes, task, name, end, METHODS[name].colour)
+                lines[f"published: {label(name)}"] = METHODS[name].colour
+        for number, run in here.items():
             x, y = curve(run, run.end)
-            axes.plot(x / 1000, y, color=colour, lw=1.8)
-            lines[f"{label(run.method)}, seed {run.seed}"] = colour
+            axes.plot(x / 1000, y, color=OTHERS[number % 4], lw=1.8)
+            lines[f"{number + 1}: {label(run.method)}, seed {run.seed}"] = OTHERS[number % 4]
     legend(figure, lines, 3)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.07 * (1 + len(lines) // 3)))
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.05 * (1 + len(lines) // 3)))
     return figure
 
 

@@ -52,7 +52,7 @@ class Claim:
 KITCHENS = ("kitchen", "kitchen-misaligned")
 ALL = ("maze", *KITCHENS, "calvin")
 CLAIMS = (
-    Claim("a model pays: SkiMo > SAC", "skimo", "skimo_sac", ALL, "for speed; the end only on CALVIN"),
+    Claim("a model pays: SkiMo > SAC", "skimo", "skimo_sac", ALL, "yes for speed; lasting only on CALVIN"),
     Claim(
         "planning pays: SkiMo > no planner", "skimo", "skimo_no_cem", ALL[1:], "in training; without noise on CALVIN"
     ),
@@ -68,7 +68,7 @@ CLAIMS = (
         "skimo",
         "skimo_no_joint",
         ("maze", *ALL[2:]),
-        "only in the maze, whose other prior fails",
+        "only in the maze, whose other prior is weak",
     ),
     Claim("but not in the Kitchen", "skimo_no_joint", "skimo", ALL[1:2], "not shown: both are at the ceiling"),
     Claim(
@@ -163,11 +163,10 @@ def board_row(cells, task: str, method: str, data: str) -> dict[str, str]:
     for measure in MEASURES:
         row[measure] = mean_and_seeds(scores.measured(cells, task, method, data, measure))
     row["paper, same step"] = number(paper_at(task, method, end)) + "²" * (method == "spirl")
-    row["prior alone"] = number(
-        np.mean(priors) if (priors := [*filter(np.isfinite, map(scores.prior_alone, runs))]) else np.nan
-    )
-    minutes = [scores.minutes_at(run, end) for run in runs]
-    row["minutes"] = "–" if np.isnan(minutes).all() else f"{np.nanmean(minutes):.0f}"
+    priors = [value for value in map(scores.prior_alone, runs) if not np.isnan(value)]
+    row["prior alone"] = number(np.mean(priors)) if priors else "–"
+    minutes = [value for value in (scores.minutes_at(run, end) for run in runs) if not np.isnan(value)]
+    row["minutes"] = f"{np.mean(minutes):.0f}" if minutes else "–"
     return row
 
 
@@ -385,12 +384,11 @@ def method_text(cells, name: str) -> str:
             without = all(run.without_data for run in cell)
             what = TASKS[task].label if without else f"{TASKS[task].label}, {DATA.get(data, data)}"
             found = dict(zip(MEASURES, three(cells, task, name, data)))
-            row = {"task": what, "seeds": row["seeds"], "env steps": row["env steps"], **found}
-            rows.append(
-                row | {"paper, same step": number(paper_at(task, name, scores.cell_end(cells, task, name, data)))}
-            )
+            kept = {column: row[column] for column in ("seeds", "env steps", *MEASURES, "paper, same step")}
+            rows.append({"task": what} | kept | found)
     if rows:
-        return table(rows) + NOTES["under a method"] + "\n"
+        notes = [NOTES["under a method"], *[NOTES["warm-up"]] * (name == "spirl")]
+        return table(rows) + "\n".join(notes) + "\n"
     logs = sorted((RESULTS / "studies").glob("*/*/seed*.json"))
     studies = dict.fromkeys(path.parts[-3] for path in logs if json.loads(path.read_text())["algo"] == name)
     links = [f"[{study}](../../benchmarks/results/studies/{study})" for study in studies]
@@ -447,9 +445,9 @@ def run_rows(run: Run, published) -> list[dict[str, str]]:
         return {"": name, "env steps": f"{end:,}"} | dict(zip(MEASURES, values))
 
     rows = [row(f"this run: {label(run.method)}, seed {run.seed}", [number(m(run, end)) for m in MEASURES.values()])]
-    data = {"d4rl": "human"}.get(run.data, run.data)
+    task, data = scores.published_board(run)
     for name in dict.fromkeys(("skimo", run.method)):
-        runs = published.get((run.task, name, data), Cell()).reaching(end)
+        runs = published.get((task, name, data), Cell()).reaching(end)
         values = [number(np.mean([m(other, end) for other in runs])) for m in MEASURES.values()] if runs else []
         rows += [row(f"published {label(name)}, {len(runs)} seeds", values)] if runs else []
         if not np.isnan(paper_at(run.task, name, end)):
@@ -468,14 +466,11 @@ def main(args: Args):
     single = [path for path in args.paths if (path / "args.json").exists()]
     first = args.paths[0]
     if single:
-        runs = [scores.read_cells(path) for path in args.paths]
+        runs = [run for path in args.paths for cell in scores.read_cells(path).values() for run in cell]
         published = scores.read_cells(RESULTS)
-        for cells in runs:
-            print(table([row for cell in cells.values() for run in cell for row in run_rows(run, published)]))
-        plot.save(
-            plot.beside_published([run for cells in runs for cell in cells.values() for run in cell], published),
-            first / "curves.png",
-        )
+        for run in runs:
+            print(table(run_rows(run, published)))
+        plot.save(plot.beside_published(runs, published), first / "curves.png")
         return
     if len(args.paths) > 1:
         sys.exit("error: several folders are compared only if each is a run folder, with an args.json")

@@ -372,6 +372,11 @@ def board_label(task: str, data: str) -> str:
     return TASKS[task].label + ("" if data == "scripted" else f", {DATA.get(data, data)}")
 
 
+def published_board(run: Run) -> tuple[str, str]:
+    """The board that a user's run belongs to."""
+    return run.task, {"d4rl": "human"}.get(run.data, run.data)
+
+
 def board_end(cells, task: str, data: str) -> int:
     """The env steps to which methods of a board are compared: those that most of the main ones ran."""
     here = board(cells, task, data)
