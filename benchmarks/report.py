@@ -86,6 +86,7 @@ SETTINGS = (
     ("inputs of SAC's critics: raw → with sines of positions", "maze_tau/skimo_sac_raw_inputs"),
     ("tau .01 → .05", "maze_tau/skimo_sac_tau0.01"),
     ("tau .01 → .05", "maze_tau/skimo_tau0.01"),
+    ("the release's planner → ours", "maze_release_planner/release_planner"),
     ("target KL 10 → 3 nats", "maze_spirl_target_kl/target_kl10"),
     ("alpha .5 → .05", "kitchen_sac_alpha/alpha0.5"),
     ("alpha .5, imagined states → .05, encoded", "kitchen_policy_loss/alpha0.5_imagined"),
@@ -244,21 +245,19 @@ def settings_table(cells) -> str:
         found = effect(RESULTS / "studies" / variant, cells)
         if found:
             cell, other, end = found
-            after, before = (np.mean([scores.level(run, end) for run in part]) for part in (cell, other))
             if variant.endswith("skimo_0.08"):  # the other way round: the study has more updates than the cell
-                after, before = before, after
+                cell, other = other, cell
             study = variant.split("/")[0]
-            name = f"{label(cell[0].method)}, {TASKS[cell[0].task].label}"
-            link = f"[{study}](results/studies/{study})"
-            row = {"setting": text, "method, task": name, "level": f"{number(before)} → {number(after)}"}
-            rows.append(row | {"effect": signed(after - before), "seeds": f"{len(other)}, {len(cell)}", "study": link})
+            row = {"setting": text, "method, task": f"{label(cell[0].method)}, {TASKS[cell[0].task].label}"}
+            for measure in ("speed", "level"):
+                before, after = (np.mean([MEASURES[measure](run, end) for run in part]) for part in (other, cell))
+                row[measure] = f"{number(before)} → {number(after)}, {signed(after - before)}"
+            rows.append(row | {"seeds": f"{len(other)}, {len(cell)}", "study": f"[{study}](results/studies/{study})"})
     for task, data in scores.boards(cells):
-        levels = [scores.measured(cells, task, name, data, "level").mean() for name in MAIN]
-        row = {
-            "setting": "*for comparison: worst to best of the five methods*",
-            "method, task": board_label(task, data),
-        }
-        row |= {"level": f"{number(min(levels))} → {number(max(levels))}", "effect": signed(max(levels) - min(levels))}
+        row = {"setting": "*worst to best of the five methods*", "method, task": board_label(task, data)}
+        for measure in ("speed", "level"):
+            means = [scores.measured(cells, task, name, data, measure).mean() for name in MAIN]
+            row[measure] = f"{number(min(means))} → {number(max(means))}, {signed(max(means) - min(means))}"
         rows += [row | {"seeds": "", "study": ""}] if task in KITCHENS else []
     return table(rows)
 
