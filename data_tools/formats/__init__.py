@@ -88,11 +88,11 @@ def check_values(dataset: OfflineDataset, facts, name: str) -> None:
         print(f"warning: are these the task's observations? {text}: {name}", flush=True)
 
 
-def fetch_release(drive_id: str, path: Path, read, progress=True, drive: str = download.DRIVE) -> Path:
+def fetch_release(drive_id: str, path: Path, read, progress=True) -> Path:
     """Return our own HDF5 file beside `path`, made once with `read` from the authors' archive, fetched to `path`."""
     written = path.with_name(f"release_{path.stem}.hdf5")
     if path.exists() or not written.exists():
-        download.fetch(drive + drive_id, path, None, progress, drive=True)
+        download.fetch(download.DRIVE + drive_id, path, None, progress, drive=True)
     made_once(written, lambda: read(path))
     return written
 

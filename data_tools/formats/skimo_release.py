@@ -32,8 +32,7 @@ def read(path) -> tuple[dict[str, np.ndarray], dict]:
         content = _unpickled(path, file)
     with reading(path, NEEDED, "is no archive of the release"):
         if not isinstance(content, list) or not content:
-            keys = f" of {listed(content)}" if isinstance(content, dict) else ""
-            raise ValueError(f"it holds a {type(content).__name__.strip('_')}{keys}")
+            raise ValueError(f"what it holds is: {_kind(content)}")
         episodes = [_episode(f"trajectory {number}", entry) for number, entry in enumerate(content)]
         kept = [episode for episode in episodes if episode is not None and len(episode["actions"])]
         if not kept:
@@ -62,7 +61,7 @@ def _episode(where, entry):
     A last observation without an action is left out. SkiMo's loader drops episodes with too few states as well.
     """
     if not isinstance(entry, dict) or not {"obs", "actions", "dones"} <= entry.keys():
-        raise ValueError(f"{where} has {listed(entry) if isinstance(entry, dict) else type(entry).__name__}")
+        raise ValueError(f"{where} is: {_kind(entry)}")
     observations = _array(entry["obs"])
     actions = _array(entry["actions"])
     dones = _array(entry["dones"])
@@ -75,6 +74,12 @@ def _episode(where, entry):
     timeouts = np.zeros(steps, dtype=bool)
     timeouts[-1:] = dones[-1:] == 0
     return dict(zip(KEYS, (observations[:steps], actions, dones, timeouts)))  # not bool yet: NaN would be True
+
+
+def _kind(value):
+    if isinstance(value, dict):
+        return f"dict of {listed(value)}"
+    return "an empty list" if value == [] else type(value).__name__.strip("_").lower()
 
 
 class _Refused(pickle.UnpicklingError):
