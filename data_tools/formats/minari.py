@@ -8,7 +8,7 @@ import json
 import h5py
 import numpy as np
 
-from data_tools.dataset import KEYS, MAX_BYTES
+from data_tools.dataset import KEYS
 from data_tools.files import CURE, DataError, listed, reading
 
 ENV_ID = "FrankaKitchen-v1"
@@ -44,8 +44,6 @@ def read(folder) -> tuple[dict[str, np.ndarray], dict]:
             missing = [key for key in keys if not isinstance(file[name].get(key), h5py.Dataset)]
             if missing:
                 raise DataError(f"{path}: {name} has {listed(file[name])}, but no {', no '.join(missing)}: {CURE}.")
-            if sum(file[name][key].nbytes for key in keys) > MAX_BYTES:
-                raise ValueError(f"{name} announces too much data")
             episodes.append(_episode(f"{path}: {name}", *(np.asarray(file[name][key]) for key in keys)))
     if not any(len(episode["actions"]) for episode in episodes):
         raise DataError(f"{path} has no episodes: {CURE}.")
