@@ -79,7 +79,7 @@ class Args:
     eval_episodes: int = 20  # episodes of an evaluation, without exploration noise
     capture_video: bool = False  # with --evaluate: record its first episode as MP4
     data_dir: str | None = None  # folder of offline data and pre-trained models (None: the user's cache)
-    data: str = "scripted"  # offline data: scripted, d4rl (people's, of the kitchens), or a path to your own
+    data: str = "scripted"  # offline data: scripted, d4rl (people's, of the kitchens), release (the authors') or a path
     pretrained: str | None = None  # begin with RL from this model: a path, or `published`: ours
     pretrain_eval_interval: int = 12_000  # updates between validations with roll-outs of the prior
     pretrain_eval_episodes: int = 100  # roll-outs in a validation; four times as many at the end

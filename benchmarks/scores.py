@@ -132,7 +132,8 @@ def offline_data(facts: dict, path: Path) -> str:
         return "none"
     if not facts.get("results"):  # it still runs, and only its results name the source of a file
         given = facts["args"]["data"]
-        return given if given in ("scripted", "d4rl") else "data of its own"
+        names = {"scripted": "scripted", "d4rl": "d4rl", "release": "skimo-release"}
+        return names.get(given, "data of its own")
     pretraining = facts["results"].get("pretraining") or {}
     data = pretraining.get("data", "not known")
     return data["source"] if isinstance(data, dict) else data  # of the models that are in this repository

@@ -34,6 +34,8 @@ class Task:
     collect: str | None = None  # "module:function" of (noise, seed, progress) that makes scripted data
     noise: float = 0.0  # size of the disturbances in scripted data
     download: str | None = None  # "module:function" of (folder, progress): the path of published data, fetched once
+    release: str | None = None  # Google Drive's id of the data of the authors' release, which are {data}.gz there
+    facts: str | None = None  # "module:function" of observations (R, O): what -> (values (n,), lowest, highest)
     objects: tuple[tuple[int, ...], ...] = ()  # entries of an observation that belong to each object
     data_obs_dim: int | None = None  # numbers in the observations of data that append something, which is cut off
     draw_map: str | None = None  # "module:function" of (axes): a map, on which an observation is at (obs[1], obs[0])
@@ -62,6 +64,8 @@ TASKS = {
         collect="data_tools.scripted.maze:collect",
         noise=0.5,
         data="maze",
+        release="1GWo8Vr8Xqj7CfJs7TaDsUA6ELno4grKJ",
+        facts="data_tools.tasks.maze:facts",
         position_periods=((1.0, 2.0, 4.0, 8.0, 16.0, 32.0),) * 2,  # in cells
         draw_map="data_tools.tasks.maze:draw_maze",
     ),
@@ -73,6 +77,8 @@ TASKS = {
         collect="data_tools.scripted.kitchen:collect",
         noise=0.05,
         download="data_tools.formats.d4rl:fetch_kitchen",
+        release="1Fym9prOt5Cu_I73F20cdd3lXZPhrvEsd",
+        facts="data_tools.tasks.kitchen:facts",
         objects=((11, 12), (15, 16), (17, 18), (19,), (20, 21), (22,), tuple(range(23, 30))),
         data_obs_dim=60,  # with the goal, which is constant
         # Arm joints in rad, fingers in m
@@ -85,6 +91,8 @@ TASKS = {
         collect="data_tools.scripted.calvin:collect",
         noise=0.25,
         data="calvin",
+        release="1g4ONf_3cNQtrZAo2uFa_t5MOopSr2DNY",
+        facts="data_tools.tasks.calvin:facts",
         # Tool in m; angles, grip, joints in rad
         position_periods=((0.0625, 0.125, 0.25, 0.5, 1.0),) * 3 + ((0.25, 0.5, 1.0, 2.0, 4.0),) * 11,
         data_obs_dim=39,  # with the blocks
@@ -129,20 +137,26 @@ def load_dataset(
 ) -> OfflineDataset:
     """Return the offline data of a task. Raises DataError.
 
-    data: "scripted": made on first use, then kept in `cache_dir(data_dir)`; "d4rl": the published file, from the cache
-    or the network; else a file or folder in one of the formats of data_tools.formats.
+    data: "scripted": made on first use, then kept in `cache_dir(data_dir)`; "d4rl", "release": published data, from the
+    cache or the network; else a file or folder in one of the formats of data_tools.formats.
     noise: size of the disturbances in scripted data (None: the task's), seed: their random seed; progress: show bars.
     """
     from data_tools import formats  # not needed for tasks alone
 
     task = find_task(env_id)
     sizes = env_sizes(env_id)
+    read = partial(formats.read_data, obs_dim=sizes[0], action_dim=sizes[1], data_obs_dim=task.data_obs_dim)
+    read = partial(read, progress=progress, facts=imported(task.facts) if task.facts else None)
     if data == "d4rl":
         if task.download is None:
             raise DataError(f"D4RL has no data for {env_id}: use --data scripted.")
         data = imported(task.download)(cache_dir(data_dir), progress)
+    if data == "release":
+        if task.release is None:
+            raise DataError(f"the SkiMo release has no data for {env_id}: use --data scripted.")
+        data = formats.fetch_release(task.release, cache_dir(data_dir) / f"{task.data}.gz", read, progress)
     if data != "scripted":
-        return formats.read_data(data, *sizes, task.data_obs_dim, progress).to(device)
+        return read(data).to(device)
     if task.collect is None:
         raise DataError(f"{env_id} has no scripted data: give a file with --data PATH.")
     noise = task.noise if noise is None else noise

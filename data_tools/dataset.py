@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 import torch
 
-from data_tools.files import CURE, DataError, check_regular, locked, reading, write_atomically
+from data_tools.files import AGAIN, CURE, DataError, check_regular, listed, locked, reading, write_atomically
 
 KEYS = ("observations", "actions", "terminals", "timeouts")
 LARGEST = 1e6  # an observation or action beyond this is damage
@@ -213,19 +213,25 @@ class OfflineDataset:
 def read_hdf5(path) -> tuple[dict[str, np.ndarray], dict]:
     """Return the arrays (by KEYS) and the attributes of a file in D4RL's layout, as they are: unchecked.
 
-    Raises DataError if the file is missing, damaged, or of another layout.
+    Of `terminals` and `timeouts` one may be missing: it is never set. Raises DataError if the file is missing, damaged,
+    or of another layout.
     """
     path = Path(path)
     check_regular(path)
     with reading(path), h5py.File(path, "r") as file:
         attributes = {key: _plain(value) for key, value in file.attrs.items()}
-        missing = [key for key in KEYS if not isinstance(file.get(key), h5py.Dataset)]
+        present = [key for key in KEYS if isinstance(file.get(key), h5py.Dataset)]
+        missing = [key for key in KEYS[:2] if key not in present]
+        if not set(present) & set(KEYS[2:]):
+            missing.append("terminals or timeouts")
         if missing:
-            raise DataError(f"{path} has no {', '.join(missing)}: {CURE}.")
-        size = sum(file[key].nbytes for key in KEYS)
+            raise DataError(f"{path} has {listed(file)}, but no {', no '.join(missing)}: {CURE}.")
+        size = sum(file[key].nbytes for key in present)
         if size > MAX_BYTES:  # a damaged header; reading would fill the memory with nothing
-            raise DataError(f"{path} is too large, it announces {size:,} bytes of data: {CURE}.")
-        return {key: np.asarray(file[key][()]) for key in KEYS}, attributes
+            raise DataError(f"{path} is too large, it announces {size:,} bytes of data: {AGAIN}.")
+        arrays = {key: np.asarray(file[key][()]) for key in present}
+    never = np.zeros(arrays["actions"].shape[:1], dtype=bool)
+    return {key: arrays.get(key, never) for key in KEYS}, attributes
 
 
 def check_arrays(arrays: dict[str, np.ndarray], name: str) -> None:
@@ -264,7 +270,7 @@ def check_not_zero(dataset: OfflineDataset, name: str) -> None:
             raise DataError(f"{name}: {key} are all zero: {CURE}.")
     last = slice(int(dataset.episode_starts[-1]), None)
     if not (dataset.observations[last].any() or dataset.actions[last].any()):
-        raise DataError(f"{name}: the last episode is all zero, so the file was not written to its end: {CURE}.")
+        raise DataError(f"{name}: the last episode is all zero, so the file was not written to its end: {AGAIN}.")
 
 
 def _plain(value):
@@ -301,4 +307,7 @@ def made_once(path, make: Callable[[], OfflineDataset]) -> OfflineDataset:
                 made.save(path)
                 if (largest := float(made.actions.abs().max())) > 1.001:
                     print(f"note: actions reach {largest:.2f}, beyond the [-1, 1] of the policies", flush=True)
-    return OfflineDataset.load(path)
+    try:
+        return OfflineDataset.load(path)
+    except DataError as error:
+        raise DataError(f"{error} data_tools made this file: it may be deleted, then it is made again.") from error

@@ -10,7 +10,9 @@ from pathlib import Path
 import platformdirs
 from filelock import FileLock, Timeout
 
-CURE = "give other data; a file that data_tools made may be deleted, then it is made again"
+AGAIN = "fetch or copy it again"  # damaged bytes
+# Sound, but not what is needed:
+CURE = 'give other data, or write it with OfflineDataset.from_episodes (data_tools/README.md, "A file of your own")'
 
 
 class DataError(SystemExit):
@@ -45,8 +47,8 @@ def imported(name: str):
 
 
 @contextlib.contextmanager
-def reading(path, cure: str = CURE):
-    """Whatever goes wrong inside is damage of the file `path`: raise DataError, one sentence with the cure.
+def reading(path, cure: str = AGAIN, fault: str = "is damaged"):
+    """Whatever goes wrong inside is the fault of the file `path`: raise DataError, one sentence with the cure.
 
     This is the one place for it, because readers of damaged files raise nearly everything: OSError, KeyError,
     MemoryError for sizes that cannot be, RecursionError for nests of lists, ... A DataError passes as it is.
@@ -57,7 +59,17 @@ def reading(path, cure: str = CURE):
         raise DataError(f"{path} may not be read: change its permissions or give another file.") from error
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DataError(f"{path} is damaged or not what it should be ({reason}): {cure}.") from error
+        if isinstance(error, BlockingIOError):
+            fault, cure = "is open in another program", "close it there"
+        elif "plugin" in reason or "is not registered" in reason:  # HDF5's words
+            fault, cure = "is compressed in a way that h5py does not know", "write it with gzip, or without compression"
+        raise DataError(f"{path} {fault} ({reason}): {cure}.") from error
+
+
+def listed(names) -> str:
+    """Return names as text, at most eight of them."""
+    names = list(map(str, names))
+    return ", ".join(names[:8]) + (f" and {len(names) - 8:,} more" if len(names) > 8 else "") or "nothing"
 
 
 def locked(path):

@@ -70,7 +70,8 @@ def test_a_task_of_ones_own(tmp_path, monkeypatch, capsys):
 def test_convert_does_not_overwrite_what_it_reads(tmp_path, monkeypatch):
     path = tmp_path / "mine.hdf5"
     rng = np.random.default_rng(0)
-    OfflineDataset(rng.normal(size=(20, 4)), rng.normal(size=(20, 2)), np.zeros(20), np.arange(20) % 10 == 9).save(path)
+    observations, actions = np.ones((20, 4)), rng.uniform(-1, 1, (20, 2))  # between the maze's walls
+    OfflineDataset(observations, actions, np.zeros(20), np.arange(20) % 10 == 9).save(path)
     with h5py.File(path, "a") as file:
         file["rewards"][:] = 1.0  # would be lost
     before = path.read_bytes()

@@ -2,8 +2,10 @@
 
 import gzip
 import hashlib
+import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -18,7 +20,7 @@ import torch
 
 import data_tools
 from data_tools import DataError, OfflineDataset
-from data_tools.formats import calvin, d4rl, read_data
+from data_tools.formats import calvin, d4rl, download, minari, read_data
 
 LENGTHS = (7, 4, 9)  # steps of the episodes in most files here
 WIDTHS = {"maze": (4, 2), "kitchen": (30, 9), "calvin": (21, 7)}
@@ -111,10 +113,10 @@ def test_data_of_another_task_are_refused(tmp_path):
     with pytest.raises(DataError, match="a.hdf5 has 30 numbers per observation and 9 per action, the task has 4 and 2"):
         read("maze", path)
     arrays = flat(make_episodes("kitchen")) | {"terminals": np.zeros(20), "timeouts": np.zeros(20)}
-    with pytest.raises(DataError, match="has no ends of episodes"):
+    with pytest.raises(DataError, match="has no ends of episodes, .*: add `timeouts`"):
         read("kitchen", write_hdf5(tmp_path / "b.hdf5", arrays))
     arrays["terminals"] = np.zeros(20, dtype=[("end", bool), ("step", int)])
-    with pytest.raises(DataError, match="c.hdf5 is damaged or not what it should be"):
+    with pytest.raises(DataError, match="c.hdf5: terminals are .*, expected True and False"):
         read("kitchen", write_hdf5(tmp_path / "c.hdf5", arrays))
 
 
@@ -137,10 +139,223 @@ def test_files_that_were_read_and_saved_keep_their_source(tmp_path, capsys):
         assert ("SHA-256" in capsys.readouterr().out) == (not known)
 
 
-def test_actions_beyond_the_policies_are_told(tmp_path, capsys):
-    arrays = flat(make_episodes("kitchen")) | {"actions": np.full((20, 9), 1.5)}
-    read("kitchen", write_hdf5(tmp_path / "a.hdf5", arrays))
-    assert "actions reach 1.50, beyond the [-1, 1] of the policies" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("largest", "line"),
+    [
+        (1.0, None),
+        (1.05, r"warning: actions reach 1.05, beyond the \[-1, 1\] of the policies: .*a.hdf5"),
+        (0.01, "warning: actions reach only 0.01: are they scaled"),
+        (2.0, DataError),
+        (100.0, DataError),
+    ],
+)
+def test_actions_beyond_the_policies(tmp_path, capsys, largest, line):
+    path = write_hdf5(tmp_path / "a.hdf5", flat(make_episodes("kitchen")) | {"actions": np.full((20, 9), largest)})
+    if line is DataError:
+        with pytest.raises(DataError, match=rf"a.hdf5: actions reach {largest:g}: scale actions to \[-1, 1\]"):
+            read("kitchen", path)
+        return
+    read("kitchen", path)
+    said = capsys.readouterr().out
+    assert re.match(line, said) if line else "warning" not in said
+
+
+def test_one_kind_of_ends_is_enough(tmp_path):
+    whole = flat(make_episodes("kitchen"))
+    ends = whole["terminals"] | whole["timeouts"]
+    for kind in ("terminals", "timeouts"):
+        arrays = {"observations": whole["observations"], "actions": whole["actions"], kind: ends.astype(np.float32)}
+        dataset = read("kitchen", write_hdf5(tmp_path / "a.hdf5", arrays))
+        assert dataset.episode_lengths.tolist() == list(LENGTHS)
+        assert torch.equal(getattr(dataset, kind), torch.tensor(ends))
+    arrays = {"observations": whole["observations"], "actions": whole["actions"], "terminals": 0 * ends}
+    with pytest.raises(DataError, match="has no ends of episodes, .*: add `timeouts` .*True at the last row"):
+        read("kitchen", write_hdf5(tmp_path / "a.hdf5", arrays))
+
+
+def without(arrays, *keys, **more):
+    return {key: value for key, value in arrays.items() if key not in keys} | more
+
+
+SOUND = flat(make_episodes("kitchen"))
+OWN = "; give other data, or write it with OfflineDataset.from_episodes"
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (without(SOUND, "terminals", "timeouts", dones=np.zeros(20)), "has actions, dones, observations, but no term"),
+        (without(SOUND, "observations", obs=np.zeros((20, 30))), "has actions, obs, .*, but no observations: give"),
+        ({"data/demo_0/actions": np.zeros((20, 9))}, "has data, but no observations, no actions, no terminals or time"),
+        ({}, "has nothing, but no observations"),
+        (without(SOUND, observations=np.zeros((5, 4, 30))), r"observations have shape \(5, 4, 30\), expected 2"),
+        (without(SOUND, observations=np.ones((20, 59))), "60 are read, too.*columns 0-8 and 18-38 are the 30"),
+        (without(SOUND, observations=np.ones((20, 31))), r"31 numbers .* 30 and 9 \(60 are read, too.*of this task"),
+        (without(SOUND, actions=np.ones((20, 9), int)), "actions are int64, expected floating-point"),
+    ],
+)
+def test_sound_files_of_another_kind_say_what_they_have(tmp_path, arrays, message):
+    """Nobody is told to fetch or to delete a file whose bytes are sound."""
+    with pytest.raises(DataError, match=message) as refused:
+        read("kitchen", write_hdf5(tmp_path / "a.hdf5", arrays))
+    assert not re.search("fetch|damaged|delete", str(refused.value))
+
+
+def test_a_file_that_is_in_use_or_compressed_in_an_unknown_way_is_not_damaged(tmp_path):
+    arrays = flat(make_episodes("kitchen"))
+    path = write_hdf5(tmp_path / "a.hdf5", without(arrays, "actions"))
+    with h5py.File(path, "a") as file:
+        options = dict(chunks=(20, 9), compression=32001, allow_unknown_filter=True)  # blosc
+        file.create_dataset("actions", (20, 9), "f4", **options).id.write_direct_chunk((0, 0), b"blosc's bytes")
+        with pytest.raises(DataError, match="is open in another program .*: close it there"):
+            subprocess_read(path)
+    with pytest.raises(DataError, match="is compressed in a way that h5py does not know .*: write it with gzip"):
+        read("kitchen", path)
+
+
+def subprocess_read(path):
+    """Read it in another process, and raise what that one says."""
+    code = f"import data_tools; data_tools.load_dataset('kitchen', data={str(path)!r})"
+    options = {"cwd": Path(data_tools.__file__).parents[1], "capture_output": True, "text": True}
+    raise DataError(subprocess.run([sys.executable, "-c", code], **options).stderr.strip())
+
+
+# ------------------------------------------------------------------------------------------------- what tasks know
+
+REAL = np.load(
+    Path(__file__).parent / "data" / "kitchen_real_demo.npz"
+)  # 9 joints, velocities, 21 of objects, velocities
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "wrong", "refused"),
+    [
+        ("kitchen", lambda x: x[:, minari.COLUMNS], None, False),
+        ("kitchen", lambda x: x[:, :30], "the kettle's height", True),
+        ("kitchen", lambda x: x[:, 9:39], "arm joint 3", False),  # velocities first
+        ("kitchen", lambda x: np.degrees(x[:, minari.COLUMNS]), "quaternion", True),
+        ("kitchen", lambda x: np.roll(x[:, minari.COLUMNS], 21, 1), "the kettle's height", True),  # objects first
+        ("kitchen", lambda x: x[:, minari.COLUMNS] / x[:, minari.COLUMNS].std(0), "the kettle's height", True),
+        ("maze", lambda x: x, None, False),
+        ("maze", lambda x: x / 40, "inside walls", True),
+        ("maze", lambda x: x[:, [2, 3, 0, 1]], "inside walls", True),
+        ("maze", lambda x: x[:, [1, 0, 2, 3]], "inside walls", True),
+        ("maze", lambda x: x * [1, 1, 100, 100], "v_x", False),
+        ("calvin", lambda x: x, None, False),
+        ("calvin", lambda x: x[:, ::-1], "expected", True),
+        ("calvin", lambda x: np.degrees(x), "tool z", True),
+    ],
+)
+def test_observations_that_cannot_be_the_tasks(tmp_path, capsys, tiny_data_file, task, change, wrong, refused):
+    if task == "kitchen":
+        observations = REAL["observations"]
+    elif task == "maze":
+        observations = OfflineDataset.load(tiny_data_file).observations.numpy()
+    else:
+        envs = data_tools.make_envs("calvin", 1)
+        observations = np.repeat(envs.reset(seed=0)[0], 20, 0)
+        envs.close()
+    rows = len(observations)
+    actions = np.random.default_rng(0).uniform(-1, 1, (rows, WIDTHS[task][1]))
+    arrays = {"observations": change(observations), "actions": actions, "timeouts": np.arange(1, rows + 1) % 10 == 0}
+    path = write_hdf5(tmp_path / "a.hdf5", arrays)
+    try:
+        data_tools.load_dataset(task, data=path)
+        said = capsys.readouterr().out
+    except DataError as error:
+        said = str(error)
+    if wrong is None:
+        assert said.startswith("Data: ") and said.count("\n") == 1
+    else:
+        assert wrong in said and ("has other observations" in said or said.startswith("warning: are these"))
+    assert ("has other observations" in said) == refused
+
+
+def test_observations_that_are_partly_wrong_are_told(tmp_path, capsys):
+    observations = REAL["observations"][:, minari.COLUMNS].copy()
+    observations[:50, 25] = 0.0
+    arrays = {"observations": observations, "actions": REAL["actions"], "timeouts": np.arange(212) % 106 == 105}
+    data_tools.load_dataset("kitchen", data=write_hdf5(tmp_path / "a.hdf5", arrays))
+    assert re.match(
+        r"warning: .*kettle's height .* is 0 to 1.\d+, .*\(24% are not\): .*a.hdf5\n", capsys.readouterr().out
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- Minari
+
+
+def write_minari(folder, lengths=(7, 12, 1, 4), env_id="FrankaKitchen-v1", extra=None, **changes):
+    """Write a data set as Minari 0.5.4 does; returns what should be read. extra: changes of episode_1."""
+    facts = {"total_episodes": len(lengths), "data_format": "hdf5", "dataset_id": "test/kitchen-v0"}
+    facts |= {"env_spec": json.dumps({"id": env_id, "kwargs": {}})} | changes
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "metadata.json").write_text(json.dumps(facts))
+    rng = np.random.default_rng(0)
+    episodes = []
+    with h5py.File(folder / "data" / "main_data.hdf5", "w") as file:
+        for i, length in enumerate(lengths):
+            arrays = {
+                "observations/observation": rng.uniform(-1, 1, (length + 1, 59)),
+                "observations/achieved_goal/kettle": rng.normal(size=(length + 1, 7)),
+                "actions": rng.uniform(-1, 1, (length, 9)),
+                "terminations": np.arange(length) == length - 1 if i % 2 == 0 else np.zeros(length, bool),
+                "truncations": np.arange(length) == length - 1,
+                "rewards": np.zeros(length),
+            } | ((extra or {}) if i == 1 else {})
+            for key, value in arrays.items():
+                file[f"episode_{i}/{key}"] = value
+            observations = arrays["observations/observation"]
+            episodes.append((np.concatenate([observations[:-1, :9], observations[:-1, 18:39]], 1), arrays["actions"]))
+    return episodes
+
+
+def test_minaris_kitchen(tmp_path, capsys):
+    episodes = write_minari(tmp_path / "mixed-v2", lengths=(7, 12, 1, 4) + (2,) * 8)  # episode_10 follows episode_9
+    for path in ("mixed-v2", "mixed-v2/data", "mixed-v2/data/main_data.hdf5"):
+        dataset = read("kitchen", tmp_path / path)
+        check(dataset, episodes, "minari")
+        assert "Data: Minari's test/kitchen-v0" in capsys.readouterr().out
+    assert dataset.terminals.sum() == dataset.timeouts.sum() == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            dict(env_id="PointMaze_UMaze-v3"),
+            "holds data of PointMaze_UMaze-v3; of Minari's data sets only those of Fra",
+        ),
+        (dict(env_id="FrankaKitchen-v2"), "holds data of FrankaKitchen-v2"),
+        (dict(env_spec=None), "holds data of an environment without a name"),
+        (dict(total_episodes=9), "has 4 of 9 episodes: fetch it again"),
+        (dict(extra={"observations/observation": np.zeros((13, 60))}), r"episode_1 has observations \(13, 60\)"),
+        (dict(extra={"observations/observation": np.zeros((12, 59))}), r"episode_1 has observations \(12, 59\)"),
+        (dict(extra={"actions": np.full((12, 9), np.nan)}), "actions contain NaN"),
+        (dict(lengths=()), "has no episodes"),
+    ],
+)
+def test_other_data_sets_of_minari(tmp_path, changes, message):
+    write_minari(tmp_path / "x", **changes)
+    with pytest.raises(DataError, match=message):
+        read("kitchen", tmp_path / "x")
+
+
+def test_broken_folders_of_minari(tmp_path):
+    data = tmp_path / "x" / "data"
+    write_minari(tmp_path / "x", data_format="arrow")
+    with h5py.File(data / "main_data.hdf5", "a") as file:
+        del file["episode_2/terminations"]
+    with pytest.raises(DataError, match="episode_2 has actions, observations, .*, but no terminations"):
+        read("kitchen", data)
+    (data / "main_data.hdf5").write_bytes(b"half")
+    with pytest.raises(DataError, match="main_data.hdf5 is damaged .*: fetch or copy it again"):
+        read("kitchen", data)
+    (data / "main_data.hdf5").unlink()
+    with pytest.raises(DataError, match="has no main_data.hdf5 .data_format 'arrow'.: only Minari's format hdf5 is"):
+        read("kitchen", data)
+    (data / "metadata.json").write_text("{")
+    with pytest.raises(DataError, match="metadata.json is damaged"):
+        read("kitchen", data)
 
 
 WHOLE = object()  # the first half of a real file
@@ -149,9 +364,10 @@ WHOLE = object()  # the first half of a real file
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (WHOLE, "is damaged or not what it should be"),
-        (b"<html>404</html>", "is in no format that we know"),
-        (b"", "is in no format that we know"),
+        (WHOLE, "is damaged .*: fetch or copy it again"),
+        (b"<html>404</html>", "is in no format that we know, its content begins with b'<html>40'"),
+        (b"", "is in no format that we know, it is empty; expected was an HDF5 file .*give other data"),
+        (gzip.compress(b"\x89HDF\r\n"), r"is in no format that we know, its content begins with b'.x89HDF"),
         (b"\x1f\x8b\x08", "is damaged .*: fetch or copy it again"),
     ],
 )
@@ -167,7 +383,11 @@ def test_files_that_are_nothing_we_know(tmp_path, content, message):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("", "holds no data that we know"), ("nothing", "does not exist"), ("/dev/zero", "is not a regular file")],
+    [
+        ("", "holds no data that we know, but nothing; expected"),
+        ("nothing", "does not exist"),
+        ("/dev/zero", "is not a regular file"),
+    ],
 )
 def test_paths_that_are_no_files(tmp_path, name, message):
     with pytest.raises(DataError, match=message):
@@ -181,17 +401,21 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers with server.body, or with an error status."""
+    """Answers with server.body, which may be a function of the path, or with an error status."""
 
     def do_GET(self):
         self.server.asked += 1
         if isinstance(self.server.body, int):
             self.send_error(self.server.body)
             return
+        body = self.server.body
+        if callable(body):
+            body = body(self.path)
         self.send_response(200)
-        self.send_header("Content-Length", str(len(CONTENT)))
+        self.send_header("Content-Type", "text/html; charset=utf-8" if body[:1] == b"<" else "application/octet-stream")
+        self.send_header("Content-Length", str(len(CONTENT) if body == CONTENT[:1000] else len(body)))
         self.end_headers()
-        self.wfile.write(self.server.body)
+        self.wfile.write(body)
 
     def log_message(self, *args):
         pass
@@ -225,22 +449,25 @@ def test_a_file_in_a_read_only_folder_needs_no_lock(server, tmp_path, monkeypatc
     def refuse(path):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(d4rl, "locked", refuse)
+    monkeypatch.setattr(download, "locked", refuse)
     with pytest.raises(DataError, match=r"cannot write .*file.hdf5 \(Permission denied\)"):
         fetch(server, tmp_path)
     path = tmp_path / "file.hdf5"
     path.write_bytes(CONTENT)
     assert fetch(server, tmp_path) == path and server.asked == 0
     path.write_bytes(b"another")
-    with pytest.raises(DataError, match="file.hdf5 is not D4RL's published file .*: delete it, or move it"):
+    with pytest.raises(DataError, match="file.hdf5 is not the published file .*: delete it, or move it"):
         fetch(server, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (CONTENT[:-1] + b"x", "is not D4RL's published file .*--data PATH"),
-        (404, "cannot be fetched .*: try again later, .*--data PATH"),
+        (CONTENT[:-1] + b"x", "is not the published file .*--data PATH"),
+        (
+            404,
+            "cannot be fetched .*: try again later, .*--data PATH.*--data release.*minari download D4RL/kitchen/mixed",
+        ),
         (CONTENT[:1000], "cannot be fetched"),  # it breaks off
         (None, "cannot be fetched"),  # there is no server
     ],
@@ -252,6 +479,72 @@ def test_what_a_server_does_not_deliver(server, tmp_path, body, message):
     with pytest.raises(DataError, match=message):
         fetch(server, tmp_path)
     assert not (tmp_path / "file.hdf5").exists()
+
+
+PAGE = """<!DOCTYPE html><html><head><title>Google Drive - Virus scan warning</title></head><body>
+<form id="download-form" action="/download" method="get"><input type="submit" value="Download anyway"/>
+<input type="hidden" name="id" value="{id}"><input type="hidden" name="export" value="download">
+<input type="hidden" name="confirm" value="t"><input type="hidden" name="uuid" value="12-ab"></form></body></html>"""
+QUOTA = b"<html><head><title>Google Drive - Quota exceeded</title></head><body>Too many users</body></html>"
+
+
+@pytest.fixture
+def drive(server, tmp_path, monkeypatch):
+    """Google Drive with the release's archive of the maze; returns the server."""
+    content = write_pickle(tmp_path / "published", archive(maze_episodes())).read_bytes()
+
+    def answer(path):
+        if path.startswith("/uc?export=download&id=1GWo8Vr8Xqj7CfJs7TaDsUA6ELno4grKJ"):
+            return PAGE.format(id="1GWo8").encode()
+        assert path == "/download?id=1GWo8&export=download&confirm=t&uuid=12-ab"
+        return server.content
+
+    server.content, server.body = content, answer
+    url = f"http://127.0.0.1:{server.server_port}/uc?export=download&id="
+    monkeypatch.setattr(download, "DRIVE", url)
+    return server
+
+
+def maze_episodes():
+    """Episodes at a place between the maze's walls."""
+    return [(np.float32([1, 1, 0, 0]) + 0 * observations, actions) for observations, actions in make_episodes("maze")]
+
+
+def test_the_authors_archive_by_one_word(drive, tmp_path, capsys):
+    folder = tmp_path / "cache"
+    checksum = hashlib.sha256(drive.content).hexdigest()
+    check(data_tools.load_dataset("maze", folder, "release", progress=False), maze_episodes(), "skimo-release")
+    assert f"maze.gz: SHA-256 {checksum}" in capsys.readouterr().out and drive.asked == 2
+    assert (folder / "maze.gz.sha256").read_text() == f"{checksum}  maze.gz\n"
+    again = data_tools.load_dataset("maze", folder, "release", progress=False)
+    check(again, maze_episodes(), "skimo-release")
+    assert drive.asked == 2 and "release_maze.hdf5: 3 episodes" in capsys.readouterr().out
+    (folder / "maze.gz").unlink()  # the HDF5 file is enough
+    assert data_tools.load_dataset("maze", folder, "release").fingerprint == again.fingerprint and drive.asked == 2
+    (folder / "release_maze.hdf5").unlink()
+    drive.content = write_pickle(tmp_path / "other", archive(maze_episodes()[:2])).read_bytes()
+    with pytest.raises(DataError, match="is not the file of the first fetch, which .*maze.gz.sha256 names"):
+        data_tools.load_dataset("maze", folder, "release")
+    (folder / "maze.gz").write_bytes(drive.content)
+    with pytest.raises(DataError, match="maze.gz is not the file that was fetched first, .*: delete it, or move it"):
+        data_tools.load_dataset("maze", folder, "release")
+    assert {path.suffix for path in folder.iterdir()} == {".gz", ".sha256", ".lock"}
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (QUOTA, r"gave a page instead of the file \('Google Drive - Quota exceeded'\): try again later"),
+        (lambda path: PAGE.encode() if "/uc" in path else QUOTA, "gave a page .*Quota"),
+        (b"text", "gave a page instead of the file .'text'.: .*--data d4rl"),
+        (503, r"cannot be fetched \(HTTPError\): try again later"),
+    ],
+)
+def test_what_drive_does_not_deliver(drive, tmp_path, body, message):
+    drive.body = body
+    with pytest.raises(DataError, match=message):
+        data_tools.load_dataset("maze", tmp_path / "cache", "release", progress=False)
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} <= {".lock"}
 
 
 # -------------------------------------------------------------------------------------------------------------- pickles
@@ -348,14 +641,19 @@ ENTRY, OTHER = archive(make_episodes("maze"))[:2]
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"obs": 1}, r"a list of dict\(obs, actions, dones\) was expected"),
-        ([], r"a list of dict\(obs, actions, dones\) was expected"),
-        ([{"obs": np.zeros((3, 4))}], "actions"),
-        ([ENTRY, {**OTHER, "actions": [[1.0], [1.0, 2.0]]}], "maze.gz is damaged"),
-        ([{**ENTRY, "obs": "seven"}], r"maze.gz is damaged .*str"),
+        ({"obs": 1}, rf"what it holds is: dict of obs\): a list of dict\(obs, actions, dones\), .* was expected{OWN}"),
+        ([], rf"what it holds is: an empty list\): a list of dict\(obs, actions, dones\), .* was expected{OWN}"),
+        (np.zeros((3, 4)), rf"what it holds is: array\): a list .*{OWN}"),
+        ([np.zeros((3, 4))], rf"trajectory 0 is: array\): a list .*{OWN}"),
+        (
+            [{"observations": 1, "actions": 2}],
+            rf"no archive .*trajectory 0 is: dict of observations, actions\): a list .*{OWN}",
+        ),
+        ([ENTRY, {**OTHER, "actions": [[1.0], [1.0, 2.0]]}], rf"maze.gz is no archive of the release .*{OWN}"),
+        ([{**ENTRY, "obs": "seven"}], rf"maze.gz is no archive of the release .*an array was expected, not str.*{OWN}"),
         ([{**ENTRY, "obs": np.array([[None] * 4])}], "asks for an array of 'O8'"),
         ([{**ENTRY, "obs": np.zeros((9, 4))}], r"trajectory 0 has observations \(9, 4\), actions \(7, 2\)"),
-        ([{**ENTRY, "actions": np.zeros((7, 3))}, OTHER], "maze.gz is damaged"),
+        ([{**ENTRY, "actions": np.zeros((7, 3))}, OTHER], "maze.gz is no archive of the release"),
         ([{**ENTRY, "obs": np.ones((7, 4), int)}], "observations are int64, expected floating-point"),
         ([{**ENTRY, "dones": np.array([0, 0, np.nan, 0, 0, 0, 1.0])}, OTHER], "terminals are float64, expect"),
         ([{**ENTRY, "dones": np.array([0, 0, 0, 0, 0, 0, 0.3])}, OTHER], "terminals are float64, expect"),
@@ -369,9 +667,10 @@ def test_bad_pickles(tmp_path, content, message):
 def test_cut_and_nested_pickles(tmp_path):
     path = write_pickle(tmp_path / "maze.gz", [ENTRY, OTHER])
     nest = b"\x80\x04" + b"]" * 100_000 + b"a" * 99_999 + b"."  # a list in a list in a list ...
-    for content in (path.read_bytes()[:-40], nest):
+    messages = ("maze.gz is damaged .*: fetch or copy it again", "maze.gz is no archive .*trajectory 0 is: list")
+    for content, message in zip((path.read_bytes()[:-40], nest), messages):
         path.write_bytes(content)
-        with pytest.raises(DataError, match="maze.gz is damaged .*: fetch or copy it again"):
+        with pytest.raises(DataError, match=message):
             read("maze", path)
 
 
@@ -459,7 +758,7 @@ def test_real_recordings_give_the_papers_number_of_trajectories():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rel_actions": np.zeros(6)}, r"0000004.npz is damaged .*rel_actions is float64 \(6,\), expected 7 floats"),
+        ({"rel_actions": np.zeros(6)}, r"0000004.npz: rel_actions is float64 \(6,\), expected 7 floats: give"),
         ({"robot_obs": np.full(15, np.nan)}, "D: observations contain NaN or infinity, first in row 4"),
         ({"scene_obs": np.array([{}] * 24)}, "0000004.npz is damaged .*allow_pickle"),
         (b"PK", "0000004.npz is damaged .*: extract it again"),
@@ -482,8 +781,8 @@ def test_bad_frames(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("ranges", "message"),
     [
-        (np.arange(4), r"is damaged .*it has shape \(4,\)"),
-        (np.zeros((1, 2)), r"is damaged .*it has shape \(1, 2\) \(float64\)"),
+        (np.arange(4), r"is not CALVIN's .*it has shape \(4,\)"),
+        (np.zeros((1, 2)), r"is not CALVIN's .*it has shape \(1, 2\) \(float64\)"),
         (np.array([[5, 2]]), "a recording ends before it starts"),
         (np.array([[{}, {}]]), "is damaged .*allow_pickle"),
         (np.array([[0, 10**18]]), "lacks some of the frames"),  # at once

@@ -8,13 +8,14 @@ import numpy as np
 from tqdm import tqdm
 
 from data_tools.dataset import KEYS
-from data_tools.files import DataError, reading
+from data_tools.files import DataError, listed, reading
 
 # The paper has 1,239 trajectories, but not how they were cut. The 35 recordings of split D (training and validation),
 # cut into pieces of 500 steps with the remainders kept, are exactly 1,239.
 PIECE = 500
 LAST_FRAME = 611_098  # of split D
 FRAME_ARRAYS = {"rel_actions": 7, "robot_obs": 15, "scene_obs": 24}
+PUBLISHED = "give the folder task_D_D as it was published"
 
 
 def is_calvin(folder) -> bool:
@@ -72,10 +73,13 @@ def read(path, progress: bool = True) -> tuple[dict[str, np.ndarray], dict]:
     actions = np.empty((len(frames), 7), dtype=np.float32)
     for row, file in enumerate(tqdm(frames, desc="CALVIN frames", unit="frame", disable=not progress)):
         with reading(file, "extract it again"), np.load(file, allow_pickle=False) as frame:
-            numbers = {key: frame[key] for key in FRAME_ARRAYS}
-            for key, size in FRAME_ARRAYS.items():
-                if numbers[key].shape != (size,) or numbers[key].dtype.kind != "f":
-                    raise ValueError(f"{key} is {numbers[key].dtype} {numbers[key].shape}, expected {size} floats")
+            numbers = {key: frame[key] for key in FRAME_ARRAYS if key in frame}
+            if len(numbers) < len(FRAME_ARRAYS):
+                raise DataError(f"{file} has {listed(frame)}, but not all of {listed(FRAME_ARRAYS)}: {PUBLISHED}.")
+        for key, size in FRAME_ARRAYS.items():
+            array = numbers[key]
+            if array.shape != (size,) or array.dtype.kind != "f":
+                raise DataError(f"{file}: {key} is {array.dtype} {array.shape}, expected {size} floats: {PUBLISHED}.")
         observations[row] = np.concatenate([numbers["robot_obs"], numbers["scene_obs"][:6]])
         actions[row] = numbers["rel_actions"]
     names = " and ".join(folder.name for folder in folders) if folders != [path] else path.name
@@ -87,6 +91,7 @@ def _recordings_of(folder):
     file = folder / "ep_start_end_ids.npy"
     with reading(file, "extract it again"):
         ranges = np.load(file, allow_pickle=False)
+    with reading(file, PUBLISHED, "is not CALVIN's"):
         if ranges.ndim != 2 or ranges.shape[1] != 2 or len(ranges) == 0 or ranges.dtype.kind not in "iu":
             raise ValueError(f"it has shape {ranges.shape} ({ranges.dtype}), expected pairs of frame numbers")
         if (ranges[:, 0] > ranges[:, 1]).any():

@@ -10,7 +10,7 @@ import re
 import numpy as np
 
 from data_tools.dataset import KEYS
-from data_tools.files import DataError, reading
+from data_tools.files import CURE, DataError, listed, reading
 
 
 def opened(path):
@@ -20,10 +20,7 @@ def opened(path):
     return gzip.open(path) if compressed else open(path, "rb")
 
 
-def is_pickle(path) -> bool:
-    """Tell whether a file, or what is compressed in it, begins as every pickle since Python 2.3's protocol 2."""
-    with opened(path) as file:
-        return file.read(1) == b"\x80"
+NEEDED = f"a list of dict(obs, actions, dones), one for each episode, was expected; {CURE}"
 
 
 def read(path) -> tuple[dict[str, np.ndarray], dict]:
@@ -31,11 +28,11 @@ def read(path) -> tuple[dict[str, np.ndarray], dict]:
 
     Raises DataError for damage, and for a pickle that asks for anything else than arrays and plain values.
     """
-    with reading(path, "fetch or copy it again"):
-        with opened(path) as file:
-            content = _unpickled(path, file)
+    with reading(path), opened(path) as file:
+        content = _unpickled(path, file)
+    with reading(path, NEEDED, "is no archive of the release"):
         if not isinstance(content, list) or not content:
-            raise ValueError("a list of dict(obs, actions, dones) was expected")
+            raise ValueError(f"what it holds is: {_kind(content)}")
         episodes = [_episode(f"trajectory {number}", entry) for number, entry in enumerate(content)]
         kept = [episode for episode in episodes if episode is not None and len(episode["actions"])]
         if not kept:
@@ -54,7 +51,7 @@ def _unpickled(path, file):
     except _Refused as error:
         raise DataError(
             f"{path} asks for {error}, which is neither a NumPy array nor a plain value; nothing of it was run. "
-            "Do not use this file."
+            f"Do not use this file, or {CURE}."
         ) from None
 
 
@@ -63,6 +60,8 @@ def _episode(where, entry):
 
     A last observation without an action is left out. SkiMo's loader drops episodes with too few states as well.
     """
+    if not isinstance(entry, dict) or not {"obs", "actions", "dones"} <= entry.keys():
+        raise ValueError(f"{where} is: {_kind(entry)}")
     observations = _array(entry["obs"])
     actions = _array(entry["actions"])
     dones = _array(entry["dones"])
@@ -75,6 +74,12 @@ def _episode(where, entry):
     timeouts = np.zeros(steps, dtype=bool)
     timeouts[-1:] = dones[-1:] == 0
     return dict(zip(KEYS, (observations[:steps], actions, dones, timeouts)))  # not bool yet: NaN would be True
+
+
+def _kind(value):
+    if isinstance(value, dict):
+        return f"dict of {listed(value)}"
+    return "an empty list" if value == [] else type(value).__name__.strip("_").lower()
 
 
 class _Refused(pickle.UnpicklingError):
@@ -160,5 +165,5 @@ def _array(value):
     if isinstance(value, list | tuple):
         return np.asarray([_array(x) for x in value])
     if not isinstance(value, bool | int | float | np.generic):
-        raise TypeError(type(value).__name__)
+        raise TypeError(f"an array was expected, not {type(value).__name__}")
     return np.asarray(value)

@@ -205,6 +205,16 @@ def subtask_conditions(obs, start) -> np.ndarray:
     )
 
 
+def facts(obs) -> dict:
+    """Return what is known of observations (R, 21), for data_tools.formats.check_values; the margins are wide."""
+    low = [-1, -1, 0.2, *[-3.2] * 3, -0.1, *[-3.9] * 7, -1.01, *[-0.1] * 4, 0, 0]
+    high = [1, 1, 1.2, *[3.2] * 3, 0.2, *[3.9] * 7, 1.01, 0.4, 0.4, 0.1, 0.2, 1, 1]
+    names = [f"tool {name}" for name in ("x", "y", "z", "roll", "pitch", "yaw")] + ["gripper width"]
+    names += [f"arm joint {i}" for i in range(7)] + ["gripper command"]
+    names += ["slide", "drawer", "button", "switch", "light bulb", "LED"]
+    return {name: (obs[:, i], low[i], high[i]) for i, name in enumerate(names)}
+
+
 class CalvinVectorEnv(MemberVectorEnv):
     """E tables: open the drawer, turn on the light bulb, move the slider left, turn on the LED, within 360 steps.
 

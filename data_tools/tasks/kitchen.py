@@ -128,6 +128,17 @@ DIVERGED = [
 ]
 
 
+def facts(obs) -> dict:
+    """Return what is known of observations (R, 30), for data_tools.formats.check_values: joints have ends."""
+    margin = np.repeat([0.5, 0.1], [7, 16])  # the real arm's joints reach farther
+    low, high = compile_model().jnt_range[:23].T + [[-1.0], [1.0]] * margin
+    names = [f"arm joint {i}" for i in range(7)] + [f"entry {i}, a joint," for i in range(7, 23)]
+    known = {name: (obs[:, i], low[i], high[i]) for i, name in enumerate(names)}
+    known["entry 25, the kettle's height (no entry is a velocity),"] = (obs[:, 25], 1.3, 2.5)
+    known["the length of entries 26-29, the kettle's quaternion,"] = (np.linalg.norm(obs[:, 26:30], axis=1), 0.8, 1.2)
+    return known
+
+
 class Kitchen:
     """One simulated kitchen: D4RL's controller, noise and ordered reward. Any thread may step it, one at a time.
 

@@ -68,6 +68,13 @@ def cell_of(obs) -> np.ndarray:
     return np.clip(cells, 0, make_layout().shape[0] - 1)
 
 
+def facts(obs) -> dict:
+    """Return what is known of observations (R, 4), for data_tools.formats.check_values."""
+    in_walls = make_layout()[tuple(cell_of(obs).T)].mean(keepdims=True)
+    speeds = {f"v_{axis}": (obs[:, i], -MAX_SPEED - 1, MAX_SPEED + 1) for i, axis in ((2, "x"), (3, "y"))}
+    return {"the share of positions inside walls": (in_walls, 0.0, 0.1), **speeds}
+
+
 def geodesic_distance(layout: np.ndarray, goal: tuple[int, int]) -> np.ndarray:
     """Return the number of moves between 4-connected free cells from each cell to cell `goal`.
 
