@@ -120,6 +120,7 @@ def make_envs(env_id: str, num_envs: int, video: Path | None = None) -> MemberVe
     envs = imported(task.envs)(num_envs, **task.env_kwargs, **(dict(render_mode="rgb_array") if video else {}))
     if not isinstance(envs, MemberVectorEnv):
         raise DataError(f"{task.envs} is no MemberVectorEnv: see `Your own task` in data_tools/README.md.")
+    envs.flags_stay = True
     return VideoRecorder(envs, video) if video else envs
 
 

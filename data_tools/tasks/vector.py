@@ -25,8 +25,8 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
 
     Observations (E, O) float32, actions (E, A) in [-1, 1], rewards (E,) float32; infos in Gymnasium's vector form:
     `is_success`, `unstable` (the physics diverged) and those of the environment, (E,) each.
-    A member that ended stays frozen, with reward 0 and its flags True, until `reset(options={"reset_mask": mask})` with
-    mask (E,) bool: Gymnasium's AutoresetMode.DISABLED.
+    A member that ended stays frozen, with reward 0, until `reset(options={"reset_mask": mask})` with mask (E,) bool:
+    Gymnasium's AutoresetMode.DISABLED. `flags_stay` until then, too, as in `make_envs`, or an end is told once.
 
     To make an environment of your own, write three methods: `begin`, `advance`, `observations`. Keep what changes in
     arrays with one row per member and name them in `saved`. `draw` is needed for videos only. tests/toy_walk.py is an
@@ -38,6 +38,7 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
     saved: ClassVar[dict] = {"steps": np.int64, "returns": np.float64, **dict.fromkeys(FLAGS, bool)}
     # Names of the infos, and the attributes (E,) that hold their values.
     info_names: ClassVar[dict] = {"is_success": "successes", "unstable": "unstable"}
+    flags_stay = False
 
     def __new__(cls, *arguments, **options):
         envs = super().__new__(cls)
@@ -46,7 +47,8 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
 
     def __reduce__(self):
         """For copies, also into other processes: a new one with this state, for physics cannot be copied."""
-        return _made, (type(self), *self._made_with, None if self.rngs is None else self.get_state())
+        state = None if self.rngs is None else self.get_state()
+        return _made, (type(self), *self._made_with, state), dict(flags_stay=self.flags_stay)
 
     def __init__(
         self,
@@ -159,7 +161,8 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
         self.truncations = self.truncations | (self.steps >= self.max_episode_steps)
         self.waiting = self.terminations | self.truncations
         everyone = np.ones(self.num_envs, dtype=bool)
-        return self._observed(), rewards, self.terminations.copy(), self.truncations.copy(), self.infos(everyone)
+        told = running | self.flags_stay
+        return self._observed(), rewards, self.terminations & told, self.truncations & told, self.infos(everyone)
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """Return one picture per member, or None without a render mode. Raises DataError where OpenGL is missing."""
@@ -243,6 +246,7 @@ class SingleEnv(gymnasium.Env):
         if isinstance(vector_class, str):
             vector_class = imported(vector_class)
         self.envs = vector_class(num_envs=1, **arguments)
+        self.envs.flags_stay = True
         self.render_mode = self.envs.render_mode
         self.observation_space = self.envs.single_observation_space
         self.action_space = self.envs.single_action_space
