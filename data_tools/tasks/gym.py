@@ -25,11 +25,8 @@ class GymVectorEnv(MemberVectorEnv):
             self.envs = [gymnasium.make(env_id, **options) for _ in range(num_envs)]
         except (gymnasium.error.Error, ImportError) as error:
             raise DataError(f"{env_id} cannot be made: {error}") from error
-        obs, action, limit = (
-            self.envs[0].observation_space,
-            self.envs[0].action_space,
-            self.envs[0].spec.max_episode_steps,
-        )
+        first = self.envs[0]
+        obs, action, limit = first.observation_space, first.action_space, first.spec.max_episode_steps
         if not isinstance(obs, Box) or len(obs.shape) != 1:
             raise DataError(f"{env_id} observes {obs}, not a flat Box: register it with FlattenObservation around it.")
         if not isinstance(action, Box) or len(action.shape) != 1 or not action.is_bounded():
@@ -37,7 +34,7 @@ class GymVectorEnv(MemberVectorEnv):
         if limit is None:
             raise DataError(f"{env_id} has no time limit: register it with max_episode_steps.")
         super().__init__(num_envs, *obs.shape, *action.shape, limit, render_mode)
-        self.metadata["render_fps"] = self.envs[0].metadata.get("render_fps", 30)
+        self.metadata["render_fps"] = first.metadata.get("render_fps", 30)
         self.low, self.high = action.low, action.high
         self.obs = np.zeros((num_envs, *obs.shape), dtype=np.float32)
         self.seeds = np.zeros(num_envs, dtype=np.int64)  # of the episodes

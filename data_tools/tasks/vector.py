@@ -247,10 +247,10 @@ class SingleEnv(gymnasium.Env):
             vector_class = imported(vector_class)
         self.envs = vector_class(num_envs=1, **arguments)
         self.envs.flags_stay = True
+        self.metadata = vector_class.metadata
         self.render_mode = self.envs.render_mode
         self.observation_space = self.envs.single_observation_space
         self.action_space = self.envs.single_action_space
-        self.metadata = vector_class.metadata
 
     @property
     def spec(self):
