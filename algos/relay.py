@@ -63,7 +63,7 @@ torch.set_num_threads(min(torch.get_num_threads(), 8))  # more do not help netwo
 # ----------------------------------------------------------------------------------------------------------- arguments
 @dataclass
 class Args:
-    env_id: Literal[*data_tools.TASKS] = "maze"  # task
+    env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned, calvin, your own or one of Gymnasium
     seed: int = 1  # of networks, sampling and environments
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn
     cudagraphs: bool = True  # on a GPU, replay updates as CUDA graphs: one launch in place of hundreds

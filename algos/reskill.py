@@ -66,7 +66,7 @@ torch.set_num_threads(min(torch.get_num_threads(), 8))  # more do not help netwo
 # ----------------------------------------------------------------------------------------------------------- arguments
 @dataclass
 class Args:
-    env_id: Literal[*data_tools.TASKS] = "maze"  # task
+    env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned, calvin, your own or one of Gymnasium
     published: bool = False  # take the release's settings for this task
     seed: int = 1  # of networks, sampling and environments
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn

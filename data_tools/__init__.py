@@ -4,8 +4,8 @@ A task of your own is one new file (copy tests/toy_walk.py) and one new entry in
 with Gymnasium, too: `gymnasium.make("skimo/KitchenMisaligned-v0")` gives one environment, `make_envs` several.
 """
 
+import importlib
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import gymnasium
@@ -14,7 +14,7 @@ import numpy as np
 from data_tools.augment import code_of, perturb, recombined
 from data_tools.dataset import OfflineDataset, made_once
 from data_tools.files import DataError, cache_dir, imported
-from data_tools.tasks.vector import SingleEnv
+from data_tools.tasks.vector import MemberVectorEnv
 from data_tools.tasks.video import VideoRecorder
 
 __all__ = ["TASKS", "DataError", "OfflineDataset", "Task", "cache_dir", "code_of", "env_sizes", "load_dataset"]
@@ -26,7 +26,7 @@ class Task:
     """All facts about a task. A "module:name" is imported when it is needed, so that importing data_tools is quick."""
 
     envs: str  # "module:Class" of the vector environment, a MemberVectorEnv
-    max_return: float  # of an episode in which everything was done
+    max_return: float  # of an episode in which everything was done; infinity: unknown, then success is 0
     env_kwargs: dict = field(default_factory=dict)  # of the vector environment
     obs_scale: tuple[float, ...] | None = None  # (O,): networks see obs * obs_scale + obs_shift; None: obs as it is
     obs_shift: tuple[float, ...] | None = None
@@ -55,7 +55,25 @@ class Task:
         return float(reached.mean()) if len(returns) else 0.0
 
 
-TASKS = {
+class Tasks(dict):
+    """Tasks by name. What is registered with Gymnasium, as Name-v0 or module:Name-v0, is a task as well."""
+
+    def __missing__(self, env_id: str) -> Task:
+        """Raises DataError for an unknown name."""
+        module, _, name = env_id.rpartition(":")
+        try:
+            if module:
+                importlib.import_module(module)
+            solved = gymnasium.spec(name).reward_threshold
+        except (gymnasium.error.Error, ImportError) as error:
+            known = f"known tasks: {', '.join(self)}, and what is registered with Gymnasium"
+            raise DataError(f"there is no task {env_id!r}; {known} ({error}).") from error
+        max_return = np.inf if solved is None else solved
+        return Task("data_tools.tasks.gym:GymVectorEnv", max_return, env_kwargs=dict(env_id=env_id))
+
+
+TASKS = Tasks()
+TASKS |= {
     "maze": Task(
         envs="data_tools.tasks.maze:MazeVectorEnv",
         max_return=100.0,
@@ -101,22 +119,17 @@ TASKS = {
 TASKS["kitchen-misaligned"] = replace(TASKS["kitchen"], env_kwargs={"task": "kitchen-misaligned"})
 
 
-def find_task(env_id: str) -> Task:
-    """Return the entry of a task. Raises DataError for an unknown one."""
-    if env_id not in TASKS:
-        raise DataError(f"there is no task {env_id!r}; known tasks: {', '.join(TASKS)}.")
-    return TASKS[env_id]
-
-
-def make_envs(env_id: str, num_envs: int, video: Path | None = None) -> gymnasium.vector.VectorEnv:
+def make_envs(env_id: str, num_envs: int, video: Path | None = None) -> MemberVectorEnv | VideoRecorder:
     """E environments of a task stepped as one; a member freezes when its episode ends, until it is reset by mask.
 
     With `video`, the first member's episode is recorded into that MP4 file when the environments are closed.
     """
-    task = find_task(env_id)
-    if video is None:
-        return imported(task.envs)(num_envs, **task.env_kwargs)
-    return VideoRecorder(imported(task.envs)(num_envs, **task.env_kwargs, render_mode="rgb_array"), video)
+    task = TASKS[env_id]
+    envs = imported(task.envs)(num_envs, **task.env_kwargs, **(dict(render_mode="rgb_array") if video else {}))
+    if not isinstance(envs, MemberVectorEnv):
+        raise DataError(f"{task.envs} is no MemberVectorEnv: see `Your own task` in data_tools/README.md.")
+    envs.flags_stay = True
+    return VideoRecorder(envs, video) if video else envs
 
 
 def env_sizes(env_id: str) -> tuple[int, int]:
@@ -143,7 +156,7 @@ def load_dataset(
     """
     from data_tools import formats  # not needed for tasks alone
 
-    task = find_task(env_id)
+    task = TASKS[env_id]
     sizes = env_sizes(env_id)
     read = partial(formats.read_data, obs_dim=sizes[0], action_dim=sizes[1], data_obs_dim=task.data_obs_dim)
     read = partial(read, progress=progress, facts=imported(task.facts) if task.facts else None)
@@ -172,7 +185,7 @@ for name, task in TASKS.items():  # as skimo/Maze-v0, skimo/KitchenMisaligned-v0
     # The environments truncate by themselves: with `max_episode_steps` here, `make` would add a second time limit.
     gymnasium.register(
         id=f"skimo/{name.title().replace('-', '')}-v0",
-        entry_point=partial(SingleEnv, task.envs),
-        vector_entry_point=task.envs,
-        kwargs=task.env_kwargs,
+        entry_point="data_tools.tasks.vector:SingleEnv",
+        vector_entry_point="data_tools.tasks.vector:several",
+        kwargs=dict(vector_class=task.envs, **task.env_kwargs),
     )

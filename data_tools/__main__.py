@@ -36,7 +36,7 @@ def collect(
         plot: draw some of the data into this picture; kitchens: the first episode into this MP4 file
         expert: instead of all that, let the scripted expert do this many episodes
     """
-    task = data_tools.find_task(env_id)
+    task = data_tools.TASKS[env_id]
     if task.collect is None:
         raise DataError(f"{env_id} has no scripted data.")
     make = imported(task.collect)

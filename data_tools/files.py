@@ -22,8 +22,8 @@ class DataError(SystemExit):
     """
 
     def __init__(self, message: str):
-        # Python makes an exception anew from its text when it travels between processes: no second prefix.
-        super().__init__(message if message.startswith("error: ") else f"error: {message}")
+        # Made anew when it travels between processes, by Python from its text, by Gymnasium from itself.
+        super().__init__("error: " + str(message).removeprefix("error: "))
 
 
 class NotFiniteError(DataError, ValueError):

@@ -179,6 +179,7 @@ def test_threads_do_not_change_the_result(name, num_threads):
 
 def test_finished_members_freeze(task):
     envs = task.vector(3)
+    envs.flags_stay = True
     first, _ = envs.reset(seed=0)
     task.solve(envs, 1)
     actions, total = np.full((3, task.action_dim), 0.2), np.zeros(3)
@@ -263,6 +264,7 @@ def test_a_kitchen_that_diverged_stays_so_in_a_restored_state(tmp_path, monkeypa
     envs.step(np.zeros((2, 9)))
     other = KitchenVectorEnv(2)
     other.set_state(envs.get_state())
+    envs.flags_stay = other.flags_stay = True
     for _ in range(2):
         result = envs.step(np.full((2, 9), 0.3))
         assert_same(result, other.step(np.full((2, 9), 0.3)))
@@ -334,6 +336,7 @@ def test_goals_may_be_told_as_numbers(kind):
         return goals.tolist() if kind is list else goals.astype(kind)
 
     envs = Rail(2, reached=reached)
+    envs.flags_stay = True
     envs.reset(seed=0)
     flags = []
     for _ in range(7):

@@ -62,8 +62,8 @@ class BoxVectorEnv(MemberVectorEnv):
 
 
 TASKS["box"] = Task("benchmarks.controls.diayn:BoxVectorEnv", max_return=100.0)
-pendulum = dict(name="InvertedPendulum-v5", max_episode_steps=1_000)
-TASKS["pendulum"] = Task("benchmarks.controls.frame:GymVectorEnv", max_return=1_000.0, env_kwargs=pendulum)
+pendulum = dict(env_id="InvertedPendulum-v5")
+TASKS["pendulum"] = Task("data_tools.tasks.gym:GymVectorEnv", max_return=1_000.0, env_kwargs=pendulum)
 
 
 def skill_paths(agent, args):

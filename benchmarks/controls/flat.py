@@ -2,7 +2,7 @@
 
     python benchmarks/controls/flat.py sac --out benchmarks/results/studies/controls/sac_seed1.csv    # 15,000 env steps
 
-The whole file runs, as on any task of one's own, with one environment. The csv has a row per training episode; a JSON
+The whole file runs as with `--env-id Pendulum-v1`, with one environment. The csv has a row per training episode; a JSON
 beside it tells command, commit, machine, arguments and the verdict: the mean return of the last 20 episodes must exceed
 GATE. Random actions get about -1,200, a good policy about -150. Episodes end by time-outs only.
 """
@@ -17,7 +17,6 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from benchmarks.controls import frame
-from data_tools import TASKS, Task
 
 GATE = -250.0
 # Sizes for minutes on one core
@@ -41,8 +40,6 @@ SETTINGS = {
         std_steps=5_000, horizon_steps=5_000,
     ),
 }  # fmt: skip
-pendulum = dict(name="Pendulum-v1", max_episode_steps=200)
-TASKS["Pendulum-v1"] = Task("benchmarks.controls.frame:GymVectorEnv", max_return=GATE, env_kwargs=pendulum)
 
 
 def main():
@@ -57,7 +54,7 @@ def main():
         rows = [(int(step), round(value, 1), round(minutes, 2)) for step, value, _, minutes in episodes]
         frame.write_csv(given.out, ("env_step", "episodic_return", "minutes"), rows)
         last = float(np.mean(episodes[-20:, 1]))
-        facts |= dict(env=pendulum["name"], last_20_return=last, gate=GATE, passed=last > GATE, args=asdict(args))
+        facts |= dict(env=args.env_id, last_20_return=last, gate=GATE, passed=last > GATE, args=asdict(args))
     print(f"{given.algo}: mean of the last 20 episodes {last:.0f}; {'learnt' if last > GATE else 'NOT learnt'}")
 
 

@@ -1,4 +1,4 @@
-"""What the controls share: arguments, a run of an algorithm file in a folder, Gymnasium's tasks, CSV, JSON."""
+"""What the controls share: arguments, a run of an algorithm file in a folder, CSV, JSON."""
 
 import argparse
 import contextlib
@@ -8,7 +8,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import gymnasium
 import numpy as np
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -16,7 +15,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from benchmarks.provenance import provenance
 from data_tools import env_sizes
 from data_tools.files import check_writable, write_atomically
-from data_tools.tasks.vector import MemberVectorEnv
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -65,27 +63,3 @@ def train(algo, args):
         names = events.Tags()["scalars"]
         curves = {name: {event.step: event.value for event in events.Scalars(name)} for name in names}
     return results, agent, episodes, curves
-
-
-class GymVectorEnv(MemberVectorEnv):
-    """E environments of Gymnasium as a task: actions in [-1, 1]; what ends an episode early is no success."""
-
-    def __init__(self, num_envs: int, name: str, max_episode_steps: int, **options):
-        self.envs = [gymnasium.make(name).unwrapped for _ in range(num_envs)]
-        obs, action = self.envs[0].observation_space, self.envs[0].action_space
-        super().__init__(num_envs, obs.shape[0], action.shape[0], max_episode_steps, **options)
-        self.obs = np.zeros((num_envs, *obs.shape), dtype=np.float32)
-        self.high = action.high
-
-    def begin(self, members):
-        for i in members:
-            self.obs[i], _ = self.envs[i].reset(seed=int(self.rngs[i].integers(2**31)))
-
-    def advance(self, actions, running):
-        rewards = np.zeros(self.num_envs)
-        for i in np.flatnonzero(running):
-            self.obs[i], rewards[i], self.unstable[i], _, _ = self.envs[i].step(self.high * actions[i])
-        return rewards, np.zeros(self.num_envs, dtype=bool)
-
-    def observations(self):
-        return self.obs

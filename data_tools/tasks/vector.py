@@ -5,6 +5,7 @@ Shapes: E members of a vector environment, n of them; O numbers in an observatio
 
 import json
 import os
+from dataclasses import replace
 from typing import ClassVar
 
 import gymnasium
@@ -24,8 +25,8 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
 
     Observations (E, O) float32, actions (E, A) in [-1, 1], rewards (E,) float32; infos in Gymnasium's vector form:
     `is_success`, `unstable` (the physics diverged) and those of the environment, (E,) each.
-    A member that ended stays frozen, with reward 0 and its flags True, until `reset(options={"reset_mask": mask})` with
-    mask (E,) bool: Gymnasium's AutoresetMode.DISABLED.
+    A member that ended stays frozen, with reward 0, until `reset(options={"reset_mask": mask})` with mask (E,) bool:
+    Gymnasium's AutoresetMode.DISABLED. `flags_stay` until then, too, as in `make_envs`, or an end is told once.
 
     To make an environment of your own, write three methods: `begin`, `advance`, `observations`. Keep what changes in
     arrays with one row per member and name them in `saved`. `draw` is needed for videos only. tests/toy_walk.py is an
@@ -37,6 +38,17 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
     saved: ClassVar[dict] = {"steps": np.int64, "returns": np.float64, **dict.fromkeys(FLAGS, bool)}
     # Names of the infos, and the attributes (E,) that hold their values.
     info_names: ClassVar[dict] = {"is_success": "successes", "unstable": "unstable"}
+    flags_stay = False
+
+    def __new__(cls, *arguments, **options):
+        envs = super().__new__(cls)
+        envs._made_with = arguments, options
+        return envs
+
+    def __reduce__(self):
+        """For copies, also into other processes: a new one with this state, for physics cannot be copied."""
+        state = None if self.rngs is None else self.get_state()
+        return _made, (type(self), *self._made_with, state), dict(flags_stay=self.flags_stay)
 
     def __init__(
         self,
@@ -75,8 +87,8 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
         """Apply actions (E, A) float64 in [-1, 1] to the running members, (E,) bool; leave the others as they are.
 
         Returns rewards (E,) and which members reached their goal in this step, (E,) bool, which ends their episodes;
-        0 and False for those that do not run. An episode that cannot go on (the physics diverged) is ended by
-        setting `self.unstable[member] = True`.
+        0 and False for those that do not run. An episode that ends otherwise: set its member in `self.unstable` (the
+        physics diverged), `self.terminations` (no future) or `self.truncations` (it would go on) to True.
         """
         raise NotImplementedError
 
@@ -145,11 +157,12 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
         self.steps += running
         self.returns += rewards
         self.successes = np.where(running, successes, self.successes)
-        self.terminations = np.where(running, successes | self.unstable, self.terminations)
-        self.truncations = np.where(running, self.steps >= self.max_episode_steps, self.truncations)
+        self.terminations = self.terminations | self.successes | self.unstable
+        self.truncations = self.truncations | (self.steps >= self.max_episode_steps)
         self.waiting = self.terminations | self.truncations
         everyone = np.ones(self.num_envs, dtype=bool)
-        return self._observed(), rewards, self.terminations.copy(), self.truncations.copy(), self.infos(everyone)
+        told = running | self.flags_stay
+        return self._observed(), rewards, self.terminations & told, self.truncations & told, self.infos(everyone)
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """Return one picture per member, or None without a render mode. Raises DataError where OpenGL is missing."""
@@ -225,15 +238,28 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
 class SingleEnv(gymnasium.Env):
     """One environment of any task: a vector of one, without the first axis. See the vector's class for the rest."""
 
+    metadata = MemberVectorEnv.metadata
+    _spec = None
+
     def __init__(self, vector_class: type[MemberVectorEnv] | str, **arguments):
         """`vector_class`: the class of the vector environment, or its name "module:Class"; `arguments`: its others."""
         if isinstance(vector_class, str):
             vector_class = imported(vector_class)
         self.envs = vector_class(num_envs=1, **arguments)
+        self.envs.flags_stay = True
         self.metadata = vector_class.metadata
         self.render_mode = self.envs.render_mode
         self.observation_space = self.envs.single_observation_space
         self.action_space = self.envs.single_action_space
+
+    @property
+    def spec(self):
+        """Gymnasium's, with the time limit, which is kept here: `make` has no need to put its own in front."""
+        return self._spec and replace(self._spec, max_episode_steps=self.envs.max_episode_steps)
+
+    @spec.setter
+    def spec(self, spec):
+        self._spec = spec
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         """Start an episode; `options` are not used."""
@@ -260,6 +286,18 @@ class SingleEnv(gymnasium.Env):
         """Return the infos of the one member as plain Python values."""
         values = {key: value[0] for key, value in infos.items() if not key.startswith("_")}
         return {key: value.item() if isinstance(value, np.generic) else value for key, value in values.items()}
+
+
+def _made(vector_class, arguments, options, state):
+    envs = vector_class(*arguments, **options)
+    if state is not None:
+        envs.set_state(state)
+    return envs
+
+
+def several(num_envs: int, vector_class: str, **arguments) -> MemberVectorEnv:
+    """The vector environment with the name "module:Class": what `gymnasium.make_vec` calls."""
+    return imported(vector_class)(num_envs, **arguments)
 
 
 def checked_action(action, shape) -> np.ndarray:
