@@ -838,7 +838,7 @@ def train(args: Args) -> dict:
                     agent.target.follow(agent.model, args.tau)  # DEVIATION 6
                 if gradient_step % 100 == 0:
                     log(writer, "losses", metrics, global_step)
-                    bar.set_postfix(updates=f"{gradient_step} of {updates_due}")
+                    bar.set_postfix_str(f"catching up: update {gradient_step} of {updates_due}")
 
             # Evaluate without exploration noise
             finished = global_step >= args.total_timesteps

@@ -6,6 +6,7 @@ with Gymnasium, too: `gymnasium.make("skimo/KitchenMisaligned-v0")` gives one en
 
 import importlib
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import gymnasium
