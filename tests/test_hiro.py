@@ -424,6 +424,7 @@ LOGS = control.ROOT / "benchmarks" / "results" / "studies" / "hiro"
 
 def test_open_maze_is_what_its_docstring_says():
     envs = control.OpenMazeVectorEnv(50)
+    envs.flags_stay = True  # as make_envs sets it
     obs, _ = envs.reset(seed=0)
     returns = np.zeros(50)
     first = np.linalg.norm(5 * obs[:, 2:] - 5 * obs[:, :2], axis=1)

@@ -153,7 +153,7 @@ def pretrain(monkeypatch, tmp_path):
         data.sample_windows = lambda *sizes: draw()
         monkeypatch.setattr(data_tools, "load_dataset", lambda *inputs: data)
         args.data_dir = str(tmp_path)
-        writer = SimpleNamespace(add_scalar=lambda *values: None)
+        writer = SimpleNamespace(add_scalar=lambda *values: None, log_dir="run")
         skimo.pretrain(args, networks, writer, stop or threading.Event())
 
     run.folder = tmp_path / "pretrained"
@@ -171,7 +171,7 @@ def test_pretraining_uses_its_learning_rate_and_moves_its_target(decay, pretrain
     for updates in (1, 2, 3, 700):
         for path in pretrain.folder.glob("*.unfinished"):
             torch.save(torch.load(path) | dict(progress=(updates - 1, 1.0)), path)
-        with pytest.raises(SystemExit, match="stopped in pre-training"):
+        with pytest.raises(SystemExit, match="stopped; go on with"):
             pretrain(args, networks, lambda: batch, stop)
         (path,) = pretrain.folder.glob("*.unfinished")
         state = torch.load(path, weights_only=True)

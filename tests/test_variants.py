@@ -423,7 +423,7 @@ def test_single_step_pretraining_agrees_with_numpy():
     assert metrics["bc_loss"].item() == pytest.approx(bc, rel=1e-5)
     prior_kl = np_kl(q, np_gaussian(np_net(networks["prior"], h[:, :-1:H]))).mean()
     assert metrics["prior_loss"].item() == pytest.approx(prior_kl, rel=1e-5)
-    others = 2 * bc + 1e-4 * metrics["kl_loss"].item() + prior_kl + metrics["recon_loss"].item() / N
+    others = 2 * bc + args.kl_coef * metrics["kl_loss"].item() + prior_kl + metrics["recon_loss"].item() / N
     assert loss.item() == pytest.approx(others + 2.3 * consistency / N, rel=1e-5)
 
 
