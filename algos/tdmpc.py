@@ -498,7 +498,7 @@ def train(args: Args) -> dict:
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
     action_dim = envs.single_action_space.shape[0]
     agent = Agent(args, obs.shape[1], action_dim)
-    mean = torch.zeros(args.num_envs, 0)  # (E, K, A) of the last plans, none yet
+    mean = torch.zeros(args.num_envs, 0, device=args.device)  # (E, K, A) of the last plans, none yet
     rb = SequenceBuffer(obs.shape[1], action_dim, args.num_steps + 1, args)  # DEVIATION 2
     rb.begin(obs, np.ones(args.num_envs, dtype=bool))
     global_step, gradient_step, seconds = 0, 0, 0.0

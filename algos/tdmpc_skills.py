@@ -694,7 +694,7 @@ class Agent(nn.Module):
         self.policy_optimizer = torch.optim.Adam(self.task_policy.parameters(), **options)
         self.update = Recorded(self.update, args)
         self.recorded_skills = None  # number of skills in the recorded plan
-        self.last_mean = torch.zeros(args.num_envs, 0)  # (E, K, Z) of the last plans, none yet
+        self.last_mean = torch.zeros(args.num_envs, 0, device=args.device)  # (E, K, Z) of the last plans, none yet
 
     @torch.no_grad()
     def choose_skills(self, obs, global_step: int | None, explore: bool):
