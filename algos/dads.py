@@ -73,7 +73,6 @@ class Args:
     eval_interval: int = 100_000  # env steps between evaluations; one more at the end
     eval_episodes: int = 20  # episodes of an evaluation, with planned skills and the policy's mode
     capture_video: bool = False  # with --evaluate: record its first episode as MP4, draw where skills lead (PNG)
-    data_dir: str | None = None  # not used: there are no offline data (the grid runner gives it to all files)
 
     # Skills
     discover_steps: int = 150_000  # env steps of phase A, in which skills are learnt

@@ -72,7 +72,6 @@ class Args:
     eval_interval: int = 100_000  # env steps between evaluations; one more at the end
     eval_episodes: int = 20  # episodes of an evaluation, with the policy's mode
     capture_video: bool = False  # with --evaluate: record its first episode as MP4
-    data_dir: str | None = None  # not used: there are no offline data (the grid runner gives it to all files)
 
     # RL
     total_timesteps: int = 1_000_000  # env steps, warm-up included

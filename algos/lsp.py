@@ -74,7 +74,6 @@ class Args:
     eval_interval: int = 100_000  # env steps between evaluations; one more at the end
     eval_episodes: int = 20  # episodes of an evaluation, with the policy's mode
     capture_video: bool = False  # with --evaluate: record its first episode as MP4, draw where skills lead (PNG)
-    data_dir: str | None = None  # not used: there are no offline data (the grid runner gives it to all files)
 
     # Model
     deter_dim: int = 200  # size of h

@@ -357,7 +357,8 @@ def make_cells(args: Args) -> list[Cell]:
                 checkpoint = (args.checkpoints_dir / env_id / algo / f"seed{seed}.pt").resolve()
                 family = pretrained_name(file), TASKS[env_id].data or env_id, seed  # both kitchens have one model
                 command = ["python", str(file), "--env-id", env_id, "--seed", str(seed), "--run-dir", str(folder)]
-                command += ["--data-dir", os.path.abspath(os.path.expanduser(args.data_dir))] if args.data_dir else []
+                if args.data_dir and "data_dir" in file.read_text():  # a file without offline data has no such flag
+                    command += ["--data-dir", os.path.abspath(os.path.expanduser(args.data_dir))]
                 command += ["--device", args.device] if args.device else []
                 cell = Cell(algo, env_id, seed, command + flags, folder, result, checkpoint, family)
                 cell.pretrained = "--pretrained" in names

@@ -129,9 +129,9 @@ def golden(algo: str, task: str, folder: Path, script: Path) -> dict[str, str]:
             del words[at : at + 2]
         flags = " ".join(words)
     runs = folder / f"{algo}_{task}"
-    command = [sys.executable, script, *flags.split(), "--data-dir", folder / algo, "--run-dir", runs]
+    command = [sys.executable, script, *flags.split(), "--run-dir", runs]
     if algo not in FLAT:
-        command += ["--data", data]
+        command += ["--data", data, "--data-dir", folder / algo]
     environment = os.environ | dict(OMP_NUM_THREADS="1")
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
     if done.returncode:

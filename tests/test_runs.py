@@ -92,7 +92,9 @@ class Case:
 
     def argv(self, flags="", runs=None, data_dir=None) -> list[str]:
         runs = runs or self.folder / f"runs{len(list(self.folder.iterdir()))}"
-        places = ["--data-dir", str(data_dir or self.data_dir), "--run-dir", str(runs)]
+        places = ["--run-dir", str(runs)]
+        if hasattr(self.module.Args, "data_dir"):
+            places += ["--data-dir", str(data_dir or self.data_dir)]
         words = short_flags(self.module)
         return [*words, *places, *flags.split()]
 
