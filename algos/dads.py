@@ -143,12 +143,12 @@ class Inputs(nn.Module):
         periods = task.position_periods if args.position_features else np.zeros((0, 0))
         self.register_buffer("scale", torch.tensor(task.obs_scale or [1.0] * obs_dim))  # (O,)
         self.register_buffer("shift", torch.tensor(task.obs_shift or [0.0] * obs_dim))  # (O,)
-        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (M, F)
+        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (places, periods)
         self.size = obs_dim + 2 * periods.size + args.skill_dim
 
     def forward(self, state):
         obs, z = state.tensor_split([len(self.scale)], -1)
-        position = obs[..., : len(self.frequency), None]  # (..., M, 1)
+        position = obs[..., : len(self.frequency), None]  # (..., places, 1)
         phase = (position * self.frequency).flatten(-2)
         return torch.cat([obs * self.scale + self.shift, phase.sin(), phase.cos(), z], -1)  # (..., F)
 

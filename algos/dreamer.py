@@ -107,7 +107,7 @@ class Args:
                 sys.exit(f"error: --{name} {value} does not work: give {low} to {high}")
 
 
-# By the name of a task's data: the paper's run lengths.
+# By the name of a task's data: SkiMo's run lengths.
 TASK_DEFAULTS = {"maze": dict(total_timesteps=2_000_000), "calvin": dict(total_timesteps=2_000_000)}
 # DEVIATION 8: a quarter of the release's updates, so the model's learning rate is higher. The actor's must not be: at
 # 1e-3 it ends in the corners of the action space, where the tanh has no gradient, and stays there.
@@ -135,11 +135,11 @@ class Inputs(nn.Module):
         periods = task.position_periods if args.position_features else np.zeros((0, 0))
         self.register_buffer("scale", torch.tensor(task.obs_scale or [1.0] * obs_dim))  # (O,)
         self.register_buffer("shift", torch.tensor(task.obs_shift or [0.0] * obs_dim))  # (O,)
-        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (M, F)
+        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (places, periods)
         self.size = obs_dim + 2 * periods.size
 
     def forward(self, obs):
-        position = obs[..., : len(self.frequency), None]  # (..., M, 1)
+        position = obs[..., : len(self.frequency), None]  # (..., places, 1)
         phase = (position * self.frequency).flatten(-2)
         return torch.cat([obs * self.scale + self.shift, phase.sin(), phase.cos()], -1)  # (..., F)
 
@@ -348,7 +348,7 @@ def behaviour_loss(model, actor, critic, h, s, args):
 def imagined_value_loss(critic, feature, returns, weight):
     """Critic: predict the lambda-returns (Dreamer eq. 8), so that what lies beyond imagination counts as well.
 
-    feature (J-1, S, d), returns and weight (J-1, S).
+    feature (n, S, d) of n imagined steps, returns and weight (n, S).
     """
     error = (critic(feature).squeeze(-1) - returns).square()
     return (weight * (0.5 * error + 0.5 * math.log(2 * math.pi))).mean()
@@ -609,7 +609,7 @@ def train(args: Args) -> dict:
                 goes_on = torch.from_numpy(~ended)[:, None].to(args.device)
                 memory = [x * goes_on for x in memory]
 
-            # ALGO LOGIC: training, as soon as there are windows; never more than ten times the updates of one step
+            # ALGO LOGIC: training, after the warm-up; never more than ten times the updates of one step
             updates_due = int((global_step - args.warmup_steps) * args.updates_per_step)
             updates_due = min(updates_due, gradient_step + math.ceil(10 * new_steps * args.updates_per_step))
             while rb.num_starts > 0 and gradient_step < updates_due:

@@ -209,11 +209,11 @@ class Features(nn.Module):
             scale, shift, periods = task.obs_scale, task.obs_shift, task.position_periods
         self.register_buffer("scale", torch.tensor(scale or [1.0] * obs_dim))  # (O,)
         self.register_buffer("shift", torch.tensor(shift or [0.0] * obs_dim))  # (O,)
-        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (M, .)
+        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (places, periods)
         self.size = obs_dim + 2 * periods.size
 
     def forward(self, obs):
-        position = obs[..., : len(self.frequency), None]  # (..., M, 1)
+        position = obs[..., : len(self.frequency), None]  # (..., places, 1)
         phase = (position * self.frequency).flatten(-2)
         return torch.cat([obs * self.scale + self.shift, phase.sin(), phase.cos()], -1)  # (..., F)
 
@@ -371,7 +371,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: t
             batch = train_data.sample_windows(args.pretrain_batch_size, window)
             batch = data_tools.perturb(*batch, task.arm, args.arm_noise)  # DEVIATION 3
             metrics = gradients(*batch)
-            max_norm = 0.001 if updates < 100 else float("inf")
+            max_norm = 0.001 if updates < 100 else float("inf")  # as in the release
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(networks.parameters(), max_norm)
             optimizer.step()
             updates += 1
@@ -652,7 +652,7 @@ def actor_loss(model, actor, critic, skill_prior, h, s, obs, args):
 def imagined_value_loss(critic, feature, returns, weight):
     """Critic: predict the lambda-returns (Dreamer eq. 8), so that what lies beyond imagination counts as well.
 
-    feature (J-1, S, d), returns and weight (J-1, S).
+    feature (n, S, d) of n imagined steps, returns and weight (n, S).
     """
     error = (critic(feature).squeeze(-1) - returns).square()
     return (weight * (0.5 * error + 0.5 * math.log(2 * math.pi))).mean()
@@ -949,7 +949,7 @@ def train(args: Args) -> dict:
                 goes_on = torch.from_numpy(~ended)[:, None].to(args.device)
                 acting.memory = [x * goes_on for x in acting.memory]
 
-            # ALGO LOGIC: training, as soon as there are windows; never more than ten times the updates of one step
+            # ALGO LOGIC: training, after the warm-up; never more than ten times the updates of one step
             updates_due = int((global_step - args.warmup_steps) * args.updates_per_step)
             updates_due = min(updates_due, gradient_step + math.ceil(10 * new_steps * args.updates_per_step))
             while rb.num_starts > 0 and gradient_step < updates_due:

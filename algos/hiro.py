@@ -139,11 +139,11 @@ class Inputs(nn.Module):
         periods = task.position_periods if args.position_features else np.zeros((0, 0))
         self.register_buffer("scale", torch.tensor(task.obs_scale or [1.0] * obs_dim))  # (O,)
         self.register_buffer("shift", torch.tensor(task.obs_shift or [0.0] * obs_dim))  # (O,)
-        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (M, F)
+        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (places, periods)
         self.size = obs_dim + 2 * periods.size
 
     def forward(self, obs):
-        position = obs[..., : len(self.frequency), None]  # (..., M, 1)
+        position = obs[..., : len(self.frequency), None]  # (..., places, 1)
         phase = (position * self.frequency).flatten(-2)
         return torch.cat([obs * self.scale + self.shift, phase.sin(), phase.cos()], -1)  # (..., F)
 
@@ -371,7 +371,7 @@ class TD3(nn.Module):
     def choose(self, obs, goal, std: float, uniform: bool):
         """Actions (E, A), of the high level goals: the policy's with noise of a std, or uniform ones."""
         action = self.actor(obs, goal)
-        if uniform:
+        if uniform:  # DEVIATION 5
             return 2 * torch.rand_like(action) - 1
         return (action + std * torch.randn_like(action)).clamp(-1, 1)
 
@@ -444,7 +444,7 @@ class Agent(nn.Module):
         args = self.args
         self.updates += 1
         place = self.place(obs)  # (B, c+1, G)
-        # Low level: a random env step t of each row (DEVIATION 4)
+        # Low level (eq. 4): a random env step t of each row (DEVIATION 4)
         row = torch.arange(len(obs), device=obs.device)
         t = (torch.rand_like(steps) * steps).long()  # (B,)
         goal_t = goal_transition(place[:, 0], goal, place[row, t])  # (B, G)
@@ -457,7 +457,7 @@ class Agent(nn.Module):
         metrics = {f"low_{name}": value for name, value in low_metrics.items()}
         metrics["grad_norm"] = low_metrics["grad_norm"]
 
-        # High level: the whole row
+        # High level: a goal is worth what the whole row brought, were today's low level at work (eq. 5)
         if self.rewarded and self.updates % args.goal_steps == 0:
             if args.correction:
                 goal = self.corrected_goal(obs, place, action, goal, steps)

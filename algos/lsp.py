@@ -84,14 +84,14 @@ class Args:
     continue_head: bool = False  # learn where episodes end, and imagine it (DEVIATION 6)
 
     # Skills
-    skill_dim: int = 3  # Z: numbers in a skill (0: none, then this is Dreamer)
+    skill_dim: int = 3  # Z: numbers in a skill (0: none)
     skill_horizon: int = 10  # K: env steps per skill, in imagination as well
     mi_coef: float = 0.1  # c: weight of the mutual-information term, per nat
     predictor_lr: float = 6e-4  # of the predictor of skills
 
     # Planner
     random_skills: bool = False  # skills are drawn, not planned
-    num_skills: int = 5  # N: skills per plan
+    num_skills: int = 5  # N: skills per plan (choice iv)
     num_samples: int = 16  # P: sampled plans per iteration
     num_elites: int = 4  # best plans, which the next distribution is fitted to
     cem_iters: int = 4  # iterations
@@ -152,11 +152,11 @@ class Inputs(nn.Module):
         periods = task.position_periods if args.position_features else np.zeros((0, 0))
         self.register_buffer("scale", torch.tensor(task.obs_scale or [1.0] * obs_dim))  # (O,)
         self.register_buffer("shift", torch.tensor(task.obs_shift or [0.0] * obs_dim))  # (O,)
-        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (M, F)
+        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (places, periods)
         self.size = obs_dim + 2 * periods.size
 
     def forward(self, obs):
-        position = obs[..., : len(self.frequency), None]  # (..., M, 1)
+        position = obs[..., : len(self.frequency), None]  # (..., places, 1)
         phase = (position * self.frequency).flatten(-2)
         return torch.cat([obs * self.scale + self.shift, phase.sin(), phase.cos()], -1)  # (..., F)
 
@@ -277,7 +277,7 @@ class SkillPredictor(nn.Module):
 
     def forward(self, start, feature):
         """Features (S, d) of starts and (K, S, d) later -> mean and std of z, 2 x (K, S, Z)."""
-        both = torch.cat([start.expand_as(feature), feature], -1)
+        both = torch.cat([start.expand_as(feature), feature], -1)  # choice ii
         mean, log_std = self.net(both).chunk(2, -1)
         return mean, log_std.clamp(-5, 2).exp()
 
@@ -370,11 +370,11 @@ def skill_loss(model, actor, critic, predictor, h, s, args):
     if args.imagine_starts < len(h):  # DEVIATION 5
         chosen = torch.rand(len(h), device=h.device).topk(args.imagine_starts).indices  # (S,)
         h, s = h[chosen], s[chosen]
-    z = torch.randn(len(h), args.skill_dim, device=h.device)  # (S, Z), one for the whole imagination
+    z = torch.randn(len(h), args.skill_dim, device=h.device)  # (S, Z), one for the whole imagination (choice vi)
     features, actions = imagine_skill(model, actor, h, s, z, args.skill_horizon)  # (K+1, S, d), (K, S, A)
     start, feature = features[0], features[1:]
     rewards = model.reward(feature)  # (K, S)
-    values = critic(feature).squeeze(-1)  # (K, S)
+    values = critic(feature).squeeze(-1)  # (K, S), choice iii
     discount = torch.full_like(rewards, args.gamma)
     if args.continue_head:
         discount = torch.sigmoid(model.continue_model(feature)).squeeze(-1)
@@ -385,7 +385,7 @@ def skill_loss(model, actor, critic, predictor, h, s, args):
     # Mutual information: where a skill leads must say which one it was. It is kept out of V, which outlives the skill.
     information = skill_information(predictor, start, feature, z).mean()
 
-    loss = -(weight * returns).mean() - args.mi_coef * information
+    loss = -(weight * returns).mean() - args.mi_coef * information  # choice i
     extreme = (actions.abs() > 0.999).float()  # where the tanh has no gradient
     metrics = dict(actor_loss=loss, imagined_return=returns, imagined_reward=rewards, value=values)
     metrics |= dict(extreme_actions=extreme, skill_information=information)
@@ -402,7 +402,7 @@ def predictor_loss(predictor, start, feature, z):
 def imagined_value_loss(critic, feature, returns, weight):
     """Critic: predict the lambda-returns (Dreamer eq. 8), so that what lies beyond imagination counts as well.
 
-    feature (J-1, S, d), returns and weight (J-1, S).
+    feature (n, S, d) of n imagined steps, returns and weight (n, S).
     """
     error = (critic(feature).squeeze(-1) - returns).square()
     return (weight * (0.5 * error + 0.5 * math.log(2 * math.pi))).mean()
@@ -421,7 +421,7 @@ def plan_skills(model, actor, critic, h, s, mean, noise_scale: float, args):
     h0, s0 = h[:, None].expand(-1, P, -1), s[:, None].expand(-1, P, -1)  # (E, P, h), (E, P, s)
     for _ in range(args.cem_iters):
         noise = torch.randn(E, P, N, Z, device=h.device)
-        plans = (mean[:, None] + std[:, None] * noise).clamp(-3, 3)  # (E, P, N, Z)
+        plans = (mean[:, None] + std[:, None] * noise).clamp(-3, 3)  # (E, P, N, Z), choice v
 
         # Return of each plan: the rewards of N K steps. The last state's critic holds its reward and all that follows
         h, s, value, discount = h0, s0, 0.0, 1.0
@@ -733,7 +733,7 @@ def train(args: Args) -> dict:
                 goes_on = torch.from_numpy(~ended)[:, None].to(args.device)
                 memory = [x * goes_on for x in memory]
 
-            # ALGO LOGIC: training, as soon as there are windows; never more than ten times the updates of one step
+            # ALGO LOGIC: training, after the warm-up; never more than ten times the updates of one step
             updates_due = int((global_step - args.warmup_steps) * args.updates_per_step)
             updates_due = min(updates_due, gradient_step + math.ceil(10 * new_steps * args.updates_per_step))
             while rb.num_starts > 0 and gradient_step < updates_due:
@@ -774,7 +774,7 @@ def train(args: Args) -> dict:
 
 # ------------------------------------------------------------------------------------------------------------ pictures
 def skill_paths(agent: Agent, z, num_steps: int, args: Args, seed: int):
-    """Observations (T+1, N, O) of N skills z (N, Z) from one start, until all have ended; NaN after a member's end.
+    """Observations (T+1, n, O) of n skills z (n, Z) from one start, at most num_steps; NaN after a member's end.
 
     A skill lasts K env steps; here it is chosen again and again, for ways that are long enough to be seen.
     """

@@ -24,8 +24,8 @@ DEVIATION n: differences from the paper, whose learning code was not released. W
 5. When the task ends while a subgoal is pursued, the value of the last state still counts. With --flat it does not.
 Differs from skimo.py in: PRETRAINED, Args, TASK_DEFAULTS, GOAL_ENTRIES, make_networks, pretrain_loss, pretrain,
 ppo_loss, RolloutBuffer, Agent, rollout, train, parse_args
-Shapes: B batch, O observation, A action, E environments, H steps per subgoal, T env steps, M positions, F periods of
-each. A goal or subgoal z is a state (O,).
+Shapes: B batch, O observation, A action, E environments, H steps per subgoal, T env steps, X entries of an
+output. A goal or subgoal z is a state (O,).
 """
 
 import copy
@@ -168,7 +168,7 @@ class GoalNetwork(nn.Module):
         self.args, self.seen = args, seen
         task = data_tools.TASKS[args.env_id]
         periods = task.position_periods if args.position_features else np.zeros((0, 0))
-        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (M, F)
+        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (places, periods)
         self.register_buffer("mean", torch.zeros(obs_dim))  # (O,) of the offline data
         self.register_buffer("std", torch.ones(obs_dim))  # (O,)
         in_dim = obs_dim + 2 * periods.size + seen.stop - seen.start
@@ -177,8 +177,8 @@ class GoalNetwork(nn.Module):
     def forward(self, obs, goal):
         obs = unwrap(obs, self.mean, self.args)
         goal = unwrap(goal, obs, self.args)
-        position = obs[..., : len(self.frequency), None]  # (..., M, 1)
-        phase = (position * self.frequency).flatten(-2)  # (..., M * F)
+        position = obs[..., : len(self.frequency), None]  # (..., places, 1)
+        phase = (position * self.frequency).flatten(-2)  # (..., places * periods)
         state = (obs - self.mean) / self.std  # (..., O)
         way = (goal - obs) / self.std  # (..., O)
         return self.net(torch.cat([state, phase.sin(), phase.cos(), way[..., self.seen]], -1))
@@ -307,7 +307,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: t
         print(f"pre-trained model: {path}")
         facts = load(path, dict(networks=networks))["facts"]
         if facts.get("skill_horizon", args.skill_horizon) != args.skill_horizon:
-            sys.exit(f"error: skills of {path} have another --skill-horizon")
+            sys.exit(f"error: subgoals of {path} have another --skill-horizon")
         return facts
 
     train_data, valid_data = data.to(args.device).split(0.99, 2)
@@ -377,7 +377,7 @@ def ppo_loss(low, value, obs, z, action, log_prob, advantages, returns, demo, de
     advantages = (advantages - advantages.mean()) / (advantages.std() + 0.01)
     policy_loss = -torch.min(ratio * advantages, clipped * advantages).mean()
 
-    # The value is what to expect.
+    # The value is what to expect; the advantages are what exceeded it.
     value_loss = 0.5 * (value(obs, z).squeeze(-1) - returns).square().mean()
 
     # Imitation keeps what RL does not visit. Its std is that of RIL: with the small one of exploration it would weigh
@@ -394,7 +394,7 @@ def ppo_loss(low, value, obs, z, action, log_prob, advantages, returns, demo, de
 
 @torch.no_grad()
 def advantages_and_returns(rewards, values, next_values, bootstrap, goes_on, args):
-    """Generalised advantage estimates and what the value should be, 2 x (T, E); time-first.
+    """Generalised advantage estimates (GAE eq. 16) and what the value should be, 2 x (T, E); time-first.
 
     rewards, values, next_values (T, E); bootstrap (T, E): whether the next value counts, 0 at a true end; goes_on
     (T, E): whether row t + 1 follows on row t.
@@ -489,7 +489,7 @@ class Agent(nn.Module):
         with torch.no_grad():
             self.low.log_std.clamp_(max=float(np.log(args.max_std)))
         self.low.log_std.requires_grad_(False)
-        groups = [dict(params=self.low.net.parameters(), lr=args.learning_rate)]
+        groups = [dict(params=self.low.net.parameters(), lr=args.learning_rate)]  # DEVIATION 2: the low level alone
         groups += [dict(params=self.value.parameters(), lr=args.value_lr)]
         self.optimizer = torch.optim.Adam(groups, fused=True, capturable=True)
         self.update = Recorded(self.update, args)

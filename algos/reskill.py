@@ -21,11 +21,11 @@ coupling; its learning rate decays to zero.
 earlier; rewards of maze and CALVIN x .01.
 9. Values of both policies see as far: gamma^(1/H) per env step, not gamma. The residual policy learns once w >= .01.
 10. A skill ends with its episode. 11. Evaluations draw skills, not their means, and take the w of training, not 1.
---published takes SPiRL's release's side of 2 and 3, and this one's width of the flow, roll-outs, batches and gate.
+--published takes SPiRL's release's side of 2 and of 3 in pre-training, and this one's width of the flow, roll-outs,
+batches and gate.
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, SkillModel, make_networks, pretrain_loss, pretrain,
 Agent, train
-Shapes: B batch, T skills of a roll-out, H steps per skill, O observation, F inputs, A action, Z skill, E environments,
-M positions.
+Shapes: B batch, T skills of a roll-out, H steps per skill, O observation, F inputs, A action, Z skill, E environments.
 """
 
 import copy
@@ -206,11 +206,11 @@ class Features(nn.Module):
             scale, shift, periods = task.obs_scale, task.obs_shift, task.position_periods
         self.register_buffer("scale", torch.tensor(scale or [1.0] * obs_dim))  # (O,)
         self.register_buffer("shift", torch.tensor(shift or [0.0] * obs_dim))  # (O,)
-        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (M, .)
+        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (places, periods)
         self.size = obs_dim + 2 * periods.size
 
     def forward(self, obs):
-        position = obs[..., : len(self.frequency), None]  # (..., M, 1)
+        position = obs[..., : len(self.frequency), None]  # (..., places, 1)
         phase = (position * self.frequency).flatten(-2)
         return torch.cat([obs * self.scale + self.shift, phase.sin(), phase.cos()], -1)  # (..., F)
 
@@ -368,7 +368,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: t
             batch = train_data.sample_windows(args.pretrain_batch_size, window)
             batch = data_tools.perturb(*batch, task.arm, args.arm_noise)  # DEVIATION 3
             metrics = gradients(*batch)
-            max_norm = 0.001 if updates < 100 else float("inf")
+            max_norm = 0.001 if updates < 100 else float("inf")  # as in the release
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(networks.parameters(), max_norm)
             optimizer.step()
             updates += 1

@@ -26,7 +26,7 @@ DEVIATION n: differences from the authors' release. Why, what was measured, and 
 9. The target copy of RL starts as the online model, not as the slow copy of pre-training.
 --published takes the release's side of 2, 3, 4, 6 and of alpha in 7.
 Shapes: B batch, N skills per window, H steps per skill, O observation, A action, Z skill, d latent state,
-E environments, K skills per plan, P plans, C chunks. Of inputs: M positions, F periods of each.
+E environments, K skills per plan, P plans, C chunks.
 """
 
 import copy
@@ -214,15 +214,15 @@ class StateEncoder(nn.Module):
         periods = task.position_periods if args.position_features else np.zeros((0, 0))
         self.register_buffer("scale", torch.tensor(task.obs_scale or [1.0] * obs_dim))  # (O,)
         self.register_buffer("shift", torch.tensor(task.obs_shift or [0.0] * obs_dim))  # (O,)
-        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (M, F)
+        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (places, periods)
         self.net = mlp(obs_dim + 2 * periods.size, args.hidden_dim, args.latent_dim)
 
     def scaled(self, obs):  # what the decoder reconstructs
         return obs * self.scale + self.shift  # (..., O)
 
     def forward(self, obs):
-        position = obs[..., : len(self.frequency), None]  # (..., M, 1)
-        phase = (position * self.frequency).flatten(-2)  # (..., M * F)
+        position = obs[..., : len(self.frequency), None]  # (..., places, 1)
+        phase = (position * self.frequency).flatten(-2)  # (..., places * periods)
         return self.net(torch.cat([self.scaled(obs), phase.sin(), phase.cos()], -1))  # (..., d)
 
 
@@ -350,7 +350,7 @@ def pretrain_loss(model, skills, prior, target, obs, actions, args):
 
 
 def pretrain(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: threading.Event) -> dict:
-    """Phase 1: learn skills, skill dynamics and prior from the offline data; returns facts about them.
+    """Phase 1: learn skills, dynamics and prior from the offline data; returns facts about them.
 
     A model is found again by its data, seed and task, by the arguments under `# Model` and `# Pre-training`, and by the
     code of these sections and of what draws batches: whoever changes one of them gets a new one.
@@ -474,7 +474,7 @@ def model_loss(model, target, task_policy, obs, z, rewards, dones, args):
     value_error = (weight * value_error).sum((1, 2))  # (B,)
 
     loss = args.consistency_coef * consistency.clamp(max=1e5)
-    loss = loss + 0.25 * reward_error.clamp(max=1e5)
+    loss = loss + 0.25 * reward_error.clamp(max=1e5)  # weights and bounds as in the release
     loss = loss + 0.1 * value_error.clamp(max=1e5)
     metrics = dict(consistency_loss=consistency, reward_loss=reward_error, value_loss=value_error)
     metrics |= dict(td_target=td_target, q_value=q1[:, 1])

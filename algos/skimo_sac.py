@@ -24,7 +24,7 @@ DEVIATION n: differences from the authors' release. Why, what was measured, and 
 7. Kitchens: alpha is .05, not .5.
 --published takes the release's side of 2, 3, 4, 6 and 7.
 Shapes: B batch, N skills per window, H steps per skill, O observation, A action, Z skill, d latent state,
-E environments, C chunks, I inputs of E. Of inputs: M positions, F periods of each.
+E environments, C chunks, I inputs of E.
 """
 
 import copy
@@ -198,15 +198,15 @@ class StateEncoder(nn.Module):
         periods = task.position_periods if args.position_features else np.zeros((0, 0))
         self.register_buffer("scale", torch.tensor(task.obs_scale or [1.0] * obs_dim))  # (O,)
         self.register_buffer("shift", torch.tensor(task.obs_shift or [0.0] * obs_dim))  # (O,)
-        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (M, F)
+        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (places, periods)
         self.net = mlp(obs_dim + 2 * periods.size, args.hidden_dim, args.latent_dim)
 
     def scaled(self, obs):  # what the decoder reconstructs
         return obs * self.scale + self.shift  # (..., O)
 
     def forward(self, obs):
-        position = obs[..., : len(self.frequency), None]  # (..., M, 1)
-        phase = (position * self.frequency).flatten(-2)  # (..., M * F)
+        position = obs[..., : len(self.frequency), None]  # (..., places, 1)
+        phase = (position * self.frequency).flatten(-2)  # (..., places * periods)
         return self.net(torch.cat([self.scaled(obs), phase.sin(), phase.cos()], -1))  # (..., d)
 
 
@@ -334,7 +334,7 @@ def pretrain_loss(model, skills, prior, target, obs, actions, args):
 
 
 def pretrain(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: threading.Event) -> dict:
-    """Phase 1: learn skills, skill dynamics and prior from the offline data; returns facts about them.
+    """Phase 1: learn skills, dynamics and prior from the offline data; returns facts about them.
 
     A model is found again by its data, seed and task, by the arguments under `# Model` and `# Pre-training`, and by the
     code of these sections and of what draws batches: whoever changes one of them gets a new one.
@@ -442,8 +442,8 @@ class Critic(nn.Module):
 
 def features(encoder, obs):
     """Inputs of a state encoder for observations (..., O): scaled, and sines and cosines of positions, (..., I)."""
-    position = obs[..., : len(encoder.frequency), None]  # (..., M, 1)
-    phase = (position * encoder.frequency).flatten(-2)  # (..., M * F)
+    position = obs[..., : len(encoder.frequency), None]  # (..., places, 1)
+    phase = (position * encoder.frequency).flatten(-2)  # (..., places * periods)
     return torch.cat([encoder.scaled(obs), phase.sin(), phase.cos()], -1)
 
 

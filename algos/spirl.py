@@ -25,7 +25,7 @@ not with the next one. 8. Evaluations take the mode of the policy, not samples. 
 --published takes the release's side of 2, 3, 6 and 9, and of the E environments in 4.
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, SkillModel, make_networks, pretrain_loss, pretrain,
 ReplayBuffer, Agent, train
-Shapes: B batch, H steps per skill, O observation, F inputs, A action, Z skill, E environments, M positions.
+Shapes: B batch, H steps per skill, O observation, F inputs, A action, Z skill, E environments.
 """
 
 import copy
@@ -124,7 +124,7 @@ class Args:
 
 
 # By the name of a task's data: the release's values where they differ from Args, and our own kl_coef (DEVIATION 2) and
-# target_kl (9); total_timesteps is the paper's. `people`: with people's data (--data d4rl or a path), DEVIATION 3.
+# target_kl (9); total_timesteps is SkiMo's. `people`: with people's data (--data d4rl or a path), DEVIATION 3.
 TASK_DEFAULTS = {
     "maze": dict(kl_coef=1e-2, total_timesteps=2_000_000, batch_size=128, buffer_size=100_000, critic_blocks=2,
                  target_kl=3.0),
@@ -196,11 +196,11 @@ class Features(nn.Module):
             scale, shift, periods = task.obs_scale, task.obs_shift, task.position_periods
         self.register_buffer("scale", torch.tensor(scale or [1.0] * obs_dim))  # (O,)
         self.register_buffer("shift", torch.tensor(shift or [0.0] * obs_dim))  # (O,)
-        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (M, .)
+        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (places, periods)
         self.size = obs_dim + 2 * periods.size
 
     def forward(self, obs):
-        position = obs[..., : len(self.frequency), None]  # (..., M, 1)
+        position = obs[..., : len(self.frequency), None]  # (..., places, 1)
         phase = (position * self.frequency).flatten(-2)
         return torch.cat([obs * self.scale + self.shift, phase.sin(), phase.cos()], -1)  # (..., F)
 
@@ -358,7 +358,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: t
             batch = train_data.sample_windows(args.pretrain_batch_size, window)
             batch = data_tools.perturb(*batch, task.arm, args.arm_noise)  # DEVIATION 3
             metrics = gradients(*batch)
-            max_norm = 0.001 if updates < 100 else float("inf")
+            max_norm = 0.001 if updates < 100 else float("inf")  # as in the release
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(networks.parameters(), max_norm)
             optimizer.step()
             updates += 1
@@ -679,7 +679,7 @@ def train(args: Args) -> dict:
             if ended.any():
                 obs, _ = envs.reset(options=dict(reset_mask=ended))
 
-            # ALGO LOGIC: training. One update per skill that followed the warm-up
+            # ALGO LOGIC: training. updates_per_skill for each skill after the warm-up
             updates_due = int((rb.added - args.warmup_skills) * args.updates_per_skill)
             while gradient_step < updates_due:
                 metrics = agent.update(*rb.sample(args.batch_size))

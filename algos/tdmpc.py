@@ -116,8 +116,9 @@ class Args:
                 sys.exit(f"error: --{name} {value} does not work: give {low} to {high}")
 
 
-# By the name of a task's data: the paper's run lengths; all else is the same for all tasks.
+# By the name of a task's data: SkiMo's run lengths; all else is the same for all tasks.
 TASK_DEFAULTS = {"maze": dict(total_timesteps=2_000_000), "calvin": dict(total_timesteps=2_000_000)}
+# One core: smaller networks and plans, fewer updates.
 CPU_PRESET = dict(hidden_dim=128, batch_size=128, num_samples=128, num_elites=32, cem_iters=3, updates_per_step=0.1)
 
 
@@ -141,11 +142,11 @@ class Inputs(nn.Module):
         periods = task.position_periods if args.position_features else np.zeros((0, 0))
         self.register_buffer("scale", torch.tensor(task.obs_scale or [1.0] * obs_dim))  # (O,)
         self.register_buffer("shift", torch.tensor(task.obs_shift or [0.0] * obs_dim))  # (O,)
-        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (M, F)
+        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (places, periods)
         self.size = obs_dim + 2 * periods.size
 
     def forward(self, obs):
-        position = obs[..., : len(self.frequency), None]  # (..., M, 1)
+        position = obs[..., : len(self.frequency), None]  # (..., places, 1)
         phase = (position * self.frequency).flatten(-2)
         return torch.cat([obs * self.scale + self.shift, phase.sin(), phase.cos()], -1)  # (..., F)
 
@@ -224,7 +225,7 @@ def model_loss(model, target, policy, obs, action, rewards, terminals, args):
     value_error = (rho * value_error).sum(1)  # (B,)
 
     loss = args.consistency_coef * consistency.clamp(max=1e5)  # DEVIATION 3
-    loss = loss + 0.5 * reward_error.clamp(max=1e5)
+    loss = loss + 0.5 * reward_error.clamp(max=1e5)  # weights as in the release
     loss = loss + 0.1 * value_error.clamp(max=1e5)
     metrics = dict(consistency_loss=consistency, reward_loss=reward_error, value_loss=value_error)
     metrics |= dict(td_target=td_target, q_value=q1)

@@ -25,7 +25,7 @@ with the one before; u is stored, not 2 u. 8. The planner knows the env step. 9.
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, SkillModel, make_networks, pretrain_loss, pretrain,
 sample_skill, scalar_head, WorldModel, model_loss, policy_loss, plan, ReplayBuffer, Agent, rollout, train, QUADRATURE
 Shapes: B batch, N skills per window, H steps per skill, O observation, F inputs, A action, Z skill, d latent state,
-E environments, K skills per plan, P plans; in Features M positions.
+E environments, K skills per plan, P plans.
 """
 
 import copy
@@ -212,11 +212,11 @@ class Features(nn.Module):
             scale, shift, periods = task.obs_scale, task.obs_shift, task.position_periods
         self.register_buffer("scale", torch.tensor(scale or [1.0] * obs_dim))  # (O,)
         self.register_buffer("shift", torch.tensor(shift or [0.0] * obs_dim))  # (O,)
-        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (M, .)
+        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (places, periods)
         self.size = obs_dim + 2 * periods.size
 
     def forward(self, obs):
-        position = obs[..., : len(self.frequency), None]  # (..., M, 1)
+        position = obs[..., : len(self.frequency), None]  # (..., places, 1)
         phase = (position * self.frequency).flatten(-2)
         return torch.cat([obs * self.scale + self.shift, phase.sin(), phase.cos()], -1)  # (..., F)
 
@@ -374,7 +374,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: t
             batch = train_data.sample_windows(args.pretrain_batch_size, window)
             batch = data_tools.perturb(*batch, task.arm, args.arm_noise)  # DEVIATION 3
             metrics = gradients(*batch)
-            max_norm = 0.001 if updates < 100 else float("inf")
+            max_norm = 0.001 if updates < 100 else float("inf")  # as in the release
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(networks.parameters(), max_norm)
             optimizer.step()
             updates += 1
