@@ -77,6 +77,7 @@ class Args:
     capture_video: bool = False  # with --evaluate: record its first episode as MP4
     data_dir: str | None = None  # folder of offline data and pre-trained models (None: the user's cache)
     data: str = "scripted"  # offline data: scripted, d4rl (people's, of the kitchens), release (the authors') or a path
+    data_share: float = 1.0  # share of the data's episodes that are used, the first of a fixed permutation
     pretrained: str | None = None  # begin with RL from this model: a path, or `published`: ours
     pretrain_eval_interval: int = 3_000  # updates between validations with roll-outs of the prior
     pretrain_eval_episodes: int = 100  # roll-outs in a validation; four times as many at the end
@@ -345,7 +346,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: t
     if args.pretrained == "published":
         path = SHIPPED / f"{family}_pretrained.pt"
     if not args.pretrained:
-        data = data_tools.load_dataset(args.env_id, args.data_dir, args.data)
+        data = data_tools.load_dataset(args.env_id, args.data_dir, args.data, args.data_share)
         names, settings = list(vars(args)), list(vars(args).items())
         settings = settings[names.index("skill_horizon") : names.index("total_timesteps")]
         code = FILE.read_text().split("- networks\n")[1].split("- downstream RL\n")[0]

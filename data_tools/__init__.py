@@ -144,6 +144,7 @@ def load_dataset(
     env_id: str,
     data_dir=None,
     data="scripted",
+    share: float = 1.0,
     noise: float | None = None,
     seed: int = 0,
     device="cpu",
@@ -153,6 +154,7 @@ def load_dataset(
 
     data: "scripted": made on first use, then kept in `cache_dir(data_dir)`; "d4rl", "release": published data, from the
     cache or the network; else a file or folder in one of the formats of data_tools.formats.
+    share: of the episodes, see OfflineDataset.share.
     noise: size of the disturbances in scripted data (None: the task's), seed: their random seed; progress: show bars.
     """
     from data_tools import formats  # not needed for tasks alone
@@ -170,7 +172,7 @@ def load_dataset(
             raise DataError(f"the SkiMo release has no data for {env_id}: use --data scripted.")
         data = formats.fetch_release(task.release, cache_dir(data_dir) / f"{task.data}.gz", read, progress)
     if data != "scripted":
-        return read(data).to(device)
+        return read(data).share(share).to(device)
     if task.collect is None:
         raise DataError(f"{env_id} has no scripted data: give a file with --data PATH.")
     noise = task.noise if noise is None else noise
@@ -179,7 +181,7 @@ def load_dataset(
     found = scripted.observations.shape[1], scripted.actions.shape[1]
     if found not in (sizes, (task.data_obs_dim, sizes[1])):
         raise DataError(f"{path} has {found} numbers per observation and action, {env_id} {sizes}: delete the file.")
-    return scripted.narrowed(sizes[0]).to(device)
+    return scripted.narrowed(sizes[0]).share(share).to(device)
 
 
 for name, task in TASKS.items():  # as skimo/Maze-v0, skimo/KitchenMisaligned-v0, ...

@@ -110,6 +110,21 @@ class OfflineDataset:
         narrowed.observations = self.observations[:, :obs_dim].contiguous()
         return narrowed
 
+    def share(self, share: float) -> "OfflineDataset":
+        """Return this share of the episodes, at least one: the first of a fixed permutation. Of all, the data as is.
+
+        So a smaller share is a part of a larger one. The fingerprint is that of what is left. Raises DataError.
+        """
+        if not 0 < share <= 1:
+            raise DataError(f"--data-share {share} does not work: give more than 0, at most 1.")
+        if share == 1:
+            return self
+        lengths = self.episode_lengths.tolist()
+        chosen = np.random.default_rng(0).permutation(len(lengths))[: max(round(share * len(lengths)), 1)]
+        obs, actions, ended = (x.cpu().split(lengths) for x in (self.observations, self.actions, self.terminals))
+        episodes = [(obs[i], actions[i], bool(ended[i][-1])) for i in chosen]
+        return OfflineDataset.from_episodes(episodes, self.attributes).to(self.device)
+
     def split(self, fraction: float = 0.99, length: int = 1) -> tuple["OfflineDataset", "OfflineDataset"]:
         """Return (train, validation): the first `fraction` of the episodes in file order, and the rest.
 

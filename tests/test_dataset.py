@@ -218,6 +218,30 @@ def test_episodes_of_any_kind_are_joined():
     assert np.array_equal(dataset.actions.numpy(), np.concatenate([np.float32(x) for _, x, _ in episodes]))
 
 
+@pytest.mark.parametrize(("share", "number"), [(0.5, 5), (0.26, 3), (0.25, 2), (0.001, 1)])
+def test_a_share_is_the_first_episodes_of_one_permutation(share, number):
+    lengths = np.arange(3, 13)  # they tell which episode it is
+    terminals = np.zeros(lengths.sum(), dtype=bool)
+    terminals[np.cumsum(lengths)[:-1] - 1] = True  # the last episode ends without a flag
+    obs = np.arange(1.0, len(terminals) + 1)[:, None]
+    whole = OfflineDataset(obs, obs, terminals, ~terminals & False, {"seed": 3})
+    part = whole.share(share)
+    order = np.random.default_rng(0).permutation(10)[:number]
+    rows = np.concatenate([np.split(obs[:, 0], np.cumsum(lengths)[:-1])[i] for i in order])
+    assert part.episode_lengths.tolist() == lengths[order].tolist() and part.attributes == whole.attributes
+    assert part.observations[:, 0].tolist() == part.actions[:, 0].tolist() == rows.tolist()
+    assert part.terminals.sum() == (order != 9).sum() and (part.terminals | part.timeouts).sum() == number
+    assert part.fingerprint == whole.share(share).fingerprint != whole.fingerprint
+
+
+def test_the_whole_share_is_the_data_and_no_share_is_refused():
+    dataset = make_dataset()
+    assert dataset.share(1.0) is dataset
+    for share in (0.0, -1, 1.5, 60, float("nan")):
+        with pytest.raises(DataError, match="--data-share"):
+            dataset.share(share)
+
+
 def test_fingerprint_depends_on_content_alone():
     dataset = make_dataset()
     assert dataset.fingerprint == OfflineDataset(**make_arrays()).fingerprint == dataset.to("cpu").fingerprint
@@ -562,6 +586,10 @@ def test_data_of_the_users_own(tmp_path, offline):
     dataset = load_dataset("kitchen", tmp_path, data=path, progress=False)
     assert torch.equal(dataset.observations, kitchen_data(3).observations[:, :30])
     assert dataset.source == "hdf5" and offline == []
+    part = load_dataset("kitchen", tmp_path, data=path, share=0.4, progress=False)
+    assert len(part) == 30 and part.fingerprint == dataset.share(0.4).fingerprint
+    scripted = load_dataset("kitchen", tmp_path, share=0.6, progress=False)
+    assert len(scripted) == 60 and scripted.observations.shape[1] == 30
 
 
 def test_scripted_data_of_other_sizes_are_refused(tmp_path):
