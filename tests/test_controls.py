@@ -1,13 +1,14 @@
 """benchmarks/controls/: those of flat files and of DIAYN run, whole; the committed logs are what they say."""
 
 import csv
+import importlib
 import json
 import sys
 
 import numpy as np
 import pytest
 
-from benchmarks.controls import diayn, flat
+from benchmarks.controls import diayn, flat, frame
 
 LOGS = flat.ROOT / "benchmarks" / "results" / "studies" / "controls"
 
@@ -35,6 +36,29 @@ def test_the_committed_log_has_passed(algo):
     assert len(returns) == 75 and np.mean(returns[:5]) < -800
     assert np.mean(returns[-20:]) == pytest.approx(facts["last_20_return"], abs=0.1)
     assert facts["last_20_return"] > facts["gate"] == flat.GATE and facts["passed"]
+
+
+@pytest.mark.parametrize("name", list(frame.REPORTED))
+def test_reported_settings_are_those_of_the_logged_runs(name):
+    algo = importlib.import_module(f"algos.{name}")
+    logs = sorted((flat.ROOT / "benchmarks" / "results").glob(f"*/{name}/none/seed*.json"))
+    assert len(logs) >= 4  # one a task
+    free = "run_dir resume cudagraphs cpu_preset checkpoint_interval eval_interval eval_episodes".split()
+    for log in logs:
+        logged = json.loads(log.read_text())["args"]
+        args = vars(frame.reported_args(algo, logged["env_id"], logged["seed"], logged["total_timesteps"]))
+        assert {key: value for key, value in args.items() if key not in free and logged.get(key) != value} == {}
+
+
+def test_a_short_run_as_reported(tmp_path, monkeypatch):
+    out = tmp_path / "log.csv"
+    monkeypatch.setattr(sys, "argv", ["flat.py", "option_critic", "--out", str(out), "--env-steps", "3200"])
+    flat.main()
+    facts = json.loads(out.with_suffix(".json").read_text())
+    with out.open() as file:
+        assert [row["env_step"] for row in csv.DictReader(file)] == 8 * ["1600"] + 8 * ["3200"]
+    assert facts["args"]["num_envs"] == 8 and facts["updates"] == 12  # of 256 env steps
+    assert facts["passed"] is False
 
 
 def test_a_short_run_of_diayn(tmp_path, monkeypatch):

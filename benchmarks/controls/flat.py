@@ -1,10 +1,12 @@
 """Positive controls: the flat files learn Gymnasium's pendulum, so a zero on a hard task says something.
 
     python benchmarks/controls/flat.py sac --out benchmarks/results/studies/controls/sac_seed1.csv    # 15,000 env steps
+    python benchmarks/controls/flat.py sac --reported --out sac.csv    # 300,000, with the settings of RESULTS
 
-The whole file runs as with `--env-id Pendulum-v1`, with one environment. The csv has a row per training episode; a JSON
-beside it tells command, commit, machine, arguments and the verdict: the mean return of the last 20 episodes must exceed
-GATE. Random actions get about -1,200, a good policy about -150. Episodes end by time-outs only.
+The whole file runs as with `--env-id Pendulum-v1`, with one environment, or as reported (lsp, option_critic: only so).
+The csv has a row per training episode; a JSON beside it tells command, commit, machine, arguments and the verdict: the
+mean return of the last 20 episodes must exceed GATE. Random actions get about -1,200, a good policy about -150.
+Episodes end by time-outs only.
 """
 
 import importlib
@@ -43,18 +45,23 @@ SETTINGS = {
 
 
 def main():
-    parser = frame.parser(__doc__)
-    parser.add_argument("algo", choices=list(SETTINGS))
-    parser.add_argument("--env-steps", type=int, default=15_000)
+    parser = frame.parser(__doc__, reported=True)
+    parser.add_argument("algo", choices=[*SETTINGS, "lsp", "option_critic"])
+    parser.add_argument("--env-steps", type=int)
     given = parser.parse_args()
     algo = importlib.import_module(f"algos.{given.algo}")
-    args = algo.Args(**COMMON, **SETTINGS[given.algo], seed=given.seed, total_timesteps=given.env_steps)
+    if given.reported or given.algo not in SETTINGS:
+        args = frame.reported_args(algo, COMMON["env_id"], given.seed, given.env_steps)
+    else:
+        env_steps = given.env_steps or 15_000
+        args = algo.Args(**COMMON, **SETTINGS[given.algo], seed=given.seed, total_timesteps=env_steps)
     with frame.record(given.out) as facts:
-        _, _, episodes, _ = frame.train(algo, args)
+        results, _, episodes, _ = frame.train(algo, args)
         rows = [(int(step), round(value, 1), round(minutes, 2)) for step, value, _, minutes in episodes]
         frame.write_csv(given.out, ("env_step", "episodic_return", "minutes"), rows)
         last = float(np.mean(episodes[-20:, 1]))
-        facts |= dict(env=args.env_id, last_20_return=last, gate=GATE, passed=last > GATE, args=asdict(args))
+        facts |= dict(env=args.env_id, last_20_return=last, gate=GATE, passed=last > GATE)
+        facts |= dict(updates=results.get("updates"), args=asdict(args))
     print(f"{given.algo}: mean of the last 20 episodes {last:.0f}; {'learnt' if last > GATE else 'NOT learnt'}")
 
 

@@ -16,13 +16,34 @@ from benchmarks.provenance import provenance
 from data_tools import env_sizes
 from data_tools.files import check_writable, write_atomically
 
+# Flags of the runs in results/TASK/NAME/none, but for their length: all else was as by default
+REPORTED = {
+    "sac": "--updates-per-step 0.1",
+    "tdmpc": "--cpu-preset --updates-per-step 0.1",
+    "dreamer": "--cpu-preset",
+    "lsp": "--cpu-preset",
+    "dads": "",
+    "diayn": "--updates-per-step 0.1",
+    "hiro": "--hidden-dim 128 --updates-per-step 0.1 --actor-lr 1e-3",
+    "option_critic": "",
+}
 
-def parser(doc: str) -> argparse.ArgumentParser:
-    """The arguments of every control."""
+
+def parser(doc: str, reported: bool = False) -> argparse.ArgumentParser:
+    """The arguments of every control, and --reported where settings are the control's own else."""
     result = argparse.ArgumentParser(description=doc.split("\n")[0])
     result.add_argument("--out", type=Path, required=True, help="csv; JSON and picture are put beside it")
     result.add_argument("--seed", type=int, default=1)
+    if reported:
+        result.add_argument("--reported", action="store_true", help="take the settings of the runs in RESULTS")
     return result
+
+
+def reported_args(algo, env_id: str, seed: int, env_steps: int | None = None):
+    """Args of a file as in the reported runs, for another task, with one evaluation at the end."""
+    words = f"--env-id {env_id} --seed {seed} --device cpu --no-cudagraphs --total-timesteps {env_steps or 300_000}"
+    words += f" --eval-interval {10**9} --eval-episodes 1 {REPORTED[algo.FILE.stem]}"
+    return algo.parse_args(words.split())
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Positive control of algos/hiro.py: a point learns to reach random goals in an open maze; and pictures of goals.
 
     python benchmarks/controls/hiro.py --out benchmarks/results/studies/hiro/open_maze_seed1.csv --seed 1
+    python benchmarks/controls/hiro.py --reported --out hiro.csv    # with the settings of the runs in RESULTS
     python benchmarks/controls/hiro.py --checkpoint runs/FOLDER/checkpoint.pt --out goals.png     # of a run in our maze
 
 The file's own `train` runs on a task of 20 lines. The csv has a row per evaluation: 200 episodes without noise, with
@@ -144,7 +145,11 @@ def uniform_success(args) -> float:
 def control(given):
     """Train, and write csv, JSON and picture."""
     settings = SETTINGS | (dict(total_timesteps=given.env_steps) if given.env_steps else {})
-    args = hiro.Args(**settings, seed=given.seed, correction=given.correction)
+    args = hiro.Args(**settings, seed=given.seed)
+    if given.reported:
+        args = frame.reported_args(hiro, "open-maze", given.seed, given.env_steps)
+        args.eval_interval, args.eval_episodes = 20_000, SETTINGS["eval_episodes"]
+    args.correction = given.correction
     with frame.record(given.out) as facts:
         results, agent, episodes, _ = frame.train(hiro, args)
         rows = []
@@ -155,7 +160,8 @@ def control(given):
         successes = [row[1] for row in rows]
         facts |= dict(env="open maze, 10 x 10, random starts and goals", uniform_success=uniform_success(args))
         facts |= dict(best_success=max(successes), last_success=successes[-1], gate=GATE, passed=successes[-1] > GATE)
-        facts |= dict(goal_progress=results["goal_progress"], args=asdict(args))  # with exploration
+        facts |= dict(goal_progress=results["goal_progress"])  # with exploration
+        facts |= dict(updates=results["updates"], args=asdict(args))
     draw_goals(agent, args, given.out.with_suffix(".png"), 10_000 + args.seed)
     words = "learnt" if facts["passed"] else "NOT learnt"
     print(
@@ -164,8 +170,8 @@ def control(given):
 
 
 def main():
-    parser = frame.parser(__doc__)
-    parser.add_argument("--env-steps", type=int, help="instead of 40,000")
+    parser = frame.parser(__doc__, reported=True)
+    parser.add_argument("--env-steps", type=int, help="instead of 40,000, as reported 300,000")
     parser.add_argument("--no-correction", dest="correction", action="store_false", help="without eq. 5")
     parser.add_argument("--checkpoint", type=Path, help="only draw the goals of this agent, into --out (png)")
     given = parser.parse_args()
