@@ -118,6 +118,12 @@ TASKS |= {
     ),
 }
 TASKS["kitchen-misaligned"] = replace(TASKS["kitchen"], env_kwargs={"task": "kitchen-misaligned"})
+# Held out: harder, with the same data and pre-trained models. Never used to choose a setting, see benchmarks/suites.py.
+SIX = "microwave", "kettle", "bottom_burner", "light_switch", "slide_cabinet", "hinge_cabinet"
+TASKS["kitchen-6"] = replace(TASKS["kitchen"], max_return=6.0, env_kwargs={"task": SIX, "max_episode_steps": 420})
+TASKS["maze-far"] = replace(TASKS["maze"], env_kwargs={"far": True}, draw_map="data_tools.tasks.maze:draw_far_maze")
+SIX = "drawer", "bulb", "slider", "led", "slider_back", "drawer_shut"
+TASKS["calvin-6"] = replace(TASKS["calvin"], max_return=600.0, env_kwargs={"order": SIX, "max_episode_steps": 540})
 
 
 def make_envs(env_id: str, num_envs: int, video: Path | None = None) -> MemberVectorEnv | VideoRecorder:

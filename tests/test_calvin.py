@@ -331,9 +331,29 @@ def test_conditions_are_relative_to_the_start():
     assert calvin.subtask_conditions(now, start).tolist() == [True, True, False, True]
 
 
+def test_calvin_6_goes_on_until_slider_and_drawer_are_back():
+    envs = data_tools.make_envs("calvin-6", 1)
+    env = CalvinEnv(**data_tools.TASKS["calvin-6"].env_kwargs)
+    assert envs.max_episode_steps == env.envs.max_episode_steps == 540
+    env.reset(seed=0)
+    found = []
+    env.envs.physics.led[0] = True
+    for change in (dict(drawer=0.2), dict(switch=0.06), dict(slide=0.2), {}, dict(slide=0.06), dict(slide=0.04),
+                   dict(drawer=0.06), dict(drawer=0.04)):  # fmt: skip
+        put(env, **change)
+        _, reward, terminated, truncated, info = env.step(REST)
+        found.append((reward, info["num_subtasks"], terminated))
+        assert not truncated and info["is_success"] == terminated
+    assert [reward for reward, *_ in found] == [100, 100, 100, 100, 0, 100, 0, 100]
+    assert [ended for *_, ended in found] == [False] * 7 + [True]
+    assert data_tools.TASKS["calvin-6"].success([600, 500]) == 0.5
+
+
 def test_expert_solves_the_task():
     returns, lengths = scripted.expert(6, seed=20)
     assert (returns == 400).all() and (lengths < 260).all()
+    returns, lengths = scripted.expert(2, seed=20, **data_tools.TASKS["calvin-6"].env_kwargs)
+    assert (returns == 600).all() and (lengths < 400).all()
 
 
 def test_lights_and_buttons_start_anew_but_the_gripper_command_stays():

@@ -20,6 +20,7 @@ from data_tools.files import DataError, NotFiniteError
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = {"Maze": 2_000, "Kitchen": 280, "KitchenMisaligned": 280, "Calvin": 360}
+OURS |= {"MazeFar": 2_000, "Kitchen6": 420, "Calvin6": 540}
 
 
 class Walk(gymnasium.Env):

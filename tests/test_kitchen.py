@@ -293,6 +293,24 @@ def test_tasks_are_the_papers():
         assert vector_env.step(np.zeros((2, 9)))[1].tolist() == [0.0, 4.0]
 
 
+def test_kitchen_6_counts_six_in_their_order_within_420_steps():
+    six = ("microwave", "kettle", "bottom_burner", "light_switch", "slide_cabinet", "hinge_cabinet")
+    envs = data_tools.make_envs("kitchen-6", 2)
+    envs.reset(seed=0)
+    place(envs.kitchens[0], *six[:4], "hinge_cabinet")
+    place(envs.kitchens[1], *six[1:])
+    _, rewards, terminations, _, infos = envs.step(np.zeros((2, 9)))
+    assert rewards.tolist() == [4.0, 0.0] and not terminations.any() and infos["subtasks"].tolist() == [six[:4], ()]
+    place(envs.kitchens[0], "slide_cabinet")
+    place(envs.kitchens[1], "microwave")
+    _, rewards, terminations, _, _ = envs.step(np.zeros((2, 9)))
+    assert rewards.tolist() == [2.0, 6.0] and terminations.all() and envs.returns.tolist() == [6.0, 6.0]
+    assert data_tools.TASKS["kitchen-6"].success([6.0, 5.0, 4.0]) == 1 / 3
+    envs.reset()
+    for step in range(1, 421):
+        assert envs.step(np.zeros((2, 9)))[3].tolist() == [step == 420] * 2
+
+
 @pytest.mark.parametrize("vector", [False, True])
 def test_time_limit_is_a_truncation(vector):
     if vector:
@@ -544,3 +562,8 @@ def test_a_picture_of_the_data_is_a_video(tmp_path, monkeypatch, dataset):
 def test_the_expert_solves_the_tasks(task):
     returns, lengths = scripted.expert(1, 0.05, 0, task)
     assert returns.tolist() == [4.0] and 100 < lengths[0] <= 280
+
+
+def test_six_subtasks_can_be_done_in_time():
+    returns, lengths = scripted.expert(1, 0.05, 0, **data_tools.TASKS["kitchen-6"].env_kwargs)
+    assert returns.tolist() == [6.0] and 200 < lengths[0] <= 420

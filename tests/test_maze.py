@@ -199,6 +199,19 @@ def test_start_distribution():
     assert np.mean(obs[free, 2:] == 0) > 0.8  # at rest, unless a wall touches
 
 
+def test_maze_far_begins_61_moves_from_the_same_goal():
+    far = (36, 37)
+    assert geodesic_distance(make_layout(), GOAL)[far] == 61
+    envs = data_tools.make_envs("maze-far", 400)
+    obs, _ = envs.reset(seed=0)
+    assert np.abs(obs[:, :2] - far).max() < 2.1 and np.allclose(obs[:, :2].mean(0), far, atol=0.25)
+    assert np.isfinite(geodesic_distance(make_layout(), GOAL)[tuple(cell_of(obs).T)]).all()  # no start is cut off
+    place(SingleEnv(MazeVectorEnv, far=True), far)
+    envs.physics[:, 1:3] = GOAL
+    _, rewards, terminations, _, _ = envs.step(np.zeros((400, 2)))
+    assert (rewards == 100).all() and terminations.all() and envs.max_episode_steps == 2000
+
+
 def test_an_episode_begins_one_step_without_force_after_its_draw():
     """A quarter of the draws lie in walls, which push them."""
     obs, _ = MazeVectorEnv(50).reset(seed=7)

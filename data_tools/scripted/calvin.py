@@ -192,9 +192,9 @@ def statistics(dataset: OfflineDataset) -> dict[str, float]:
     return figures | {"all four in order": in_order}
 
 
-def expert(num_episodes: int, noise: float = 0.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def expert(num_episodes: int, noise: float = 0.0, seed: int = 0, **env_kwargs) -> tuple[np.ndarray, np.ndarray]:
     """Return returns (N,) and lengths (N,) of the scripted expert, which knows no noise; seeds seed, seed + 1, ..."""
-    envs = CalvinVectorEnv(num_episodes)
+    envs = CalvinVectorEnv(num_episodes, **env_kwargs)
     envs.reset(seed=seed)
     scripts = [calvin_play.expert(view_of(envs.physics, i)) for i in range(num_episodes)]
     actions = np.stack([next(script) for script in scripts])

@@ -309,13 +309,15 @@ def draw_fixtures(rng) -> tuple[np.ndarray, bool]:
 
 
 def expert(view: View) -> Script:
-    """Do the four sub-tasks in order, each again until it holds; then stay."""
+    """Do the sub-tasks in order, the six of calvin-6, each again until it holds; then stay."""
     start = view.obs
     plan = (
         (open_drawer, lambda obs: obs[DRAWER] - start[DRAWER] > 0.12),
         (switch_on, lambda obs: obs[19] == 1),
         (slide_left, lambda obs: obs[SLIDE] - start[SLIDE] > 0.15),
         (press_button, lambda obs: obs[20] == 1),
+        (slide_right, lambda obs: obs[SLIDE] - start[SLIDE] < 0.05),
+        (close_drawer, lambda obs: obs[DRAWER] - start[DRAWER] < 0.05),
     )
     for behaviour, holds in plan:
         while not holds(view.obs):

@@ -135,11 +135,12 @@ class _Demonstrator:
     movements start from where the arm is, and so correct what the noise did to it.
     """
 
-    def __init__(self, kitchen, kinematics, rng, noise):
+    def __init__(self, kitchen, kinematics, rng, noise, longest):
         self.kitchen = kitchen
         self.kinematics = kinematics
         self.rng = rng
         self.noise = noise
+        self.longest = longest
         self.speed = 1.0
         self.angles = np.array([0.05, 0.05])  # pitch and yaw of the hand
         self.grip = 0.04  # distance of each finger from the middle
@@ -161,7 +162,7 @@ class _Demonstrator:
 
     def act(self, joints, grip):
         """Do the step that brings the joints (7,) as close to the given positions as one step can."""
-        if len(self.actions) == MAX_EPISODE_STEPS:
+        if len(self.actions) == self.longest:
             raise _TimeIsUp
         sag = self.kitchen.data.qfrc_bias[:7] / KP  # gravity's
         target = np.append(self.joints + LEAD * (joints - self.joints) + sag, [grip, grip])
@@ -367,11 +368,11 @@ def _kinematics():
     return _Kinematics()
 
 
-def _demonstrate(subtasks, rng, noise):
+def _demonstrate(subtasks, rng, noise, longest=MAX_EPISODE_STEPS):
     """Do the sub-tasks in order: return obs (T + 1, 30) float64, actions (T, 9) float32, number credited in order."""
     simulation = Kitchen(subtasks)
     simulation.reset(rng.spawn(1)[0])
-    arm = _Demonstrator(simulation, _kinematics(), rng, noise)
+    arm = _Demonstrator(simulation, _kinematics(), rng, noise, longest)
     pace = rng.uniform(0.85, 1.0)
     try:
         for name in subtasks:
@@ -380,7 +381,7 @@ def _demonstrate(subtasks, rng, noise):
                 arm.hold(int(rng.integers(1, 5)), arm.grip)
             SKILLS[name](arm)
             indices, goal = ELEMENTS[name]
-            if np.linalg.norm(arm.qpos[indices] - goal) > 0.25 and len(arm.actions) < MAX_EPISODE_STEPS - 30:
+            if np.linalg.norm(arm.qpos[indices] - goal) > 0.25 and len(arm.actions) < longest - 30:
                 SKILLS[name](arm)  # once more, like people
     except _TimeIsUp:
         pass
@@ -503,12 +504,13 @@ def statistics(dataset: OfflineDataset) -> dict[str, float]:
     return figures
 
 
-def expert(num_episodes: int, noise: float, seed: int, task: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return returns (N,) and lengths (N,) of the demonstrating arm on a task, a key of SUBTASKS."""
+def expert(num_episodes: int, noise: float, seed: int, task, max_episode_steps: int = MAX_EPISODE_STEPS):
+    """Return returns (N,) and lengths (N,) of the demonstrating arm on a task, a key of SUBTASKS or elements."""
     returns = np.zeros(num_episodes)
     lengths = np.zeros(num_episodes)
     for i in tqdm(range(num_episodes), desc=f"expert on {task}", unit="episode"):
-        _, actions, returns[i] = _demonstrate(SUBTASKS[task], np.random.default_rng(seed + i), noise)
+        rng = np.random.default_rng(seed + i)
+        _, actions, returns[i] = _demonstrate(SUBTASKS.get(task, task), rng, noise, max_episode_steps)
         lengths[i] = len(actions)
     return returns, lengths
 

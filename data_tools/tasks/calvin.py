@@ -23,6 +23,7 @@ from data_tools.tasks.vector import MemberVectorEnv
 MAX_EPISODE_STEPS = 360
 SUBTASK_REWARD = 100.0
 SUBTASKS = ("drawer", "bulb", "slider", "led")  # in the order in which they count
+CLOSED = 0.05  # m from where it began: drawer and slider are back
 SLIDE, DRAWER, BUTTON, SWITCH, BULB, LED = range(15, 21)  # entries of an observation
 
 # -------------------------------------------------------------------------------------------------------------- physics
@@ -189,20 +190,21 @@ def _dense_index(model):
 # ---------------------------------------------------------------------------------------------------------- environment
 
 
-def subtask_conditions(obs, start) -> np.ndarray:
-    """Return which sub-tasks (drawer, bulb, slider, led) hold, (..., 4) bool, in `obs` (..., 21).
+def subtask_conditions(obs, start, order=SUBTASKS) -> np.ndarray:
+    """Return which of the n sub-tasks named in `order` hold, (..., n) bool, in `obs` (..., 21).
 
     `start` (..., 21): the first observation of the episode.
     """
-    return np.stack(
-        [
-            obs[..., DRAWER] - start[..., DRAWER] > 0.12,
-            (start[..., BULB] == 0) & (obs[..., BULB] == 1),
-            obs[..., SLIDE] - start[..., SLIDE] > 0.15,
-            (start[..., LED] == 0) & (obs[..., LED] == 1),
-        ],
-        axis=-1,
+    moved = obs - start
+    holds = dict(
+        drawer=moved[..., DRAWER] > 0.12,
+        bulb=(start[..., BULB] == 0) & (obs[..., BULB] == 1),
+        slider=moved[..., SLIDE] > 0.15,
+        led=(start[..., LED] == 0) & (obs[..., LED] == 1),
+        slider_back=moved[..., SLIDE] < CLOSED,
+        drawer_shut=moved[..., DRAWER] < CLOSED,
     )
+    return np.stack([holds[name] for name in order], axis=-1)
 
 
 def facts(obs) -> dict:
@@ -225,11 +227,12 @@ class CalvinVectorEnv(MemberVectorEnv):
     Action (7,) in [-1, 1], clipped: moves the target pose of the tool by 0.02 m per unit along x, y, z and 0.05 rad per
     unit of Euler angle; the gripper opens for a last entry >= 0, else closes. The target pose is a state of its own,
     which starts at the tool's pose and is never read back from the robot.
-    Reward 100 when the next sub-task in the order holds, at most one per step; the fourth ends the episode
+    Reward 100 when the next sub-task in the order holds, at most one per step; the last ends the episode
     (terminated); truncated after `max_episode_steps`. `info["num_subtasks"]`: sub-tasks done; `info["is_success"]`:
-    this step did the fourth; `info["unstable"]`: the physics diverged; the episode ends (terminated, reward 0) with the
+    this step did the last; `info["unstable"]`: the physics diverged; the episode ends (terminated, reward 0) with the
     last finite observation. The last gripper command outlives an episode, as in the original, unless `reset` gets a
     seed.
+    `order`: other sub-tasks; `slider_back` and `drawer_shut` are the ways back.
     `num_threads` threads, the calling one among them, step the physics; None, the default, means as many as torch has.
     Their number does not change the result.
     `simulator="pybullet"` runs the original's physics instead, one member after the other: see
@@ -248,6 +251,7 @@ class CalvinVectorEnv(MemberVectorEnv):
         num_threads: int | None = None,
         simulator: str = "mujoco",
         calvin_env_root: str | os.PathLike | None = None,
+        order: tuple[str, ...] = SUBTASKS,
     ):
         """Raises ValueError for arguments out of range; for PyBullet also DependencyNotInstalled and DataError."""
         super().__init__(num_envs, 21, 7, max_episode_steps, render_mode)
@@ -261,6 +265,7 @@ class CalvinVectorEnv(MemberVectorEnv):
             if num_threads is None:
                 num_threads = min(torch.get_num_threads(), num_envs)
             self.physics = Physics(num_envs, num_threads)
+        self.order = tuple(order)
         self.start = np.zeros((num_envs, 21))  # the first observation of the episode
         self.subtasks = np.zeros(num_envs, dtype=np.int64)  # how many were done
 
@@ -277,11 +282,12 @@ class CalvinVectorEnv(MemberVectorEnv):
             self.unstable |= self.physics.step(actions, None if running.all() else np.flatnonzero(running))
         # The next sub-task in the order counts if it holds now, one per step; what was done early counts later if it
         # still holds then.
-        holds = subtask_conditions(self.physics.observations(), self.start)  # (E, 4)
-        counts = holds[np.arange(self.num_envs), np.minimum(self.subtasks, 3)] & running & ~self.unstable
+        holds = subtask_conditions(self.physics.observations(), self.start, self.order)  # (E, n)
+        following = np.minimum(self.subtasks, len(self.order) - 1)
+        counts = holds[np.arange(self.num_envs), following] & running & ~self.unstable
         self.subtasks += counts
         rewards = np.where(counts, np.float32(SUBTASK_REWARD), np.float32(0.0))
-        return rewards, counts & (self.subtasks == len(SUBTASKS))
+        return rewards, counts & (self.subtasks == len(self.order))
 
     def observations(self):
         return self.physics.observations().astype(np.float32)  # (E, 21)

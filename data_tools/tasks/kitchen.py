@@ -242,7 +242,7 @@ def goal_of(subtasks):
 
 
 class KitchenVectorEnv(MemberVectorEnv):
-    """E kitchens: do four sub-tasks in the given order within 280 steps of 0.08 s. Resets, infos: see MemberVectorEnv.
+    """E kitchens: do sub-tasks in the given order within 280 steps of 0.08 s. Resets, infos: see MemberVectorEnv.
 
     Observation (30,) float32: joint positions of robot (9) and objects (21), with noise.
     Action (9,) in [-1, 1], clipped: joint velocities / 2 rad/s, fingers / 2 m/s.

@@ -7,7 +7,7 @@ Shapes: E members of a vector environment, N point masses, T steps.
 """
 
 import itertools
-from functools import cache
+from functools import cache, partial
 from typing import ClassVar
 
 import mujoco
@@ -18,6 +18,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from data_tools.tasks.vector import MemberVectorEnv
 
 START = (10, 24)  # an episode starts at q = START + U(-2, 2)^2
+FAR_START = (36, 37)  # of the task maze-far, 61 cells from the goal
 GOAL = (18, 8)
 GOAL_RADIUS = 2.0  # cells; 2.0 is the value of SkiLD and SkiMo, D4RL itself has 0.5
 GOAL_REWARD = 100.0
@@ -173,14 +174,14 @@ def _pixel(position):
 
 
 @cache
-def _background():
-    """Return the frame without the agent, (504, 504, 3) uint8."""
+def _background(start):
+    """Return the frame without the agent, (504, 504, 3) uint8; start (2,): the cell around which episodes start."""
     axis = (np.arange(42 * PIXELS_PER_CELL) + 0.5) / PIXELS_PER_CELL - 0.7  # q of each pixel row (and column)
     distance = np.hypot(axis[:, None] - GOAL[0], axis[None, :] - GOAL[1])
     walls = np.kron(make_layout(), np.ones((PIXELS_PER_CELL, PIXELS_PER_CELL), dtype=bool))
-    start = np.maximum(abs(axis[:, None] - START[0]), abs(axis[None, :] - START[1]))
+    from_start = np.maximum(abs(axis[:, None] - start[0]), abs(axis[None, :] - start[1]))
     frame = np.full((*walls.shape, 3), 255, dtype=np.uint8)
-    frame[start <= 2.0] = (222, 235, 247)  # where episodes start
+    frame[from_start <= 2.0] = (222, 235, 247)  # where episodes start
     frame[distance <= GOAL_RADIUS] = (186, 228, 179)
     frame[walls] = (189, 189, 189)
     frame[(distance <= GOAL_RADIUS) & walls] = (150, 180, 145)
@@ -188,9 +189,9 @@ def _background():
     return frame
 
 
-def _draw_frame(trail):
+def _draw_frame(trail, start):
     """Return (504, 504, 3) uint8: the maze from above with the positions (T, 2) of an episode; no OpenGL needed."""
-    frame = _background().copy()
+    frame = _background(start).copy()
     size = frame.shape[0]
     pixels = _pixel(trail)  # (T, 2)
     line = np.mgrid[-1:2, -1:2].reshape(2, -1)  # a dot of 3 x 3 pixels; successive dots overlap at any legal speed
@@ -203,14 +204,17 @@ def _draw_frame(trail):
     return frame
 
 
-def draw_maze(ax) -> None:
+def draw_maze(ax, start=START) -> None:
     """Draw walls, start and goal on matplotlib axes `ax`, row axis down: plot positions q as `ax.plot(q_y, q_x)`."""
     edges = (-0.7, 41.3)
     ax.imshow(make_layout(), cmap="Greys", vmin=0, vmax=3, extent=(*edges, *edges[::-1]), interpolation="none")
     ax.add_patch(_circle(GOAL[::-1], GOAL_RADIUS))
-    ax.plot(*START[::-1], "o", color="tab:blue", markersize=8, markeredgecolor="white", zorder=4, label="start")
+    ax.plot(*start[::-1], "o", color="tab:blue", markersize=8, markeredgecolor="white", zorder=4, label="start")
     ax.plot(*GOAL[::-1], "*", color="tab:green", markersize=14, markeredgecolor="white", zorder=4, label="goal")
     ax.set(xlim=edges, ylim=edges[::-1], aspect="equal", xticks=[], yticks=[])
+
+
+draw_far_maze = partial(draw_maze, start=FAR_START)
 
 
 def _circle(centre, radius):
@@ -223,12 +227,13 @@ def _circle(centre, radius):
 
 
 class MazeVectorEnv(MemberVectorEnv):
-    """E mazes: find the goal 34 cells away within 2,000 steps. Resets, infos and states: see MemberVectorEnv.
+    """E mazes: find the goal, 34 cells away, within 2,000 steps. Resets, infos and states: see MemberVectorEnv.
 
     Observation (4,) float32: (q_x, q_y) in cells, (v_x, v_y) in cells / s, not normalised. Action (2,) in [-1, 1],
     clipped: force / 100 N per axis. Reward 100 within 2 cells of the goal, which ends the episode (terminated), else 0;
     truncated after `max_episode_steps`. `info["is_success"]`: this step reached the goal. `info["unstable"]`: the
-    physics diverged; the episode ends (terminated, reward 0) with the last finite observation.
+    physics diverged; the episode ends (terminated, reward 0) with the last finite observation. `far`: it starts
+    around FAR_START, 61 cells away.
     """
 
     metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 100}
@@ -239,9 +244,11 @@ class MazeVectorEnv(MemberVectorEnv):
         num_envs: int = 1,
         max_episode_steps: int = MAX_EPISODE_STEPS,
         render_mode: str | None = None,
+        far: bool = False,
     ):
         """Raises ValueError for arguments out of range."""
         super().__init__(num_envs, 4, 2, max_episode_steps, render_mode)
+        self.start = FAR_START if far else START
         self.simulator = Physics()
         self.physics = np.zeros((num_envs, 5))  # (time, q_x, q_y, v_x, v_y)
         self.trails = [[] for _ in range(num_envs)]  # positions of the episode, for pictures
@@ -250,7 +257,7 @@ class MazeVectorEnv(MemberVectorEnv):
         # A quarter of these positions is inside a wall, as in D4RL, which does not draw again. Without a force most
         # of them stay there, wedged between two boxes; nearly any movement sets them free (tests/test_maze.py).
         start = np.zeros((len(members), 5))
-        start[:, 1:3] = [START + self.rngs[i].uniform(-2.0, 2.0, 2) for i in members]
+        start[:, 1:3] = [self.start + self.rngs[i].uniform(-2.0, 2.0, 2) for i in members]
         # The first observation follows one step with zero action.
         self.physics[members] = self.simulator.step(start, np.zeros((len(members), 2)))
         for i in members:
@@ -278,4 +285,4 @@ class MazeVectorEnv(MemberVectorEnv):
 
     def draw(self, member):
         """Return (504, 504, 3) uint8 with the path of the episode so far; needs no OpenGL."""
-        return _draw_frame(self.trails[member])
+        return _draw_frame(self.trails[member], self.start)
