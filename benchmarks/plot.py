@@ -84,7 +84,7 @@ def overview(cells) -> Figure:
             draw_seeds(axes, cell.reaching(min(end, cell.main_end)), end, colour[name])
             draw_paper(axes, task, name, end, colour[name])
     for axes in grid[:, 0]:
-        axes.set_ylabel("share of the task" if task in scores.PAPER_TASKS else "return", fontsize=9)
+        axes.set_ylabel("share of the task" if TASKS[task].max_return > 1 else "return", fontsize=9)
     legend(figure, {label(name): colour[name] for name in shown}, min(6, len(shown) + 1))
     figure.tight_layout(rect=(0, 0, 1, 1 - (0.3 if len(shown) < 6 else 0.3 * (1 + len(shown) // 6)) / height))
     return figure
@@ -133,7 +133,7 @@ def beside_published(runs, published) -> Figure:
                 lines[f"published: {label(name)}"] = METHODS[name].colour
         for number, run in here.items():
             x, y = curve(run, run.end)
-            axes.plot(x / 1000, y, color=OTHERS[number % 4], lw=1.8)
+            axes.plot(x / 1000, y, color=OTHERS[number % 4], lw=1.8, marker="o" if len(x) < 3 else None)
             lines[f"{number + 1}: {label(run.method)}, seed {run.seed}"] = OTHERS[number % 4]
     legend(figure, lines, 3)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.05 * (1 + len(lines) // 3)))

@@ -377,14 +377,12 @@ def readme_text(cells) -> str:
 def method_text(cells, name: str) -> str:
     """The table of a method's page."""
     rows = []
-    for (task, method, data), cell in cells.items():
+    for task, method, data in cells:
         if method == name:
             row = board_row(cells, task, method, data)
-            without = all(run.without_data for run in cell)
-            what = TASKS[task].label if without else f"{TASKS[task].label}, {DATA.get(data, data)}"
             found = dict(zip(MEASURES, three(cells, task, name, data)))
-            kept = {column: row[column] for column in ("seeds", "env steps", *MEASURES, "paper, same step")}
-            rows.append({"task": what} | kept | found)
+            steps = {"task": board_label(task, data), "env steps (seeds)": f"{row['env steps']} ({row['seeds']})"}
+            rows.append(steps | found | {"paper": row["paper, same step"]})
     if rows:
         notes = [NOTES["under a method"], *[NOTES["warm-up"]] * (name == "spirl")]
         return table(rows) + "\n".join(notes) + "\n"
@@ -469,6 +467,9 @@ def main(args: Args):
         published = scores.read_cells(RESULTS)
         for run in runs:
             print(table(run_rows(run, published)))
+            if not len(scores.curve(run, run.end)[0]):
+                latest = f"{int(run.steps.min()):,}"  # episodes beside each other: placed where the longest would end
+                print(f"no score before env step {latest}: an episode counts where it would end at the latest")
         plot.save(plot.beside_published(runs, published), first / "curves.png")
         return
     if len(args.paths) > 1:

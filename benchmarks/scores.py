@@ -21,6 +21,9 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import data_tools  # the tasks of a user's own
+
 RESULTS = ROOT / "benchmarks" / "results"
 PAPER_CURVES = ROOT / "benchmarks" / "paper_curves.csv"
 
@@ -97,7 +100,6 @@ class Run:
     evaluations: list
     env_steps: int  # of the whole run
     facts: dict  # the JSON
-    without_data: bool = False  # of a method that has no offline data
 
     @property
     def end(self) -> int:
@@ -140,16 +142,18 @@ def offline_data(facts: dict, path: Path) -> str:
 
 
 def own_task(env_id: str, rows: list[dict]) -> Task:
-    """A task that is not the paper's, from the episodes of all its runs."""
+    """A task that is not the paper's, from the episodes of all its runs: shares of its max_return, if it has one."""
+    known = data_tools.TASKS.get(env_id)
+    most = known.max_return if known and 0 < known.max_return < np.inf else None
     returns, lengths, steps = (
         [float(row[name]) for row in rows if row["episodic_return"]]
         for name in ("episodic_return", "episodic_length", "env_step")
     )
-    worst = min([0.0, *returns])
-    best = max(returns, default=1.0)
+    worst = min([0.0, *returns]) / (most or 1)
+    best = 1.0 if most else max(returns, default=1.0)
     best = best if best > worst else worst + 1.0
     width = 1_000 * -(-int(max(steps, default=1)) // 16_000)  # sixteen bins in a figure
-    return Task(env_id, 1, 1, int(max(lengths, default=1)), 0.0, width, 2 * width, best, worst)
+    return Task(env_id, most or 1, 1, int(max(lengths, default=1)), 0.0, width, 2 * width, best, worst)
 
 
 def has_begun(path: Path) -> bool:
@@ -217,7 +221,6 @@ def run_of(path: Path, env_id: str, facts: dict, rows: list[dict]) -> Run:
             evaluations=evaluations,
             env_steps=int(env_steps),
             facts=facts,
-            without_data=data == "none",
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         sys.exit(f"error: {path} and its CSV are no whole log ({type(error).__name__}: {error}); move both elsewhere")
@@ -225,7 +228,8 @@ def run_of(path: Path, env_id: str, facts: dict, rows: list[dict]) -> Run:
 
 def curve(run: Run, end: int) -> tuple[np.ndarray, np.ndarray]:
     """Middles of the bins up to an env step, and the mean of each; a bin without an episode lies between others."""
-    width = min(TASKS[run.task].bin, end)
+    width = TASKS[run.task].bin
+    width = width if end >= 2 * width else max(end // 8, 1)  # of a short run
     count = end // width
     index = np.ceil(run.steps / width).astype(int) - 1  # of each episode: bins have their upper edge
     inside = index < count

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import data_tools
 from benchmarks import plot, report, scores
 
 HEADER = "env_step,episodic_return,episodic_length,eval_return,eval_success,wall_seconds"
@@ -102,6 +103,8 @@ def test_the_curve_is_the_mean_of_bins_with_their_upper_edge_and_speed_its_area(
     assert np.allclose(means, expected)
     assert scores.speed(make_run(steps, values), 50_000) == pytest.approx(np.mean(expected))
     assert np.isnan(scores.speed(make_run([9_000], [1.0]), 5_000))
+    middles, means = scores.curve(make_run(range(2_000, 16_001, 2_000), range(8)), 16_000)  # a short run: eight bins
+    assert means.tolist() == list(range(8)) and middles.tolist() == list(range(1_000, 16_000, 2_000))
 
 
 def test_means_between_env_steps():
@@ -397,6 +400,8 @@ def test_run_folders_are_compared_with_what_is_published(tmp_path, capsys):
     assert "| published SkiMo, 5 seeds | 120,000 | .29 |" in text and "| the paper's SkiMo | 120,000 | .0" in text
     assert (folders[0] / "curves.png").stat().st_size > 10_000
     assert sorted(path.name for path in folders[1].iterdir()) == ["args.json", "episodes.csv", "results.json"]
+    report.main(report.Args((run_folder(tmp_path / "short", 8_000),)))
+    assert "no score before env step 16,000" in capsys.readouterr().out  # eight mazes of 2,000 env steps
     with pytest.raises(SystemExit, match="error: several folders are compared only if each is a run folder"):
         report.main(report.Args((tmp_path, tmp_path)))
 
@@ -420,7 +425,6 @@ def test_logs_as_the_runner_and_the_algorithm_files_write_them(tmp_path):
         path.write_text(json.dumps(facts))
     cells = scores.read_cells(tmp_path)
     assert set(cells) == {("maze", "skimo", "scripted"), ("maze", "spirl", "d4rl"), ("maze", "sac", "scripted")}
-    assert [cells[key][0].without_data for key in sorted(cells)] == [True, False, False]
 
 
 @pytest.mark.parametrize("model", sorted(scores.RESULTS.glob("*_pretrained.pt")), ids=lambda path: path.stem)
@@ -541,3 +545,7 @@ def test_a_task_of_ones_own_has_tables_and_curves(tmp_path, monkeypatch):
     assert (moon.worst, moon.best, moon.longest) == (-200, 50, 400)
     (run,) = scores.read_cells(tmp_path)["moon", "mine", "scripted"]
     assert run.steps[0] == 400  # as late as an episode of the other could end
+    scores.TASKS.pop("moon")
+    monkeypatch.setitem(data_tools.TASKS, "moon", data_tools.Task("moon:MoonVectorEnv", 200.0))
+    (run,) = scores.read_cells(tmp_path)["moon", "mine", "scripted"]
+    assert set(run.scores) == {0.25}  # with a highest return: shares of it
