@@ -332,11 +332,10 @@ def run_pretraining(algo, config, networks, clock, writer=None):
     with (
         in_passing(algo) as folder,
         mock.patch.object(algo, "tqdm", return_value=bar),
-        mock.patch.object(data_tools, "load_dataset", return_value=data),
         contextlib.suppress(Enough),
     ):
         config = dataclasses.replace(config, data_dir=folder, pretrain_eval_interval=10**9)
-        pretrain(config, networks, writer or mock.Mock(), threading.Event())
+        pretrain(config, networks, data, writer or mock.Mock(), threading.Event())
 
 
 def time_pretraining(algo, config, args: Args) -> dict:

@@ -44,8 +44,8 @@ def test_pretraining_is_that_of_spirl():
         for flags in (["--env-id", env_id], ["--env-id", env_id, "--published"]):
             ours, theirs = (list(vars(file.parse_args(flags)).items()) for file in (dreamer_skills, spirl))
             names = [name for name, _ in ours]
-            shaping = slice(names.index("skill_horizon"), names.index("total_timesteps"))
-            assert ours[shaping] == theirs[shaping] and theirs[shaping.stop][0] == "total_timesteps"
+            shaping = slice(names.index("skill_horizon"), names.index("num_envs"))
+            assert ours[shaping] == theirs[shaping] and theirs[shaping.stop][0] == "num_envs"
 
 
 @pytest.mark.parametrize("position_features", [False, True])
@@ -140,7 +140,7 @@ def train(args, tmp_path, monkeypatch):
             result = result[0], rewards[-1], result[2]
         return result
 
-    def pretrain(args, networks, writer, stop):
+    def pretrain(args, networks, data, writer, stop):
         networks.load_state_dict(noisy_copy(networks).state_dict())
         return found.append(networks) or {}
 

@@ -156,13 +156,14 @@ def test_at_step_0_the_policy_is_the_prior():
 def test_skills_and_their_models_are_those_of_spirl(tmp_path, monkeypatch):
     """Published ones fit; others are looked for in the same file."""
     args = reskill.parse_args(["--device", "cpu", "--pretrained", "published"])
-    assert reskill.pretrain(args, reskill.make_networks(args), None, None)["goal"] > 0.1
+    assert reskill.pretrain(args, reskill.make_networks(args), None, None, None)["goal"] > 0.1
     looked_for = []
-    monkeypatch.setattr(data_tools, "load_dataset", lambda *given: mock.Mock(fingerprint="of some data"))
+    data = mock.Mock(fingerprint="of some data")
     monkeypatch.setattr(Path, "exists", lambda path: True)
     for env_id, file in itertools.product(("maze", "kitchen", "calvin"), (reskill, spirl)):
         monkeypatch.setattr(file, "load", lambda path, parts: looked_for.append(path) or dict(facts={}))
-        file.pretrain(file.parse_args(["--env-id", env_id, "--data-dir", str(tmp_path)]), None, None, None)
+        args = file.parse_args(["--env-id", env_id, "--data-dir", str(tmp_path)])
+        file.pretrain(args, None, data, None, None)
     assert looked_for[::2] == looked_for[1::2] and len(set(looked_for)) == 3
 
 
@@ -357,7 +358,6 @@ def learn_flow(folder, monkeypatch, stop_at=None, **changes):
     """Its facts, its networks, and the learning rates of its updates, which are eight, or fewer with stop_at."""
     small = dict(flow_windows=1_000, flow_updates=8, flow_batch_size=16, pretrain_eval_episodes=1)
     args = tiny_args(**small | dict(data_dir=str(folder)) | changes)
-    monkeypatch.setattr(data_tools, "load_dataset", lambda *given: flow_data())
     monkeypatch.setattr(reskill, "rollout", lambda *given: dict(episodic_return=1.0, success=0.0))
     torch.manual_seed(0)
     networks = noisy(reskill.make_networks(args), 0.1)
@@ -371,7 +371,7 @@ def learn_flow(folder, monkeypatch, stop_at=None, **changes):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.Adam, "step", step)
-        facts = reskill.learn_flow(args, networks, mock.Mock(), stop)
+        facts = reskill.learn_flow(args, networks, flow_data(), mock.Mock(), stop)
     return facts, networks, rates
 
 

@@ -858,6 +858,10 @@ class Found(Exception):
     """Pre-training begins: no model was found."""
 
 
+def load_data(args):
+    return data_tools.load_dataset(args.env_id, args.data_dir, args.data)
+
+
 def is_found(case, args, monkeypatch) -> bool:
     """Whether pre-training finds its model in the cache."""
     module = case.module
@@ -868,7 +872,7 @@ def is_found(case, args, monkeypatch) -> bool:
     with monkeypatch.context() as patch:
         patch.setattr(data_tools.OfflineDataset, "split", functools.wraps(data_tools.OfflineDataset.split)(begin))
         try:
-            module.pretrain(args, module.make_networks(args), None, threading.Event())
+            module.pretrain(args, module.make_networks(args), load_data(args), None, threading.Event())
         except Found:
             return False
     return True
@@ -882,7 +886,7 @@ def test_pretrained_model_is_found_by_all_that_shaped_it(case, tmp_path, monkeyp
     assert find(args)
     fields = {field.name: field for field in dataclasses.fields(module.Args)}
     names = list(fields)
-    shaping = names[names.index("skill_horizon") : names.index("total_timesteps")]
+    shaping = names[names.index("skill_horizon") : names.index("num_envs")]
     assert len(shaping) >= 10
     for name in ["seed", *shaping]:
         changed = copy.copy(args)  # without the checks: a number may be senseless
@@ -939,13 +943,12 @@ def test_pretraining_learns_from_shifted_arms_and_recombined_objects_and_is_judg
         return data
 
     monkeypatch.setattr(module, "pretrain_loss", loss)
-    monkeypatch.setattr(data_tools, "load_dataset", lambda *inputs: data)
     monkeypatch.setattr(data_tools, "recombined", recombine)
     monkeypatch.setattr(data_tools, "perturb", lambda obs, actions, arm, std: (obs + 10, actions))
     scores = dict(episodic_return=0.0, episodic_length=1.0, success=0.0)
     monkeypatch.setattr(module, "rollout", lambda *inputs, **how: scores)
     writer = SimpleNamespace(add_scalar=lambda *values: None)
-    module.pretrain(args, networks, writer, threading.Event())
+    module.pretrain(args, networks, data, writer, threading.Event())
     learnt, judged = (11, 11), (2, 2)
     assert seen == [learnt, learnt, judged] * 2
     assert recombined == [(99 * 400, data_tools.TASKS["kitchen"].objects, 1)]
@@ -959,7 +962,7 @@ def test_kitchens_share_a_pretrained_model(case, tmp_path, monkeypatch):
         flags = f"--env-id {env_id} --data {tmp_path / 'kitchen.hdf5'} --pretrain-updates 1"
         args.append(case.module.parse_args(case.argv(flags, data_dir=tmp_path)))
     writer = case.module.SummaryWriter(tmp_path / "curves")
-    case.module.pretrain(args[0], case.module.make_networks(args[0]), writer, threading.Event())
+    case.module.pretrain(args[0], case.module.make_networks(args[0]), load_data(args[0]), writer, threading.Event())
     assert is_found(case, args[1], monkeypatch)
 
 

@@ -137,7 +137,7 @@ def test_published_takes_the_settings_of_the_release_and_flags_beat_them(env_id)
 @pytest.mark.parametrize("env_id", ["maze", "kitchen", "kitchen-misaligned", "calvin"])
 def test_pretrained_models_that_we_ship_fit_their_tasks(env_id):
     args = skimo.parse_args(["--env-id", env_id, "--pretrained", "published", "--device", "cpu"])
-    assert skimo.pretrain(args, skimo.make_networks(args), None, threading.Event())["prior_return"] > 0
+    assert skimo.pretrain(args, skimo.make_networks(args), None, None, threading.Event())["prior_return"] > 0
 
 
 @pytest.fixture
@@ -151,10 +151,9 @@ def pretrain(monkeypatch, tmp_path):
     def run(args, networks, draw, stop=None):
         data = Windows(args.skill_horizon, 0)
         data.sample_windows = lambda *sizes: draw()
-        monkeypatch.setattr(data_tools, "load_dataset", lambda *inputs: data)
         args.data_dir = str(tmp_path)
         writer = SimpleNamespace(add_scalar=lambda *values: None, log_dir="run")
-        skimo.pretrain(args, networks, writer, stop or threading.Event())
+        skimo.pretrain(args, networks, data, writer, stop or threading.Event())
 
     run.folder = tmp_path / "pretrained"
     return run

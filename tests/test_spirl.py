@@ -147,11 +147,11 @@ def pretrain(args, data, folder, monkeypatch):
 
     monkeypatch.setattr(torch.optim.RAdam, "step", noted)
     monkeypatch.setattr(spirl, "rollout", lambda *given: dict(episodic_return=0.0, success=0.0))
-    monkeypatch.setattr(data_tools, "load_dataset", lambda *given: data)
     args.data_dir = str(folder)
     torch.manual_seed(0)
     networks = spirl.make_networks(args)
-    spirl.pretrain(args, networks, SimpleNamespace(add_scalar=lambda *values: None), threading.Event())
+    writer = SimpleNamespace(add_scalar=lambda *values: None)
+    spirl.pretrain(args, networks, data, writer, threading.Event())
     return networks, steps
 
 
@@ -195,7 +195,7 @@ def aligned_windows(data, H=5):
 
 def test_pretrained_model_that_we_ship_fits():
     args = spirl.parse_args(["--pretrained", "published", "--device", "cpu"])
-    assert spirl.pretrain(args, spirl.make_networks(args), None, None)["goal"] > 0.1  # of its roll-outs
+    assert spirl.pretrain(args, spirl.make_networks(args), None, None, None)["goal"] > 0.1  # of its roll-outs
 
 
 def test_tanh_of_actions_is_for_acting_only():

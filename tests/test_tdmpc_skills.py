@@ -12,7 +12,6 @@ import torch
 from numpy_nets import has_gradient, np_features, np_net, random_obs, same_weights
 from test_spirl import noisy_copy, np_log_prob, np_prior, same_statistics, short_episodes
 
-import data_tools
 from algos import spirl
 from algos import tdmpc as flat
 from algos import tdmpc_skills as tdmpc
@@ -45,12 +44,13 @@ def new_agent(args, double=False, seed=0):
 
 def test_model_is_shared_with_spirl_and_found_by_what_shaped_it(tmp_path, monkeypatch):
     """The model's key holds all flags that shape it and the code."""
-    monkeypatch.setattr(data_tools, "load_dataset", lambda *args: SimpleNamespace(fingerprint="data"))
+    data = SimpleNamespace(fingerprint="data")
     monkeypatch.setattr(Path, "exists", lambda path: True)
 
     def path(file, flags=""):
         monkeypatch.setattr(file, "load", lambda path, parts: dict(facts=dict(path=path)))
-        return file.pretrain(file.parse_args([*flags.split(), "--data-dir", str(tmp_path)]), None, None, None)["path"]
+        args = file.parse_args([*flags.split(), "--data-dir", str(tmp_path)])
+        return file.pretrain(args, None, data, None, None)["path"]
 
     for env_id in ("maze", "kitchen", "kitchen-misaligned", "calvin"):
         for flags in (f"--env-id {env_id}", f"--env-id {env_id} --published", f"--env-id {env_id} --data file"):

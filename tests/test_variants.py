@@ -37,7 +37,6 @@ from skimo_tools import (
     tiny_args,
 )
 
-import data_tools
 from algos import skimo, skimo_no_cem, skimo_no_joint, skimo_sac, skimo_single_step
 
 
@@ -303,13 +302,13 @@ def pretrained(monkeypatch, tmp_path):
     """pretrained(algo, args) trains networks on Windows, without roll-outs of the prior."""
 
     def train(algo, args):
-        monkeypatch.setattr(data_tools, "load_dataset", lambda *inputs: Windows(args.skill_horizon, 0))
         scores = dict(episodic_return=0.0, episodic_length=1.0, success=0.0)
         monkeypatch.setattr(algo, "rollout", lambda *inputs: scores)
         args.data_dir = str(tmp_path)
         torch.manual_seed(0)
         networks = algo.make_networks(args)
-        algo.pretrain(args, networks, SimpleNamespace(add_scalar=lambda *values: None), threading.Event())
+        writer = SimpleNamespace(add_scalar=lambda *values: None)
+        algo.pretrain(args, networks, Windows(args.skill_horizon, 0), writer, threading.Event())
         return networks
 
     return train
