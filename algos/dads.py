@@ -63,16 +63,19 @@ torch.set_num_threads(min(torch.get_num_threads(), 8))  # more do not help netwo
 @dataclass
 class Args:
     env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned, calvin, your own or one of Gymnasium
+    total_timesteps: int = 300_000  # env steps of both phases
     seed: int = 1  # of networks, sampling and environments
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and act
-    cudagraphs: bool = True  # on a GPU, replay updates and plans as CUDA graphs: one launch in place of hundreds
-    run_dir: str = "runs"  # folder of the run folders
     resume: str | None = None  # run folder to go on with, with its arguments
     evaluate: str | None = None  # only evaluate this checkpoint
+    capture_video: bool = False  # with --evaluate: record its first episode as MP4, draw where skills lead (PNG)
+
+    # Seldom changed
+    run_dir: str = "runs"  # folder of the run folders
+    cudagraphs: bool = True  # on a GPU, replay updates and plans as CUDA graphs: one launch in place of hundreds
     checkpoint_interval: int = 50_000  # env steps between checkpoints
     eval_interval: int = 100_000  # env steps between evaluations; one more at the end
     eval_episodes: int = 20  # episodes of an evaluation, with planned skills and the policy's mode
-    capture_video: bool = False  # with --evaluate: record its first episode as MP4, draw where skills lead (PNG)
 
     # Skills
     discover_steps: int = 150_000  # env steps of phase A, in which skills are learnt
@@ -82,7 +85,6 @@ class Args:
     num_prior_samples: int = 16  # L: other skills that the reward compares with (release: 100)
 
     # RL
-    total_timesteps: int = 300_000  # env steps of both phases
     num_envs: int = 8  # environments side by side
     warmup_steps: int = 2_000  # env steps of the untrained policy, before updates start
     updates_per_step: float = 0.016  # updates of the dynamics per env step, in both phases

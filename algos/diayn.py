@@ -63,16 +63,19 @@ torch.set_num_threads(min(torch.get_num_threads(), 8))  # more do not help netwo
 @dataclass
 class Args:
     env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned, calvin, your own or one of Gymnasium
+    total_timesteps: int = 300_000  # env steps of discovery and control
     seed: int = 1  # of networks, sampling and environments
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and act
-    cudagraphs: bool = True  # on a GPU, replay updates as CUDA graphs: one launch in place of hundreds
-    run_dir: str = "runs"  # folder of the run folders
     resume: str | None = None  # run folder to go on with, with its arguments
     evaluate: str | None = None  # only evaluate this checkpoint
+    capture_video: bool = False  # with --evaluate: record its first episode as MP4
+
+    # Seldom changed
+    run_dir: str = "runs"  # folder of the run folders
+    cudagraphs: bool = True  # on a GPU, replay updates as CUDA graphs: one launch in place of hundreds
     checkpoint_interval: int = 50_000  # env steps between checkpoints
     eval_interval: int = 100_000  # env steps between evaluations; one more at the end
     eval_episodes: int = 20  # episodes of an evaluation, with the policy's mode
-    capture_video: bool = False  # with --evaluate: record its first episode as MP4
 
     # Discovery of skills
     discover_steps: int = 200_000  # env steps without the task's reward, warm-up included; control has the rest
@@ -89,7 +92,6 @@ class Args:
     reward_scale: float = 1.0  # factor on the task's reward
 
     # Both
-    total_timesteps: int = 300_000  # env steps of discovery and control
     num_envs: int = 8  # environments side by side (DEVIATION 2)
     warmup_steps: int = 1_000  # env steps with uniform actions, before updates start
     updates_per_step: float = 0.5  # gradient updates per env step after the warm-up (release: 1)

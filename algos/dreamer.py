@@ -59,17 +59,20 @@ torch.set_num_threads(min(torch.get_num_threads(), 8))  # more do not help netwo
 @dataclass
 class Args:
     env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned, calvin, your own or one of Gymnasium
-    cpu_preset: bool = False  # small sizes for one core; with --help: shows them
+    total_timesteps: int = 1_000_000  # env steps, warm-up included
     seed: int = 1  # of networks, sampling and environments
+    cpu_preset: bool = False  # small sizes for one core; with --help: shows them
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and act
-    cudagraphs: bool = True  # on a GPU, replay updates as CUDA graphs: one launch in place of hundreds
-    run_dir: str = "runs"  # folder of the run folders
     resume: str | None = None  # run folder to go on with, with its arguments
     evaluate: str | None = None  # only evaluate this checkpoint
+    capture_video: bool = False  # with --evaluate: record its first episode as MP4
+
+    # Seldom changed
+    run_dir: str = "runs"  # folder of the run folders
+    cudagraphs: bool = True  # on a GPU, replay updates as CUDA graphs: one launch in place of hundreds
     checkpoint_interval: int = 100_000  # env steps between checkpoints, which hold all experience
     eval_interval: int = 100_000  # env steps between evaluations; one more at the end
     eval_episodes: int = 20  # episodes of an evaluation, with the policy's mode
-    capture_video: bool = False  # with --evaluate: record its first episode as MP4
 
     # Model
     deter_dim: int = 200  # size of h
@@ -80,7 +83,6 @@ class Args:
     continue_head: bool = False  # learn where episodes end, and imagine it (DEVIATION 6)
 
     # RL
-    total_timesteps: int = 1_000_000  # env steps, warm-up included
     num_envs: int = 8  # environments side by side (DEVIATION 1)
     warmup_steps: int = 2_500  # env steps with uniform actions, before updates start
     updates_per_step: float = 0.2  # gradient updates per env step after the warm-up

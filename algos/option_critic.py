@@ -60,22 +60,24 @@ torch.set_num_threads(min(torch.get_num_threads(), 8))  # more do not help netwo
 @dataclass
 class Args:
     env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned, calvin, your own or one of Gymnasium
+    total_timesteps: int = 300_000  # env steps
     seed: int = 1  # of networks, sampling and environments
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and act
-    cudagraphs: bool = True  # on a GPU, replay updates as CUDA graphs: one launch in place of hundreds
-    run_dir: str = "runs"  # folder of the run folders
     resume: str | None = None  # run folder to go on with, with its arguments
     evaluate: str | None = None  # only evaluate this checkpoint
+    capture_video: bool = False  # with --evaluate: record its first episode as MP4
+
+    # Seldom changed
+    run_dir: str = "runs"  # folder of the run folders
+    cudagraphs: bool = True  # on a GPU, replay updates as CUDA graphs: one launch in place of hundreds
     checkpoint_interval: int = 50_000  # env steps between checkpoints
     eval_interval: int = 100_000  # env steps between evaluations; one more at the end
     eval_episodes: int = 20  # episodes of an evaluation, with the policy's mode
-    capture_video: bool = False  # with --evaluate: record its first episode as MP4
 
     # RL
-    total_timesteps: int = 300_000  # env steps
     num_envs: int = 8  # environments side by side
     batch_size: int = 256  # env steps per update, of all environments together; each is used once
-    num_options: int = 4  # W
+    num_options: int = 4  # W: number of options
     option_epsilon: float = 0.1  # share of options that are chosen at random
     deliberation_cost: float = 0.01  # taken off the scaled reward when an option ends by itself
     entropy_coef: float = 0.01  # weight of the entropy of actions

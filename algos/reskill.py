@@ -67,21 +67,24 @@ torch.set_num_threads(min(torch.get_num_threads(), 8))  # more do not help netwo
 @dataclass
 class Args:
     env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned, calvin, your own or one of Gymnasium
-    published: bool = False  # take the release's settings for this task
+    total_timesteps: int = 1_000_000  # env steps
     seed: int = 1  # of networks, sampling and environments
+    data: str = "scripted"  # offline data: scripted, d4rl (people's, of the kitchens), release (the authors') or a path
+    pretrained: str | None = None  # begin with RL from this model: a path, or `published`: ours
+    published: bool = False  # take the release's settings for this task
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn
-    cudagraphs: bool = True  # on a GPU, replay updates as CUDA graphs: one launch in place of hundreds
-    run_dir: str = "runs"  # folder of the run folders
     resume: str | None = None  # run folder to go on with, with its arguments
     evaluate: str | None = None  # only evaluate this checkpoint, or `published`: our agent, if there is one
+    capture_video: bool = False  # with --evaluate: record its first episode as MP4
+
+    # Seldom changed
+    data_share: float = 1.0  # share of the data's episodes that are used, the first of a fixed permutation
+    data_dir: str | None = None  # folder of offline data and pre-trained models (None: the user's cache)
+    run_dir: str = "runs"  # folder of the run folders
+    cudagraphs: bool = True  # on a GPU, replay updates as CUDA graphs: one launch in place of hundreds
     checkpoint_interval: int = 50_000  # env steps between checkpoints
     eval_interval: int = 100_000  # env steps between evaluations; one more at the end
     eval_episodes: int = 20  # episodes of an evaluation, without noise in the residual
-    capture_video: bool = False  # with --evaluate: record its first episode as MP4
-    data_dir: str | None = None  # folder of offline data and pre-trained models (None: the user's cache)
-    data: str = "scripted"  # offline data: scripted, d4rl (people's, of the kitchens), release (the authors') or a path
-    data_share: float = 1.0  # share of the data's episodes that are used, the first of a fixed permutation
-    pretrained: str | None = None  # begin with RL from this model: a path, or `published`: ours
     pretrain_eval_interval: int = 12_000  # updates between validations with roll-outs of the prior
     pretrain_eval_episodes: int = 100  # roll-outs in a validation; four times as many at the end
 
@@ -102,7 +105,6 @@ class Args:
     kl_coef: float = 5e-4  # weight of KL(q || N(0,1)) per dimension
 
     # Downstream RL
-    total_timesteps: int = 1_000_000  # env steps
     num_envs: int = 8  # environments side by side
     rollout_skills: int = 70  # T: skills of each environment between two rounds of learning
     updates_per_rollout: int = 180  # gradient updates in a round
@@ -314,7 +316,7 @@ class PriorAgent:
         return squash(draw(self.networks["prior"](torch.from_numpy(obs))))
 
 
-def pretrain(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: threading.Event) -> dict:
+def pretrain(args: Args, networks: nn.ModuleDict, data, writer: SummaryWriter, stop: threading.Event) -> dict:
     """Phase 1: learn skills and prior from the offline data; returns facts about them.
 
     A model is found again by its data, seed and task, by the arguments under `# Model` and `# Pre-training`, and by the
@@ -326,9 +328,8 @@ def pretrain(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: t
     if args.pretrained == "published":
         path = SHIPPED / f"{family}_pretrained.pt"
     if not args.pretrained:
-        data = data_tools.load_dataset(args.env_id, args.data_dir, args.data, args.data_share)
         names, settings = list(vars(args)), list(vars(args).items())
-        settings = settings[names.index("skill_horizon") : names.index("total_timesteps")]
+        settings = settings[names.index("skill_horizon") : names.index("num_envs")]
         code = FILE.read_text().split("- networks\n")[1].split("- downstream RL\n")[0]
         made_from = [data.fingerprint, args.seed, settings, data_tools.code_of(code), task.arm, task.objects]
         made_from += [task.obs_scale, task.obs_shift, task.position_periods.tolist()]
@@ -475,16 +476,15 @@ def encode_windows(skills, data, num_windows: int, args: Args):
     return [torch.cat(column) for column in zip(*parts)]
 
 
-def learn_flow(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: threading.Event) -> dict:
+def learn_flow(args: Args, networks: nn.ModuleDict, data, writer: SummaryWriter, stop: threading.Event) -> dict:
     """Between the phases: add the flow prior of the frozen skills to networks (DEVIATION 5); returns facts about it.
 
     A flow is found again by task, data, skills, the arguments of pre-training and flow, and the code down to here:
     whoever changes one of them gets a new one.
     """
     task = data_tools.TASKS[args.env_id]
-    data = data_tools.load_dataset(args.env_id, args.data_dir, args.data, args.data_share)
     names, settings = list(vars(args)), list(vars(args).items())
-    settings = settings[names.index("skill_horizon") : names.index("total_timesteps")]
+    settings = settings[names.index("skill_horizon") : names.index("num_envs")]
     settings += [(name, value) for name, value in vars(args).items() if name.startswith("flow_")]
     code = FILE.read_text().split("- networks\n")[1].split("- PPO\n")[0]
     weights = [weight.cpu().numpy().tobytes() for weight in networks.state_dict().values()]
@@ -896,6 +896,10 @@ def train(args: Args) -> dict:
     envs = data_tools.make_envs(args.env_id, args.num_envs)
     run_name = f"{args.env_id}__{FILE.stem}__{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     run_dir = Path(args.resume or f"{args.run_dir}/{run_name}").expanduser()
+    checkpoint = run_dir / "checkpoint.pt"
+    data = None
+    if not checkpoint.exists():  # before there is a folder: data may be refused
+        data = data_tools.load_dataset(args.env_id, args.data_dir, args.data, args.data_share)
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))  # two runs never share one
     save(run_dir / "args.json", dict(asdict(args), script=FILE.name))
     (run_dir / "results.json").unlink(missing_ok=True)  # of a shorter run
@@ -911,11 +915,10 @@ def train(args: Args) -> dict:
     signal.signal(signal.SIGTERM, stop_soon)
     torch.manual_seed(args.seed)
     networks = make_networks(args)
-    checkpoint = run_dir / "checkpoint.pt"
     facts = {}
     if not checkpoint.exists():
-        facts = pretrain(args, networks, writer, stop)
-        facts |= dict(gaussian_return=facts.get("prior_return")) | learn_flow(args, networks, writer, stop)
+        facts = pretrain(args, networks, data, writer, stop)
+        facts |= dict(gaussian_return=facts.get("prior_return")) | learn_flow(args, networks, data, writer, stop)
 
     # Phase 2: online RL over skills
     torch.manual_seed(args.seed)  # RL is the same whether the model was trained just now or comes from a file

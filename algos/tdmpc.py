@@ -62,17 +62,20 @@ torch.set_num_threads(min(torch.get_num_threads(), 8))  # more do not help netwo
 @dataclass
 class Args:
     env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned, calvin, your own or one of Gymnasium
-    cpu_preset: bool = False  # small sizes for one core; with --help: shows them
+    total_timesteps: int = 1_000_000  # env steps, warm-up included
     seed: int = 1  # of networks, sampling and environments
+    cpu_preset: bool = False  # small sizes for one core; with --help: shows them
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and plan
-    cudagraphs: bool = True  # on a GPU, replay updates as CUDA graphs: one launch in place of hundreds
-    run_dir: str = "runs"  # folder of the run folders
     resume: str | None = None  # run folder to go on with, with its arguments
     evaluate: str | None = None  # only evaluate this checkpoint
+    capture_video: bool = False  # with --evaluate: record its first episode as MP4
+
+    # Seldom changed
+    run_dir: str = "runs"  # folder of the run folders
+    cudagraphs: bool = True  # on a GPU, replay updates as CUDA graphs: one launch in place of hundreds
     checkpoint_interval: int = 100_000  # env steps between checkpoints, which hold all experience
     eval_interval: int = 100_000  # env steps between evaluations; one more at the end
     eval_episodes: int = 20  # episodes of an evaluation, without exploration noise
-    capture_video: bool = False  # with --evaluate: record its first episode as MP4
 
     # Model
     encoder_dim: int = 256  # width of the encoder
@@ -81,7 +84,6 @@ class Args:
     position_features: bool = True  # sines and cosines of positions as inputs (DEVIATION 5)
 
     # RL
-    total_timesteps: int = 1_000_000  # env steps, warm-up included
     num_envs: int = 8  # environments side by side (DEVIATION 1)
     num_steps: int = 5  # N: env steps per window and in the longest plan
     warmup_steps: int = 5_000  # env steps with uniform actions, before planning and updates start

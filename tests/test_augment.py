@@ -30,11 +30,6 @@ def test_comments_and_docstrings_do_not_change_the_name_of_code():
         assert code_of(code.replace("x + 1", other)) != code_of(code)
 
 
-def test_the_share_of_the_data_is_not_part_of_the_name_of_code():
-    code = "data = load(args.data, args.seed)"
-    assert code_of(code.replace("seed", "seed, args.data_share")) == code_of(code) != code_of("data = load(args.data)")
-
-
 def test_code_that_draws_batches_is_part_of_it(monkeypatch):
     before = code_of("x = 1")
     monkeypatch.setattr(OfflineDataset, "sample_windows", OfflineDataset.sample_pairs)

@@ -859,7 +859,7 @@ class Found(Exception):
 
 
 def load_data(args):
-    return data_tools.load_dataset(args.env_id, args.data_dir, args.data)
+    return data_tools.load_dataset(args.env_id, args.data_dir, args.data, args.data_share)
 
 
 def is_found(case, args, monkeypatch) -> bool:
