@@ -966,6 +966,12 @@ def test_kitchens_share_a_pretrained_model(case, tmp_path, monkeypatch):
     assert is_found(case, args[1], monkeypatch)
 
 
+@with_data
+def test_refused_data_leave_no_run_folder(case, tmp_path):
+    refused(lambda: case.main(case.argv("--data nothing.hdf5", tmp_path / "runs")), "nothing.hdf5")
+    assert not (tmp_path / "runs").exists()
+
+
 @skimo_only
 def test_model_given_by_its_path_needs_no_data(case, no_data):
     no_data()
