@@ -1,6 +1,7 @@
 """Run a grid of algorithms x tasks x seeds on Ray, on this machine or a cluster; the same command goes on after a stop.
 
     python benchmarks/run.py --algos skimo spirl --env-ids maze kitchen --seeds 1 2 3 4 5
+    python benchmarks/run.py --suite held-out                                  # a set of runs by name: suites.py
     python benchmarks/run.py --algos skimo --env-ids maze --dry-run            # print the commands, run nothing
     python benchmarks/run.py --address auto --device cuda --runs-per-gpu 4     # on a node of a running Ray cluster
 
@@ -18,6 +19,7 @@ import fcntl
 import io
 import json
 import os
+import pickletools
 import platform
 import re
 import shlex
@@ -27,6 +29,7 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -40,6 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks import provenance
 from benchmarks.provenance import describe_code, describe_machine
+from benchmarks.suites import HELD_OUT, SEEDS, SUITES, Board
 from data_tools import TASKS
 from data_tools.files import check_writable, write_atomically
 
@@ -63,13 +67,15 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 @dataclass
 class Args:
+    suite: Literal[*SUITES] | None = None  # take methods, tasks, seeds and env steps from suites.py
     algos: tuple[str, ...] = ("skimo",)  # names of files in --algos-dir, without .py
-    env_ids: tuple[Literal[*TASKS], ...] = ("maze",)  # tasks
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # one run each
+    env_ids: tuple[Literal[*dict.fromkeys([*TASKS, *HELD_OUT])], ...] = ("maze",)  # tasks, or boards of suites.py
+    seeds: tuple[int, ...] = SEEDS  # one run each
     args: str = ""  # more flags for every run, as one string: --args "--total-timesteps 100000"
     results_dir: Path = Path("runs/results")  # CSV and JSON of finished runs; small
     run_dir: Path = Path("runs")  # run folders with checkpoints and logs; on a cluster, on a shared file system
     checkpoints_dir: Path = Path("runs/checkpoints")  # last checkpoints of finished runs; keep it outside git
+    keep: tuple[int, ...] = ()  # env steps at which a checkpoint is kept there, too
     data_dir: str | None = os.environ.get("SKIMO_DATA_DIR")  # offline data and pre-trained models (None: user's cache)
     algos_dir: Path = ROOT / "algos"  # where the algorithm files are
     dry_run: bool = False  # print the commands and stop
@@ -92,12 +98,13 @@ class Cell:
     """One run of the grid and what the runner knows about it."""
 
     algo: str
-    env_id: str
+    env_id: str  # or board
     seed: int
     command: list[str]
     folder: Path  # run folder, log.txt, attempts.jsonl, lock
     result: Path  # of the finished run, without suffix
     checkpoint: Path  # where the finished run's checkpoint is kept
+    flags: list[str]  # that set it apart from a plain run of the file
     family: tuple  # cells of a family use the same pre-trained model: one of them makes it, then the others start
     state: str = "waiting"  # waiting (for the family's pre-training), queued, pre-training, RL, finished, failed
     tries: int = 0
@@ -160,12 +167,38 @@ def keep(source: Path, target: Path):
     part.replace(target)
 
 
-def run_cell(command: list[str], flags: list[str], folder: Path, checkpoint: Path, root: Path, threads: int) -> dict:
+def step_of(checkpoint: Path) -> int:
+    """The env step of a checkpoint, read from its pickle without torch, which takes seconds and hundreds of MB."""
+    with zipfile.ZipFile(checkpoint) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+        ops = pickletools.genops(archive.read(name))
+    found = ((op.name, value) for op, value, _ in ops if "PUT" not in op.name)
+    return next(next(found)[1] for _, value in found if value == "global_step")
+
+
+def keep_early(run_dir: Path | None, checkpoint: Path, marks: tuple[int, ...], seen: list):
+    """Copy a new checkpoint, if it is the first behind one of the marks, to seedN_MARK.pt; seen: its time and size."""
+    source = run_dir and run_dir / "checkpoint.pt"
+    if not marks or not source or not source.exists():
+        return
+    state = [source.stat().st_mtime_ns, source.stat().st_size]
+    if state != seen:
+        seen[:] = state
+        step = step_of(source)
+        mark = max((mark for mark in marks if mark <= step), default=None)
+        target = checkpoint.with_stem(f"{checkpoint.stem}_{mark}")
+        if mark and step < 1.1 * mark and not target.exists():
+            keep(source, target)
+
+
+def run_cell(
+    command: list[str], flags: list[str], folder: Path, checkpoint: Path, root: Path, threads: int, marks=()
+) -> dict:
     """On a Ray worker: run a cell to its end, from its last checkpoint if there is one, and return what it left.
 
-    The last checkpoint is copied to `checkpoint`. Returns `episodes` (text of episodes.csv), `results`, `args` and
-    `attempts`, or `problem`, a sentence, with `exit_code`. The content and not the path is returned, so that it arrives
-    without a shared file system, too.
+    The last checkpoint is copied to `checkpoint`, those of `marks` (env steps) beside it. Returns `episodes` (text of
+    episodes.csv), `results`, `args` and `attempts`, or `problem`, a sentence, with `exit_code`. The content and not the
+    path is returned, so that it arrives without a shared file system, too.
     """
     # ray.cancel comes as SIGINT, which all processes under a background job of a shell script ignore (nohup ... &).
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -199,8 +232,10 @@ def run_cell(command: list[str], flags: list[str], folder: Path, checkpoint: Pat
                 [sys.executable, "-c", LAUNCH, str(os.getpid()), sys.executable, *command[1:]],
                 env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[lock.fileno()],
             )  # fmt: skip
+            seen = []
             try:
                 while process.poll() is None:
+                    keep_early(marks and find_run_dir(folder), checkpoint, marks, seen)
                     time.sleep(0.1)
             except KeyboardInterrupt:  # ray.cancel: the runner is being stopped
                 process.terminate()
@@ -237,7 +272,7 @@ def write_results(cell: Cell, outcome: dict):
     header = ["env_step", "episodic_return", "episodic_length", "eval_return", "eval_success", "wall_seconds"]
     table = "\n".join(",".join(str(value) for value in row) for row in [header, *rows]) + "\n"
     last = outcome["attempts"][-1]
-    facts = dict(algo=cell.algo, env_id=cell.env_id, seed=cell.seed)
+    facts = dict(algo=cell.algo, env_id=outcome["args"]["env_id"], seed=cell.seed)
     facts |= {name: last[name] for name in ("flags", "commit", "changed", "machine")}
     facts |= dict(attempts=outcome["attempts"], args=outcome["args"], checkpoint=str(cell.checkpoint))
     facts |= dict(results={name: value for name, value in outcome["results"].items() if name != "args"})
@@ -347,28 +382,63 @@ def make_cells(args: Args) -> list[Cell]:
     for name in names:
         if name.replace("_", "-") in OURS:
             sys.exit(f"error: {name} in --args would mix up the grid; leave it out")
+    boards = HELD_OUT | {task: Board(task) for task in TASKS}
+    boards |= SUITES[args.suite].boards if args.suite else {}
     cells = []
     for env_id in dict.fromkeys(args.env_ids):
+        board = boards[env_id]
         for seed in dict.fromkeys(args.seeds):
             for algo in dict.fromkeys(args.algos):
                 folder = (args.run_dir / env_id / algo / f"seed{seed}").resolve()
                 result = (args.results_dir / env_id / algo / f"seed{seed}").resolve()
                 file = (args.algos_dir / f"{algo}.py").resolve()
                 checkpoint = (args.checkpoints_dir / env_id / algo / f"seed{seed}.pt").resolve()
-                family = pretrained_name(file), TASKS[env_id].data or env_id, seed  # both kitchens have one model
-                command = ["python", str(file), "--env-id", env_id, "--seed", str(seed), "--run-dir", str(folder)]
-                if args.data_dir and "data_dir" in file.read_text():  # a file without offline data has no such flag
+                task = board.env_id
+                family = pretrained_name(file), TASKS[task].data or task, board.data_share, seed  # kitchens share one
+                command = ["python", str(file), "--env-id", task, "--seed", str(seed), "--run-dir", str(folder)]
+                with_data = "data_dir" in file.read_text()  # a file without offline data has no such flag
+                if args.data_dir and with_data:
                     command += ["--data-dir", os.path.abspath(os.path.expanduser(args.data_dir))]
                 command += ["--device", args.device] if args.device else []
-                cell = Cell(algo, env_id, seed, command + flags, folder, result, checkpoint, family)
+                own = ["--total-timesteps", str(board.env_steps)] if board.env_steps else []
+                own += ["--data-share", str(board.data_share)] if with_data and board.data_share < 1 else []
+                own += ["--checkpoint-interval", str(min(args.keep))] if args.keep else []
+                own += flags
+                cell = Cell(algo, env_id, seed, command + own, folder, result, checkpoint, own, family)
                 cell.pretrained = "--pretrained" in names
-                check_flags(flags, cell)
+                if cell.pretrained and board.data_share < 1:
+                    sys.exit(f"error: {env_id} has a share of the data, --pretrained a model of all: leave one out")
+                check_flags(cell)
                 cells.append(cell)
     return cells
 
 
-def check_flags(flags: list[str], cell: Cell):
+def estimate(cells: list[Cell]) -> str:
+    """What unfinished cells would take, at the rates of published logs: of their task, or of the one it comes from."""
+    from benchmarks import scores
+
+    published, models, hours, unknown = scores.read_cells(scores.RESULTS), {}, 0.0, {}
+    for cell in [cell for cell in cells if cell.state != "finished"]:
+        flags = dict(zip(cell.command[2::2], cell.command[3::2]))
+        task, steps = flags["--env-id"], flags.get("--total-timesteps")
+        found = [published.get((name, cell.algo, "scripted")) for name in (task, TASKS[task].data)]
+        runs = [run for run in next(filter(None, found), []) if run.facts["args"].get("device") != "cuda"]
+        if not runs or not steps:
+            unknown[f"{cell.env_id}/{cell.algo}"] = True
+            continue
+        rates = [scores.minutes_at(run, run.end) / run.env_steps for run in runs]
+        hours += int(steps) * sum(rates) / len(rates) / 60
+        facts = [(run.facts.get("results") or {}).get("pretraining") or {} for run in runs]
+        minutes = max(fact.get("minutes", 0) for fact in facts)
+        models |= {cell.family: minutes / 60} if minutes and not cell.pretrained else {}
+    text = f"# at the rates of our logs: {hours:.1f} core-hours of RL"
+    text += f", {sum(models.values()):.1f} of pre-training, if none of {len(models)} models is there" if models else ""
+    return text + (f"; not known: {', '.join(unknown)}" if unknown else "")
+
+
+def check_flags(cell: Cell):
     """Mark a finished cell; refuse one that was begun with other flags, whose numbers would be mixed with ours."""
+    flags = cell.flags
     facts, attempts = read_json(cell.result.with_suffix(".json")), read_attempts(cell.folder)
     if facts is not None:
         cell.state, cell.pretrained = "finished", True
@@ -433,7 +503,7 @@ def run_grid(args: Args, cells: list[Cell], gpus: float, display: Display):
 
     ray.cloudpickle.register_pickle_by_value(provenance)  # Ray's workers do not find the folder benchmarks/
     remote = ray.remote(run_cell).options(num_cpus=args.threads_per_run, num_gpus=gpus, max_retries=0)
-    flags, running = shlex.split(args.args), {}
+    running = {}
     try:
         while any(cell.state not in ("finished", "failed") for cell in cells):
             for cell in cells:
@@ -442,7 +512,8 @@ def run_grid(args: Args, cells: list[Cell], gpus: float, display: Display):
                     cell.state, cell.tries = "queued", cell.tries + 1
                     log = cell.folder / "log.txt"
                     cell.log_size = log.stat().st_size if log.exists() else 0
-                    ref = remote.remote(cell.command, flags, cell.folder, cell.checkpoint, ROOT, args.threads_per_run)
+                    places = cell.folder, cell.checkpoint, ROOT
+                    ref = remote.remote(cell.command, cell.flags, *places, args.threads_per_run, args.keep)
                     running[ref] = cell
             display.show(cells)
             if not running:
@@ -492,6 +563,7 @@ def main(args: Args):
         for cell in cells:
             note = "  # has results" if cell.state == "finished" else ""
             print(f"OMP_NUM_THREADS={args.threads_per_run} {shlex.join(cell.command)}{note}")
+        print(estimate(cells))
         return
     if describe_code(ROOT)["commit"] is None:
         sys.exit(f"error: {ROOT} is no git checkout with a commit, so results could not name their code")
@@ -517,12 +589,16 @@ def main(args: Args):
 
 
 def parse_args(argv: list[str]) -> Args:
-    """Command line -> Args; the value of --args may begin with dashes."""
+    """Command line -> Args, whose defaults are those of the suite; the value of --args may begin with dashes."""
     argv = list(argv)
     if "--args" in argv[:-1]:
         place = argv.index("--args")
         argv[place : place + 2] = ["--args=" + argv[place + 1]]
-    return tyro.cli(Args, args=argv, description=__doc__.split("\n")[0])
+    given = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
+    suite = SUITES.get(given.suite)
+    chosen = dict(algos=suite.algos, env_ids=tuple(suite.boards), seeds=suite.seeds, keep=suite.keep) if suite else {}
+    default = Args(**chosen)
+    return tyro.cli(Args, args=argv, default=default, description=__doc__.split("\n")[0])
 
 
 if __name__ == "__main__":

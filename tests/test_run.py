@@ -396,7 +396,8 @@ def test_the_home_folder_is_found_behind_an_equals_sign(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     args = tyro.cli(run.Args, args=["--run-dir=~/runs", "--results-dir=~/results", "--data-dir=~/data"])
     (cell, *_) = run.make_cells(args)
-    assert cell.folder == tmp_path / "runs/maze/skimo/seed1" and cell.result == tmp_path / "results/maze/skimo/seed1"
+    assert cell.folder == tmp_path / "runs/maze/skimo/seed1000"
+    assert cell.result == tmp_path / "results/maze/skimo/seed1000"
     assert cell.command[cell.command.index("--data-dir") + 1] == str(tmp_path / "data")
 
 
@@ -408,7 +409,8 @@ def test_dry_run_prints_commands_that_a_user_could_type(tmp_path):
     result = execute(arguments)
     assert result.returncode == 0 and result.stderr == ""
     lines = result.stdout.splitlines()
-    assert len(lines) == 4 and list(tmp_path.iterdir()) == []
+    assert len(lines) == 5 and list(tmp_path.iterdir()) == []
+    assert lines[4] == "# at the rates of our logs: 0.0 core-hours of RL; not known: maze/skimo, calvin/skimo"
     tokens = shlex.split(lines[3])
     assert tokens[:3] == ["OMP_NUM_THREADS=3", "python", str(ROOT / "algos" / "skimo.py")]
     given = dict(zip(tokens[3::2], tokens[4::2]))
@@ -456,7 +458,7 @@ def test_results_must_name_their_code(monkeypatch, tmp_path):
 def cell_of(algo="skimo", seed=1, state="waiting", **changes):
     family = ("skimo" if algo == "skimo_no_cem" else algo, "maze", seed)
     paths = Path("runs"), Path("results"), Path("checkpoint.pt")
-    return run.Cell(algo, "maze", seed, [], *paths, family, state=state, **changes)
+    return run.Cell(algo, "maze", seed, [], *paths, [], family, state=state, **changes)
 
 
 def test_one_run_of_a_family_pretrains_for_the_others():
@@ -485,7 +487,7 @@ def test_families_are_what_the_files_say(tmp_path):
     cells = run.make_cells(run.Args(algos=algos, env_ids=tasks, seeds=(1, 2), **folders))
     assert len(cells) == 16 and len({cell.command[1] for cell in cells}) == 4
     assert {cell.family for cell in cells} == {
-        (model, "kitchen", seed) for model in ("skimo", "skimo_no_joint", "spirl") for seed in (1, 2)
+        (model, "kitchen", 1.0, seed) for model in ("skimo", "skimo_no_joint", "spirl") for seed in (1, 2)
     }
     assert all(cell.family[0] == "skimo" for cell in cells if cell.algo == "skimo_no_cem")
 
@@ -501,7 +503,7 @@ def test_the_table_shows_what_needs_attention_first():
 
 def test_progress_is_read_from_the_run_folder(tmp_path):
     paths = tmp_path, tmp_path / "result", tmp_path / "checkpoint.pt"
-    cell = run.Cell("skimo", "maze", 1, [], *paths, ("skimo", "maze", 1), state="queued")
+    cell = run.Cell("skimo", "maze", 1, [], *paths, [], ("skimo", "maze", 1), state="queued")
     run.observe(cell)
     assert cell.state == "queued"
     run_dir = tmp_path / "maze__skimo__1__17"
