@@ -160,7 +160,7 @@ class Actor(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        u = args.hidden_dim
+        u = args.hidden_dim  # width
         self.inputs = Inputs(obs_dim, args)
         self.net = relu_mlp(self.inputs.size, u, u, 2 * action_dim)
 
@@ -186,7 +186,7 @@ class TwinQ(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        u = args.hidden_dim
+        u = args.hidden_dim  # width
         self.inputs = Inputs(obs_dim, args)
         in_dim = self.inputs.size + action_dim
         self.qf1 = relu_mlp(in_dim, u, u, 1)
@@ -202,7 +202,7 @@ class SkillDynamics(nn.Module):
 
     def __init__(self, dim: int, args: Args):
         super().__init__()
-        u = args.hidden_dim
+        u = args.hidden_dim  # width
         self.dim, self.G = dim, 4
         self.net = relu_mlp(dim + args.skill_dim, u, u, self.G + self.G * dim)
         self.reward_net = relu_mlp(2 * dim, u, u, 1)

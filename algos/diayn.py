@@ -164,7 +164,7 @@ class Actor(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        u = args.hidden_dim
+        u = args.hidden_dim  # width
         self.inputs = Inputs(obs_dim, args)
         self.net = relu_mlp(self.inputs.size, u, u, 2 * action_dim)
 
@@ -190,7 +190,7 @@ class TwinQ(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        u = args.hidden_dim
+        u = args.hidden_dim  # width
         self.inputs = Inputs(obs_dim, args)
         in_dim = self.inputs.size + action_dim
         self.qf1 = relu_mlp(in_dim, u, u, 1)
@@ -206,7 +206,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, obs_dim: int, args: Args):
         super().__init__()
-        u = args.hidden_dim
+        u = args.hidden_dim  # width
         self.inputs = Inputs(obs_dim, args)
         data = data_tools.TASKS[args.env_id].data
         first, last = 0, obs_dim
@@ -226,7 +226,7 @@ class SkillQ(nn.Module):
 
     def __init__(self, obs_dim: int, args: Args):
         super().__init__()
-        u = args.controller_dim
+        u = args.controller_dim  # width
         self.inputs = Inputs(obs_dim, args)
         self.net = relu_mlp(self.inputs.size, u, u, args.skill_dim)
 

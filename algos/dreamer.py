@@ -21,8 +21,8 @@ environments side by side; 2 windows are any L steps of an episode, unfinished o
 5 imagine_starts, by default all states, as there; 6 --continue-head, a model of the end; without it, as there,
 imagination never ends; 7 the decoder begins at the mean of what was seen; 8 --cpu-preset has smaller sizes.
 Differs from skimo.py in: Args, TASK_DEFAULTS, kl_divergence, Agent, rollout, train, evaluate, parse_args
-Shapes: B batch, L rows per window, O observation, F inputs, A action, s and h the sizes of these states, d = s + h,
-E environments, S starts, J steps.
+Shapes: B batch, L rows per window, O observation, F inputs, e encoded, A action, s and h the sizes of these states,
+d = s + h, E environments, S starts, J steps.
 """
 
 import gc
@@ -147,13 +147,13 @@ class Inputs(nn.Module):
 
 
 def sample_gaussian(distribution):
-    """One reparameterised sample of N(mean, std); distribution is (mean, std), each (..., D)."""
+    """One reparameterised sample of N(mean, std); distribution is (mean, std), each (..., n)."""
     mean, std = distribution
     return mean + std * torch.randn_like(mean)
 
 
 def kl_divergence(p, q):
-    """KL(p || q) of Gaussians (mean, std), each (..., D) -> (...) in nats."""
+    """KL(p || q) of Gaussians (mean, std), each (..., n) -> (...) in nats."""
     (mean_p, std_p), (mean_q, std_q) = p, q
     square = std_p**2 + (mean_p - mean_q) ** 2
     return ((std_q / std_p).log() + square / (2 * std_q**2) - 0.5).sum(-1)
@@ -167,8 +167,8 @@ class RSSM(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        deter, stoch, embed = args.deter_dim, args.stoch_dim, args.encoder_dim
-        u, d = args.hidden_dim, stoch + deter
+        deter, stoch, embed = args.deter_dim, args.stoch_dim, args.encoder_dim  # h, s, e
+        u, d = args.hidden_dim, stoch + deter  # u: width
         self.deter_dim, self.stoch_dim = deter, stoch
         inputs = Inputs(obs_dim, args)  # DEVIATION 4
         self.encoder = nn.Sequential(inputs, *mlp(inputs.size, embed, embed, embed))
@@ -194,7 +194,7 @@ class RSSM(nn.Module):
     def prior(self, h):
         """p(s | h), mean and std, 2 x (..., s): what is expected before the observation is seen."""
         mean, raw = self.prior_net(h).chunk(2, -1)
-        return mean, nn.functional.softplus(raw) + 0.1
+        return mean, nn.functional.softplus(raw) + 0.1  # as Dreamer's
 
     def posterior(self, h, embedding):
         """q(s | h, o), mean and std, 2 x (..., s): after the observation, encoded (..., e), is seen."""
@@ -207,12 +207,13 @@ class RSSM(nn.Module):
         Returns h (B, L, h), s (B, L, s) and the posterior that s is drawn from, 2 x (B, L, s).
         """
         embedding = self.encoder(obs)  # (B, L, e)
-        h, s = obs.new_zeros(len(obs), self.deter_dim), obs.new_zeros(len(obs), self.stoch_dim)
+        h = obs.new_zeros(len(obs), self.deter_dim)  # (B, h)
+        s = obs.new_zeros(len(obs), self.stoch_dim)  # (B, s)
         steps = []
         for t in range(obs.shape[1]):
-            h = self.step(h, s, action[:, t])
-            distribution = self.posterior(h, embedding[:, t])
-            s = sample_gaussian(distribution)
+            h = self.step(h, s, action[:, t])  # (B, h)
+            distribution = self.posterior(h, embedding[:, t])  # 2 x (B, s)
+            s = sample_gaussian(distribution)  # (B, s)
             steps.append((h, s, *distribution))
         h, s, mean, std = [torch.stack(values, 1) for values in zip(*steps)]
         return h, s, (mean, std)
@@ -229,7 +230,7 @@ class RSSM(nn.Module):
     def decode(self, feature):
         """Mean and std, in [0.1, 1.5], of the raw observation: (..., d) -> 2 x (..., O)."""
         mean, raw_std = self.decoder(feature).chunk(2, -1)
-        return mean, 0.1 + 0.7 * (torch.tanh(raw_std) + 1)
+        return mean, 0.1 + 0.7 * (torch.tanh(raw_std) + 1)  # SkiMo's library; Dreamer: std 1
 
     def reward(self, feature):
         """The reward for coming here: (..., d) -> (...)."""
@@ -241,7 +242,7 @@ class ActionModel(nn.Module):
 
     def __init__(self, action_dim: int, args: Args):
         super().__init__()
-        u, d = args.hidden_dim, args.stoch_dim + args.deter_dim
+        u, d = args.hidden_dim, args.stoch_dim + args.deter_dim  # u: width
         self.net = mlp(d, u, u, u, u, 2 * action_dim)
         self.raw_std = math.log(math.exp(5) - 1)  # softplus of this is 5
 
@@ -293,7 +294,8 @@ def lambda_return(rewards, values, discount, share: float):
 
     rewards and discount (n, ...), values (n+1, ...); time-first. Returns (n, ...). share is the paper's lambda.
     """
-    result, results = values[-1], []
+    result = values[-1]
+    results = []
     for k in reversed(range(len(rewards))):
         result = (1 - share) * values[k + 1] + share * result
         result = rewards[k] + discount[k] * result
@@ -309,10 +311,10 @@ def imagine(model, actor, h, s, steps: int):
     """
     features, actions = [], []
     for _ in range(steps):
-        feature = torch.cat([s, h], -1).detach()
-        action = torch.tanh(sample_gaussian(actor(feature)))
-        h = model.step(h, s, action)
-        s = sample_gaussian(model.prior(h))
+        feature = torch.cat([s, h], -1).detach()  # (S, d)
+        action = torch.tanh(sample_gaussian(actor(feature)))  # (S, A)
+        h = model.step(h, s, action)  # (S, h)
+        s = sample_gaussian(model.prior(h))  # (S, s)
         features.append(torch.cat([s, h], -1))
         actions.append(action)
     return torch.stack(features), torch.stack(actions)
@@ -326,10 +328,11 @@ def behaviour_loss(model, actor, critic, h, s, args):
     """
     if args.continue_head:  # the last state of a window may be an end, from which nothing starts
         h, s = h[:, :-1], s[:, :-1]
-    h, s = h.flatten(0, 1), s.flatten(0, 1)
+    h = h.flatten(0, 1)  # (B L, h)
+    s = s.flatten(0, 1)  # (B L, s)
     if args.imagine_starts < len(h):  # DEVIATION 5
         chosen = torch.rand(len(h), device=h.device).topk(args.imagine_starts).indices  # (S,)
-        h, s = h[chosen], s[chosen]
+        h, s = h[chosen], s[chosen]  # (S, h), (S, s)
     feature, actions = imagine(model, actor, h, s, args.imagine_steps)  # (J, S, d), (J, S, A)
     rewards = model.reward(feature)  # (J, S)
     values = critic(feature).squeeze(-1)  # (J, S)
@@ -371,7 +374,8 @@ class SequenceBuffer:
 
     def __init__(self, obs_dim: int, action_dim: int, window: int, args: Args):
         E = args.num_envs
-        self.sizes, self.window = [obs_dim, action_dim, 1, 1], window
+        self.sizes = [obs_dim, action_dim, 1, 1]
+        self.window = window  # L
         self.rows = torch.zeros(1024 * E, sum(self.sizes), device=args.device)
         self.starts = torch.zeros(1024 * E, dtype=torch.long, device=args.device)  # first rows of all windows
         self.num_starts = 0
@@ -388,7 +392,8 @@ class SequenceBuffer:
         """One step of the members, NumPy: the obs (E, O) that it led to, action (E, A), rewards, terminations (E,)."""
         E, device = len(self.filled), self.rows.device
         room = E * (int(self.filled.max()) + 1)
-        self.rows, self.starts = with_room(self.rows, room), with_room(self.starts, room)
+        self.rows = with_room(self.rows, room)
+        self.starts = with_room(self.starts, room)
         rows = np.column_stack([obs, action, rewards, terminations])[members]  # (n, O + A + 2)
         index = (E * self.filled + torch.arange(E))[members]  # (n,)
         self.rows[index.to(device)] = torch.tensor(rows, dtype=torch.float32, device=device)
@@ -455,7 +460,7 @@ class Agent(nn.Module):
     def __init__(self, args: Args, obs_dim: int, action_dim: int):
         super().__init__()
         self.args = args
-        u = args.hidden_dim
+        u = args.hidden_dim  # width
         self.model = RSSM(obs_dim, action_dim, args)
         self.actor = ActionModel(action_dim, args)
         self.critic = mlp(args.stoch_dim + args.deter_dim, u, u, u, 1)
@@ -474,8 +479,8 @@ class Agent(nn.Module):
     @torch.no_grad()
     def act(self, obs, memory, explore: bool):
         """A noisy sample of the policy or its mode: obs (E, O) -> actions (E, A), both NumPy, and the next memory."""
-        h, s, action = memory
-        embedding = self.model.encoder(torch.from_numpy(obs).to(self.args.device))
+        h, s, action = memory  # (E, h), (E, s), (E, A)
+        embedding = self.model.encoder(torch.from_numpy(obs).to(self.args.device))  # (E, e)
         h = self.model.step(h, s, action)
         s = sample_gaussian(self.model.posterior(h, embedding))
         mean, std = self.actor(torch.cat([s, h], -1))
@@ -515,9 +520,7 @@ class Agent(nn.Module):
 
 
 def rollout(agent: Agent, args: Args, num_episodes: int, seed: int, video: Path | None = None):
-    """Scores of an episode in each of num_episodes environments, with the policy's mode and with random numbers of its
-    own.
-    """
+    """Scores of an episode in each of num_episodes environments: the policy's mode, random numbers of its own."""
     envs = data_tools.make_envs(args.env_id, num_episodes, video)
     with torch.random.fork_rng(["cuda"] if args.device == "cuda" else []):
         torch.manual_seed(seed)

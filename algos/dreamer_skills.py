@@ -25,8 +25,8 @@ DEVIATION n: differences from the authors' release. Why, what was measured, and 
 --published takes the release's side of 2, 3, the actions in 6, the E environments in 7 and the warm-up's length in 8.
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, SkillModel, make_networks, pretrain_loss,
 pretrain, Inputs, sample_gaussian, Agent, train, evaluate
-Shapes: B batch, L rows per window, O observation, F inputs, A action, Z skill, s and h their sizes, d = s + h,
-E environments, S starts, J imagined skills. Actions of dreamer.py's parts (..., A) are here skills u (..., Z).
+Shapes: B batch, L rows per window, O observation, F inputs, e encoded, A action, Z skill, s and h their sizes,
+d = s + h, E environments, S starts, J imagined skills. Actions (..., A) of dreamer.py's parts are here skills (..., Z).
 """
 
 import copy
@@ -226,7 +226,7 @@ class SkillModel(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        u, Z = args.hidden_dim, args.skill_dim
+        u, Z = args.hidden_dim, args.skill_dim  # u: width
         self.squash_actions = args.squash_actions
         self.features = Features(obs_dim, args)
         F = self.features.size
@@ -252,7 +252,7 @@ class SkillModel(nn.Module):
 
     def act(self, obs, z):
         """pi_L as it acts; the environment clips its actions to +-1."""
-        action = self.predict(obs, z)
+        action = self.predict(obs, z)  # (..., A)
         return torch.tanh(action) if self.squash_actions else action  # DEVIATION 6
 
 
@@ -438,8 +438,8 @@ class RSSM(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        deter, stoch, embed = args.deter_dim, args.stoch_dim, args.encoder_dim
-        u, d = args.hidden_dim, stoch + deter
+        deter, stoch, embed = args.deter_dim, args.stoch_dim, args.encoder_dim  # h, s, e
+        u, d = args.hidden_dim, stoch + deter  # u: width
         self.deter_dim, self.stoch_dim = deter, stoch
         inputs = Inputs(obs_dim, args)  # DEVIATION 4
         self.encoder = nn.Sequential(inputs, *mlp(inputs.size, embed, embed, embed))
@@ -465,7 +465,7 @@ class RSSM(nn.Module):
     def prior(self, h):
         """p(s | h), mean and std, 2 x (..., s): what is expected before the observation is seen."""
         mean, raw = self.prior_net(h).chunk(2, -1)
-        return mean, nn.functional.softplus(raw) + 0.1
+        return mean, nn.functional.softplus(raw) + 0.1  # as Dreamer's
 
     def posterior(self, h, embedding):
         """q(s | h, o), mean and std, 2 x (..., s): after the observation, encoded (..., e), is seen."""
@@ -478,12 +478,13 @@ class RSSM(nn.Module):
         Returns h (B, L, h), s (B, L, s) and the posterior that s is drawn from, 2 x (B, L, s).
         """
         embedding = self.encoder(obs)  # (B, L, e)
-        h, s = obs.new_zeros(len(obs), self.deter_dim), obs.new_zeros(len(obs), self.stoch_dim)
+        h = obs.new_zeros(len(obs), self.deter_dim)  # (B, h)
+        s = obs.new_zeros(len(obs), self.stoch_dim)  # (B, s)
         steps = []
         for t in range(obs.shape[1]):
-            h = self.step(h, s, action[:, t])
-            distribution = self.posterior(h, embedding[:, t])
-            s = sample_gaussian(distribution)
+            h = self.step(h, s, action[:, t])  # (B, h)
+            distribution = self.posterior(h, embedding[:, t])  # 2 x (B, s)
+            s = sample_gaussian(distribution)  # (B, s)
             steps.append((h, s, *distribution))
         h, s, mean, std = [torch.stack(values, 1) for values in zip(*steps)]
         return h, s, (mean, std)
@@ -500,7 +501,7 @@ class RSSM(nn.Module):
     def decode(self, feature):
         """Mean and std, in [0.1, 1.5], of the raw observation: (..., d) -> 2 x (..., O)."""
         mean, raw_std = self.decoder(feature).chunk(2, -1)
-        return mean, 0.1 + 0.7 * (torch.tanh(raw_std) + 1)
+        return mean, 0.1 + 0.7 * (torch.tanh(raw_std) + 1)  # SkiMo's library; Dreamer: std 1
 
     def reward(self, feature):
         """The reward for coming here: (..., d) -> (...)."""
@@ -512,7 +513,7 @@ class ActionModel(nn.Module):
 
     def __init__(self, action_dim: int, args: Args):
         super().__init__()
-        u, d = args.hidden_dim, args.stoch_dim + args.deter_dim
+        u, d = args.hidden_dim, args.stoch_dim + args.deter_dim  # u: width
         self.net = mlp(d, u, u, u, u, 2 * action_dim)
         self.raw_std = math.log(math.exp(5) - 1)  # softplus of this is 5
 
@@ -582,7 +583,8 @@ def lambda_return(rewards, values, discount, share: float):
 
     rewards and discount (n, ...), values (n+1, ...); time-first. Returns (n, ...). share is the paper's lambda.
     """
-    result, results = values[-1], []
+    result = values[-1]
+    results = []
     for k in reversed(range(len(rewards))):
         result = (1 - share) * values[k + 1] + share * result
         result = rewards[k] + discount[k] * result
@@ -598,10 +600,10 @@ def imagine(model, actor, h, s, steps: int):
     """
     features, actions = [], []
     for _ in range(steps):
-        feature = torch.cat([s, h], -1).detach()
-        action = torch.tanh(sample_gaussian(actor(feature)))
-        h = model.step(h, s, action)
-        s = sample_gaussian(model.prior(h))
+        feature = torch.cat([s, h], -1).detach()  # (S, d)
+        action = torch.tanh(sample_gaussian(actor(feature)))  # (S, A)
+        h = model.step(h, s, action)  # (S, h)
+        s = sample_gaussian(model.prior(h))  # (S, s)
         features.append(torch.cat([s, h], -1))
         actions.append(action)
     return torch.stack(features), torch.stack(actions)
@@ -615,10 +617,11 @@ def behaviour_loss(model, actor, critic, h, s, args):
     """
     if args.continue_head:  # the last state of a window may be an end, from which nothing starts
         h, s = h[:, :-1], s[:, :-1]
-    h, s = h.flatten(0, 1), s.flatten(0, 1)
+    h = h.flatten(0, 1)  # (B L, h)
+    s = s.flatten(0, 1)  # (B L, s)
     if args.imagine_starts < len(h):  # DEVIATION 5
         chosen = torch.rand(len(h), device=h.device).topk(args.imagine_starts).indices  # (S,)
-        h, s = h[chosen], s[chosen]
+        h, s = h[chosen], s[chosen]  # (S, h), (S, s)
     feature, actions = imagine(model, actor, h, s, args.imagine_steps)  # (J, S, d), (J, S, A)
     rewards = model.reward(feature)  # (J, S)
     values = critic(feature).squeeze(-1)  # (J, S)
@@ -674,7 +677,8 @@ class SequenceBuffer:
 
     def __init__(self, obs_dim: int, action_dim: int, window: int, args: Args):
         E = args.num_envs
-        self.sizes, self.window = [obs_dim, action_dim, 1, 1], window
+        self.sizes = [obs_dim, action_dim, 1, 1]
+        self.window = window  # L
         self.rows = torch.zeros(1024 * E, sum(self.sizes), device=args.device)
         self.starts = torch.zeros(1024 * E, dtype=torch.long, device=args.device)  # first rows of all windows
         self.num_starts = 0
@@ -691,7 +695,8 @@ class SequenceBuffer:
         """One step of the members, NumPy: the obs (E, O) that it led to, action (E, A), rewards, terminations (E,)."""
         E, device = len(self.filled), self.rows.device
         room = E * (int(self.filled.max()) + 1)
-        self.rows, self.starts = with_room(self.rows, room), with_room(self.starts, room)
+        self.rows = with_room(self.rows, room)
+        self.starts = with_room(self.starts, room)
         rows = np.column_stack([obs, action, rewards, terminations])[members]  # (n, O + A + 2)
         index = (E * self.filled + torch.arange(E))[members]  # (n,)
         self.rows[index.to(device)] = torch.tensor(rows, dtype=torch.float32, device=device)
@@ -758,7 +763,7 @@ class Agent(nn.Module):
     def __init__(self, args: Args, networks: nn.ModuleDict):
         super().__init__()
         self.args = args
-        u, Z = args.model_dim, args.skill_dim
+        u, Z = args.model_dim, args.skill_dim  # u: width
         self.skills = networks["skills"].cpu()  # acts next to the simulator
         self.skill_prior = networks["prior"]
         obs_dim = len(self.skill_prior.features.scale)
@@ -852,8 +857,8 @@ def execute_skill(envs, skills, obs, z, args: Args):
 
 
 def rollout(agent: Agent, args: Args, num_episodes: int, seed: int, global_step=None, video: Path | None = None):
-    """Scores of an episode in each of num_episodes environments, without exploration noise and with random numbers of
-    its own. Skills are chosen as after global_step; without it they are those of the warm-up, the prior's.
+    """Scores of an episode in each of num_episodes environments, with explore=False and with random numbers of its
+    own. Skills are chosen as after global_step; without it they are those of the warm-up, the prior's.
     """
     envs = data_tools.make_envs(args.env_id, num_episodes, video)
     with torch.random.fork_rng(["cuda"] if args.device == "cuda" else []):
@@ -1039,7 +1044,7 @@ def load(path: Path, parts: dict, device="cpu") -> dict:
 
 
 def evaluate(args: Args):
-    """Print the scores of a trained agent without exploration noise; needs neither data nor training."""
+    """Print the scores of a trained agent, acting with explore=False; needs neither data nor training."""
     agent = Agent(args, make_networks(args))
     global_step = load(Path(args.evaluate), dict(agent=agent))["global_step"]
     video = Path(args.run_dir) / f"{args.env_id}__{FILE.stem}.mp4" if args.capture_video else None

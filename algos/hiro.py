@@ -155,7 +155,7 @@ class GoalActor(nn.Module):
 
     def __init__(self, obs_dim: int, goal_dim: int, action_dim: int, args: Args):
         super().__init__()
-        u = args.hidden_dim
+        u = args.hidden_dim  # width
         self.inputs = Inputs(obs_dim, args)
         in_dim = self.inputs.size + goal_dim
         self.net = relu_mlp(in_dim, u, u, action_dim)
@@ -171,7 +171,7 @@ class GoalCritics(nn.Module):
 
     def __init__(self, obs_dim: int, goal_dim: int, action_dim: int, args: Args):
         super().__init__()
-        u = args.hidden_dim
+        u = args.hidden_dim  # width
         self.inputs = Inputs(obs_dim, args)
         in_dim = self.inputs.size + goal_dim + action_dim
         self.qf1 = relu_mlp(in_dim, u, u, 1)

@@ -23,8 +23,8 @@ DEVIATION n, as in dreamer.py: 2 windows are any L steps of an episode, each dra
 sines of positions as inputs; 5 imagine_starts; 6 --continue-head; 7 the decoder begins at the mean of what was seen.
 Differs from skimo.py in: Args, TASK_DEFAULTS, CPU_PRESET, kl_divergence, skill_paths, Agent, rollout, train, evaluate,
     parse_args
-Shapes: B batch, L rows per window, O observation, F inputs, A action, Z skill, s and h the sizes of these states,
-d = s + h, E environments, S starts, K steps per skill, N skills per plan, P plans.
+Shapes: B batch, L rows per window, O observation, F inputs, e encoded, A action, Z skill, s and h the sizes of
+these states, d = s + h, E environments, S starts, K steps per skill, N skills per plan, P plans.
 """
 
 import functools
@@ -164,13 +164,13 @@ class Inputs(nn.Module):
 
 
 def sample_gaussian(distribution):
-    """One reparameterised sample of N(mean, std); distribution is (mean, std), each (..., D)."""
+    """One reparameterised sample of N(mean, std); distribution is (mean, std), each (..., n)."""
     mean, std = distribution
     return mean + std * torch.randn_like(mean)
 
 
 def kl_divergence(p, q):
-    """KL(p || q) of Gaussians (mean, std), each (..., D) -> (...) in nats."""
+    """KL(p || q) of Gaussians (mean, std), each (..., n) -> (...) in nats."""
     (mean_p, std_p), (mean_q, std_q) = p, q
     square = std_p**2 + (mean_p - mean_q) ** 2
     return ((std_q / std_p).log() + square / (2 * std_q**2) - 0.5).sum(-1)
@@ -184,8 +184,8 @@ class RSSM(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        deter, stoch, embed = args.deter_dim, args.stoch_dim, args.encoder_dim
-        u, d = args.hidden_dim, stoch + deter
+        deter, stoch, embed = args.deter_dim, args.stoch_dim, args.encoder_dim  # h, s, e
+        u, d = args.hidden_dim, stoch + deter  # u: width
         self.deter_dim, self.stoch_dim = deter, stoch
         inputs = Inputs(obs_dim, args)  # DEVIATION 4
         self.encoder = nn.Sequential(inputs, *mlp(inputs.size, embed, embed, embed))
@@ -211,7 +211,7 @@ class RSSM(nn.Module):
     def prior(self, h):
         """p(s | h), mean and std, 2 x (..., s): what is expected before the observation is seen."""
         mean, raw = self.prior_net(h).chunk(2, -1)
-        return mean, nn.functional.softplus(raw) + 0.1
+        return mean, nn.functional.softplus(raw) + 0.1  # as Dreamer's
 
     def posterior(self, h, embedding):
         """q(s | h, o), mean and std, 2 x (..., s): after the observation, encoded (..., e), is seen."""
@@ -224,12 +224,13 @@ class RSSM(nn.Module):
         Returns h (B, L, h), s (B, L, s) and the posterior that s is drawn from, 2 x (B, L, s).
         """
         embedding = self.encoder(obs)  # (B, L, e)
-        h, s = obs.new_zeros(len(obs), self.deter_dim), obs.new_zeros(len(obs), self.stoch_dim)
+        h = obs.new_zeros(len(obs), self.deter_dim)  # (B, h)
+        s = obs.new_zeros(len(obs), self.stoch_dim)  # (B, s)
         steps = []
         for t in range(obs.shape[1]):
-            h = self.step(h, s, action[:, t])
-            distribution = self.posterior(h, embedding[:, t])
-            s = sample_gaussian(distribution)
+            h = self.step(h, s, action[:, t])  # (B, h)
+            distribution = self.posterior(h, embedding[:, t])  # 2 x (B, s)
+            s = sample_gaussian(distribution)  # (B, s)
             steps.append((h, s, *distribution))
         h, s, mean, std = [torch.stack(values, 1) for values in zip(*steps)]
         return h, s, (mean, std)
@@ -246,7 +247,7 @@ class RSSM(nn.Module):
     def decode(self, feature):
         """Mean and std, in [0.1, 1.5], of the raw observation: (..., d) -> 2 x (..., O)."""
         mean, raw_std = self.decoder(feature).chunk(2, -1)
-        return mean, 0.1 + 0.7 * (torch.tanh(raw_std) + 1)
+        return mean, 0.1 + 0.7 * (torch.tanh(raw_std) + 1)  # SkiMo's library; Dreamer: std 1
 
     def reward(self, feature):
         """The reward for coming here: (..., d) -> (...)."""
@@ -258,7 +259,7 @@ class SkillActor(nn.Module):
 
     def __init__(self, action_dim: int, args: Args):
         super().__init__()
-        u, d = args.hidden_dim, args.stoch_dim + args.deter_dim
+        u, d = args.hidden_dim, args.stoch_dim + args.deter_dim  # u: width
         self.net = mlp(d + args.skill_dim, u, u, u, u, 2 * action_dim)
         self.raw_std = math.log(math.exp(5) - 1)  # softplus of this is 5
 
@@ -274,7 +275,7 @@ class SkillPredictor(nn.Module):
 
     def __init__(self, args: Args):
         super().__init__()
-        u, d = args.hidden_dim, args.stoch_dim + args.deter_dim
+        u, d = args.hidden_dim, args.stoch_dim + args.deter_dim  # u: width
         self.net = mlp(2 * d, u, u, 2 * args.skill_dim)
 
     def forward(self, start, feature):
@@ -325,7 +326,8 @@ def lambda_return(rewards, values, discount, share: float):
 
     rewards and discount (n, ...), values (n+1, ...); time-first. Returns (n, ...). share is the paper's lambda.
     """
-    result, results = values[-1], []
+    result = values[-1]
+    results = []
     for k in reversed(range(len(rewards))):
         result = (1 - share) * values[k + 1] + share * result
         result = rewards[k] + discount[k] * result
@@ -339,18 +341,20 @@ def imagine_skill(model, actor, h, s, z, steps: int):
     Returns features (K+1, S, d), the first of the start, and actions (K, S, A), time-first.
     Gradients reach the actor through all states, but not through what it looks at.
     """
-    features, actions = [torch.cat([s, h], -1)], []
+    features = [torch.cat([s, h], -1)]  # (S, d)
+    actions = []
     for _ in range(steps):
-        action = torch.tanh(sample_gaussian(actor(features[-1].detach(), z)))
-        h = model.step(h, s, action)
-        s = sample_gaussian(model.prior(h))
+        action = torch.tanh(sample_gaussian(actor(features[-1].detach(), z)))  # (S, A)
+        h = model.step(h, s, action)  # (S, h)
+        s = sample_gaussian(model.prior(h))  # (S, s)
         features.append(torch.cat([s, h], -1))
         actions.append(action)
     return torch.stack(features), torch.stack(actions)
 
 
 def skill_information(predictor, start, feature, z):
-    """log q(z | f_0, f_t) - log N(z; 0, I) in nats: its mean is a lower bound on what states tell about the skill.
+    """log q(z | f_0, f_t) - log N(z; 0, I) in nats: its mean is a lower bound on what states tell about the skill, that
+    of LSP's objective: I(z; states | start) >= E log q + H(z). Numbers of LSP's equations could not be checked.
 
     start (S, d), feature (K, S, d), z (S, Z). Returns (K, S).
     """
@@ -368,13 +372,14 @@ def skill_loss(model, actor, critic, predictor, h, s, args):
     """
     if args.continue_head:  # the last state of a window may be an end, from which nothing starts
         h, s = h[:, :-1], s[:, :-1]
-    h, s = h.flatten(0, 1), s.flatten(0, 1)
+    h = h.flatten(0, 1)  # (B L, h)
+    s = s.flatten(0, 1)  # (B L, s)
     if args.imagine_starts < len(h):  # DEVIATION 5
         chosen = torch.rand(len(h), device=h.device).topk(args.imagine_starts).indices  # (S,)
-        h, s = h[chosen], s[chosen]
+        h, s = h[chosen], s[chosen]  # (S, h), (S, s)
     z = torch.randn(len(h), args.skill_dim, device=h.device)  # (S, Z), one for the whole imagination (choice vi)
     features, actions = imagine_skill(model, actor, h, s, z, args.skill_horizon)  # (K+1, S, d), (K, S, A)
-    start, feature = features[0], features[1:]
+    start, feature = features[0], features[1:]  # (S, d), (K, S, d)
     rewards = model.reward(feature)  # (K, S)
     values = critic(feature).squeeze(-1)  # (K, S), choice iii
     discount = torch.full_like(rewards, args.gamma)
@@ -418,19 +423,22 @@ def plan_skills(model, actor, critic, h, s, mean, noise_scale: float, args):
     h (E, h), s (E, s); mean (E, N, Z): zeros or the last plan, moved on by one skill; noise_scale is 1 to explore,
     0 to evaluate. Returns the first skill (E, Z) and the fitted mean (E, N, Z).
     """
-    (E, N, Z), P, K = mean.shape, args.num_samples, args.skill_horizon
+    E, N, Z = mean.shape
+    P, K = args.num_samples, args.skill_horizon
     std = torch.ones_like(mean)
-    h0, s0 = h[:, None].expand(-1, P, -1), s[:, None].expand(-1, P, -1)  # (E, P, h), (E, P, s)
+    h0 = h[:, None].expand(-1, P, -1)  # (E, P, h)
+    s0 = s[:, None].expand(-1, P, -1)  # (E, P, s)
     for _ in range(args.cem_iters):
         noise = torch.randn(E, P, N, Z, device=h.device)
         plans = (mean[:, None] + std[:, None] * noise).clamp(-3, 3)  # (E, P, N, Z), choice v
 
         # Return of each plan: the rewards of N K steps. The last state's critic holds its reward and all that follows
-        h, s, value, discount = h0, s0, 0.0, 1.0
+        h, s = h0, s0
+        value, discount = 0.0, 1.0
         for t in range(N * K):
-            mode, _ = actor(torch.cat([s, h], -1), plans[:, :, t // K])
-            h = model.step(h, s, torch.tanh(mode))
-            s, _ = model.prior(h)
+            mode, _ = actor(torch.cat([s, h], -1), plans[:, :, t // K])  # (E, P, A)
+            h = model.step(h, s, torch.tanh(mode))  # (E, P, h)
+            s, _ = model.prior(h)  # (E, P, s)
             feature = torch.cat([s, h], -1)  # (E, P, d)
             if t == N * K - 1:
                 break
@@ -444,10 +452,10 @@ def plan_skills(model, actor, critic, h, s, mean, noise_scale: float, args):
         # Fit the next distribution to the best plans
         best = value.topk(args.num_elites, 1).indices  # (E, elites)
         elites = plans.gather(1, best[..., None, None].expand(-1, -1, N, Z))  # (E, elites, N, Z)
-        mean = elites.mean(1)
-        std = elites.std(1, correction=0)
-    z = mean[:, 0]
-    return z + noise_scale * 0.1 * torch.randn_like(z), mean  # noise of std 0.1
+        mean = elites.mean(1)  # (E, N, Z)
+        std = elites.std(1, correction=0)  # (E, N, Z)
+    z = mean[:, 0]  # (E, Z)
+    return z + noise_scale * 0.1 * torch.randn_like(z), mean  # std 0.1: recalled, as the sizes of CEM
 
 
 def with_room(x, rows: int):
@@ -464,7 +472,8 @@ class SequenceBuffer:
 
     def __init__(self, obs_dim: int, action_dim: int, window: int, args: Args):
         E = args.num_envs
-        self.sizes, self.window = [obs_dim, action_dim, 1, 1], window
+        self.sizes = [obs_dim, action_dim, 1, 1]
+        self.window = window  # L
         self.rows = torch.zeros(1024 * E, sum(self.sizes), device=args.device)
         self.starts = torch.zeros(1024 * E, dtype=torch.long, device=args.device)  # first rows of all windows
         self.num_starts = 0
@@ -481,7 +490,8 @@ class SequenceBuffer:
         """One step of the members, NumPy: the obs (E, O) that it led to, action (E, A), rewards, terminations (E,)."""
         E, device = len(self.filled), self.rows.device
         room = E * (int(self.filled.max()) + 1)
-        self.rows, self.starts = with_room(self.rows, room), with_room(self.starts, room)
+        self.rows = with_room(self.rows, room)
+        self.starts = with_room(self.starts, room)
         rows = np.column_stack([obs, action, rewards, terminations])[members]  # (n, O + A + 2)
         index = (E * self.filled + torch.arange(E))[members]  # (n,)
         self.rows[index.to(device)] = torch.tensor(rows, dtype=torch.float32, device=device)
@@ -548,7 +558,7 @@ class Agent(nn.Module):
     def __init__(self, args: Args, obs_dim: int, action_dim: int):
         super().__init__()
         self.args = args
-        u = args.hidden_dim
+        u = args.hidden_dim  # width
         self.model = RSSM(obs_dim, action_dim, args)
         self.actor = SkillActor(action_dim, args)
         self.critic = mlp(args.stoch_dim + args.deter_dim, u, u, u, 1)
@@ -574,13 +584,14 @@ class Agent(nn.Module):
     def act(self, obs, memory, explore: bool):
         """A noisy sample of the policy or its mode: obs (E, O) -> actions (E, A), both NumPy, and the next memory."""
         h, s, action, z, plan, age = memory
-        embedding = self.model.encoder(torch.from_numpy(obs).to(self.args.device))
+        embedding = self.model.encoder(torch.from_numpy(obs).to(self.args.device))  # (E, e)
         h = self.model.step(h, s, action)
         s = sample_gaussian(self.model.posterior(h, embedding))
         due = age == 0  # (E, 1): the last skill is over
         if due.any():
             new_z, new_plan = self.choose_skills(h, s, plan, explore)  # for all: shapes stay the same
-            z, plan = torch.where(due, new_z, z), torch.where(due, new_plan, plan)
+            z = torch.where(due, new_z, z)  # (E, Z)
+            plan = torch.where(due, new_plan, plan)  # (E, N * Z)
         age = (age + 1) % self.args.skill_horizon
         mean, std = self.actor(torch.cat([s, h], -1), z)
         action = torch.tanh(mean)
@@ -639,9 +650,7 @@ class Agent(nn.Module):
 
 
 def rollout(agent: Agent, args: Args, num_episodes: int, seed: int, video: Path | None = None):
-    """Scores of an episode in each of num_episodes environments, with the policy's mode and with random numbers of its
-    own.
-    """
+    """Scores of an episode in each of num_episodes environments: the policy's mode, random numbers of its own."""
     envs = data_tools.make_envs(args.env_id, num_episodes, video)
     with torch.random.fork_rng(["cuda"] if args.device == "cuda" else []):
         torch.manual_seed(seed)

@@ -137,7 +137,7 @@ class OptionModel(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        u = args.hidden_dim
+        u = args.hidden_dim  # width
         self.inputs = Inputs(obs_dim, args)
         first = [nn.Linear(self.inputs.size, u), nn.Tanh()]
         self.net = nn.Sequential(*first, nn.Linear(u, u), nn.Tanh())

@@ -282,7 +282,7 @@ def prepare(networks, data, args: Args):
     for level in networks.keys() - {"demonstrations"}:
         network = networks[level].net
         network.mean.copy_(observations.mean(0))
-        network.std.copy_(observations.std(0).clamp(min=0.02))
+        network.std.copy_(observations.std(0).clamp(min=0.02))  # what hardly moves: ours (DEVIATION 4)
     pairs = relabel(data, args.demo_rows, args)["low"]
     for kept, drawn in zip(networks["demonstrations"].buffers(), pairs):  # obs, goal, action
         kept.copy_(drawn)
@@ -376,7 +376,7 @@ def ppo_loss(low, value, obs, z, action, log_prob, advantages, returns, demo, de
     change = log_probability(low(obs, z), action) - log_prob  # (B,)
     ratio = change.exp()
     clipped = ratio.clamp(0.8, 1.2)
-    advantages = (advantages - advantages.mean()) / (advantages.std() + 0.01)
+    advantages = (advantages - advantages.mean()) / (advantages.std() + 0.01)  # DEVIATION 4: noise stays little
     policy_loss = -torch.min(ratio * advantages, clipped * advantages).mean()
 
     # The value is what to expect; the advantages are what exceeded it.
@@ -405,7 +405,7 @@ def advantages_and_returns(rewards, values, next_values, bootstrap, goes_on, arg
     following = torch.zeros_like(rewards[0])  # (E,)
     errors = rewards + args.gamma * bootstrap * next_values - values  # (T, E)
     for t in reversed(range(len(rewards))):
-        following = errors[t] + args.gamma * 0.95 * goes_on[t] * following
+        following = errors[t] + args.gamma * 0.95 * goes_on[t] * following  # GAE's lambda, ours (DEVIATION 4)
         advantages[t] = following
     return advantages, advantages + values
 
@@ -751,7 +751,7 @@ def load(path: Path, parts: dict, device="cpu") -> dict:
 
 
 def evaluate(args: Args):
-    """Print the scores of a trained agent without exploration noise; needs neither data nor training."""
+    """Print the scores of a trained agent, acting with explore=False; needs neither data nor training."""
     agent = Agent(args, make_networks(args))
     global_step = load(Path(args.evaluate), dict(agent=agent))["global_step"]
     video = Path(args.run_dir) / f"{args.env_id}__{FILE.stem}.mp4" if args.capture_video else None

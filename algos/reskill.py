@@ -90,7 +90,7 @@ class Args:
 
     # Model
     skill_horizon: int = 10  # H: env steps per skill
-    skill_dim: int = 10  # Z: size of a skill
+    skill_dim: int = 10  # Z: size of a skill (DEVIATION 4; release: 4)
     hidden_dim: int = 128  # width of skill encoder, skill policy and prior
     position_features: bool = True  # sines and cosines of positions as inputs, maze scaled (release: raw)
     squash_actions: bool = False  # tanh on actions, although pi_L is trained without one, as in the release
@@ -223,7 +223,7 @@ class SkillModel(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        u, Z = args.hidden_dim, args.skill_dim
+        u, Z = args.hidden_dim, args.skill_dim  # u: width
         self.squash_actions = args.squash_actions
         self.features = Features(obs_dim, args)
         F = self.features.size
@@ -249,7 +249,7 @@ class SkillModel(nn.Module):
 
     def act(self, obs, z):
         """pi_L as it acts; the environment clips its actions to +-1."""
-        action = self.predict(obs, z)
+        action = self.predict(obs, z)  # (..., A)
         return torch.tanh(action) if self.squash_actions else action  # DEVIATION 6
 
 
@@ -437,7 +437,7 @@ class FlowPrior(nn.Module):
     def coupling(self, k: int, z, features):
         """Log scale and shift (..., Z) of the half that coupling k changes, from the half that it keeps."""
         kept = self.kept[k]
-        S, T = self.nets[k](torch.cat([kept * z, features], -1)).chunk(2, -1)
+        S, T = self.nets[k](torch.cat([kept * z, features], -1)).chunk(2, -1)  # 2 x (..., Z)
         return (1 - kept) * torch.tanh(S), (1 - kept) * T
 
     def forward(self, z, obs):
@@ -603,11 +603,11 @@ def ppo_loss(learner, x, actions, log_probs, advantages, returns, weights, args)
     """
     share = weights / weights.sum().clamp(min=1)  # (B,)
     log_ratio = log_density(actions, learner(x)) - log_probs  # (B,)
-    ratio = log_ratio.exp()
+    ratio = log_ratio.exp()  # (B,)
 
     # Make likelier what was better than expected, but gain nothing far from the policy that acted (PPO eq. 7).
     clipped = ratio.clamp(1 - args.clip_ratio, 1 + args.clip_ratio)
-    gain = torch.min(ratio * advantages, clipped * advantages)
+    gain = torch.min(ratio * advantages, clipped * advantages)  # (B,)
     policy_loss = -(share * gain).sum()
 
     # The value is what is expected in a state.
@@ -647,11 +647,11 @@ class RolloutBuffer:
 
         # Skills. f is a bijection: g is what the policy drew. Beyond a time-out the task goes on, so its value counts
         first = obs[:, 0]  # (T E, O)
-        g, _ = agent.flow(z, first)
-        values = agent.high.value(first)
-        next_values = agent.high.value(next_obs) * (1 - terminations)
+        g, _ = agent.flow(z, first)  # (T E, Z)
+        values = agent.high.value(first)  # (T E,)
+        next_values = agent.high.value(next_obs) * (1 - terminations)  # (T E,)
         rows = first, g, rewards.sum(1), values, next_values, ended, torch.ones_like(ended)
-        rows = [column.unflatten(0, (T, E)) for column in rows]
+        rows = [column.unflatten(0, (T, E)) for column in rows]  # (T, E, ...), time-first
         self.high = self.table(agent.high, *rows, self.args.gamma)
 
         # Env steps. A path is cut where its episode or the roll-out ends
@@ -659,19 +659,19 @@ class RolloutBuffer:
             """(T E, H, ...) -> (T H, E, ...), time-first."""
             return column.unflatten(0, (T, E)).transpose(1, 2).flatten(0, 1)
 
-        z_steps = z[:, None].expand(-1, H, -1)
+        z_steps = z[:, None].expand(-1, H, -1)  # (T E, H, Z)
         x = torch.cat([obs, z_steps, actions], -1)  # (T E, H, O + Z + A)
         # What follows the last row is not known yet: the value of going on with its skill stands for it
-        next_action = agent.skill_model.act(next_obs, z)
+        next_action = agent.skill_model.act(next_obs, z)  # (T E, A)
         last = torch.cat([next_obs, z, next_action], -1)  # (T E, O + Z + A)
-        last_values = agent.residual.value(last) * (1 - terminations)
+        last_values = agent.residual.value(last) * (1 - terminations)  # (T E,)
         step = torch.arange(H, device=obs.device)
         final = torch.arange(T * E, device=obs.device) >= (T - 1) * E
         stops = ended.bool() | final  # (T E,)
         cut = (step == steps[:, None] - 1) & stops[:, None]  # (T E, H)
         values = paths(agent.residual.value(x))  # (T H, E)
-        behind = paths(last_values[:, None].expand(-1, H))
-        next_values = torch.where(paths(cut), behind, values.roll(-1, 0))
+        behind = paths(last_values[:, None].expand(-1, H))  # (T H, E)
+        next_values = torch.where(paths(cut), behind, values.roll(-1, 0))  # (T H, E)
         taken = step < steps[:, None]  # (T E, H)
         rows = [paths(x), paths(residuals), paths(rewards), values, next_values]
         rows += [paths(cut.float()), paths(taken.float())]
@@ -685,8 +685,8 @@ class RolloutBuffer:
     def table(self, learner, x, actions, rewards, values, next_values, cut, weights, discount: float):
         """Rows of paths (T, E, ...): inputs, actions, log-probabilities, advantages, returns, weights."""
         path = self.args.reward_scale * rewards, values, next_values, cut, discount
-        advantages = gae(*path, self.args.gae_lambda)
-        returns = values + gae(*path, 1.0)
+        advantages = gae(*path, self.args.gae_lambda)  # (T, E)
+        returns = values + gae(*path, 1.0)  # (T, E)
         share = weights / weights.sum()
         centred = advantages - (share * advantages).sum()
         variance = (share * centred.square()).sum()
@@ -844,9 +844,9 @@ def collect_skill(envs, actor: SkilledActor, obs, z, args: Args) -> dict:
     steps_before = envs.steps.copy()
     rows = []
     for _ in range(args.skill_horizon):
-        action, distribution = actor.propose(torch.from_numpy(obs), z)
+        action, distribution = actor.propose(torch.from_numpy(obs), z)  # (E, A), 2 x (E, A)
         residual = draw(distribution)  # (E, A)
-        command = action + actor.weight * residual
+        command = action + actor.weight * residual  # (E, A)
         next_obs, reward, terminations, truncations, _ = envs.step(command.numpy())
         rows.append((obs, action.numpy(), residual.numpy(), reward))  # which is 0 after the end
         obs = next_obs
@@ -874,8 +874,8 @@ def execute_skill(envs, skills, obs, z, args: Args):
 
 
 def rollout(agent: Agent, args: Args, num_episodes: int, seed: int, global_step=None, video: Path | None = None):
-    """Scores of an episode in each of num_episodes environments, without exploration noise and with random numbers of
-    its own. Skills are chosen as after global_step; without it they are those of the warm-up, the prior's.
+    """Scores of an episode in each of num_episodes environments, with explore=False and with random numbers of its
+    own. Skills are chosen as after global_step; without it they are those of the warm-up, the prior's.
     """
     envs = data_tools.make_envs(args.env_id, num_episodes, video)
     with torch.random.fork_rng(["cuda"] if args.device == "cuda" else []):
@@ -970,7 +970,7 @@ def train(args: Args) -> dict:
             # the device
             if rb.filled == rb.size:
                 rb.prepare(agent)
-                bounds = dict(high=0.45, residual=1.35)
+                bounds = dict(high=0.45, residual=1.35)  # as in the release: 1.5 times .3 and .9
                 if agent.skills.weight < 0.01:  # DEVIATION 9
                     del bounds["residual"]
                 for _ in range(args.updates_per_rollout):
@@ -1054,7 +1054,7 @@ def load(path: Path, parts: dict, device="cpu") -> dict:
 
 
 def evaluate(args: Args):
-    """Print the scores of a trained agent without exploration noise; needs neither data nor training."""
+    """Print the scores of a trained agent, acting with explore=False; needs neither data nor training."""
     agent = Agent(args, make_networks(args))
     global_step = load(Path(args.evaluate), dict(agent=agent))["global_step"]
     video = Path(args.run_dir) / f"{args.env_id}__{FILE.stem}.mp4" if args.capture_video else None

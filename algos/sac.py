@@ -129,7 +129,7 @@ class Actor(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        u = args.hidden_dim
+        u = args.hidden_dim  # width
         self.inputs = Inputs(obs_dim, args)
         self.net = relu_mlp(self.inputs.size, u, u, 2 * action_dim)
 
@@ -155,7 +155,7 @@ class TwinQ(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        u = args.hidden_dim
+        u = args.hidden_dim  # width
         self.inputs = Inputs(obs_dim, args)
         in_dim = self.inputs.size + action_dim
         self.qf1 = relu_mlp(in_dim, u, u, 1)

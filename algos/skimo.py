@@ -234,7 +234,7 @@ class WorldModel(nn.Module):
 
     def __init__(self, obs_dim: int, args: Args):
         super().__init__()
-        u, d, dz = args.hidden_dim, args.latent_dim, args.latent_dim + args.skill_dim
+        u, d, dz = args.hidden_dim, args.latent_dim, args.latent_dim + args.skill_dim  # u: width
         self.encoder = StateEncoder(obs_dim, args)
         self.dynamics = mlp(dz, u, u, u, u, d)
         self.reward_model = scalar_head(dz, u)
@@ -266,7 +266,7 @@ class SkillModel(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        u, d, Z = args.hidden_dim, args.latent_dim, args.skill_dim
+        u, d, Z = args.hidden_dim, args.latent_dim, args.skill_dim  # u: width
         self.encoder = StateEncoder(obs_dim, args)
         self.skill_policy = mlp(d + Z, u, u, u, u, 2 * action_dim)
         self.lstm = None
@@ -525,7 +525,7 @@ def plan(model, task_policy, obs, min_std, noise_std, K, args):
     policy_plans = []
     for _ in range(K):
         policy_plans.append(sample_skill(gaussian_parameters(task_policy(h))))  # (E, trajs, Z)
-        h = model.next(h, policy_plans[-1])
+        h = model.next(h, policy_plans[-1])  # (E, trajs, d)
     policy_plans = torch.stack(policy_plans, 2).nan_to_num(0.0)  # (E, trajs, K, Z); NaN: a state overflowed
     mean = policy_plans.mean(1)  # (E, K, Z)
     std = policy_plans.std(1).maximum(min_std)  # (E, K, Z)
@@ -541,20 +541,20 @@ def plan(model, task_policy, obs, min_std, noise_std, K, args):
         value = 0.0
         for t in range(K):
             value = value + args.gamma**t * model.reward(h, plans[:, :, t])  # (E, P)
-            h = model.next(h, plans[:, :, t])
-        last_z = sample_skill(gaussian_parameters(task_policy(h)))
+            h = model.next(h, plans[:, :, t])  # (E, P, d)
+        last_z = sample_skill(gaussian_parameters(task_policy(h)))  # (E, P, Z)
         last_q = torch.min(*model.q(h, last_z))  # (E, P)
-        value = (value + args.gamma**K * last_q).nan_to_num(-1e6)  # NaN: a state overflowed
+        value = (value + args.gamma**K * last_q).nan_to_num(-1e6)  # (E, P), NaN: a state overflowed
 
         # Fit the next distribution to the best plans, weighted by their value
         elite_value, index = value.topk(args.num_elites, 1)  # (E, elites)
         elites = plans.gather(1, index[..., None, None].expand(-1, -1, K, Z))  # (E, elites, K, Z)
         weight = torch.softmax(args.temperature * elite_value, 1)  # (E, elites)
-        w = weight[..., None, None]
+        w = weight[..., None, None]  # (E, elites, 1, 1)
         elite_mean = (w * elites).sum(1)  # (E, K, Z)
         variance = (w * (elites - elite_mean[:, None]).square()).sum(1)  # (E, K, Z)
-        std = variance.sqrt().maximum(min_std)
-        mean = 0.1 * mean + 0.9 * elite_mean
+        std = variance.sqrt().maximum(min_std)  # (E, K, Z)
+        mean = 0.1 * mean + 0.9 * elite_mean  # (E, K, Z)
 
     # First skill of an elite: weight / Exp(1) is largest at elite i with probability weight_i. So this draws like
     # torch.multinomial, without its wait for the GPU.
@@ -735,8 +735,8 @@ def execute_skill(envs, skills, obs, z, args: Args):
 
 
 def rollout(agent: Agent, args: Args, num_episodes: int, seed: int, global_step=None, video: Path | None = None):
-    """Scores of an episode in each of num_episodes environments, without exploration noise and with random numbers of
-    its own. Skills are chosen as after global_step; without it they are those of the warm-up, the prior's.
+    """Scores of an episode in each of num_episodes environments, with explore=False and with random numbers of its
+    own. Skills are chosen as after global_step; without it they are those of the warm-up, the prior's.
     """
     envs = data_tools.make_envs(args.env_id, num_episodes, video)
     with torch.random.fork_rng(["cuda"] if args.device == "cuda" else []):
@@ -915,7 +915,7 @@ def load(path: Path, parts: dict, device="cpu") -> dict:
 
 
 def evaluate(args: Args):
-    """Print the scores of a trained agent without exploration noise; needs neither data nor training."""
+    """Print the scores of a trained agent, acting with explore=False; needs neither data nor training."""
     agent = Agent(args, make_networks(args))
     global_step = load(Path(args.evaluate), dict(agent=agent))["global_step"]
     video = Path(args.run_dir) / f"{args.env_id}__{FILE.stem}.mp4" if args.capture_video else None

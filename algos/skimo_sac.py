@@ -218,7 +218,7 @@ class WorldModel(nn.Module):
 
     def __init__(self, obs_dim: int, args: Args):
         super().__init__()
-        u, d, dz = args.hidden_dim, args.latent_dim, args.latent_dim + args.skill_dim
+        u, d, dz = args.hidden_dim, args.latent_dim, args.latent_dim + args.skill_dim  # u: width
         self.encoder = StateEncoder(obs_dim, args)
         self.dynamics = mlp(dz, u, u, u, u, d)
         self.reward_model = scalar_head(dz, u)
@@ -250,7 +250,7 @@ class SkillModel(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        u, d, Z = args.hidden_dim, args.latent_dim, args.skill_dim
+        u, d, Z = args.hidden_dim, args.latent_dim, args.skill_dim  # u: width
         self.encoder = StateEncoder(obs_dim, args)
         self.skill_policy = mlp(d + Z, u, u, u, u, 2 * action_dim)
         self.lstm = None
@@ -655,8 +655,8 @@ def execute_skill(envs, skills, obs, z, args: Args):
 
 
 def rollout(agent: Agent, args: Args, num_episodes: int, seed: int, global_step=None, video: Path | None = None):
-    """Scores of an episode in each of num_episodes environments, without exploration noise and with random numbers of
-    its own. Skills are chosen as after global_step; without it they are those of the warm-up, the prior's.
+    """Scores of an episode in each of num_episodes environments, with explore=False and with random numbers of its
+    own. Skills are chosen as after global_step; without it they are those of the warm-up, the prior's.
     """
     envs = data_tools.make_envs(args.env_id, num_episodes, video)
     with torch.random.fork_rng(["cuda"] if args.device == "cuda" else []):
@@ -835,7 +835,7 @@ def load(path: Path, parts: dict, device="cpu") -> dict:
 
 
 def evaluate(args: Args):
-    """Print the scores of a trained agent without exploration noise; needs neither data nor training."""
+    """Print the scores of a trained agent, acting with explore=False; needs neither data nor training."""
     agent = Agent(args, make_networks(args))
     global_step = load(Path(args.evaluate), dict(agent=agent))["global_step"]
     video = Path(args.run_dir) / f"{args.env_id}__{FILE.stem}.mp4" if args.capture_video else None

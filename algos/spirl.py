@@ -213,7 +213,7 @@ class SkillModel(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        u, Z = args.hidden_dim, args.skill_dim
+        u, Z = args.hidden_dim, args.skill_dim  # u: width
         self.squash_actions = args.squash_actions
         self.features = Features(obs_dim, args)
         F = self.features.size
@@ -239,7 +239,7 @@ class SkillModel(nn.Module):
 
     def act(self, obs, z):
         """pi_L as it acts; the environment clips its actions to +-1."""
-        action = self.predict(obs, z)
+        action = self.predict(obs, z)  # (..., A)
         return torch.tanh(action) if self.squash_actions else action  # DEVIATION 6
 
 
@@ -521,7 +521,7 @@ class Agent(nn.Module):
         self.skills = networks["skills"].cpu()  # acts next to the simulator
         self.skill_prior = networks["prior"]
         self.task_policy = copy.deepcopy(self.skill_prior)
-        obs_dim = len(self.skill_prior.features.scale)
+        obs_dim = len(self.skill_prior.features.scale)  # DEVIATION 5: in the kitchens without the goal
         self.critics = Critics(obs_dim, args).to(args.device)
         self.target = copy.deepcopy(self.critics)
         self.eval()  # BatchNorm keeps the statistics of pre-training, as the policy starts from them
@@ -538,7 +538,7 @@ class Agent(nn.Module):
     def choose_skills(self, obs, global_step: int | None, explore: bool):
         """obs (E, O), NumPy -> z (E, Z) on the CPU: samples of the task policy, in the evaluations of RL its mode."""
         pi = self.task_policy(torch.from_numpy(obs).to(self.args.device))  # 2 x (E, Z)
-        x = draw(pi) if global_step is None or explore else pi[0]  # DEVIATION 8
+        x = draw(pi) if explore else pi[0]  # DEVIATION 8
         return squash(x).cpu()
 
     def update(self, obs, z, rewards, dones, next_obs) -> dict:
@@ -594,8 +594,8 @@ def execute_skill(envs, skills, obs, z, args: Args):
 
 
 def rollout(agent: Agent, args: Args, num_episodes: int, seed: int, global_step=None, video: Path | None = None):
-    """Scores of an episode in each of num_episodes environments, without exploration noise and with random numbers of
-    its own. Skills are chosen as after global_step; without it they are those of the warm-up, the prior's.
+    """Scores of an episode in each of num_episodes environments, with explore=False and with random numbers of its
+    own. Skills are chosen as after global_step; without it they are those of the warm-up, the prior's.
     """
     envs = data_tools.make_envs(args.env_id, num_episodes, video)
     with torch.random.fork_rng(["cuda"] if args.device == "cuda" else []):
@@ -764,7 +764,7 @@ def load(path: Path, parts: dict, device="cpu") -> dict:
 
 
 def evaluate(args: Args):
-    """Print the scores of a trained agent without exploration noise; needs neither data nor training."""
+    """Print the scores of a trained agent, acting with explore=False; needs neither data nor training."""
     agent = Agent(args, make_networks(args))
     global_step = load(Path(args.evaluate), dict(agent=agent))["global_step"]
     video = Path(args.run_dir) / f"{args.env_id}__{FILE.stem}.mp4" if args.capture_video else None

@@ -165,7 +165,7 @@ class WorldModel(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        u, d, da = args.hidden_dim, args.latent_dim, args.latent_dim + action_dim
+        u, d, da = args.hidden_dim, args.latent_dim, args.latent_dim + action_dim  # u: width
         inputs = Inputs(obs_dim, args)  # DEVIATION 5
         self.encoder = nn.Sequential(inputs, *mlp(inputs.size, args.encoder_dim, d))
         self.dynamics = mlp(da, u, u, d)
@@ -264,7 +264,7 @@ def plan(model, policy, obs, mean, min_std, noise_scale, args):
     policy_plans = []
     for _ in range(K):
         policy_plans.append(sample_action(policy, h, args))  # (E, trajs, A)
-        h = model.next(h, policy_plans[-1])
+        h = model.next(h, policy_plans[-1])  # (E, trajs, d)
     policy_plans = torch.stack(policy_plans, 2).nan_to_num(0.0)  # (E, trajs, K, A); NaN: a state overflowed
 
     std = torch.full_like(mean, 2.0)
@@ -279,19 +279,19 @@ def plan(model, policy, obs, mean, min_std, noise_scale, args):
         value = 0.0
         for t in range(K):
             value = value + args.gamma**t * model.reward(h, plans[:, :, t])  # (E, P)
-            h = model.next(h, plans[:, :, t])
+            h = model.next(h, plans[:, :, t])  # (E, P, d)
         last_q = torch.min(*model.q(h, sample_action(policy, h, args)))  # (E, P)
-        value = (value + args.gamma**K * last_q).nan_to_num(-1e6)  # DEVIATION 6. NaN: a state overflowed
+        value = (value + args.gamma**K * last_q).nan_to_num(-1e6)  # (E, P), DEVIATION 6. NaN: a state overflowed
 
         # Fit the next distribution to the best plans, weighted by their value
         elite_value, index = value.topk(args.num_elites, 1)  # (E, elites)
         elites = plans.gather(1, index[..., None, None].expand(-1, -1, K, A))  # (E, elites, K, A)
         weight = torch.softmax(args.temperature * elite_value, 1)  # (E, elites)
-        w = weight[..., None, None]
+        w = weight[..., None, None]  # (E, elites, 1, 1)
         elite_mean = (w * elites).sum(1)  # (E, K, A)
         variance = (w * (elites - elite_mean[:, None]).square()).sum(1)  # (E, K, A)
-        std = variance.sqrt().maximum(min_std)
-        mean = 0.1 * mean + 0.9 * elite_mean
+        std = variance.sqrt().maximum(min_std)  # (E, K, A)
+        mean = 0.1 * mean + 0.9 * elite_mean  # (E, K, A)
 
     # First action of an elite: weight / Exp(1) is largest at elite i with probability weight_i. So this draws like
     # torch.multinomial, without its wait for the GPU.
@@ -315,7 +315,8 @@ class SequenceBuffer:
 
     def __init__(self, obs_dim: int, action_dim: int, window: int, args: Args):
         E = args.num_envs
-        self.sizes, self.window = [obs_dim, action_dim, 1, 1], window
+        self.sizes = [obs_dim, action_dim, 1, 1]
+        self.window = window  # L
         self.rows = torch.zeros(1024 * E, sum(self.sizes), device=args.device)
         self.starts = torch.zeros(1024 * E, dtype=torch.long, device=args.device)  # first rows of all windows
         self.num_starts = 0
@@ -332,7 +333,8 @@ class SequenceBuffer:
         """One step of the members, NumPy: the obs (E, O) that it led to, action (E, A), rewards, terminations (E,)."""
         E, device = len(self.filled), self.rows.device
         room = E * (int(self.filled.max()) + 1)
-        self.rows, self.starts = with_room(self.rows, room), with_room(self.starts, room)
+        self.rows = with_room(self.rows, room)
+        self.starts = with_room(self.starts, room)
         rows = np.column_stack([obs, action, rewards, terminations])[members]  # (n, O + A + 2)
         index = (E * self.filled + torch.arange(E))[members]  # (n,)
         self.rows[index.to(device)] = torch.tensor(rows, dtype=torch.float32, device=device)
@@ -398,8 +400,9 @@ class Agent(nn.Module):
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int):
         super().__init__()
-        self.args, self.action_dim = args, action_dim
-        u = args.hidden_dim
+        self.args = args
+        self.action_dim = action_dim
+        u = args.hidden_dim  # width
         self.model = WorldModel(obs_dim, action_dim, args)
         self.policy = mlp(args.latent_dim, u, u, action_dim)
         self.target = copy.deepcopy(self.model).requires_grad_(False)
@@ -430,7 +433,8 @@ class Agent(nn.Module):
         planner = functools.partial(plan, self.model, self.policy, args=args)
         if explore:  # an evaluation is too short to record
             if K != self.recorded_steps:
-                self.recorded_steps, self.planner = K, Recorded(planner, args)
+                self.recorded_steps = K
+                self.planner = Recorded(planner, args)
             planner = self.planner
         action, mean = planner(obs, mean, min_std, noise_scale)
         return action.cpu().numpy(), mean.clone()  # the next call overwrites what was recorded

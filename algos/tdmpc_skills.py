@@ -229,7 +229,7 @@ class SkillModel(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        u, Z = args.hidden_dim, args.skill_dim
+        u, Z = args.hidden_dim, args.skill_dim  # u: width
         self.squash_actions = args.squash_actions
         self.features = Features(obs_dim, args)
         F = self.features.size
@@ -255,7 +255,7 @@ class SkillModel(nn.Module):
 
     def act(self, obs, z):
         """pi_L as it acts; the environment clips its actions to +-1."""
-        action = self.predict(obs, z)
+        action = self.predict(obs, z)  # (..., A)
         return torch.tanh(action) if self.squash_actions else action  # DEVIATION 6
 
 
@@ -761,8 +761,8 @@ def execute_skill(envs, skills, obs, z, args: Args):
 
 
 def rollout(agent: Agent, args: Args, num_episodes: int, seed: int, global_step=None, video: Path | None = None):
-    """Scores of an episode in each of num_episodes environments, without exploration noise and with random numbers of
-    its own. Skills are chosen as after global_step; without it they are those of the warm-up, the prior's.
+    """Scores of an episode in each of num_episodes environments, with explore=False and with random numbers of its
+    own. Skills are chosen as after global_step; without it they are those of the warm-up, the prior's.
     """
     agent = copy.copy(agent)  # with plans of its own, none yet
     agent.last_mean = torch.zeros(0)
@@ -944,7 +944,7 @@ def load(path: Path, parts: dict, device="cpu") -> dict:
 
 
 def evaluate(args: Args):
-    """Print the scores of a trained agent without exploration noise; needs neither data nor training."""
+    """Print the scores of a trained agent, acting with explore=False; needs neither data nor training."""
     agent = Agent(args, make_networks(args))
     global_step = load(Path(args.evaluate), dict(agent=agent))["global_step"]
     video = Path(args.run_dir) / f"{args.env_id}__{FILE.stem}.mp4" if args.capture_video else None
