@@ -7,6 +7,8 @@ to use in this model; the policy learns no more.
     python algos/dads.py --env-id maze           # both phases and evaluation
     python algos/dads.py --resume runs/FOLDER    # go on after Ctrl-C or a crash
     python algos/dads.py --evaluate runs/FOLDER/checkpoint.pt --capture-video   # also draws where the skills lead
+Sizes of the release (Ant; D'Kitty had 500000 env steps of phase A): --hidden-dim 512 --learning-rate 3e-4
+    --num-prior-samples 100 --discover-steps 5000000 --total-timesteps 5150000
 
 Phase A, discover_steps env steps, repeat:
    act: z ~ U[-1, 1]^Z, held for hold_steps; a ~ pi(a | s, z)
@@ -16,6 +18,7 @@ Phase A, discover_steps env steps, repeat:
 Phase B, the rest; the policy is frozen, its dynamics and the rewards go on being learnt:
    plan: z_1..z_K by MPPI in q, so that the sum of predicted rewards R(x_k, x_k+H) is highest; execute z_1 for H steps
 
+Run beside the release, with 1 and the scale in 6 alike: log q, reward and MPPI are equal but for rounding.
 DEVIATION n from the release (arxiv.org/abs/2004.12974; why, scores: algos/docs/dads.md): 1 x and its change
 are normalised by the replay, not by batch norm; 2 q, policy and critics see positions; 3 the replay holds all steps;
 4 sac.py's networks, which are smaller; 5 updates come one at a time; 6 MPPI begins at mean 0, and returns are divided

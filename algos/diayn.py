@@ -6,6 +6,8 @@ learns a task by choosing skills: soft Q-learning with an exact soft maximum, as
 
     python algos/diayn.py --env-id maze           # discovery, control and evaluation
     python algos/diayn.py --resume runs/FOLDER    # go on after Ctrl-C or a crash
+Sizes of the release (locomotion): --skill-dim 50 --discover-steps 10000000 --total-timesteps 10100000
+    --updates-per-step 1 --num-envs 1 --disc-obs all --discover-length 1000
 
 Discovery, for discover_steps env steps; the task's reward is not looked at. Repeat:
    act: z ~ p(z), uniform, at the beginning of an episode; a ~ pi(s, z)
@@ -18,11 +20,11 @@ Control, skills do not change any more. Repeat:
    Q(s, z) -> R + gamma V(s'), R the task's reward in that time, V(s) = alpha log mean_z exp(Q(s, z) / alpha)
 Only true ends have no future, time-outs have one.
 
-DEVIATION n from the paper and its release (why, scores: algos/docs/diayn.md): 1 sac.py's tanh Gaussian, two
-critics and weights to start from (release: a mixture of 4 Gaussians, one critic and a value network, Xavier);
-2 environments side by side, fewer updates; 3 the discriminator sees where things are (the paper's "DIAYN+prior"), far
-apart if they are; s_t as in the release, not s_{t+1} as in Algorithm 1; 4 shorter episodes in discovery; 5 sines of
-positions as inputs; 6 all of control, of which the paper tells little.
+DEVIATION n from paper and release, whose loss and reward come out equal (why, scores: algos/docs/diayn.md): 1 sac.py's
+tanh Gaussian, two critics and weights to start from (release: a mixture of 4 Gaussians, one critic and a value network,
+Xavier); 2 environments side by side, fewer updates; 3 the discriminator sees where things are (the paper's
+"DIAYN+prior"), far apart if they are; s_t as in the release, not s_{t+1} as in Algorithm 1; 4 shorter episodes in
+discovery; 5 sines of positions as inputs; 6 all of control, of which the paper tells little.
 Differs from skimo.py in: Args, TASK_DEFAULTS, Inputs, policy_loss, ReplayBuffer, Agent, rollout, train, evaluate,
     parse_args
 Shapes: B batch, O observation, F inputs, A action, Z skills (z is one-hot), E environments.
@@ -209,11 +211,11 @@ class Discriminator(nn.Module):
         u = args.hidden_dim  # width
         self.inputs = Inputs(obs_dim, args)
         data = data_tools.TASKS[args.env_id].data
-        first, last = 0, obs_dim
+        first, last, self.scale = 0, obs_dim, 1.0
         if args.disc_obs == "positions":
             first, last = DISC_ENTRIES.get(data, (0, obs_dim))
+            self.scale = DISC_SCALE.get(data, 1.0)
         self.seen = slice(first, last)
-        self.scale = DISC_SCALE.get(data, 1.0)
         self.net = relu_mlp(last - first, u, u, args.skill_dim)
 
     def forward(self, obs):

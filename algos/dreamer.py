@@ -15,6 +15,9 @@ where o_t is seen, s_t ~ p(s_t | h_t) where it is imagined. Repeat:
    actor: maximise V through the model (eq. 7); critic: v(s, h) -> V (eq. 8)
 v(s, h) counts the reward for arriving in this state, then the later ones. (Later Dreamers leave out the first.)
 
+Run beside SkiMo's library and a PyTorch port of Hafner's code: equal but for rounding. SkiMo's library, and so this
+file, differs from Hafner's code in: states, their std is learnt (pictures, std 1), the best action is tanh(mean) (best
+of 100 samples), weights are orthogonal (Glorot), 2,500 random env steps (5,000, then 100 updates at once).
 DEVIATION n from SkiMo's release, whose Dreamer this is (why, scores: algos/docs/dreamer.md): 1 several
 environments side by side; 2 windows are any L steps of an episode, unfinished ones included, each drawn as often;
 3 reward_scale is applied; 4 scaled observations with sines of positions as inputs, raw ones are reconstructed;

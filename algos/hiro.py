@@ -13,16 +13,19 @@ phi(s) is a state's place: G entries of an observation, in units of GOAL_RANGE. 
    high: TD3 on (s_0, g~, sum of c rewards, s_c), where g~ is the best of ten goals (eq. 5): the one that was given, the
       change that happened, phi(s_c) - phi(s_0), and eight random ones around it
 
+Run beside a PyTorch port (TD3) and the release's formulas (eq. 5) on the same numbers: equal but for rounding.
 DEVIATION n: differences from paper or release. Why, what was measured, and scores: algos/docs/hiro.md
 1. Environments act side by side, with fewer updates (paper: low one per env step, high one per c).
 2. At the c-th env step the next goal is h's, as in the paper; the release stores the high level's next goal.
 3. For the high level a true end has no future; in the release nothing ends. For the low level nothing ends in both.
 4. Both levels learn from the same rows, c env steps under a goal; the release has two buffers.
-5. Noise is in units of an action's or goal's range and target actions are clipped to it; the warm-up is uniform.
+5. Noise is in units of an action's or goal's range (.1; release, Ant: 1 of 30), target actions are clipped to it; the
+   warm-up is uniform and has 10,000 env steps (2,500).
 6. Networks see sines and cosines of positions; goals they see as they are.
 7. Until a first reward is seen, goals are uniform, also in evaluations, and the high level, which would follow the
-   random first values of its critics, does not learn.
+   random first values of its critics, does not learn. --no-wait-for-reward: it always learns, as published.
 8. High rewards are times reward_scale (release: .1), time is not observed, the low level sees positions (not Ant's).
+9. A critic sees the action once; in the release again after its first layer. c is 30 in the maze.
 Differs from skimo.py in: Args, TASK_DEFAULTS, ReplayBuffer, Agent, rollout, train, evaluate, parse_args
 Shapes: B batch, O observation, F inputs, A action, G goal, c env steps per goal, E environments.
 """
@@ -89,6 +92,7 @@ class Args:
     goal_steps: int = 10  # c, env steps per goal; the high level learns once per so many updates of the low one
     explore_std: float = 0.1  # noise on actions and goals while exploring, in units of their range
     correction: bool = True  # relabel goals for the high level (eq. 5)
+    wait_for_reward: bool = True  # random goals until a first reward, and the high level rests (DEVIATION 7)
     reward_scale: float = 1.0  # factor on the task's reward (DEVIATION 8)
     hidden_dim: int = 300  # width of hidden layers
     position_features: bool = True  # sines and cosines of positions as inputs (DEVIATION 6)
@@ -417,7 +421,7 @@ class Agent(nn.Module):
         self.register_buffer("goal_entries", torch.tensor(list(entries), device=args.device))  # (G,)
         self.low = TD3(obs_dim, self.goal_dim, action_dim, args)
         self.high = TD3(obs_dim, 0, self.goal_dim, args)  # its actions are goals; it has no goal itself
-        self.register_buffer("rewarded", torch.tensor(False))  # on the CPU: asked at each env step
+        self.register_buffer("rewarded", torch.tensor(not args.wait_for_reward))  # on the CPU: asked at each env step
         self.updates = 0  # of the low level
         self.corrected_goal = Recorded(functools.partial(corrected_goal, self.low.actor), args)
 

@@ -21,7 +21,9 @@ ends by itself and keeps options alive.
 DEVIATION n from paper and A2OC (why, scores: algos/docs/option_critic.md): 1 Gaussians for actions, Adam (A2OC:
 RMSProp), networks, beta = .12 and Q near 0 at first; 2 sines of positions as inputs; 3 in tables the noise of the
 release: a move is followed by a slip (--paper-slip: a slip in place of the move); 4 softmax of both levels at .01
-(paper: .001), whose gradient leaves out 1 / .01, as there.
+(paper: .001), whose gradient leaves out 1 / .01, as there; 5 policy and end move with the option that acted, as in
+Algorithm 1 (release: with the next option and action); 6 gamma discounts the deliberation cost (A2OC: it does not).
+In the release's four rooms, its learners called in Algorithm 1's order, all tables were equal but for rounding.
 Differs from skimo.py in: Args, TASK_DEFAULTS, RolloutBuffer, Agent, rollout, train, evaluate, parse_args
 Shapes: B = (E, T) env steps, O observation, F inputs, A action, W options, E environments, T env steps per update; in
 tables R runs side by side, S states.
@@ -200,7 +202,7 @@ def option_critic_loss(model, obs, action, option, begins, rewards, terminations
     with torch.no_grad():
         best = next_q.max(-1).values
         next_value = best + args.option_epsilon * (next_q.mean(-1) - best)  # V(s') of who chooses epsilon-greedily
-        chosen = next_value - args.deliberation_cost
+        chosen = next_value - args.deliberation_cost  # DEVIATION 6: what is discounted
         arrival = arrival_value(next_own_q, chosen, next_own_beta)  # eq. 3
         returns = option_returns(rewards, terminations, truncations, begins, arrival, chosen, args.gamma)
         advantage = returns - own_q

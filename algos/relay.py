@@ -20,7 +20,8 @@ DEVIATION n: differences from the paper, whose learning code was not released. W
 2. Only the low level is fine-tuned. With --flat the reward is the task's.
 3. The high level looks at the objects' entries of a goal only. The user's goal is the present state with the objects of
    the task where they should be.
-4. Widths, step sizes and the like are ours, and sines of positions as inputs. PPO explores with a small, fixed std.
+4. Widths, step sizes and the like are ours, and sines of positions as inputs. PPO explores with a small, fixed std, and
+   advantages are divided by their std + .01 (Spinning Up, which they equal else: by their std).
 5. When the task ends while a subgoal is pursued, the value of the last state still counts. With --flat it does not.
 Differs from skimo.py in: PRETRAINED, Args, TASK_DEFAULTS, GOAL_ENTRIES, make_networks, pretrain_loss, pretrain,
 ppo_loss, RolloutBuffer, Agent, rollout, train, parse_args

@@ -13,8 +13,10 @@ Repeat:
       becomes -A nats, A being the number of entries of an action
 Ends and time-outs are told apart: only a true end has no future.
 
+Run beside CleanRL's SAC on the same numbers: actions, losses and updates are equal but for rounding.
 DEVIATION n from the paper (why, scores: algos/docs/sac.md): 1 several environments side by side, fewer
-updates per env step; 2 sines of positions as inputs; 3 rewards of 100 are scaled to 1.
+updates per env step; 2 sines of positions as inputs; 3 rewards of 100 are scaled to 1; 4 --n-step leaves out the
+entropies of the steps in between, and is not corrected for the older policy that acted.
 Differs from skimo.py in: Args, TASK_DEFAULTS, policy_loss, ReplayBuffer, Agent, rollout, train, evaluate, parse_args
 Shapes: B batch, O observation, F inputs, A action, E environments.
 """

@@ -66,9 +66,10 @@ def test_rewards_lie_between_nothing_known_and_log_z():
     ("env_id", "disc_obs", "obs_dim", "seen"),
     [
         ("maze", "positions", 4, lambda obs: 8 * (obs[:, :2] / 40 - 0.5)),  # cells
-        ("maze", "all", 4, lambda obs: 8 * torch.cat([obs[:, :2] / 40 - 0.5, obs[:, 2:] / 10], 1)),  # no sines
+        ("maze", "all", 4, lambda obs: torch.cat([obs[:, :2] / 40 - 0.5, obs[:, 2:] / 10], 1)),  # no sines
         ("kitchen", "positions", 30, lambda obs: obs[:, 9:]),  # what is no arm
         ("calvin", "positions", 21, lambda obs: 5 * obs[:, 15:]),  # slider, drawer, button, switch and lights
+        ("calvin", "all", 21, lambda obs: obs),  # as in the release
     ],
 )
 def test_the_discriminator_sees_where_things_are_as_far_apart_as_matters(env_id, disc_obs, obs_dim, seen):

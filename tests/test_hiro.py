@@ -405,6 +405,21 @@ def test_high_level_waits_for_a_first_reward_and_the_warm_up_is_uniform(agent):
     uniform(goals.numpy())
 
 
+def test_without_waiting_the_high_level_acts_and_learns_before_a_first_reward(agent):
+    """The published side of DEVIATION 7: goals are the policy's and critics learn that nothing is won."""
+    torch.manual_seed(0)
+    agent = hiro.Agent(tiny_args(wait_for_reward=False), 4, 2)
+    obs, _, action, goal, (rewards, *rest) = rows_of(agent)
+    same = np.zeros((50, 4), np.float32)
+    _, _, goals = first_act(agent, same, explore=False)
+    with torch.no_grad():
+        torch.testing.assert_close(goals, agent.high.actor(torch.zeros(50, 4), torch.zeros(50, 0)))
+    weights = copy.deepcopy(agent.high.critics.state_dict())
+    for _ in range(C):
+        agent.update(obs, action, goal, torch.zeros_like(rewards), *rest)
+    assert not all(torch.equal(weights[name], value) for name, value in agent.high.critics.state_dict().items())
+
+
 def uniform(numbers):
     assert np.abs(numbers).max() <= 1
     np.testing.assert_allclose(numbers.mean(0), 0, atol=0.05)
