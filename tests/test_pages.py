@@ -42,6 +42,11 @@ def sentences(page: str) -> list[str]:
     return [sentence for part in parts for sentence in part if sentence]
 
 
+def words(text: str) -> list[str]:
+    """What one reads: without the bars of tables."""
+    return re.findall(r"\S*\w\S*", text)
+
+
 def anchors(path: Path) -> set[str]:
     """Names that GitHub gives the headings of a page."""
     text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
@@ -62,16 +67,20 @@ def test_a_page_is_short_and_plain(page):
     assert len(RESULT.sub(r"\1\2", text).splitlines() if "docs/" in page else text.splitlines()) <= LINES[page]
     lengths = [len(sentence.split()) for sentence in sentences(page)]
     assert sum(lengths) / len(lengths) <= 20
+    told = words(re.sub(r"`[^`]*`", "x", re.sub(r"^\d+\. ", "", prose(page), flags=re.MULTILINE)))
+    assert sum(bool(re.search(r"(?<!\w)\d", word)) for word in told) / len(told) <= 0.045  # numbers stand in tables
     assert not re.findall(r"\b(?=[0-9a-f]*\d)(?=[0-9a-f]*[a-f])[0-9a-f]{7,40}\b", prose(page)), "a commit hash"
 
 
 def test_the_readme_is_short():
     assert len(text_of("README.md").split()) <= 1_200
-    words = re.sub(r"`[^`]*`", "x", re.sub(r"^\d+\. ", "", prose("README.md"), flags=re.MULTILINE)).split()
-    numbers = [word for word in words if re.search(r"(?<!\w)\d", word)]
-    assert len(numbers) / len(words) <= 0.045
     before, *_ = text_of("README.md").split("\n![", 1)
     assert before == "# SkiMo in single files\n"  # then comes a robot
+
+
+def test_all_pages_together_are_an_hour():
+    """Those that one reads; RESULTS.md is made of tables."""
+    assert sum(len(words(text_of(page))) for page in LINES if page != "benchmarks/RESULTS.md") <= 12_000
 
 
 @pytest.mark.parametrize("name", METHODS)
