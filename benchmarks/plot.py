@@ -82,7 +82,8 @@ def overview(cells) -> Figure:
         for name in [name for name in shown if name in board(cells, task, data)]:
             cell = board(cells, task, data)[name]
             draw_seeds(axes, cell.reaching(min(end, cell.main_end)), end, colour[name])
-            draw_paper(axes, task, name, end, colour[name])
+            if scores.SHARE not in data:
+                draw_paper(axes, task, name, end, colour[name])
     for axes in grid[:, 0]:
         axes.set_ylabel("share of the task" if TASKS[task].max_return > 1 else "return", fontsize=9)
     legend(figure, {label(name): colour[name] for name in shown}, min(6, len(shown) + 1))

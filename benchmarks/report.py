@@ -5,10 +5,12 @@
     python benchmarks/report.py runs/FOLDER [runs/OTHER]   # runs of algorithm files, beside the published SkiMo
 
 A log is TASK/METHOD/seedN.csv and .json, as benchmarks/run.py writes them. In this repository a folder DATA (scripted,
-human, none: the offline data of the pre-training) stands between the two. studies/NAME/VARIANT/seedN.* are comparisons
-of settings, explained in NAME/study.json. Sentences are in results/notes.md. scores.py computes, plot.py draws.
+human, none: the offline data of the pre-training) stands between the two. held-out/BOARD/METHOD/seedN.* are runs of the
+held-out suite, held-out/evaluations.csv is of evaluate.py. studies/NAME/VARIANT/seedN.* are comparisons of settings,
+explained in NAME/study.json. Sentences are in results/notes.md. scores.py computes, plot.py draws.
 """
 
+import csv
 import json
 import re
 import sys
@@ -23,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import plot, scores
 from benchmarks.scores import DATA, MAIN, MEASURES, RESULTS, ROOT, TASKS, Cell, Run, board_label, label, paper_at
+from benchmarks.suites import HELD_OUT
 from data_tools.files import write_atomically
 
 COMPARED = ("skimo", "skimo_no_joint", "skimo_no_cem", "skimo_sac", "skimo_single_step", "spirl")
@@ -163,7 +166,8 @@ def board_row(cells, task: str, method: str, data: str) -> dict[str, str]:
     row = {"method": label(method), "seeds": len(runs), "env steps": thousands(end)}
     for measure in MEASURES:
         row[measure] = mean_and_seeds(scores.measured(cells, task, method, data, measure))
-    row["paper, same step"] = number(paper_at(task, method, end)) + "²" * (method == "spirl")
+    paper = np.nan if scores.SHARE in data else paper_at(task, method, end)
+    row["paper, same step"] = number(paper) + "²" * (method == "spirl" and not np.isnan(paper))
     priors = [value for value in map(scores.prior_alone, runs) if not np.isnan(value)]
     row["prior alone"] = number(np.mean(priors)) if priors else "–"
     minutes = [value for value in (scores.minutes_at(run, end) for run in runs) if not np.isnan(value)]
@@ -357,11 +361,11 @@ def task_text(cells, task: str) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------- other pages
-def readme_text(cells) -> str:
-    """The README's table: speed / level / without noise of the methods with offline data on every board."""
+def boards_table(cells, names, docs: str) -> str:
+    """Speed / level / without noise of some methods on every board, each with a link into the folder docs."""
     rows = []
-    for name in COMPARED[:7]:
-        row = {"speed/level/without noise,<br>to env steps": f"[{label(name)}](algos/docs/{name}.md)"}
+    for name in names:
+        row = {"speed/level/without noise,<br>to env steps": f"[{label(name)}]({docs}/{name}.md)"}
         for task, data in scores.boards(cells):
             board_steps = scores.board_end(cells, task, data)
             column = f"{board_label(task, data).replace(', ', '<br>')}<br>{thousands(board_steps)}"
@@ -372,6 +376,35 @@ def readme_text(cells) -> str:
                 row[column] = f"{'/'.join(three(cells, task, name, data))} ({count})" + "¹" * (end < board_steps)
         rows.append(row)
     return table(rows)
+
+
+def planner_table(path: Path) -> str:
+    """Without noise, planner / mode of the task policy along the way: mean of seeds, from the CSV of evaluate.py."""
+    found = {}
+    for row in csv.DictReader(path.open()) if path.exists() else ():
+        board, algo, name = row["checkpoint"].split("/")
+        step = thousands(int(row["env_step"]) // 5_000 * 5_000)
+        score = float(row["episodic_return"]) / TASKS[HELD_OUT[board].env_id].max_return
+        seed = name.removesuffix(".pt").split("_")[0]  # the last checkpoint may be one of the early ones
+        found.setdefault((board, algo), {}).setdefault(step, {}).setdefault(row["acts_by"], {})[seed] = score
+    rows = []
+    for board, algo in [key for key in found if any("plan" in ways for ways in found[key].values())]:
+        row = {"board": board, "method": label(algo)}
+        steps = sorted({step for steps in found.values() for step in steps}, key=lambda step: int(step[:-1]))
+        for step in steps:
+            ways = found[board, algo].get(step, {})
+            means = [number(np.mean(list(ways[way].values()))) for way in ("plan", "mode") if way in ways]
+            row[step] = " / ".join(means) or "–"
+        rows.append(row)
+    return table(rows)
+
+
+def held_out_text(held) -> str:
+    """The page beside the held-out logs."""
+    boards = "".join(board_section(held, task, data) for task, data in scores.boards(held))
+    planner = planner_table(RESULTS / "held-out" / "evaluations.csv")
+    planner = f"{NOTES['planner or policy']}\n\n{planner}" if planner else ""
+    return f"{NOTES['held-out runs']}\n\n{boards}{planner}".strip() + "\n"
 
 
 def method_text(cells, name: str) -> str:
@@ -405,12 +438,13 @@ def coverage_text(cells) -> str:
     return table(rows)
 
 
-def results_text(cells, ours: bool = True) -> str:
-    """RESULTS.md."""
+def results_text(cells, ours: bool = True, held=()) -> str:
+    """RESULTS.md; held: the held-out cells, if there are any."""
     boards = "".join(board_section(cells, task, data) for task, data in scores.boards(cells))
     if not ours:
         return f"{NOTES['other results']}\n\n{boards}".strip() + "\n"
     parts = [NOTES["introduction"], NOTES["claims"], claims_table(cells), NOTES["orderings"], orderings_table(cells)]
+    parts += [NOTES["held-out"], boards_table(held, MAIN, "../algos/docs")] if held else []
     parts += [
         NOTES["settings"],
         settings_table(cells),
@@ -424,10 +458,13 @@ def results_text(cells, ours: bool = True) -> str:
 
 def pages(cells) -> dict[Path, str]:
     """All pages that are made, or in part made, from the published logs."""
-    made = {RESULTS.parent / "RESULTS.md": results_text(cells)}
+    held = scores.read_cells(RESULTS / "held-out")
+    made = {RESULTS.parent / "RESULTS.md": results_text(cells, held=held)}
+    made |= {RESULTS / "held-out" / "README.md": held_out_text(held)} if held else {}
     made |= {RESULTS / "studies" / "README.md": studies_text(RESULTS / "studies", cells)}
     made |= {RESULTS / task / "README.md": task_text(cells, task) for task in ALL}
-    made[ROOT / "README.md"] = filled((ROOT / "README.md").read_text(), "results", readme_text(cells))
+    overview = boards_table(cells, COMPARED[:7], "algos/docs")
+    made[ROOT / "README.md"] = filled((ROOT / "README.md").read_text(), "results", overview)
     for path in sorted((ROOT / "algos" / "docs").glob("*.md")):
         made[path] = filled(path.read_text(), f"result {path.stem}", method_text(cells, path.stem))
     return made
@@ -478,6 +515,9 @@ def main(args: Args):
     if not cells:
         sys.exit(f"error: no logs in {first}; it should hold TASK/METHOD/seedN.json or a run's args.json")
     ours = first.resolve() == RESULTS
+    held = scores.read_cells(RESULTS / "held-out") if ours else {}
+    if held:
+        plot.save(plot.overview(held), RESULTS / "held-out" / "curves.png")
     if ours:
         for path, text in pages(cells).items():
             write(path, text)

@@ -57,8 +57,10 @@ TASKS = {
     "kitchen": Task("Kitchen", 4, 4, 280, 0.025, 10_000, 25_000),
     "kitchen-misaligned": Task("Mis-aligned Kitchen", 4, 4, 280, 0.025, 10_000, 25_000),
     "calvin": Task("CALVIN", 400, 4, 360, 0.025, 10_000, 25_000),
+    "kitchen-6": Task("Kitchen-6", 6, 6, 420, 0.025, 10_000, 25_000),
+    "maze-far": Task("Maze, far", 100, 1, 2_000, 0.03, 25_000, 50_000),
+    "calvin-6": Task("CALVIN-6", 600, 6, 540, 0.025, 10_000, 25_000),
 }
-PAPER_TASKS = tuple(TASKS)  # a user's own are added to TASKS
 METHODS = {
     "skimo": Method("SkiMo", "#d62728", "SkiMo"),
     "skimo_no_joint": Method("no joint training", "#9467bd", "SkiMo w/o joint training"),
@@ -81,6 +83,7 @@ METHODS = {
 }
 MAIN = ("skimo", "skimo_no_joint", "skimo_no_cem", "skimo_sac", "spirl")  # methods in figures and orderings
 DATA = {"scripted": "scripted data", "human": "people's data"}
+SHARE = "% of "  # in the name of data that are not whole
 PAPER_SEEDS = 5
 
 
@@ -126,6 +129,13 @@ def place(end_steps, lengths, num_envs: int, longest: int) -> np.ndarray:
 
 
 def offline_data(facts: dict, path: Path) -> str:
+    """What a run learned from before RL, with the share of its episodes where it is not all of them."""
+    share = facts["args"].get("data_share", 1)
+    name = data_name(facts, path)
+    return name if share == 1 else f"{100 * share:.2g}{SHARE}{DATA.get(name, name)}"
+
+
+def data_name(facts: dict, path: Path) -> str:
     """The name of the log's folder, TASK/METHOD/DATA. A log elsewhere says itself: "none" without offline data."""
     folder = path.parent.name
     if path.name != "args.json" and folder != facts["algo"]:  # the runner writes TASK/METHOD
@@ -291,10 +301,10 @@ def minutes_at(run: Run, end: int) -> float:
 def prior_alone(run: Run) -> float:
     """Score of the pre-trained prior's roll-outs, where RL begins; NaN if it was not logged.
 
-    The Mis-aligned Kitchen mostly has the Kitchen's models, whose roll-outs are in the Kitchen: it shows none.
+    Tasks that take others' models show none, for the roll-outs were mostly in the others.
     """
     pretraining = (run.facts.get("results") or {}).get("pretraining") or {}
-    if run.task == "kitchen-misaligned":
+    if run.task in ("kitchen-misaligned", "kitchen-6", "maze-far", "calvin-6"):
         return np.nan
     return pretraining.get("prior_return", np.nan) / TASKS[run.task].max_return
 
@@ -325,9 +335,9 @@ class Cell(list):
 
 
 def read_cells(folder: Path) -> dict[tuple[str, str, str], Cell]:
-    """All runs in a folder but for those of studies: (task, method, data) -> runs, in the order of the tables."""
+    """All runs in a folder but for studies and held-out ones: (task, method, data) -> runs, in the tables' order."""
     paths = sorted([*folder.rglob("seed*.json"), *folder.rglob("args.json")])
-    paths = [path for path in paths if "studies" not in path.relative_to(folder).parts]
+    paths = [path for path in paths if not {"studies", "held-out"} & {*path.relative_to(folder).parts}]
     waiting = [path for path in paths if not has_begun(path)]
     if waiting and waiting == paths:
         sys.exit(f"error: in {waiting[0].parent} RL has not begun yet; wait for its pre-training")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import data_tools
-from benchmarks import plot, report, scores
+from benchmarks import plot, report, scores, suites
 
 HEADER = "env_step,episodic_return,episodic_length,eval_return,eval_success,wall_seconds"
 HEADER_OF_RUNS = "env_step,episodic_return,episodic_length,rl_minutes"
@@ -223,7 +223,7 @@ def test_the_paper_reaches_95_percent_without_cem_at_720_thousand():
 def test_facts_about_the_tasks_are_those_of_data_tools():
     import data_tools
 
-    for name in scores.PAPER_TASKS:
+    for name in ("maze", "kitchen", "kitchen-misaligned", "calvin", "kitchen-6", "maze-far", "calvin-6"):
         task = scores.TASKS[name]
         assert data_tools.TASKS[name].max_return == task.max_return
         env = data_tools.make_envs(name, 1)
@@ -247,7 +247,10 @@ def test_every_log_is_where_the_rule_says():
         assert facts["attempts"][-1]["command"]
         assert facts["machine"]
         assert "commit" in facts
-        if folder[0] == "studies":
+        if folder[0] == "held-out":
+            assert folder[2:] == (facts["algo"],)
+            assert suites.HELD_OUT[folder[1]].env_id == facts["env_id"]
+        elif folder[0] == "studies":
             assert len(folder) == 3
             assert (scores.RESULTS / "studies" / folder[1] / "study.json").exists()
         else:
@@ -311,7 +314,7 @@ def test_the_audits_counts_and_marks_come_out(cells):
 def test_pages_are_what_the_logs_give(cells):
     """RESULTS.md, the README's table, the blocks of the methods' pages, the pages beside the logs."""
     pages = report.pages(cells)
-    assert len(pages) == 25
+    assert len(pages) == 25 + (scores.RESULTS / "held-out").is_dir()
     for path, text in pages.items():
         assert path.read_text() == text, f"run python benchmarks/report.py: {path}"
     assert "| [SkiMo](algos/docs/skimo.md) | .72/1.00/1.00 (5) |" in pages[scores.ROOT / "README.md"]
@@ -375,6 +378,56 @@ def test_tables_and_figures_of_a_grid_are_written_and_are_the_same_again(tmp_pat
     report.main(report.Args((tmp_path,)))
     assert first == [(tmp_path / name).read_bytes() for name in names]
     assert "## What the paper claims" not in first[0].decode()
+
+
+def test_held_out_boards_have_their_own_page(tmp_path, monkeypatch):
+    for board, share, skimo, sac in (("kitchen-60", 0.1, 0.9, 0.5), ("kitchen-20", 0.033, 0.5, 0.5)):
+        for method, value in (("skimo", skimo), ("skimo_sac", sac)):
+            for seed in (1000, 2000):
+                write_log(tmp_path / "own", method, seed, value, task="kitchen", steps=100_000, length=200)
+                source = tmp_path / "own" / "kitchen" / method / "scripted" / f"seed{seed}"
+                target = tmp_path / "held-out" / board / method / f"seed{seed}"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                facts = json.loads(source.with_suffix(".json").read_text())
+                facts["args"] |= dict(data="scripted", data_share=share)
+                facts["results"]["pretraining"] = dict(data="scripted", valid_kl_loss=float(seed))
+                target.with_suffix(".json").write_text(json.dumps(facts))
+                source.with_suffix(".csv").rename(target.with_suffix(".csv"))
+                source.with_suffix(".json").unlink()
+    rows = ["checkpoint,env_step,acts_by,episodes,episodic_return,success"]
+    for seed, plan, mode in ((1000, 2.0, 3.0), (2000, 3.0, 4.0)):
+        rows += [
+            f"kitchen-60/skimo/seed{seed}.pt,100040,plan,20,{plan},0",
+            f"kitchen-60/skimo/seed{seed}.pt,100040,mode,20,{mode},1",
+        ]
+        rows += [
+            f"kitchen-60/skimo/seed{seed}_25000.pt,25010,plan,20,1.0,0",
+            f"kitchen-60/skimo_sac/seed{seed}.pt,100010,mode,20,1,0",
+        ]
+    (tmp_path / "held-out" / "evaluations.csv").write_text("\n".join(rows))
+
+    assert scores.read_cells(tmp_path) == {}
+    held = scores.read_cells(tmp_path / "held-out")
+    names = ["10% of scripted data", "3.3% of scripted data"]
+    assert list(held) == [("kitchen", method, name) for name in names for method in ("skimo", "skimo_sac")]
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    page = report.held_out_text(held)
+    assert "## Kitchen, 10% of scripted data\n" in page
+    assert (
+        "| SkiMo | 2 | 100k | **.90** (.90 .90) | **.90** (.90 .90) | **.90** (.90 .90) | – | – |" in page
+    )  # no paper
+    assert "| no model in RL (SAC) | never | +.40 [+.40, +.40] p | +.40 [+.40, +.40] p |" in page  # by common model
+    assert "| board | method | 25k | 100k |\n|---|---|---|---|\n| kitchen-60 | SkiMo | .25 | .62 / .88 |\n" in page
+    assert page.count("kitchen-60") == 1  # SAC has no planner
+    whole = scores.read_cells(scores.RESULTS)
+    monkeypatch.undo()
+    assert report.NOTES["held-out"] not in report.results_text(whole)
+    text = report.results_text(whole, held=held)
+    assert "| [SkiMo](../algos/docs/skimo.md) | .90/.90/.90 (2) | .50/.50/.50 (2) |" in text
+    assert "| .50°/.50°/.50° (2) | .50/.50/.50 (2) |" in text
+    assert report.results_text(whole) == text.replace(
+        text[text.index("## The held-out") : text.index("## Settings weigh")], ""
+    )
 
 
 def run_folder(folder, steps=120_000, task="maze"):

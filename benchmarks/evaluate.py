@@ -1,0 +1,73 @@
+"""Evaluate the checkpoints that benchmarks/run.py kept, without exploration noise.
+
+    python benchmarks/evaluate.py runs/checkpoints     # of files with skills; the same command goes on after a stop
+
+Each acts as in its own evaluations, a planner plans; who plans acts once more by the mode of the task policy, from the
+same starts. So noise, planner and policy can be told apart. Writes a row for each into FOLDER/evaluations.csv.
+"""
+
+import csv
+import functools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.provenance import load_algorithm
+from benchmarks.run import step_of
+
+COLUMNS = ("checkpoint", "env_step", "acts_by", "episodes", "episodic_return", "success")
+
+
+@dataclass
+class Args:
+    folder: Annotated[Path, tyro.conf.Positional] = Path("runs/checkpoints")  # BOARD/NAME/seedN.pt, seedN_STEP.pt
+    episodes: int = 20  # of each
+
+
+@torch.no_grad()
+def mode(algo, agent, obs, global_step: int, explore: bool):
+    """The mode of the task policy for observations (E, O), NumPy -> z (E, Z), in place of agent.choose_skills."""
+    mean, _ = algo.gaussian_parameters(agent.task_policy(agent.model.encoder(torch.from_numpy(obs))))
+    return torch.tanh(mean)
+
+
+def evaluations(path: Path, episodes: int) -> list[tuple]:
+    """(env step, acts by, episodes, mean return, success) of a checkpoint, by each way of acting."""
+    state = load_algorithm("skimo").load(path, {})
+    algo = load_algorithm(state["script"].removesuffix(".py"))
+    args = algo.Args(**state["args"] | dict(device="cpu", cudagraphs=False))
+    agent = algo.Agent(args, algo.make_networks(args))
+    algo.load(path, dict(agent=agent))
+    plans = hasattr(algo, "plan")
+    rows = []
+    for acts_by in ("plan", "mode") if plans else ("mode",):
+        if plans and acts_by == "mode":
+            agent.choose_skills = functools.partial(mode, algo, agent)
+        scores = algo.rollout(agent, args, episodes, 10_000 + args.seed, state["global_step"])
+        rows.append((state["global_step"], acts_by, episodes, scores["episodic_return"], scores["success"]))
+    return rows
+
+
+def main(args: Args):
+    table = args.folder / "evaluations.csv"
+    done = set()
+    if table.exists():
+        done = {(row["checkpoint"], int(row["env_step"])) for row in csv.DictReader(table.open())}
+    with table.open("a", buffering=1) as file:
+        if not file.tell():
+            print(*COLUMNS, sep=",", file=file)
+        for path in sorted(args.folder.rglob("*.pt")):
+            name = path.relative_to(args.folder).as_posix()
+            if (name, step_of(path)) not in done:
+                rows = evaluations(path, args.episodes)
+                print(*(",".join(map(str, (name, *row))) for row in rows), sep="\n", file=file)
+                print(*(f"{name}: {row}" for row in rows), sep="\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__.split("\n")[0]))

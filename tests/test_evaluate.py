@@ -1,0 +1,54 @@
+"""benchmarks/evaluate.py: kept checkpoints by planner and by the policy's mode."""
+
+import csv
+import shutil
+
+import numpy as np
+import torch
+
+from algos import skimo, skimo_no_cem
+from benchmarks import evaluate, scores
+
+FLAGS = "--env-id kitchen --hidden-dim 16 --latent-dim 8 --skill-dim 3 --device cpu --seed 2".split()
+
+
+def agent_of(algo):
+    torch.manual_seed(0)
+    args = algo.parse_args(FLAGS)
+    return args, algo.Agent(args, algo.make_networks(args))
+
+
+def test_the_mode_is_what_the_file_without_a_planner_does():
+    (_, planner), (_, policy) = agent_of(skimo), agent_of(skimo_no_cem)
+    obs = np.random.default_rng(0).normal(size=(5, 30)).astype(np.float32)
+    expected = policy.choose_skills(obs, 10**6, explore=False)
+    np.testing.assert_array_equal(evaluate.mode(skimo, planner, obs, 10**6, False), expected)
+    assert not torch.equal(planner.choose_skills(obs, 10**6, explore=False), expected)
+
+
+def test_checkpoints_of_a_grid_are_evaluated_once(tmp_path):
+    for board, algo, name in (("kitchen", skimo, "seed2.pt"), ("kitchen-60", skimo_no_cem, "seed2_25000.pt")):
+        args, agent = agent_of(algo)
+        state = dict(script=algo.FILE.name, args=vars(args), global_step=25_007)
+        algo.save(tmp_path / board / algo.FILE.stem / name, state, dict(agent=agent))
+    evaluate.main(evaluate.Args(tmp_path, episodes=2))
+    first = (tmp_path / "evaluations.csv").read_text()
+    evaluate.main(evaluate.Args(tmp_path, episodes=2))
+    assert (tmp_path / "evaluations.csv").read_text() == first
+    rows = list(csv.DictReader(first.splitlines()))
+    assert [(row["checkpoint"], row["acts_by"], row["env_step"]) for row in rows] == [
+        ("kitchen/skimo/seed2.pt", "plan", "25007"),
+        ("kitchen/skimo/seed2.pt", "mode", "25007"),
+        ("kitchen-60/skimo_no_cem/seed2_25000.pt", "mode", "25007"),
+    ]
+
+
+def test_planned_scores_are_those_of_the_file_itself(tmp_path, capsys):
+    shutil.copy(scores.RESULTS / "agents" / "skimo_kitchen.pt", tmp_path / "seed1.pt")
+    skimo.evaluate(
+        skimo.parse_args(["--evaluate", str(tmp_path / "seed1.pt"), "--eval-episodes", "2", "--device", "cpu"])
+    )
+    said = capsys.readouterr().out
+    plan, by_mode = evaluate.evaluations(tmp_path / "seed1.pt", 2)
+    assert f"episodic_return {plan[3]:.3g}," in said and plan[1:3] == ("plan", 2)
+    assert by_mode[1] == "mode" and by_mode[3] >= 2  # a trained policy does most of the Kitchen by itself
