@@ -58,7 +58,6 @@ sys.path.insert(0, str(FILE.parents[1]))
 import data_tools  # tasks and offline data, nothing else
 
 PRETRAINED = "relay"  # begins the names of pre-trained models
-torch.set_num_threads(min(torch.get_num_threads(), 8))  # more do not help networks of this size
 
 
 # ----------------------------------------------------------------------------------------------------------- arguments
@@ -79,6 +78,7 @@ class Args:
     data_dir: str | None = None  # folder of offline data and pre-trained models (None: the user's cache)
     run_dir: str = "runs"  # folder of the run folders
     cudagraphs: bool = True  # on a GPU, replay updates as CUDA graphs: one launch in place of hundreds
+    threads: int = 0  # of PyTorch on the CPU (0: one or all, whichever is faster when the run begins)
     checkpoint_interval: int = 50_000  # env steps between checkpoints
     eval_interval: int = 100_000  # env steps between evaluations; one more at the end
     eval_episodes: int = 20  # episodes of an evaluation, with the means of both levels
@@ -113,7 +113,7 @@ class Args:
     reward_scale: float = 1.0  # factor on the task's reward (only --flat learns from it)
 
     def __post_init__(self):  # refuse what would train wrongly without a word
-        least = dict(seed=0, total_timesteps=0, batch_size=2, max_std=0.007)  # policies have no smaller std
+        least = dict(seed=0, threads=0, total_timesteps=0, batch_size=2, max_std=0.007)  # policies have no smaller std
         most = dict(gamma=1)
         for name, value in vars(self).items():
             low, high = least.get(name, int(type(value) is int)), most.get(name, 2**31)
@@ -773,11 +773,11 @@ def parse_args(argv: list[str] | None = None) -> Args:
         saved = json.loads((Path(given.resume).expanduser() / "args.json").read_text())
     if given.evaluate:
         state = load(Path(given.evaluate), {})
-        saved = state["args"] | dict(script=state["script"], device=Args.device, run_dir=Args.run_dir)
+        saved = state["args"] | dict(script=state["script"], device=Args.device, run_dir=Args.run_dir, threads=0)
     if saved.pop("script", FILE.name) != FILE.name:
         sys.exit("error: this is a run of another file")
     args = tyro.cli(Args, args=argv, default=Args(**defaults | saved), description=str(__doc__).split("\n")[0])
-    free = "resume device cudagraphs checkpoint_interval eval_interval eval_episodes total_timesteps".split()
+    free = "resume device cudagraphs threads checkpoint_interval eval_interval eval_episodes total_timesteps".split()
     for name, value in vars(args).items():
         if given.resume and name not in free and value != saved.get(name, value):
             sys.exit(f"error: with --resume {name} cannot change")
@@ -786,4 +786,6 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 if __name__ == "__main__":
     args = parse_args()
+    args.threads = args.threads or data_tools.fastest_threads()
+    torch.set_num_threads(args.threads)
     evaluate(args) if args.evaluate else train(args)

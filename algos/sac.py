@@ -49,8 +49,6 @@ FILE = Path(__file__).resolve()
 sys.path.insert(0, str(FILE.parents[1]))
 import data_tools  # tasks, nothing else
 
-torch.set_num_threads(min(torch.get_num_threads(), 8))  # more do not help networks of this size
-
 
 # ----------------------------------------------------------------------------------------------------------- arguments
 @dataclass
@@ -66,6 +64,7 @@ class Args:
     # Seldom changed
     run_dir: str = "runs"  # folder of the run folders
     cudagraphs: bool = True  # on a GPU, replay updates as CUDA graphs: one launch in place of hundreds
+    threads: int = 0  # of PyTorch on the CPU (0: one or all, whichever is faster when the run begins)
     checkpoint_interval: int = 50_000  # env steps between checkpoints
     eval_interval: int = 100_000  # env steps between evaluations; one more at the end
     eval_episodes: int = 20  # episodes of an evaluation, with the policy's mode
@@ -86,7 +85,7 @@ class Args:
     position_features: bool = True  # sines and cosines of positions as inputs (DEVIATION 2)
 
     def __post_init__(self):  # refuse what would train wrongly without a word
-        least = dict(seed=0, warmup_steps=0)
+        least = dict(seed=0, threads=0, warmup_steps=0)
         most = dict(gamma=1, tau=1)
         for name, value in vars(self).items():
             low, high = least.get(name, int(type(value) is int)), most.get(name, 2**31)
@@ -517,11 +516,11 @@ def parse_args(argv: list[str] | None = None) -> Args:
         saved = json.loads((Path(given.resume).expanduser() / "args.json").read_text())
     if given.evaluate:
         state = load(Path(given.evaluate), {})
-        saved = state["args"] | dict(script=state["script"], device=Args.device, run_dir=Args.run_dir)
+        saved = state["args"] | dict(script=state["script"], device=Args.device, run_dir=Args.run_dir, threads=0)
     if saved.pop("script", FILE.name) != FILE.name:
         sys.exit("error: this is a run of another file")
     args = tyro.cli(Args, args=argv, default=Args(**defaults | saved), description=str(__doc__).split("\n")[0])
-    free = "resume device cudagraphs checkpoint_interval eval_interval eval_episodes total_timesteps".split()
+    free = "resume device cudagraphs threads checkpoint_interval eval_interval eval_episodes total_timesteps".split()
     for name, value in vars(args).items():
         if given.resume and name not in free and value != saved.get(name, value):
             sys.exit(f"error: with --resume {name} cannot change")
@@ -530,4 +529,6 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 if __name__ == "__main__":
     args = parse_args()
+    args.threads = args.threads or data_tools.fastest_threads()
+    torch.set_num_threads(args.threads)
     evaluate(args) if args.evaluate else train(args)

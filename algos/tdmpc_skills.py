@@ -60,7 +60,6 @@ import data_tools  # tasks and offline data, nothing else
 
 PRETRAINED = "spirl"  # begins the names of pre-trained models; files with the same pre-training share them
 SHIPPED = FILE.parents[1] / "benchmarks" / "results"  # models and agents that come with the code
-torch.set_num_threads(min(torch.get_num_threads(), 8))  # more do not help networks of this size
 
 
 # ----------------------------------------------------------------------------------------------------------- arguments
@@ -82,6 +81,7 @@ class Args:
     data_dir: str | None = None  # folder of offline data and pre-trained models (None: the user's cache)
     run_dir: str = "runs"  # folder of the run folders
     cudagraphs: bool = True  # on a GPU, replay updates as CUDA graphs: one launch in place of hundreds
+    threads: int = 0  # of PyTorch on the CPU (0: one or all, whichever is faster when the run begins)
     checkpoint_interval: int = 50_000  # env steps between checkpoints
     eval_interval: int = 100_000  # env steps between evaluations; one more at the end
     eval_episodes: int = 20  # episodes of an evaluation, without exploration noise
@@ -134,7 +134,7 @@ class Args:
     horizon_steps: int = 25_000  # env steps after the warm-up over which plans grow from 1 to N skills
 
     def __post_init__(self):  # refuse what would train wrongly without a word; BatchNorm needs two windows
-        least = dict(seed=0, warmup_steps=0, pretrain_batch_size=2, policy_std=1e-6)
+        least = dict(seed=0, threads=0, warmup_steps=0, pretrain_batch_size=2, policy_std=1e-6)
         plans = self.num_samples + self.num_policy_trajs
         most = dict(gamma=1, tau=1, rho=1, num_elites=plans, policy_std=1)  # beyond 1 the quadrature is wrong
         for name, value in vars(self).items():
@@ -973,12 +973,12 @@ def parse_args(argv: list[str] | None = None) -> Args:
         given.evaluate = str(SHIPPED / "agents" / f"{FILE.stem}_{given.env_id}.pt")
     if given.evaluate:
         state = load(Path(given.evaluate), {})
-        saved = state["args"] | dict(script=state["script"], device=Args.device, run_dir=Args.run_dir)
+        saved = state["args"] | dict(script=state["script"], device=Args.device, run_dir=Args.run_dir, threads=0)
     if saved.pop("script", FILE.name) != FILE.name:
         sys.exit("error: this is a run of another file")
     args = tyro.cli(Args, args=argv, default=Args(**defaults | saved), description=str(__doc__).split("\n")[0])
     args.evaluate = given.evaluate
-    free = "resume device cudagraphs checkpoint_interval eval_interval eval_episodes total_timesteps".split()
+    free = "resume device cudagraphs threads checkpoint_interval eval_interval eval_episodes total_timesteps".split()
     for name, value in vars(args).items():
         if given.resume and name not in free and value != saved.get(name, value):
             sys.exit(f"error: with --resume {name} cannot change")
@@ -987,4 +987,6 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 if __name__ == "__main__":
     args = parse_args()
+    args.threads = args.threads or data_tools.fastest_threads()
+    torch.set_num_threads(args.threads)
     evaluate(args) if args.evaluate else train(args)

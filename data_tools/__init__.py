@@ -17,9 +17,10 @@ from data_tools.dataset import OfflineDataset, made_once
 from data_tools.files import DataError, cache_dir, imported
 from data_tools.tasks.vector import MemberVectorEnv
 from data_tools.tasks.video import VideoRecorder
+from data_tools.threads import fastest_threads
 
 __all__ = ["TASKS", "DataError", "OfflineDataset", "Task", "cache_dir", "code_of", "env_sizes", "load_dataset"]
-__all__ += ["make_envs", "perturb", "recombined"]
+__all__ += ["fastest_threads", "make_envs", "perturb", "recombined"]
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from data_tools.tasks.calvin import CalvinVectorEnv
 from data_tools.tasks.kitchen import SUBTASKS, KitchenVectorEnv
 from data_tools.tasks.maze import GOAL, MazeVectorEnv
 from data_tools.tasks.vector import MemberVectorEnv, SingleEnv
+from data_tools.threads import fastest_threads
 
 # ------------------------------------------------------------------------------------- how each task is nearly solved
 
@@ -368,3 +369,16 @@ def test_nan_actions_end_a_program_in_one_sentence():
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "lower its learning rate" in done.stderr and "--resume" in done.stderr
+
+
+@pytest.mark.parametrize("seconds, fastest", [({1: 2.0, 2: 1.5}, 2), ({1: 0.02, 2: 0.6}, 1)])
+def test_torch_gets_the_faster_number_of_threads(monkeypatch, seconds, fastest):
+    ticks = []
+    clock = lambda: ticks.append(seconds[torch.get_num_threads()]) or sum(ticks)  # noqa: E731
+    monkeypatch.setattr("time.perf_counter", clock)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    torch.set_num_threads(2)
+    assert fastest_threads() == fastest
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    torch.set_num_threads(2)
+    assert fastest_threads() == 2
