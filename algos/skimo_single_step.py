@@ -771,8 +771,9 @@ def rollout(agent: Agent, args: Args, num_episodes: int, seed: int, global_step=
         torch.manual_seed(seed)
         obs, _ = envs.reset(seed=seed)
         ended = np.zeros(num_episodes, dtype=bool)
-        while not ended.all():
-            z = agent.choose_skills(obs, global_step, explore=False)
+        z = torch.zeros(num_episodes, args.skill_dim)
+        while not ended.all():  # members that have ended need no skill
+            z[torch.from_numpy(~ended)] = agent.choose_skills(obs[~ended], global_step, explore=False)
             obs, _, ended, _ = execute_skill(envs, agent.skills, obs, z, args)
     envs.close()
     success = data_tools.TASKS[args.env_id].success(envs.returns)
@@ -831,7 +832,8 @@ def train(args: Args) -> dict:
     for row in episodes:
         print(*row, sep=",", file=episodes_csv)
     stopping = global_step >= args.total_timesteps
-    with tqdm(desc="RL", total=args.total_timesteps, initial=global_step, unit="step") as bar:
+    total_updates = int(args.total_timesteps * args.updates_per_step)  # they take the time, so the bar counts them
+    with tqdm(desc="RL", total=total_updates, initial=gradient_step, unit="update") as bar:
         while not stopping:
             # ALGO LOGIC: put action logic here. One skill for all environments at once, then H env steps (DEVIATION 4)
             warming_up = global_step < args.warmup_steps
@@ -841,7 +843,6 @@ def train(args: Args) -> dict:
             rb.add(**window, z=z, rewards=args.reward_scale * rewards, dones=ended, next_obs=next_obs)
             new_steps = int(envs.steps.sum() - steps_before)
             global_step += new_steps
-            bar.update(new_steps)
 
             # TRY NOT TO MODIFY: record the episodes that ended
             for e in np.flatnonzero(ended):
@@ -853,7 +854,7 @@ def train(args: Args) -> dict:
                 curves = dict(episodic_return=row[1], episodic_length=row[2])
                 curves |= dict(success=task.success(last_100), SPS=global_step / minutes / 60)
                 log(writer, "charts", curves, global_step)
-                bar.set_postfix(updates=gradient_step, last_100=f"{np.mean(last_100):.3g}")
+                bar.set_postfix(env_steps=global_step, last_100=f"{np.mean(last_100):.3g}")
             # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
             obs = next_obs
             if ended.any():
@@ -865,11 +866,11 @@ def train(args: Args) -> dict:
             while gradient_step < updates_due:
                 metrics = agent.update(*rb.sample(args.batch_size))
                 gradient_step += 1
+                bar.update()
                 if gradient_step % 2 == 0:  # as in the release
                     agent.target.follow(agent.model, args.tau)  # DEVIATION 6
                 if gradient_step % 100 == 0:
                     log(writer, "losses", metrics, global_step)
-                    bar.set_postfix_str(f"catching up: update {gradient_step} of {updates_due}")
 
             # Evaluate without exploration noise
             finished = global_step >= args.total_timesteps
