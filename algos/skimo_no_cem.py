@@ -662,9 +662,8 @@ def rollout(agent: Agent, args: Args, num_episodes: int, seed: int, global_step=
         torch.manual_seed(seed)
         obs, _ = envs.reset(seed=seed)
         ended = np.zeros(num_episodes, dtype=bool)
-        z = torch.zeros(num_episodes, args.skill_dim)
-        while not ended.all():  # members that have ended need no skill
-            z[torch.from_numpy(~ended)] = agent.choose_skills(obs[~ended], global_step, explore=False)
+        while not ended.all():
+            z = agent.choose_skills(obs, global_step, explore=False)
             obs, _, ended = execute_skill(envs, agent.skills, obs, z, args)
     envs.close()
     success = data_tools.TASKS[args.env_id].success(envs.returns)
