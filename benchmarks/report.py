@@ -99,6 +99,26 @@ SETTINGS = (
     ("a quarter of the updates → all", "calvin_updates/spirl_0.24"),
 )
 
+# Methods without offline data: updates per env step by default and as published (Option-Critic: per roll-out), hidden
+# width as published (LSP's is Dreamer's), and the control with exactly the settings of the runs
+WITHOUT_DATA = {
+    "sac": (0.5, 1.0, 256, "controls_reported/sac_seed1"),
+    "tdmpc": (1.0, 1.0, 512, "controls_reported/tdmpc_seed1"),
+    "dreamer": (0.2, 0.2, 400, "controls_reported/dreamer_seed1"),
+    "lsp": (0.2, 0.2, 400, "controls_reported/lsp_seed1"),
+    "dads": (0.016, 0.016, 512, "dads/hall_seed1"),
+    "diayn": (0.5, 1.0, 300, "controls_reported/diayn_seed1"),
+    "hiro": (0.25, 1.0, 300, "controls_reported/hiro_seed1"),
+    "option_critic": (None, None, None, "controls_reported/option_critic_seed1"),
+}
+# What a control's JSON tells
+CONTROLS = {
+    "last_20_return": "pendulum {:.0f}, asked -250",
+    "last_success": "open maze, success {:.2f}, asked .80",
+    "accuracy": "box, {:.0%} of states told apart, asked 90%",
+    "reached": "hall, {:.0%} of goals reached, asked 80%",
+}
+
 
 @dataclass
 class Args:
@@ -425,6 +445,46 @@ def method_text(cells, name: str) -> str:
     return f"No run of its own yet; studies: {', '.join(links)}\n"
 
 
+def control_words(log: Path) -> str:
+    """What a control came to, linked with its folder."""
+    if not log.exists():
+        return "not run yet"
+    facts = json.loads(log.read_text())
+    words = next(text.format(facts[name]) for name, text in CONTROLS.items() if name in facts)
+    verdict = "passed" if facts["passed"] else "**not a fair test**"
+    steps = facts["args"]["total_timesteps"] // 1000
+    return f"{verdict}: [{words}](results/studies/{log.parent.name}), {steps}k env steps"
+
+
+def hours(method: str, rate: float, speed: Path, mode: str) -> str:
+    """Of updates and choices in 300,000 env steps of eight environments, at the file's default sizes."""
+    rows = [row for row in json.loads(speed.read_text())["rows"] if row["algo"] == method]
+    ms = {row["name"].split(",")[0]: row["ms"] for row in rows if row["mode"] in (mode, "eager")}  # graphs come last
+    choice = ms.get("plan", ms.get("act"))
+    return f"{300_000 * (rate * ms['RL update'] + choice / 8) / 3.6e6:.2g}"
+
+
+def without_data_table() -> str:
+    """Of methods without offline data: how much their runs learnt, whether that suffices for a small task, and what
+    the published settings would cost.
+    """
+    rows = []
+    for method, (default, published, width, control) in WITHOUT_DATA.items():
+        logs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"*/{method}/none/seed*.json"))]
+        (used,) = {log["args"]["hidden_dim"] for log in logs}
+        done = np.mean([log["results"]["updates"] / log["results"]["env_steps"] for log in logs])
+        row = {"method": label(method), "updates per env step": f"{done:.2g}"}
+        row |= {"by default, published": f"{default:g}, {published:g}" if default else "the same"}
+        row |= {"width, published": f"{used}, {width}" if width else f"{used}, –"}
+        row |= {"control at these settings": control_words(RESULTS / "studies" / f"{control}.json")}
+        logs = RESULTS / "studies"
+        known = default and method != "dads"  # whose default sizes are not the published ones
+        row["hours, CPU"] = hours(method, published, logs / "speed" / "all_files_xeon.json", "eager") if known else "–"
+        row["H100"] = hours(method, published, logs / "gpu" / "speed_graphs.json", "graphs") if known else "–"
+        rows.append(row)
+    return table(rows)
+
+
 def coverage_text(cells) -> str:
     rows = []
     for data in DATA:
@@ -450,6 +510,8 @@ def results_text(cells, ours: bool = True, held=()) -> str:
         settings_table(cells),
         NOTES["coverage"],
         coverage_text(cells),
+        NOTES["without data"],
+        without_data_table(),
         NOTES["boards"],
         boards,
     ]

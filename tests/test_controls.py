@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from benchmarks import report
 from benchmarks.controls import diayn, flat, frame
 
 LOGS = flat.ROOT / "benchmarks" / "results" / "studies" / "controls"
@@ -48,6 +49,16 @@ def test_reported_settings_are_those_of_the_logged_runs(name):
         logged = json.loads(log.read_text())["args"]
         args = vars(frame.reported_args(algo, logged["env_id"], logged["seed"], logged["total_timesteps"]))
         assert {key: value for key, value in args.items() if key not in free and logged.get(key, value) != value} == {}
+
+
+@pytest.mark.parametrize("name", list(report.WITHOUT_DATA))
+def test_the_table_of_rates_has_the_defaults_of_the_files(name):
+    default, published, width, _ = report.WITHOUT_DATA[name]
+    args = importlib.import_module(f"algos.{name}").Args()
+    if default:
+        assert args.updates_per_step == default <= published
+    if name in ("tdmpc", "dreamer", "lsp", "hiro", "diayn", "sac"):  # where published sizes are the default
+        assert args.hidden_dim == width
 
 
 def test_a_short_run_as_reported(tmp_path, monkeypatch):
