@@ -562,7 +562,7 @@ def train(args: Args) -> dict:
                 curves = dict(episodic_return=row[1], episodic_length=row[2])
                 curves |= dict(success=task.success(last_100), SPS=global_step / minutes / 60)
                 log(writer, "charts", curves, global_step)
-                bar.set_postfix(updates=gradient_step, last_100=f"{np.mean(last_100):.3g}")
+                bar.set_postfix(updates=gradient_step, **{f"last_{len(last_100)}": f"{np.mean(last_100):.3g}"})
             # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
             obs = next_obs
             if ended.any():

@@ -734,7 +734,7 @@ def train(args: Args) -> dict:
                 curves = dict(episodic_return=row[1], episodic_length=row[2])
                 curves |= dict(success=task.success(last_100), SPS=global_step / minutes / 60)
                 log(writer, "charts", curves, global_step)
-                bar.set_postfix(updates=gradient_step, last_100=f"{np.mean(last_100):.3g}")
+                bar.set_postfix(updates=gradient_step, **{f"last_{len(last_100)}": f"{np.mean(last_100):.3g}"})
             # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
             obs = next_obs
             if ended.any():
@@ -761,6 +761,9 @@ def train(args: Args) -> dict:
                 scores = rollout(agent, args, args.eval_episodes, 10_000 + args.seed)
                 evaluations.append((global_step, scores["episodic_return"], scores["success"]))
                 bar.write(f"env step {global_step}: {log(writer, 'eval', scores, global_step)}")
+                too_short = sum(row[2] + 1 < args.batch_length for row in episodes)
+                if too_short:
+                    bar.write(f"no window (--batch-length) fits into {too_short} episodes: nothing is learnt from them")
 
             # Save all that the future of the run depends on
             stopping = finished or stop.is_set()

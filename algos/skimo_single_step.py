@@ -853,7 +853,7 @@ def train(args: Args) -> dict:
                 curves = dict(episodic_return=row[1], episodic_length=row[2])
                 curves |= dict(success=task.success(last_100), SPS=global_step / minutes / 60)
                 log(writer, "charts", curves, global_step)
-                bar.set_postfix(env_steps=global_step, last_100=f"{np.mean(last_100):.3g}")
+                bar.set_postfix(env_steps=global_step, **{f"last_{len(last_100)}": f"{np.mean(last_100):.3g}"})
             # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
             obs = next_obs
             if ended.any():
@@ -877,6 +877,9 @@ def train(args: Args) -> dict:
                 scores = rollout(agent, args, args.eval_episodes, 10_000 + args.seed, global_step)
                 evaluations.append((global_step, scores["episodic_return"], scores["success"]))
                 bar.write(f"env step {global_step}: {log(writer, 'eval', scores, global_step)}")
+                too_short = len(episodes) - rb.num_episodes
+                if too_short:
+                    bar.write(f"no window (--num-skills) fits into {too_short} episodes: nothing is learnt from them")
 
             # Save all that the future of the run depends on
             stopping = finished or stop.is_set()

@@ -362,8 +362,8 @@ def test_nothing_is_learnt_before_every_environment_has_finished_an_episode(case
 
 
 @pytest.mark.parametrize("case", ["skimo", "skimo_no_cem", "skimo_single_step"], indirect=True)
-def test_from_episodes_that_are_too_short_nothing_is_learnt(case, monkeypatch):
-    """All end at the goal after two skills; a window has three."""
+def test_from_episodes_that_are_too_short_nothing_is_learnt(case, monkeypatch, capsys):
+    """And it says so. All end at the goal after two skills; a window has three."""
     maze = data_tools.tasks.maze.MazeVectorEnv
     advance = maze.advance
 
@@ -375,6 +375,7 @@ def test_from_episodes_that_are_too_short_nothing_is_learnt(case, monkeypatch):
     results, run_dir = case.start("--total-timesteps 480")
     assert results["updates"] == 0
     assert {row[2] for row in rows_of(run_dir)} == {"20"}
+    assert f"no window (--num-skills) fits into {len(rows_of(run_dir))} episodes" in capsys.readouterr().out
 
 
 @every_algo
