@@ -224,19 +224,21 @@ def board_section(cells, task: str, data: str) -> str:
 
 # ------------------------------------------------------------------------------------------------------------- claims
 def verdicts(cells, claim: Claim, measure: str) -> str:
-    """On how many boards a claim holds (with all seeds apart), is tied or reversed."""
-    found = []
+    """On how many boards a claim holds (with all seeds apart), is tied or reversed; how probably a run is better."""
+    found, pairs = [], []
     for task, data in scores.boards(cells):
         values = [scores.measured(cells, task, name, data, measure) for name in (claim.first, claim.second)]
         if task in claim.tasks and all(map(len, values)) and not np.isnan(np.concatenate(values)).any():
             stands = scores.relation(*values, TASKS[task].margin)
             found.append(stands if stands != "?" else "mean" if values[0].mean() > values[1].mean() else "<")
+            pairs.append(values)
     holds = found.count(">") + found.count("mean")
     apart = f" ({found.count('>')} apart)" if found.count(">") else ""
     words = [f"{holds} of {len(found)}{apart}"]
     words += [f"{found.count('=')} tied"] if "=" in found else []
     words += [f"{found.count('<')} reversed"] if "<" in found else []
-    return ", ".join(words)
+    better, low, high = map(number, scores.improvement(pairs))
+    return f"{', '.join(words)}<br>*P* {better} [{low}, {high}]"
 
 
 def claims_table(cells) -> str:

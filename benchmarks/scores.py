@@ -462,6 +462,22 @@ def relation(first, second, margin: float) -> str:
     return "?"
 
 
+def improvement(boards: list[tuple]) -> tuple[float, float, float]:
+    """Probability that a run of the first method beats one of the second, mean over boards, and its 95 % interval.
+
+    boards: scores of both, (n,) and (m,), a pair for each board. Ties count half; seeds are bootstrapped on each board.
+    """
+    rng = np.random.default_rng(0)
+
+    def wins(first, second):  # (..., n), (..., m) -> (...)
+        difference = first[..., :, None] - second[..., None, :]
+        return ((np.sign(difference) + 1) / 2).mean((-2, -1))
+
+    draws = [[rng.choice(values, (2_000, len(values))) for values in pair] for pair in boards]
+    low, high = np.quantile(np.mean([wins(*pair) for pair in draws], 0), [0.025, 0.975])
+    return float(np.mean([wins(*map(np.asarray, pair)) for pair in boards])), low, high
+
+
 def lead(first: list[Run], second: list[Run], measure, end: int) -> tuple[float, float, float, bool]:
     """Mean lead of the first runs, its 95 % interval by bootstrap over seeds, and whether seeds were paired.
 

@@ -169,6 +169,16 @@ def test_seeds_are_paired_where_each_has_a_model_of_its_own():
     assert np.isnan(scores.lead(with_models([0.5], (1,)), with_models(second, (1, 2, 3)), scores.level, 50_000)[1])
 
 
+def test_the_probability_of_a_better_run():
+    better, low, high = scores.improvement([([1.0, 2.0], [0.0, 1.0]), ([0.0], [3.0])])
+    assert better == pytest.approx((3.5 / 4 + 0) / 2)  # a tie counts half
+    assert low == 0.25 and high == 0.5  # of the first board at least half, at most all
+    rng = np.random.default_rng(0)
+    pairs = [(rng.normal(size=30), rng.normal(size=30)) for _ in range(8)]
+    better, low, high = scores.improvement(pairs)
+    assert low < 0.5 < high and better == pytest.approx(0.5, abs=0.08) and high - low < 0.15
+
+
 def test_agreement_beside_chance(tmp_path):
     """Three methods whose order is the paper's: one of the six shufflings of their names agrees as often."""
     for method, value in (("skimo", 0.9), ("skimo_no_cem", 0.9), ("skimo_sac", 0.5)):
@@ -180,8 +190,8 @@ def test_agreement_beside_chance(tmp_path):
     assert found["p"] == pytest.approx(2 / 6) and found["chance"] == pytest.approx((2 * 3 + 4 * 0) / 6, abs=0.7)
     assert scores.agreement(cells, "without noise", "scripted")["hold"] == 1
     claim = report.Claim("", "skimo", "skimo_sac", ("maze",), "")
-    assert report.verdicts(cells, claim, "level") == "1 of 1 (1 apart)"
-    assert report.verdicts(cells, claim, "without noise") == "0 of 1, 1 tied"
+    assert report.verdicts(cells, claim, "level") == "1 of 1 (1 apart)<br>*P* 1.00 [1.00, 1.00]"
+    assert report.verdicts(cells, claim, "without noise") == "0 of 1, 1 tied<br>*P* .50 [.50, .50]"
 
 
 def test_commits_of_a_run():
@@ -304,6 +314,13 @@ def test_the_audits_counts_and_marks_come_out(cells):
     assert [round(found["chance"], 1) for found in speed] == [14.4, 6.5] and round(speed[1]["p"], 3) == 0.007
     assert report.three(cells, "kitchen-misaligned", "spirl", "scripted") == [".55°", ".96\\*", ".99"]
     assert report.three(cells, "kitchen", "skimo_sac", "human") == [".82°", ".98", "1.00\\*"]
+    for method, expected in (("skimo_sac", 0.95), ("skimo_no_cem", 0.86), ("skimo_no_joint", 0.58), ("spirl", 1.0)):
+        boards = [
+            [scores.measured(cells, task, name, data, "speed") for name in ("skimo", method)]
+            for task, data in scores.boards(cells)
+        ]
+        better, low, high = scores.improvement(boards)
+        assert better == pytest.approx(expected, abs=0.02) and low <= better <= high
     to = [scores.steps_to(run, 0.75) for run in cells["kitchen", "spirl", "scripted"]]
     assert (round(min(to), -3), round(max(to), -3)) == (179_000, 184_000)
     runs = [cells["kitchen-misaligned", name, "human"] for name in ("skimo", "skimo_no_cem")]
