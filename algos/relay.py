@@ -91,7 +91,7 @@ class Args:
     hidden_dim: int = 256  # width of hidden layers
     position_features: bool = True  # sines and cosines of positions as inputs (DEVIATION 4)
 
-    # Pre-training
+    # Pre-training (nothing of it counts with --pretrained)
     low_window: int = 30  # W_l: farthest goal of the low level, and farthest subgoal, in env steps
     high_window: int = 260  # W_h: farthest goal of the high level
     pretrain_updates: int = 5_000  # gradient updates

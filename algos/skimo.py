@@ -96,7 +96,7 @@ class Args:
     skill_encoder: Literal["mlp", "lstm"] = "lstm"  # architecture of q
     position_features: bool = True  # sines and cosines of positions as inputs (release: none)
 
-    # Pre-training
+    # Pre-training (nothing of it counts with --pretrained)
     pretrain_updates: int = 12_000  # gradient updates
     pretrain_skills: int = 10  # skills per window (release: 10, CALVIN 1)
     pretrain_batch_size: int = 128  # windows per update (release: 512)

@@ -93,7 +93,7 @@ class Args:
     position_features: bool = True  # sines and cosines of positions as inputs, maze scaled (release: raw)
     squash_actions: bool = False  # tanh on actions, although pi_L is trained without one, as in the release
 
-    # Pre-training
+    # Pre-training (nothing of it counts with --pretrained)
     pretrain_updates: int = 48_000  # gradient updates
     pretrain_batch_size: int = 128  # windows of H actions per update
     pretrain_lr: float = 1e-3  # first learning rate
