@@ -71,6 +71,7 @@ class Args:
     algos: tuple[str, ...] = ("skimo",)  # names of files in --algos-dir, without .py
     env_ids: tuple[Literal[*dict.fromkeys([*TASKS, *HELD_OUT])], ...] = ("maze",)  # tasks, or boards of suites.py
     seeds: tuple[int, ...] = SEEDS  # one run each
+    data: str = "scripted"  # offline data of the methods that have some: scripted, d4rl, release or a path
     args: str = ""  # more flags for every run, as one string: --args "--total-timesteps 100000"
     results_dir: Path = Path("runs/results")  # CSV and JSON of finished runs; small
     run_dir: Path = Path("runs")  # run folders with checkpoints and logs; on a cluster, on a shared file system
@@ -401,6 +402,7 @@ def make_cells(args: Args) -> list[Cell]:
                     command += ["--data-dir", os.path.abspath(os.path.expanduser(args.data_dir))]
                 command += ["--device", args.device] if args.device else []
                 own = ["--total-timesteps", str(board.env_steps)] if board.env_steps else []
+                own += ["--data", args.data] if with_data and args.data != "scripted" else []
                 own += ["--data-share", str(board.data_share)] if with_data and board.data_share < 1 else []
                 own += ["--checkpoint-interval", str(min(args.keep))] if args.keep else []
                 own += flags

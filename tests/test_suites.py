@@ -84,8 +84,11 @@ def test_boards_with_other_data_do_not_share_models(tmp_path):
         assert cell.folder == (tmp_path / "run" / cell.env_id / cell.algo / "seed1000")
     with pytest.raises(SystemExit, match="kitchen-60 has a share of the data"):
         cells_of("held-out", tmp_path, "--args", "--pretrained published")
-    plain = run.make_cells(run.Args(algos=("sac", "spirl"), env_ids=("kitchen-60",), seeds=(1,), run_dir=tmp_path))
-    assert ["--data-share" in cell.command for cell in plain] == [False, True]  # sac.py has no data
+    chosen = dict(algos=("sac", "spirl"), env_ids=("kitchen-60",), seeds=(1,), run_dir=tmp_path, data="d4rl")
+    for flags in (["--data-share", "0.1"], ["--data", "d4rl"]):
+        found = [[cell.command[cell.command.index(flag) + 1] for flag in flags[:1] if flag in cell.command]
+                 for cell in run.make_cells(run.Args(**chosen))]  # fmt: skip
+        assert found == [[], flags[1:]]  # sac.py has no data
 
 
 def test_an_estimate_is_the_rate_of_the_logs_times_the_env_steps(tmp_path):
