@@ -475,8 +475,9 @@ def without_data_table() -> str:
         logs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"*/{method}/none/seed*.json"))]
         (used,) = {log["args"]["hidden_dim"] for log in logs}
         done = np.mean([log["results"]["updates"] / log["results"]["env_steps"] for log in logs])
-        row = {"method": label(method), "updates per env step": f"{done:.2g}"}
-        row |= {"by default, published": f"{default:g}, {published:g}" if default else "the same"}
+        rates = [f"{rate:.2g}".removeprefix("0") for rate in (done, default or 0, published or 0)]
+        row = {"method": label(method), "updates per env step": rates[0]}
+        row |= {"by default, published": ", ".join(rates[1:]) if default else "the same"}
         row |= {"width, published": f"{used}, {width}" if width else f"{used}, –"}
         row |= {"control at these settings": control_words(RESULTS / "studies" / f"{control}.json")}
         logs = RESULTS / "studies"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import report
-from benchmarks.controls import diayn, flat, frame
+from benchmarks.controls import diayn, flat, frame, hiro  # noqa: F401, which makes the task open-maze
 
 LOGS = flat.ROOT / "benchmarks" / "results" / "studies" / "controls"
 
@@ -59,6 +59,24 @@ def test_the_table_of_rates_has_the_defaults_of_the_files(name):
         assert args.updates_per_step == default <= published
     if name in ("tdmpc", "dreamer", "lsp", "hiro", "diayn", "sac"):  # where published sizes are the default
         assert args.hidden_dim == width
+
+
+REPORTED_LOGS = sorted((LOGS.parent / "controls_reported").glob("*_seed1.json"))
+
+
+@pytest.mark.parametrize("log", REPORTED_LOGS, ids=lambda log: log.stem)
+def test_a_reported_control_had_the_reported_settings(log):
+    facts = json.loads(log.read_text())
+    args, name = facts["args"], log.stem.removesuffix("_seed1")
+    algo = importlib.import_module(f"algos.{name}")
+    expected = vars(frame.reported_args(algo, args["env_id"], args["seed"], args["total_timesteps"]))
+    free = "run_dir eval_interval eval_episodes".split()
+    assert {key: value for key, value in expected.items() if key not in free and args.get(key, value) != value} == {}
+    if args["env_id"] == "Pendulum-v1":
+        with log.with_suffix(".csv").open() as file:
+            returns = [float(row["episodic_return"]) for row in csv.DictReader(file)]
+        assert np.mean(returns[-20:]) == pytest.approx(facts["last_20_return"], abs=0.1)
+        assert facts["passed"] == (facts["last_20_return"] > flat.GATE)
 
 
 def test_a_short_run_as_reported(tmp_path, monkeypatch):
