@@ -6,6 +6,7 @@ from pathlib import Path
 
 import gymnasium
 import numpy as np
+from tqdm import tqdm
 
 from data_tools.files import write_atomically
 from data_tools.tasks.vector import MemberVectorEnv
@@ -21,6 +22,7 @@ class VideoRecorder(gymnasium.vector.VectorWrapper):
         self.frame = 0
         self.steps, self.returns = envs.steps, envs.returns  # the same arrays
         self.every = math.ceil(self.metadata["render_fps"] / 50)  # steps per picture
+        self.bar = tqdm(desc="episodes, at most", total=envs.max_episode_steps, unit="step")  # drawing takes minutes
 
     def step(self, actions):
         result = self.env.step(actions)
@@ -29,9 +31,11 @@ class VideoRecorder(gymnasium.vector.VectorWrapper):
             self.shape = frame.shape
             self.frames.append(zlib.compress(frame.tobytes(), 1))  # fast
         self.frame += 1
+        self.bar.update()
         return result
 
     def close(self, **kwargs):
+        self.bar.close()
         if self.frames:
             write_atomically(self.path, self._write)
             self.frames = []
