@@ -1,0 +1,927 @@
+"""SUPE: Leveraging Skills from Unlabeled Prior Data for Efficient Online Exploration (Wilcoxson, Li, Frans & Levine,
+ICML 2025), https://arxiv.org/abs/2410.18076
+
+Idea: the skills of spirl.py; but the data that taught them are not thrown away. In RL half of every batch are
+demonstrations, with the rewards that the agent's own experience foretells and a bonus for what it has not tried.
+
+    python algos/supe.py --env-id maze           # pre-training as spirl.py (shared), RL, evaluation
+    python algos/supe.py --resume runs/FOLDER    # go on after Ctrl-C or a crash
+
+1. Pre-training: that of spirl.py, whose models are shared
+2. Downstream RL on transitions (s, u, sum r of H rewards, end e, s'), u = tanh(z). Repeat:
+   act: z ~ pi(s), in the warm-up z ~ p(s), for H steps of the frozen skill policy pi_L
+   (1) label: demonstrated H steps become (s, tanh(mean of q), R(s, u), M(s, u), s')
+   (2) bonus: r + c |g(s, u) - g'(s, u)|^2 on own and demonstrated ones; g' is random (RND, arXiv 1810.12894)
+   (3) critics: Q_i(s, u) -> r + gamma (1 - e) min of m random Q'_i(s', u'), u' ~ pi(s'), Q' slow copies
+   (4) policy: maximise mean Q_i(s, u) - alpha log pi(u | s), alpha such that its entropy is -Z/2
+   (5) models, on own ones only: R -> r, M -> e without the bonus; g -> g' where the agent has just been
+
+DEVIATION n: differences from the authors' code. Why, what was measured, and scores: algos/docs/supe.md
+1. Skills are SPiRL's: 10 steps, 10 numbers, close to N(0, 1); the skill policy acts without noise.
+2. Fewer and fewer-headed updates: 2 critic steps per skill with 5 critics; theirs are 80 with 10.
+3. The bonus is scaled once: its first mean is rnd_coef. Theirs is 8 times the error.
+4. Rewards of a skill are summed without discount. 5. E environments act side by side; g learns from all at once.
+6. Sines of positions as inputs, but not of g; critics' LayerNorm has no weights.
+--published takes the authors' side of 2, SPiRL's release for its skills, and one environment.
+Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, SkillModel, make_networks, pretrain_loss, pretrain,
+critic_loss, policy_loss, ReplayBuffer, Agent, train
+Shapes: B batch, H steps per skill, O observation, F inputs, A action, Z skill, E environments, n critics,
+k critic steps per update.
+"""
+
+import copy
+import gc
+import hashlib
+import io
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: updates beside other programs are 1.6 times as fast
+
+import numpy as np
+import torch
+import tyro
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+FILE = Path(__file__).resolve()
+sys.path.insert(0, str(FILE.parents[1]))
+import data_tools  # tasks and offline data, nothing else
+
+PRETRAINED = "spirl"  # begins the names of pre-trained models; files with the same pre-training share them
+SHIPPED = FILE.parents[1] / "benchmarks" / "results"  # models and agents that come with the code
+torch.set_num_threads(min(torch.get_num_threads(), 8))  # more do not help networks of this size
+
+
+# ----------------------------------------------------------------------------------------------------------- arguments
+@dataclass
+class Args:
+    env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned, calvin, your own or one of Gymnasium
+    published: bool = False  # take the release's settings for this task
+    seed: int = 1  # of networks, sampling and environments
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn
+    cudagraphs: bool = True  # on a GPU, replay updates as CUDA graphs: one launch in place of hundreds
+    run_dir: str = "runs"  # folder of the run folders
+    resume: str | None = None  # run folder to go on with, with its arguments
+    evaluate: str | None = None  # only evaluate this checkpoint, or `published`: our agent, if there is one
+    checkpoint_interval: int = 50_000  # env steps between checkpoints
+    eval_interval: int = 100_000  # env steps between evaluations; one more at the end
+    eval_episodes: int = 20  # episodes of an evaluation, with the mode of the policy
+    capture_video: bool = False  # with --evaluate: record its first episode as MP4
+    data_dir: str | None = None  # folder of offline data and pre-trained models (None: the user's cache)
+    data: str = "scripted"  # offline data: scripted, d4rl (people's, of the kitchens), release (the authors') or a path
+    pretrained: str | None = None  # begin with RL from this model: a path, or `published`: ours
+    pretrain_eval_interval: int = 12_000  # updates between validations with roll-outs of the prior
+    pretrain_eval_episodes: int = 100  # roll-outs in a validation; four times as many at the end
+
+    # Model
+    skill_horizon: int = 10  # H: env steps per skill
+    skill_dim: int = 10  # Z: size of a skill
+    hidden_dim: int = 128  # width of skill encoder, skill policy and prior
+    position_features: bool = True  # sines and cosines of positions as inputs, maze scaled (release: raw)
+    squash_actions: bool = False  # tanh on actions, although pi_L is trained without one, as in the release
+
+    # Pre-training
+    pretrain_updates: int = 48_000  # gradient updates
+    pretrain_batch_size: int = 128  # windows of H actions per update
+    pretrain_lr: float = 1e-3  # first learning rate
+    pretrain_lr_decay: bool = True  # decay to zero (release: constant)
+    arm_noise: float = 0.0  # std in rad of shifts of the demonstrated arm, see data_tools.perturb (release: 0)
+    recombine: bool = False  # show demonstrations again among objects moved by others (release: no)
+    kl_coef: float = 5e-4  # weight of KL(q || N(0,1)) per dimension
+
+    # Downstream RL
+    total_timesteps: int = 1_000_000  # env steps, warm-up included
+    num_envs: int = 8  # environments side by side
+    warmup_steps: int = 5_000  # env steps with the prior's skills before the updates start
+    updates_per_step: float = 0.1  # updates per env step after the warm-up
+    critic_steps: int = 2  # k: steps of the critics in an update, each on a batch of its own
+    batch_size: int = 256  # transitions per critic step
+    offline_ratio: float = 0.5  # share of demonstrations in a batch
+    relabel: Literal["pred", "zero"] = "pred"  # their rewards and ends: predicted, or none
+    rnd_coef: float = 0.1  # mean bonus in the first update, in units of the scaled reward
+    buffer_size: int = 1_000_000  # transitions kept
+    critic_dim: int = 256  # width of all networks of RL
+    num_critics: int = 5  # n
+    target_critics: int = 2  # m: critics, drawn anew in each step, whose least value is the target
+    learning_rate: float = 3e-4  # of everything
+    alpha: float = 1.0  # first weight of the entropy
+    gamma: float = 0.99  # discount per skill
+    tau: float = 0.005  # share of the online weights in a target update
+    reward_scale: float = 1.0  # factor on the task's reward
+
+    def __post_init__(self):  # refuse what would train wrongly without a word; BatchNorm needs two windows
+        least = dict(seed=0, warmup_steps=0, alpha=1e-6, pretrain_batch_size=2, buffer_size=self.num_envs)
+        most = dict(gamma=1, tau=1, offline_ratio=1, target_critics=self.num_critics)
+        for name, value in vars(self).items():
+            low, high = least.get(name, int(type(value) is int)), most.get(name, 2**31)
+            if type(value) in (int, float) and not low <= value <= high:  # nor NaN
+                sys.exit(f"error: --{name} {value} does not work: give {low} to {high}")
+
+
+# By the name of a task's data: spirl.py's values for pre-training, the authors' alpha and target_critics in their maze,
+# and rewards of 1 for a success. `people`: with people's data (--data d4rl or a path), as in spirl.py.
+TASK_DEFAULTS = {
+    "maze": dict(kl_coef=1e-2, total_timesteps=2_000_000, warmup_steps=50_000, target_critics=1, alpha=0.05,
+                 reward_scale=0.01),
+    "kitchen": dict(people=dict(kl_coef=1e-3, arm_noise=0.02, recombine=True)),
+    "calvin": dict(kl_coef=1e-2, total_timesteps=2_000_000, alpha=0.05, reward_scale=0.01),
+}  # fmt: skip
+# --published: the values of SPiRL's release for pre-training, the authors' for RL.
+RELEASE = {
+    "all": dict(position_features=False, squash_actions=True, pretrain_updates=480_000, pretrain_lr_decay=False,
+                arm_noise=0.0, recombine=False, kl_coef=5e-4, num_envs=1, critic_steps=20, updates_per_step=0.4,
+                num_critics=10),
+    "maze": dict(pretrain_updates=530_000, kl_coef=1e-3, warmup_steps=5_000),
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------ networks
+class Predictor(nn.Sequential):
+    """Linear, LeakyReLU; num_blocks x (Linear, BatchNorm, LeakyReLU); Linear: (..., in_dim) -> (..., out_dim)."""
+
+    def __init__(self, in_dim: int, u: int, num_blocks: int, out_dim: int, batch_norm: bool = True):
+        layers = [nn.Linear(in_dim, u), nn.LeakyReLU(0.2)]
+        for _ in range(num_blocks):
+            norm = [nn.BatchNorm1d(u)] if batch_norm else []
+            layers += [nn.Linear(u, u), *norm, nn.LeakyReLU(0.2)]
+        super().__init__(*layers, nn.Linear(u, out_dim))
+        for layer in self:
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_normal_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x):
+        y = super().forward(x.flatten(0, -2))  # BatchNorm wants one leading axis
+        return y.unflatten(0, x.shape[:-1])
+
+
+def gaussian(x):
+    """Network output (..., 2 * Z) -> mean and std, 2 x (..., Z)."""
+    mean, log_std = x.chunk(2, -1)
+    return mean, log_std.clamp(-10, 2).exp()
+
+
+def draw(distribution):
+    """One reparameterised sample of N(mean, std); distribution is (mean, std), each (..., Z)."""
+    mean, std = distribution
+    return mean + std * torch.randn_like(mean)
+
+
+def squash(x):
+    """Output x of the task policy -> skill (..., Z) in (-2, 2), where most of N(0, 1) lies."""
+    return 2 * torch.tanh(x)
+
+
+def kl_divergence(p, q):
+    """KL(p || q) of Gaussians (mean, std), each (..., Z) -> (...) in nats; a common tanh leaves it as it is."""
+    (mean_p, std_p), (mean_q, std_q) = p, q
+    square = std_p**2 + (mean_p - mean_q) ** 2
+    return ((std_q / std_p).log() + square / (2 * std_q**2) - 0.5).sum(-1)  # DEVIATION 1
+
+
+class Features(nn.Module):
+    """Observations (..., O) -> inputs of the networks (..., F), F = size. DEVIATION 3: sines and cosines of positions
+    are inputs, too, and the maze is scaled; see skimo.py's StateEncoder.
+    """
+
+    def __init__(self, obs_dim: int, args: Args):
+        super().__init__()
+        task = data_tools.TASKS[args.env_id]
+        scale, shift, periods = None, None, np.zeros((0, 0))
+        if args.position_features:
+            scale, shift, periods = task.obs_scale, task.obs_shift, task.position_periods
+        self.register_buffer("scale", torch.tensor(scale or [1.0] * obs_dim))  # (O,)
+        self.register_buffer("shift", torch.tensor(shift or [0.0] * obs_dim))  # (O,)
+        self.register_buffer("frequency", torch.tensor(2 * np.pi / periods, dtype=torch.float32))  # (places, periods)
+        self.size = obs_dim + 2 * periods.size
+
+    def forward(self, obs):
+        position = obs[..., : len(self.frequency), None]  # (..., places, 1)
+        phase = (position * self.frequency).flatten(-2)
+        return torch.cat([obs * self.scale + self.shift, phase.sin(), phase.cos()], -1)  # (..., F)
+
+
+class SkillModel(nn.Module):
+    """Skill encoder q(z | s, a) and skill policy pi_L(a | s, z)."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        u, Z = args.hidden_dim, args.skill_dim
+        self.squash_actions = args.squash_actions
+        self.features = Features(obs_dim, args)
+        F = self.features.size
+        self.lstm_input = nn.Linear(action_dim + F, u)
+        self.lstm = nn.LSTM(u, u, batch_first=True)
+        self.lstm_output = nn.Linear(u, u)
+        self.skill_encoder = nn.Linear(u, 2 * Z)
+        self.skill_policy = Predictor(F + Z, u, 5, action_dim)
+        with torch.no_grad():  # the forget gate starts open
+            self.lstm.bias_ih_l0[u : 2 * u] = 1.0
+            self.lstm.bias_hh_l0[u : 2 * u] = 1.0
+
+    def encode_skill(self, obs, actions):
+        """q: chunks of observations (B, H, O) and actions (B, H, A) -> mean and std, 2 x (B, Z)."""
+        steps = torch.cat([actions, self.features(obs)], -1)  # (B, H, A + F)
+        outputs, _ = self.lstm(self.lstm_input(steps))  # (B, H, u)
+        last = self.lstm_output(outputs[:, -1])  # (B, u)
+        return gaussian(self.skill_encoder(last))
+
+    def predict(self, obs, z):
+        """pi_L as it is trained: observations (..., O) and skills (..., Z) -> actions (..., A)."""
+        return self.skill_policy(torch.cat([self.features(obs), z], -1))
+
+    def act(self, obs, z):
+        """pi_L as it acts; the environment clips its actions to +-1."""
+        action = self.predict(obs, z)
+        return torch.tanh(action) if self.squash_actions else action  # DEVIATION 6
+
+
+class SkillPrior(nn.Module):
+    """Prior p(z | s), in spirl.py the task policy as well: (..., O) -> mean and std, 2 x (..., Z)."""
+
+    def __init__(self, obs_dim: int, args: Args):
+        super().__init__()
+        self.features = Features(obs_dim, args)
+        self.net = Predictor(self.features.size, args.hidden_dim, 6, 2 * args.skill_dim)
+
+    def forward(self, obs):
+        return gaussian(self.net(self.features(obs)))
+
+
+def make_networks(args: Args) -> nn.ModuleDict:
+    """The networks of pre-training: skills and prior."""
+    obs_dim, action_dim = data_tools.env_sizes(args.env_id)
+    networks = dict(skills=SkillModel(obs_dim, action_dim, args), prior=SkillPrior(obs_dim, args))
+    return nn.ModuleDict(networks).to(args.device)
+
+
+# -------------------------------------------------------------------------------------------------------- pre-training
+def pretrain_loss(skills, prior, obs, actions, args):
+    """Loss of skills and prior on windows of the offline data (SPiRL eq. 1, 2).
+
+    obs (B, H+1, O) raw, actions (B, H, A). Returns the loss and metrics, scalars.
+    """
+    H = args.skill_horizon
+    q = skills.encode_skill(obs[:, :-1], actions)  # 2 x (B, Z)
+    z = draw(q)  # (B, Z)
+
+    # Behavioural cloning: a skill has to hold all that is needed to repeat its actions.
+    z_steps = z[:, None].expand(-1, H, -1)  # (B, H, Z)
+    predicted = skills.predict(obs[:, :-1], z_steps)  # (B, H, A)
+    bc_loss = (predicted - actions).square().mean()
+
+    # KL to N(0, 1): keeps skills close together, so that those between two of them mean something as well.
+    normal = torch.zeros_like(q[0]), torch.ones_like(q[1])
+    kl_loss = kl_divergence(q, normal).mean()
+
+    # The prior says which skills the data show in a state. It learns from samples, and its gradient does not reach q.
+    p = prior(obs[:, 0])  # 2 x (B, Z)
+    likelihood = torch.distributions.Normal(*p, validate_args=False)
+    prior_loss = -likelihood.log_prob(z.detach()).sum(-1).mean()
+
+    # The likelihood of actions has unit variance: up to a constant it is half the squared error
+    loss = 0.5 * bc_loss + args.kl_coef * kl_loss / args.skill_dim + prior_loss
+    prior_kl = kl_divergence(q, p).mean()
+    metrics = dict(bc_loss=bc_loss, kl_loss=kl_loss, prior_loss=prior_loss, prior_kl=prior_kl)
+    return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+class PriorAgent:
+    """Acts with squashed skills of the prior, as spirl.py's task policy does at first. It is a copy, on the CPU."""
+
+    def __init__(self, networks: nn.ModuleDict):
+        self.networks = copy.deepcopy(networks).cpu().eval()
+        self.skills = self.networks["skills"]
+
+    @torch.no_grad()
+    def choose_skills(self, obs, global_step: int | None, explore: bool):
+        """obs (E, O), NumPy -> z (E, Z): always samples."""
+        return squash(draw(self.networks["prior"](torch.from_numpy(obs))))
+
+
+def pretrain(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: threading.Event) -> dict:
+    """Phase 1: learn skills and prior from the offline data; returns facts about them.
+
+    A model is found again by its data, seed and task, by the arguments under `# Model` and `# Pre-training`, and by the
+    code of these sections and of what draws batches: whoever changes one of them gets a new one.
+    """
+    task = data_tools.TASKS[args.env_id]
+    family = f"{PRETRAINED}_{task.data or args.env_id}"  # both kitchens share their data
+    path = Path(args.pretrained or "")
+    if args.pretrained == "published":
+        path = SHIPPED / f"{family}_pretrained.pt"
+    if not args.pretrained:
+        data = data_tools.load_dataset(args.env_id, args.data_dir, args.data)
+        names, settings = list(vars(args)), list(vars(args).items())
+        settings = settings[names.index("skill_horizon") : names.index("total_timesteps")]
+        code = FILE.read_text().split("- networks\n")[1].split("- downstream RL\n")[0]
+        made_from = [data.fingerprint, args.seed, settings, data_tools.code_of(code), task.arm, task.objects]
+        made_from += [task.obs_scale, task.obs_shift, task.position_periods.tolist()]
+        key = hashlib.sha256(repr(made_from).encode()).hexdigest()[:12]
+        path = data_tools.cache_dir(args.data_dir) / "pretrained" / f"{family}_{key}.pt"
+    if args.pretrained or path.exists():
+        print(f"pre-trained model: {path}")
+        facts = load(path, dict(networks=networks))["facts"]
+        if facts.get("skill_horizon", args.skill_horizon) != args.skill_horizon:
+            sys.exit(f"error: skills of {path} have another --skill-horizon")
+        return facts
+
+    window = args.skill_horizon + 1
+    train_data, valid_data = data.to(args.device).split(0.99, window)
+    if args.recombine:
+        train_data = data_tools.recombined(train_data, task.objects, args.seed)  # DEVIATION 3
+    networks.train()  # BatchNorm's statistics move in pre-training only
+    optimizer = torch.optim.RAdam(networks.parameters(), lr=args.pretrain_lr)
+    parts = dict(networks=networks, optimizer=optimizer)
+    unfinished = path.with_suffix(".unfinished")
+    updates, seconds = 0, 0.0
+    if unfinished.exists():  # go on where an earlier command was stopped
+        updates, seconds = load(unfinished, parts)["progress"]
+    start_time = time.time() - seconds
+
+    def gradients(obs, actions):
+        loss, metrics = pretrain_loss(*networks.values(), obs, actions, args)
+        optimizer.zero_grad()
+        loss.backward()
+        return metrics
+
+    gradients = Recorded(gradients, args)
+    total = args.pretrain_updates
+    with tqdm(desc="pre-training", total=total, initial=updates, unit="update") as bar:
+        while updates < total:
+            if args.pretrain_lr_decay:  # down to zero (DEVIATION 2)
+                optimizer.param_groups[0]["lr"] = args.pretrain_lr * (1 - updates / total) ** 0.5
+            batch = train_data.sample_windows(args.pretrain_batch_size, window)
+            batch = data_tools.perturb(*batch, task.arm, args.arm_noise)  # DEVIATION 3
+            metrics = gradients(*batch)
+            max_norm = 0.001 if updates < 100 else float("inf")  # as in the release
+            metrics["grad_norm"] = nn.utils.clip_grad_norm_(networks.parameters(), max_norm)
+            optimizer.step()
+            updates += 1
+            bar.update()
+
+            finished = updates == total
+            if finished or updates % 100 == 0:
+                bar.set_postfix_str(", ".join(log(writer, "pretrain", metrics, updates).split(", ")[:2]))
+            if finished or updates % args.pretrain_eval_interval == 0:
+                # Losses do not tell whether skills are any good: let the prior act in the task
+                num_episodes = args.pretrain_eval_episodes * (4 if finished else 1)
+                scores = rollout(PriorAgent(networks), args, num_episodes, args.seed)
+                networks.eval()
+                with torch.random.fork_rng(["cuda"] if args.device == "cuda" else []), torch.no_grad():
+                    batch = valid_data.sample_windows(args.pretrain_batch_size, window)
+                    _, losses = pretrain_loss(*networks.values(), *batch, args)
+                networks.train()
+                facts = dict(prior_return=scores["episodic_return"], prior_success=scores["success"])
+                facts |= {f"valid_{name}": float(value) for name, value in losses.items()}
+                bar.write(f"update {updates}: {log(writer, 'pretrain', facts, updates)}")
+            if not finished and (stop.is_set() or updates % 2_500 == 0):
+                save(unfinished, dict(progress=(updates, time.time() - start_time)), parts)
+            if stop.is_set() and not finished:
+                sys.exit(f"stopped; go on with: python {sys.argv[0]} --resume {writer.log_dir}")
+    facts |= dict(updates=updates, minutes=(time.time() - start_time) / 60)
+    facts |= dict(data=data.source, skill_horizon=args.skill_horizon)
+    save(path, dict(facts=facts), dict(networks=networks))
+    unfinished.unlink(missing_ok=True)
+    print(f"pre-trained model: {path}")
+    return facts
+
+
+# ------------------------------------------------------------------------------------------------------- downstream RL
+class TaskPolicy(nn.Module):
+    """pi(s): Gaussian skills z, whose tanh u is what the critics see. It does not start as the prior."""
+
+    def __init__(self, obs_dim: int, args: Args):
+        super().__init__()
+        self.features = Features(obs_dim, args)
+        self.net = Predictor(self.features.size, args.critic_dim, 2, 2 * args.skill_dim, batch_norm=False)
+
+    def forward(self, obs):
+        """Observations (..., O) -> mean and std of z, 2 x (..., Z)."""
+        return gaussian(self.net(self.features(obs)))
+
+    def sample(self, obs):
+        """A reparameterised u (..., Z) in (-1, 1) and its log-probability (...)."""
+        mean, std = self(obs)
+        noise = torch.randn_like(mean)
+        z = mean + std * noise
+        log_prob = -0.5 * noise.square() - std.log() - 0.5 * math.log(2 * math.pi)
+        # The tanh squeezes: minus log(1 - tanh(z)^2), in a form that does not overflow
+        log_slope = 2 * (math.log(2) - z - nn.functional.softplus(-2 * z))
+        return torch.tanh(z), (log_prob - log_slope).sum(-1)
+
+
+class Ensemble(nn.Module):
+    """n networks of observations (B, O) and u (B, Z) -> (n, B): a layer of all is one product of matrices."""
+
+    def __init__(self, obs_dim: int, n: int, args: Args):
+        super().__init__()
+        d = args.critic_dim
+        self.features = Features(obs_dim, args)
+        sizes = self.features.size + args.skill_dim, d, d, d, 1
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for in_dim, out_dim in zip(sizes[:-1], sizes[1:]):
+            weight = torch.empty(n, in_dim, out_dim)
+            for one in weight:
+                nn.init.xavier_uniform_(one)
+            self.weights.append(weight)
+            self.biases.append(torch.zeros(n, 1, out_dim))
+
+    def forward(self, obs, u):
+        x = torch.cat([self.features(obs), u], -1)  # (B, F + Z)
+        x = x.expand(len(self.weights[0]), -1, -1)  # (n, B, F + Z)
+        *hidden, (last_weight, last_bias) = zip(self.weights, self.biases)
+        for weight, bias in hidden:
+            x = torch.baddbmm(bias, x, weight)  # (n, B, d)
+            x = nn.functional.layer_norm(x, x.shape[-1:]).relu()  # bounds Q where there are no data
+        return torch.baddbmm(last_bias, x, last_weight).squeeze(-1)
+
+
+class Novelty(nn.Module):
+    """Squared error (...) with which g foretells g', 256 random numbers of scaled observations (..., O) and u (..., Z).
+
+    g learns g' where the agent has been, and errs elsewhere. With sines every place would be new (DEVIATION 6).
+    """
+
+    def __init__(self, obs_dim: int, args: Args):
+        super().__init__()
+        self.features = Features(obs_dim, args)
+        sizes = obs_dim + args.skill_dim, args.critic_dim, 2, 256
+        self.net = Predictor(*sizes, batch_norm=False)
+        self.random_net = Predictor(*sizes, batch_norm=False)
+
+    def forward(self, obs, u):
+        scaled = self.features(obs)[..., : obs.shape[-1]]
+        x = torch.cat([scaled, u], -1)
+        return (self.net(x) - self.random_net(x)).square().mean(-1)
+
+
+def outcome_loss(outcome, obs, u, rewards, ends):
+    """Squared error of R and cross-entropy of M (5) on the agent's own transitions; outcome gives R and M's logit.
+
+    obs (B, O), u (B, Z), rewards without bonus and true ends (B,). Returns the loss and metrics, scalars.
+    """
+    reward, logit = outcome(obs, u)  # 2 x (B,)
+    reward_loss = (reward - rewards).square().mean()
+    end_loss = nn.functional.binary_cross_entropy_with_logits(logit, ends)
+    return reward_loss + end_loss, dict(reward_loss=reward_loss.detach(), end_loss=end_loss.detach())
+
+
+@torch.no_grad()
+def demonstrations(encoder, outcome, obs, actions, args):
+    """Windows of the data, obs (B, H+1, O) and actions (B, H, A), as transitions (1): obs, u, rewards, ends, next_obs.
+
+    With "zero" nothing ends: 0 and no future would say that the goal is worthless.
+    """
+    mean, _ = encoder.encode_skill(obs[:, :-1], actions)  # (B, Z)
+    first, last, u = obs[:, 0], obs[:, -1], torch.tanh(mean)
+    reward, logit = outcome(first, u)  # 2 x (B,)
+    if args.relabel == "zero":
+        return first, u, torch.zeros_like(reward), torch.zeros_like(reward), last
+    return first, u, reward, logit.sigmoid(), last
+
+
+def critic_loss(critics, target, task_policy, obs, u, rewards, ends, next_obs, args):
+    """TD loss of all critics (3), without SAC's entropy: a skill is worth its reward and the value where it ends.
+
+    obs, next_obs (B, O), u (B, Z), rewards with bonus, ends (B,). Returns the loss and metrics, scalars.
+    """
+    with torch.no_grad():
+        next_u, _ = task_policy.sample(next_obs)  # (B, Z)
+        drawn = torch.rand(args.num_critics, device=obs.device).topk(args.target_critics).indices  # (m,)
+        next_q = target(next_obs, next_u)[drawn].amin(0)  # (B,)
+        td_target = rewards + (1 - ends) * args.gamma * next_q  # (B,)
+    q = critics(obs, u)  # (n, B)
+    loss = (q - td_target).square().mean()
+    metrics = dict(value_loss=loss, q_value=q, td_target=td_target)
+    return loss, {name: value.detach().mean() for name, value in metrics.items()}
+
+
+def policy_loss(critics, task_policy, obs, alpha):
+    """Policy (4): prefer skills that the critics like, but stay as random as that allows.
+
+    obs (B, O), alpha (). Returns the loss and metrics; metrics["entropy"] is the mean entropy of u in nats.
+    """
+    u, log_prob = task_policy.sample(obs)  # (B, Z), (B,)
+    q_value = critics(obs, u).mean(0)  # (B,)
+    loss = (alpha * log_prob - q_value).mean()
+    metrics = dict(policy_loss=loss, policy_q=q_value, entropy=-log_prob)
+    return loss, {name: value.detach().mean() for name, value in metrics.items()}
+
+
+class ReplayBuffer:
+    """The agent's last buffer_size transitions over one skill, as rows of a ring on the device; and the data."""
+
+    def __init__(self, obs_dim: int, args: Args, data: data_tools.OfflineDataset | None):
+        self.args, self.data = args, data
+        sizes = (obs_dim,), (args.skill_dim,), (), (), (obs_dim,)  # obs, u, rewards, ends, next_obs
+        self.columns = [torch.zeros(args.buffer_size, *size, device=args.device) for size in sizes]
+        self.added = 0  # rows ever added
+
+    def __len__(self):
+        return min(self.added, self.args.buffer_size)
+
+    def add(self, obs, u, rewards, terminations, next_obs):
+        """One skill of every environment: obs, next_obs (E, O), u (E, Z), rewards, terminations (E,).
+
+        A time-out is no end: the value of next_obs counts.
+        """
+        rows = torch.arange(self.added, self.added + len(obs), device=self.args.device) % self.args.buffer_size
+        for column, values in zip(self.columns, (obs, u, rewards, terminations, next_obs)):
+            column[rows] = torch.as_tensor(values).float().to(self.args.device)
+        self.added += len(obs)
+
+    def sample(self, batch_size: int):
+        """The rows of k batches, uniform: obs (kb, O), u (kb, Z), rewards and ends (kb,), next_obs (kb, O).
+
+        The other k(B - b) rows, if any, are windows of the data: obs (.., H+1, O), actions (.., H, A).
+        """
+        k = self.args.critic_steps
+        windows = round(self.args.offline_ratio * batch_size)
+        rows = torch.randint(len(self), (k * (batch_size - windows),), device=self.args.device)
+        batch = [column[rows] for column in self.columns]
+        if windows:
+            batch += self.data.sample_windows(k * windows, self.args.skill_horizon + 1)
+        return batch
+
+    def state_dict(self) -> dict:
+        return dict(columns=[column[: len(self)].clone() for column in self.columns], added=self.added)
+
+    def load_state_dict(self, state: dict):
+        self.added = state["added"]
+        for column, filled in zip(self.columns, state["columns"]):
+            column[: len(filled)] = filled
+
+
+class Recorded:
+    """A function of tensors as a CUDA graph: one launch in place of hundreds. The first call is an ordinary one, the
+    second is recorded: shapes stay, Python decides nothing anew, and a call overwrites what the one before returned.
+    """
+
+    def __init__(self, function, args: Args):
+        self.function, self.recording = function, args.cudagraphs and args.device == "cuda"
+        self.inputs = self.outputs = None
+
+    def __call__(self, *inputs):
+        if not self.recording:
+            return self.function(*inputs)
+        if self.inputs is None:
+            self.inputs = [x.clone() for x in inputs]
+            self.stream = torch.cuda.Stream()
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if self.outputs is None:
+            gc.collect()  # an old graph that Python deletes meanwhile would break this one
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.outputs = self.function(*self.inputs)
+        for mine, given in zip(self.inputs, inputs):
+            mine.copy_(given)
+        self.graph.replay()
+        return self.outputs
+
+
+class Agent(nn.Module):
+    """What downstream RL trains, the frozen prior and skills; how skills are chosen, and one update of everything."""
+
+    def __init__(self, args: Args, networks: nn.ModuleDict):
+        super().__init__()
+        self.args = args
+        self.encoder = networks["skills"]
+        self.skills = copy.deepcopy(self.encoder).cpu()  # acts next to the simulator
+        self.skill_prior = networks["prior"]
+        obs_dim = len(self.skill_prior.features.scale)
+        self.task_policy = TaskPolicy(obs_dim, args).to(args.device)
+        self.critics = Ensemble(obs_dim, args.num_critics, args).to(args.device)
+        self.target = copy.deepcopy(self.critics)
+        self.outcome = Ensemble(obs_dim, 2, args).to(args.device)  # R and the logit of M
+        self.novelty = Novelty(obs_dim, args).to(args.device)
+        self.register_buffer("bonus_scale", torch.ones((), device=args.device))  # c
+        self.eval()  # BatchNorm keeps the statistics of pre-training
+        for frozen in (self.encoder, self.skills, self.skill_prior, self.target, self.novelty.random_net):
+            frozen.requires_grad_(False)
+        self.log_alpha = nn.Parameter(torch.tensor(args.alpha, device=args.device).log())
+        options = dict(lr=args.learning_rate, fused=True, capturable=True)
+        self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), **options)
+        self.policy_optimizer = torch.optim.Adam(self.task_policy.parameters(), **options)
+        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], **options)
+        self.outcome_optimizer = torch.optim.Adam(self.outcome.parameters(), **options)
+        self.novelty_optimizer = torch.optim.Adam(self.novelty.net.parameters(), **options)
+        self.update = Recorded(self.update, args)
+
+    @torch.no_grad()
+    def choose_skills(self, obs, global_step: int | None, explore: bool):
+        """obs (E, O), NumPy -> z (E, Z) on the CPU: samples of the task policy, in evaluations its mode.
+
+        In the warm-up, and without global_step, they are samples of the prior.
+        """
+        obs = torch.from_numpy(obs).to(self.args.device)
+        if global_step is None or global_step < self.args.warmup_steps:
+            return draw(self.skill_prior(obs)).cpu()
+        pi = self.task_policy(obs)  # 2 x (E, Z)
+        return (draw(pi) if explore else pi[0]).cpu()
+
+    def learn_novelty(self, obs, u):
+        """One step of g (5) where the agent has just been: obs (E, O), u (E, Z)."""
+        loss = self.novelty(obs, u).mean()
+        self.novelty_optimizer.zero_grad()
+        loss.backward()
+        self.novelty_optimizer.step()
+
+    def update(self, *batch) -> dict:
+        """A step of R and M, k of the critics, one of policy and alpha, on what ReplayBuffer.sample gives: metrics."""
+        args, critics = self.args, self.critics
+        own, windows = batch[:5], batch[5:]
+        loss, metrics = outcome_loss(self.outcome, *own[:4])
+        self.outcome_optimizer.zero_grad()
+        loss.backward()
+        self.outcome_optimizer.step()
+
+        # ALGO LOGIC: each of the k batches has own transitions and demonstrations; both get a bonus
+        parts = [own]
+        if windows:
+            parts.append(demonstrations(self.encoder, self.outcome, *windows, args))
+        parts = [[x.unflatten(0, (args.critic_steps, -1)) for x in part] for part in parts]
+        obs, u, rewards, ends, next_obs = [torch.cat(columns, 1) for columns in zip(*parts)]  # (k, B, ...)
+        with torch.no_grad():
+            bonus = self.bonus_scale * self.novelty(obs, u)  # (k, B)
+        for i in range(args.critic_steps):
+            transitions = obs[i], u[i], rewards[i] + bonus[i], ends[i], next_obs[i]
+            loss, critic_metrics = critic_loss(critics, self.target, self.task_policy, *transitions, args)
+            self.critic_optimizer.zero_grad()
+            loss.backward()
+            critic_norm = nn.utils.get_total_norm([weight.grad for weight in critics.parameters()])
+            self.critic_optimizer.step()
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.target.parameters()), list(critics.parameters()), args.tau)
+
+        alpha = self.log_alpha.exp().detach()
+        critics.requires_grad_(False)  # their weights need no gradient of the policy loss
+        loss, policy_metrics = policy_loss(critics, self.task_policy, obs[-1], alpha)
+        self.policy_optimizer.zero_grad()
+        loss.backward()
+        policy_norm = nn.utils.get_total_norm([weight.grad for weight in self.task_policy.parameters()])
+        self.policy_optimizer.step()
+        critics.requires_grad_(True)
+
+        # Alpha rises while the policy is less random than -Z/2 nats
+        self.alpha_optimizer.zero_grad()
+        (self.log_alpha.exp() * (policy_metrics["entropy"] + args.skill_dim / 2)).backward()
+        self.alpha_optimizer.step()
+        metrics |= critic_metrics | policy_metrics
+        return dict(metrics, alpha=alpha, bonus=bonus.mean(), grad_norm=critic_norm + policy_norm)
+
+
+@torch.no_grad()
+def execute_skill(envs, skills, obs, z, args: Args):
+    """H env steps of the skill policy with skills z (E, Z), on the CPU next to the simulator.
+
+    obs (E, O). Returns next_obs (E, O), the rewards' sum (E,), and whose episodes have ended (E,): they stand still.
+    """
+    rewards = np.zeros(len(obs), dtype=np.float32)
+    for _ in range(args.skill_horizon):
+        action = skills.act(torch.from_numpy(obs), z).numpy()  # (E, A)
+        obs, reward, terminations, truncations, _ = envs.step(action)
+        rewards += reward
+        ended = terminations | truncations
+        if ended.all():
+            break
+    return obs, rewards, ended
+
+
+def rollout(agent: Agent, args: Args, num_episodes: int, seed: int, global_step=None, video: Path | None = None):
+    """Scores of an episode in each of num_episodes environments, without exploration noise and with random numbers of
+    its own. Skills are chosen as after global_step; without it they are those of the warm-up, the prior's.
+    """
+    envs = data_tools.make_envs(args.env_id, num_episodes, video)
+    with torch.random.fork_rng(["cuda"] if args.device == "cuda" else []):
+        torch.manual_seed(seed)
+        obs, _ = envs.reset(seed=seed)
+        ended = np.zeros(num_episodes, dtype=bool)
+        while not ended.all():
+            z = agent.choose_skills(obs, global_step, explore=False)
+            obs, _, ended = execute_skill(envs, agent.skills, obs, z, args)
+    envs.close()
+    success = data_tools.TASKS[args.env_id].success(envs.returns)
+    return dict(episodic_return=float(envs.returns.mean()), episodic_length=float(envs.steps.mean()), success=success)
+
+
+def train(args: Args) -> dict:
+    """Both phases of a run, or the rest of them; returns its results."""
+    task = data_tools.TASKS[args.env_id]
+    envs = data_tools.make_envs(args.env_id, args.num_envs)
+    run_name = f"{args.env_id}__{FILE.stem}__{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    run_dir = Path(args.resume or f"{args.run_dir}/{run_name}").expanduser()
+    run_dir.mkdir(parents=True, exist_ok=bool(args.resume))  # two runs never share one
+    save(run_dir / "args.json", dict(asdict(args), script=FILE.name))
+    (run_dir / "results.json").unlink(missing_ok=True)  # of a shorter run
+    writer = SummaryWriter(run_dir)
+    stop = threading.Event()
+
+    def stop_soon(number, frame):  # Ctrl-C: where all can be saved
+        stop.set()
+        os.write(2, b"\nstopping: saves first (once more: stops at once)\n")  # print may not interrupt a print
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, stop_soon)
+    signal.signal(signal.SIGTERM, stop_soon)
+    torch.manual_seed(args.seed)
+    networks = make_networks(args)
+    checkpoint = run_dir / "checkpoint.pt"
+    facts = {} if checkpoint.exists() else pretrain(args, networks, writer, stop)
+
+    # Phase 2: online RL over skills
+    torch.manual_seed(args.seed)  # RL is the same whether the model was trained just now or comes from a file
+    agent = Agent(args, networks)
+    obs, _ = envs.reset(seed=args.seed)  # (E, O)
+    data = None
+    if args.offline_ratio:
+        data = data_tools.load_dataset(args.env_id, args.data_dir, args.data).to(args.device)
+    rb = ReplayBuffer(obs.shape[1], args, data)
+    global_step, gradient_step, seconds = 0, 0, 0.0
+    episodes, evaluations = [], []  # (env step, return, length, minutes), (env step, mean return, success)
+    parts = dict(agent=agent, rb=rb, critics=agent.critic_optimizer)
+    parts |= dict(policy=agent.policy_optimizer, alpha=agent.alpha_optimizer)
+    parts |= dict(outcome=agent.outcome_optimizer, novelty=agent.novelty_optimizer)
+    if checkpoint.exists():
+        state = load(checkpoint, parts)
+        obs = envs.set_state(state["envs"])
+        global_step, gradient_step, seconds, episodes, evaluations, facts = state["progress"]
+    start_time = time.time() - seconds
+
+    episodes_csv = (run_dir / "episodes.csv").open("w", buffering=1)  # written line by line
+    print("env_step,episodic_return,episodic_length,rl_minutes", file=episodes_csv)
+    for row in episodes:
+        print(*row, sep=",", file=episodes_csv)
+    stopping = global_step >= args.total_timesteps
+    with tqdm(desc="RL", total=args.total_timesteps, initial=global_step, unit="step") as bar:
+        while not stopping:
+            # ALGO LOGIC: put action logic here. One skill for all environments at once, then H env steps (DEVIATION 5)
+            z = agent.choose_skills(obs, global_step, explore=True)  # (E, Z)
+            steps_before = envs.steps.sum()
+            next_obs, rewards, ended = execute_skill(envs, agent.skills, obs, z, args)
+            u = torch.tanh(z)
+            rb.add(obs, u, args.reward_scale * rewards, envs.terminations, next_obs)  # DEVIATION 4
+            if gradient_step > 0:
+                agent.learn_novelty(torch.from_numpy(obs).to(args.device), u.to(args.device))
+            new_steps = int(envs.steps.sum() - steps_before)
+            global_step += new_steps
+            bar.update(new_steps)
+
+            # TRY NOT TO MODIFY: record the episodes that ended
+            for e in np.flatnonzero(ended):
+                minutes = (time.time() - start_time) / 60
+                row = (global_step, float(envs.returns[e]), int(envs.steps[e]), round(minutes, 3))
+                episodes.append(row)
+                print(*row, sep=",", file=episodes_csv)
+                last_100 = [row[1] for row in episodes[-100:]]  # the paper shows training episodes
+                curves = dict(episodic_return=row[1], episodic_length=row[2])
+                curves |= dict(success=task.success(last_100), SPS=global_step / minutes / 60)
+                log(writer, "charts", curves, global_step)
+                bar.set_postfix(updates=gradient_step, last_100=f"{np.mean(last_100):.3g}")
+            # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
+            obs = next_obs
+            if ended.any():
+                obs, _ = envs.reset(options=dict(reset_mask=ended))
+
+            # ALGO LOGIC: training. As many updates as the env steps after the warm-up are worth
+            updates_due = int((global_step - args.warmup_steps) * args.updates_per_step)
+            while gradient_step < updates_due:
+                batch = rb.sample(args.batch_size)
+                if gradient_step == 0:  # DEVIATION 3
+                    agent.bonus_scale.fill_(args.rnd_coef / agent.novelty(*batch[:2]).mean().item())
+                metrics = agent.update(*batch)
+                gradient_step += 1
+                if gradient_step % 100 == 0:
+                    log(writer, "losses", metrics, global_step)
+
+            # Evaluate without exploration noise
+            finished = global_step >= args.total_timesteps
+            if finished or global_step % args.eval_interval < new_steps:
+                scores = rollout(agent, args, args.eval_episodes, 10_000 + args.seed, global_step)
+                evaluations.append((global_step, scores["episodic_return"], scores["success"]))
+                bar.write(f"env step {global_step}: {log(writer, 'eval', scores, global_step)}")
+
+            # Save all that the future of the run depends on
+            stopping = finished or stop.is_set()
+            if stopping or global_step % args.checkpoint_interval < new_steps:
+                state = dict(script=FILE.name, args=asdict(args), global_step=global_step, envs=envs.get_state())
+                progress = global_step, gradient_step, time.time() - start_time, episodes, evaluations, facts
+                save(checkpoint, state | dict(progress=progress), parts)
+    for part in (envs, episodes_csv, writer):
+        part.close()
+    if global_step < args.total_timesteps:
+        sys.exit(f"stopped; go on with: python {sys.argv[0]} --resume {run_dir}")
+    last_100 = [row[1] for row in episodes[-100:]]
+    results = dict(env_steps=global_step, updates=gradient_step, rl_minutes=(time.time() - start_time) / 60)
+    results["last_100_return"] = float(np.mean(last_100)) if last_100 else None
+    results["last_100_success"] = task.success(last_100)
+    results |= dict(evaluations=evaluations, pretraining=facts, args=asdict(args))
+    save(run_dir / "results.json", results)
+    print(f"finished: {run_dir}; curves: tensorboard --logdir {run_dir}")
+    return results
+
+
+# ----------------------------------------------------------------------------------------------------------------- run
+def log(writer: SummaryWriter, group: str, values: dict, step: int) -> str:
+    """Scalars to TensorBoard as group/name; returns them as text for the screen."""
+    for name, value in values.items():
+        writer.add_scalar(f"{group}/{name}", value, step)
+    return ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+
+
+def save(path: Path, values: dict, parts: dict | None = None):
+    """Write JSON, or with parts their states and torch's random numbers as well.
+
+    The file is renamed when it is whole: a crash, a full disk or NaN in a network leaves the one of before.
+    """
+    if parts is None:
+        content = json.dumps(values, indent=1).encode()
+    else:
+        weights = [w for part in parts.values() if isinstance(part, nn.Module) for w in part.parameters()]
+        if not all(w.isfinite().all() for w in weights):
+            sys.exit(f"error: learning has diverged, {path} is not written: lower the learning rate")
+        states = {name: part.state_dict() for name, part in parts.items()}
+        rng = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
+        buffer = io.BytesIO()
+        torch.save(values | states | dict(rng=rng), buffer)
+        content = buffer.getbuffer()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
+    with temporary.open("wb") as file:
+        file.write(content)
+        os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
+    temporary.replace(path)
+
+
+def load(path: Path, parts: dict, device="cpu") -> dict:
+    """Put what `save` wrote into parts and torch's random numbers; returns everything."""
+    if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip():  # torch does not look at checksums
+        sys.exit(f"error: {path} is missing, damaged or no file of this program")
+    state = torch.load(path, map_location=device, weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    for set_state, numbers in zip((torch.set_rng_state, torch.cuda.set_rng_state), state.get("rng", ())):
+        set_state(numbers.cpu())
+    return state
+
+
+def evaluate(args: Args):
+    """Print the scores of a trained agent without exploration noise; needs neither data nor training."""
+    agent = Agent(args, make_networks(args))
+    global_step = load(Path(args.evaluate), dict(agent=agent))["global_step"]
+    video = Path(args.run_dir) / f"{args.env_id}__{FILE.stem}.mp4" if args.capture_video else None
+    scores = rollout(agent, args, args.eval_episodes, 10_000 + args.seed, global_step, video)
+    words = ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
+    print(f"{args.env_id}: {args.eval_episodes} episodes of {args.evaluate}: {words}")
+    if video:
+        print(f"video: {video}")
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Command line -> Args, whose defaults are those of the task and its data, or of the run or agent given."""
+    argv = sys.argv[1:] if argv is None else argv
+    given = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
+    family = data_tools.TASKS[given.env_id].data
+    defaults = dict(env_id=given.env_id, **TASK_DEFAULTS.get(family, {}))
+    people = defaults.pop("people", {})
+    if given.data != "scripted":
+        defaults |= people
+    if given.published:
+        defaults |= RELEASE["all"] | RELEASE.get(family, {})
+    saved = {}
+    if given.resume:
+        saved = json.loads((Path(given.resume).expanduser() / "args.json").read_text())
+    if given.evaluate == "published":
+        given.evaluate = str(SHIPPED / "agents" / f"{FILE.stem}_{given.env_id}.pt")
+    if given.evaluate:
+        state = load(Path(given.evaluate), {})
+        saved = state["args"] | dict(script=state["script"], device=Args.device, run_dir=Args.run_dir)
+    if saved.pop("script", FILE.name) != FILE.name:
+        sys.exit("error: this is a run of another file")
+    args = tyro.cli(Args, args=argv, default=Args(**defaults | saved), description=str(__doc__).split("\n")[0])
+    args.evaluate = given.evaluate
+    free = "resume device cudagraphs checkpoint_interval eval_interval eval_episodes total_timesteps".split()
+    for name, value in vars(args).items():
+        if given.resume and name not in free and value != saved.get(name, value):
+            sys.exit(f"error: with --resume {name} cannot change")
+    return args
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    evaluate(args) if args.evaluate else train(args)
