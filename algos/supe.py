@@ -132,8 +132,8 @@ class Args:
 # By the name of a task's data: spirl.py's values for pre-training, the authors' alpha and target_critics in their maze,
 # and rewards of 1 for a success. `people`: with people's data (--data d4rl or a path), as in spirl.py.
 TASK_DEFAULTS = {
-    "maze": dict(kl_coef=1e-2, total_timesteps=2_000_000, warmup_steps=50_000, target_critics=1, alpha=0.05,
-                 reward_scale=0.01),
+    "maze": dict(kl_coef=1e-2, total_timesteps=2_000_000, warmup_steps=50_000, batch_size=128, target_critics=1,
+                 alpha=0.05, reward_scale=0.01),
     "kitchen": dict(people=dict(kl_coef=1e-3, arm_noise=0.02, recombine=True)),
     "calvin": dict(kl_coef=1e-2, total_timesteps=2_000_000, alpha=0.05, reward_scale=0.01),
 }  # fmt: skip
