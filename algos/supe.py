@@ -80,6 +80,7 @@ class Args:
     capture_video: bool = False  # with --evaluate: record its first episode as MP4
     data_dir: str | None = None  # folder of offline data and pre-trained models (None: the user's cache)
     data: str = "scripted"  # offline data: scripted, d4rl (people's, of the kitchens), release (the authors') or a path
+    data_share: float = 1.0  # share of the data's episodes that are used, the first of a fixed permutation
     pretrained: str | None = None  # begin with RL from this model: a path, or `published`: ours
     pretrain_eval_interval: int = 12_000  # updates between validations with roll-outs of the prior
     pretrain_eval_episodes: int = 100  # roll-outs in a validation; four times as many at the end
@@ -122,7 +123,7 @@ class Args:
 
     def __post_init__(self):  # refuse what would train wrongly without a word; BatchNorm needs two windows
         least = dict(seed=0, warmup_steps=0, alpha=1e-6, pretrain_batch_size=2, buffer_size=self.num_envs)
-        most = dict(gamma=1, tau=1, offline_ratio=1, target_critics=self.num_critics)
+        most = dict(gamma=1, tau=1, offline_ratio=0.9, target_critics=self.num_critics)
         for name, value in vars(self).items():
             low, high = least.get(name, int(type(value) is int)), most.get(name, 2**31)
             if type(value) in (int, float) and not low <= value <= high:  # nor NaN
@@ -322,7 +323,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: t
     if args.pretrained == "published":
         path = SHIPPED / f"{family}_pretrained.pt"
     if not args.pretrained:
-        data = data_tools.load_dataset(args.env_id, args.data_dir, args.data)
+        data = data_tools.load_dataset(args.env_id, args.data_dir, args.data, args.data_share)
         names, settings = list(vars(args)), list(vars(args).items())
         settings = settings[names.index("skill_horizon") : names.index("total_timesteps")]
         code = FILE.read_text().split("- networks\n")[1].split("- downstream RL\n")[0]
@@ -750,7 +751,8 @@ def train(args: Args) -> dict:
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
     data = None
     if args.offline_ratio:
-        data = data_tools.load_dataset(args.env_id, args.data_dir, args.data).to(args.device)
+        data = data_tools.load_dataset(args.env_id, args.data_dir, args.data, args.data_share)
+        data = data.to(args.device)
     rb = ReplayBuffer(obs.shape[1], args, data)
     global_step, gradient_step, seconds = 0, 0, 0.0
     episodes, evaluations = [], []  # (env step, return, length, minutes), (env step, mean return, success)

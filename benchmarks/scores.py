@@ -70,6 +70,7 @@ METHODS = {
     "spirl": Method("SPiRL", "#ff7f0e", "SPiRL"),
     "tdmpc_skills": Method("SPiRL + TD-MPC", "#8c564b", "SPiRL+TD-MPC"),
     "dreamer_skills": Method("SPiRL + Dreamer", "#e377c2", "SPiRL+Dreamer"),
+    "supe": Method("SUPE", "#ad494a"),
     "reskill": Method("ReSkill", "#e7ba52"),
     "relay": Method("Relay", "#8c6d31"),
     "sac": Method("SAC", "#393b79"),

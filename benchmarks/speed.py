@@ -170,6 +170,7 @@ def in_passing(algo, length: int | None = None):
             if hasattr(algo, name):
                 stack.enter_context(mock.patch.object(algo, name, return_value={}))
         stack.enter_context(mock.patch.object(data_tools, "make_envs", make_envs))
+        stack.enter_context(mock.patch.object(data_tools, "load_dataset", lambda name, *_: random_dataset(name, 50)))
         stack.enter_context(mock.patch.object(algo, "rollout", return_value=scores))
         stack.enter_context(mock.patch.object(algo, "SummaryWriter"))
         stack.enter_context(mock.patch("signal.signal"))

@@ -34,6 +34,7 @@ FLAGS = {
     "skimo_sac": SKIMO.replace("--num-skills 3", "--num-skills 1"),
     "skimo_single_step": f"{SKIMO} {PLANNER} --horizon-steps 8000",
     "spirl": SPIRL,
+    "supe": f"{PRETRAIN} --critic-dim 16 --buffer-size 4000 --critic-steps 1 --offline-ratio 0.25",
     "reskill": f"""{PRETRAIN} --flow-dim 16 --flow-windows 1000 --flow-updates 6 --flow-batch-size 16 --policy-dim 16
         --rollout-skills 10 --updates-per-rollout 4 --residual-middle 600 --residual-slope 0.01""",
     "tdmpc_skills": f"{TDMPC} {PLANNER} --horizon-steps 8000",

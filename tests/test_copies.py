@@ -87,7 +87,7 @@ ALIKE = [
     ("dreamer dreamer_skills lsp", "RSSM rssm_loss lambda_return imagined_value_loss"),
     ("tdmpc tdmpc_skills", "scalar_head"),
     ("skimo skimo_no_cem skimo_sac", "PRETRAINED pretrain_loss pretrain"),
-    ("spirl reskill tdmpc_skills dreamer_skills", "PRETRAINED SkillModel make_networks pretrain_loss pretrain"),
+    ("spirl reskill supe tdmpc_skills dreamer_skills", "PRETRAINED SkillModel make_networks pretrain_loss pretrain"),
 ]
 
 

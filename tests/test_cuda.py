@@ -239,7 +239,7 @@ def test_memory_does_not_grow_over_300_updates(name):
 
 
 @needs_device
-@pytest.mark.parametrize("name", [name for name in ("skimo", "spirl", "reskill", *golden.FLAT) if name in ALGOS])
+@pytest.mark.parametrize("name", sorted({"skimo", "spirl", "supe", "reskill", *golden.FLAT} & set(ALGOS)))
 def test_a_resumed_run_ends_as_the_uninterrupted_one(name, tmp_path):
     """Both end at the same weights; how far apart they are is a measured fact, 0 means bit for bit."""
     algo = speed.load_algorithm(name)
