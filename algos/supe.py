@@ -67,21 +67,24 @@ torch.set_num_threads(min(torch.get_num_threads(), 8))  # more do not help netwo
 @dataclass
 class Args:
     env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned, calvin, your own or one of Gymnasium
-    published: bool = False  # take the release's settings for this task
+    total_timesteps: int = 1_000_000  # env steps, warm-up included
     seed: int = 1  # of networks, sampling and environments
+    data: str = "scripted"  # offline data: scripted, d4rl (people's, of the kitchens), release (the authors') or a path
+    pretrained: str | None = None  # begin with RL from this model: a path, or `published`: ours
+    published: bool = False  # take the release's settings for this task
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn
-    cudagraphs: bool = True  # on a GPU, replay updates as CUDA graphs: one launch in place of hundreds
-    run_dir: str = "runs"  # folder of the run folders
     resume: str | None = None  # run folder to go on with, with its arguments
     evaluate: str | None = None  # only evaluate this checkpoint, or `published`: our agent, if there is one
+    capture_video: bool = False  # with --evaluate: record its first episode as MP4
+
+    # Seldom changed
+    data_share: float = 1.0  # share of the data's episodes that are used, the first of a fixed permutation
+    data_dir: str | None = None  # folder of offline data and pre-trained models (None: the user's cache)
+    run_dir: str = "runs"  # folder of the run folders
+    cudagraphs: bool = True  # on a GPU, replay updates as CUDA graphs: one launch in place of hundreds
     checkpoint_interval: int = 50_000  # env steps between checkpoints
     eval_interval: int = 100_000  # env steps between evaluations; one more at the end
     eval_episodes: int = 20  # episodes of an evaluation, with the mode of the policy
-    capture_video: bool = False  # with --evaluate: record its first episode as MP4
-    data_dir: str | None = None  # folder of offline data and pre-trained models (None: the user's cache)
-    data: str = "scripted"  # offline data: scripted, d4rl (people's, of the kitchens), release (the authors') or a path
-    data_share: float = 1.0  # share of the data's episodes that are used, the first of a fixed permutation
-    pretrained: str | None = None  # begin with RL from this model: a path, or `published`: ours
     pretrain_eval_interval: int = 12_000  # updates between validations with roll-outs of the prior
     pretrain_eval_episodes: int = 100  # roll-outs in a validation; four times as many at the end
 
@@ -102,7 +105,6 @@ class Args:
     kl_coef: float = 5e-4  # weight of KL(q || N(0,1)) per dimension
 
     # Downstream RL
-    total_timesteps: int = 1_000_000  # env steps, warm-up included
     num_envs: int = 8  # environments side by side
     warmup_steps: int = 5_000  # env steps with the prior's skills before the updates start
     updates_per_step: float = 0.1  # updates per env step after the warm-up
@@ -311,7 +313,7 @@ class PriorAgent:
         return squash(draw(self.networks["prior"](torch.from_numpy(obs))))
 
 
-def pretrain(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: threading.Event) -> dict:
+def pretrain(args: Args, networks: nn.ModuleDict, data, writer: SummaryWriter, stop: threading.Event) -> dict:
     """Phase 1: learn skills and prior from the offline data; returns facts about them.
 
     A model is found again by its data, seed and task, by the arguments under `# Model` and `# Pre-training`, and by the
@@ -323,9 +325,8 @@ def pretrain(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: t
     if args.pretrained == "published":
         path = SHIPPED / f"{family}_pretrained.pt"
     if not args.pretrained:
-        data = data_tools.load_dataset(args.env_id, args.data_dir, args.data, args.data_share)
         names, settings = list(vars(args)), list(vars(args).items())
-        settings = settings[names.index("skill_horizon") : names.index("total_timesteps")]
+        settings = settings[names.index("skill_horizon") : names.index("num_envs")]
         code = FILE.read_text().split("- networks\n")[1].split("- downstream RL\n")[0]
         made_from = [data.fingerprint, args.seed, settings, data_tools.code_of(code), task.arm, task.objects]
         made_from += [task.obs_scale, task.obs_shift, task.position_periods.tolist()]
@@ -727,6 +728,10 @@ def train(args: Args) -> dict:
     envs = data_tools.make_envs(args.env_id, args.num_envs)
     run_name = f"{args.env_id}__{FILE.stem}__{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     run_dir = Path(args.resume or f"{args.run_dir}/{run_name}").expanduser()
+    checkpoint = run_dir / "checkpoint.pt"
+    data = None
+    if args.offline_ratio or not (args.pretrained or checkpoint.exists()):  # may be refused: before there is a folder
+        data = data_tools.load_dataset(args.env_id, args.data_dir, args.data, args.data_share)
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))  # two runs never share one
     save(run_dir / "args.json", dict(asdict(args), script=FILE.name))
     (run_dir / "results.json").unlink(missing_ok=True)  # of a shorter run
@@ -742,18 +747,13 @@ def train(args: Args) -> dict:
     signal.signal(signal.SIGTERM, stop_soon)
     torch.manual_seed(args.seed)
     networks = make_networks(args)
-    checkpoint = run_dir / "checkpoint.pt"
-    facts = {} if checkpoint.exists() else pretrain(args, networks, writer, stop)
+    facts = {} if checkpoint.exists() else pretrain(args, networks, data, writer, stop)
 
     # Phase 2: online RL over skills
     torch.manual_seed(args.seed)  # RL is the same whether the model was trained just now or comes from a file
     agent = Agent(args, networks)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
-    data = None
-    if args.offline_ratio:
-        data = data_tools.load_dataset(args.env_id, args.data_dir, args.data, args.data_share)
-        data = data.to(args.device)
-    rb = ReplayBuffer(obs.shape[1], args, data)
+    rb = ReplayBuffer(obs.shape[1], args, data.to(args.device) if args.offline_ratio else None)
     global_step, gradient_step, seconds = 0, 0, 0.0
     episodes, evaluations = [], []  # (env step, return, length, minutes), (env step, mean return, success)
     parts = dict(agent=agent, rb=rb, critics=agent.critic_optimizer)
