@@ -1,7 +1,6 @@
-"""SUPE: Leveraging Skills from Unlabeled Prior Data for Efficient Online Exploration (Wilcoxson, Li, Frans & Levine,
-ICML 2025), https://arxiv.org/abs/2410.18076
+"""SUPE: Skills from Unlabeled Prior Data for Exploration (Wilcoxson et al., ICML 2025), https://arxiv.org/abs/2410.18076
 
-Idea: the skills of spirl.py; but the data that taught them are not thrown away. In RL half of every batch are
+Idea: the skills of spirl.py, but the data that taught them are not thrown away. In RL half of every batch are
 demonstrations, with the rewards that the agent's own experience foretells and a bonus for what it has not tried.
 
     python algos/supe.py --env-id maze           # pre-training as spirl.py (shared), RL, evaluation
@@ -21,7 +20,7 @@ DEVIATION n: differences from the authors' code. Why, what was measured, and sco
 2. Fewer and fewer-headed updates: 2 critic steps per skill with 5 critics; theirs are 80 with 10.
 3. The bonus is scaled once: its first mean is rnd_coef. Theirs is 8 times the error.
 4. Rewards of a skill are summed without discount. 5. E environments act side by side; g learns from all at once.
-6. Sines of positions as inputs, but not of g; critics' LayerNorm has no weights.
+6. Sines of positions as inputs, but not of g; LayerNorm has no weights, and R and M are networks as the critics.
 --published takes the authors' side of 2, SPiRL's release for its skills, and one environment.
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, SkillModel, make_networks, pretrain_loss, pretrain,
 critic_loss, policy_loss, ReplayBuffer, Agent, train
@@ -597,6 +596,13 @@ class Recorded:
         return self.outputs
 
 
+def descend(optimizer, loss):
+    """One step against the gradient of the loss, which stays."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
 class Agent(nn.Module):
     """What downstream RL trains, the frozen prior and skills; how skills are chosen, and one update of everything."""
 
@@ -639,19 +645,14 @@ class Agent(nn.Module):
 
     def learn_novelty(self, obs, u):
         """One step of g (5) where the agent has just been: obs (E, O), u (E, Z)."""
-        loss = self.novelty(obs, u).mean()
-        self.novelty_optimizer.zero_grad()
-        loss.backward()
-        self.novelty_optimizer.step()
+        descend(self.novelty_optimizer, self.novelty(obs, u).mean())
 
     def update(self, *batch) -> dict:
         """A step of R and M, k of the critics, one of policy and alpha, on what ReplayBuffer.sample gives: metrics."""
         args, critics = self.args, self.critics
         own, windows = batch[:5], batch[5:]
         loss, metrics = outcome_loss(self.outcome, *own[:4])
-        self.outcome_optimizer.zero_grad()
-        loss.backward()
-        self.outcome_optimizer.step()
+        descend(self.outcome_optimizer, loss)
 
         # ALGO LOGIC: each of the k batches has own transitions and demonstrations; both get a bonus
         parts = [own]
@@ -664,28 +665,20 @@ class Agent(nn.Module):
         for i in range(args.critic_steps):
             transitions = obs[i], u[i], rewards[i] + bonus[i], ends[i], next_obs[i]
             loss, critic_metrics = critic_loss(critics, self.target, self.task_policy, *transitions, args)
-            self.critic_optimizer.zero_grad()
-            loss.backward()
-            critic_norm = nn.utils.get_total_norm([weight.grad for weight in critics.parameters()])
-            self.critic_optimizer.step()
+            descend(self.critic_optimizer, loss)
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.target.parameters()), list(critics.parameters()), args.tau)
 
         alpha = self.log_alpha.exp().detach()
         critics.requires_grad_(False)  # their weights need no gradient of the policy loss
         loss, policy_metrics = policy_loss(critics, self.task_policy, obs[-1], alpha)
-        self.policy_optimizer.zero_grad()
-        loss.backward()
-        policy_norm = nn.utils.get_total_norm([weight.grad for weight in self.task_policy.parameters()])
-        self.policy_optimizer.step()
+        descend(self.policy_optimizer, loss)
         critics.requires_grad_(True)
 
         # Alpha rises while the policy is less random than -Z/2 nats
-        self.alpha_optimizer.zero_grad()
-        (self.log_alpha.exp() * (policy_metrics["entropy"] + args.skill_dim / 2)).backward()
-        self.alpha_optimizer.step()
-        metrics |= critic_metrics | policy_metrics
-        return dict(metrics, alpha=alpha, bonus=bonus.mean(), grad_norm=critic_norm + policy_norm)
+        descend(self.alpha_optimizer, self.log_alpha.exp() * (policy_metrics["entropy"] + args.skill_dim / 2))
+        norms = [nn.utils.get_total_norm([w.grad for w in of.parameters()]) for of in (critics, self.task_policy)]
+        return dict(metrics, **critic_metrics, **policy_metrics, alpha=alpha, bonus=bonus.mean(), grad_norm=sum(norms))
 
 
 @torch.no_grad()

@@ -444,7 +444,8 @@ def method_text(cells, name: str) -> str:
     logs = sorted((RESULTS / "studies").glob("*/*/seed*.json"))
     studies = dict.fromkeys(path.parts[-3] for path in logs if json.loads(path.read_text())["algo"] == name)
     links = [f"[{study}](../../benchmarks/results/studies/{study})" for study in studies]
-    return f"No run of its own yet; studies: {', '.join(links)}\n"
+    found = f"; studies: {', '.join(links)}" if links else ""
+    return f"No run of its own yet{found}\n"
 
 
 def control_words(log: Path) -> str:
