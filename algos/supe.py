@@ -59,7 +59,6 @@ import data_tools  # tasks and offline data, nothing else
 
 PRETRAINED = "spirl"  # begins the names of pre-trained models; files with the same pre-training share them
 SHIPPED = FILE.parents[1] / "benchmarks" / "results"  # models and agents that come with the code
-torch.set_num_threads(min(torch.get_num_threads(), 8))  # more do not help networks of this size
 
 
 # ----------------------------------------------------------------------------------------------------------- arguments
@@ -81,6 +80,7 @@ class Args:
     data_dir: str | None = None  # folder of offline data and pre-trained models (None: the user's cache)
     run_dir: str = "runs"  # folder of the run folders
     cudagraphs: bool = True  # on a GPU, replay updates as CUDA graphs: one launch in place of hundreds
+    threads: int = 0  # of PyTorch on the CPU (0: one or all, whichever is faster when the run begins)
     checkpoint_interval: int = 50_000  # env steps between checkpoints
     eval_interval: int = 100_000  # env steps between evaluations; one more at the end
     eval_episodes: int = 20  # episodes of an evaluation, with the mode of the policy
@@ -123,7 +123,7 @@ class Args:
     reward_scale: float = 1.0  # factor on the task's reward
 
     def __post_init__(self):  # refuse what would train wrongly without a word; BatchNorm needs two windows
-        least = dict(seed=0, warmup_steps=0, alpha=1e-6, pretrain_batch_size=2, buffer_size=self.num_envs)
+        least = dict(seed=0, threads=0, warmup_steps=0, alpha=1e-6, pretrain_batch_size=2, buffer_size=self.num_envs)
         most = dict(gamma=1, tau=1, offline_ratio=0.9, target_critics=self.num_critics)
         for name, value in vars(self).items():
             low, high = least.get(name, int(type(value) is int)), most.get(name, 2**31)
@@ -219,7 +219,7 @@ class SkillModel(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        u, Z = args.hidden_dim, args.skill_dim
+        u, Z = args.hidden_dim, args.skill_dim  # u: width
         self.squash_actions = args.squash_actions
         self.features = Features(obs_dim, args)
         F = self.features.size
@@ -245,7 +245,7 @@ class SkillModel(nn.Module):
 
     def act(self, obs, z):
         """pi_L as it acts; the environment clips its actions to +-1."""
-        action = self.predict(obs, z)
+        action = self.predict(obs, z)  # (..., A)
         return torch.tanh(action) if self.squash_actions else action  # DEVIATION 6
 
 
@@ -635,10 +635,10 @@ class Agent(nn.Module):
     def choose_skills(self, obs, global_step: int | None, explore: bool):
         """obs (E, O), NumPy -> z (E, Z) on the CPU: samples of the task policy, in evaluations its mode.
 
-        In the warm-up, and without global_step, they are samples of the prior.
+        In the warm-up they are samples of the prior.
         """
         obs = torch.from_numpy(obs).to(self.args.device)
-        if global_step is None or global_step < self.args.warmup_steps:
+        if global_step < self.args.warmup_steps:
             return draw(self.skill_prior(obs)).cpu()
         pi = self.task_policy(obs)  # 2 x (E, Z)
         return (draw(pi) if explore else pi[0]).cpu()
@@ -699,8 +699,8 @@ def execute_skill(envs, skills, obs, z, args: Args):
 
 
 def rollout(agent: Agent, args: Args, num_episodes: int, seed: int, global_step=None, video: Path | None = None):
-    """Scores of an episode in each of num_episodes environments, without exploration noise and with random numbers of
-    its own. Skills are chosen as after global_step; without it they are those of the warm-up, the prior's.
+    """Scores of an episode in each of num_episodes environments, with explore=False and with random numbers of its
+    own. Skills are chosen as after global_step; without it they are those of the warm-up, the prior's.
     """
     envs = data_tools.make_envs(args.env_id, num_episodes, video)
     with torch.random.fork_rng(["cuda"] if args.device == "cuda" else []):
@@ -876,7 +876,7 @@ def load(path: Path, parts: dict, device="cpu") -> dict:
 
 
 def evaluate(args: Args):
-    """Print the scores of a trained agent without exploration noise; needs neither data nor training."""
+    """Print the scores of a trained agent, acting with explore=False; needs neither data nor training."""
     agent = Agent(args, make_networks(args))
     global_step = load(Path(args.evaluate), dict(agent=agent))["global_step"]
     video = Path(args.run_dir) / f"{args.env_id}__{FILE.stem}.mp4" if args.capture_video else None
@@ -905,12 +905,12 @@ def parse_args(argv: list[str] | None = None) -> Args:
         given.evaluate = str(SHIPPED / "agents" / f"{FILE.stem}_{given.env_id}.pt")
     if given.evaluate:
         state = load(Path(given.evaluate), {})
-        saved = state["args"] | dict(script=state["script"], device=Args.device, run_dir=Args.run_dir)
+        saved = state["args"] | dict(script=state["script"], device=Args.device, run_dir=Args.run_dir, threads=0)
     if saved.pop("script", FILE.name) != FILE.name:
         sys.exit("error: this is a run of another file")
     args = tyro.cli(Args, args=argv, default=Args(**defaults | saved), description=str(__doc__).split("\n")[0])
     args.evaluate = given.evaluate
-    free = "resume device cudagraphs checkpoint_interval eval_interval eval_episodes total_timesteps".split()
+    free = "resume device cudagraphs threads checkpoint_interval eval_interval eval_episodes total_timesteps".split()
     for name, value in vars(args).items():
         if given.resume and name not in free and value != saved.get(name, value):
             sys.exit(f"error: with --resume {name} cannot change")
@@ -919,4 +919,6 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 if __name__ == "__main__":
     args = parse_args()
+    args.threads = args.threads or data_tools.fastest_threads()
+    torch.set_num_threads(args.threads)
     evaluate(args) if args.evaluate else train(args)

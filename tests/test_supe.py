@@ -353,7 +353,7 @@ def test_warm_up_takes_skills_of_the_prior_and_evaluations_the_mode():
     args = tiny_args(warmup_steps=100)
     agent = random_agent(args)
     obs = random_obs(np.random.default_rng(0), 5).astype(np.float32)
-    for step, explore, net in ((None, True, "skill_prior"), (99, False, "skill_prior"), (100, True, "task_policy")):
+    for step, explore, net in ((0, True, "skill_prior"), (99, False, "skill_prior"), (100, True, "task_policy")):
         torch.manual_seed(0)
         z = agent.choose_skills(obs, step, explore)
         torch.manual_seed(0)
