@@ -94,14 +94,14 @@ class Args:
     position_features: bool = True  # sines and cosines of positions as inputs, maze scaled (release: raw)
     squash_actions: bool = False  # tanh on actions, although pi_L is trained without one, as in the release
 
-    # Pre-training
+    # Pre-training (nothing of it counts with --pretrained)
     pretrain_updates: int = 48_000  # gradient updates
     pretrain_batch_size: int = 128  # windows of H actions per update
     pretrain_lr: float = 1e-3  # first learning rate
     pretrain_lr_decay: bool = True  # decay to zero (release: constant)
     arm_noise: float = 0.0  # std in rad of shifts of the demonstrated arm, see data_tools.perturb (release: 0)
     recombine: bool = False  # show demonstrations again among objects moved by others (release: no)
-    kl_coef: float = 5e-4  # weight of KL(q || N(0,1)) per dimension
+    kl_coef: float = 1e-2  # weight of KL(q || N(0,1)) per dimension (release: 5e-4, maze 1e-3)
 
     # Downstream RL
     num_envs: int = 8  # environments side by side
@@ -134,10 +134,10 @@ class Args:
 # By the name of a task's data: spirl.py's values for pre-training, the authors' alpha and target_critics in their maze,
 # and rewards of 1 for a success. `people`: with people's data (--data d4rl or a path), as in spirl.py.
 TASK_DEFAULTS = {
-    "maze": dict(kl_coef=1e-2, total_timesteps=2_000_000, warmup_steps=50_000, batch_size=128, target_critics=1,
-                 alpha=0.05, reward_scale=0.01),
-    "kitchen": dict(people=dict(kl_coef=1e-3, arm_noise=0.02, recombine=True)),
-    "calvin": dict(kl_coef=1e-2, total_timesteps=2_000_000, alpha=0.05, reward_scale=0.01),
+    "maze": dict(total_timesteps=2_000_000, warmup_steps=50_000, batch_size=128, target_critics=1, alpha=0.05,
+                 reward_scale=0.01),
+    "kitchen": dict(kl_coef=5e-4, people=dict(kl_coef=1e-3, arm_noise=0.02, recombine=True)),
+    "calvin": dict(total_timesteps=2_000_000, alpha=0.05, reward_scale=0.01),
 }  # fmt: skip
 # --published: the values of SPiRL's release for pre-training, the authors' for RL.
 RELEASE = {
@@ -787,7 +787,7 @@ def train(args: Args) -> dict:
                 curves = dict(episodic_return=row[1], episodic_length=row[2])
                 curves |= dict(success=task.success(last_100), SPS=global_step / minutes / 60)
                 log(writer, "charts", curves, global_step)
-                bar.set_postfix(updates=gradient_step, last_100=f"{np.mean(last_100):.3g}")
+                bar.set_postfix(updates=gradient_step, **{f"last_{len(last_100)}": f"{np.mean(last_100):.3g}"})
             # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
             obs = next_obs
             if ended.any():
