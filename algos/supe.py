@@ -878,9 +878,12 @@ def load(path: Path, parts: dict, device="cpu") -> dict:
 def evaluate(args: Args):
     """Print the scores of a trained agent, acting with explore=False; needs neither data nor training."""
     agent = Agent(args, make_networks(args))
-    global_step = load(Path(args.evaluate), dict(agent=agent))["global_step"]
+    state = load(Path(args.evaluate), dict(agent=agent))
     video = Path(args.run_dir) / f"{args.env_id}__{FILE.stem}.mp4" if args.capture_video else None
-    scores = rollout(agent, args, args.eval_episodes, 10_000 + args.seed, global_step, video)
+    trained = [row[1] for row in state["progress"][3][-100:]] if "progress" in state else []  # published: no rows
+    if trained:
+        print(f"to expect: {np.mean(trained):.3g} in training, in its last {len(trained)} episodes")
+    scores = rollout(agent, args, args.eval_episodes, 10_000 + args.seed, state["global_step"], video)
     words = ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
     print(f"{args.env_id}: {args.eval_episodes} episodes of {args.evaluate}: {words}")
     if video:
