@@ -34,11 +34,8 @@ import json
 import math
 import os
 import pkgutil
-import signal
 import sys
-import threading
 import time
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -669,6 +666,7 @@ def train(args: Args) -> dict:
     """A run, or the rest of it; returns its results."""
     task = data_tools.TASKS[args.env_id]
     envs = data_tools.make_envs(args.env_id, args.num_envs)
+    data_tools.check_settings(args, args.warmup_steps, args.updates_per_step)
     if envs.max_episode_steps + 1 < args.batch_length:
         sys.exit("error: --batch-length: a window is longer than an episode")
     run_name = f"{args.env_id}__{FILE.stem}__{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
@@ -677,15 +675,8 @@ def train(args: Args) -> dict:
     save(run_dir / "args.json", dict(asdict(args), script=FILE.name))
     (run_dir / "results.json").unlink(missing_ok=True)  # of a shorter run
     writer = SummaryWriter(run_dir)
-    stop = threading.Event()
-
-    def stop_soon(number, frame):  # Ctrl-C: where all can be saved
-        stop.set()
-        os.write(2, b"\nstopping: saves first (once more: stops at once)\n")  # print may not interrupt a print
-        signal.signal(number, signal.SIG_DFL)
-
-    signal.signal(signal.SIGINT, stop_soon)
-    signal.signal(signal.SIGTERM, stop_soon)
+    data_tools.draw_once(writer)  # not again what a crash has cut off
+    stop = data_tools.stop_event()  # Ctrl-C and the like: where all can be saved
     torch.manual_seed(args.seed)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
     action_dim = envs.single_action_space.shape[0]
@@ -887,11 +878,9 @@ def save(path: Path, values: dict, parts: dict | None = None):
     temporary.replace(path)
 
 
-def load(path: Path, parts: dict, device="cpu") -> dict:
+def load(path: Path, parts: dict, device="cpu", made_by: dict | None = None) -> dict:
     """Put what `save` wrote into parts and torch's random numbers; returns everything."""
-    if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip():  # torch does not look at checksums
-        sys.exit(f"error: {path} is missing, damaged or no file of this program")
-    state = torch.load(path, map_location=device, weights_only=True)
+    state = data_tools.read_state(path, parts, device, made_by)  # refuses other files
     for name, part in parts.items():
         part.load_state_dict(state[name])
     for set_state, numbers in zip((torch.set_rng_state, torch.cuda.set_rng_state), state.get("rng", ())):
@@ -910,8 +899,6 @@ def evaluate(args: Args):
     scores = rollout(agent, args, args.eval_episodes, 10_000 + args.seed, video)
     words = ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
     print(f"{args.env_id}: {args.eval_episodes} episodes of {args.evaluate}: {words}")
-    if video:
-        print(f"video: {video}")
     if video and args.skill_dim:
         draw_skills(agent, args, 10 * args.skill_horizon, video.with_suffix(".png"))
 
@@ -925,13 +912,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
         defaults |= CPU_PRESET
     saved = {}
     if given.resume:
-        saved = json.loads((Path(given.resume).expanduser() / "args.json").read_text())
+        given.resume, saved = data_tools.saved_run(given.resume)
     if given.evaluate:
-        state = load(Path(given.evaluate), {})
+        state = data_tools.read_state(given.evaluate, ["agent"])
         saved = state["args"] | dict(script=state["script"], device=Args.device, run_dir=Args.run_dir, threads=0)
-    if saved.pop("script", FILE.name) != FILE.name:
-        sys.exit("error: this is a run of another file")
+    if (script := saved.pop("script", FILE.name)) != FILE.name:
+        sys.exit(f"error: this is a run of another file: give it to {script}")
     args = tyro.cli(Args, args=argv, default=Args(**defaults | saved), description=str(__doc__).split("\n")[0])
+    args.resume = given.resume
     free = "resume device cudagraphs threads checkpoint_interval eval_interval eval_episodes total_timesteps".split()
     for name, value in vars(args).items():
         if given.resume and name not in free and value != saved.get(name, value):

@@ -40,7 +40,16 @@ def imported(name: str):
     """Return what "module:name" names. Raises DataError if there is no such module or name."""
     module, _, attribute = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except Exception:  # mujoco wants the OpenGL that MUJOCO_GL names, though only pictures need it
+            if "MUJOCO_GL" not in os.environ:
+                raise
+            wanted, os.environ["MUJOCO_GL"] = os.environ["MUJOCO_GL"], "disable"
+            try:
+                return getattr(importlib.import_module(module), attribute)
+            finally:
+                os.environ["MUJOCO_GL"] = wanted
     except (ModuleNotFoundError, AttributeError, ValueError) as error:
         cure = "correct the entry in TASKS, or put the module's folder into PYTHONPATH"
         raise DataError(f"{name} cannot be imported ({error}): {cure}.") from error
@@ -100,7 +109,7 @@ def write_atomically(path, write: Callable[[Path], None]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(part)
-        with open(part, "rb") as file:
+        with open(part, "r+b") as file:  # Windows asks for one that may be written
             os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
         os.replace(part, path)
     except (OSError, RuntimeError, ValueError) as error:  # ValueError: a picture's suffix that nobody knows

@@ -44,10 +44,11 @@ def data_dir(tiny_data_file, tmp_path):
 @pytest.fixture(autouse=True)
 def restored_process_state():
     """Signal handlers and the number of threads, which main() sets, are put back after each test."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
     for number, handler in handlers.items():
-        signal.signal(number, handler)
+        if handler is not signal.getsignal(number):
+            signal.signal(number, handler)

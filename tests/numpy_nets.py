@@ -12,7 +12,7 @@ def np_net(net, x, training=False):
     for layer in net:
         weights = {name: value.detach().cpu().numpy().astype(np.float64) for name, value in layer.named_parameters()}
         if isinstance(layer, nn.Linear):
-            x = x @ weights["weight"].T + weights["bias"]
+            x = x @ weights["weight"].T + weights.get("bias", 0.0)
         elif isinstance(layer, nn.BatchNorm1d):
             axes = tuple(range(x.ndim - 1))
             mean, var = (x.mean(axes), x.var(axes)) if training else (layer.running_mean, layer.running_var)

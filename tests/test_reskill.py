@@ -161,7 +161,7 @@ def test_skills_and_their_models_are_those_of_spirl(tmp_path, monkeypatch):
     data = mock.Mock(fingerprint="of some data")
     monkeypatch.setattr(Path, "exists", lambda path: True)
     for env_id, file in itertools.product(("maze", "kitchen", "calvin"), (reskill, spirl)):
-        monkeypatch.setattr(file, "load", lambda path, parts: looked_for.append(path) or dict(facts={}))
+        monkeypatch.setattr(file, "load", lambda path, parts, **how: looked_for.append(path) or dict(facts={}))
         args = file.parse_args(["--env-id", env_id, "--data-dir", str(tmp_path)])
         file.pretrain(args, None, data, None, None)
     assert looked_for[::2] == looked_for[1::2] and len(set(looked_for)) == 3

@@ -228,7 +228,7 @@ def in_training(envs, *args):
 def stop(case, monkeypatch):
     """The event that signals set."""
     event = threading.Event()
-    monkeypatch.setattr(case.module, "threading", SimpleNamespace(Event=lambda: event))
+    monkeypatch.setattr(data_tools, "stop_event", lambda: event)
     return event
 
 
@@ -270,6 +270,32 @@ def test_interrupted_rl_goes_on_bit_for_bit(case, step, stop, no_data, monkeypat
     assert rows_of(part) == rows_of(case.run_dir)
     for name in ("env_steps", "updates", "last_100_return", "evaluations"):
         assert results[name] == case.results[name], name
+
+
+@pytest.mark.parametrize("case", ["skimo", "reskill", "sac"], indirect=True)
+def test_what_a_crash_cut_off_is_drawn_once(case, monkeypatch):
+    """TensorBoard's curves, after crashes in pre-training and between two checkpoints of RL, are those without any."""
+    monkeypatch.setattr(case.module, "SummaryWriter", functools.partial(case.module.SummaryWriter, flush_secs=0))
+    runs = case.folder / f"runs{len(list(case.folder.iterdir()))}"
+    flags = case.argv("--checkpoint-interval 500", runs, case.data_dir if case.flat else case.new_data_dir())
+
+    def crash():
+        raise ZeroDivisionError
+
+    if not case.flat:
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            after_calls(patch, data_tools.OfflineDataset, case.sampling, 5, crash)
+            case.main(flags)
+        flags = ["--resume", only(runs)]
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        after_calls(patch, data_tools.tasks.maze.MazeVectorEnv, "step", 240, crash, in_training)
+        case.main(flags)
+    time.sleep(0.5)  # until the curves are written
+    case.resume(only(runs) / "checkpoint.pt")
+    found, expected = curves_of(only(runs)), curves_of(case.run_dir)
+    for curves in (found, expected):
+        curves.pop("charts/SPS")
+    assert found == expected
 
 
 @every_algo
@@ -984,15 +1010,17 @@ def test_model_given_by_its_path_needs_no_data(case, no_data):
     assert_same(state_of(run_dir), state_of(case.run_dir))
 
 
-@pytest.mark.parametrize("case", [name for name in ALGOS if name not in {*golden.FLAT, "relay"}], indirect=True)
-def test_model_of_other_skills_is_refused(case, tmp_path):
+@with_data
+def test_only_a_model_of_this_method_with_these_settings_is_taken(case, tmp_path):
+    """Also where shapes agree: the model says what made it. tests/test_states.py tries files of other sorts."""
+    module, path = case.module, tmp_path / "model.pt"
+    refused(lambda: case.start(f"--pretrained {case.model} --skill-horizon 12"), case.model, "--skill-horizon")
     state = torch.load(case.model, weights_only=True)
-    horizon = case.module.parse_args(case.argv()).skill_horizon + 2
-    assert state["facts"]["skill_horizon"] == horizon - 2
-    state["facts"]["skill_horizon"] = horizon
-    path = tmp_path / "model.pt"
-    torch.save(state, path)
-    refused(lambda: case.start(f"--pretrained {path}"), path, "--skill-horizon")
+    assert state["made_by"]["method"] == module.PRETRAINED and state["made_by"]["data"] == "maze"
+    torch.save(state | dict(made_by=state["made_by"] | dict(method="another")), path)
+    refused(lambda: case.start(f"--pretrained {path}"), path, "another", module.PRETRAINED)
+    refused(lambda: case.start(f"--pretrained {case.run_dir / 'checkpoint.pt'}"), "--resume", "--evaluate")
+    refused(lambda: case.main(["--evaluate", case.model]), case.model, "--pretrained")
 
 
 # -------------------------------------------------------------------------------------------------------- real signals

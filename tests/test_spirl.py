@@ -195,7 +195,13 @@ def aligned_windows(data, H=5):
 
 def test_pretrained_model_that_we_ship_fits():
     args = spirl.parse_args(["--pretrained", "published", "--device", "cpu"])
-    assert spirl.pretrain(args, spirl.make_networks(args), None, None, None)["goal"] > 0.1  # of its roll-outs
+    networks = spirl.make_networks(args)
+    assert spirl.pretrain(args, networks, None, None, None)["goal"] > 0.1  # of its roll-outs
+    obs = random_obs(np.random.default_rng(0), 50)
+    with torch.no_grad():
+        prior = networks["prior"].eval()(torch.from_numpy(obs).float())
+    for found, expected in zip(prior, np_prior(networks["prior"], obs), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_tanh_of_actions_is_for_acting_only():
@@ -516,7 +522,10 @@ def test_networks_have_the_sizes_of_the_release(env_id):
     assert kinds(critic) == ["Linear", "LeakyReLU"] * (1 + blocks) + ["Linear"]
     assert (critic[0].in_features, critic[0].out_features, critic[-1].out_features) == (inputs + 10, 256, 1)
     std = math.sqrt(2 / (128 + 128))
-    assert prior[2].weight.std().item() == pytest.approx(std, rel=0.05) and not prior[2].bias.any()
+    assert prior[2].weight.std().item() == pytest.approx(std, rel=0.05) and not prior[-1].bias.any()
+    for net in (policy, prior):  # in RL, where BatchNorm is still, a bias before it would learn a shift twice
+        for layer, after in zip(net, net[1:]):
+            assert not isinstance(after, nn.BatchNorm1d) or layer.bias is None
     lstm = networks["skills"].lstm
     assert (lstm.input_size, lstm.hidden_size) == (128, 128)
     assert torch.all((lstm.bias_ih_l0 + lstm.bias_hh_l0)[128:256] == 2)

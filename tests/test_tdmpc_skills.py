@@ -48,7 +48,7 @@ def test_model_is_shared_with_spirl_and_found_by_what_shaped_it(tmp_path, monkey
     monkeypatch.setattr(Path, "exists", lambda path: True)
 
     def path(file, flags=""):
-        monkeypatch.setattr(file, "load", lambda path, parts: dict(facts=dict(path=path)))
+        monkeypatch.setattr(file, "load", lambda path, parts, **how: dict(facts=dict(path=path)))
         args = file.parse_args([*flags.split(), "--data-dir", str(tmp_path)])
         return file.pretrain(args, None, data, None, None)["path"]
 

@@ -4,6 +4,7 @@ Not `mujoco.Renderer`: it takes the display's OpenGL unless MUJOCO_GL was set be
 """
 
 import contextlib
+import importlib
 import os
 import sys
 
@@ -11,6 +12,8 @@ import mujoco
 import numpy as np
 
 from data_tools.files import DataError
+
+VARIABLES = ("MUJOCO_GL", "MUJOCO_EGL_DEVICE_ID", "PYOPENGL_PLATFORM")
 
 
 class Painter:
@@ -30,22 +33,21 @@ class Painter:
         # after Mesa's software renderer; before it, it does not.
         with contextlib.suppress(ImportError):
             import triton  # noqa: F401
+        # MuJoCo's own default needs a display on Linux; EGL does not.
+        defaults = {"linux": "egl", "darwin": "cgl"}
+        wanted = os.environ.get("MUJOCO_GL", "").lower().strip()
+        name = wanted if wanted in ("egl", "osmesa", "cgl", "glfw") else defaults.get(sys.platform, "glfw")
+        said = ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ)
         try:
-            # MuJoCo's own default needs a display; EGL does not.
-            if sys.platform == "linux" and (os.environ.get("MUJOCO_GL") or "egl").lower() == "egl":
-                from mujoco.egl import GLContext
-            else:
-                from mujoco.gl_context import GLContext
-            self.context = GLContext(width, height)
+            self.context = importlib.import_module(f"mujoco.{name}").GLContext(width, height)
             self.context.make_current()
             self.scene = mujoco.MjvScene(model, maxgeom=1000)
             self.target = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
             mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.target)
-        except (ImportError, AttributeError, RuntimeError, OSError, mujoco.FatalError) as error:
-            raise DataError(
-                f"Drawing needs OpenGL without a display ({error}): install EGL (Debian: libegl1 libgl1), "
-                "or OSMesa (libosmesa6) and set MUJOCO_GL=osmesa."
-            ) from error
+        except Exception as error:  # drivers and libraries raise nearly everything
+            cure = "install EGL (Debian: libegl1 libgl1)" if name == "egl" else f"install what mujoco.{name} needs"
+            cure += f", or unset or correct {said}" if said else ", or install libosmesa6 and set MUJOCO_GL=osmesa"
+            raise DataError(f"pictures need OpenGL, {name} does not work here ({error}): {cure}.") from error
         self.camera = mujoco.MjvCamera()
         self.camera.distance = distance
         self.camera.azimuth = azimuth

@@ -1,6 +1,8 @@
 """Videos of episodes."""
 
 import math
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -8,21 +10,41 @@ import gymnasium
 import numpy as np
 from tqdm import tqdm
 
-from data_tools.files import write_atomically
+from data_tools.files import DataError, check_writable, write_atomically
 from data_tools.tasks.vector import MemberVectorEnv
+
+
+def check_encoder() -> None:
+    """Raise DataError where ffmpeg, which writes videos, is missing."""
+    import imageio_ffmpeg
+
+    try:
+        subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-version"], capture_output=True, check=True)
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        cure = "install imageio-ffmpeg anew, or let IMAGEIO_FFMPEG_EXE name a program ffmpeg"
+        raise DataError(f"videos need ffmpeg, which does not run here ({error}): {cure}.") from error
 
 
 class VideoRecorder(gymnasium.vector.VectorWrapper):
     """Records the first member's pictures in real time, at most 50 per second; written when closed."""
 
     def __init__(self, envs: MemberVectorEnv, path):
+        """Raises DataError where there will be no video: no encoder, no OpenGL, no place to write."""
         super().__init__(envs)
         self.path = Path(path)
+        check_writable(self.path)
+        check_encoder()
         self.frames = []  # compressed: those of a long episode would take gigabytes
         self.frame = 0
         self.steps, self.returns = envs.steps, envs.returns  # the same arrays
         self.every = math.ceil(self.metadata["render_fps"] / 50)  # steps per picture
         self.bar = tqdm(desc="episodes, at most", total=envs.max_episode_steps, unit="step")  # drawing takes minutes
+
+    def reset(self, **kwargs):
+        result = super().reset(**kwargs)
+        if not self.frames:
+            self.env.draw(0)  # raises here, not after an episode
+        return result
 
     def step(self, actions):
         result = self.env.step(actions)
@@ -37,7 +59,11 @@ class VideoRecorder(gymnasium.vector.VectorWrapper):
     def close(self, **kwargs):
         self.bar.close()
         if self.frames:
-            write_atomically(self.path, self._write)
+            try:
+                write_atomically(self.path, self._write)
+                print(f"video: {self.path}", flush=True)
+            except DataError as error:  # no picture costs results
+                print(error, file=sys.stderr, flush=True)
             self.frames = []
         return super().close(**kwargs)
 

@@ -1,0 +1,171 @@
+"""What runs need beside their method: files of the right sort, an end that loses nothing, a word before hours pass."""
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from tensorboard.compat.proto.event_pb2 import Event
+
+from data_tools.files import DataError, check_regular, listed, reading
+
+SIGNALS = "SIGINT SIGTERM SIGHUP SIGXCPU SIGUSR1 SIGUSR2 SIGBREAK".split()  # of terminals and of schedulers
+
+
+def read_state(path, parts=(), device="cpu", made_by: dict | None = None) -> dict:
+    """Return what an algorithm file saved as `path`: a checkpoint, an agent, a model.
+
+    parts: by name what is to be loaded from it; made_by: by name what a model has to agree in. Raises DataError, which
+    says what the file is where it is whole, but another one is needed.
+    """
+    path = Path(os.path.expanduser(path))
+    if path.is_dir() and (path / "checkpoint.pt").is_file():
+        path = path / "checkpoint.pt"
+    if not os.path.exists(path) and path.parent.is_dir():
+        raise DataError(f"{path} does not exist; its folder has: {listed(sorted(os.listdir(path.parent)))}.")
+    check_regular(path)
+    with reading(path, "copy it again, or make it anew", "is damaged, or no model or checkpoint"):
+        _check_zip(path)
+        state = torch.load(path, map_location=device, weights_only=True)
+        missing = [name for name in parts if name not in state]
+    if missing:
+        raise DataError(f"{path} is {_described(state)}.")
+    if made_by:
+        _check_made_by(path, made_by, state.get("made_by"))
+    for name, part in parts.items() if isinstance(parts, dict) else ():
+        if isinstance(part, torch.nn.Module):
+            _check_shapes(path, part.state_dict(), state[name])
+    return state
+
+
+def _check_zip(path):
+    """torch does not look at checksums, and would unpack whatever is packed."""
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            head = file.read(8)
+        kinds = {b"\x89HDF": "an HDF5 file: if it holds offline data, give it to --data", b"{": "JSON: give a .pt file"}
+        kind = next((kinds[begin] for begin in kinds if head.startswith(begin)), "damaged, or no .pt file")
+        raise DataError(f"{path} is {kind}.")
+    with zipfile.ZipFile(path) as archive:
+        packed = [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+        if packed or archive.testzip():
+            raise ValueError("its checksums are wrong")
+
+
+def _described(state) -> str:
+    """What a file of ours is, and what fits."""
+    if not isinstance(state, dict):
+        return f"no file of this program, but holds: {type(state).__name__}"
+    if "agent" in state and isinstance(state.get("args"), dict):
+        also = "--resume its run folder, or " if "progress" in state else ""
+        return f"an agent that {state.get('script')} trained on {state['args'].get('env_id')}: {also}--evaluate it"
+    if "networks" in state and "optimizer" in state:
+        return "an unfinished pre-training: give the command that began it once more"
+    if "networks" in state:
+        made_by = state.get("made_by", {})
+        return f"a pre-trained model ({_words(made_by) or 'of an older version'}), no agent: give it to --pretrained"
+    if "flow" in state:
+        return "the flow prior that reskill.py finds by itself: give the pre-trained model"
+    return f"no file of this program, it holds: {listed(state)}"
+
+
+def _words(settings: dict) -> str:
+    """Settings as flags, and what is no flag by its name."""
+    flags = {name: f"--{name.replace('_', '-')}" for name in settings}
+    flags |= {name: name for name in ("method", "data") if name in settings}
+    values = {name: f" {value}" for name, value in settings.items()}
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            flags[name], values[name] = flags[name] if value else flags[name].replace("--", "--no-"), ""
+    return ", ".join(flags[name] + values[name] for name in settings)
+
+
+def _check_made_by(path, wanted: dict, found: dict | None):
+    if found is None:
+        print(f"warning: {path} does not say what made it: does it belong to this method and task?", flush=True)
+        return
+    differing = {name: value for name, value in found.items() if name in wanted and value != wanted[name]}
+    if differing:
+        cure = "give one of this method and task" if {"method", "data"} & differing.keys() else "give its flags"
+        here = _words({name: wanted[name] for name in differing})
+        raise DataError(f"{path} was made with {_words(differing)}; here: {here}. It is whole: {cure}.")
+
+
+def _check_shapes(path, wanted: dict, found: dict):
+    sizes = [{name: tuple(getattr(x, "shape", ())) for name, x in of.items()} for of in (found, wanted)]
+    differing = [name for name in {**sizes[0], **sizes[1]} if sizes[0].get(name) != sizes[1].get(name)]
+    if differing:
+        there, here = (of.get(differing[0], "missing") for of in sizes)
+        first = f"{differing[0]} is {there} there, {here} here; {len(differing)} differ"
+        raise DataError(f"{path} is whole, but made by other code or with other flags: {first}.")
+
+
+def saved_run(path) -> tuple[str, dict]:
+    """Return the run folder that a path means, also that of a file in it, and its arguments. Raises DataError."""
+    path = Path(os.path.expanduser(path))
+    folder = path.parent if path.is_file() else path
+    if not (folder / "args.json").exists():
+        if path.is_file():
+            read_state(path, ["progress", "args"])
+        found = listed(sorted(os.listdir(folder))) if folder.is_dir() else "nothing"
+        raise DataError(f"--resume {path} is no run folder: no args.json there, but {found}.")
+    check_regular(folder / "args.json")
+    with reading(folder / "args.json", "give another run folder"):
+        return str(folder), dict(json.loads((folder / "args.json").read_text()))
+
+
+def stop_event() -> threading.Event:
+    """Return an event that is set by Ctrl-C, a scheduler's signal or a closed terminal, so that a run saves and ends.
+
+    The same signal once more ends it at once. What nohup ignores stays ignored.
+    """
+    stop = threading.Event()
+    screens = [number for number in (1, 2) if os.isatty(number)]
+
+    def stop_soon(number, frame):
+        stop.set()
+        gone = number == getattr(signal, "SIGHUP", None)
+        signal.signal(number, signal.SIG_IGN if gone else signal.SIG_DFL)  # a shell tells of a closed terminal twice
+        if gone:  # whatever is written to it would be an error
+            null = os.open(os.devnull, os.O_WRONLY)
+            for screen in screens:
+                os.dup2(null, screen)
+        with contextlib.suppress(OSError):  # print may not interrupt a print
+            os.write(2, b"\nstopping: saves first (once more: stops at once)\n")
+
+    for name in SIGNALS:
+        number = getattr(signal, name, None)  # not all systems have all
+        if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+            signal.signal(number, stop_soon)
+    return stop
+
+
+def draw_once(writer) -> None:
+    """Let each of TensorBoard's curves go on from the step that is written next, without what stood there before.
+
+    A run that goes on from a checkpoint writes again what a crash has cut off. TensorBoard can drop all that lies after
+    one step (purge_step), but steps of pre-training are updates, those of RL env steps. So this asks for the behaviour
+    of version 1 of its files, where every curve that goes back is cut there. Its fast loader does so anyway.
+    """
+    writer.file_writer.add_event(Event(file_version="brain.Event:1", step=2**62))
+
+
+def check_settings(args, warmup: int, rate: float = np.inf, steps_per_env: int = 0) -> None:
+    """Say at the start, not after hours, what a run with these arguments cannot do.
+
+    warmup: env steps before the first update, of which each environment does steps_per_env; rate: updates per env step
+    after them.
+    """
+    if args.capture_video:
+        print("warning: --capture-video works with --evaluate only.", flush=True)
+    first = warmup + (1 / rate if rate else np.inf)  # env step
+    if 0 < args.total_timesteps < first:
+        fits = (args.total_timesteps - 1) // steps_per_env if steps_per_env else 0
+        cure = f" --num-envs {fits} or fewer would do." if 0 < fits < args.num_envs else ""
+        when = f"the first would come at env step {first:,.0f}, the run ends at {args.total_timesteps:,}"
+        print(f"warning: RL will make no update: {when}.{cure}", flush=True)

@@ -1,0 +1,256 @@
+"""Models, checkpoints, signals, pictures: files of the wrong sort, machines without graphics, terminals that close."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import data_tools
+
+ROOT = Path(data_tools.__file__).parents[1]
+NET = torch.nn.Linear(2, 3)
+MADE_BY = dict(method="skimo", data="maze", skill_dim=10, position_features=True)
+AGENT = dict(script="skimo.py", args=dict(env_id="maze"), global_step=7, agent=NET.state_dict())
+MODEL = dict(networks=NET.state_dict(), facts={}, made_by=MADE_BY)
+STATES = dict(
+    agent=AGENT, checkpoint=AGENT | dict(progress=(7,)), model=MODEL, old_model=dict(networks=NET.state_dict()),
+    unfinished=dict(networks=NET.state_dict(), optimizer={}, progress=(3, 1.0)), flow=dict(flow={}, facts={}),
+    other=dict(epoch=3), tensor=torch.zeros(3), list=[1, 2],
+)  # fmt: skip
+
+
+def make(folder, name):
+    """A file, by the name of its sort."""
+    path = folder / f"{name}.pt"
+    if name in STATES:
+        torch.save(STATES[name], path)
+    elif name == "hdf5":
+        h5py.File(path, "w").close()
+    elif name == "json":
+        path.write_text(json.dumps(dict(seed=1)))
+    elif name == "packed":  # could unpack to any size
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("model/data.pkl", bytes(10**6))
+    elif name == "pipe":
+        os.mkfifo(path)
+    elif name == "cut":
+        torch.save(MODEL, path)
+        path.write_bytes(path.read_bytes()[:-200])
+    elif name == "empty":
+        path.touch()
+    elif name == "folder":
+        path.mkdir()
+    elif name == "program":  # what it would run is refused
+        torch.save(dict(networks=SimpleNamespace()), path)
+    return path
+
+
+def refused(call, *words, without="delete"):
+    with pytest.raises(SystemExit) as caught:
+        call()
+    message = str(caught.value.code)
+    assert message.startswith("error: ") and "\n" not in message and without not in message, message
+    assert all(str(word) in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "words"),
+    [
+        ("agent", "networks", "skimo.py maze --evaluate"),
+        ("checkpoint", "networks", "skimo.py maze --evaluate --resume"),
+        ("model", "agent", "pre-trained skimo maze --pretrained"),
+        ("old_model", "agent", "pre-trained --pretrained"),
+        ("unfinished", "agent", "unfinished command"),
+        ("flow", "networks", "reskill.py"),
+        ("other", "agent", "epoch"),
+        ("tensor", "agent", "Tensor"),
+        ("list", "networks", "list"),
+        ("hdf5", "agent", "HDF5 --data"),
+        ("json", "agent", "JSON"),
+        ("packed", "networks", "damaged"),
+        ("cut", "networks", "damaged"),
+        ("empty", "networks", "damaged"),
+        ("program", "networks", "no model or checkpoint"),
+        ("pipe", "networks", "not a regular file"),
+        ("folder", "networks", "not a regular file"),
+        ("missing", "agent", "does not exist; here.txt"),
+    ],
+)
+def test_what_a_file_is_and_what_fits(name, wanted, words, tmp_path):
+    (tmp_path / "here.txt").touch()
+    path = make(tmp_path, name)
+    refused(lambda: data_tools.read_state(path, [wanted]), path, *words.split())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(skill_dim=5), "--skill-dim 10|--skill-dim 5|flags|whole"),
+        (dict(position_features=False), "--position-features|--no-position-features"),
+        (dict(method="skimo_no_joint"), "method skimo;|method skimo_no_joint|one of this method"),  # shapes agree
+        (dict(data="kitchen"), "data maze|data kitchen|task"),
+    ],
+)
+def test_a_model_is_for_its_method_task_and_settings(change, words, tmp_path):
+    path = make(tmp_path, "model")
+    assert data_tools.read_state(path, dict(networks=NET), made_by=MADE_BY)["made_by"] == MADE_BY
+    refused(lambda: data_tools.read_state(path, dict(networks=NET), made_by=MADE_BY | change), path, *words.split("|"))
+
+
+def test_a_model_that_does_not_say_what_made_it_is_taken_with_a_warning(tmp_path, capsys):
+    data_tools.read_state(make(tmp_path, "old_model"), dict(networks=NET), made_by=MADE_BY)
+    assert "warning: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sizes", [(2, 4), (3, 3)])
+def test_other_shapes_are_told(sizes, tmp_path):
+    path, wider = make(tmp_path, "agent"), torch.nn.Linear(*sizes)
+    words = "weight", "whole", (3, 2), tuple(wider.weight.shape)
+    refused(lambda: data_tools.read_state(path, dict(agent=wider)), path, *words)
+
+
+def test_a_run_is_found_by_its_folder_and_by_what_is_in_it(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "args.json").write_text(json.dumps(dict(seed=1)))
+    checkpoint = make(run, "checkpoint")
+    for path in (run, checkpoint, run / "args.json", f"{run}/"):
+        assert data_tools.saved_run(path) == (str(run), dict(seed=1))
+    assert data_tools.read_state(checkpoint.rename(run / "checkpoint.pt").parent, ["agent"])["global_step"] == 7
+    refused(lambda: data_tools.saved_run(tmp_path), "args.json", "run")
+    refused(lambda: data_tools.saved_run(make(tmp_path, "model")), "--pretrained")
+    refused(lambda: data_tools.saved_run(tmp_path / "nowhere"), "nowhere")
+    for content in ("{", "[1]", ""):
+        (run / "args.json").write_text(content)
+        refused(lambda: data_tools.saved_run(run), "args.json")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(total_timesteps=20_000, warmup=32_000, steps_per_env=2_000), "32,000 20,000 --num-envs 9 "),
+        (dict(total_timesteps=1_000, warmup=32_000, steps_per_env=2_000), "no update"),  # not even of one
+        (dict(total_timesteps=5_000, warmup=5_000, rate=0.02), "5,050"),
+        (dict(total_timesteps=5_000, warmup=0, rate=0.0), "no update"),
+        (dict(total_timesteps=6_000, warmup=5_000, rate=0.02), ""),
+        (dict(total_timesteps=0, warmup=5_000), ""),  # nobody wants RL
+        (dict(total_timesteps=9_000, warmup=0, capture_video=True), "--capture-video --evaluate"),
+    ],
+)
+def test_what_a_run_cannot_do_is_said_at_its_start(settings, words, capsys):
+    args = dict(total_timesteps=0, num_envs=16, capture_video=False)
+    args |= {name: settings.pop(name) for name in args.keys() & settings.keys()}
+    data_tools.check_settings(SimpleNamespace(**args), **settings)
+    told = capsys.readouterr().out
+    assert told.startswith("warning: ") == bool(words) and all(word in told for word in words.split())
+
+
+# --------------------------------------------------------------------------------------------------- closed terminals
+WAITS = """
+import os, signal, sys, time
+import data_tools
+stop = data_tools.stop_event()
+print("ready", flush=True)
+while not stop.is_set():
+    time.sleep(0.01)
+print("to a screen that may be gone", flush=True)
+time.sleep(0.3)  # a shell says it twice
+open(sys.argv[1], "w").write("saved")
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGXCPU", "SIGUSR1", "SIGUSR2"])
+def test_signals_of_terminals_and_schedulers_are_heard(name, capfd):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # in case nohup has started this
+    stop, number = data_tools.stop_event(), getattr(signal, name)
+    os.kill(os.getpid(), number)
+    assert stop.wait(5) and "saves first" in capfd.readouterr().err
+    assert signal.getsignal(number) == (signal.SIG_IGN if name == "SIGHUP" else signal.SIG_DFL)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a terminal of Linux")
+def test_a_closed_terminal_costs_nothing_and_nohup_stays(tmp_path):
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", WAITS, tmp_path / "saved"]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    assert b"ready" in os.read(ours, 100)
+    os.close(ours)
+    for _ in range(2):
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.1)
+    assert process.wait(timeout=60) == 0 and (tmp_path / "saved").exists()
+    code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); import data_tools; data_tools.stop_event(); "
+    code += "print(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+DRAWS = """
+import sys
+from pathlib import Path
+import numpy as np
+import data_tools
+for video in [None, Path(sys.argv[2])]:
+    envs = data_tools.make_envs(sys.argv[1], 1, video)
+    envs.reset(seed=0)
+    envs.step(np.zeros(envs.action_space.shape))
+    envs.close()
+    print("ran", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("task", "says", "words"),
+    [
+        ("maze", "MUJOCO_GL=no_such_library", None),  # needs no OpenGL
+        ("kitchen", "MUJOCO_GL=osmesa PYOPENGL_PLATFORM=egl", "OpenGL MUJOCO_GL=osmesa PYOPENGL_PLATFORM=egl"),
+        ("kitchen", "MUJOCO_GL=egl PYOPENGL_PLATFORM=osmesa", "OpenGL MUJOCO_GL=egl PYOPENGL_PLATFORM=osmesa"),
+        ("calvin", "MUJOCO_EGL_DEVICE_ID=99", "OpenGL MUJOCO_EGL_DEVICE_ID=99"),
+        ("maze", "IMAGEIO_FFMPEG_EXE=/nowhere/ffmpeg", "ffmpeg IMAGEIO_FFMPEG_EXE"),
+    ],
+)
+def test_only_pictures_need_graphics(task, says, words, tmp_path):
+    """Without video it runs whatever the machine has; with one it ends before the first step, and says why."""
+    environment = os.environ | dict(setting.split("=") for setting in says.split())
+    command = [sys.executable, "-c", DRAWS, task, tmp_path / "video.mp4"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if words is None:
+        assert done.returncode == 0 and (tmp_path / "video.mp4").stat().st_size > 0, done.stderr
+    else:
+        assert done.returncode == 1 and done.stdout == "ran\n" and done.stderr.count("\n") == 1, done.stderr
+        assert done.stderr.startswith("error: ") and all(word in done.stderr for word in words.split())
+
+
+def test_a_video_that_cannot_be_written_costs_no_scores(tmp_path, monkeypatch, capsys):
+    envs = data_tools.make_envs("maze", 1, tmp_path / "video.mp4")
+    envs.reset(seed=0)
+    envs.step(np.ones((1, 2)))
+
+    def fail(part):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(envs, "_write", fail)
+    envs.close()
+    assert "No space left" in capsys.readouterr().err and envs.steps.tolist() == [1]
+
+
+def test_files_are_synced_where_they_may_be_written(tmp_path, monkeypatch):
+    """Windows refuses fsync of a file that was opened for reading."""
+    fcntl = pytest.importorskip("fcntl")
+    modes = []
+    monkeypatch.setattr(os, "fsync", lambda number: modes.append(fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE))
+    data_tools.files.write_atomically(tmp_path / "file", lambda part: part.write_text("x"))
+    assert modes and os.O_RDONLY not in modes
