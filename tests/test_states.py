@@ -158,8 +158,9 @@ def test_what_a_run_cannot_do_is_said_at_its_start(settings, words, capsys):
 
 # --------------------------------------------------------------------------------------------------- closed terminals
 WAITS = """
-import os, signal, sys, time
+import signal, sys, time
 import data_tools
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # in case nohup has started the tests
 stop = data_tools.stop_event()
 print("ready", flush=True)
 while not stop.is_set():
