@@ -27,7 +27,8 @@ def read_state(path, parts=(), device="cpu", made_by: dict | None = None) -> dic
     if path.is_dir() and (path / "checkpoint.pt").is_file():
         path = path / "checkpoint.pt"
     if not os.path.exists(path) and path.parent.is_dir():
-        raise DataError(f"{path} does not exist; its folder has: {listed(sorted(os.listdir(path.parent)))}.")
+        others = sorted(name for name in os.listdir(path.parent) if name.endswith(path.suffix))
+        raise DataError(f"{path} does not exist; its folder has: {listed(others)}.")
     check_regular(path)
     with reading(path, "copy it again, or make it anew", "is damaged, or no model or checkpoint"):
         _check_zip(path)

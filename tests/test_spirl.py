@@ -524,7 +524,7 @@ def test_networks_have_the_sizes_of_the_release(env_id):
     std = math.sqrt(2 / (128 + 128))
     assert prior[2].weight.std().item() == pytest.approx(std, rel=0.05) and not prior[-1].bias.any()
     for net in (policy, prior):  # in RL, where BatchNorm is still, a bias before it would learn a shift twice
-        for layer, after in zip(net, net[1:]):
+        for layer, after in zip(net, list(net)[1:]):
             assert not isinstance(after, nn.BatchNorm1d) or layer.bias is None
     lstm = networks["skills"].lstm
     assert (lstm.input_size, lstm.hidden_size) == (128, 128)

@@ -84,11 +84,11 @@ def refused(call, *words, without="delete"):
         ("program", "networks", "no model or checkpoint"),
         ("pipe", "networks", "not a regular file"),
         ("folder", "networks", "not a regular file"),
-        ("missing", "agent", "does not exist; here.txt"),
+        ("missing", "agent", "does not exist; here.pt"),
     ],
 )
 def test_what_a_file_is_and_what_fits(name, wanted, words, tmp_path):
-    (tmp_path / "here.txt").touch()
+    (tmp_path / "here.pt").touch()
     path = make(tmp_path, name)
     refused(lambda: data_tools.read_state(path, [wanted]), path, *words.split())
 
