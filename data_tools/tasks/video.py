@@ -38,12 +38,14 @@ class VideoRecorder(gymnasium.vector.VectorWrapper):
         self.frame = 0
         self.steps, self.returns = envs.steps, envs.returns  # the same arrays
         self.every = math.ceil(self.metadata["render_fps"] / 50)  # steps per picture
-        self.bar = tqdm(desc="episodes, at most", total=envs.max_episode_steps, unit="step")  # drawing takes minutes
+        self.bar = None
 
     def reset(self, **kwargs):
         result = super().reset(**kwargs)
-        if not self.frames:
+        if self.bar is None:
             self.env.draw(0)  # raises here, not after an episode
+            steps = self.env.max_episode_steps
+            self.bar = tqdm(desc="episodes, at most", total=steps, unit="step")  # drawing takes minutes
         return result
 
     def step(self, actions):
@@ -57,8 +59,8 @@ class VideoRecorder(gymnasium.vector.VectorWrapper):
         return result
 
     def close(self, **kwargs):
-        self.bar.close()
         if self.frames:
+            self.bar.close()
             try:
                 write_atomically(self.path, self._write)
                 print(f"video: {self.path}", flush=True)
