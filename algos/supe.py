@@ -35,11 +35,9 @@ import io
 import json
 import math
 import os
-import signal
 import sys
 import threading
 import time
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -155,13 +153,14 @@ class Predictor(nn.Sequential):
     def __init__(self, in_dim: int, u: int, num_blocks: int, out_dim: int, batch_norm: bool = True):
         layers = [nn.Linear(in_dim, u), nn.LeakyReLU(0.2)]
         for _ in range(num_blocks):
-            norm = [nn.BatchNorm1d(u)] if batch_norm else []
-            layers += [nn.Linear(u, u), *norm, nn.LeakyReLU(0.2)]
+            norm = [nn.BatchNorm1d(u)] if batch_norm else []  # its own bias suffices
+            layers += [nn.Linear(u, u, bias=not batch_norm), *norm, nn.LeakyReLU(0.2)]
         super().__init__(*layers, nn.Linear(u, out_dim))
         for layer in self:
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_normal_(layer.weight)
-                nn.init.zeros_(layer.bias)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
 
     def forward(self, x):
         y = super().forward(x.flatten(0, -2))  # BatchNorm wants one leading axis
@@ -320,23 +319,21 @@ def pretrain(args: Args, networks: nn.ModuleDict, data, writer: SummaryWriter, s
     """
     task = data_tools.TASKS[args.env_id]
     family = f"{PRETRAINED}_{task.data or args.env_id}"  # both kitchens share their data
+    names, settings = list(vars(args)), list(vars(args).items())
+    first, middle, end = (names.index(name) for name in ("skill_horizon", "pretrain_updates", "num_envs"))
+    made_by = dict(method=PRETRAINED, data=task.data or args.env_id) | dict(settings[first:middle])
     path = Path(args.pretrained or "")
     if args.pretrained == "published":
         path = SHIPPED / f"{family}_pretrained.pt"
     if not args.pretrained:
-        names, settings = list(vars(args)), list(vars(args).items())
-        settings = settings[names.index("skill_horizon") : names.index("num_envs")]
         code = FILE.read_text().split("- networks\n")[1].split("- downstream RL\n")[0]
-        made_from = [data.fingerprint, args.seed, settings, data_tools.code_of(code), task.arm, task.objects]
+        made_from = [data.fingerprint, args.seed, settings[first:end], data_tools.code_of(code), task.arm, task.objects]
         made_from += [task.obs_scale, task.obs_shift, task.position_periods.tolist()]
         key = hashlib.sha256(repr(made_from).encode()).hexdigest()[:12]
         path = data_tools.cache_dir(args.data_dir) / "pretrained" / f"{family}_{key}.pt"
     if args.pretrained or path.exists():
         print(f"pre-trained model: {path}")
-        facts = load(path, dict(networks=networks))["facts"]
-        if facts.get("skill_horizon", args.skill_horizon) != args.skill_horizon:
-            sys.exit(f"error: skills of {path} have another --skill-horizon")
-        return facts
+        return load(path, dict(networks=networks), made_by=made_by)["facts"]
 
     window = args.skill_horizon + 1
     train_data, valid_data = data.to(args.device).split(0.99, window)
@@ -391,9 +388,8 @@ def pretrain(args: Args, networks: nn.ModuleDict, data, writer: SummaryWriter, s
                 save(unfinished, dict(progress=(updates, time.time() - start_time)), parts)
             if stop.is_set() and not finished:
                 sys.exit(f"stopped; go on with: python {sys.argv[0]} --resume {writer.log_dir}")
-    facts |= dict(updates=updates, minutes=(time.time() - start_time) / 60)
-    facts |= dict(data=data.source, skill_horizon=args.skill_horizon)
-    save(path, dict(facts=facts), dict(networks=networks))
+    facts |= dict(updates=updates, minutes=(time.time() - start_time) / 60, data=data.source)
+    save(path, dict(facts=facts, made_by=made_by), dict(networks=networks))
     unfinished.unlink(missing_ok=True)
     print(f"pre-trained model: {path}")
     return facts
@@ -719,6 +715,7 @@ def train(args: Args) -> dict:
     """Both phases of a run, or the rest of them; returns its results."""
     task = data_tools.TASKS[args.env_id]
     envs = data_tools.make_envs(args.env_id, args.num_envs)
+    data_tools.check_settings(args, args.warmup_steps, args.updates_per_step)
     run_name = f"{args.env_id}__{FILE.stem}__{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     run_dir = Path(args.resume or f"{args.run_dir}/{run_name}").expanduser()
     checkpoint = run_dir / "checkpoint.pt"
@@ -729,15 +726,8 @@ def train(args: Args) -> dict:
     save(run_dir / "args.json", dict(asdict(args), script=FILE.name))
     (run_dir / "results.json").unlink(missing_ok=True)  # of a shorter run
     writer = SummaryWriter(run_dir)
-    stop = threading.Event()
-
-    def stop_soon(number, frame):  # Ctrl-C: where all can be saved
-        stop.set()
-        os.write(2, b"\nstopping: saves first (once more: stops at once)\n")  # print may not interrupt a print
-        signal.signal(number, signal.SIG_DFL)
-
-    signal.signal(signal.SIGINT, stop_soon)
-    signal.signal(signal.SIGTERM, stop_soon)
+    data_tools.draw_once(writer)  # not again what a crash has cut off
+    stop = data_tools.stop_event()  # Ctrl-C and the like: where all can be saved
     torch.manual_seed(args.seed)
     networks = make_networks(args)
     facts = {} if checkpoint.exists() else pretrain(args, networks, data, writer, stop)
@@ -863,11 +853,9 @@ def save(path: Path, values: dict, parts: dict | None = None):
     temporary.replace(path)
 
 
-def load(path: Path, parts: dict, device="cpu") -> dict:
+def load(path: Path, parts: dict, device="cpu", made_by: dict | None = None) -> dict:
     """Put what `save` wrote into parts and torch's random numbers; returns everything."""
-    if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip():  # torch does not look at checksums
-        sys.exit(f"error: {path} is missing, damaged or no file of this program")
-    state = torch.load(path, map_location=device, weights_only=True)
+    state = data_tools.read_state(path, parts, device, made_by)  # refuses other files
     for name, part in parts.items():
         part.load_state_dict(state[name])
     for set_state, numbers in zip((torch.set_rng_state, torch.cuda.set_rng_state), state.get("rng", ())):
@@ -886,8 +874,6 @@ def evaluate(args: Args):
     scores = rollout(agent, args, args.eval_episodes, 10_000 + args.seed, state["global_step"], video)
     words = ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
     print(f"{args.env_id}: {args.eval_episodes} episodes of {args.evaluate}: {words}")
-    if video:
-        print(f"video: {video}")
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -903,16 +889,16 @@ def parse_args(argv: list[str] | None = None) -> Args:
         defaults |= RELEASE["all"] | RELEASE.get(family, {})
     saved = {}
     if given.resume:
-        saved = json.loads((Path(given.resume).expanduser() / "args.json").read_text())
+        given.resume, saved = data_tools.saved_run(given.resume)
     if given.evaluate == "published":
         given.evaluate = str(SHIPPED / "agents" / f"{FILE.stem}_{given.env_id}.pt")
     if given.evaluate:
-        state = load(Path(given.evaluate), {})
+        state = data_tools.read_state(given.evaluate, ["agent"])
         saved = state["args"] | dict(script=state["script"], device=Args.device, run_dir=Args.run_dir, threads=0)
-    if saved.pop("script", FILE.name) != FILE.name:
-        sys.exit("error: this is a run of another file")
+    if (script := saved.pop("script", FILE.name)) != FILE.name:
+        sys.exit(f"error: this is a run of another file: give it to {script}")
     args = tyro.cli(Args, args=argv, default=Args(**defaults | saved), description=str(__doc__).split("\n")[0])
-    args.evaluate = given.evaluate
+    args.evaluate, args.resume = given.evaluate, given.resume
     free = "resume device cudagraphs threads checkpoint_interval eval_interval eval_episodes total_timesteps".split()
     for name, value in vars(args).items():
         if given.resume and name not in free and value != saved.get(name, value):
