@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import report
-from benchmarks.controls import diayn, flat, frame, hiro  # noqa: F401, which makes the task open-maze
+from benchmarks.controls import diayn, flat, frame, hiro, supe  # noqa: F401, which makes the task open-maze
 
 LOGS = flat.ROOT / "benchmarks" / "results" / "studies" / "controls"
 
@@ -101,3 +101,22 @@ def test_a_short_run_of_diayn(tmp_path, monkeypatch):
     assert len(rows) == 10 * 101 and rows[0]["x"] == rows[0]["y"] == "0.5"  # a path of each skill, from the middle
     assert facts["passed"] is False and len(facts["first_returns_in_control"]) == 3
     assert (tmp_path / "box.png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize(("task", "rows"), [("walk", 1), ("corridor", 2)])
+def test_a_short_run_of_supe(task, rows, tmp_path, monkeypatch):
+    monkeypatch.setitem(supe.SETTINGS[task], "pretrain_updates", 10)
+    monkeypatch.setitem(supe.SETTINGS[task], "warmup_steps", 480)
+    out = tmp_path / "log.csv"
+    monkeypatch.setattr(sys, "argv", ["supe.py", task, "--out", str(out), "--env-steps", "1000", "--seeds", "1"])
+    supe.main()
+    with out.open() as file:
+        assert len(list(csv.DictReader(file))) == rows
+    assert json.loads(out.with_suffix(".json").read_text())["args"]["env_id"] == task
+
+
+def test_the_committed_walk_of_supe_has_passed():
+    facts = json.loads((LOGS / "supe_walk_seed1.json").read_text())
+    with (LOGS / "supe_walk_seed1.csv").open() as file:
+        returns = [float(row["mean_return"]) for row in csv.DictReader(file)]
+    assert max(returns[:3]) < 1 and returns[-1] == facts["last_return"] > facts["gate"] == supe.GATE and facts["passed"]
