@@ -492,7 +492,6 @@ def train(args: Args) -> dict:
     save(run_dir / "args.json", dict(asdict(args), script=FILE.name))
     (run_dir / "results.json").unlink(missing_ok=True)  # of a shorter run
     writer = SummaryWriter(run_dir)
-    data_tools.draw_once(writer)  # not again what a crash has cut off
     stop = data_tools.stop_event()  # Ctrl-C and the like: where all can be saved
     torch.manual_seed(args.seed)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
@@ -510,6 +509,7 @@ def train(args: Args) -> dict:
         mean = state["mean"]
         obs = envs.set_state(state["envs"])
         global_step, gradient_step, seconds, episodes, evaluations = state["progress"]
+    data_tools.cut_curves(writer, global_step)  # what a crash has cut off is drawn anew
     start_time = time.time() - seconds
 
     episodes_csv = (run_dir / "episodes.csv").open("w", buffering=1)  # written line by line

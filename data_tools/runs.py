@@ -1,6 +1,7 @@
 """What runs need beside their method: files of the right sort, an end that loses nothing, a word before hours pass."""
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.summary.writer.record_writer import RecordWriter
 
-from data_tools.files import DataError, check_regular, listed, reading
+from data_tools.files import DataError, check_regular, listed, reading, write_atomically
 
 SIGNALS = "SIGINT SIGTERM SIGHUP SIGXCPU SIGUSR1 SIGUSR2 SIGBREAK".split()  # of terminals and of schedulers
 
@@ -146,14 +149,21 @@ def stop_event() -> threading.Event:
     return stop
 
 
-def draw_once(writer) -> None:
-    """Let each of TensorBoard's curves go on from the step that is written next, without what stood there before.
+def cut_curves(writer, step: int, phase: str = "") -> None:
+    """Take what lies after `step` out of TensorBoard's older files in the writer's folder: it will be written again.
 
-    A run that goes on from a checkpoint writes again what a crash has cut off. TensorBoard can drop all that lies after
-    one step (purge_step), but steps of pre-training are updates, those of RL env steps. So this asks for the behaviour
-    of version 1 of its files, where every curve that goes back is cut there. Its fast loader does so anyway.
+    phase: "pretrain/", whose steps are updates, or that of RL. TensorBoard's purge_step knows one kind of step only.
     """
-    writer.file_writer.add_event(Event(file_version="brain.Event:1", step=2**62))
+    folder = Path(str(getattr(writer, "log_dir", "")))
+    for path in sorted(folder.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_ctime_ns)[:-1]:
+        kept = io.BytesIO()
+        records = RecordWriter(kept)
+        for record in RawEventFileLoader(str(path)).Load():
+            event = Event.FromString(record)
+            ours = [value.tag.startswith("pretrain/") == bool(phase) for value in event.summary.value]
+            if event.step <= step or not any(ours):
+                records.write(record)
+        write_atomically(path, lambda part: part.write_bytes(kept.getvalue()))  # noqa: B023
 
 
 def check_settings(args, warmup: int, rate: float = np.inf, steps_per_env: int = 0) -> None:
