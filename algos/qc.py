@@ -76,6 +76,7 @@ class Args:
     capture_video: bool = False  # with --evaluate: record its first episode as MP4
     data_dir: str | None = None  # folder of offline data and pre-trained models (None: the user's cache)
     data: str = "scripted"  # offline data: scripted, d4rl (people's, of the kitchens), release (the authors') or a path
+    data_share: float = 1.0  # share of the data's episodes that are used, the first of a fixed permutation
     pretrained: str | None = None  # begin with RL from this model
     pretrain_eval_interval: int = 20_000  # updates between validations with roll-outs of the clone
     pretrain_eval_episodes: int = 100  # roll-outs in a validation; four times as many at the end
@@ -236,7 +237,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: t
     family = f"{PRETRAINED}_{task.data or args.env_id}"  # both kitchens share their data
     path = Path(args.pretrained or "")
     if not args.pretrained:
-        data = data_tools.load_dataset(args.env_id, args.data_dir, args.data)
+        data = data_tools.load_dataset(args.env_id, args.data_dir, args.data, args.data_share)
         names, settings = list(vars(args)), list(vars(args).items())
         settings = settings[names.index("skill_horizon") : names.index("total_timesteps")]
         code = FILE.read_text().split("- networks\n")[1].split("- downstream RL\n")[0]
@@ -593,7 +594,7 @@ def train(args: Args) -> dict:
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
     data = None
     if args.offline != "none":
-        data = data_tools.load_dataset(args.env_id, args.data_dir, args.data).to(args.device)
+        data = data_tools.load_dataset(args.env_id, args.data_dir, args.data, args.data_share).to(args.device)
     rb = ReplayBuffer(obs.shape[1], envs.action_space.shape[1], args, data)
     global_step, gradient_step, seconds = 0, 0, 0.0
     episodes, evaluations = [], []  # (env step, return, length, minutes), (env step, mean return, success)

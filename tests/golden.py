@@ -38,6 +38,8 @@ FLAGS = {
     "reskill": f"""{PRETRAIN} --flow-dim 16 --flow-windows 1000 --flow-updates 6 --flow-batch-size 16 --policy-dim 16
         --rollout-skills 10 --updates-per-rollout 4 --residual-middle 600 --residual-slope 0.01""",
     "tdmpc_skills": f"{TDMPC} {PLANNER} --horizon-steps 8000",
+    "qc": f"""{PRETRAIN.replace("--skill-dim 3", "--hidden-layers 2")} --buffer-size 2000 --num-samples 6
+        --num-candidates 3""",
     "relay": """--skill-horizon 10 --low-window 10 --high-window 40 --demo-rows 100 --rollout-skills 6 --epochs 1
         --pretrain-batch-size 8 --pretrain-updates 60 --pretrain-eval-interval 30 --pretrain-eval-episodes 2""",
     "sac": "--buffer-size 4000 --repeat 4",

@@ -1,6 +1,7 @@
 """The networks' formulas in NumPy and float64, and small things that tests of several algorithms need."""
 
 import copy
+import math
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ def np_net(net, x, training=False):
             x = x * weights["weight"] + weights["bias"]
         elif isinstance(layer, nn.ELU):
             x = np.where(x > 0, x, np.expm1(np.minimum(x, 0)))
+        elif isinstance(layer, nn.GELU):
+            x = x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
         elif isinstance(layer, nn.Tanh):
             x = np.tanh(x)
         else:
