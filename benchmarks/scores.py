@@ -71,6 +71,7 @@ METHODS = {
     "tdmpc_skills": Method("SPiRL + TD-MPC", "#8c564b", "SPiRL+TD-MPC"),
     "dreamer_skills": Method("SPiRL + Dreamer", "#e377c2", "SPiRL+Dreamer"),
     "supe": Method("SUPE", "#ad494a"),
+    "qc": Method("Q-chunking", "#5254a3"),
     "reskill": Method("ReSkill", "#e7ba52"),
     "relay": Method("Relay", "#8c6d31"),
     "sac": Method("SAC", "#393b79"),

@@ -125,7 +125,8 @@ def make_agent(algo, config):
 
 def chooser(algo) -> tuple:
     """Owner and name of the method that chooses skills or, in files without them, actions."""
-    names = ("choose_skills", "choose_subgoal", "act") if has_skills(algo) or hasattr(algo, "plan") else ("act",)
+    choices = ("choose_skills", "choose_subgoal", "choose_chunks")
+    names = (*choices, "act") if has_skills(algo) or hasattr(algo, "plan") else ("act",)
     owners = [getattr(algo, name) for name in ("Filter", "Agent") if hasattr(algo, name)]
     return next((owner, name) for name in names for owner in owners if hasattr(owner, name))
 
@@ -235,7 +236,7 @@ def choosing(algo, config, num_envs: int):
 
 def acting(algo, config, num_envs: int):
     """The policy for one env step, observations and actions on the CPU; the skill policy is there itself."""
-    if not has_skills(algo):
+    if not has_skills(algo) or hasattr(algo.Agent, "choose_chunks"):  # a chunk is all of its actions
         return choosing(algo, config, num_envs)
     agent = make_agent(algo, config)
     skills = getattr(agent, "skills", None) or agent.low.cpu()

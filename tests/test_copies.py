@@ -81,7 +81,7 @@ ALIKE = [
     ("sac diayn dads", "policy_loss soft_critic_loss Actor TwinQ"),
     ("sac diayn dreamer hiro option_critic", "evaluate"),
     ("sac diayn dads hiro option_critic relay", "parse_args"),
-    ("sac dreamer hiro lsp option_critic tdmpc", "Inputs"),
+    ("sac dreamer hiro lsp option_critic qc tdmpc", "Inputs"),
     ("dreamer tdmpc lsp", "parse_args SequenceBuffer"),
     ("dreamer lsp", "kl_divergence rollout"),
     ("dreamer dreamer_skills lsp", "RSSM rssm_loss lambda_return imagined_value_loss"),

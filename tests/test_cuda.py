@@ -33,6 +33,7 @@ SIZES = dict(
     batch_length=8, imagine_starts=32, imagine_steps=4, discover_steps=300, controller_dim=16,
     flow_dim=16, policy_dim=16, rollout_skills=5, updates_per_rollout=30,
     demo_rows=100, mppi_iters=2, policy_updates=2, flow_windows=100, flow_updates=6, warmup_steps=10,
+    hidden_layers=1, flow_steps=2, num_candidates=3,
 )  # fmt: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -239,7 +240,7 @@ def test_memory_does_not_grow_over_300_updates(name):
 
 
 @needs_device
-@pytest.mark.parametrize("name", sorted({"skimo", "spirl", "supe", "reskill", *golden.FLAT} & set(ALGOS)))
+@pytest.mark.parametrize("name", sorted({"skimo", "spirl", "supe", "qc", "reskill", *golden.FLAT} & set(ALGOS)))
 def test_a_resumed_run_ends_as_the_uninterrupted_one(name, tmp_path):
     """Both end at the same weights; how far apart they are is a measured fact, 0 means bit for bit."""
     algo = speed.load_algorithm(name)

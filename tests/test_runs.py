@@ -441,6 +441,8 @@ def test_replay_holds_what_the_environments_gave(case):
         expected["obs"] = before if "actions" in row else before[:, 0]
         if last - first == 1:
             expected["action"] = action[:, 0]
+        if "candidates" in row:  # ten rows: those of a chunk
+            expected |= dict(next_obs=after, rewards=0.5 * rewards, terminations=ends, truncations=time_outs)
         if "residuals" in row:
             del expected["actions"]  # before the residual
         for name in row.keys() & expected.keys():
@@ -578,6 +580,7 @@ def test_decoder_begins_with_the_first_batch(case):
 # Each file with a slow copy: what it follows
 SLOW = dict.fromkeys(["skimo", "skimo_no_cem", "skimo_no_joint", "skimo_single_step", "tdmpc", "tdmpc_skills"], "model")
 SLOW |= dict(skimo_sac="critic", spirl="critics", supe="critics", sac="critics", dads="critics", diayn="critics")
+SLOW |= dict(qc="critics")
 
 
 @pytest.mark.parametrize("case", SLOW, indirect=True)
@@ -594,8 +597,9 @@ def test_the_slow_copy_follows(case):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@every_algo
+@pytest.mark.parametrize("case", [name for name in ALGOS if name != "qc"], indirect=True)
 def test_it_explores_in_training_and_in_no_evaluation(case):
+    """qc.py draws chunks everywhere."""
     assert {E for E, explored in case.notes.explored if explored} == {NUM_ENVS}
     assert (2, False) in case.notes.explored
 
