@@ -63,21 +63,24 @@ torch.set_num_threads(min(torch.get_num_threads(), 8))  # more do not help netwo
 @dataclass
 class Args:
     env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned, calvin, your own or one of Gymnasium
-    published: bool = False  # take the settings of the authors' code; needs a GPU
+    total_timesteps: int = 1_000_000  # env steps, warm-up included
     seed: int = 1  # of networks, sampling and environments
+    data: str = "scripted"  # offline data: scripted, d4rl (people's, of the kitchens), release (the authors') or a path
+    pretrained: str | None = None  # begin with RL from this model
+    published: bool = False  # take the settings of the authors' code; needs a GPU
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and choose
-    cudagraphs: bool = True  # on a GPU, replay updates as CUDA graphs: one launch in place of hundreds
-    run_dir: str = "runs"  # folder of the run folders
     resume: str | None = None  # run folder to go on with, with its arguments
     evaluate: str | None = None  # only evaluate this checkpoint
+    capture_video: bool = False  # with --evaluate: record its first episode as MP4
+
+    # Seldom changed
+    data_share: float = 1.0  # share of the data's episodes that are used, the first of a fixed permutation
+    data_dir: str | None = None  # folder of offline data and pre-trained models (None: the user's cache)
+    run_dir: str = "runs"  # folder of the run folders
+    cudagraphs: bool = True  # on a GPU, replay updates as CUDA graphs: one launch in place of hundreds
     checkpoint_interval: int = 50_000  # env steps between checkpoints
     eval_interval: int = 100_000  # env steps between evaluations; one more at the end
     eval_episodes: int = 20  # episodes of an evaluation; chunks are drawn there as well
-    capture_video: bool = False  # with --evaluate: record its first episode as MP4
-    data_dir: str | None = None  # folder of offline data and pre-trained models (None: the user's cache)
-    data: str = "scripted"  # offline data: scripted, d4rl (people's, of the kitchens), release (the authors') or a path
-    data_share: float = 1.0  # share of the data's episodes that are used, the first of a fixed permutation
-    pretrained: str | None = None  # begin with RL from this model
     pretrain_eval_interval: int = 20_000  # updates between validations with roll-outs of the clone
     pretrain_eval_episodes: int = 100  # roll-outs in a validation; four times as many at the end
 
@@ -97,7 +100,6 @@ class Args:
     recombine: bool = False  # show demonstrations again among objects moved by others
 
     # Downstream RL
-    total_timesteps: int = 1_000_000  # env steps, warm-up included
     num_envs: int = 8  # environments side by side
     warmup_steps: int = 5_000  # env steps with single chunks of the clone, before updates start
     updates_per_step: float = 0.1  # gradient updates per env step after the warm-up: here one per chunk
@@ -227,7 +229,7 @@ def pretrain_loss(flow, obs, actions, args):
     return loss, dict(bc_loss=loss.detach())
 
 
-def pretrain(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: threading.Event) -> dict:
+def pretrain(args: Args, networks: nn.ModuleDict, data, writer: SummaryWriter, stop: threading.Event) -> dict:
     """Phase 1: clone the chunks of the offline data; returns facts about the clone.
 
     A model is found again by its data, seed and task, by the arguments under `# Model` and `# Pre-training`, and by the
@@ -237,9 +239,8 @@ def pretrain(args: Args, networks: nn.ModuleDict, writer: SummaryWriter, stop: t
     family = f"{PRETRAINED}_{task.data or args.env_id}"  # both kitchens share their data
     path = Path(args.pretrained or "")
     if not args.pretrained:
-        data = data_tools.load_dataset(args.env_id, args.data_dir, args.data, args.data_share)
         names, settings = list(vars(args)), list(vars(args).items())
-        settings = settings[names.index("skill_horizon") : names.index("total_timesteps")]
+        settings = settings[names.index("skill_horizon") : names.index("num_envs")]
         code = FILE.read_text().split("- networks\n")[1].split("- downstream RL\n")[0]
         made_from = [data.fingerprint, args.seed, settings, data_tools.code_of(code), task.arm, task.objects]
         made_from += [task.obs_scale, task.obs_shift, task.position_periods.tolist()]
@@ -570,6 +571,10 @@ def train(args: Args) -> dict:
     envs = data_tools.make_envs(args.env_id, args.num_envs)
     run_name = f"{args.env_id}__{FILE.stem}__{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     run_dir = Path(args.resume or f"{args.run_dir}/{run_name}").expanduser()
+    checkpoint = run_dir / "checkpoint.pt"
+    data = None
+    if args.offline != "none" or not (args.pretrained or checkpoint.exists()):  # before there is a folder: it may fail
+        data = data_tools.load_dataset(args.env_id, args.data_dir, args.data, args.data_share)
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))  # two runs never share one
     save(run_dir / "args.json", dict(asdict(args), script=FILE.name))
     (run_dir / "results.json").unlink(missing_ok=True)  # of a shorter run
@@ -585,17 +590,14 @@ def train(args: Args) -> dict:
     signal.signal(signal.SIGTERM, stop_soon)
     torch.manual_seed(args.seed)
     networks = make_networks(args)
-    checkpoint = run_dir / "checkpoint.pt"
-    facts = {} if checkpoint.exists() else pretrain(args, networks, writer, stop)
+    facts = {} if checkpoint.exists() else pretrain(args, networks, data, writer, stop)
 
     # Phase 2: online RL over chunks
     torch.manual_seed(args.seed)  # RL is the same whether the model was trained just now or comes from a file
     agent = Agent(args, networks)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
-    data = None
-    if args.offline != "none":
-        data = data_tools.load_dataset(args.env_id, args.data_dir, args.data, args.data_share).to(args.device)
-    rb = ReplayBuffer(obs.shape[1], envs.action_space.shape[1], args, data)
+    windows = None if args.offline == "none" else data.to(args.device)
+    rb = ReplayBuffer(obs.shape[1], envs.action_space.shape[1], args, windows)
     global_step, gradient_step, seconds = 0, 0, 0.0
     episodes, evaluations = [], []  # (env step, return, length, minutes), (env step, mean return, success)
     parts = dict(agent=agent, rb=rb, optimizer=agent.optimizer)
@@ -721,7 +723,7 @@ def load(path: Path, parts: dict, device="cpu") -> dict:
 
 
 def evaluate(args: Args):
-    """Print the scores of a trained agent without exploration noise; needs neither data nor training."""
+    """Print the scores of a trained agent, acting with explore=False; needs neither data nor training."""
     agent = Agent(args, make_networks(args))
     global_step = load(Path(args.evaluate), dict(agent=agent))["global_step"]
     video = Path(args.run_dir) / f"{args.env_id}__{FILE.stem}.mp4" if args.capture_video else None
@@ -750,12 +752,12 @@ def parse_args(argv: list[str] | None = None) -> Args:
         given.evaluate = str(SHIPPED / "agents" / f"{FILE.stem}_{given.env_id}.pt")
     if given.evaluate:
         state = load(Path(given.evaluate), {})
-        saved = state["args"] | dict(script=state["script"], device=Args.device, run_dir=Args.run_dir)
+        saved = state["args"] | dict(script=state["script"], device=Args.device, run_dir=Args.run_dir, threads=0)
     if saved.pop("script", FILE.name) != FILE.name:
         sys.exit("error: this is a run of another file")
     args = tyro.cli(Args, args=argv, default=Args(**defaults | saved), description=str(__doc__).split("\n")[0])
     args.evaluate = given.evaluate
-    free = "resume device cudagraphs checkpoint_interval eval_interval eval_episodes total_timesteps".split()
+    free = "resume device cudagraphs threads checkpoint_interval eval_interval eval_episodes total_timesteps".split()
     for name, value in vars(args).items():
         if given.resume and name not in free and value != saved.get(name, value):
             sys.exit(f"error: with --resume {name} cannot change")
@@ -764,4 +766,6 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 if __name__ == "__main__":
     args = parse_args()
+    args.threads = args.threads or data_tools.fastest_threads()
+    torch.set_num_threads(args.threads)
     evaluate(args) if args.evaluate else train(args)

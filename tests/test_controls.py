@@ -1,4 +1,4 @@
-"""benchmarks/controls/: those of flat files and of DIAYN run, whole; the committed logs are what they say."""
+"""benchmarks/controls/: those of flat files, DIAYN and Q-chunking run, whole; the committed logs are what they say."""
 
 import csv
 import importlib
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import report
-from benchmarks.controls import diayn, flat, frame, hiro, supe  # noqa: F401, which makes the task open-maze
+from benchmarks.controls import diayn, flat, frame, hiro, qc, supe  # noqa: F401, which makes the task open-maze
 
 LOGS = flat.ROOT / "benchmarks" / "results" / "studies" / "controls"
 
@@ -120,3 +120,27 @@ def test_the_committed_walk_of_supe_has_passed():
     with (LOGS / "supe_walk_seed1.csv").open() as file:
         returns = [float(row["mean_return"]) for row in csv.DictReader(file)]
     assert max(returns[:3]) < 1 and returns[-1] == facts["last_return"] > facts["gate"] == supe.GATE and facts["passed"]
+
+
+@pytest.mark.parametrize("task", list(qc.SETTINGS))
+def test_a_short_run_of_qc(task, tmp_path, monkeypatch):
+    monkeypatch.setitem(qc.COMMON, "pretrain_updates", 20)
+    monkeypatch.setitem(qc.SETTINGS[task], "total_timesteps", 2_400)
+    monkeypatch.setitem(qc.SETTINGS[task], "updates_per_step", 0.02)
+    monkeypatch.setattr(sys, "argv", ["qc.py", task, "--offline", "pred", "--out", str(tmp_path / "log.csv")])
+    qc.main()
+    facts = json.loads((tmp_path / "log.json").read_text())
+    with (tmp_path / "log.csv").open() as file:
+        returns = [float(row["episodic_return"]) for row in csv.DictReader(file)]
+    assert np.mean(returns[-50:]) == pytest.approx(facts["last_50_return"])
+    assert facts["passed"] is False and facts["args"]["offline"] == "pred" and facts["pretraining"]["updates"] == 20
+
+
+@pytest.mark.parametrize("task", list(qc.SETTINGS))
+def test_the_committed_log_of_qc_has_passed(task):
+    facts = json.loads((LOGS / f"qc_{task}_seed1.json").read_text())
+    with (LOGS / f"qc_{task}_seed1.csv").open() as file:
+        returns = [float(row["episodic_return"]) for row in csv.DictReader(file)]
+    assert np.mean(returns[-50:]) == pytest.approx(facts["last_50_return"], abs=0.01)
+    assert facts["last_50_return"] > facts["gate"] == qc.GATES[task] and facts["passed"]
+    assert np.mean(returns[:16]) < 0.5 * facts["gate"]  # not before it has learnt
