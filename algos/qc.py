@@ -32,11 +32,9 @@ import hashlib
 import io
 import json
 import os
-import signal
 import sys
 import threading
 import time
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -56,7 +54,6 @@ import data_tools  # tasks and offline data, nothing else
 
 PRETRAINED = "qc"  # begins the names of pre-trained models
 SHIPPED = FILE.parents[1] / "benchmarks" / "results"  # models and agents that come with the code
-torch.set_num_threads(min(torch.get_num_threads(), 8))  # more do not help networks of this size
 
 
 # ----------------------------------------------------------------------------------------------------------- arguments
@@ -78,6 +75,7 @@ class Args:
     data_dir: str | None = None  # folder of offline data and pre-trained models (None: the user's cache)
     run_dir: str = "runs"  # folder of the run folders
     cudagraphs: bool = True  # on a GPU, replay updates as CUDA graphs: one launch in place of hundreds
+    threads: int = 0  # of PyTorch on the CPU (0: one or all, whichever is faster when the run begins)
     checkpoint_interval: int = 50_000  # env steps between checkpoints
     eval_interval: int = 100_000  # env steps between evaluations; one more at the end
     eval_episodes: int = 20  # episodes of an evaluation; chunks are drawn there as well
@@ -91,7 +89,7 @@ class Args:
     flow_steps: int = 5  # K: steps from noise to a chunk
     position_features: bool = True  # sines and cosines of positions as inputs (DEVIATION 6)
 
-    # Pre-training
+    # Pre-training (nothing of it counts with --pretrained)
     pretrain_updates: int = 100_000  # gradient updates
     pretrain_batch_size: int = 256  # chunks per update
     pretrain_lr: float = 1e-3  # first learning rate
@@ -115,8 +113,8 @@ class Args:
     reward_scale: float = 1.0  # factor on the task's reward
 
     def __post_init__(self):  # refuse what would train wrongly without a word
-        a_chunk = self.num_envs * self.skill_horizon
-        least = dict(seed=0, num_candidates=0, buffer_size=a_chunk, warmup_steps=a_chunk)
+        least = dict(seed=0, threads=0, num_candidates=0, warmup_steps=0)
+        least |= dict(buffer_size=self.num_envs * self.skill_horizon)
         most = dict(gamma=1, tau=1)
         for name, value in vars(self).items():
             low, high = least.get(name, int(type(value) is int)), most.get(name, 2**31)
@@ -237,21 +235,19 @@ def pretrain(args: Args, networks: nn.ModuleDict, data, writer: SummaryWriter, s
     """
     task = data_tools.TASKS[args.env_id]
     family = f"{PRETRAINED}_{task.data or args.env_id}"  # both kitchens share their data
+    names, settings = list(vars(args)), list(vars(args).items())
+    first, middle, end = (names.index(name) for name in ("skill_horizon", "pretrain_updates", "num_envs"))
+    made_by = dict(method=PRETRAINED, data=task.data or args.env_id) | dict(settings[first:middle])
     path = Path(args.pretrained or "")
     if not args.pretrained:
-        names, settings = list(vars(args)), list(vars(args).items())
-        settings = settings[names.index("skill_horizon") : names.index("num_envs")]
         code = FILE.read_text().split("- networks\n")[1].split("- downstream RL\n")[0]
-        made_from = [data.fingerprint, args.seed, settings, data_tools.code_of(code), task.arm, task.objects]
+        made_from = [data.fingerprint, args.seed, settings[first:end], data_tools.code_of(code), task.arm, task.objects]
         made_from += [task.obs_scale, task.obs_shift, task.position_periods.tolist()]
         key = hashlib.sha256(repr(made_from).encode()).hexdigest()[:12]
         path = data_tools.cache_dir(args.data_dir) / "pretrained" / f"{family}_{key}.pt"
     if args.pretrained or path.exists():
         print(f"pre-trained model: {path}")
-        facts = load(path, dict(networks=networks))["facts"]
-        if facts.get("skill_horizon", args.skill_horizon) != args.skill_horizon:
-            sys.exit(f"error: chunks of {path} have another --skill-horizon")
-        return facts
+        return load(path, dict(networks=networks), made_by=made_by)["facts"]
 
     window = args.skill_horizon + 1
     train_data, valid_data = data.to(args.device).split(0.99, window)
@@ -303,9 +299,8 @@ def pretrain(args: Args, networks: nn.ModuleDict, data, writer: SummaryWriter, s
                 save(unfinished, dict(progress=(updates, time.time() - start_time)), parts)
             if stop.is_set() and not finished:
                 sys.exit(f"stopped; go on with: python {sys.argv[0]} --resume {writer.log_dir}")
-    facts |= dict(updates=updates, minutes=(time.time() - start_time) / 60)
-    facts |= dict(data=data.source, skill_horizon=args.skill_horizon)
-    save(path, dict(facts=facts), dict(networks=networks))
+    facts |= dict(updates=updates, minutes=(time.time() - start_time) / 60, data=data.source)
+    save(path, dict(facts=facts, made_by=made_by), dict(networks=networks))
     unfinished.unlink(missing_ok=True)
     print(f"pre-trained model: {path}")
     return facts
@@ -569,25 +564,19 @@ def train(args: Args) -> dict:
     """Both phases of a run, or the rest of them; returns its results."""
     task = data_tools.TASKS[args.env_id]
     envs = data_tools.make_envs(args.env_id, args.num_envs)
+    data_tools.check_settings(args, args.warmup_steps, args.updates_per_step)
     run_name = f"{args.env_id}__{FILE.stem}__{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     run_dir = Path(args.resume or f"{args.run_dir}/{run_name}").expanduser()
     checkpoint = run_dir / "checkpoint.pt"
     data = None
-    if args.offline != "none" or not (args.pretrained or checkpoint.exists()):  # before there is a folder: it may fail
+    if args.offline != "none" or not (args.pretrained or checkpoint.exists()):  # before there is a folder
         data = data_tools.load_dataset(args.env_id, args.data_dir, args.data, args.data_share)
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))  # two runs never share one
     save(run_dir / "args.json", dict(asdict(args), script=FILE.name))
     (run_dir / "results.json").unlink(missing_ok=True)  # of a shorter run
     writer = SummaryWriter(run_dir)
-    stop = threading.Event()
-
-    def stop_soon(number, frame):  # Ctrl-C: where all can be saved
-        stop.set()
-        os.write(2, b"\nstopping: saves first (once more: stops at once)\n")  # print may not interrupt a print
-        signal.signal(number, signal.SIG_DFL)
-
-    signal.signal(signal.SIGINT, stop_soon)
-    signal.signal(signal.SIGTERM, stop_soon)
+    data_tools.draw_once(writer)  # not again what a crash has cut off
+    stop = data_tools.stop_event()  # Ctrl-C and the like: where all can be saved
     torch.manual_seed(args.seed)
     networks = make_networks(args)
     facts = {} if checkpoint.exists() else pretrain(args, networks, data, writer, stop)
@@ -637,7 +626,7 @@ def train(args: Args) -> dict:
                 curves = dict(episodic_return=row[1], episodic_length=row[2])
                 curves |= dict(success=task.success(last_100), SPS=global_step / minutes / 60)
                 log(writer, "charts", curves, global_step)
-                bar.set_postfix(updates=gradient_step, last_100=f"{np.mean(last_100):.3g}")
+                bar.set_postfix(updates=gradient_step, **{f"last_{len(last_100)}": f"{np.mean(last_100):.3g}"})
             # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
             obs = next_obs[:, -1]
             if ended.any():
@@ -645,7 +634,7 @@ def train(args: Args) -> dict:
 
             # ALGO LOGIC: training
             updates_due = int((global_step - args.warmup_steps) * args.updates_per_step)
-            while gradient_step < updates_due:
+            while gradient_step < updates_due and rb.added.min() >= args.skill_horizon:  # each ring has a window
                 metrics = agent.update(*rb.sample(args.batch_size))
                 gradient_step += 1
                 if gradient_step % 100 == 0:
@@ -710,11 +699,9 @@ def save(path: Path, values: dict, parts: dict | None = None):
     temporary.replace(path)
 
 
-def load(path: Path, parts: dict, device="cpu") -> dict:
+def load(path: Path, parts: dict, device="cpu", made_by: dict | None = None) -> dict:
     """Put what `save` wrote into parts and torch's random numbers; returns everything."""
-    if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip():  # torch does not look at checksums
-        sys.exit(f"error: {path} is missing, damaged or no file of this program")
-    state = torch.load(path, map_location=device, weights_only=True)
+    state = data_tools.read_state(path, parts, device, made_by)  # refuses other files
     for name, part in parts.items():
         part.load_state_dict(state[name])
     for set_state, numbers in zip((torch.set_rng_state, torch.cuda.set_rng_state), state.get("rng", ())):
@@ -725,13 +712,14 @@ def load(path: Path, parts: dict, device="cpu") -> dict:
 def evaluate(args: Args):
     """Print the scores of a trained agent, acting with explore=False; needs neither data nor training."""
     agent = Agent(args, make_networks(args))
-    global_step = load(Path(args.evaluate), dict(agent=agent))["global_step"]
+    state = load(Path(args.evaluate), dict(agent=agent))
     video = Path(args.run_dir) / f"{args.env_id}__{FILE.stem}.mp4" if args.capture_video else None
-    scores = rollout(agent, args, args.eval_episodes, 10_000 + args.seed, global_step, video)
+    trained = [row[1] for row in state["progress"][3][-100:]] if "progress" in state else []  # published: no rows
+    if trained:
+        print(f"to expect: {np.mean(trained):.3g} in training, in its last {len(trained)} episodes")
+    scores = rollout(agent, args, args.eval_episodes, 10_000 + args.seed, state["global_step"], video)
     words = ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
     print(f"{args.env_id}: {args.eval_episodes} episodes of {args.evaluate}: {words}")
-    if video:
-        print(f"video: {video}")
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -747,16 +735,16 @@ def parse_args(argv: list[str] | None = None) -> Args:
         defaults |= RELEASE["all"] | RELEASE.get(family, {})
     saved = {}
     if given.resume:
-        saved = json.loads((Path(given.resume).expanduser() / "args.json").read_text())
+        given.resume, saved = data_tools.saved_run(given.resume)
     if given.evaluate == "published":
         given.evaluate = str(SHIPPED / "agents" / f"{FILE.stem}_{given.env_id}.pt")
     if given.evaluate:
-        state = load(Path(given.evaluate), {})
+        state = data_tools.read_state(given.evaluate, ["agent"])
         saved = state["args"] | dict(script=state["script"], device=Args.device, run_dir=Args.run_dir, threads=0)
-    if saved.pop("script", FILE.name) != FILE.name:
-        sys.exit("error: this is a run of another file")
+    if (script := saved.pop("script", FILE.name)) != FILE.name:
+        sys.exit(f"error: this is a run of another file: give it to {script}")
     args = tyro.cli(Args, args=argv, default=Args(**defaults | saved), description=str(__doc__).split("\n")[0])
-    args.evaluate = given.evaluate
+    args.evaluate, args.resume = given.evaluate, given.resume
     free = "resume device cudagraphs threads checkpoint_interval eval_interval eval_episodes total_timesteps".split()
     for name, value in vars(args).items():
         if given.resume and name not in free and value != saved.get(name, value):
