@@ -259,6 +259,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, data, writer: SummaryWriter, s
     updates, seconds = 0, 0.0
     if unfinished.exists():  # go on where an earlier command was stopped
         updates, seconds = load(unfinished, parts)["progress"]
+    data_tools.cut_curves(writer, updates, "pretrain/")  # what a crash has cut off is drawn anew
     start_time = time.time() - seconds
 
     def gradients(obs, actions):
@@ -575,7 +576,6 @@ def train(args: Args) -> dict:
     save(run_dir / "args.json", dict(asdict(args), script=FILE.name))
     (run_dir / "results.json").unlink(missing_ok=True)  # of a shorter run
     writer = SummaryWriter(run_dir)
-    data_tools.draw_once(writer)  # not again what a crash has cut off
     stop = data_tools.stop_event()  # Ctrl-C and the like: where all can be saved
     torch.manual_seed(args.seed)
     networks = make_networks(args)
@@ -594,6 +594,7 @@ def train(args: Args) -> dict:
         state = load(checkpoint, parts)
         obs = envs.set_state(state["envs"])
         global_step, gradient_step, seconds, episodes, evaluations, facts = state["progress"]
+    data_tools.cut_curves(writer, global_step)  # what a crash has cut off is drawn anew
     start_time = time.time() - seconds
 
     episodes_csv = (run_dir / "episodes.csv").open("w", buffering=1)  # written line by line
