@@ -124,7 +124,7 @@ def test_the_committed_walk_of_supe_has_passed():
 
 @pytest.mark.parametrize("task", list(qc.SETTINGS))
 def test_a_short_run_of_qc(task, tmp_path, monkeypatch):
-    monkeypatch.setitem(qc.COMMON, "pretrain_updates", 20)
+    monkeypatch.setitem(qc.SETTINGS[task], "pretrain_updates", 20)
     monkeypatch.setitem(qc.SETTINGS[task], "total_timesteps", 2_400)
     monkeypatch.setitem(qc.SETTINGS[task], "updates_per_step", 0.02)
     monkeypatch.setattr(sys, "argv", ["qc.py", task, "--offline", "pred", "--out", str(tmp_path / "log.csv")])

@@ -95,7 +95,14 @@ COMMON = dict(
     pretrain_eval_interval=10**9, pretrain_eval_episodes=25, eval_interval=10**9, learning_rate=1e-3, gamma=0.98,
 )  # fmt: skip
 SETTINGS = {
-    "bandit": dict(skill_horizon=2, flow_steps=20, total_timesteps=3_000, warmup_steps=400, updates_per_step=0.2),
+    "bandit": dict(
+        skill_horizon=2,
+        flow_steps=20,
+        pretrain_updates=6_000,
+        total_timesteps=3_000,
+        warmup_steps=400,
+        updates_per_step=0.2,
+    ),
     "corridor": dict(skill_horizon=5, total_timesteps=20_000, warmup_steps=2_000, updates_per_step=0.2),
     "walk": dict(skill_horizon=5, total_timesteps=12_000, warmup_steps=2_000, updates_per_step=0.2),
 }
@@ -114,9 +121,9 @@ def main():
     parser.add_argument("--num-samples", type=int, default=32)
     given = parser.parse_args()
     data_tools.TASKS |= TASKS
-    settings = dict(SETTINGS[given.task], offline=given.offline, num_samples=given.num_samples, seed=given.seed)
+    settings = COMMON | SETTINGS[given.task] | dict(offline=given.offline, num_samples=given.num_samples)
     with frame.record(given.out) as facts, tempfile.TemporaryDirectory() as folder:
-        args = qc.Args(env_id=given.task, **COMMON, **settings, run_dir=folder + "/runs", data_dir=folder)
+        args = qc.Args(env_id=given.task, seed=given.seed, **settings, run_dir=folder + "/runs", data_dir=folder)
         results = qc.train(args)
         (run,) = Path(args.run_dir).iterdir()
         rows = [line.split(",") for line in (run / "episodes.csv").read_text().splitlines()[1:]]
