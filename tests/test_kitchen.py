@@ -415,7 +415,7 @@ def test_pictures_show_arm_and_burner():
 def test_missing_opengl_is_explained(monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "egl")
     monkeypatch.setitem(sys.modules, "mujoco.egl", None)  # as if it could not be imported
-    with pytest.raises(DataError, match=r"needs OpenGL without a display .*: install EGL \(Debian: libegl1 libgl1\)"):
+    with pytest.raises(DataError, match=r"OpenGL, egl does not work here .*: install EGL \(Debian: libegl1 libgl1\)"):
         kitchen._painter.__wrapped__()
 
 

@@ -326,7 +326,7 @@ def test_what_comes_after_a_subgoal_and_after_an_episode(flat, finishes):
 
 # ------------------------------------------------------------------------------------------------------ the user's goal
 def test_low_level_gets_one_subgoal_for_all_its_steps(monkeypatch):
-    monkeypatch.setattr(maze.MazeVectorEnv.__init__, "__defaults__", (1, 40, None))
+    monkeypatch.setitem(data_tools.TASKS["maze"].env_kwargs, "max_episode_steps", 40)
     seen = []
     subgoals = iter(torch.arange(100.0)[:, None, None].expand(100, 3, 4))
 
@@ -413,7 +413,7 @@ def test_fine_tuning_imitates_pairs_of_the_low_level():
 
 # ----------------------------------------------------------------------------------------------------------------- runs
 def test_imitation_alone_leaves_an_agent_that_can_be_fine_tuned(data_dir, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(maze.MazeVectorEnv.__init__, "__defaults__", (1, 40, None))
+    monkeypatch.setitem(data_tools.TASKS["maze"].env_kwargs, "max_episode_steps", 40)
     flags = "--pretrain-updates 3 --pretrain-eval-episodes 1 --eval-episodes 2 --device cpu --hidden-dim 16"
     flags += f" --epochs 1 --batch-size 64 --rollout-skills 1 --total-timesteps 0 --data-dir {data_dir}"
     flags += f" --run-dir {tmp_path / 'runs'}"
