@@ -80,7 +80,7 @@ class Args:
     eval_interval: int = 100_000  # env steps between evaluations; one more at the end
     eval_episodes: int = 20  # episodes of an evaluation; chunks are drawn there as well
     pretrain_eval_interval: int = 20_000  # updates between validations with roll-outs of the clone
-    pretrain_eval_episodes: int = 100  # roll-outs in a validation; four times as many at the end
+    pretrain_eval_episodes: int = 50  # roll-outs in a validation; four times as many at the end
 
     # Model
     skill_horizon: int = 10  # H: actions in a chunk

@@ -82,7 +82,7 @@ class Args:
     eval_interval: int = 100_000  # env steps between evaluations; one more at the end
     eval_episodes: int = 20  # episodes of an evaluation, without exploration noise
     pretrain_eval_interval: int = 3_000  # updates between validations with roll-outs of the prior
-    pretrain_eval_episodes: int = 100  # roll-outs in a validation; four times as many at the end
+    pretrain_eval_episodes: int = 50  # roll-outs in a validation; four times as many at the end
 
     # Model
     skill_horizon: int = 10  # H: env steps per skill

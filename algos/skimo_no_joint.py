@@ -84,7 +84,7 @@ class Args:
     eval_interval: int = 100_000  # env steps between evaluations; one more at the end
     eval_episodes: int = 20  # episodes of an evaluation, without exploration noise
     pretrain_eval_interval: int = 3_000  # updates between validations with roll-outs of the prior
-    pretrain_eval_episodes: int = 100  # roll-outs in a validation; four times as many at the end
+    pretrain_eval_episodes: int = 50  # roll-outs in a validation; four times as many at the end
 
     # Model
     skill_horizon: int = 10  # H: env steps per skill
@@ -668,7 +668,7 @@ class Agent(nn.Module):
         self.policy_optimizer = torch.optim.Adam(self.task_policy.parameters(), args.learning_rate, **options)
         self.alpha_optimizer = torch.optim.Adam([self.log_alpha], 3e-4, **options)
         self.update = Recorded(self.update, args)
-        self.recorded_skills = None  # number of skills in the recorded plan
+        self.planners = {}  # recorded, by the number of environments and of skills
 
     @torch.no_grad()
     def choose_skills(self, obs, global_step: int | None, explore: bool):
@@ -684,10 +684,7 @@ class Agent(nn.Module):
         min_std = torch.full((), min_std, device=args.device)  # made there: torch.tensor would wait for the device
         noise_std = min_std if explore else torch.zeros_like(min_std)
         planner = functools.partial(plan, self.model, self.task_policy, K=K, args=args)
-        if explore:  # an evaluation is too short to record
-            if K != self.recorded_skills:
-                self.recorded_skills, self.planner = K, Recorded(planner, args)
-            planner = self.planner
+        planner = self.planners.setdefault((len(obs), K), Recorded(planner, args))
         z, _ = planner(obs, min_std, noise_std)
         return z.cpu()
 

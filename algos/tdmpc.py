@@ -411,7 +411,7 @@ class Agent(nn.Module):
         self.model_optimizer = torch.optim.Adam(self.model.parameters(), **options)
         self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), **options)
         self.update = Recorded(self.update, args)
-        self.recorded_steps = None  # number of steps in the recorded plan
+        self.planners = {}  # recorded, by the number of environments and of steps
 
     @torch.no_grad()
     def act(self, obs, last_mean, global_step: int, explore: bool):
@@ -431,11 +431,7 @@ class Agent(nn.Module):
         if last_mean.shape == mean.shape:
             mean[:, :-1] = last_mean[:, 1:]
         planner = functools.partial(plan, self.model, self.policy, args=args)
-        if explore:  # an evaluation is too short to record
-            if K != self.recorded_steps:
-                self.recorded_steps = K
-                self.planner = Recorded(planner, args)
-            planner = self.planner
+        planner = self.planners.setdefault((len(obs), K), Recorded(planner, args))
         action, mean = planner(obs, mean, min_std, noise_scale)
         return action.cpu().numpy(), mean.clone()  # the next call overwrites what was recorded
 

@@ -84,7 +84,7 @@ class Args:
     eval_interval: int = 100_000  # env steps between evaluations; one more at the end
     eval_episodes: int = 20  # episodes of an evaluation, without exploration noise
     pretrain_eval_interval: int = 12_000  # updates between validations with roll-outs of the prior
-    pretrain_eval_episodes: int = 100  # roll-outs in a validation; four times as many at the end
+    pretrain_eval_episodes: int = 50  # roll-outs in a validation; four times as many at the end
 
     # Model
     skill_horizon: int = 10  # H: env steps per skill
@@ -692,7 +692,7 @@ class Agent(nn.Module):
         self.model_optimizer = torch.optim.Adam(self.model.parameters(), **options)
         self.policy_optimizer = torch.optim.Adam(self.task_policy.parameters(), **options)
         self.update = Recorded(self.update, args)
-        self.recorded_skills = None  # number of skills in the recorded plan
+        self.planners = {}  # recorded, by the number of environments and of skills
         self.last_mean = torch.zeros(args.num_envs, 0, device=args.device)  # (E, K, Z) of the last plans, none yet
 
     @torch.no_grad()
@@ -713,10 +713,7 @@ class Agent(nn.Module):
         if self.last_mean.shape == mean.shape:
             mean[:, :-1] = self.last_mean[:, 1:]
         planner = functools.partial(plan, self.model, self.task_policy, args=args)
-        if explore:  # an evaluation is too short to record
-            if K != self.recorded_skills:
-                self.recorded_skills, self.planner = K, Recorded(planner, args)
-            planner = self.planner
+        planner = self.planners.setdefault((len(obs), K), Recorded(planner, args))
         z, mean = planner(obs, mean, min_std, noise_scale)
         self.last_mean = mean.clone()  # the next call overwrites what was recorded
         return z.cpu()

@@ -249,16 +249,15 @@ def test_plans_follow_their_schedules(logged):
     assert (calls[-1].min_std, calls[-1].noise) == (0.5, 0)
 
 
-def test_plans_of_training_are_recorded_anew_for_each_length(logged, monkeypatch):
-    """A graph has fixed shapes; recording one for the few plans of an evaluation does not pay."""
+def test_plans_are_recorded_once_for_each_length_and_number_of_environments(logged):
+    """A graph has fixed shapes."""
     agent, calls = logged
-    recordings = []
-    monkeypatch.setattr(skimo, "Recorded", lambda function, args: recordings.append(function) or function)
     obs = np.zeros((2, 4), dtype=np.float32)
     for step in (0, 100, 24_999, 24_999, 25_000, 10**6):
         agent.choose_skills(obs, step, explore=True)
         agent.choose_skills(obs[:1], 0, explore=False)
-    assert len(recordings) == 3 and [call.K for call in calls[::2]] == [1, 1, 9, 9, 10, 10]
+    assert list(agent.planners) == [(2, 1), (1, 1), (2, 9), (2, 10)]
+    assert [call.K for call in calls[::2]] == [1, 1, 9, 9, 10, 10]
 
 
 # ------------------------------------------------------------------------------------------------- acting and roll-outs
