@@ -324,22 +324,20 @@ def with_rewards(agent_type):
 def both_phases(algo, folder):
     """Pre-training, where there is one, and RL on the CPU, with logs and planner: checkpoint and all logged numbers."""
     args = tiny_args(algo, True, "cpu")
-    args = speed.replaced(args, dict(pretrain_updates=110, total_timesteps=700, warmup_steps=10, warmup_skills=2))
-    args = speed.replaced(args, dict(updates_per_step=0.2, updates_per_skill=2.0, eval_interval=10**9))
+    args = speed.replaced(args, dict(pretrain_updates=6, total_timesteps=240, warmup_steps=10, warmup_skills=2))
+    args = speed.replaced(args, dict(updates_per_step=0.55, updates_per_skill=5.0, updates_per_rollout=60, epochs=9))
+    args = speed.replaced(args, dict(batch_length=2, discover_steps=100, eval_interval=10**9))
     args = speed.replaced(args, dict(run_dir=str(folder), data_dir=str(folder)))
     if algo.__name__ == "option_critic":  # on-policy: an update for every batch
-        args.total_timesteps = 210 * args.batch_size
+        args.batch_size = 4
+        args.total_timesteps = 105 * args.batch_size
     logged = []
     writer = mock.MagicMock()
     writer.add_scalar = lambda name, value, step: name.startswith("charts") or logged.append((name, float(value), step))
-    short = {}
-    if speed.has_skills(algo):  # the warm-up waits for whole episodes
-        short = dict(max_episode_steps=70)
-        args = speed.replaced(args, dict(num_envs=2))
     window = getattr(args, "pretrain_skills", 1) * getattr(args, "skill_horizon", 1) + 1
     scores = dict(episodic_return=0.0, episodic_length=0.0, success=0.0)
     with (
-        mock.patch.dict(algo.data_tools.TASKS["kitchen"].env_kwargs, short),
+        mock.patch.dict(algo.data_tools.TASKS["kitchen"].env_kwargs, dict(max_episode_steps=25)),
         mock.patch.object(algo, "Agent", with_rewards(algo.Agent)),
         mock.patch.object(algo, "SummaryWriter", return_value=writer),
         mock.patch.object(algo, "rollout", return_value=scores),
@@ -384,9 +382,10 @@ def placed(values, device: str):
 def test_a_run_keeps_its_tensors_on_one_device(name, tmp_path):
     """Pre-training, RL, evaluations and resume, with "cuda" as a device of its own."""
     algo = speed.load_algorithm(name)
-    args = speed.replaced(tiny_args(algo, False, "cuda"), dict(total_timesteps=300, warmup_steps=10, warmup_skills=2))
-    args = speed.replaced(args, dict(updates_per_step=0.03, updates_per_skill=0.4, eval_interval=150, eval_episodes=1))
+    args = speed.replaced(tiny_args(algo, False, "cuda"), dict(total_timesteps=80, warmup_steps=10, warmup_skills=2))
+    args = speed.replaced(args, dict(updates_per_step=0.15, updates_per_skill=1.0, eval_interval=40, eval_episodes=1))
     args = speed.replaced(args, dict(pretrain_eval_interval=2, pretrain_eval_episodes=1, run_dir=str(tmp_path)))
+    args = speed.replaced(args, dict(batch_length=2, rollout_skills=2, discover_steps=40))
     if name == "option_critic":
         args.batch_size = 16
     if name not in golden.FLAT:
@@ -396,12 +395,12 @@ def test_a_run_keeps_its_tensors_on_one_device(name, tmp_path):
     with (
         second_device() as gpu,
         mock.patch.object(torch, "load", lambda path, map_location, **_: placed(load(path), map_location)),
-        mock.patch.dict(algo.data_tools.TASKS["kitchen"].env_kwargs, dict(max_episode_steps=70)),
+        mock.patch.dict(algo.data_tools.TASKS["kitchen"].env_kwargs, dict(max_episode_steps=25)),
         mock.patch.object(algo, "Agent", with_rewards(algo.Agent)),
     ):
         first = algo.train(args)
         (checkpoint,) = tmp_path.glob("*/checkpoint.pt")
-        resumed = algo.train(speed.replaced(args, dict(resume=str(checkpoint.parent), total_timesteps=500)))
+        resumed = algo.train(speed.replaced(args, dict(resume=str(checkpoint.parent), total_timesteps=160)))
     assert 3 < first["updates"] < resumed["updates"]
     assert len(first["evaluations"]) < len(resumed["evaluations"])
     assert gpu.operations > 5_000
