@@ -39,6 +39,7 @@ def definitions(text: str) -> dict[str, str]:
     return found
 
 
+@functools.cache
 def differs(text: str) -> set[str] | None:
     """The names in the docstring's line, None without one."""
     line = re.search(
