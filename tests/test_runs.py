@@ -254,21 +254,38 @@ def refused(call, *words):
 
 # --------------------------------------------------------------------------------------------------------------- resume
 @every_algo
-@pytest.mark.parametrize("step", [45, 195], ids=["in the warm-up", "while it learns"])
-def test_interrupted_rl_goes_on_bit_for_bit(case, step, stop, no_data, monkeypatch):
-    with monkeypatch.context() as patch:
-        after_calls(patch, data_tools.tasks.maze.MazeVectorEnv, "step", step, stop.set, in_training)
-        part = case.interrupted("stopped; go on with: .* --resume ")
+def test_a_run_in_pieces_ends_as_one_without_a_break(case, stop, no_data, monkeypatch, capsys):
+    """Stopped in the warm-up, finished, lengthened, stopped while it learns: the same to the last bit.
+
+    With the pre-trained model that the first run left: RL does not depend on where the model comes from.
+    """
+
+    def stopped(at, run):
+        """run() is stopped at this env step of each environment, counted from now."""
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="stopped; go on with: .* --resume "):
+            after_calls(patch, data_tools.tasks.maze.MazeVectorEnv, "step", at, stop.set, in_training)
+            run()
+        stop.clear()
+
+    runs = case.folder / f"runs{len(list(case.folder.iterdir()))}"
+    stopped(45, lambda: case.main(case.argv("--total-timesteps 600", runs)))
+    part = only(runs)
+    assert case.flat or f"pre-trained model: {case.model}" in capsys.readouterr().out
     assert not (part / "results.json").exists()
-    assert state_of(part)["global_step"] in ((180, 200) if step == 45 else (780, 800))
-    assert (state_of(part)["gradient_step"] > 0) == (step == 195)
-    stop.clear()
+    assert state_of(part)["global_step"] in (180, 200) and state_of(part)["gradient_step"] == 0
     if case.script.stem not in DATA_IN_RL:
         no_data()  # the checkpoint holds all networks
+    case.resume(part)
+    stopped(50, lambda: case.resume(part, "--total-timesteps 1200"))
+    assert state_of(part)["global_step"] in (800, 840) and state_of(part)["gradient_step"] > 0
     results = case.resume(part)
-    assert_same(state_of(part), state_of(case.run_dir))
+    a, b = state_of(part), state_of(case.run_dir)
+    at_600 = [row for row in a["evaluations"] if row[0] == 600]  # the end of before
+    assert len(at_600) == 1
+    a["evaluations"].remove(*at_600)
+    assert_same(a, b)
     assert rows_of(part) == rows_of(case.run_dir)
-    for name in ("env_steps", "updates", "last_100_return", "evaluations"):
+    for name in ("env_steps", "updates", "last_100_return"):
         assert results[name] == case.results[name], name
 
 
@@ -300,53 +317,34 @@ def test_what_a_crash_cut_off_is_drawn_once(case, monkeypatch):
     assert found == expected
 
 
-@every_algo
-def test_finished_run_can_be_lengthened(case, no_data):
-    _, part = case.start("--total-timesteps 600")
-    if case.script.stem not in DATA_IN_RL:
-        no_data()
-    results = case.resume(part, "--total-timesteps 1200")
-    a, b = state_of(part), state_of(case.run_dir)
-    evaluations = a.pop("evaluations")
-    rest = [row for row in evaluations if row[0] != 600]  # the end of before
-    assert len(rest) == len(evaluations) - 1 and rest == b.pop("evaluations")
-    assert_same(a, b)
-    assert rows_of(part) == rows_of(case.run_dir)
-    assert results["updates"] == case.results["updates"] > 0
-
-
 @with_data
-@pytest.mark.parametrize("by", ["the same command", "resume"])
-def test_interrupted_pretraining_goes_on_bit_for_bit(case, by, stop, monkeypatch):
+def test_interrupted_pretraining_goes_on_bit_for_bit(case, stop, monkeypatch):
+    """First by the same command, then by --resume."""
     data_dir = case.new_data_dir()
-    with monkeypatch.context() as patch:
-        # In the second update. Before the first one: a draw for validation, and relay's demonstrations.
-        before = 4 if case.draws == 2 else 1
-        after_calls(patch, data_tools.OfflineDataset, case.sampling, before + case.draws + 1, stop.set)
-        part = case.interrupted("stopped; go on with: .* --resume ", data_dir=data_dir)
-    unfinished = only(data_dir / "pretrained")
-    updates = torch.load(unfinished, weights_only=True)["progress"][0]
-    assert unfinished.suffix == ".unfinished" and 2 <= updates < 6
-    stop.clear()
+
+    def stopped(at):
+        """A new run that is stopped at this draw of data: how far pre-training is."""
+        with monkeypatch.context() as patch:
+            after_calls(patch, data_tools.OfflineDataset, case.sampling, at, stop.set)
+            part = case.interrupted("stopped; go on with: .* --resume ", data_dir=data_dir)
+        stop.clear()
+        unfinished = only(data_dir / "pretrained")
+        assert unfinished.suffix == ".unfinished"
+        return part, torch.load(unfinished, weights_only=True)["progress"][0]
+
+    before = 4 if case.draws == 2 else 1  # draws ahead of the first update: a validation's, and relay's demonstrations
+    _, updates = stopped(before + case.draws + 1)
+    assert 2 <= updates < 4
+    part, later = stopped(before + 1)
+    assert updates < later < 6
     draws = after_calls(monkeypatch, data_tools.OfflineDataset, case.sampling, 0, None)
-    if by == "the same command":
-        _, part = case.start(data_dir=data_dir)
-    else:
-        case.resume(part)
+    case.resume(part)
     assert sum(args[1] == 8 for args in draws) < 9 * case.draws  # not from the start: six updates and three validations
     a = torch.load(only(data_dir / "pretrained"), weights_only=True)
     b = torch.load(case.model, weights_only=True)
     del a["facts"]["minutes"], b["facts"]["minutes"]
     assert_same(a, b)
     assert_same(state_of(part), state_of(case.run_dir))
-
-
-@with_data
-def test_rl_does_not_depend_on_where_the_model_comes_from(case, capsys):
-    _, again = case.start()
-    assert f"pre-trained model: {case.model}" in capsys.readouterr().out
-    assert_same(state_of(again), state_of(case.run_dir))
-    assert rows_of(again) == rows_of(case.run_dir)
 
 
 @pytest.mark.parametrize("case", ["skimo", "skimo_no_joint", "spirl", "relay"], indirect=True)
@@ -813,13 +811,11 @@ def test_underscores_in_flags_are_hyphens(case):
 @every_algo
 def test_learning_that_diverges_ends_with_a_sentence_and_keeps_the_checkpoint(case, monkeypatch):
     original = torch.Tensor.backward
-    bad = threading.Event()
-    after_calls(monkeypatch, data_tools.tasks.maze.MazeVectorEnv, "step", 170, bad.set, in_training)
-    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: original(loss * torch.nan if bad.is_set() else loss))
-    runs = case.folder / f"runs{len(list(case.folder.iterdir()))}"
-    refused(lambda: case.main(case.argv("--checkpoint-interval 10 --eval-interval 100000", runs)))
-    state = state_of(only(runs))
-    assert 600 <= state["global_step"] < 800
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: original(loss * torch.nan))
+    run = case.copy_of_run()
+    refused(lambda: case.resume(run, "--total-timesteps 1600 --checkpoint-interval 10"))
+    state = state_of(run)
+    assert 1200 <= state["global_step"] < 1600
     tensors = [value for part in state.values() if isinstance(part, dict) for value in part.values()]
     weights = [value for value in tensors if isinstance(value, torch.Tensor)]
     assert len(weights) > 20 and all(value.isfinite().all() for value in weights)
@@ -917,6 +913,7 @@ def is_found(case, args, monkeypatch) -> bool:
 
 @with_data
 def test_pretrained_model_is_found_by_all_that_shaped_it(case, tmp_path, monkeypatch):
+    monkeypatch.setattr(data_tools, "code_of", functools.cache(data_tools.code_of))
     module = case.module
     args = module.parse_args(case.argv())
     find = functools.partial(is_found, case, monkeypatch=monkeypatch)
@@ -998,7 +995,9 @@ def test_kitchens_share_a_pretrained_model(case, tmp_path, monkeypatch):
     for env_id in ("kitchen", "kitchen-misaligned"):  # which share their data
         flags = f"--env-id {env_id} --data {tmp_path / 'kitchen.hdf5'} --pretrain-updates 1"
         args.append(case.module.parse_args(case.argv(flags, data_dir=tmp_path)))
-    writer = case.module.SummaryWriter(tmp_path / "curves")
+    scores = dict(episodic_return=0.0, episodic_length=1.0, success=0.0)
+    monkeypatch.setattr(case.module, "rollout", lambda *inputs, **how: scores)
+    writer = SimpleNamespace(add_scalar=lambda *values: None)
     case.module.pretrain(args[0], case.module.make_networks(args[0]), load_data(args[0]), writer, threading.Event())
     assert is_found(case, args[1], monkeypatch)
 
@@ -1055,19 +1054,18 @@ def signalled(command, cwd, words, number):
 
 
 @skimo_only
-@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-def test_signalled_program_saves_and_goes_on(case, first, tmp_path):
+def test_signalled_program_saves_and_goes_on(case, tmp_path):
+    """Ctrl-C in pre-training, the signal of a cluster in RL."""
     data_dir = case.new_data_dir()
     flags = "--pretrain-updates 400 --pretrain-eval-interval 1000 --total-timesteps 1000000 --eval-interval 10000000"
     command = [sys.executable, str(case.script), *case.argv(flags, tmp_path / "runs", data_dir)]
-    written = signalled(command, tmp_path, "pre-training:", first)
+    written = signalled(command, tmp_path, "pre-training:", signal.SIGINT)
     assert "stopping: saves first" in written and f"--resume {tmp_path / 'runs'}" in written
     updates = torch.load(only(data_dir / "pretrained"), weights_only=True)["progress"][0]
     assert 0 < updates < 400
 
-    second = signal.SIGTERM if first == signal.SIGINT else signal.SIGINT
     shutil.rmtree(tmp_path / "runs")
-    written = signalled(command, tmp_path, "RL:", second)
+    written = signalled(command, tmp_path, "RL:", signal.SIGTERM)
     run_dir = only(tmp_path / "runs")
     assert f"--resume {run_dir}" in written
     step = state_of(run_dir)["global_step"]
