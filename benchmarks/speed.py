@@ -87,6 +87,7 @@ def size_args(algo, size: str, mode: str, args: Args):
         small = dict(pretrain_batch_size=8, batch_size=8, num_samples=16, num_policy_trajs=4, num_elites=4, cem_iters=1)
         small |= dict(updates_per_step=0.02, updates_per_skill=0.2, num_skills=min(3, getattr(result, "num_skills", 1)))
         small |= dict(batch_length=8, imagine_starts=16, mppi_iters=1, imagine_steps=4, demo_rows=100, epochs=0.2)
+        small |= dict(rollout_skills=10, updates_per_rollout=10)
         small |= dict(hidden_dim=32, model_dim=32, deter_dim=32, encoder_dim=32, latent_dim=32)
         result = replaced(result, small)
     return result
@@ -495,7 +496,7 @@ def main(args: Args) -> dict:
     """Time everything, print the table, write the JSON; returns what it holds."""
     check_args(args)
     if args.quick:
-        args = dataclasses.replace(args, plan_envs=(1, 2), step_envs=(1, 2), loop_steps=2_200, min_seconds=0.02)
+        args = dataclasses.replace(args, plan_envs=(1, 2), step_envs=(1, 2), loop_steps=800, min_seconds=0.02)
     facts = conditions(args.device)
     rows = []
     for row in time_everything(args):

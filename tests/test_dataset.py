@@ -504,19 +504,19 @@ def test_processes_that_start_together_collect_once(tmp_path):
 
         def few(noise, seed, progress):
             print("collecting")
-            time.sleep(1.0)  # long enough for the others to arrive
+            time.sleep(1.0)  # long enough for the other to arrive
             return collect(20, noise, seed, progress=False)
 
         maze.collect = few
         print(load_dataset("maze", progress=False).fingerprint)
     """
-    processes = [python(code, SKIMO_DATA_DIR=str(tmp_path)) for _ in range(3)]
+    processes = [python(code, SKIMO_DATA_DIR=str(tmp_path)) for _ in range(2)]
     outputs = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], outputs
+    assert [process.returncode for process in processes] == [0, 0], outputs
     lines = [output.splitlines() for output, _ in outputs]
     assert sum("collecting" in output for output in lines) == 1
     waited = [any("Waiting for another program" in line for line in output) for output in lines]
-    assert all(wait or "collecting" in output for wait, output in zip(waited, lines)) and sum(waited) <= 2
+    assert all(wait or "collecting" in output for wait, output in zip(waited, lines)) and sum(waited) <= 1
     assert len({output[-1] for output in lines}) == 1
 
 

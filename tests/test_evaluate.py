@@ -31,9 +31,9 @@ def test_checkpoints_of_a_grid_are_evaluated_once(tmp_path):
         args, agent = agent_of(algo)
         state = dict(script=algo.FILE.name, args=vars(args), global_step=25_007)
         algo.save(tmp_path / board / algo.FILE.stem / name, state, dict(agent=agent))
-    evaluate.main(evaluate.Args(tmp_path, episodes=2))
+    evaluate.main(evaluate.Args(tmp_path, episodes=1))
     first = (tmp_path / "evaluations.csv").read_text()
-    evaluate.main(evaluate.Args(tmp_path, episodes=2))
+    evaluate.main(evaluate.Args(tmp_path, episodes=1))
     assert (tmp_path / "evaluations.csv").read_text() == first
     rows = list(csv.DictReader(first.splitlines()))
     assert [(row["checkpoint"], row["acts_by"], row["env_step"]) for row in rows] == [
@@ -46,9 +46,9 @@ def test_checkpoints_of_a_grid_are_evaluated_once(tmp_path):
 def test_planned_scores_are_those_of_the_file_itself(tmp_path, capsys):
     shutil.copy(scores.RESULTS / "agents" / "skimo_kitchen.pt", tmp_path / "seed1.pt")
     skimo.evaluate(
-        skimo.parse_args(["--evaluate", str(tmp_path / "seed1.pt"), "--eval-episodes", "2", "--device", "cpu"])
+        skimo.parse_args(["--evaluate", str(tmp_path / "seed1.pt"), "--eval-episodes", "1", "--device", "cpu"])
     )
     said = capsys.readouterr().out
-    plan, by_mode = evaluate.evaluations(tmp_path / "seed1.pt", 2)
-    assert f"episodic_return {plan[3]:.3g}," in said and plan[1:3] == ("plan", 2)
+    plan, by_mode = evaluate.evaluations(tmp_path / "seed1.pt", 1)
+    assert f"episodic_return {plan[3]:.3g}," in said and plan[1:3] == ("plan", 1)
     assert by_mode[1] == "mode" and by_mode[3] >= 2  # a trained policy does most of the Kitchen by itself

@@ -126,19 +126,22 @@ FLAGS = """--device cpu --num-envs 3 --hidden-dim 8 --batch-size 8 --warmup-step
     --eval-episodes 2 --checkpoint-interval 300"""
 
 
-def test_ones_own_environment_and_resume_bit_for_bit(tmp_path):
-    """From a file of its own through the command line: in one go, or in two parts, the first cut amid episodes."""
+def test_ones_own_environment_and_resume_bit_for_bit(tmp_path, monkeypatch):
+    """From a file of its own: in one go through the command line, or in two parts, the first cut amid episodes."""
     (tmp_path / "swing.py").write_text(SWING)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
 
     def run(*words):
-        command = [sys.executable, ROOT / "algos" / "sac.py", *map(str, words)]
-        subprocess.run(command, cwd=tmp_path, env=dict(PYTHONPATH=".", OMP_NUM_THREADS="1", PATH=""), check=True)
+        sac.train(sac.parse_args([str(word) for word in words]))
 
     def folder(name):
         (found,) = (tmp_path / name).iterdir()
         return found
 
-    run("--env-id", "swing:Swing-v0", *FLAGS.split(), "--total-timesteps", 900, "--run-dir", "whole")
+    command = [sys.executable, ROOT / "algos" / "sac.py", "--env-id", "swing:Swing-v0", *FLAGS.split()]
+    command += ["--total-timesteps", "900", "--run-dir", "whole"]
+    subprocess.run(command, env=dict(PYTHONPATH=".", OMP_NUM_THREADS="1", PATH=""), check=True)
     run("--env-id", "swing:Swing-v0", *FLAGS.split(), "--total-timesteps", 450, "--run-dir", "parts")
     run("--resume", folder("parts"), "--total-timesteps", 900)
     whole, parts = (torch.load(folder(name) / "checkpoint.pt") for name in ("whole", "parts"))
