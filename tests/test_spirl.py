@@ -166,7 +166,7 @@ def test_gradient_is_bounded_in_the_first_updates_and_the_rate_decays(decay, tmp
 
 def test_pretraining_learns_skills_that_the_prior_foretells(tmp_path, monkeypatch):
     args = tiny_args(
-        hidden_dim=32, pretrain_updates=1000, pretrain_lr=3e-3, pretrain_batch_size=64, kl_coef=1e-3,
+        hidden_dim=32, pretrain_updates=500, pretrain_lr=3e-3, pretrain_batch_size=64, kl_coef=1e-3,
         position_features=False,
     )  # fmt: skip
     networks, _ = pretrain(args, aligned_windows(constant_direction_data(0)), tmp_path, monkeypatch)
