@@ -274,33 +274,10 @@ def wait_until(condition, process, seconds=60):
 # --------------------------------------------------------------------------------------------------------- disturbances
 
 
-def test_a_lost_node_costs_nothing_but_time(grid, cluster, ray_dir):
-    node = cluster.add_node(num_cpus=2, object_store_memory=80 * 2**20)
-    arguments = command(grid, f"--algos skimo skimo_no_cem --seeds 1 2 --address {cluster.address}", "--delay 0.1")
-    impatient = [sys.executable, "-c", IMPATIENT, *arguments[2:]]
-    process = subprocess.Popen(impatient, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        raylet = node.all_processes["raylet"][0].process.pid
-        wait_until(lambda: any(list(cell.glob("*/checkpoint.pt")) for cell in cells_under(raylet)), process)
-        cluster.remove_node(node, allow_graceful=False)
-        output, _ = process.communicate(timeout=180)
-    finally:
-        process.kill()
-    assert process.returncode == 0, output
-    assert "4 of 4 runs are finished" in output
-    assert "queued, try 2 (" in output
-    assert "Raylet is terminated" not in output  # Ray's messages go to ray.txt
-    check_finished(grid, ["skimo", "skimo_no_cem"], [1, 2])
-    attempts = [run.read_attempts(path.parent) for path in grid.glob("run/maze/*/*/attempts.jsonl")]
-    assert max(map(len, attempts)) == 2, attempts
-    begun = [[time.mktime(time.strptime(one["time"], "%Y-%m-%d %H:%M:%S")) for one in cell] for cell in attempts]
-    assert all(cell[-1] - cell[0] >= 10 for cell in begun if len(cell) == 2), attempts
-    assert "--resume" in "".join(path.read_text() for path in grid.glob("run/maze/*/*/log.txt"))
-
-
 def test_the_killed_runner_goes_on(grid, cluster, ray_dir):
-    own_ray = command(grid, "--algos skimo skimo_no_cem --seeds 1 2 --num-cpus 2", "--delay 0.1")
-    shared = command(grid, f"--algos skimo skimo_no_cem --seeds 1 2 --address {cluster.address}", "--delay 0.1")
+    """First of all: what a killed Ray leaves takes a minute to end, for which module_ray_dir would wait."""
+    own_ray = command(grid, "--algos skimo skimo_no_cem --seeds 1 2 --num-cpus 2", "--delay 0.06")
+    shared = command(grid, f"--algos skimo skimo_no_cem --seeds 1 2 --address {cluster.address}", "--delay 0.06")
     moments, before = random.Random(0), {}
     for kill in range(3):  # at any time while the runner starts Ray itself and works; then, with Ray there, in the work
         starts = started(grid)
@@ -322,6 +299,30 @@ def test_the_killed_runner_goes_on(grid, cluster, ray_dir):
     check_finished(grid, ["skimo", "skimo_no_cem"], [1, 2])
     again = execute(own_ray)
     assert again.returncode == 0 and "4 runs, 4 of them finished before" in again.stdout
+
+
+def test_a_lost_node_costs_nothing_but_time(grid, cluster, ray_dir):
+    node = cluster.add_node(num_cpus=2, object_store_memory=80 * 2**20)
+    arguments = command(grid, f"--algos skimo skimo_no_cem --seeds 1 2 --address {cluster.address}", "--delay 0.06")
+    impatient = [sys.executable, "-c", IMPATIENT, *arguments[2:]]
+    process = subprocess.Popen(impatient, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        raylet = node.all_processes["raylet"][0].process.pid
+        wait_until(lambda: any(list(cell.glob("*/checkpoint.pt")) for cell in cells_under(raylet)), process)
+        cluster.remove_node(node, allow_graceful=False)
+        output, _ = process.communicate(timeout=180)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    assert "4 of 4 runs are finished" in output
+    assert "queued, try 2 (" in output
+    assert "Raylet is terminated" not in output  # Ray's messages go to ray.txt
+    check_finished(grid, ["skimo", "skimo_no_cem"], [1, 2])
+    attempts = [run.read_attempts(path.parent) for path in grid.glob("run/maze/*/*/attempts.jsonl")]
+    assert max(map(len, attempts)) == 2, attempts
+    begun = [[time.mktime(time.strptime(one["time"], "%Y-%m-%d %H:%M:%S")) for one in cell] for cell in attempts]
+    assert all(cell[-1] - cell[0] >= 10 for cell in begun if len(cell) == 2), attempts
+    assert "--resume" in "".join(path.read_text() for path in grid.glob("run/maze/*/*/log.txt"))
 
 
 def test_failures_are_retried_then_reported_and_a_stop_saves(grid, cluster):
