@@ -287,6 +287,7 @@ def test_a_run_in_pieces_ends_as_one_without_a_break(case, stop, no_data, monkey
     assert rows_of(part) == rows_of(case.run_dir)
     for name in ("env_steps", "updates", "last_100_return"):
         assert results[name] == case.results[name], name
+    assert [row for row in results["evaluations"] if row[0] != 600] == case.results["evaluations"]
 
 
 @pytest.mark.parametrize("case", ["skimo", "reskill", "sac"], indirect=True)
