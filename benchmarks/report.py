@@ -383,21 +383,29 @@ def task_text(cells, task: str) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------- other pages
-def boards_table(cells, names, docs: str) -> str:
-    """Speed / level / without noise of some methods on every board, each with a link into the folder docs."""
+CORNER = "speed/level/without noise,<br>to env steps"  # of boards_table
+
+
+def column(cells, task: str, data: str) -> str:
+    """Head of a board's column: its name, and the env steps that count."""
+    return f"{board_label(task, data).replace(', ', '<br>')}<br>{thousands(scores.board_end(cells, task, data))}"
+
+
+def boards_table(cells, names, docs: str, boards=()) -> list[dict]:
+    """Speed / level / without noise of some methods on some boards or all, each with a link into the folder docs."""
     rows = []
     for name in names:
-        row = {"speed/level/without noise,<br>to env steps": f"[{label(name)}]({docs}/{name}.md)"}
-        for task, data in scores.boards(cells):
+        row = {CORNER: f"[{label(name)}]({docs}/{name}.md)"}
+        for task, data in boards or scores.boards(cells):
             board_steps = scores.board_end(cells, task, data)
-            column = f"{board_label(task, data).replace(', ', '<br>')}<br>{thousands(board_steps)}"
-            row[column] = "–"
+            row[column(cells, task, data)] = "–"
             if (task, name, data) in cells:
                 end = scores.cell_end(cells, task, name, data)
                 count = len(cells[task, name, data].reaching(end))
-                row[column] = f"{'/'.join(three(cells, task, name, data))} ({count})" + "¹" * (end < board_steps)
+                scored = f"{'/'.join(three(cells, task, name, data))} ({count})" + "¹" * (end < board_steps)
+                row[column(cells, task, data)] = scored
         rows.append(row)
-    return table(rows)
+    return rows
 
 
 def planner_table(path: Path) -> str:
@@ -430,16 +438,15 @@ def held_out_text(held) -> str:
 
 
 def method_text(cells, name: str) -> str:
-    """The table of a method's page."""
-    rows = []
-    for task, method, data in cells:
-        if method == name:
-            row = board_row(cells, task, method, data)
-            found = dict(zip(MEASURES, three(cells, task, name, data)))
-            steps = {"task": board_label(task, data), "env steps (seeds)": f"{row['env steps']} ({row['seeds']})"}
-            rows.append(steps | found | {"paper": row["paper, same step"]})
-    if rows:
+    """The table of a method's page: beside SkiMo, and the paper's level at the same env steps."""
+    ran = [(task, data) for task, method, data in cells if method == name]
+    if ran:
+        rows = boards_table(cells, dict.fromkeys((name, "skimo")), ".", ran)
+        paper = [paper_at(task, name, scores.cell_end(cells, task, name, data)) for task, data in ran]
+        if not np.isnan(paper).all():
+            rows.append(dict(zip(rows[0], ["the paper's level", *map(number, paper)])))
         notes = [NOTES["under a method"], *[NOTES["warm-up"]] * (name == "spirl")]
+        notes += [NOTES["fewer"]] * ("¹" in str(rows))
         return table(rows) + "\n".join(notes) + "\n"
     logs = sorted((RESULTS / "studies").glob("*/*/seed*.json"))
     studies = dict.fromkeys(path.parts[-3] for path in logs if json.loads(path.read_text())["algo"] == name)
@@ -508,7 +515,7 @@ def results_text(cells, ours: bool = True, held=()) -> str:
     if not ours:
         return f"{NOTES['other results']}\n\n{boards}".strip() + "\n"
     parts = [NOTES["introduction"], NOTES["claims"], claims_table(cells), NOTES["orderings"], orderings_table(cells)]
-    parts += [NOTES["held-out"], boards_table(held, MAIN, "../algos/docs")] if held else []
+    parts += [NOTES["held-out"], table(boards_table(held, MAIN, "../algos/docs"))] if held else []
     parts += [
         NOTES["settings"],
         settings_table(cells),
@@ -529,7 +536,7 @@ def pages(cells) -> dict[Path, str]:
     made |= {RESULTS / "held-out" / "README.md": held_out_text(held)} if held else {}
     made |= {RESULTS / "studies" / "README.md": studies_text(RESULTS / "studies", cells)}
     made |= {RESULTS / task / "README.md": task_text(cells, task) for task in ALL}
-    overview = boards_table(cells, COMPARED[:7], "algos/docs")
+    overview = table(boards_table(cells, COMPARED[:7], "algos/docs"))
     made[ROOT / "README.md"] = filled((ROOT / "README.md").read_text(), "results", overview)
     for path in sorted((ROOT / "algos" / "docs").glob("*.md")):
         made[path] = filled(path.read_text(), f"result {path.stem}", method_text(cells, path.stem))
