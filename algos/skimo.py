@@ -18,7 +18,7 @@ DEVIATION n: differences from the authors' release. Why, what was measured, and 
 1. KL divergences are exact, not averages of samples.
 2. The skill policy is trained on bc_chunks random chunks of a window, not on all.
 3. Pre-training is shorter: smaller batches, larger kl_coef, falling rate, sines as inputs; people's data are augmented.
-4. E environments act side by side; the warm-up has an episode of each. Maze: twice as many updates, of half batches.
+4. E environments act side by side; the warm-up has an episode of each. Batches are smaller, in the maze twice as many.
 5. CEM starts from plans of the task policy, with fewer samples and iterations, and less noise.
 6. The target copy is faster: tau is .05, not .01.
 7. Kitchens: alpha is .05, not .5, and Q in eq. 7 sees encoded states.
@@ -112,7 +112,7 @@ class Args:
     num_envs: int = 8  # environments side by side
     num_skills: int = 10  # N: skills per window and in the longest plan
     warmup_steps: int = 5_000  # env steps with the prior's skills before updates; at least an episode per environment
-    batch_size: int = 256  # windows of N skills per update
+    batch_size: int = 64  # windows of N skills per update (release: 256, maze 128)
     updates_per_step: float = 10 / 500  # gradient updates per env step, the warm-up's included
     learning_rate: float = 1e-3  # of world model and task policy
     alpha: float = 0.5  # weight of the prior KL (its first value if autotune)
@@ -124,10 +124,10 @@ class Args:
     reward_scale: float = 1.0  # factor on the task's reward
 
     # Planner
-    num_samples: int = 128  # sampled plans per iteration (release: 512)
+    num_samples: int = 64  # sampled plans per iteration (release: 512)
     num_policy_trajs: int = 25  # plans proposed by the task policy
     num_elites: int = 32  # best plans, which the next distribution is fitted to (release: 64)
-    cem_iters: int = 3  # iterations (release: 6)
+    cem_iters: int = 2  # iterations (release: 6)
     temperature: float = 0.5  # factor on the values in the elites' softmax
     min_std: float = 0.05  # least std, and exploration noise, at the start of the schedule (release: 0.5)
     min_std_end: float = 0.01  # the same after std_steps
@@ -149,20 +149,20 @@ class Args:
 # `people`: with people's data (--data d4rl or a path) skills hold more, arms are shifted, objects recombined (3).
 TASK_DEFAULTS = {
     "maze": dict(latent_dim=128, skill_encoder="mlp", pretrain_updates=10_000, pretrain_batch_size=64, bc_chunks=1,
-                 pretrain_lr=1.5e-3, total_timesteps=200_000, warmup_steps=50_000, batch_size=64,
-                 updates_per_step=20 / 500, alpha=1.0, autotune=True, num_samples=64, cem_iters=2,
-                 horizon_steps=1_000_000, std_steps=300_000),
+                 pretrain_lr=1.5e-3, total_timesteps=200_000, warmup_steps=50_000, updates_per_step=20 / 500,
+                 alpha=1.0, autotune=True, horizon_steps=1_000_000, std_steps=300_000),
     "kitchen": dict(pretrain_updates=10_000, pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64,
                     alpha=0.05, policy_latents="encoded",
                     people=dict(kl_coef=1e-3, arm_noise=0.02, recombine=True)),
     "calvin": dict(hidden_dim=256, num_skills=1, pretrain_updates=10_000, pretrain_skills=1, bc_chunks=1,
-                   pretrain_batch_size=256, kl_coef=1e-2, alpha=0.1, reward_scale=0.01, total_timesteps=2_000_000),
+                   pretrain_batch_size=256, kl_coef=1e-2, alpha=0.1, reward_scale=0.01, total_timesteps=2_000_000,
+                   batch_size=256, num_samples=128, cem_iters=3),
 }  # fmt: skip
 # --published: the release's values, but for the planner's (DEVIATION 5); of all tasks, and of each.
 RELEASE = {
     "all": dict(position_features=False, pretrain_updates=425_000, pretrain_skills=10, pretrain_batch_size=512,
                 bc_chunks=10, pretrain_lr_decay=False, arm_noise=0.0, recombine=False, kl_coef=1e-4, num_envs=1,
-                policy_latents="imagined", tau=0.01),
+                batch_size=256, policy_latents="imagined", tau=0.01),
     "maze": dict(pretrain_updates=700_000, pretrain_lr=1e-3, total_timesteps=2_000_000, batch_size=128,
                  updates_per_step=10 / 500),
     "kitchen": dict(alpha=0.5),

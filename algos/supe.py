@@ -12,16 +12,17 @@ demonstrations, with the rewards that the agent's own experience foretells and a
    (1) label: demonstrated H steps become (s, tanh(mean of q), R(s, u), M(s, u), s')
    (2) bonus: r + c |g(s, u) - g'(s, u)|^2 on own and demonstrated ones; g' is random (RND, arXiv 1810.12894)
    (3) critics: Q_i(s, u) -> r + gamma (1 - e) min of m random Q'_i(s', u'), u' ~ pi(s'), Q' slow copies
-   (4) policy: maximise mean Q_i(s, u) - alpha log pi(u | s), alpha such that its entropy is -Z/2
+   (4) policy: maximise mean Q_i(s, u) - alpha KL(pi(s) || p(s)), alpha such that the KL is target_kl
    (5) models, on own ones only: R -> r, M -> e without the bonus; g -> g' where the agent has just been
 
 DEVIATION n: differences from the authors' code. Why, what was measured, and scores: algos/docs/supe.md
 1. Skills are SPiRL's: 10 steps, 10 numbers, close to N(0, 1); the skill policy acts without noise.
-2. Fewer and fewer-headed updates: 2 critic steps per skill with 5 critics; theirs are 80 with 10.
+2. Fewer and fewer-headed updates: 2 critic steps per skill with 5 critics; theirs are 80 with 10. Alpha moves faster.
 3. The bonus is scaled once: its first mean is rnd_coef. Theirs is 8 times the error.
 4. Rewards of a skill are summed without discount. 5. E environments act side by side; g learns from all at once.
 6. Sines of positions as inputs, but not of g; LayerNorm has no weights, and R and M are networks as the critics.
---published takes the authors' side of 2, SPiRL's release for its skills, and one environment.
+7. The policy begins as the prior and stays near it. Theirs begins anew, random to an entropy of -Z/2: --target-kl 0.
+--published takes the authors' side of 2 and 7, SPiRL's release for its skills, and one environment.
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, SkillModel, make_networks, pretrain_loss, pretrain,
 critic_loss, policy_loss, ReplayBuffer, Agent, train
 Shapes: B batch, H steps per skill, O observation, F inputs, A action, Z skill, E environments, n critics,
@@ -114,8 +115,10 @@ class Args:
     critic_dim: int = 256  # width of all networks of RL
     num_critics: int = 5  # n
     target_critics: int = 2  # m: critics, drawn anew in each step, whose least value is the target
-    learning_rate: float = 3e-4  # of everything
-    alpha: float = 1.0  # first weight of the entropy
+    learning_rate: float = 3e-4  # of everything but alpha
+    alpha: float = 1.0  # first weight of the KL between policy and prior
+    alpha_lr: float = 3e-3  # of alpha (authors: 3e-4, with many more updates)
+    target_kl: float = 5.0  # nats between policy and prior (0: no prior, but an entropy of -Z/2)
     gamma: float = 0.99  # discount per skill
     tau: float = 0.005  # share of the online weights in a target update
     reward_scale: float = 1.0  # factor on the task's reward
@@ -129,11 +132,11 @@ class Args:
                 sys.exit(f"error: --{name} {value} does not work: give {low} to {high}")
 
 
-# By the name of a task's data: spirl.py's values for pre-training, the authors' alpha and target_critics in their maze,
-# and rewards of 1 for a success. `people`: with people's data (--data d4rl or a path), as in spirl.py.
+# By the name of a task's data: spirl.py's values for pre-training and target_kl, the authors' target_critics in their
+# maze, and rewards of 10 (CALVIN: 1) for a success. `people`: with people's data (--data d4rl or a path).
 TASK_DEFAULTS = {
-    "maze": dict(total_timesteps=2_000_000, warmup_steps=50_000, batch_size=128, target_critics=1, alpha=0.05,
-                 reward_scale=0.01),
+    "maze": dict(total_timesteps=2_000_000, warmup_steps=50_000, batch_size=128, target_critics=1, alpha=0.01,
+                 target_kl=3.0, reward_scale=0.1),
     "kitchen": dict(kl_coef=5e-4, people=dict(kl_coef=1e-3, arm_noise=0.02, recombine=True)),
     "calvin": dict(total_timesteps=2_000_000, alpha=0.05, reward_scale=0.01),
 }  # fmt: skip
@@ -141,8 +144,8 @@ TASK_DEFAULTS = {
 RELEASE = {
     "all": dict(position_features=False, squash_actions=True, pretrain_updates=480_000, pretrain_lr_decay=False,
                 arm_noise=0.0, recombine=False, kl_coef=5e-4, num_envs=1, critic_steps=20, updates_per_step=0.4,
-                num_critics=10),
-    "maze": dict(pretrain_updates=530_000, kl_coef=1e-3, warmup_steps=5_000),
+                num_critics=10, alpha_lr=3e-4, target_kl=0.0),
+    "maze": dict(pretrain_updates=530_000, kl_coef=1e-3, warmup_steps=5_000, alpha=0.05),
 }  # fmt: skip
 
 
@@ -397,27 +400,13 @@ def pretrain(args: Args, networks: nn.ModuleDict, data, writer: SummaryWriter, s
 
 
 # ------------------------------------------------------------------------------------------------------- downstream RL
-class TaskPolicy(nn.Module):
-    """pi(s): Gaussian skills z, whose tanh u is what the critics see. It does not start as the prior."""
-
-    def __init__(self, obs_dim: int, args: Args):
-        super().__init__()
-        self.features = Features(obs_dim, args)
-        self.net = Predictor(self.features.size, args.critic_dim, 2, 2 * args.skill_dim, batch_norm=False)
-
-    def forward(self, obs):
-        """Observations (..., O) -> mean and std of z, 2 x (..., Z)."""
-        return gaussian(self.net(self.features(obs)))
-
-    def sample(self, obs):
-        """A reparameterised u (..., Z) in (-1, 1) and its log-probability (...)."""
-        mean, std = self(obs)
-        noise = torch.randn_like(mean)
-        z = mean + std * noise
-        log_prob = -0.5 * noise.square() - std.log() - 0.5 * math.log(2 * math.pi)
-        # The tanh squeezes: minus log(1 - tanh(z)^2), in a form that does not overflow
-        log_slope = 2 * (math.log(2) - z - nn.functional.softplus(-2 * z))
-        return torch.tanh(z), (log_prob - log_slope).sum(-1)
+def log_prob(pi, z):
+    """log pi(u) of u = tanh(z), where z (..., Z) is drawn from N(mean, std), 2 x (..., Z) -> (...)."""
+    mean, std = pi
+    log_density = torch.distributions.Normal(mean, std, validate_args=False).log_prob(z)
+    # The tanh squeezes: minus log(1 - tanh(z)^2), in a form that does not overflow
+    log_slope = 2 * (math.log(2) - z - nn.functional.softplus(-2 * z))
+    return (log_density - log_slope).sum(-1)
 
 
 class Ensemble(nn.Module):
@@ -496,7 +485,7 @@ def critic_loss(critics, target, task_policy, obs, u, rewards, ends, next_obs, a
     obs, next_obs (B, O), u (B, Z), rewards with bonus, ends (B,). Returns the loss and metrics, scalars.
     """
     with torch.no_grad():
-        next_u, _ = task_policy.sample(next_obs)  # (B, Z)
+        next_u = torch.tanh(draw(task_policy(next_obs)))  # (B, Z)
         drawn = torch.rand(args.num_critics, device=obs.device).topk(args.target_critics).indices  # (m,)
         next_q = target(next_obs, next_u)[drawn].amin(0)  # (B,)
         td_target = rewards + (1 - ends) * args.gamma * next_q  # (B,)
@@ -506,15 +495,18 @@ def critic_loss(critics, target, task_policy, obs, u, rewards, ends, next_obs, a
     return loss, {name: value.detach().mean() for name, value in metrics.items()}
 
 
-def policy_loss(critics, task_policy, obs, alpha):
-    """Policy (4): prefer skills that the critics like, but stay as random as that allows.
+def policy_loss(critics, task_policy, skill_prior, obs, alpha, args):
+    """Policy (4): prefer skills that the critics like, but stay close to the prior, where skills are known (7).
 
-    obs (B, O), alpha (). Returns the loss and metrics; metrics["entropy"] is the mean entropy of u in nats.
+    obs (B, O), alpha (). Returns the loss and metrics; metrics["prior_kl"] is the mean KL in nats, or with target_kl 0
+    the mean of log pi, whose negative is the entropy.
     """
-    u, log_prob = task_policy.sample(obs)  # (B, Z), (B,)
-    q_value = critics(obs, u).mean(0)  # (B,)
-    loss = (alpha * log_prob - q_value).mean()
-    metrics = dict(policy_loss=loss, policy_q=q_value, entropy=-log_prob)
+    pi = task_policy(obs)  # 2 x (B, Z)
+    z = draw(pi)  # (B, Z)
+    q_value = critics(obs, torch.tanh(z)).mean(0)  # (B,)
+    prior_kl = kl_divergence(pi, skill_prior(obs)) if args.target_kl else log_prob(pi, z)  # (B,), DEVIATION 7
+    loss = (alpha * prior_kl - q_value).mean()
+    metrics = dict(policy_loss=loss, policy_q=q_value, prior_kl=prior_kl)
     return loss, {name: value.detach().mean() for name, value in metrics.items()}
 
 
@@ -610,7 +602,10 @@ class Agent(nn.Module):
         self.skills = copy.deepcopy(self.encoder).cpu()  # acts next to the simulator
         self.skill_prior = networks["prior"]
         obs_dim = len(self.skill_prior.features.scale)
-        self.task_policy = TaskPolicy(obs_dim, args).to(args.device)
+        self.task_policy = copy.deepcopy(self.skill_prior)
+        if not args.target_kl:  # DEVIATION 7
+            sizes = self.skill_prior.features.size, args.critic_dim, 2, 2 * args.skill_dim
+            self.task_policy.net = Predictor(*sizes, batch_norm=False).to(args.device)
         self.critics = Ensemble(obs_dim, args.num_critics, args).to(args.device)
         self.target = copy.deepcopy(self.critics)
         self.outcome = Ensemble(obs_dim, 2, args).to(args.device)  # R and the logit of M
@@ -623,7 +618,7 @@ class Agent(nn.Module):
         options = dict(lr=args.learning_rate, fused=True, capturable=True)
         self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), **options)
         self.policy_optimizer = torch.optim.Adam(self.task_policy.parameters(), **options)
-        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], **options)
+        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], **dict(options, lr=args.alpha_lr))
         self.outcome_optimizer = torch.optim.Adam(self.outcome.parameters(), **options)
         self.novelty_optimizer = torch.optim.Adam(self.novelty.net.parameters(), **options)
         self.update = Recorded(self.update, args)
@@ -668,12 +663,13 @@ class Agent(nn.Module):
 
         alpha = self.log_alpha.exp().detach()
         critics.requires_grad_(False)  # their weights need no gradient of the policy loss
-        loss, policy_metrics = policy_loss(critics, self.task_policy, obs[-1], alpha)
+        loss, policy_metrics = policy_loss(critics, self.task_policy, self.skill_prior, obs[-1], alpha, args)
         descend(self.policy_optimizer, loss)
         critics.requires_grad_(True)
 
-        # Alpha rises while the policy is less random than -Z/2 nats
-        descend(self.alpha_optimizer, self.log_alpha.exp() * (policy_metrics["entropy"] + args.skill_dim / 2))
+        # Alpha rises while the KL exceeds its target
+        target = args.target_kl or args.skill_dim / 2
+        descend(self.alpha_optimizer, self.log_alpha.exp() * (target - policy_metrics["prior_kl"]))
         norms = [nn.utils.get_total_norm([w.grad for w in of.parameters()]) for of in (critics, self.task_policy)]
         return dict(metrics, **critic_metrics, **policy_metrics, alpha=alpha, bonus=bonus.mean(), grad_norm=sum(norms))
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from numpy_nets import has_gradient, noisy_copy, np_features, np_net, random_obs, same_weights
+from numpy_nets import has_gradient, noisy_copy, np_features, np_kl, np_net, random_obs, same_weights
 
 import data_tools
 from algos import spirl, supe
@@ -65,13 +65,10 @@ def tensors(arrays):
     return [torch.from_numpy(np.asarray(x)).double() for x in arrays]
 
 
-def np_policy(policy, obs, noise):
-    """u and its log-probability, by the density of tanh(z) under N(mean, std)."""
+def np_policy(policy, obs):
+    """Mean and std of z."""
     mean, log_std = np.split(np_net(policy.net, np_features(obs)), 2, -1)
-    std = np.exp(np.clip(log_std, -10, 2))
-    u = np.tanh(mean + std * noise)
-    density = np.exp(-0.5 * noise**2) / (std * np.sqrt(2 * np.pi)) / (1 - u**2)
-    return u, np.log(density).sum(-1)
+    return mean, np.exp(np.clip(log_std, -10, 2))
 
 
 def np_ensemble(ensemble, obs, u):
@@ -188,16 +185,22 @@ def test_xavier_weights_of_every_network_of_an_ensemble():
             assert 0.9 * bound < one.abs().max() <= 1.0001 * bound
 
 
-def test_the_policy_gives_tanh_of_a_gaussian_and_its_density():
-    args = tiny_args()
-    policy = noisy_copy(supe.TaskPolicy(4, args).double())
-    obs, *_ = rl_batch(args)
-    torch.manual_seed(3)
-    u, log_prob = policy.sample(torch.from_numpy(obs))
-    torch.manual_seed(3)
-    expected = np_policy(policy, obs, torch.randn(5, 3, dtype=torch.float64).numpy())
-    np.testing.assert_allclose(u.detach(), expected[0], rtol=1e-4)
-    np.testing.assert_allclose(log_prob.detach(), expected[1], rtol=1e-4)
+def test_the_density_of_a_tanh_integrates_to_one():
+    mean, std = torch.tensor([[0.7]]), torch.tensor([[0.9]])
+    u = torch.linspace(-0.99999, 0.99999, 200_001)[:, None]
+    density = supe.log_prob((mean, std), torch.atanh(u)).exp()
+    assert torch.trapezoid(density, u[:, 0]).item() == pytest.approx(1, abs=1e-3)
+    two = supe.log_prob((torch.zeros(2), torch.ones(2)), torch.tensor([0.3, -2.0]))
+    apart = [supe.log_prob((torch.zeros(1), torch.ones(1)), torch.tensor([z])) for z in (0.3, -2.0)]
+    torch.testing.assert_close(two, sum(apart))
+
+
+def test_the_policy_begins_as_the_prior_or_anew():
+    for target_kl, same in ((3.0, True), (0.0, False)):
+        agent = random_agent(tiny_args(target_kl=target_kl))
+        assert same_weights(agent.task_policy, agent.skill_prior) == same
+        assert all(weight.requires_grad for weight in agent.task_policy.parameters())
+        assert agent.task_policy(torch.zeros(5, 4))[0].shape == (5, 3)
 
 
 # ------------------------------------------------------------------------------------------------------------- losses
@@ -215,7 +218,8 @@ def test_critic_loss(m):
     torch.manual_seed(5)
     noise = torch.randn(5, 3, dtype=torch.float64).numpy()
     drawn = np.argsort(-torch.rand(4).numpy())[:m]
-    next_u, _ = np_policy(agent.task_policy, next_obs, noise)
+    mean, std = np_policy(agent.task_policy, next_obs)
+    next_u = np.tanh(mean + std * noise)
     next_q = np_ensemble(agent.target, next_obs, next_u)[drawn].min(0)
     td_target = rewards + 0.9 * (1 - ends) * next_q
     expected = np.square(np_ensemble(agent.critics, obs, u) - td_target).mean()
@@ -242,18 +246,27 @@ def test_every_critic_gets_its_turn_in_the_target():
     assert set(found) == {0, 1}
 
 
-def test_policy_loss():
-    args = tiny_args()
+@pytest.mark.parametrize("target_kl", [3.0, 0.0])
+def test_policy_loss(target_kl):
+    """KL to the prior in closed form, or the density of a tanh of a Gaussian."""
+    args = tiny_args(target_kl=target_kl)
     agent = random_agent(args).double()
     obs, *_ = rl_batch(args)
+    nets = agent.critics, noisy_copy(agent.task_policy), agent.skill_prior
     torch.manual_seed(6)
-    alpha = torch.tensor(0.7, dtype=torch.float64)
-    loss, metrics = supe.policy_loss(agent.critics, agent.task_policy, torch.from_numpy(obs), alpha)
+    loss, metrics = supe.policy_loss(*nets, torch.from_numpy(obs), torch.tensor(0.7, dtype=torch.float64), args)
     torch.manual_seed(6)
-    u, log_prob = np_policy(agent.task_policy, obs, torch.randn(5, 3, dtype=torch.float64).numpy())
+    noise = torch.randn(5, 3, dtype=torch.float64).numpy()
+    mean, std = np_policy(nets[1], obs)
+    u = np.tanh(mean + std * noise)
+    distance = np.log(np.exp(-0.5 * noise**2) / (std * np.sqrt(2 * np.pi)) / (1 - u**2)).sum(-1)
+    if target_kl:
+        distance = np_kl((mean, std), np_policy(agent.skill_prior, obs))
     q = np_ensemble(agent.critics, obs, u).mean(0)
-    assert loss.item() == pytest.approx((0.7 * log_prob - q).mean(), rel=1e-4)
-    assert metrics["entropy"].item() == pytest.approx(-log_prob.mean(), rel=1e-4)
+    assert loss.item() == pytest.approx((0.7 * distance - q).mean(), rel=1e-4)
+    assert metrics["prior_kl"].item() == pytest.approx(distance.mean(), rel=1e-4)
+    loss.backward()
+    assert has_gradient(nets[1]) and not has_gradient(agent.skill_prior)
 
 
 def test_outcome_loss():
@@ -340,12 +353,17 @@ def test_what_an_update_moves_and_what_each_part_learns_from(monkeypatch):
     assert agent.log_alpha != before.log_alpha and all(w.requires_grad for w in agent.critics.parameters())
 
 
-@pytest.mark.parametrize(("target", "direction"), [(100.0, 1), (-100.0, -1)])
-def test_alpha_rises_while_the_policy_is_less_random_than_wanted(target, direction):
-    args = tiny_args(offline_ratio=0.0)
+@pytest.mark.parametrize(("changes", "direction"), [
+    (dict(target_kl=1e-3), 1), (dict(target_kl=1e3), -1),
+    (dict(target_kl=0.0, skill_dim=1), 1), (dict(target_kl=0.0, skill_dim=200), -1),
+])  # fmt: skip
+def test_alpha_rises_while_the_policy_is_farther_from_the_prior_than_wanted(changes, direction):
+    """Without a prior: while it is less random than -Z / 2 nats, of which a narrow one in one dimension has less."""
+    args = tiny_args(offline_ratio=0.0, **changes)
     agent = random_agent(args)
-    args.skill_dim = -2 * target  # the wanted entropy is -Z / 2
-    agent.update(*filled(tiny_args(offline_ratio=0.0)).sample(8))
+    with torch.no_grad():
+        agent.task_policy.net[-1].bias += 1 if args.target_kl else -2 * (args.skill_dim == 1)
+    agent.update(*filled(args).sample(8))
     assert np.sign(agent.log_alpha.item() - math.log(0.3)) == direction
 
 
@@ -364,13 +382,13 @@ def test_warm_up_takes_skills_of_the_prior_and_evaluations_the_mode():
     )
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.5])
-def test_it_finds_the_skill_that_pays(ratio):
+@pytest.mark.parametrize(("ratio", "target_kl"), [(0.0, 0.0), (0.5, 0.0), (0.5, 5.0)])
+def test_it_finds_the_skill_that_pays(ratio, target_kl):
     """Episodes of one skill; the best is tanh^-1 of (0.6, -0.6, 0). Demonstrations are anything."""
     best = torch.tensor([0.6, -0.6, 0.0])
     args = tiny_args(
         critic_dim=32, learning_rate=3e-3, num_envs=50, critic_steps=1, batch_size=64, offline_ratio=ratio,
-        alpha=0.05, warmup_steps=0, buffer_size=5000,
+        alpha=0.05, alpha_lr=3e-4, target_kl=target_kl, warmup_steps=0, buffer_size=5000,
     )  # fmt: skip
     agent = random_agent(args)
     agent.bonus_scale.fill_(0.0)

@@ -29,7 +29,7 @@ COMMON = dict(
     eval_interval=10**9, checkpoint_interval=10**9,
 )  # fmt: skip
 SETTINGS = {
-    "walk": dict(skill_dim=4, pretrain_updates=1_500, warmup_steps=1_000, total_timesteps=8_000),
+    "walk": dict(skill_dim=4, pretrain_updates=1_500, warmup_steps=1_000, total_timesteps=12_000),
     "corridor": dict(skill_dim=2, pretrain_updates=500, warmup_steps=480, total_timesteps=4_000, batch_size=64,
                      learning_rate=1e-3, tau=0.02),
 }  # fmt: skip
