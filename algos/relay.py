@@ -766,7 +766,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
         saved = state["args"] | dict(script=state["script"], device=Args.device, run_dir=Args.run_dir, threads=0)
     if (script := saved.pop("script", FILE.name)) != FILE.name:
         sys.exit(f"error: this is a run of another file: give it to {script}")
-    args = tyro.cli(Args, args=argv, default=Args(**defaults | saved), description=str(__doc__).split("\n")[0])
+    args = data_tools.command_line(Args, argv, Args(**defaults | saved), str(__doc__).split("\n")[0])
     args.resume = given.resume
     free = "resume device cudagraphs threads checkpoint_interval eval_interval eval_episodes total_timesteps".split()
     for name, value in vars(args).items():

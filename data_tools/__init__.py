@@ -15,13 +15,22 @@ import numpy as np
 from data_tools.augment import code_of, perturb, recombined
 from data_tools.dataset import OfflineDataset, made_once
 from data_tools.files import DataError, cache_dir, imported
-from data_tools.runs import check_settings, cut_curves, read_state, saved_run, stop_event
+from data_tools.runs import check_settings, command_line, cut_curves, read_state, saved_run, stop_event
 from data_tools.tasks.vector import MemberVectorEnv
 from data_tools.tasks.video import VideoRecorder
 from data_tools.threads import fastest_threads
 
 __all__ = ["TASKS", "DataError", "OfflineDataset", "Task", "cache_dir", "code_of", "env_sizes", "load_dataset"]
-__all__ += ["check_settings", "cut_curves", "fastest_threads", "make_envs", "perturb", "read_state", "recombined"]
+__all__ += [
+    "check_settings",
+    "command_line",
+    "cut_curves",
+    "fastest_threads",
+    "make_envs",
+    "perturb",
+    "read_state",
+    "recombined",
+]
 __all__ += ["saved_run", "stop_event"]
 
 

@@ -1,16 +1,21 @@
 """What runs need beside their method: files of the right sort, an end that loses nothing, a word before hours pass."""
 
 import contextlib
+import inspect
 import io
 import json
 import os
+import re
 import signal
 import threading
 import zipfile
+from dataclasses import field, make_dataclass, replace
 from pathlib import Path
+from typing import Annotated, get_type_hints
 
 import numpy as np
 import torch
+import tyro
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -18,6 +23,32 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from data_tools.files import DataError, check_regular, listed, reading, write_atomically
 
 SIGNALS = "SIGINT SIGTERM SIGHUP SIGXCPU SIGUSR1 SIGUSR2 SIGBREAK".split()  # of terminals and of schedulers
+
+
+def command_line(Args, argv: list[str], defaults, description: str):
+    """tyro.cli(Args, ...), where --help has a box for each comment `# Name` after an empty line between fields of Args.
+
+    As with tyro, a comment behind a field is its help. defaults: an Args. Returns an Args.
+    """
+    hints = get_type_hints(Args, include_extras=True)
+
+    def fields(text):  # name, type, default
+        for name, words in re.findall(r"^    (\w+): (?:.*?  # (.*))?", text, re.MULTILINE):
+            default = field(default=getattr(defaults, name))
+            yield name, Annotated[hints[name], tyro.conf.arg(help=words or None)], default
+
+    top, *sections = inspect.getsource(Args).split("\n\n    # ")
+    top, boxes = list(fields(top)), []
+    for section in sections:
+        title, words = re.match(r"([\w ,-]+\w)\W*(.*?)\W*\n", section).groups()
+        boxes.append(re.sub(r"\W", "_", title.lower()))
+        box = make_dataclass(boxes[-1], fields(section))
+        box_type = Annotated[box, tyro.conf.OmitArgPrefixes, tyro.conf.arg(help=words or None)]
+        top.append((boxes[-1], box_type, field(default_factory=box)))
+    given = vars(tyro.cli(make_dataclass("Args", top), args=argv, description=description))
+    for box in boxes:
+        given |= vars(given.pop(box))
+    return replace(defaults, **given)
 
 
 def read_state(path, parts=(), device="cpu", made_by: dict | None = None) -> dict:

@@ -13,6 +13,7 @@ import functools
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import tyro
 from conftest import DATA_FILE
 from recording import NUM_ENVS, recording
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -799,6 +801,27 @@ def test_windows_must_fit_into_episodes(case):
 def test_a_task_without_objects_or_arm_takes_no_changed_data(case):
     for flag, word in (("--recombine", "objects"), ("--arm-noise 0.1", "arm")):
         refused(lambda flag=flag: case.main(case.argv(flag, data_dir=case.new_data_dir())), word)
+
+
+@every_algo
+def test_the_command_line_is_tyros_and_help_has_boxes(case, capsys):
+    """Values, choices and errors are tyro's; each field is in the box of its comment in Args."""
+    Args, flags = case.module.Args, ["--seed", "7", "--no-cudagraphs", "--eval-episodes", "3"]
+    assert data_tools.command_line(Args, flags, Args(), "") == tyro.cli(Args, args=flags)
+    for wrong in (["--device", "abacus"], ["--seed", "x"], ["--no-such-flag", "1"]):
+        said = []
+        for parse in (functools.partial(data_tools.command_line, Args, wrong, Args(), ""),
+                      functools.partial(tyro.cli, Args, args=wrong)):  # fmt: skip
+            with pytest.raises(SystemExit):
+                parse()
+            said.append(re.sub(r"\W+", " ", capsys.readouterr().err))
+        assert said[0] == said[1] != ""
+    with pytest.raises(SystemExit):
+        data_tools.command_line(Args, ["--help"], Args(), "")
+    options, seldom = capsys.readouterr().out.split("seldom-changed options", 1)
+    assert "--env-id" in options and "--run-dir" not in options and "--run-dir" in seldom
+    names = [field.name.replace("_", "-") for field in dataclasses.fields(Args)]
+    assert [name for name in names if f"--{name} " in options + seldom or f"--{name}," in options + seldom] == names
 
 
 @every_algo
