@@ -12,7 +12,7 @@ import torch
 from benchmarks import run, scores, suites
 from data_tools import TASKS, OfflineDataset
 
-PLACES = {"env_id", "seed", "device", "run_dir", "data_dir", "resume", "pretrained", "cudagraphs"}
+PLACES = {"env_id", "seed", "device", "run_dir", "data_dir", "resume", "pretrained", "cudagraphs", "threads"}
 CHOSEN = {"total_timesteps", "data_share"}  # what makes a board
 LOGGING = {name for name in ("checkpoint_interval", "eval_interval", "eval_episodes", "capture_video", "evaluate")}
 
