@@ -21,17 +21,8 @@ from data_tools.tasks.video import VideoRecorder
 from data_tools.threads import fastest_threads
 
 __all__ = ["TASKS", "DataError", "OfflineDataset", "Task", "cache_dir", "code_of", "env_sizes", "load_dataset"]
-__all__ += [
-    "check_settings",
-    "command_line",
-    "cut_curves",
-    "fastest_threads",
-    "make_envs",
-    "perturb",
-    "read_state",
-    "recombined",
-]
-__all__ += ["saved_run", "stop_event"]
+__all__ += ["check_settings", "command_line", "cut_curves", "fastest_threads", "make_envs", "perturb", "read_state"]
+__all__ += ["recombined", "saved_run", "stop_event"]
 
 
 @dataclass(frozen=True)

@@ -38,16 +38,15 @@ def command_line(Args, argv: list[str], defaults, description: str):
             yield name, Annotated[hints[name], tyro.conf.arg(help=words or None)], default
 
     top, *sections = inspect.getsource(Args).split("\n\n    # ")
-    top, boxes = list(fields(top)), []
-    for section in sections:
-        title, words = re.match(r"([\w ,-]+\w)\W*(.*?)\W*\n", section).groups()
-        boxes.append(re.sub(r"\W", "_", title.lower()))
-        box = make_dataclass(boxes[-1], fields(section))
-        box_type = Annotated[box, tyro.conf.OmitArgPrefixes, tyro.conf.arg(help=words or None)]
-        top.append((boxes[-1], box_type, field(default_factory=box)))
+    top = list(fields(top))
+    for i, section in enumerate(sections):
+        title, words = re.match(r"\W*(.*?)(?:[.:(] *(.*?)\W*)?\n", section).groups()
+        box = make_dataclass(f"box{i}", fields(section))
+        hint = Annotated[box, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name=title.strip(), help=words or None)]
+        top.append((f"box{i}", hint, field(default_factory=box)))
     given = vars(tyro.cli(make_dataclass("Args", top), args=argv, description=description))
-    for box in boxes:
-        given |= vars(given.pop(box))
+    for i in range(len(sections)):
+        given |= vars(given.pop(f"box{i}"))
     return replace(defaults, **given)
 
 

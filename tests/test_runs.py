@@ -818,7 +818,7 @@ def test_the_command_line_is_tyros_and_help_has_boxes(case, capsys):
         assert said[0] == said[1] != ""
     with pytest.raises(SystemExit):
         data_tools.command_line(Args, ["--help"], Args(), "")
-    options, seldom = capsys.readouterr().out.split("seldom-changed options", 1)
+    options, seldom = capsys.readouterr().out.split("Seldom changed options", 1)
     assert "--env-id" in options and "--run-dir" not in options and "--run-dir" in seldom
     names = [field.name.replace("_", "-") for field in dataclasses.fields(Args)]
     assert [name for name in names if f"--{name} " in options + seldom or f"--{name}," in options + seldom] == names
