@@ -86,8 +86,9 @@ def overview(cells) -> Figure:
                 draw_paper(axes, task, name, end, colour[name])
     for axes in grid[:, 0]:
         axes.set_ylabel("share of the task" if TASKS[task].max_return > 1 else "return", fontsize=9)
-    legend(figure, {label(name): colour[name] for name in shown}, min(6, len(shown) + 1))
-    figure.tight_layout(rect=(0, 0, 1, 1 - (0.3 if len(shown) < 6 else 0.3 * (1 + len(shown) // 6)) / height))
+    beside = min(6 if columns == 3 else 3, len(shown) + 1)  # entries in a line; the paper's is one more
+    legend(figure, {label(name): colour[name] for name in shown}, beside)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 * (1 + len(shown) // beside) / height))
     return figure
 
 
