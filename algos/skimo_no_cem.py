@@ -138,7 +138,7 @@ TASK_DEFAULTS = {
                  pretrain_lr=1.5e-3, total_timesteps=200_000, warmup_steps=50_000, updates_per_step=20 / 500,
                  alpha=1.0, autotune=True),
     "kitchen": dict(pretrain_updates=10_000, pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64,
-                    alpha=0.05, policy_latents="encoded",
+                    batch_size=256, alpha=0.05, policy_latents="encoded",
                     people=dict(kl_coef=1e-3, arm_noise=0.02, recombine=True)),
     "calvin": dict(hidden_dim=256, num_skills=1, pretrain_updates=10_000, pretrain_skills=1, bc_chunks=1,
                    pretrain_batch_size=256, kl_coef=1e-2, alpha=0.1, reward_scale=0.01, total_timesteps=2_000_000,
