@@ -18,7 +18,7 @@ DEVIATION n: differences from the authors' release. Why, what was measured, and 
 1. KL divergences are exact, not averages of samples.
 2. The skill policy is trained on bc_chunks random chunks of a window, not on all.
 3. Pre-training is shorter: smaller batches, larger kl_coef, falling rate, sines as inputs; people's data are augmented.
-4. E environments act side by side; the warm-up has an episode of each. Batches are smaller, in the maze twice as many.
+4. E environments act side by side; the warm-up has an episode of each. Smaller batches, maze: twice as many, N = 5.
 5. CEM starts from plans of the task policy, with fewer samples and iterations, and less noise.
 6. The target copy is faster: tau is .05, not .01.
 7. Kitchens: alpha is .05, not .5, and Q in eq. 7 sees encoded states.
@@ -148,9 +148,9 @@ class Args:
 # (DEVIATION 3), the maze's updates (4), planner (5) and total_timesteps, the kitchen's alpha and policy_latents (7).
 # `people`: with people's data (--data d4rl or a path) arms are shifted, objects recombined (3).
 TASK_DEFAULTS = {
-    "maze": dict(latent_dim=128, skill_encoder="mlp", pretrain_updates=10_000, pretrain_batch_size=64, bc_chunks=1,
+    "maze": dict(latent_dim=128, skill_encoder="mlp", pretrain_updates=8_000, pretrain_batch_size=64, bc_chunks=1,
                  pretrain_lr=1.5e-3, total_timesteps=200_000, warmup_steps=50_000, updates_per_step=20 / 500,
-                 alpha=1.0, autotune=True, horizon_steps=1_000_000, std_steps=300_000),
+                 num_skills=5, alpha=1.0, autotune=True, horizon_steps=1_000_000, std_steps=300_000),
     "kitchen": dict(pretrain_updates=10_000, pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=5e-4,
                     alpha=0.05, policy_latents="encoded",
                     people=dict(arm_noise=0.02, recombine=True)),
@@ -164,7 +164,7 @@ RELEASE = {
                 bc_chunks=10, pretrain_lr_decay=False, arm_noise=0.0, recombine=False, kl_coef=1e-4, num_envs=1,
                 batch_size=256, policy_latents="imagined", tau=0.01),
     "maze": dict(pretrain_updates=700_000, pretrain_lr=1e-3, total_timesteps=2_000_000, batch_size=128,
-                 updates_per_step=10 / 500),
+                 updates_per_step=10 / 500, num_skills=10),
     "kitchen": dict(alpha=0.5),
     "calvin": dict(pretrain_skills=1, bc_chunks=1),
 }  # fmt: skip

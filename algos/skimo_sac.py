@@ -132,7 +132,7 @@ class Args:
 # (DEVIATION 3), the maze's updates (4) and total_timesteps, the kitchen's alpha (7). `people`: with people's data
 # (--data d4rl or a path) skills hold more, arms are shifted, objects recombined (3).
 TASK_DEFAULTS = {
-    "maze": dict(latent_dim=128, skill_encoder="mlp", pretrain_updates=10_000, pretrain_batch_size=64, bc_chunks=1,
+    "maze": dict(latent_dim=128, skill_encoder="mlp", pretrain_updates=8_000, pretrain_batch_size=64, bc_chunks=1,
                  pretrain_lr=1.5e-3, total_timesteps=200_000, warmup_steps=50_000, batch_size=64,
                  updates_per_step=20 / 500, alpha=1.0, autotune=True),
     "kitchen": dict(pretrain_updates=10_000, pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64,
