@@ -17,7 +17,7 @@ demonstrations, with the rewards that the agent's own experience foretells and a
 
 DEVIATION n: differences from the authors' code. Why, what was measured, and scores: algos/docs/supe.md
 1. Skills are SPiRL's: 10 steps, 10 numbers, close to N(0, 1); the skill policy acts without noise.
-2. Fewer and fewer-headed updates: 2 critic steps per skill with 5 critics; theirs are 80 with 10. Alpha moves faster.
+2. Fewer updates: 2 critic steps per skill with 5 critics; theirs: 80 with 10. Alpha moves faster, in the maze Q', too.
 3. The bonus is scaled once: its first mean is rnd_coef. Theirs is 8 times the error.
 4. Rewards of a skill are summed without discount. 5. E environments act side by side; g learns from all at once.
 6. Sines of positions as inputs, but not of g; LayerNorm has no weights, and R and M are networks as the critics.
@@ -132,11 +132,11 @@ class Args:
                 sys.exit(f"error: --{name} {value} does not work: give {low} to {high}")
 
 
-# By the name of a task's data: spirl.py's values for pre-training and target_kl, the authors' target_critics in their
-# maze, and rewards of 10 (CALVIN: 1) for a success. `people`: with people's data (--data d4rl or a path).
+# By the name of a task's data: spirl.py's values for pre-training, target_kl and tau, and rewards of 10 (CALVIN: 1) for
+# a success. `people`: with people's data (--data d4rl or a path).
 TASK_DEFAULTS = {
-    "maze": dict(total_timesteps=2_000_000, warmup_steps=50_000, batch_size=128, target_critics=1, alpha=0.01,
-                 target_kl=3.0, reward_scale=0.1),
+    "maze": dict(total_timesteps=2_000_000, warmup_steps=50_000, batch_size=128, alpha=0.01, target_kl=3.0,
+                 tau=0.05, reward_scale=0.1),
     "kitchen": dict(kl_coef=5e-4, people=dict(kl_coef=1e-3, arm_noise=0.02, recombine=True)),
     "calvin": dict(total_timesteps=2_000_000, alpha=0.05, reward_scale=0.01),
 }  # fmt: skip
@@ -145,7 +145,7 @@ RELEASE = {
     "all": dict(position_features=False, squash_actions=True, pretrain_updates=480_000, pretrain_lr_decay=False,
                 arm_noise=0.0, recombine=False, kl_coef=5e-4, num_envs=1, critic_steps=20, updates_per_step=0.4,
                 num_critics=10, alpha_lr=3e-4, target_kl=0.0),
-    "maze": dict(pretrain_updates=530_000, kl_coef=1e-3, warmup_steps=5_000, alpha=0.05),
+    "maze": dict(pretrain_updates=530_000, kl_coef=1e-3, warmup_steps=5_000, target_critics=1, alpha=0.05, tau=0.005),
 }  # fmt: skip
 
 

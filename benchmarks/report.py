@@ -90,7 +90,8 @@ SETTINGS = (
     ("tau .01 → .05", "maze_tau/skimo_sac_tau0.01"),
     ("tau .01 → .05", "maze_tau/skimo_tau0.01"),
     ("the release's planner → ours", "maze_release_planner/release_planner"),
-    ("target KL 10 → 3 nats", "maze_spirl_target_kl/target_kl10"),
+    ("tau .005 → .05", "slow_copies/maze_spirl_tau0.005"),
+    ("target KL 10 → 3 nats, at tau .005", "maze_spirl_target_kl/target_kl10"),
     ("alpha .5 → .05", "kitchen_sac_alpha/alpha0.5"),
     ("alpha .5, imagined states → .05, encoded", "kitchen_policy_loss/alpha0.5_imagined"),
     ("KL weight of skills 5e-4 → 1e-3, people's data", "kitchen_human_kl/kitchen_spirl_5e-4"),
@@ -291,21 +292,25 @@ def settings_table(cells) -> str:
 # ------------------------------------------------------------------------------------------------------------ studies
 def effect(variant: Path, cells) -> tuple[list[Run], list[Run], int] | None:
     """The runs of the cell that a study's variant is compared with, the variant's, and the env steps both have."""
-    other = Cell(scores.read_run(path) for path in sorted(variant.glob("seed*.json")))
-    names = json.loads((variant.parent / "study.json").read_text()).get("compare", [])
-    for task, method, data in (name.split("/") for name in names):
-        data = "scripted" if data == "none" else data
-        if (task, method, data) not in cells:
-            sys.exit(f"error: {variant.parent / 'study.json'} compares with {task}/{method}, which has no logs")
-        if other and (task, method) == (other[0].task, other[0].method):
-            end = min(cells[task, method, data].main_end, other.main_end)
-            return cells[task, method, data].reaching(end), other.reaching(end), end
+    other = read_variant(variant)
+    for name in json.loads((variant.parent / "study.json").read_text()).get("compare", []):
+        cell = read_variant(variant.parents[1] / name)  # STUDY/VARIANT, or TASK/METHOD/DATA
+        cell = cell or cells.get(tuple(name.replace("/none", "/scripted").split("/")))
+        if not cell:
+            sys.exit(f"error: {variant.parent / 'study.json'} compares with {name}, which has no logs")
+        if other and (cell[0].task, cell[0].method) == (other[0].task, other[0].method):
+            end = min(cell.main_end, other.main_end)
+            return cell.reaching(end), other.reaching(end), end
     return None
+
+
+def read_variant(folder: Path) -> Cell:
+    return Cell(scores.read_run(path) for path in sorted(folder.glob("seed*.json")))
 
 
 def variant_row(study: Path, variant: str, cells) -> dict[str, str]:
     found = effect(study / variant, cells)
-    runs = found[1] if found else Cell(scores.read_run(path) for path in sorted((study / variant).glob("seed*.json")))
+    runs = found[1] if found else read_variant(study / variant)
     end = found[2] if found else Cell(runs).main_end
     row = {
         "study": f"[{study.name}]({study.name})",

@@ -357,7 +357,7 @@ def test_a_study_that_compares_with_a_cell_without_logs_ends_in_a_sentence(tmp_p
     write_log(tmp_path / "studies", "skimo", 1, 0.5)
     study = tmp_path / "studies" / "maze"
     (study / "study.json").write_text(json.dumps(dict(question="?", answer="!", compare=["maze/sac/none"])))
-    with pytest.raises(SystemExit, match="error: .*study.json compares with maze/sac, which has no logs"):
+    with pytest.raises(SystemExit, match="error: .*study.json compares with maze/sac/none, which has no logs"):
         report.effect(study / "skimo", scores.read_cells(tmp_path))
 
 
