@@ -17,7 +17,7 @@ demonstrations, with the rewards that the agent's own experience foretells and a
 
 DEVIATION n: differences from the authors' code. Why, what was measured, and scores: algos/docs/supe.md
 1. Skills are SPiRL's: 10 steps, 10 numbers, close to N(0, 1); the skill policy acts without noise.
-2. Fewer updates: 2 critic steps per skill with 5 critics; theirs: 80 with 10. Alpha moves faster, in the maze Q', too.
+2. Fewer updates: 2 critic steps per skill with 5 critics; theirs: 80 with 10. Alpha is faster; maze: Q', too, and m 2.
 3. The bonus is scaled once: its first mean is rnd_coef. Theirs is 8 times the error.
 4. Rewards of a skill are summed without discount. 5. E environments act side by side; g learns from all at once.
 6. Sines of positions as inputs, but not of g; LayerNorm has no weights, and R and M are networks as the critics.

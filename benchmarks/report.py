@@ -77,7 +77,7 @@ CLAIMS = (
     Claim(
         "a skill-level model > a single-step one", "skimo", "skimo_single_step", ALL, "yes, but single-step learns too"
     ),
-    Claim("SkiMo > SPiRL", "skimo", "spirl", ALL, "faster everywhere; its end is no better"),
+    Claim("SkiMo > SPiRL", "skimo", "spirl", ALL, "faster, least in the maze; no better finally"),
     Claim(
         "naive combinations fail: > SPiRL + Dreamer", "skimo", "dreamer_skills", ALL, "far behind, though not at zero"
     ),
