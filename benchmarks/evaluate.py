@@ -2,8 +2,8 @@
 
     python benchmarks/evaluate.py runs/checkpoints     # of files with skills; the same command goes on after a stop
 
-Each acts as in its own evaluations, a planner plans; who plans acts once more by the mode of the task policy, from the
-same starts. So noise, planner and policy can be told apart. Writes a row for each into FOLDER/evaluations.csv.
+Each acts as in its own evaluations, a planner plans; SkiMo's files act once more by the mode of the task policy, from
+the same starts. So noise, planner and policy can be told apart. Writes a row for each into FOLDER/evaluations.csv.
 """
 
 import csv
@@ -37,15 +37,20 @@ def mode(algo, agent, obs, global_step: int, explore: bool):
 
 
 def evaluations(path: Path, episodes: int) -> list[tuple]:
-    """(env step, acts by, episodes, mean return, success) of a checkpoint, by each way of acting."""
+    """(env step, acts by, episodes, mean return, success) of a checkpoint, by each way of acting. None of files
+    without skills, and of dreamer_skills.py, which filters observations beside its agent.
+    """
     state = load_algorithm("skimo").load(path, {})
     algo = load_algorithm(state["script"].removesuffix(".py"))
+    if not hasattr(algo, "make_networks") or hasattr(algo, "Filter"):
+        return []
     args = algo.Args(**state["args"] | dict(device="cpu", cudagraphs=False))
     agent = algo.Agent(args, algo.make_networks(args))
     algo.load(path, dict(agent=agent))
     plans = hasattr(algo, "plan")
     rows = []
-    for acts_by in ("plan", "mode") if plans else ("mode",):
+    ways = ("plan", "mode") if hasattr(algo, "gaussian_parameters") else ("plan",)
+    for acts_by in ways if plans else ("mode",):
         if plans and acts_by == "mode":
             agent.choose_skills = functools.partial(mode, algo, agent)
         scores = algo.rollout(agent, args, episodes, 10_000 + args.seed, state["global_step"])
@@ -57,16 +62,20 @@ def main(args: Args):
     table = args.folder / "evaluations.csv"
     done = set()
     if table.exists():
-        done = {(row["checkpoint"], int(row["env_step"])) for row in csv.DictReader(table.open())}
+        rows = csv.DictReader(table.open())
+        done = {(row["checkpoint"], int(row["env_step"]), int(row["episodes"])) for row in rows}
     with table.open("a", buffering=1) as file:
         if not file.tell():
             print(*COLUMNS, sep=",", file=file)
         for path in sorted(args.folder.rglob("*.pt")):
             name = path.relative_to(args.folder).as_posix()
-            if (name, step_of(path)) not in done:
+            if (name, step_of(path), args.episodes) not in done:
                 rows = evaluations(path, args.episodes)
-                print(*(",".join(map(str, (name, *row))) for row in rows), sep="\n", file=file)
-                print(*(f"{name}: {row}" for row in rows), sep="\n")
+                if not rows:
+                    print(f"left out: {name}")
+                for row in rows:
+                    print(name, *row, sep=",", file=file)
+                    print(f"{name}: {row}")
 
 
 if __name__ == "__main__":

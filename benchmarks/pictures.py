@@ -65,7 +65,7 @@ def load_run(path: Path, name: str | None):
     args = algo.Args(**algo.load(checkpoint, {})["args"] | dict(device="cpu", cudagraphs=False))
     agent = algo.Agent(args, algo.make_networks(args))
     replay = algo.load(checkpoint, dict(agent=agent)).get("rb", {})
-    if "columns" not in replay:
+    if "columns" not in replay or hasattr(algo, "RolloutBuffer") or not hasattr(agent, "choose_skills"):
         raise DataError(refusal)
     columns = replay["columns"]
     obs = columns["obs"] if isinstance(columns, dict) else columns[0]

@@ -238,7 +238,7 @@ def run_cell(
                 while process.poll() is None:
                     keep_early(marks and find_run_dir(folder), checkpoint, marks, seen)
                     time.sleep(0.1)
-            except KeyboardInterrupt:  # ray.cancel: the runner is being stopped
+            except BaseException:  # ray.cancel, as the runner is being stopped, or a full disk
                 process.terminate()
                 try:
                     process.wait(STOP_TIMEOUT)
@@ -408,6 +408,8 @@ def make_cells(args: Args) -> list[Cell]:
                 own += flags
                 cell = Cell(algo, env_id, seed, command + own, folder, result, checkpoint, own, family)
                 cell.pretrained = "--pretrained" in names
+                if board.data_share < 1 and not with_data:
+                    sys.exit(f"error: {env_id} has a share of the data, {algo} none: leave one out")
                 if cell.pretrained and board.data_share < 1:
                     sys.exit(f"error: {env_id} has a share of the data, --pretrained a model of all: leave one out")
                 check_flags(cell)
@@ -421,15 +423,15 @@ def estimate(cells: list[Cell]) -> str:
 
     published, models, hours, unknown = scores.read_cells(scores.RESULTS), {}, 0.0, {}
     for cell in [cell for cell in cells if cell.state != "finished"]:
-        flags = dict(zip(cell.command[2::2], cell.command[3::2]))
-        task, steps = flags["--env-id"], flags.get("--total-timesteps")
+        task = cell.command[cell.command.index("--env-id") + 1]
+        steps = re.findall(r"--total.timesteps[= ](\d+)", " ".join(cell.command))
         found = [published.get((name, cell.algo, "scripted")) for name in (task, TASKS[task].data)]
         runs = [run for run in next(filter(None, found), []) if run.facts["args"].get("device") != "cuda"]
         if not runs or not steps:
             unknown[f"{cell.env_id}/{cell.algo}"] = True
             continue
         rates = [scores.minutes_at(run, run.end) / run.env_steps for run in runs]
-        hours += int(steps) * sum(rates) / len(rates) / 60
+        hours += int(steps[-1]) * sum(rates) / len(rates) / 60
         facts = [(run.facts.get("results") or {}).get("pretraining") or {} for run in runs]
         minutes = max(fact.get("minutes", 0) for fact in facts)
         models |= {cell.family: minutes / 60} if minutes and not cell.pretrained else {}
@@ -537,7 +539,7 @@ def run_grid(args: Args, cells: list[Cell], gpus: float, display: Display):
                     try:
                         write_results(cell, outcome)
                         cell.state, cell.pretrained = "finished", True
-                    except (KeyError, TypeError, ValueError) as error:
+                    except (LookupError, TypeError, ValueError) as error:
                         cell.problem = f"results.json or episodes.csv is not as benchmarks/README.md says ({error!r})"
                         cell.state = "failed"
                 else:
@@ -573,7 +575,8 @@ def main(args: Args):
     print(f"{len(cells)} runs, {len(cells) - todo} of them finished before")
     if todo:
         gpus, display = connect(args), Display()
-        check_writable(args.run_dir / "ray.txt")
+        for path in (args.run_dir / "ray.txt", args.results_dir / "seed", args.checkpoints_dir / "seed"):
+            check_writable(path)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
         # Ray's own threads print pages about lost nodes, which would tear the table.
         with (args.run_dir / "ray.txt").open("a") as messages, contextlib.redirect_stdout(messages):

@@ -83,6 +83,7 @@ METHODS = {
     "hiro": Method("HIRO", "#8ca252"),
     "option_critic": Method("Option-Critic", "#a55194"),
 }
+KNOWN = frozenset(TASKS)  # the others are users' own
 MAIN = ("skimo", "skimo_no_joint", "skimo_no_cem", "skimo_sac", "spirl")  # methods in figures and orderings
 DATA = {"scripted": "scripted data", "human": "people's data"}
 SHARE = "% of "  # in the name of data that are not whole
@@ -170,7 +171,8 @@ def own_task(env_id: str, rows: list[dict]) -> Task:
 
 def has_begun(path: Path) -> bool:
     """Whether a log has episodes: not that of a run that still pre-trains or did not get so far."""
-    return path.name != "args.json" or path.with_name("episodes.csv").exists()
+    table = path.with_name("episodes.csv")
+    return path.name != "args.json" or table.exists() and len(table.read_text().splitlines()) > 1
 
 
 def read_log(path: Path) -> tuple[str, dict, list[dict]]:
@@ -240,9 +242,9 @@ def run_of(path: Path, env_id: str, facts: dict, rows: list[dict]) -> Run:
 
 def curve(run: Run, end: int) -> tuple[np.ndarray, np.ndarray]:
     """Middles of the bins up to an env step, and the mean of each; a bin without an episode lies between others."""
-    width = TASKS[run.task].bin
-    width = width if end >= 2 * width else max(end // 8, 1)  # of a short run
-    count = end // width
+    bins = end / TASKS[run.task].bin
+    count = round(bins) if bins >= 2 else 8  # of a short run
+    width = max(end, 1) / count
     index = np.ceil(run.steps / width).astype(int) - 1  # of each episode: bins have their upper edge
     inside = index < count
     episodes = np.bincount(index[inside], minlength=count)
@@ -342,13 +344,13 @@ def read_cells(folder: Path) -> dict[tuple[str, str, str], Cell]:
     paths = [path for path in paths if not {"studies", "held-out"} & {*path.relative_to(folder).parts}]
     waiting = [path for path in paths if not has_begun(path)]
     if waiting and waiting == paths:
-        sys.exit(f"error: in {waiting[0].parent} RL has not begun yet; wait for its pre-training")
+        sys.exit(f"error: in {waiting[0].parent} no episode of RL has ended yet")
     for path in waiting:
-        print(f"left out: {path.parent}, whose RL has not begun")
+        print(f"left out: {path.parent}, in which no episode of RL has ended yet")
     logs = [(path, *read_log(path)) for path in paths if path not in waiting]
     own = {}
     for _, env_id, _, rows in logs:
-        if env_id not in TASKS:
+        if env_id not in KNOWN:
             own.setdefault(env_id, []).extend(rows)
     TASKS.update({env_id: own_task(env_id, rows) for env_id, rows in own.items()})
     runs = [run_of(*log) for log in logs]
@@ -407,11 +409,16 @@ def cell_end(cells, task: str, method: str, data: str) -> int:
     return min(board_end(cells, task, data), cells[task, method, data].main_end)
 
 
-def measured(cells, task: str, method: str, data: str, measure: str) -> np.ndarray:
-    """A measure of every seed of a cell; empty without runs."""
+def common_end(cells, task: str, data: str, *methods: str) -> int:
+    """The env steps to which cells are compared with each other."""
+    return min([cell_end(cells, task, name, data) for name in methods if (task, name, data) in cells], default=0)
+
+
+def measured(cells, task: str, method: str, data: str, measure: str, end: int | None = None) -> np.ndarray:
+    """A measure of every seed of a cell, up to an env step or its own end; empty without runs."""
     if (task, method, data) not in cells:
         return np.array([])
-    end = cell_end(cells, task, method, data)
+    end = end or cell_end(cells, task, method, data)
     return np.array([MEASURES[measure](run, end) for run in cells[task, method, data].reaching(end)])
 
 
@@ -455,7 +462,7 @@ def relation(first, second, margin: float) -> str:
     """How two sets of scores, one per seed, stand: > or < if all seeds agree, = if the means are within the margin."""
     first = np.asarray(first)
     second = np.asarray(second)
-    if abs(first.mean() - second.mean()) <= margin:
+    if abs(first.mean() - second.mean()) <= margin + 1e-9:
         return "="
     if first.min() > second.max():
         return ">"
@@ -483,44 +490,48 @@ def improvement(boards: list[tuple]) -> tuple[float, float, float]:
 def lead(first: list[Run], second: list[Run], measure, end: int) -> tuple[float, float, float, bool]:
     """Mean lead of the first runs, its 95 % interval by bootstrap over seeds, and whether seeds were paired.
 
-    Seeds are paired where each started from a pre-trained model of its own that a run of the other cell has, too.
+    Seeds are paired where each started from a pre-trained model of its own; then only models that both cells have
+    count, if they are all of one cell. No interval of a single run.
     """
     models = [{model_of(run): measure(run, end) for run in runs} for runs in (first, second)]
     rng = np.random.default_rng(0)
-    pairs = None not in models[0] and models[0].keys() == models[1].keys()
-    pairs = pairs and len(models[0]) == len(first) == len(second) > 1
+    shared = models[0].keys() & models[1].keys()
+    pairs = None not in shared and len(models[0]) == len(first) and len(models[1]) == len(second)
+    pairs = pairs and len(shared) == min(len(first), len(second)) > 0
     if pairs:
-        differences = np.array([models[0][name] - models[1][name] for name in models[0]])
-        means = rng.choice(differences, (2_000, len(differences))).mean(1)
-        middle = differences.mean()
+        values = [np.array([models[0][name] - models[1][name] for name in sorted(shared)])]
+        middle = values[0].mean()
+        means = rng.choice(values[0], (2_000, len(shared))).mean(1)
     else:
         values = [np.array([measure(run, end) for run in runs]) for runs in (first, second)]
         middle = values[0].mean() - values[1].mean()
         means = np.subtract(*(rng.choice(part, (2_000, len(part))).mean(1) for part in values))
-        if min(map(len, values)) == 1:
-            means = np.array([np.nan])
+    if min(map(len, values)) == 1:
+        means = np.array([np.nan])
     return middle, *np.quantile(means, [0.025, 0.975]), pairs
 
 
 def agreement(cells, measure: str, data: str) -> dict:
     """How many orderings of pairs of the main methods are the paper's, and what chance would give.
 
-    The paper's order is that of its last scores, for speed that of its areas over the same env steps. Chance: on each
-    board the names of our methods are shuffled, all ways; p is the share of shufflings with as many or more.
+    A pair is compared at the env steps that both have. The paper's order is that of its last scores, for speed that of
+    its areas over the same env steps. Chance: on each board the names of our methods are shuffled, all ways; p is the
+    share of shufflings with as many or more.
     """
     total, holds = 0, 0
     chance = np.ones(1)  # chance[n]: of n orderings that hold
     for task in [task for task, d in boards(cells) if d == data and task in TASKS]:
         ours = {name: measured(cells, task, name, data, measure) for name in MAIN}
         names = [name for name, values in ours.items() if len(values) and not np.isnan(values).any()]
-        end = board_end(cells, task, data)
-        paper = {
-            name: [paper_speed(task, name, end) if measure == "speed" else paper_final(task, name)] for name in names
-        }
         margin = TASKS[task].margin
         pairs = list(combinations(names, 2))
-        expected = [relation(paper[a], paper[b], margin) for a, b in pairs]
-        found = {(a, b): relation(ours[a], ours[b], margin) for a, b in permutations(names, 2)}
+        expected, found = [], {}
+        for a, b in permutations(names, 2):
+            end = common_end(cells, task, data, a, b)
+            found[a, b] = relation(*(measured(cells, task, name, data, measure, end) for name in (a, b)), margin)
+            if (a, b) in pairs:
+                paper = [[paper_speed(task, n, end) if measure == "speed" else paper_final(task, n)] for n in (a, b)]
+                expected.append(relation(*paper, margin))
         counts = []
         for shuffled in permutations(names):
             called = dict(zip(names, shuffled))

@@ -103,6 +103,7 @@ def test_the_curve_is_the_mean_of_bins_with_their_upper_edge_and_speed_its_area(
     assert np.allclose(means, expected)
     assert scores.speed(make_run(steps, values), 50_000) == pytest.approx(np.mean(expected))
     assert np.isnan(scores.speed(make_run([9_000], [1.0]), 5_000))
+    assert scores.curve(make_run(steps, values), 54_000)[0].tolist() == [5_400, 16_200, 27_000, 37_800, 48_600]
     middles, means = scores.curve(make_run(range(2_000, 16_001, 2_000), range(8)), 16_000)  # a short run: eight bins
     assert means.tolist() == list(range(8)) and middles.tolist() == list(range(1_000, 16_000, 2_000))
 
@@ -166,7 +167,24 @@ def test_seeds_are_paired_where_each_has_a_model_of_its_own():
         with_models(first, (1, 1, 1)), with_models(second, (1, 1, 1)), scores.level, 50_000
     )
     assert not paired and middle == pytest.approx(0.1) and low < -0.1 and high > 0.3
-    assert np.isnan(scores.lead(with_models([0.5], (1,)), with_models(second, (1, 2, 3)), scores.level, 50_000)[1])
+    middle, low, _, paired = scores.lead(with_models([0.5], (2,)), with_models(second, (1, 2, 3)), scores.level, 50_000)
+    assert paired and middle == pytest.approx(-0.1) and np.isnan(low)  # the only model that both have
+
+
+def test_cells_are_compared_at_the_env_steps_that_both_have(tmp_path):
+    """SkiMo's episodes are lost until 200,000 env steps, then won; SPiRL ended there, with half of them won."""
+    for seed in (1, 2):
+        write_log(tmp_path, "spirl", seed, 0.5, steps=200_000)
+        write_log(tmp_path, "skimo", seed, 1.0)
+        write_log(tmp_path, "skimo_sac", seed, 1.0)
+        path = tmp_path / "maze" / "skimo" / "scripted" / f"seed{seed}.csv"
+        header, *rows = path.read_text().splitlines()
+        rows[:200] = [row.replace(",100.0,", ",0.0,") for row in rows[:200]]
+        path.write_text("\n".join([header, *rows]))
+    cells = scores.read_cells(tmp_path)
+    assert scores.board_end(cells, "maze", "scripted") == 300_000
+    assert report.three(cells, "maze", "spirl", "scripted")[:2] == [".50\\*", ".50\\*"]
+    assert report.verdicts(cells, report.Claim("", "spirl", "skimo", ("maze",), ""), "level").startswith("1 of 1 (1 ap")
 
 
 def test_the_probability_of_a_better_run():
@@ -474,7 +492,7 @@ def test_run_folders_are_compared_with_what_is_published(tmp_path, capsys):
     report.main(report.Args(folders))
     text = capsys.readouterr().out
     assert "| this run: SkiMo, seed 1 | 120,000 | 1.00 | 1.00 | .90 |" in text
-    assert "| published SkiMo, 5 seeds | 120,000 | .29 |" in text and "| the paper's SkiMo | 120,000 | .0" in text
+    assert "| published SkiMo, 5 seeds | 120,000 | .37 |" in text and "| the paper's SkiMo | 120,000 | .0" in text
     assert (folders[0] / "curves.png").stat().st_size > 10_000
     assert sorted(path.name for path in folders[1].iterdir()) == ["args.json", "episodes.csv", "results.json"]
     report.main(report.Args((run_folder(tmp_path / "short", 8_000),)))
@@ -515,8 +533,9 @@ def test_a_run_that_still_pretrains_is_left_alone(tmp_path, capsys):
     young = tmp_path / "young" / "args.json"
     young.parent.mkdir()
     young.write_text(json.dumps(dict(script="skimo.py", env_id="maze", seed=1, num_envs=8)))
-    with pytest.raises(SystemExit, match="young RL has not begun yet"):
+    with pytest.raises(SystemExit, match="young no episode of RL has ended yet"):
         scores.read_cells(tmp_path)
+    (young.parent / "episodes.csv").write_text(HEADER_OF_RUNS + "\n")
     write_log(tmp_path, "skimo", 1, 0.5)
     assert set(scores.read_cells(tmp_path)) == {("maze", "skimo", "scripted")}
     assert "left out: " in capsys.readouterr().out
