@@ -468,7 +468,7 @@ def test_held_out_boards_have_their_own_page(tmp_path, monkeypatch):
     assert "| [SkiMo](../algos/docs/skimo.md) | .90/.90/.90 (2) | .50/.50/.50 (2) |" in text
     assert "| .50°/.50°/.50° (2) | .50/.50/.50 (2) |" in text
     assert report.results_text(whole) == text.replace(
-        text[text.index("## The held-out") : text.index("## Settings weigh")], ""
+        text[text.index("## The held-out") : text.index("## Settings weigh as")], ""
     )
 
 
