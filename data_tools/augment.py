@@ -11,13 +11,12 @@ import torch
 from data_tools.dataset import OfflineDataset
 from data_tools.files import DataError
 
-MOVED = 0.1  # an entry of an object that changes by more has been moved; people's data hold noise of 0.02
 
-
-def recombined(data: OfflineDataset, objects, seed: int = 0) -> OfflineDataset:
+def recombined(data: OfflineDataset, objects, seed: int = 0, moved_by: float = 0.1) -> OfflineDataset:
     """Return the episodes and each of them once more, among objects that others have moved.
 
-    objects: for each object, its entries in an observation. What nobody touches in an episode hardly changes what
+    objects: for each object, its entries in an observation; one that changes by more than moved_by has been moved
+    (people's data hold noise of 0.02). What nobody touches in an episode hardly changes what
     happens there: whoever shows the light switch beside a closed microwave has also shown it beside an open one
     (CoDA, Pitis et al. 2020, https://arxiv.org/abs/2007.02863). In a repeated episode each untouched object is
     where it was or, as often, where another episode has left it; sensors' noise stays.
@@ -32,7 +31,7 @@ def recombined(data: OfflineDataset, objects, seed: int = 0) -> OfflineDataset:
     dice = np.random.default_rng(seed)
     for entries in objects:
         paths = np.split(obs[:, entries], cuts)  # (rows, entries) of each episode
-        moved = [bool((np.ptp(path, axis=0) > MOVED).any()) for path in paths]
+        moved = [bool((np.ptp(path, axis=0) > moved_by).any()) for path in paths]
         ends = [path[-1] for path, was_moved in zip(paths, moved) if was_moved]
         for i, path in enumerate(paths):
             if ends and not moved[i] and dice.random() < 0.5:
@@ -67,7 +66,8 @@ def code_of(source: str) -> str:
 
     Pre-trained models are found again by it: whoever changes networks, loss or sampling gets a new model.
     """
-    sampling = [OfflineDataset.split, OfflineDataset.sample_windows, OfflineDataset.sample_pairs, recombined, perturb]
+    sampling = [OfflineDataset.split, OfflineDataset.sample_windows, OfflineDataset._window_table]
+    sampling += [OfflineDataset.sample_pairs, recombined, perturb]
     digest = hashlib.sha256()
     for text in (source, *map(inspect.getsource, sampling)):
         tree = ast.parse(textwrap.dedent(text))

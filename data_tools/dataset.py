@@ -67,8 +67,12 @@ class OfflineDataset:
     def from_episodes(cls, episodes, attributes=None) -> "OfflineDataset":
         """Join [(obs (T, O), actions (T, A), done), ...]; their last rows are terminals if done, else timeouts.
 
-        A last observation, which no action follows, is left out: obs may have T + 1 rows.
+        A last observation, which no action follows, is left out: obs may have T + 1 rows. So are empty episodes.
+        Raises DataError.
         """
+        episodes = [episode for episode in episodes if len(episode[1])]
+        if not episodes or any(len(obs) - len(actions) not in (0, 1) for obs, actions, _ in episodes):
+            raise DataError("episodes need rows, and an observation for each action, or one more.")
         lengths = [len(actions) for _, actions, _ in episodes]
         done = np.array([done for _, _, done in episodes], dtype=bool)
         last_rows = np.cumsum(lengths) - 1
@@ -325,4 +329,5 @@ def made_once(path, make: Callable[[], OfflineDataset]) -> OfflineDataset:
     try:
         return OfflineDataset.load(path)
     except DataError as error:
-        raise DataError(f"{error} data_tools made this file: it may be deleted, then it is made again.") from error
+        found = str(error).removesuffix(f": {AGAIN}.").removesuffix(f": {CURE}.")
+        raise DataError(f"{found}: delete it; data_tools made it, and makes it again.") from error

@@ -30,9 +30,10 @@ def test_comments_and_docstrings_do_not_change_the_name_of_code():
         assert code_of(code.replace("x + 1", other)) != code_of(code)
 
 
-def test_code_that_draws_batches_is_part_of_it(monkeypatch):
+@pytest.mark.parametrize("name", ["sample_windows", "_window_table"])
+def test_code_that_draws_batches_is_part_of_it(name, monkeypatch):
     before = code_of("x = 1")
-    monkeypatch.setattr(OfflineDataset, "sample_windows", OfflineDataset.sample_pairs)
+    monkeypatch.setattr(OfflineDataset, name, OfflineDataset.sample_pairs)
     assert code_of("x = 1") != before
 
 

@@ -302,11 +302,11 @@ def copied(values):
 
 
 def tensors(values) -> list:
-    """All tensors in nested tuples and dicts."""
+    """All tensors in nested lists, tuples and dicts."""
     if isinstance(values, torch.Tensor):
         return [values]
-    values = values.values() if isinstance(values, dict) else values
-    return [tensor for value in values for tensor in tensors(value)]
+    values = list(values.values()) if isinstance(values, dict) else values
+    return [tensor for value in values for tensor in tensors(value)] if isinstance(values, list | tuple) else []
 
 
 def with_rewards(agent_type):
@@ -362,10 +362,10 @@ def test_nothing_is_read_after_the_next_replay_overwrote_it(name, tmp_path, monk
     assert Overwriting.calls > 100
     assert logged == expected_logged and all(np.isfinite(value) for _, value, _ in logged)
     for key in ("agent", "last_mean", "h", "s", "action"):
-        for one, other in zip(tensors(state.get(key, ())), tensors(expected.get(key, ()))):
+        for one, other in zip(tensors(state.get(key, ())), tensors(expected.get(key, ())), strict=True):
             assert torch.equal(one, other)
-    for one, other in zip(state["rb"].values(), expected["rb"].values()):
-        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else True
+    for one, other in zip(tensors(state["rb"]), tensors(expected["rb"]), strict=True):
+        assert torch.equal(one, other)
 
 
 # --------------------------------------------------------------------------------------------- a GPU, played on the CPU

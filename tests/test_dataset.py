@@ -213,6 +213,12 @@ def test_episodes_of_any_kind_are_joined():
     assert dataset.episode_lengths.tolist() == [4, 2, 5] and dataset.attributes == {"seed": 3}
     assert dataset.terminals.nonzero().flatten().tolist() == [3, 10]
     assert dataset.timeouts.nonzero().flatten().tolist() == [5]
+    empty = np.empty((0, 3)), np.empty((0, 2)), True
+    with_empty = OfflineDataset.from_episodes([empty, episodes[0], empty, *episodes[1:]])
+    assert with_empty.fingerprint == dataset.fingerprint
+    for wrong in ([], [empty], [(np.zeros((6, 3)), np.zeros((4, 2)), False)]):
+        with pytest.raises(DataError, match="episodes need rows, and an observation for each action"):
+            OfflineDataset.from_episodes(wrong)
     rows = [np.float32(obs[: len(actions)]) for obs, actions, _ in episodes]
     assert np.array_equal(dataset.observations.numpy(), np.concatenate(rows))
     assert np.array_equal(dataset.actions.numpy(), np.concatenate([np.float32(x) for _, x, _ in episodes]))
@@ -491,7 +497,7 @@ def test_load_dataset_errors(tmp_path):
         load_dataset("maze", tmp_path / "file")
     # A damaged file is reported, not replaced behind the user's back.
     (tmp_path / "maze_noise0.5_seed0_v1.hdf5").write_bytes(b"damaged")
-    with pytest.raises(DataError, match="may be deleted"):
+    with pytest.raises(DataError, match="signature not found.*: delete it; data_tools made it"):
         load_dataset("maze", tmp_path)
 
 

@@ -531,6 +531,16 @@ def test_the_authors_archive_by_one_word(drive, tmp_path, capsys):
     assert {path.suffix for path in folder.iterdir()} == {".gz", ".sha256", ".lock"}
 
 
+def test_an_archive_that_broke_off_is_not_the_first(drive, tmp_path):
+    whole, drive.content = drive.content, drive.content[:-30]
+    for _ in range(2):
+        with pytest.raises(DataError, match="maze.gz is damaged .*: fetch or copy it again"):
+            data_tools.load_dataset("maze", tmp_path, "release", progress=False)
+    (tmp_path / "maze.gz").unlink()
+    drive.content = whole
+    check(data_tools.load_dataset("maze", tmp_path, "release", progress=False), maze_episodes(), "skimo-release")
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [

@@ -206,7 +206,6 @@ def test_maze_far_begins_61_moves_from_the_same_goal():
     obs, _ = envs.reset(seed=0)
     assert np.abs(obs[:, :2] - far).max() < 2.1 and np.allclose(obs[:, :2].mean(0), far, atol=0.25)
     assert np.isfinite(geodesic_distance(make_layout(), GOAL)[tuple(cell_of(obs).T)]).all()  # no start is cut off
-    place(SingleEnv(MazeVectorEnv, far=True), far)
     envs.physics[:, 1:3] = GOAL
     _, rewards, terminations, _, _ = envs.step(np.zeros((400, 2)))
     assert (rewards == 100).all() and terminations.all() and envs.max_episode_steps == 2000

@@ -297,6 +297,16 @@ def test_a_video_is_recorded_when_the_environments_close(tmp_path):
     assert kept < 0.1 * 4 * drawn[0].nbytes
 
 
+def test_a_video_ends_with_its_episode_though_others_go_on(tmp_path):
+    envs = data_tools.make_envs("maze", 2, tmp_path / "episode.mp4")
+    envs.reset(seed=0)
+    envs.unwrapped.physics[0, 1:3] = GOAL
+    for _ in range(9):
+        _, _, terminations, _, _ = envs.step(np.zeros((2, 2)))
+    assert terminations.tolist() == [True, False] and len(envs.frames) == 1
+    envs.close()
+
+
 def test_a_video_of_odd_pictures_gets_a_row_and_a_column(tmp_path):
     envs = data_tools.make_envs("maze", 1, tmp_path / "odd.mp4")
     picture = np.zeros((31, 45, 3), np.uint8)

@@ -93,7 +93,13 @@ def fetch_release(drive_id: str, path: Path, read, progress=True) -> Path:
     written = path.with_name(f"release_{path.stem}.hdf5")
     if path.exists() or not written.exists():
         download.fetch(download.DRIVE + drive_id, path, None, progress, drive=True)
-    made_once(written, lambda: read(path))
+
+    def make():
+        data = read(path)
+        download.note(path)  # of a whole archive
+        return data
+
+    made_once(written, make)
     return written
 
 

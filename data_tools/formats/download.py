@@ -23,8 +23,8 @@ WAYS = (
 def fetch(url, path, sha256: str | None = None, progress: bool = True, drive: bool = False) -> Path:
     """Return the file `path`, which is fetched from `url` if it is not there.
 
-    sha256: that of the published file. None: none is published; what the first fetch brings is noted beside the file,
-    and another file is refused from then on. drive: the server is Google Drive.
+    sha256: that of the published file. None: none is published; once there is a note, another file is refused.
+    drive: the server is Google Drive.
     Raises DataError if the server does not deliver, or if the file is not the right one or cannot be written.
     """
     path = Path(path)
@@ -40,7 +40,6 @@ def fetch(url, path, sha256: str | None = None, progress: bool = True, drive: bo
             print(f"Fetching {url} into {path}", flush=True)
             downloader = (_Drive if drive else pooch.HTTPDownloader)(progressbar=progress, timeout=TIMEOUT)
             pooch.retrieve(url, sha256 or _noted(note), path.name, path.parent, downloader=downloader)
-            _is_there(path, sha256, note)
     except requests.RequestException as error:
         raise DataError(f"{url} cannot be fetched ({type(error).__name__}): {WAYS}.") from error
     except ValueError as error:  # pooch: another checksum; nothing is kept
@@ -52,6 +51,15 @@ def fetch(url, path, sha256: str | None = None, progress: bool = True, drive: bo
             f"cannot write {path} ({error.strerror}); free some space, or choose another folder with --data-dir."
         ) from error
     return path
+
+
+def note(path) -> None:
+    """Note the SHA-256 of a file that was read beside it, unless one is noted."""
+    note = path.with_name(f"{path.name}.sha256")
+    if not note.exists():
+        found = pooch.file_hash(path)
+        print(f"{path}: SHA-256 {found}, noted in {note.name}", flush=True)
+        write_atomically(note, lambda part: part.write_text(f"{found}  {path.name}\n"))
 
 
 def _noted(note):
@@ -67,10 +75,7 @@ def _is_there(path, sha256, note):
             return False
         found = pooch.file_hash(path)
     known = sha256 or _noted(note)
-    if known is None:
-        print(f"{path}: SHA-256 {found}, noted in {note.name}", flush=True)
-        write_atomically(note, lambda part: part.write_text(f"{found}  {path.name}\n"))
-    elif found != known:  # it may be the user's own
+    if known not in (None, found):  # it may be the user's own
         which = "the published file" if sha256 else f"the file that was fetched first, which {note.name} names"
         raise DataError(f"{path} is not {which} (SHA-256 differs): delete it, or move it.")
     return True

@@ -49,8 +49,9 @@ class VideoRecorder(gymnasium.vector.VectorWrapper):
         return result
 
     def step(self, actions):
+        running = not self.env.waiting[0]
         result = self.env.step(actions)
-        if self.frame % self.every == 0:
+        if running and self.frame % self.every == 0:
             frame = self.env.draw(0)
             self.shape = frame.shape
             self.frames.append(zlib.compress(frame.tobytes(), 1))  # fast
