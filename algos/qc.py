@@ -15,11 +15,11 @@ noise into a chunk and keeps several ways of acting apart. RL draws N chunks fro
 
 DEVIATION n: differences from the authors' code. Why, what was measured, and scores: algos/docs/qc.md
 1. Our data have no rewards. Phase 1 trains the flow alone; critics start in phase 2, after a warm-up of single chunks.
-2. The flow is frozen in RL, and N' chunks are drawn once for each env step. The authors train it on, and draw all anew.
+2. The flow is frozen in RL, and N' chunks are drawn once for each own env step. The authors train it on, and draw anew.
 3. A window in which an episode ends counts, with the rewards until there. Theirs has weight 0.
 4. Half of a batch are offline windows, labelled: see --offline. Theirs are in the replay from the start, with rewards.
-5. Smaller networks, K = 5, H = 10, a rate that falls to zero, 8 environments side by side, fewer updates.
-6. Sines of positions as inputs, rewards of 100 scaled to 1; in people's data arms shifted, objects recombined.
+5. Smaller networks, K = 5, H = 10, a rate that falls to zero, 8 environments side by side, fewer updates; gamma 0.999.
+6. Sines of positions as inputs, rewards of 100 scaled to 10 or 1; in people's data arms shifted, objects recombined.
 --published takes their side of 2, 5 and the sines. Their second variant, a policy distilled from the flow, is not here.
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, make_networks, pretrain_loss, pretrain,
 critic_loss, outcome_loss, demonstrations, ReplayBuffer, Agent, rollout, train
@@ -126,7 +126,7 @@ class Args:
 
 # By the name of a task's data. `people`: with people's data (--data d4rl or a path), DEVIATION 6.
 TASK_DEFAULTS = {
-    "maze": dict(total_timesteps=2_000_000, offline="none", batch_size=128, reward_scale=0.01),
+    "maze": dict(total_timesteps=2_000_000, warmup_steps=50_000, offline="none", batch_size=128, reward_scale=0.1),
     "kitchen": dict(people=dict(arm_noise=0.02, recombine=True)),
     "calvin": dict(total_timesteps=2_000_000, reward_scale=0.01),
 }
@@ -635,7 +635,9 @@ def train(args: Args) -> dict:
 
             # ALGO LOGIC: training
             updates_due = int((global_step - args.warmup_steps) * args.updates_per_step)
-            while gradient_step < updates_due and rb.added.min() >= args.skill_horizon:  # each ring has a window
+            if rb.added.min() < args.skill_horizon:  # a ring has no window yet
+                updates_due = 0
+            while gradient_step < updates_due:
                 metrics = agent.update(*rb.sample(args.batch_size))
                 gradient_step += 1
                 if gradient_step % 100 == 0:

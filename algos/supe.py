@@ -9,17 +9,19 @@ demonstrations, with the rewards that the agent's own experience foretells and a
 1. Pre-training: that of spirl.py, whose models are shared
 2. Downstream RL on transitions (s, u, sum r of H rewards, end e, s'), u = tanh(z). Repeat:
    act: z ~ pi(s), in the warm-up z ~ p(s), for H steps of the frozen skill policy pi_L
-   (1) label: demonstrated H steps become (s, tanh(mean of q), R(s, u), M(s, u), s')
+   (1) label: demonstrated H steps become (s, u = tanh(z), R(s, u), M(s, u), s'), z ~ q of these steps
    (2) bonus: r + c |g(s, u) - g'(s, u)|^2 on own and demonstrated ones; g' is random (RND, arXiv 1810.12894)
    (3) critics: Q_i(s, u) -> r + gamma (1 - e) min of m random Q'_i(s', u'), u' ~ pi(s'), Q' slow copies
    (4) policy: maximise mean Q_i(s, u) - alpha KL(pi(s) || p(s)), alpha such that the KL is target_kl
-   (5) models, on own ones only: R -> r, M -> e without the bonus; g -> g' where the agent has just been
+   (5) models, on own ones only: R -> r, M -> e without the bonus; g -> g' where the agent is after the warm-up
 
 DEVIATION n: differences from the authors' code. Why, what was measured, and scores: algos/docs/supe.md
-1. Skills are SPiRL's: 10 steps, 10 numbers, close to N(0, 1); the skill policy acts without noise.
+1. Skills are SPiRL's: 10 steps, 10 numbers, close to N(0, 1); the skill policy acts without noise. Labels are samples
+of q, as in their paper; their code takes its mean. In networks and pre-training the numbers are those of spirl.py.
 2. Fewer updates: 2 critic steps per skill with 5 critics; theirs: 80 with 10. Alpha is faster; maze: Q', too, and m 2.
 3. The bonus is scaled once: its first mean is rnd_coef. Theirs is 8 times the error.
-4. Rewards of a skill are summed without discount. 5. E environments act side by side; g learns from all at once.
+4. Rewards of a skill are summed without discount; the maze pays 10 at its goal, not -1 per env step.
+5. E environments act side by side; g learns from all at once.
 6. Sines of positions as inputs, but not of g; LayerNorm has no weights, and R and M are networks as the critics.
 7. The policy begins as the prior and stays near it. Theirs begins anew, random to an entropy of -Z/2: --target-kl 0.
 --published takes the authors' side of 2 and 7, SPiRL's release for its skills, and one environment.
@@ -145,7 +147,8 @@ RELEASE = {
     "all": dict(position_features=False, squash_actions=True, pretrain_updates=480_000, pretrain_lr_decay=False,
                 arm_noise=0.0, recombine=False, kl_coef=5e-4, num_envs=1, critic_steps=20, updates_per_step=0.4,
                 num_critics=10, alpha_lr=3e-4, target_kl=0.0),
-    "maze": dict(pretrain_updates=530_000, kl_coef=1e-3, warmup_steps=5_000, target_critics=1, alpha=0.05, tau=0.005),
+    "maze": dict(pretrain_updates=530_000, kl_coef=1e-3, warmup_steps=5_000, batch_size=256, target_critics=1,
+                 alpha=0.05, tau=0.005),
 }  # fmt: skip
 
 
@@ -471,8 +474,8 @@ def demonstrations(encoder, outcome, obs, actions, args):
 
     With "zero" nothing ends: 0 and no future would say that the goal is worthless.
     """
-    mean, _ = encoder.encode_skill(obs[:, :-1], actions)  # (B, Z)
-    first, last, u = obs[:, 0], obs[:, -1], torch.tanh(mean)
+    u = torch.tanh(draw(encoder.encode_skill(obs[:, :-1], actions)))  # (B, Z), as random as the agent's own
+    first, last = obs[:, 0], obs[:, -1]
     reward, logit = outcome(first, u)  # 2 x (B,)
     if args.relabel == "zero":
         return first, u, torch.zeros_like(reward), torch.zeros_like(reward), last
