@@ -443,16 +443,6 @@ def test_frames_show_arm_and_lights():
     assert CalvinEnv().render() is None
 
 
-def test_without_opengl_a_sentence_says_what_to_install(monkeypatch):
-    def fails(*args):
-        raise ImportError("no libEGL")
-
-    monkeypatch.setattr("mujoco.egl.GLContext", fails, raising=False)
-    monkeypatch.setattr("mujoco.gl_context.GLContext", fails)
-    with pytest.raises(DataError, match="libegl1"):
-        calvin._painter.__wrapped__()
-
-
 # ----------------------------------------------------------------------------------------------------------------- play
 
 

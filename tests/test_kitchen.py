@@ -412,13 +412,6 @@ def test_pictures_show_arm_and_burner():
     assert len(frames) == 2 and np.array_equal(frames[1], first)
 
 
-def test_missing_opengl_is_explained(monkeypatch):
-    monkeypatch.setenv("MUJOCO_GL", "egl")
-    monkeypatch.setitem(sys.modules, "mujoco.egl", None)  # as if it could not be imported
-    with pytest.raises(DataError, match=r"OpenGL, egl does not work here .*: install EGL \(Debian: libegl1 libgl1\)"):
-        kitchen._painter.__wrapped__()
-
-
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="torch without Triton, as on CPUs")
 def test_torch_can_load_its_compiler_after_a_picture():
     """CUDA builds of torch: Triton, imported after Mesa's renderer, once ended Python with a segmentation fault."""
