@@ -18,8 +18,8 @@ DEVIATION n: differences from the authors' code. Why, what was measured, and sco
 2. The flow is frozen in RL, and N' chunks are drawn once for each own env step. The authors train it on, and draw anew.
 3. A window in which an episode ends counts, with the rewards until there. Theirs has weight 0.
 4. Half of a batch are offline windows, labelled: see --offline. Theirs are in the replay from the start, with rewards.
-5. Smaller networks, K = 5, H = 10, a rate that falls to zero, 8 environments side by side, fewer updates; gamma 0.999.
-6. Sines of positions as inputs, rewards of 100 scaled to 10 or 1; in people's data arms shifted, objects recombined.
+5. Smaller networks, K = 5, H = 10 (kitchens 5), a rate that falls to zero, 8 environments, fewer updates; gamma 0.999.
+6. Sines of positions as inputs, rewards of 100 scaled to 10 or 1; kitchens: arms shifted; people's objects recombined.
 --published takes their side of 2, 5 and the sines. Their second variant, a policy distilled from the flow, is not here.
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, make_networks, pretrain_loss, pretrain,
 critic_loss, outcome_loss, demonstrations, ReplayBuffer, Agent, rollout, train
@@ -127,7 +127,7 @@ class Args:
 # By the name of a task's data. `people`: with people's data (--data d4rl or a path), DEVIATION 6.
 TASK_DEFAULTS = {
     "maze": dict(total_timesteps=2_000_000, warmup_steps=50_000, offline="none", batch_size=128, reward_scale=0.1),
-    "kitchen": dict(people=dict(arm_noise=0.02, recombine=True)),
+    "kitchen": dict(skill_horizon=5, arm_noise=0.02, people=dict(recombine=True)),
     "calvin": dict(total_timesteps=2_000_000, reward_scale=0.01),
 }
 # --published: the settings of the authors' code for all tasks.
@@ -222,7 +222,9 @@ def flow_loss(flow, obs, chunk, alive):
 
 
 def pretrain_loss(flow, obs, actions, args):
-    """Loss of the clone on windows of the offline data, and metrics: obs (B, H+1, O) raw, actions (B, H, A)."""
+    """Loss of the clone on windows of the offline data, and metrics: obs (B, .., O) raw, the first counts, actions
+    (B, H, A).
+    """
     loss = flow_loss(flow, obs[:, 0], as_chunk(actions), torch.ones_like(actions[..., 0]))
     return loss, dict(bc_loss=loss.detach())
 
@@ -274,9 +276,10 @@ def pretrain(args: Args, networks: nn.ModuleDict, data, writer: SummaryWriter, s
         while updates < total:
             if args.pretrain_lr_decay:  # down to zero (DEVIATION 5)
                 optimizer.param_groups[0]["lr"] = args.pretrain_lr * (1 - updates / total) ** 0.5
-            batch = train_data.sample_windows(args.pretrain_batch_size, window)
-            batch = data_tools.perturb(*batch, task.arm, args.arm_noise)  # DEVIATION 6
-            metrics = gradients(*batch)
+            obs, actions = train_data.sample_windows(args.pretrain_batch_size, window)
+            # DEVIATION 6: a chunk begins beside the path, and its first action leads back
+            obs, first = data_tools.perturb(obs[:, :2], actions[:, :1], task.arm, args.arm_noise)
+            metrics = gradients(obs, torch.cat([first, actions[:, 1:]], 1))
             metrics["grad_norm"] = nn.utils.get_total_norm([weight.grad for weight in networks.parameters()])
             optimizer.step()
             updates += 1

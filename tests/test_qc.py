@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import math
+import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -99,6 +101,28 @@ def test_of_data_that_are_one_chunk_the_flow_is_known():
     assert error.square().mean() < 0.02  # of 1.5
     for flow.num_steps in (1, 10):
         assert (flow.sample(torch.ones(4), 500) - point).square().mean() < 0.05
+
+
+def test_a_chunk_beside_the_path_is_led_back_by_its_first_action(monkeypatch, tmp_path):
+    """The position that it asks for, observed + reach * action, stays; later actions are those of the path."""
+    args = qc.parse_args("--env-id kitchen --device cpu --hidden-dim 8 --pretrain-updates 1".split())
+    args.data_dir = str(tmp_path)
+    networks, seen = qc.make_networks(args), []
+    ends = np.arange(1, 401) % 100 == 0
+    data = data_tools.OfflineDataset(np.ones((400, 30)), np.zeros((400, 9)), ends & False, ends)
+
+    def loss(flow, obs, actions, args):
+        seen.append((obs[:, 0, :9], actions))
+        return sum(weight.sum() for weight in flow.parameters()), {}
+
+    monkeypatch.setattr(qc, "pretrain_loss", loss)
+    monkeypatch.setattr(qc, "rollout", lambda *inputs: NO_SCORES)
+    qc.pretrain(args, networks, data, SimpleNamespace(add_scalar=lambda *values: None), threading.Event())
+    arm, actions = seen[0]
+    J, reach = data_tools.TASKS["kitchen"].arm
+    assert 0.01 < (arm[:, :J] - 1).std() < 0.03 and actions.shape == (256, 5, 9)
+    torch.testing.assert_close(arm[:, :J] + reach * actions[:, 0, :J], torch.ones(256, J))
+    assert not actions[:, 1:].any() and not actions[:, 0, J:].any()
 
 
 def test_two_ways_of_acting_stay_apart_and_the_critics_choose_theirs():
