@@ -36,11 +36,8 @@ def check_rows(written, printed):
 
 @pytest.mark.parametrize("name", ALGOS)
 def test_quick_run_of_every_file_writes_every_row(name, tmp_path, capsys):
-    """Whole for one file of each kind: planner, policy over skills, two levels, single actions."""
     out = tmp_path / "folder" / "speed.json"
-    whole = name in ("skimo", "spirl", "hiro", "sac")
-    parts = speed.PARTS if whole else tuple(part for part in speed.PARTS if part not in ("step", "loop"))
-    speed.main(speed.Args(algos=(name,), quick=True, **CPU, out=out, only=parts))
+    speed.main(speed.Args(algos=(name,), quick=True, **CPU, out=out))
     assert [path.name for path in out.parent.iterdir()] == ["speed.json"]  # no half-written file left
     written = json.loads(out.read_text())
     names = check_rows(written, capsys.readouterr().out)
@@ -48,15 +45,13 @@ def test_quick_run_of_every_file_writes_every_row(name, tmp_path, capsys):
     text = (ROOT / "algos" / f"{name}.py").read_text()
     plans = "\ndef plan(" in text
     choice = "plan" if plans else "policy"
-    expected = ["step, 1 env, no threads", "step, 2 envs, no threads"] * whole
+    expected = ["step, 1 env, no threads", "step, 2 envs, no threads"]
     expected += ["pre-training update, release's sizes"] * (name == "skimo")
     expected += ["pre-training update"] * (f'PRETRAINED = "{name}"' in text)
     expected += ["RL update"] + [f"{choice}, 1 env, release's sizes"] * (name == "skimo")
     expected += [f"{choice}, 1 env", f"{choice}, 2 envs"] * (plans or name not in FLAT)
     expected += ["act, 1 env", "act, 2 envs"] * (not plans or name not in FLAT)
-    assert names == expected + ["training loop"] * whole
-    if not whole:
-        return
+    assert names == [*expected, "training loop"]
     shares = written["rows"][-1]["shares"]
     assert set(shares) == {"env", "choose", "update"}
     assert all(0 < share < 1 for share in shares.values()) and sum(shares.values()) < 1

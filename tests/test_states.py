@@ -217,8 +217,12 @@ for video in [None, Path(sys.argv[2])]:
     [
         ("maze", "MUJOCO_GL=no_such_library", None),  # needs no OpenGL
         ("kitchen", "MUJOCO_GL=osmesa PYOPENGL_PLATFORM=egl", "OpenGL MUJOCO_GL=osmesa PYOPENGL_PLATFORM=egl"),
-        ("kitchen", "MUJOCO_GL=egl PYOPENGL_PLATFORM=osmesa", "OpenGL MUJOCO_GL=egl PYOPENGL_PLATFORM=osmesa"),
-        ("calvin", "MUJOCO_EGL_DEVICE_ID=99", "OpenGL MUJOCO_EGL_DEVICE_ID=99"),
+        (
+            "kitchen",
+            "MUJOCO_GL=egl PYOPENGL_PLATFORM=osmesa",
+            "OpenGL libegl1 libgl1 MUJOCO_GL=egl PYOPENGL_PLATFORM=osmesa",
+        ),
+        ("calvin", "MUJOCO_EGL_DEVICE_ID=99", "OpenGL libegl1 libgl1 MUJOCO_EGL_DEVICE_ID=99"),
         ("maze", "IMAGEIO_FFMPEG_EXE=/nowhere/ffmpeg", "ffmpeg IMAGEIO_FFMPEG_EXE"),
     ],
 )
