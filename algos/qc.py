@@ -121,7 +121,7 @@ class Args:
             if type(value) in (int, float) and not low <= value <= high:  # nor NaN
                 sys.exit(f"error: --{name} {value} does not work: give {low} to {high}")
         if self.bc_online and self.num_candidates:
-            sys.exit("error: --bc-online needs --num-candidates 0, else chunks of the old clone stay in the targets")
+            sys.exit("error: --bc-online needs --num-candidates 0: kept chunks are the old clone's")
 
 
 # By the name of a task's data. `people`: with people's data (--data d4rl or a path), DEVIATION 6.
@@ -373,7 +373,9 @@ def demonstrations(flow, outcome, obs, actions, args):
 
     With "zero" none is an end: 0 and no future would say that the goal is worthless.
     """
-    first, last, chunk, alive = obs[:, 0], obs[:, -1], as_chunk(actions), torch.ones_like(actions[..., 0])
+    first, last = obs[:, 0], obs[:, -1]  # (B, O)
+    chunk = as_chunk(actions)  # (B, D)
+    alive = torch.ones_like(actions[..., 0])  # (B, H)
     if args.offline == "pred":
         rewards, logit = outcome(first, chunk)  # 2 x (B,)
         ends = logit.sigmoid()
@@ -393,7 +395,9 @@ class ReplayBuffer:
         shapes = (obs_dim,), (action_dim,), (), (), (), (obs_dim,), chunks
         types = [torch.float32] * 6 + [torch.float16]
         room = args.num_envs, self.size
-        self.columns = [torch.zeros(*room, *shape, dtype=of, device=args.device) for shape, of in zip(shapes, types)]
+        self.columns = []
+        for shape, of in zip(shapes, types):
+            self.columns.append(torch.zeros(*room, *shape, dtype=of, device=args.device))
         self.added = torch.zeros(args.num_envs, dtype=torch.int64, device=args.device)  # rows ever added to each ring
 
     def add(self, obs, actions, rewards, terminations, truncations, next_obs, candidates, steps):
@@ -432,9 +436,11 @@ class ReplayBuffer:
         discounts = self.args.gamma ** torch.arange(H, device=device)
         rewards = (alive * discounts * rewards).sum(1)
         ends = (alive * terminations).amax(1)
-        first, last = (e, index[:, 0]), (e, index[:, -1])
-        batch = obs[first], actions.flatten(1), rewards, ends, alive, next_obs[last], candidates[last].float()
-        return *batch, *windows
+        first = e, index[:, 0]
+        last = e, index[:, -1]
+        chunk = actions.flatten(1)  # (B, D)
+        chunks = candidates[last].float()  # (B, N', D)
+        return obs[first], chunk, rewards, ends, alive, next_obs[last], chunks, *windows
 
     def state_dict(self) -> dict:
         filled = min(int(self.added.max()), self.size)

@@ -20,8 +20,7 @@ DEVIATION n: differences from the authors' code. Why, what was measured, and sco
 of q, as in their paper; their code takes its mean. In networks and pre-training the numbers are those of spirl.py.
 2. Fewer updates: 2 critic steps per skill with 5 critics; theirs: 80 with 10. Alpha is faster; maze: Q', too, and m 2.
 3. The bonus is scaled once: its first mean is rnd_coef. Theirs is 8 times the error.
-4. Rewards of a skill are summed without discount; the maze pays 10 at its goal, not -1 per env step.
-5. E environments act side by side; g learns from all at once.
+4. A skill's rewards are summed; the maze pays 10 at its goal, not -1 per env step. 5. E environments side by side.
 6. Sines of positions as inputs, but not of g; LayerNorm has no weights, and R and M are networks as the critics.
 7. The policy begins as the prior and stays near it. Theirs begins anew, random to an entropy of -Z/2: --target-kl 0.
 --published takes the authors' side of 2 and 7, SPiRL's release for its skills, and one environment.

@@ -96,7 +96,7 @@ def fetch_release(drive_id: str, path: Path, read, progress=True) -> Path:
 
     def make():
         data = read(path)
-        download.note(path)  # of a whole archive
+        download.write_note(path)  # of a whole archive
         return data
 
     made_once(written, make)

@@ -53,7 +53,7 @@ def fetch(url, path, sha256: str | None = None, progress: bool = True, drive: bo
     return path
 
 
-def note(path) -> None:
+def write_note(path) -> None:
     """Note the SHA-256 of a file that was read beside it, unless one is noted."""
     note = path.with_name(f"{path.name}.sha256")
     if not note.exists():
