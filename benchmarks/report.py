@@ -68,7 +68,7 @@ CLAIMS = (
     Claim(
         "a skill-level model > a single-step one", "skimo", "skimo_single_step", ALL, "yes, but single-step learns too"
     ),
-    Claim("SkiMo > SPiRL", "skimo", "spirl", ALL, "faster than with its authors' alpha; no better finally"),
+    Claim("SkiMo > SPiRL", "skimo", "spirl", ALL, "faster, with SPiRL's own alpha; finally no better"),
     Claim(
         "naive combinations fail: > SPiRL + Dreamer", "skimo", "dreamer_skills", ALL, "far behind, though not at zero"
     ),
