@@ -22,6 +22,7 @@ DEVIATION n: differences from the authors' release. Why, what was measured, and 
 5. Kitchens: 30 observations, without the goal, which is constant. CALVIN: the release has no pre-training.
 6. Actions are those that pi_L was trained for, not their tanh. 7. Skills are stored with the state they were chosen in,
 not with the next one. 8. Evaluations take the mode of the policy, not samples. 9. Maze: target_kl 3, not 10; tau .05.
+Kitchens: alpha begins at .05, after 500 skills of the prior, not at 1 after 5,000.
 --published takes the release's side of 2, 3, 6 and 9, and of the E environments in 4.
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, SkillModel, make_networks, pretrain_loss, pretrain,
 ReplayBuffer, Agent, train
@@ -124,12 +125,14 @@ class Args:
                 sys.exit(f"error: --{name} {value} does not work: give {low} to {high}")
 
 
-# By the name of a task's data: the release's values where they differ from Args, and our own kl_coef (DEVIATION 2) and
-# target_kl and tau (9); total_timesteps is SkiMo's. `people`: with people's data (--data d4rl or a path), DEVIATION 3.
+# By the name of a task's data: the release's values where they differ from Args, our own kl_coef (DEVIATION 2), and
+# target_kl, tau, alpha and warm-up (9); total_timesteps is SkiMo's. `people`: with people's data (--data d4rl or a
+# path), DEVIATION 3.
 TASK_DEFAULTS = {
     "maze": dict(total_timesteps=2_000_000, batch_size=128, buffer_size=100_000, critic_blocks=2,
                  target_kl=3.0, tau=0.05),
-    "kitchen": dict(kl_coef=5e-4, people=dict(kl_coef=1e-3, arm_noise=0.02, recombine=True)),
+    "kitchen": dict(kl_coef=5e-4, alpha=0.05, warmup_skills=500,
+                    people=dict(kl_coef=1e-3, arm_noise=0.02, recombine=True)),
     "calvin": dict(total_timesteps=2_000_000),
 }  # fmt: skip
 # --published: the release's values of all tasks, and of each.
@@ -137,6 +140,7 @@ RELEASE = {
     "all": dict(position_features=False, squash_actions=True, pretrain_updates=480_000, pretrain_lr_decay=False,
                 arm_noise=0.0, recombine=False, kl_coef=5e-4, num_envs=1),
     "maze": dict(pretrain_updates=530_000, kl_coef=1e-3, target_kl=10.0, tau=0.005),
+    "kitchen": dict(alpha=1.0, warmup_skills=5_000),
 }  # fmt: skip
 
 

@@ -68,7 +68,7 @@ CLAIMS = (
     Claim(
         "a skill-level model > a single-step one", "skimo", "skimo_single_step", ALL, "yes, but single-step learns too"
     ),
-    Claim("SkiMo > SPiRL", "skimo", "spirl", ALL, "faster, with SPiRL's own alpha; finally no better"),
+    Claim("SkiMo > SPiRL", "skimo", "spirl", ALL, "not in the kitchens, with SkiMo's alpha"),
     Claim(
         "naive combinations fail: > SPiRL + Dreamer", "skimo", "dreamer_skills", ALL, "far behind, though not at zero"
     ),
@@ -88,7 +88,7 @@ SETTINGS = (
     ("KL weight of skills 5e-4 → 1e-3, people's data", "kitchen_human_kl/kitchen_spirl_5e-4"),
     ("the same", "kitchen_human_kl/misaligned_spirl_5e-4"),
     ("four times the updates", "calvin_updates/skimo_0.08"),
-    ("alpha from 1, warm-up 50,000 → .05, 5,000", "kitchen_supe/spirl_alpha0.05_short_warmup"),
+    ("alpha from 1, warm-up 50,000 → .05, 5,000", "spirl_alpha/kitchen_from_1"),
     ("a quarter of the updates → all", "calvin_updates/spirl_0.24"),
 )
 
@@ -267,7 +267,7 @@ def settings_table(cells) -> str:
         found = effect(RESULTS / "studies" / variant, cells)
         if found:
             cell, other, end = found
-            if variant.endswith(("skimo_0.08", "_short_warmup")):  # the other way round: the cell has the old setting
+            if variant.endswith("skimo_0.08"):  # the other way round: the cell has the old setting
                 cell, other = other, cell
             study = variant.split("/")[0]
             row = {"setting": text, "method, task": f"{label(cell[0].method)}, {TASKS[cell[0].task].label}"}
