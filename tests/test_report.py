@@ -321,9 +321,17 @@ AUDIT = {
 
 @pytest.fixture(scope="module")
 def audited(cells):
-    """The audit's logs: one of its cells is a study since."""
-    former = scores.RESULTS / "studies" / "slow_copies" / "maze_spirl_tau0.005"
-    return cells | {("maze", "spirl", "scripted"): report.read_variant(former)}
+    """The audit's logs: some of its cells are variants of studies since."""
+    former = {
+        ("maze", "scripted"): "slow_copies/maze_spirl_tau0.005",
+        ("kitchen", "scripted"): "spirl_alpha/kitchen_from_1",
+        ("kitchen-misaligned", "scripted"): "spirl_alpha/misaligned_from_1",
+        ("kitchen", "human"): "spirl_alpha/people_kitchen_from_1",
+        ("kitchen-misaligned", "human"): "spirl_alpha/people_misaligned_from_1",
+    }
+    studies = scores.RESULTS / "studies"
+    runs = {(task, "spirl", data): report.read_variant(studies / name) for (task, data), name in former.items()}
+    return cells | runs
 
 
 @pytest.mark.parametrize("cell", AUDIT, ids="/".join)
