@@ -326,8 +326,8 @@ def audited(cells):
         ("maze", "scripted"): "slow_copies/maze_spirl_tau0.005",
         ("kitchen", "scripted"): "spirl_alpha/kitchen_from_1",
         ("kitchen-misaligned", "scripted"): "spirl_alpha/misaligned_from_1",
-        ("kitchen", "human"): "spirl_alpha/people_kitchen_from_1",
-        ("kitchen-misaligned", "human"): "spirl_alpha/people_misaligned_from_1",
+        ("kitchen", "human"): "spirl_alpha_people/kitchen_from_1",
+        ("kitchen-misaligned", "human"): "spirl_alpha_people/misaligned_from_1",
     }
     studies = scores.RESULTS / "studies"
     runs = {(task, "spirl", data): report.read_variant(studies / name) for (task, data), name in former.items()}
