@@ -591,7 +591,8 @@ class ReplayBuffer:
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         self.num_skills = args.num_skills
         H = args.skill_horizon
-        sizes = dict(obs=[H, obs_dim], actions=[H, action_dim], z=[args.skill_dim], rewards=[], dones=[], steps=[])
+        sizes = dict(obs=[H, obs_dim], actions=[H, action_dim], z=[args.skill_dim])
+        sizes |= dict(rewards=[], dones=[], steps=[])
         sizes["next_obs"] = [obs_dim]
         room = 1024 * args.num_envs
         self.columns = {name: torch.zeros(room, *size, device=args.device) for name, size in sizes.items()}

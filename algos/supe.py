@@ -515,7 +515,7 @@ def policy_loss(critics, task_policy, skill_prior, obs, alpha, args):
 class ReplayBuffer:
     """The agent's last buffer_size transitions over one skill, as rows of a ring on the device; and the data."""
 
-    def __init__(self, obs_dim: int, args: Args, data: data_tools.OfflineDataset | None):
+    def __init__(self, obs_dim: int, args: Args, data):
         self.args, self.data = args, data
         sizes = (obs_dim,), (args.skill_dim,), (), (), (obs_dim,)  # obs, u, rewards, ends, next_obs
         self.columns = [torch.zeros(args.buffer_size, *size, device=args.device) for size in sizes]
