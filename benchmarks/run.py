@@ -49,7 +49,7 @@ from data_tools.files import check_writable, write_atomically
 
 LOCK_TIMEOUT = 300  # seconds to wait until a run whose runner or node was lost has saved and ended
 STOP_TIMEOUT = 600  # seconds that runs get to save when the runner is stopped: a block of updates can take minutes
-PAUSE = 30  # seconds times the try, before a run is started again whose worker was lost, as for want of memory
+PAUSE = 30  # seconds times the try, before a run is started again that was killed or lost, as for want of memory
 
 # Flags of a run that the runner alone sets
 OURS = "--env-id --seed --device --run-dir --data-dir --resume --evaluate".split()
@@ -247,7 +247,8 @@ def run_cell(
                 raise
             run_dir = find_run_dir(folder)
             if process.returncode:
-                return dict(problem=f"ended with exit code {process.returncode}", exit_code=process.returncode)
+                code = process.returncode if process.returncode > 0 else None  # None: killed from outside
+                return dict(problem=f"ended with exit code {process.returncode}", exit_code=code)
         results = run_dir and read_json(run_dir / "results.json")
         if not results:
             return dict(problem="ended without a whole results.json", exit_code=0)

@@ -325,6 +325,14 @@ def test_a_lost_node_costs_nothing_but_time(grid, cluster, ray_dir):
     assert "--resume" in "".join(path.read_text() for path in grid.glob("run/maze/*/*/log.txt"))
 
 
+@pytest.mark.parametrize("end, code", [("sys.exit(3)", 3), ("os.kill(os.getpid(), 9)", None)])
+def test_a_killed_run_is_told_from_one_that_failed(tmp_path, end, code):
+    """The runner waits before it starts a killed one again."""
+    program = [sys.executable, "-c", f"import os, sys; {end}"]
+    outcome = run.run_cell(program, [], tmp_path / "cell", tmp_path / "kept.pt", ROOT, 1)
+    assert outcome == dict(problem=f"ended with exit code {code or -9}", exit_code=code)
+
+
 def test_failures_are_retried_then_reported_and_a_stop_saves(grid, cluster):
     flags = "--crash-once 1 --crash-always 2 --graceful"
     arguments = command(grid, f"--seeds 1 2 --max-retries 1 --address {cluster.address}", flags)
