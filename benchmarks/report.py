@@ -62,13 +62,13 @@ CLAIMS = (
     ),
     Claim("but the maze is faster without", "skimo_no_cem", "skimo", ALL[:1], "open; the release's planner is slower"),
     Claim(
-        "joint training pays", "skimo", "skimo_no_joint", (ALL[0], *ALL[2:]), "in the maze, whose other prior is weak"
+        "joint training pays", "skimo", "skimo_no_joint", (ALL[0], *ALL[2:]), "in the maze; without it the prior is weak"
     ),
     Claim("but not in the Kitchen", "skimo_no_joint", "skimo", ALL[1:2], "not shown: both are at the ceiling"),
     Claim(
         "a skill-level model > a single-step one", "skimo", "skimo_single_step", ALL, "yes, but single-step learns too"
     ),
-    Claim("SkiMo > SPiRL", "skimo", "spirl", ALL, "not in scripted kitchens: SPiRL makes more updates"),
+    Claim("SkiMo > SPiRL", "skimo", "spirl", ALL, "not in three kitchens, nor at the end"),
     Claim(
         "naive combinations fail: > SPiRL + Dreamer", "skimo", "dreamer_skills", ALL, "far behind, though not at zero"
     ),
@@ -85,7 +85,7 @@ SETTINGS = (
     ("target KL 10 → 3 nats, at tau .005", "maze_spirl_target_kl/target_kl10"),
     ("alpha .5 → .05", "kitchen_sac_alpha/alpha0.5"),
     ("alpha .5, imagined states → .05, encoded; another model", "kitchen_policy_loss/alpha0.5_imagined"),
-    ("KL weight of skills 5e-4 → 1e-3, people's data", "kitchen_human_kl/kitchen_spirl_5e-4"),
+    ("KL weight of skills 5e-4 → 1e-3, people's data, alpha from 1", "kitchen_human_kl/kitchen_spirl_5e-4"),
     ("the same", "kitchen_human_kl/misaligned_spirl_5e-4"),
     ("four times the updates", "calvin_updates/skimo_0.08"),
     ("alpha from 1, warm-up 50,000 → .05, 5,000", "spirl_alpha/kitchen_from_1"),
