@@ -44,7 +44,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: updates beside 
 
 import numpy as np
 import torch
-import tyro
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -673,7 +672,6 @@ def train(args: Args) -> dict:
     run_dir = Path(args.resume or f"{args.run_dir}/{run_name}").expanduser()
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))  # two runs never share one
     save(run_dir / "args.json", dict(asdict(args), script=FILE.name))
-    (run_dir / "results.json").unlink(missing_ok=True)  # of a shorter run
     writer = SummaryWriter(run_dir)
     stop = data_tools.stop_event()  # Ctrl-C and the like: where all can be saved
     torch.manual_seed(args.seed)
@@ -693,6 +691,7 @@ def train(args: Args) -> dict:
         memory = state["memory"]
         obs = envs.set_state(state["envs"])
         global_step, gradient_step, seconds, episodes, evaluations = state["progress"]
+    (run_dir / "results.json").unlink(missing_ok=True)  # of a shorter run
     data_tools.cut_curves(writer, global_step)  # what a crash has cut off is drawn anew
     start_time = time.time() - seconds
 
@@ -870,12 +869,7 @@ def save(path: Path, values: dict, parts: dict | None = None):
         buffer = io.BytesIO()
         torch.save(values | states | dict(rng=rng), buffer)
         content = buffer.getbuffer()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
-    with temporary.open("wb") as file:
-        file.write(content)
-        os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
-    temporary.replace(path)
+    data_tools.write_atomically(path, lambda part: part.write_bytes(content))
 
 
 def load(path: Path, parts: dict, device="cpu", made_by: dict | None = None) -> dict:
@@ -906,10 +900,7 @@ def evaluate(args: Args):
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line -> Args, whose defaults are those of the task, of --cpu-preset, or of the run or agent given."""
     argv = sys.argv[1:] if argv is None else argv
-    given = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
-    defaults = dict(env_id=given.env_id, **TASK_DEFAULTS.get(data_tools.TASKS[given.env_id].data, {}))
-    if given.cpu_preset:
-        defaults |= CPU_PRESET
+    given = data_tools.command_line(Args, argv)  # unchecked: the task's defaults are to come
     saved = {}
     if given.resume:
         given.resume, saved = data_tools.saved_run(given.resume)
@@ -918,6 +909,10 @@ def parse_args(argv: list[str] | None = None) -> Args:
         saved = state["args"] | dict(script=state["script"], device=Args.device, run_dir=Args.run_dir, threads=0)
     if (script := saved.pop("script", FILE.name)) != FILE.name:
         sys.exit(f"error: this is a run of another file: give it to {script}")
+    task = data_tools.TASKS[saved.get("env_id", given.env_id)]
+    defaults = dict(env_id=given.env_id, **TASK_DEFAULTS.get(task.data, {}))
+    if given.cpu_preset:
+        defaults |= CPU_PRESET
     args = data_tools.command_line(Args, argv, Args(**defaults | saved), str(__doc__).split("\n")[0])
     args.resume = given.resume
     free = "resume device cudagraphs threads checkpoint_interval eval_interval eval_episodes total_timesteps".split()

@@ -46,7 +46,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: updates beside 
 
 import numpy as np
 import torch
-import tyro
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -592,7 +591,7 @@ def train(args: Args) -> dict:
     task = data_tools.TASKS[args.env_id]
     envs = data_tools.make_envs(args.env_id, args.num_envs)
     steps = args.rollout_skills * args.skill_horizon  # of an environment between rounds of updates
-    data_tools.check_settings(args, args.num_envs * steps, steps_per_env=steps)
+    data_tools.check_settings(args, args.num_envs * steps)
     run_name = f"{args.env_id}__{FILE.stem}__{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     run_dir = Path(args.resume or f"{args.run_dir}/{run_name}").expanduser()
     checkpoint = run_dir / "checkpoint.pt"
@@ -601,7 +600,6 @@ def train(args: Args) -> dict:
         data = data_tools.load_dataset(args.env_id, args.data_dir, args.data, args.data_share)
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))  # two runs never share one
     save(run_dir / "args.json", dict(asdict(args), script=FILE.name))
-    (run_dir / "results.json").unlink(missing_ok=True)  # of a shorter run
     writer = SummaryWriter(run_dir)
     stop = data_tools.stop_event()  # Ctrl-C and the like: where all can be saved
     torch.manual_seed(args.seed)
@@ -620,6 +618,7 @@ def train(args: Args) -> dict:
         state = load(checkpoint, parts, args.device)
         obs = envs.set_state(state["envs"])
         global_step, gradient_step, seconds, episodes, evaluations, facts = state["progress"]
+    (run_dir / "results.json").unlink(missing_ok=True)  # of a shorter run
     data_tools.cut_curves(writer, global_step)  # what a crash has cut off is drawn anew
     start_time = time.time() - seconds
     low = copy.deepcopy(agent.low).cpu()  # acts next to the simulator
@@ -722,12 +721,7 @@ def save(path: Path, values: dict, parts: dict | None = None):
         buffer = io.BytesIO()
         torch.save(values | states | dict(rng=rng), buffer)
         content = buffer.getbuffer()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
-    with temporary.open("wb") as file:
-        file.write(content)
-        os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
-    temporary.replace(path)
+    data_tools.write_atomically(path, lambda part: part.write_bytes(content))
 
 
 def load(path: Path, parts: dict, device="cpu", made_by: dict | None = None) -> dict:
@@ -756,8 +750,7 @@ def evaluate(args: Args):
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line -> Args, whose defaults are those of the task, or of the run or agent given."""
     argv = sys.argv[1:] if argv is None else argv
-    given = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
-    defaults = dict(env_id=given.env_id, **TASK_DEFAULTS.get(data_tools.TASKS[given.env_id].data, {}))
+    given = data_tools.command_line(Args, argv)  # unchecked: the task's defaults are to come
     saved = {}
     if given.resume:
         given.resume, saved = data_tools.saved_run(given.resume)
@@ -766,6 +759,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         saved = state["args"] | dict(script=state["script"], device=Args.device, run_dir=Args.run_dir, threads=0)
     if (script := saved.pop("script", FILE.name)) != FILE.name:
         sys.exit(f"error: this is a run of another file: give it to {script}")
+    task = data_tools.TASKS[saved.get("env_id", given.env_id)]
+    defaults = dict(env_id=given.env_id, **TASK_DEFAULTS.get(task.data, {}))
     args = data_tools.command_line(Args, argv, Args(**defaults | saved), str(__doc__).split("\n")[0])
     args.resume = given.resume
     free = "resume device cudagraphs threads checkpoint_interval eval_interval eval_episodes total_timesteps".split()

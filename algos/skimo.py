@@ -47,7 +47,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch: updates beside 
 
 import numpy as np
 import torch
-import tyro
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -761,11 +760,10 @@ def train(args: Args) -> dict:
         data = data_tools.load_dataset(args.env_id, args.data_dir, args.data, args.data_share)
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))  # two runs never share one
     save(run_dir / "args.json", dict(asdict(args), script=FILE.name))
-    (run_dir / "results.json").unlink(missing_ok=True)  # of a shorter run
     # Episodes that succeed end first, and an agent that learns from those alone fails. So the warm-up lasts until every
     # environment has finished an episode, or longer.
     args.warmup_steps = max(args.warmup_steps, args.num_envs * envs.max_episode_steps)
-    data_tools.check_settings(args, args.warmup_steps, steps_per_env=envs.max_episode_steps)
+    data_tools.check_settings(args, args.warmup_steps)
     writer = SummaryWriter(run_dir)
     stop = data_tools.stop_event()  # Ctrl-C and the like: where all can be saved
     torch.manual_seed(args.seed)
@@ -785,6 +783,7 @@ def train(args: Args) -> dict:
         vars(rb).update(state["rb"])
         obs = envs.set_state(state["envs"])
         global_step, gradient_step, seconds, episodes, evaluations, facts = state["progress"]
+    (run_dir / "results.json").unlink(missing_ok=True)  # of a shorter run
     data_tools.cut_curves(writer, global_step)  # what a crash has cut off is drawn anew
     start_time = time.time() - seconds
 
@@ -887,12 +886,7 @@ def save(path: Path, values: dict, parts: dict | None = None):
         buffer = io.BytesIO()
         torch.save(values | states | dict(rng=rng), buffer)
         content = buffer.getbuffer()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.part")  # another program may write the same file
-    with temporary.open("wb") as file:
-        file.write(content)
-        os.fsync(file.fileno())  # on the disk before the name points to it, also after a power cut
-    temporary.replace(path)
+    data_tools.write_atomically(path, lambda part: part.write_bytes(content))
 
 
 def load(path: Path, parts: dict, device="cpu", made_by: dict | None = None) -> dict:
@@ -921,14 +915,7 @@ def evaluate(args: Args):
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line -> Args, whose defaults are those of the task and its data, or of the run or agent given."""
     argv = sys.argv[1:] if argv is None else argv
-    given = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
-    family = data_tools.TASKS[given.env_id].data
-    defaults = dict(env_id=given.env_id, **TASK_DEFAULTS.get(family, {}))
-    people = defaults.pop("people", {})
-    if given.data != "scripted":
-        defaults |= people
-    if given.published:
-        defaults |= RELEASE["all"] | RELEASE.get(family, {})
+    given = data_tools.command_line(Args, argv)  # unchecked: the task's defaults are to come
     saved = {}
     if given.resume:
         given.resume, saved = data_tools.saved_run(given.resume)
@@ -939,6 +926,13 @@ def parse_args(argv: list[str] | None = None) -> Args:
         saved = state["args"] | dict(script=state["script"], device=Args.device, run_dir=Args.run_dir, threads=0)
     if (script := saved.pop("script", FILE.name)) != FILE.name:
         sys.exit(f"error: this is a run of another file: give it to {script}")
+    family = data_tools.TASKS[saved.get("env_id", given.env_id)].data
+    defaults = dict(env_id=given.env_id, **TASK_DEFAULTS.get(family, {}))
+    people = defaults.pop("people", {})
+    if given.data != "scripted":
+        defaults |= people
+    if given.published:
+        defaults |= RELEASE["all"] | RELEASE.get(family, {})
     args = data_tools.command_line(Args, argv, Args(**defaults | saved), str(__doc__).split("\n")[0])
     args.evaluate, args.resume = given.evaluate, given.resume
     free = "resume device cudagraphs threads checkpoint_interval eval_interval eval_episodes total_timesteps".split()

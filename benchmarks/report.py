@@ -62,7 +62,7 @@ CLAIMS = (
     ),
     Claim("but the maze is faster without", "skimo_no_cem", "skimo", ALL[:1], "open; the release's planner is slower"),
     Claim(
-        "joint training pays", "skimo", "skimo_no_joint", (ALL[0], *ALL[2:]), "in the maze; without it the prior is weak"
+        "joint training pays", "skimo", "skimo_no_joint", (ALL[0], *ALL[2:]), "in the maze, where it makes the prior"
     ),
     Claim("but not in the Kitchen", "skimo_no_joint", "skimo", ALL[1:2], "not shown: both are at the ceiling"),
     Claim(
@@ -581,8 +581,8 @@ def main(args: Args):
     """Write pages and figures, or compare runs with what is published."""
     single = [path for path in args.paths if (path / "args.json").exists()]
     first = args.paths[0]
-    if single:
-        runs = [run for path in args.paths for cell in scores.read_cells(path).values() for run in cell]
+    if len(single) == len(args.paths):
+        runs = scores.read_runs(*args.paths)
         published = scores.read_cells(RESULTS)
         for run in runs:
             print(table(run_rows(run, published)))

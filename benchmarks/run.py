@@ -69,7 +69,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 class Args:
     suite: Literal[*SUITES] | None = None  # take methods, tasks, seeds and env steps from suites.py
     algos: tuple[str, ...] = ("skimo",)  # names of files in --algos-dir, without .py
-    env_ids: tuple[Literal[*dict.fromkeys([*TASKS, *HELD_OUT])], ...] = ("maze",)  # tasks, or boards of suites.py
+    env_ids: tuple[Literal[*dict.fromkeys([*TASKS, *HELD_OUT])], ...] = ("maze",)  # tasks, or else boards of suites.py
     seeds: tuple[int, ...] = SEEDS  # one run each
     data: str = "scripted"  # offline data of the methods that have some: scripted, d4rl, release or a path
     args: str = ""  # more flags for every run, as one string: --args "--total-timesteps 100000"
@@ -425,7 +425,7 @@ def estimate(cells: list[Cell]) -> str:
     published, models, hours, unknown = scores.read_cells(scores.RESULTS), {}, 0.0, {}
     for cell in [cell for cell in cells if cell.state != "finished"]:
         task = cell.command[cell.command.index("--env-id") + 1]
-        steps = re.findall(r"--total.timesteps[= ](\d+)", " ".join(cell.command))
+        steps = re.findall(r"--total.timesteps[= ]([\d_]+)", " ".join(cell.command))
         found = [published.get((name, cell.algo, "scripted")) for name in (task, TASKS[task].data)]
         runs = [run for run in next(filter(None, found), []) if run.facts["args"].get("device") != "cuda"]
         if not runs or not steps:

@@ -338,10 +338,11 @@ class Cell(list):
         return max(end for end in self.ends if 2 * len(self.reaching(end)) > len(self))
 
 
-def read_cells(folder: Path) -> dict[tuple[str, str, str], Cell]:
-    """All runs in a folder but for studies and held-out ones: (task, method, data) -> runs, in the tables' order."""
-    paths = sorted([*folder.rglob("seed*.json"), *folder.rglob("args.json")])
-    paths = [path for path in paths if not {"studies", "held-out"} & {*path.relative_to(folder).parts}]
+def read_runs(*folders: Path) -> list[Run]:
+    """All runs in folders but for studies and held-out ones; a task of a user's own has one scale for all of them."""
+    paths = [(folder, path) for folder in folders for path in folder.rglob("*.json")]
+    paths = [path for folder, path in paths if not {"studies", "held-out"} & {*path.relative_to(folder).parts}]
+    paths = sorted(path for path in paths if path.match("seed*.json") or path.name == "args.json")
     waiting = [path for path in paths if not has_begun(path)]
     if waiting and waiting == paths:
         sys.exit(f"error: in {waiting[0].parent} no episode of RL has ended yet")
@@ -353,9 +354,13 @@ def read_cells(folder: Path) -> dict[tuple[str, str, str], Cell]:
         if env_id not in KNOWN:
             own.setdefault(env_id, []).extend(rows)
     TASKS.update({env_id: own_task(env_id, rows) for env_id, rows in own.items()})
-    runs = [run_of(*log) for log in logs]
+    return [run_of(*log) for log in logs]
+
+
+def read_cells(folder: Path) -> dict[tuple[str, str, str], Cell]:
+    """The runs in a folder: (task, method, data) -> runs, in the tables' order."""
     cells = {}
-    for run in runs:
+    for run in read_runs(folder):
         cell = cells.setdefault((run.task, run.method, run.data), Cell())
         if run.seed in [other.seed for other in cell]:
             name = f"seed {run.seed} of {run.task}/{run.method}/{run.data}"

@@ -14,7 +14,7 @@ import numpy as np
 
 from data_tools.augment import code_of, perturb, recombined
 from data_tools.dataset import OfflineDataset, made_once
-from data_tools.files import DataError, cache_dir, imported
+from data_tools.files import DataError, cache_dir, imported, write_atomically
 from data_tools.runs import check_settings, command_line, cut_curves, read_state, saved_run, stop_event
 from data_tools.tasks.vector import MemberVectorEnv
 from data_tools.tasks.video import VideoRecorder
@@ -22,7 +22,7 @@ from data_tools.threads import fastest_threads
 
 __all__ = ["TASKS", "DataError", "OfflineDataset", "Task", "cache_dir", "code_of", "env_sizes", "load_dataset"]
 __all__ += ["check_settings", "command_line", "cut_curves", "fastest_threads", "make_envs", "perturb", "read_state"]
-__all__ += ["recombined", "saved_run", "stop_event"]
+__all__ += ["recombined", "saved_run", "stop_event", "write_atomically"]
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,6 @@ def load_dataset(
     share: float = 1.0,
     noise: float | None = None,
     seed: int = 0,
-    device="cpu",
     progress: bool = True,
 ) -> OfflineDataset:
     """Return the offline data of a task. Raises DataError.
@@ -168,6 +167,8 @@ def load_dataset(
     """
     from data_tools import formats  # not needed for tasks alone
 
+    if not 0 < share <= 1:  # before data are made or fetched
+        raise DataError(f"--data-share {share} does not work: give more than 0, at most 1.")
     task = TASKS[env_id]
     sizes = env_sizes(env_id)
     read = partial(formats.read_data, obs_dim=sizes[0], action_dim=sizes[1], data_obs_dim=task.data_obs_dim)
@@ -181,7 +182,7 @@ def load_dataset(
             raise DataError(f"the SkiMo release has no data for {env_id}: use --data scripted.")
         data = formats.fetch_release(task.release, cache_dir(data_dir) / f"{task.data}.gz", read, progress)
     if data != "scripted":
-        return read(data).share(share).to(device)
+        return read(data).share(share)
     if task.collect is None:
         raise DataError(f"{env_id} has no scripted data: give a file with --data PATH.")
     noise = task.noise if noise is None else noise
@@ -190,7 +191,7 @@ def load_dataset(
     found = scripted.observations.shape[1], scripted.actions.shape[1]
     if found not in (sizes, (task.data_obs_dim, sizes[1])):
         raise DataError(f"{path} has {found} numbers per observation and action, {env_id} {sizes}: delete the file.")
-    return scripted.narrowed(sizes[0]).share(share).to(device)
+    return scripted.narrowed(sizes[0]).share(share)
 
 
 for name, task in TASKS.items():  # as skimo/Maze-v0, skimo/KitchenMisaligned-v0, ...

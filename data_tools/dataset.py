@@ -117,10 +117,8 @@ class OfflineDataset:
     def share(self, share: float) -> "OfflineDataset":
         """Return this share of the episodes, at least one: the first of a fixed permutation. Of all, the data as is.
 
-        So a smaller share is a part of a larger one. The fingerprint is that of what is left. Raises DataError.
+        So a smaller share is a part of a larger one. The fingerprint is that of what is left.
         """
-        if not 0 < share <= 1:
-            raise DataError(f"--data-share {share} does not work: give more than 0, at most 1.")
         if share == 1:
             return self
         lengths = self.episode_lengths.tolist()
@@ -221,10 +219,10 @@ class OfflineDataset:
         write_atomically(path, lambda part: part.write_bytes(image.getbuffer()))
 
     @classmethod
-    def load(cls, path, device="cpu") -> "OfflineDataset":
+    def load(cls, path) -> "OfflineDataset":
         """Read a D4RL file (`rewards` are not needed). Raises DataError if it is missing, damaged or does not fit."""
         arrays, attributes = read_hdf5(path)
-        dataset = cls(**arrays, attributes=attributes, device=device, name=str(path))
+        dataset = cls(**arrays, attributes=attributes, name=str(path))
         check_not_zero(dataset, str(path))
         return dataset
 

@@ -25,11 +25,15 @@ from data_tools.files import DataError, check_regular, listed, reading, write_at
 SIGNALS = "SIGINT SIGTERM SIGHUP SIGXCPU SIGUSR1 SIGUSR2 SIGBREAK".split()  # of terminals and of schedulers
 
 
-def command_line(Args, argv: list[str], defaults, description: str):
+def command_line(Args, argv: list[str], defaults=None, description: str = ""):
     """tyro.cli(Args, ...), where --help has a box for each comment `# Name` after an empty line between fields of Args.
 
-    As with tyro, a comment behind a field is its help. defaults: an Args. Returns an Args.
+    As with tyro, a comment behind a field is its help. defaults: an Args, or None for a first look: without --help, and
+    without the checks of Args, which might refuse what suits the task's defaults. Returns an Args.
     """
+    if defaults is None:
+        unchecked = type("Args", (Args,), dict(__post_init__=lambda self: None))
+        return tyro.cli(unchecked, args=[word for word in argv if word not in ("-h", "--help")])
     hints = get_type_hints(Args, include_extras=True)
 
     def fields(text):  # name, type, default
@@ -67,6 +71,8 @@ def read_state(path, parts=(), device="cpu", made_by: dict | None = None) -> dic
         _check_zip(path)
         state = torch.load(path, map_location=device, weights_only=True)
         missing = [name for name in parts if name not in state]
+    if missing and {"agent"} & {*parts} & {*state}:
+        raise DataError(f"{path} has no {listed(missing)}: another version of this program saved it.")
     if missing:
         raise DataError(f"{path} is {_described(state)}.")
     if made_by:
@@ -196,17 +202,14 @@ def cut_curves(writer, step: int, phase: str = "") -> None:
         write_atomically(path, lambda part: part.write_bytes(kept.getvalue()))  # noqa: B023
 
 
-def check_settings(args, warmup: int, rate: float = np.inf, steps_per_env: int = 0) -> None:
+def check_settings(args, warmup: int, rate: float = np.inf) -> None:
     """Say at the start, not after hours, what a run with these arguments cannot do.
 
-    warmup: env steps before the first update, of which each environment does steps_per_env; rate: updates per env step
-    after them.
+    warmup: env steps before the first update; rate: updates per env step after them.
     """
     if args.capture_video:
         print("warning: --capture-video works with --evaluate only.", flush=True)
     first = warmup + (1 / rate if rate else np.inf)  # env step
     if 0 < args.total_timesteps < first:
-        fits = (args.total_timesteps - 1) // steps_per_env if steps_per_env else 0
-        cure = f" --num-envs {fits} or fewer would do." if 0 < fits < args.num_envs else ""
         when = f"the first would come at env step {first:,.0f}, the run ends at {args.total_timesteps:,}"
-        print(f"warning: RL will make no update: {when}.{cure}", flush=True)
+        print(f"warning: RL will make no update: {when}.", flush=True)

@@ -109,7 +109,7 @@ VARIANTS = ["skimo_no_cem.py", "skimo_sac.py", "skimo_no_joint.py", "skimo_singl
         ("log", "\ndef log(", "\n@torch.no_grad()\ndef log("),  # a decorator
         ("sample_skill", '"""One reparameterised', '"""A reparameterised'),  # a docstring
         ("mlp", "networks\ndef mlp(", "networks\n# builds\ndef mlp("),  # a comment in front
-        ("save", "os.fsync(", "os.fdatasync("),  # a helper
+        ("save", "part.write_bytes(content)", "part.write_text(content)"),  # a helper
         ("helper", "", "\n\ndef helper():\n    pass\n"),  # one more
     ],
 )

@@ -509,6 +509,18 @@ def test_run_folders_are_compared_with_what_is_published(tmp_path, capsys):
         report.main(report.Args((tmp_path, tmp_path)))
 
 
+def test_runs_of_a_task_of_ones_own_share_one_scale(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scores, "TASKS", dict(scores.TASKS))
+    for module in (plot, report):
+        monkeypatch.setattr(module, "TASKS", scores.TASKS)
+    long, short = run_folder(tmp_path / "a", 240_000, "moon"), run_folder(tmp_path / "b", 16_000, "moon")
+    told = []
+    for folders in ((long, short), (short, long)):
+        report.main(report.Args(folders))
+        told.append({line for line in capsys.readouterr().out.splitlines() if "this run" in line})
+    assert told[0] == told[1] and len(told[0]) == 2
+
+
 def test_logs_as_the_runner_and_the_algorithm_files_write_them(tmp_path):
     """Without a folder DATA: the results say which data, or have none of it."""
     for method, pretraining in (

@@ -254,6 +254,29 @@ def refused(call, *words):
         assert str(word) in message, message
 
 
+@pytest.mark.parametrize(("name", "flags"), [
+    ("skimo", "--env-id maze --pretrain-skills 3"),  # --bc-chunks is 4, in the maze 1
+    ("skimo", "--env-id calvin --num-elites 100"),  # of 89 plans, on CALVIN of 153
+    ("supe", "--published --target-critics 8"),  # of 5 critics, published 10
+    ("qc", "--published --bc-online"),  # needs --num-candidates 0
+])  # fmt: skip
+def test_flags_are_checked_beside_the_tasks_defaults(name, flags):
+    parse = algo_module(name).parse_args
+    args = vars(parse(flags.split()))
+    assert all(str(args[flag.replace("-", "_")]) == value for flag, value in re.findall(r"--(\S+) (\w+)", flags))
+    refused(lambda: parse([*flags.split(), "--gamma", "2"]), "--gamma 2")
+
+
+def test_what_an_older_version_did_not_know_gets_the_tasks_default(tmp_path):
+    """A Kitchen's run that was begun before there were these flags."""
+    skimo = algo_module("skimo")
+    known = dataclasses.asdict(skimo.parse_args(["--env-id", "kitchen"])) | dict(script="skimo.py")
+    kitchen = {name: known.pop(name) for name in ("num_skills", "autotune", "alpha")}
+    (tmp_path / "args.json").write_text(json.dumps(known))
+    args = vars(skimo.parse_args(["--resume", str(tmp_path)]))
+    assert {name: args[name] for name in kitchen} == kitchen != {name: getattr(skimo.Args, name) for name in kitchen}
+
+
 # --------------------------------------------------------------------------------------------------------------- resume
 @every_algo
 def test_a_run_in_pieces_ends_as_one_without_a_break(case, stop, no_data, monkeypatch, capsys):
@@ -703,7 +726,7 @@ def test_a_flipped_bit_is_refused_and_nothing_overwritten(case, tmp_path):
         flip_bit(path)
         broken = path.read_bytes()
         refused(read, path, "damaged")
-        assert path.read_bytes() == broken
+        assert path.read_bytes() == broken and (run_dir / "results.json").exists()
 
 
 @skimo_only
@@ -875,9 +898,9 @@ def test_full_disk_keeps_the_old_checkpoint(case, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
-        with pytest.raises(OSError, match="No space left"):
-            case.main(case.argv("--checkpoint-interval 500", runs))
+        refused(lambda: case.main(case.argv("--checkpoint-interval 500", runs)), "No space left", "free some space")
     run_dir = only(runs)
+    assert not list(run_dir.glob("part_*"))
     assert state_of(run_dir)["global_step"] == 520
     case.resume(run_dir)
     assert_same(state_of(run_dir), state_of(case.run_dir))

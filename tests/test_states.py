@@ -93,6 +93,11 @@ def test_what_a_file_is_and_what_fits(name, wanted, words, tmp_path):
     refused(lambda: data_tools.read_state(path, [wanted]), path, *words.split())
 
 
+def test_an_agent_without_a_part_is_of_another_version(tmp_path):
+    path = make(tmp_path, "agent")
+    refused(lambda: data_tools.read_state(path, ["agent", "novelty"]), path, "has no novelty", "version")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -139,8 +144,7 @@ def test_a_run_is_found_by_its_folder_and_by_what_is_in_it(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (dict(total_timesteps=20_000, warmup=32_000, steps_per_env=2_000), "32,000 20,000 --num-envs 9 "),
-        (dict(total_timesteps=1_000, warmup=32_000, steps_per_env=2_000), "no update"),  # not even of one
+        (dict(total_timesteps=20_000, warmup=32_000), "32,000 20,000"),
         (dict(total_timesteps=5_000, warmup=5_000, rate=0.02), "5,050"),
         (dict(total_timesteps=5_000, warmup=0, rate=0.0), "no update"),
         (dict(total_timesteps=6_000, warmup=5_000, rate=0.02), ""),
