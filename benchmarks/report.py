@@ -105,6 +105,12 @@ WITHOUT_DATA = {
     "hiro": (0.25, 1.0, 300, "controls_reported/hiro_seed1"),
     "option_critic": (None, None, None, "controls_reported/option_critic_seed1"),
 }
+# What acts in RL -> logs without and with the demonstrations, of the Kitchen
+RIVALS = {
+    "skills: SPiRL / SUPE": ("kitchen/spirl/scripted", "kitchen/supe/scripted"),
+    "chunks of actions: Q-chunking": ("studies/kitchen_qc_demonstrations/none", "kitchen/qc/scripted"),
+    "skills, planned: SkiMo": ("kitchen/skimo/scripted", None),
+}
 # What a control's JSON tells
 CONTROLS = {
     "last_20_return": "pendulum {:.0f}, asked -250",
@@ -499,6 +505,20 @@ def without_data_table() -> str:
     return table(rows)
 
 
+def rivals_table() -> str:
+    """Skills or chunks, demonstrations thrown away or kept: the three measures to the env steps that all have."""
+    cells = {folder: read_variant(RESULTS / folder) for pair in RIVALS.values() for folder in pair if folder}
+    end = min(cell.main_end for cell in cells.values())
+
+    def three_means(folder: str | None) -> str:
+        runs = cells[folder].reaching(end) if folder else []
+        means = [number(np.mean([measure(run, end) for run in runs])) for measure in MEASURES.values() if runs]
+        return f"{'/'.join(means)} ({len(runs)})" if runs else "–"
+
+    names = f"Kitchen, to {end:,} env steps", "demonstrations thrown away", "kept in RL"
+    return table([dict(zip(names, (text, *map(three_means, pair)))) for text, pair in RIVALS.items()])
+
+
 def coverage_text(cells) -> str:
     """How much of the paper's figures there is here, and the levels of the main methods where its curves end."""
     text = ""
@@ -546,6 +566,8 @@ def pages(cells) -> dict[Path, str]:
     made |= {RESULTS / "studies" / "README.md": studies_text(RESULTS / "studies", cells)}
     made |= {RESULTS / task / "README.md": task_text(cells, task) for task in ALL}
     overview = table(boards_table(cells, COMPARED, "algos/docs"))
+    findings = RESULTS.parent / "FINDINGS.md"
+    made[findings] = filled(findings.read_text(), "rivals", rivals_table())
     made[ROOT / "README.md"] = filled((ROOT / "README.md").read_text(), "results", overview)
     for path in sorted((ROOT / "algos" / "docs").glob("*.md")):
         made[path] = filled(path.read_text(), f"result {path.stem}", method_text(cells, path.stem))
