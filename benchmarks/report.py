@@ -62,7 +62,7 @@ CLAIMS = (
     ),
     Claim("but the maze is faster without", "skimo_no_cem", "skimo", ALL[:1], "open; the release's planner is slower"),
     Claim(
-        "joint training pays", "skimo", "skimo_no_joint", (ALL[0], *ALL[2:]), "in the maze, where it makes the prior"
+        "joint training pays", "skimo", "skimo_no_joint", (ALL[0], *ALL[2:]), "in the maze: else the prior is weak"
     ),
     Claim("but not in the Kitchen", "skimo_no_joint", "skimo", ALL[1:2], "not shown: both are at the ceiling"),
     Claim(

@@ -71,7 +71,7 @@ def read_state(path, parts=(), device="cpu", made_by: dict | None = None) -> dic
         _check_zip(path)
         state = torch.load(path, map_location=device, weights_only=True)
         missing = [name for name in parts if name not in state]
-    if missing and {"agent"} & {*parts} & {*state}:
+    if missing and "agent" in parts and "agent" in state:
         raise DataError(f"{path} has no {listed(missing)}: another version of this program saved it.")
     if missing:
         raise DataError(f"{path} is {_described(state)}.")
