@@ -61,9 +61,7 @@ CLAIMS = (
         "planning pays: SkiMo > no planner", "skimo", "skimo_no_cem", ALL[1:], "in training; without noise on CALVIN"
     ),
     Claim("but the maze is faster without", "skimo_no_cem", "skimo", ALL[:1], "open; the release's planner is slower"),
-    Claim(
-        "joint training pays", "skimo", "skimo_no_joint", (ALL[0], *ALL[2:]), "in the maze: else the prior is weak"
-    ),
+    Claim("joint training pays", "skimo", "skimo_no_joint", (ALL[0], *ALL[2:]), "in the maze: else the prior is weak"),
     Claim("but not in the Kitchen", "skimo_no_joint", "skimo", ALL[1:2], "not shown: both are at the ceiling"),
     Claim(
         "a skill-level model > a single-step one", "skimo", "skimo_single_step", ALL, "yes, but single-step learns too"
