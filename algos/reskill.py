@@ -1062,7 +1062,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         given.evaluate = str(SHIPPED / "agents" / f"{FILE.stem}_{given.env_id}.pt")
     if given.evaluate:
         state = data_tools.read_state(given.evaluate, ["agent"])
-        saved = state["args"] | dict(script=state["script"], device=Args.device, run_dir=Args.run_dir, threads=0)
+        saved = state["args"] | dict(script=state["script"], threads=0)
+        saved |= dict(device=Args.device, run_dir=Args.run_dir)
     if (script := saved.pop("script", FILE.name)) != FILE.name:
         sys.exit(f"error: this is a run of another file: give it to {script}")
     family = data_tools.TASKS[saved.get("env_id", given.env_id)].data
@@ -1074,7 +1075,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         defaults |= RELEASE["all"] | RELEASE.get(family, {})
     args = data_tools.command_line(Args, argv, Args(**defaults | saved), str(__doc__).split("\n")[0])
     args.evaluate, args.resume = given.evaluate, given.resume
-    free = "resume device cudagraphs threads checkpoint_interval eval_interval eval_episodes total_timesteps".split()
+    free = "resume device cudagraphs threads total_timesteps".split()
+    free += "checkpoint_interval eval_interval eval_episodes".split()
     for name, value in vars(args).items():
         if given.resume and name not in free and value != saved.get(name, value):
             sys.exit(f"error: with --resume {name} cannot change")
