@@ -406,6 +406,18 @@ def test_disk_full_while_saving(tmp_path, monkeypatch):
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["data.hdf5"]
 
 
+def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):
+    path = tmp_path / "file"
+
+    def write(part):
+        part.write_bytes(b"mine")
+        data_tools.write_atomically(path, lambda other: other.write_bytes(b"the other's"))
+        assert part.read_bytes() == b"mine"
+
+    data_tools.write_atomically(path, write)
+    assert path.read_bytes() == b"mine" and list(tmp_path.iterdir()) == [path]
+
+
 def python(code, **environment):
     """Start a sub-process that runs `code`."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}

@@ -146,7 +146,7 @@ def train(args, tmp_path, monkeypatch):
 
     monkeypatch.setattr(dreamer_skills, "execute_skill", execute_skill)
     monkeypatch.setattr(dreamer_skills, "pretrain", pretrain)
-    args.run_dir = str(tmp_path)
+    args.run_dir, args.pretrained = str(tmp_path), "any"  # so that no data are loaded
     results = dreamer_skills.train(args)
     state = torch.load(next(tmp_path.glob("*/checkpoint.pt")), weights_only=True)
     return results, state, found[0], torch.stack(executed, 1), np.array(rewards), np.array(ends)

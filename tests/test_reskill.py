@@ -520,6 +520,7 @@ def test_a_policy_rests_once_it_is_too_far(tmp_path, monkeypatch):
         acted.append((actor.weight, actor.residual.policy[-1].bias[0].item()))
         return collect_skill(envs, actor, *given)
 
+    monkeypatch.setattr(reskill.data_tools, "load_dataset", lambda *given: None)
     monkeypatch.setattr(reskill, "pretrain", lambda *given: {})
     monkeypatch.setattr(reskill, "learn_flow", lambda *given: {})
     monkeypatch.setattr(reskill, "rollout", rollout)

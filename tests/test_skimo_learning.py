@@ -212,21 +212,20 @@ def test_pretraining_learns_skills_and_their_dynamics(pretrain):
     assert prediction < 0.3  # of predicting that nothing moves
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_agent_and_planner_find_the_skills_that_pay(seed):
+def test_agent_and_planner_find_the_skills_that_pay():
     args = tiny_args(
         skill_dim=2, num_skills=2, bc_chunks=2, num_envs=10, batch_size=64, hidden_dim=32, latent_dim=8, alpha=0.01,
         autotune=False, gamma=0.5, num_samples=64, num_elites=16, cem_iters=4, temperature=5.0, learning_rate=3e-3,
         position_features=False, skill_horizon=5,
     )  # fmt: skip
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     agent = skimo.Agent(args, skimo.make_networks(args))
     rb = skimo.ReplayBuffer(4, args)
-    fill(rb, args, seed=seed)
+    fill(rb, args, seed=0)
     for _ in range(400):
         metrics = agent.update(*rb.sample(args.batch_size))
     assert metrics["reward_loss"].item() / args.num_skills < 0.2  # 0.8 is what predicting the mean reward costs
-    obs = np.random.default_rng(seed + 9).uniform(5, 35, (200, 4)).astype(np.float32)
+    obs = np.random.default_rng(9).uniform(5, 35, (200, 4)).astype(np.float32)
     with torch.no_grad():
         h = agent.model.encoder(torch.from_numpy(obs))
         frozen = agent.skill_prior(agent.prior_encoder(torch.from_numpy(obs)))

@@ -498,6 +498,7 @@ def test_updates_keep_step_with_the_skills(ratio, short_episodes, tmp_path, monk
         monkeypatch.setattr(owner, name, noted)
     monkeypatch.setattr(spirl, "pretrain", lambda *given: {})
     args = tiny_args(updates_per_skill=ratio, eval_interval=500, buffer_size=100, run_dir=str(tmp_path))
+    args.pretrained = "any"  # so that no data are loaded
     results = spirl.train(args)
     assert results["env_steps"] == 1200 and results["updates"] == int((240 - 80) * ratio)
     if ratio == 1.0:  # the warm-up, then two updates after every two skills

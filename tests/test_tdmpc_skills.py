@@ -433,6 +433,7 @@ def test_what_is_stored_and_planned(short_episodes, tmp_path, monkeypatch):
     monkeypatch.setattr(tdmpc, "plan", noted_plan)
     monkeypatch.setattr(tdmpc.ReplayBuffer, "add", noted_add)
     args = tiny_args(updates_per_step=0.0333, horizon_steps=400, std_steps=600, run_dir=str(tmp_path))
+    args.pretrained = "any"  # so that no data are loaded
     results = tdmpc.train(args)
     assert len(executed) == len(stored) == 120 and sum(ended.all() for *_, ended, _ in executed) == 6
     for given, skill in zip(executed, stored):
