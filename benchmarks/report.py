@@ -586,7 +586,7 @@ def run_rows(run: Run, published) -> list[dict[str, str]]:
         runs = published.get((task, name, data), Cell()).reaching(end)
         values = [number(np.mean([m(other, end) for other in runs])) for m in MEASURES.values()] if runs else []
         rows += [row(f"published {label(name)}, {len(runs)} seeds", values)] if runs else []
-        if not np.isnan(paper_at(run.task, name, end)):
+        if scores.SHARE not in data and not np.isnan(paper_at(run.task, name, end)):
             area = number(scores.paper_speed(run.task, name, end))
             rows.append(row(f"the paper's {label(name)}", [area, number(paper_at(run.task, name, end)), "–"]))
     return rows

@@ -296,8 +296,9 @@ def steps_to(run: Run, share: float, episodes: int = 40) -> float:
 
 def minutes_at(run: Run, end: int) -> float:
     """Minutes of RL up to an env step; NaN before the first episode's end."""
-    if run.end <= end and run.facts.get("results"):
-        return run.facts["results"]["rl_minutes"]
+    results = run.facts.get("results") or {}
+    if run.end <= end and "rl_minutes" in results:
+        return results["rl_minutes"]
     minutes = run.minutes[run.end_steps <= end + min(1_000, end // 8)]
     return minutes[-1] if len(minutes) else np.nan
 
