@@ -8,9 +8,11 @@ maze episodes of 90 steps; only real signals need programs of their own. What al
 import copy
 import csv
 import dataclasses
+import errno
 import functools
 import importlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -361,12 +363,13 @@ def test_interrupted_pretraining_goes_on_bit_for_bit(case, stop, monkeypatch):
     part, later = stopped(before + 1)
     assert updates < later < 6
     draws = after_calls(monkeypatch, data_tools.OfflineDataset, case.sampling, 0, None)
-    case.resume(part, "--total-timesteps 40")  # what RL does with a model does not depend on how it was made
+    case.resume(part)
     assert sum(args[1] == 8 for args in draws) < 9 * case.draws  # not from the start: six updates and three validations
     a = torch.load(only(data_dir / "pretrained"), weights_only=True)
     b = torch.load(case.model, weights_only=True)
     del a["facts"]["minutes"], b["facts"]["minutes"]
     assert_same(a, b)
+    assert_same(state_of(part), state_of(case.run_dir))
 
 
 @pytest.mark.parametrize("case", ["skimo", "skimo_no_joint", "spirl", "relay"], indirect=True)
@@ -869,6 +872,27 @@ def test_pretraining_that_diverges_leaves_no_model(case, monkeypatch):
     data_dir = case.new_data_dir()
     refused(lambda: case.main(case.argv("--pretrain-eval-interval 100", data_dir=data_dir)))
     assert not list((data_dir / "pretrained").glob("*"))
+
+
+@skimo_only
+def test_full_disk_keeps_the_old_checkpoint(case, monkeypatch):
+    runs = case.folder / f"runs{len(list(case.folder.iterdir()))}"
+    written = []
+
+    def fsync(number, original=os.fsync):
+        original(number)
+        written.append(number)
+        if len(written) == 3:  # args.json, the first checkpoint, the second one
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        refused(lambda: case.main(case.argv("--checkpoint-interval 500", runs)), "No space left", "free some space")
+    run_dir = only(runs)
+    assert not list(run_dir.glob("part_*"))
+    assert state_of(run_dir)["global_step"] == 520
+    case.resume(run_dir)
+    assert_same(state_of(run_dir), state_of(case.run_dir))
 
 
 # --------------------------------------------------------------------------------------------------- pre-trained models
