@@ -43,7 +43,10 @@ def data_dir(tiny_data_file, tmp_path):
 
 @pytest.fixture(autouse=True)
 def restored_process_state():
-    """Signal handlers and the number of threads, which main() sets, are put back after each test."""
+    """Signal handlers and the number of threads, which main() sets, are put back after each test. Random numbers do not
+    depend on the tests before.
+    """
+    torch.manual_seed(0)
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
