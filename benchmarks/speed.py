@@ -43,7 +43,6 @@ import data_tools
 from benchmarks.provenance import conditions, load_algorithm
 from data_tools.files import write_atomically
 
-RELEASE = ", release's sizes"  # ends the name of a row with the batch or the planner of the authors' release
 PARTS = ("pretrain", "update", "plan", "act", "step", "loop")
 BUFFERS = ("SequenceBuffer", "RolloutBuffer", "ReplayBuffer")  # names of replay buffers
 
@@ -66,19 +65,6 @@ class Args:
     out: Path = Path("runs/speed.json")  # where the JSON goes
 
 
-def check_args(args: Args):
-    """End the program with a sentence where arguments cannot work."""
-    for name in ("plan_envs", "step_envs"):
-        if min(getattr(args, name), default=1) < 1:
-            sys.exit(f"error: --{name.replace('_', '-')} needs numbers of at least 1")
-    if args.loop_steps < 1:
-        sys.exit(f"error: --loop-steps {args.loop_steps} does not work; give at least 1")
-    if not 0 < args.min_seconds < math.inf:
-        sys.exit(f"error: --min-seconds {args.min_seconds} does not work; give more than 0")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("error: torch finds no CUDA device; use --device cpu")
-
-
 def size_args(algo, size: str, mode: str, args: Args):
     """The algorithm's own arguments for a task."""
     result = algo.parse_args(["--env-id", size, "--device", args.device])
@@ -91,16 +77,6 @@ def size_args(algo, size: str, mode: str, args: Args):
         small |= dict(hidden_dim=32, model_dim=32, deter_dim=32, encoder_dim=32, latent_dim=32)
         result = replaced(result, small)
     return result
-
-
-def release_args(algo, config, size: str, args: Args):
-    """The same arguments with the release's batch of pre-training and its planner."""
-    release = algo.parse_args(["--env-id", size, "--published"])
-    values = {name: getattr(release, name) for name in ("pretrain_batch_size", "pretrain_skills", "bc_chunks")}
-    values |= dict(num_samples=512, num_elites=64, cem_iters=6)  # in its planner
-    if args.quick:
-        values |= dict(pretrain_batch_size=8, num_samples=16, num_elites=4)
-    return replaced(config, values)
 
 
 def replaced(config, values: dict):
@@ -252,15 +228,9 @@ def acting(algo, config, num_envs: int):
     return act
 
 
-def stepping(env_id: str, num_envs: int, num_threads: int):
-    """One step of E environments under random actions, nothing else; members that end are reset.
-
-    num_threads is 0 in the maze, which has none.
-    """
-    task = data_tools.TASKS[env_id]
-    options = task.env_kwargs | (dict(num_threads=num_threads) if num_threads else {})
-    with mock.patch.dict(data_tools.TASKS, {env_id: dataclasses.replace(task, env_kwargs=options)}):
-        envs = data_tools.make_envs(env_id, num_envs)
+def stepping(env_id: str, num_envs: int):
+    """One step of E environments under random actions, nothing else; members that end are reset."""
+    envs = data_tools.make_envs(env_id, num_envs)
     envs.reset(seed=0)
     envs.action_space.seed(0)
     actions = [envs.action_space.sample() for _ in range(100)]
@@ -398,7 +368,7 @@ def timer(function, label: str, seconds: dict, args: Args):
 def algorithm_rows(algo, size: str, mode: str, args: Args) -> list:
     """(part, name, environments per call or None, function that gives the numbers) of one file at one size.
 
-    Pre-training is timed in the file that it belongs to, the release's sizes in skimo.py.
+    Pre-training is timed in the file that it belongs to.
     """
     config = size_args(algo, size, mode, args)
     rows = []
@@ -406,14 +376,9 @@ def algorithm_rows(algo, size: str, mode: str, args: Args) -> list:
     def repeated(make, config, *inputs):
         return lambda: measure(make(algo, config, *inputs), args)
 
-    if algo.__name__ == "skimo":
-        release = release_args(algo, config, size, args)
-        rows.append(("pretrain", "pre-training update" + RELEASE, None, lambda: time_pretraining(algo, release, args)))
     if has_skills(algo) and algo.PRETRAINED == algo.__name__:
         rows.append(("pretrain", "pre-training update", None, lambda: time_pretraining(algo, config, args)))
     rows.append(("update", "RL update", None, repeated(rl_update, config)))
-    if algo.__name__ == "skimo":
-        rows.append(("plan", "plan, 1 env" + RELEASE, 1, repeated(choosing, release, 1)))
     plans = hasattr(algo, "plan")
     for E in args.plan_envs:
         envs = f"{E} env{'s' * (E > 1)}"
@@ -425,7 +390,11 @@ def algorithm_rows(algo, size: str, mode: str, args: Args) -> list:
 
 
 def time_stepping(args: Args, num_envs: int, num_threads: int) -> dict:
-    return measure(stepping(args.env_id, num_envs, num_threads), args)
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    result = measure(stepping(args.env_id, num_envs), args)
+    torch.set_num_threads(before)
+    return result
 
 
 def step_rows(args: Args) -> list:
@@ -433,8 +402,8 @@ def step_rows(args: Args) -> list:
     rows = []
     for E in args.step_envs:
         counts = {1, 2, 1 if args.quick else os.cpu_count()}
-        for threads in [0] if args.env_id == "maze" else sorted(count for count in counts if count <= E):
-            name = f"step, {E} env{'s' * (E > 1)}, {threads or 'no'} thread{'s' * (threads != 1)}"
+        for threads in sorted(count for count in counts if count <= E):
+            name = f"step, {E} env{'s' * (E > 1)}, {threads} thread{'s' * (threads != 1)}"
             rows.append((name, E, threads, functools.partial(time_stepping, args, E, threads)))
     return rows
 
@@ -494,7 +463,6 @@ def table(rows: list[dict]) -> str:
 
 def main(args: Args) -> dict:
     """Time everything, print the table, write the JSON; returns what it holds."""
-    check_args(args)
     if args.quick:
         args = dataclasses.replace(args, plan_envs=(1, 2), step_envs=(1, 2), loop_steps=800, min_seconds=0.02)
     facts = conditions(args.device)

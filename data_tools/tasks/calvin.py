@@ -35,10 +35,11 @@ MAX_JOINT_SPEED = np.array([2.0] * 7 + [1.0] * 2)  # rad/s, m/s for the fingers
 class Physics:
     """Scene, joint motors, button and lights of E members."""
 
-    def __init__(self, num_envs, num_threads):
+    def __init__(self, num_envs):
         model = scene.scene_model()
+        threads = min(torch.get_num_threads(), num_envs)
         # persistent: a step continues from the mass matrix and forces that the motor law has read.
-        self.batch = Batch(model, num_envs, num_threads, persistent=True)
+        self.batch = Batch(model, num_envs, threads, persistent=True)
         self.state = self.batch.state  # (E, S), all that MuJoCo needs to continue
         self.qpos = self.batch.bind("qpos")  # (E, 34), the views below follow the simulation
         self.qvel = self.batch.bind("qvel")  # (E, 31)
@@ -233,8 +234,7 @@ class CalvinVectorEnv(MemberVectorEnv):
     last finite observation. The last gripper command outlives an episode, as in the original, unless `reset` gets a
     seed.
     `order`: other sub-tasks; `slider_back` and `drawer_shut` are the ways back.
-    `num_threads` threads, the calling one among them, step the physics; None, the default, means as many as torch has.
-    Their number does not change the result.
+    As many threads as torch has step the physics; the result does not depend on their number.
     `simulator="pybullet"` runs the original's physics instead, one member after the other: see
     data_tools.tasks.calvin_pybullet for what it needs. `calvin_env_root`: where (None: $CALVIN_ENV_ROOT).
     """
@@ -248,7 +248,6 @@ class CalvinVectorEnv(MemberVectorEnv):
         num_envs: int = 1,
         max_episode_steps: int = MAX_EPISODE_STEPS,
         render_mode: str | None = None,
-        num_threads: int | None = None,
         simulator: str = "mujoco",
         calvin_env_root: str | os.PathLike | None = None,
         order: tuple[str, ...] = SUBTASKS,
@@ -262,9 +261,7 @@ class CalvinVectorEnv(MemberVectorEnv):
 
             self.physics = BulletPhysics(num_envs, calvin_env_root)
         else:
-            if num_threads is None:
-                num_threads = min(torch.get_num_threads(), num_envs)
-            self.physics = Physics(num_envs, num_threads)
+            self.physics = Physics(num_envs)
         self.order = tuple(order)
         self.start = np.zeros((num_envs, 21))  # the first observation of the episode
         self.subtasks = np.zeros(num_envs, dtype=np.int64)  # how many were done

@@ -253,9 +253,8 @@ class KitchenVectorEnv(MemberVectorEnv):
     `info`: `num_subtasks` credited so far and their names, `subtasks`; `is_success`, all of them; `unstable`, the
     physics diverged: the episode ends (terminated) with reward -100 and the last finite observation.
     `task`: a key of SUBTASKS, or the names of the elements in order. `noise`: 0.1 is D4RL's, 0 switches it off.
-    `num_threads` threads step the kitchens; None, the default, means as many as torch has, so that runs side by side do
-    not fight. A step takes a millisecond outside Python's lock, so that two threads are 1.8 times as fast as one; the
-    result does not depend on their number.
+    As many threads as torch has step the kitchens; the result does not depend on their number. A step takes a
+    millisecond outside Python's lock, so that two threads are 1.8 times as fast as one.
     """
 
     metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 12.5}
@@ -269,7 +268,6 @@ class KitchenVectorEnv(MemberVectorEnv):
         noise: float = NOISE,
         max_episode_steps: int = MAX_EPISODE_STEPS,
         render_mode: str | None = None,
-        num_threads: int | None = None,
     ):
         """Raises ValueError for arguments out of range, DataError if the kitchen's model is not the known one."""
         super().__init__(num_envs, 30, 9, max_episode_steps, render_mode)
@@ -282,8 +280,8 @@ class KitchenVectorEnv(MemberVectorEnv):
         self.physics = np.zeros((num_envs, len(self.kitchens[0].state)))
         self.observed = np.zeros((num_envs, 30))
         self.credited = np.zeros(num_envs, dtype=np.int64)
-        self.num_threads = min(torch.get_num_threads() if num_threads is None else max(num_threads, 1), num_envs)
-        self.pool = ThreadPoolExecutor(self.num_threads) if self.num_threads > 1 else None
+        self.threads = min(torch.get_num_threads(), num_envs)
+        self.pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
 
     def begin(self, members):
         for i in members:
@@ -302,7 +300,7 @@ class KitchenVectorEnv(MemberVectorEnv):
         if self.pool is None:
             step_members(0)
         else:
-            list(self.pool.map(step_members, range(self.num_threads)))  # list: raise errors here
+            list(self.pool.map(step_members, range(self.threads)))  # list: raise errors here
         return rewards, self.credited == len(self.subtasks)
 
     def _read(self, member):
