@@ -63,8 +63,8 @@ def legend(figure, found: dict[str, str], columns: int, paper: bool = True):
     figure.legend(lines, names, loc="upper center", ncol=columns, frameon=False, fontsize=9.5, handlelength=1.8)
 
 
-def overview(cells) -> Figure:
-    """A panel for each board, over the env steps that were run; the main methods, or a user's own."""
+def overview(cells, published: bool) -> Figure:
+    """A panel for each board, over the env steps that were run; of published methods the main ones."""
     panels = boards(cells)
     rows = -(-len(panels) // 3)
     columns = min(3, len(panels))
@@ -73,8 +73,10 @@ def overview(cells) -> Figure:
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.remove()
-    shown = {method: None for _, method, _ in cells}
-    shown = [name for name in MAIN if name in shown] + [name for name in shown if name not in METHODS] or list(shown)
+    found = {method: None for _, method, _ in cells}
+    shown = [name for name in {**dict.fromkeys(MAIN), **found} if name in found]
+    if published:
+        shown = [name for name in shown if name in MAIN or name not in METHODS]
     colour = colours(shown)
     for axes, (task, data) in zip(grid.flat, panels):
         end = board_end(cells, task, data)

@@ -619,13 +619,13 @@ def main(args: Args):
     ours = first.resolve() == RESULTS
     held = scores.read_cells(RESULTS / "held-out") if ours else {}
     if held:
-        plot.save(plot.overview(held), RESULTS / "held-out" / "curves.png")
+        plot.save(plot.overview(held, ours), RESULTS / "held-out" / "curves.png")
     if ours:
         for path, text in pages(cells).items():
             write(path, text)
     else:
         write(first / "RESULTS.md", results_text(cells, ours=False))
-    plot.save(plot.overview(cells), first / "curves.png")
+    plot.save(plot.overview(cells, ours), first / "curves.png")
     for task in dict.fromkeys(task for task, _ in scores.boards(cells)):
         if (first / task).is_dir():
             plot.save(plot.enlarged(cells, task), first / task / "curves.png")
