@@ -11,9 +11,8 @@ Of a run acts the task policy, of a pre-trained model the prior. Writes into the
                   files with a world model. Beside its error stands that of the guess that everything stays as it is.
   statistics.json what was printed
 
-Shapes: E roll-outs of T steps, O observation, A action, Z skill, d latent. A trace is what roll-outs leave: arrays obs
-(T+1, E, O), actions (T+1, E, A), of which the last row means nothing, and ended (T+1, E), which members had finished
-before the step.
+Shapes: E roll-outs of T steps, O observation, Z skill, d latent. A trace is what roll-outs leave: arrays obs
+(T+1, E, O) and ended (T+1, E), which members had finished before the step.
 """
 
 import copy
@@ -98,16 +97,15 @@ class Recorder(gymnasium.vector.VectorWrapper):
         return self.obs, infos
 
     def step(self, actions):
-        self.trace.append((self.obs, actions, self.ended))
+        self.trace.append((self.obs, self.ended))
         self.obs, rewards, terminations, truncations, infos = self.env.step(actions)
         self.ended = terminations | truncations
         return self.obs, rewards, terminations, truncations, infos
 
     def arrays(self):
         """The trace as arrays, with the last observations."""
-        last = self.obs, np.zeros_like(self.trace[0][1]), self.ended
-        obs, actions, ended = zip(*self.trace, last)
-        return np.stack(obs), np.stack(actions), np.stack(ended)
+        obs, ended = zip(*self.trace, (self.obs, self.ended))
+        return np.stack(obs), np.stack(ended)
 
 
 def traced_rollout(algo, agent, args, num_episodes: int, seed: int):
@@ -133,36 +131,23 @@ def traced_rollout(algo, agent, args, num_episodes: int, seed: int):
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics
-def maze_statistics(returns, obs, actions, ended) -> dict[str, float]:
-    """Of E roll-outs, returns (E,): how near to the goal, where, and how they move.
+def maze_statistics(returns, obs, ended) -> dict[str, float]:
+    """Of E roll-outs, returns (E,): how near to the goal, and where.
 
     `goal` share that reached it; `approach` least geodesic distance to it in cells (10, 25 and 50 % quantiles; 34 at
-    the start); `cells` mean number of different cells visited; `lateral` std of the offset from the middle of the
-    planner's way-points (c - 0.1), while moving fast along the first axis (cells); `wall` share of env steps that
-    deviate from free flight, i.e. touch a wall.
+    the start); `cells` mean number of different cells visited.
     """
     cells = cell_of(obs)  # (T+1, E, 2)
     distance = geodesic_distance(make_layout(), GOAL)[cells[..., 0], cells[..., 1]]  # (T+1, E)
     goal = returns >= GOAL_REWARD
     quantiles = np.quantile(np.where(goal, 0.0, distance.min(0)), [0.1, 0.25, 0.5])
     visited = [len(np.unique(path, axis=0)) for path in cells.swapaxes(0, 1)]
-
-    # Free flight: v' = v + dt (100 a - v) / (m + dt), from the velocity clipped to [-5, 5]
-    velocity = obs[:-1, :, 2:].clip(-5, 5)
-    free = velocity + 0.01 * (100 * actions[:-1] - velocity) / (4.18879 + 0.01)
-    touches = np.abs(obs[1:, :, 2:] - free).max(-1) > 1e-3  # (T, E)
-    running = ~ended[:-1]
-    along_first = (np.abs(obs[:-1, :, 2]) > 3.5) & running
-    offset = obs[:-1, :, 1] + 0.1
-    lateral = (offset - np.round(offset))[along_first]
     return {
         "goal": float(goal.mean()),
         "approach_10": float(quantiles[0]),
         "approach_25": float(quantiles[1]),
         "approach_50": float(quantiles[2]),
         "cells": float(np.mean(visited)),
-        "lateral": float(lateral.std()) if len(lateral) else 0.0,
-        "wall": float(touches[running].mean()),
     }
 
 
@@ -174,12 +159,12 @@ def shares(done: dict, ended) -> dict[str, float]:
     return figures | {"any_order": float(sum(figures.values()))}
 
 
-def kitchen_statistics(returns, obs, actions, ended) -> dict[str, float]:
+def kitchen_statistics(returns, obs, ended) -> dict[str, float]:
     """How often each of the seven elements was complete at some time."""
     return shares(elements_complete(obs), ended)
 
 
-def calvin_statistics(returns, obs, actions, ended) -> dict[str, float]:
+def calvin_statistics(returns, obs, ended) -> dict[str, float]:
     """How often the four sub-tasks happen, in any order."""
     happened = subtask_conditions(obs, obs[:1])  # (T+1, E, 4)
     return shares({name: happened[..., k] for k, name in enumerate(SUBTASKS)}, ended)
@@ -206,7 +191,7 @@ def open_loop_prediction(model, trace, z, skill_horizon: int, num_paths: int) ->
     at the boundaries of its skills, real and predicted, each (skills + 1, O).
     """
     model = copy.deepcopy(model).cpu()
-    obs, _, ended = trace  # (T+1, E, O), (T+1, E)
+    obs, ended = trace  # (T+1, E, O), (T+1, E)
     encoded = model.encoder(torch.from_numpy(obs))  # (T+1, E, d)
     paths = []
     for e in range(min(num_paths, len(z))):

@@ -15,7 +15,7 @@ import toy_walk
 
 import data_tools
 from algos import dreamer, hiro, lsp, sac, tdmpc
-from benchmarks import constant_actions
+from benchmarks.controls import constant_actions
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_SCORES = dict(episodic_return=0.0, episodic_length=1.0, success=0.0)
