@@ -73,11 +73,9 @@ def skill_paths(agent, args):
     envs = make_envs(args.env_id, args.skill_dim)
     obs, _ = envs.reset(seed=10_000 + args.seed)
     path = [obs]
-    ended = np.zeros(args.skill_dim, dtype=bool)
-    while not ended.all():
-        obs, _, terminations, truncations, _ = envs.step(agent.act(obs, z, explore=False))
+    while not envs.waiting.all():
+        obs, *_ = envs.step(agent.act(obs, z, explore=False))
         path.append(obs)
-        ended = terminations | truncations
     envs.close()
     return np.stack(path), envs.steps
 

@@ -1,8 +1,7 @@
-"""Positive control of algos/hiro.py: a point learns to reach random goals in an open maze; and pictures of goals.
+"""Positive control of algos/hiro.py: a point learns to reach random goals in an open maze.
 
     python benchmarks/controls/hiro.py --out benchmarks/results/studies/hiro/open_maze_seed1.csv --seed 1
     python benchmarks/controls/hiro.py --reported --out hiro.csv    # with the settings of the runs in RESULTS
-    python benchmarks/controls/hiro.py --checkpoint runs/FOLDER/checkpoint.pt --out goals.png     # of a run in our maze
 
 The file's own `train` runs on a task of 20 lines. The csv has a row per evaluation: 200 episodes without noise, with
 the same starts and goals each time. The JSON beside it tells command, commit, machine, arguments, the best and the last
@@ -22,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from algos import hiro
 from benchmarks.controls import frame
-from data_tools import TASKS, Task, env_sizes, make_envs
-from data_tools.files import imported, write_atomically
+from data_tools import TASKS, Task, make_envs
+from data_tools.files import write_atomically
 from data_tools.tasks.vector import MemberVectorEnv
 
 GATE = 0.8  # success that the last policy needs
@@ -78,28 +77,20 @@ def record_goals(agent, args, seed: int, episodes: int):
     path = [obs]
     goals = []
     place = goal = torch.zeros(episodes, agent.goal_dim)
-    ended = np.zeros(episodes, dtype=bool)
-    while not ended.all():
+    while not envs.waiting.all():
         action, place, goal = agent.act(obs, envs.steps, place, goal, explore=False)
-        obs, _, terminations, truncations, _ = envs.step(action)
+        obs, *_ = envs.step(action)
         path.append(obs)
         goals.append((goal * agent.goal_unit).numpy())
-        ended = terminations | truncations
     envs.close()
     return np.stack(path), np.stack(goals), envs.steps
 
 
 def draw_goals(agent, args, path: Path, seed: int):
-    """The three longest of twelve episodes: an arrow from each place where a goal was given to where it sent the agent.
-
-    Returns the share of the way to the goals that all episodes covered, without noise.
-    """
+    """The three longest of twelve episodes; an arrow leads from where a goal was given to where it sent the agent."""
     obs, goals, lengths = record_goals(agent, args, seed, 12)
-    draw_map = TASKS[args.env_id].draw_map
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     for axes, e in zip(figure.subplots(1, 3), np.argsort(-lengths, kind="stable")):
-        if draw_map:
-            imported(draw_map)(axes)
         starts = np.arange(0, lengths[e], args.goal_steps)
         y, x = obs[: lengths[e] + 1, e, :2].T
         axes.plot(x, y, color="#1f77b4", lw=1.2)
@@ -108,26 +99,10 @@ def draw_goals(agent, args, path: Path, seed: int):
         axes.quiver(
             x[starts], y[starts], right, up, angles="xy", scale_units="xy", scale=1, width=0.005, color="#d62728"
         )
-        if args.env_id == "open-maze":
-            axes.plot(obs[0, e, 3], obs[0, e, 2], "*", color="#2ca02c", ms=12)
-            axes.set(xlim=(-1.1, 1.1), ylim=(-1.1, 1.1))
-        else:
-            reach = max(np.ptp(x), np.ptp(y), 2.0) / 2 + 1
-            axes.set_xlim((x.max() + x.min()) / 2 - reach, (x.max() + x.min()) / 2 + reach)
-            axes.set_ylim((y.max() + y.min()) / 2 + reach, (y.max() + y.min()) / 2 - reach)
-        axes.set_aspect("equal")
+        axes.plot(obs[0, e, 3], obs[0, e, 2], "*", color="#2ca02c", ms=12)
+        axes.set(xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), aspect="equal")
         axes.set_title(f"{lengths[e]} env steps, {len(starts)} goals")
     write_atomically(path, lambda part: figure.savefig(part, dpi=90))
-
-    given = 0.0
-    left = 0.0
-    for e, length in enumerate(lengths):
-        for t in range(0, length, args.goal_steps):
-            end = min(t + args.goal_steps, length)
-            change = (obs[end, e] - obs[t, e])[agent.goal_entries]
-            given += np.linalg.norm(goals[t, e] / agent.goal_unit.numpy())
-            left += np.linalg.norm((goals[t, e] - change) / agent.goal_unit.numpy())
-    return float(1 - left / given)
 
 
 def uniform_success(args) -> float:
@@ -135,15 +110,16 @@ def uniform_success(args) -> float:
     envs = make_envs(args.env_id, args.eval_episodes)
     envs.reset(seed=10_000 + args.seed)
     rng = np.random.default_rng(args.seed)
-    ended = np.zeros(args.eval_episodes, dtype=bool)
-    while not ended.all():
-        _, _, terminations, truncations, _ = envs.step(rng.uniform(-1, 1, envs.action_space.shape))
-        ended = terminations | truncations
+    while not envs.waiting.all():
+        envs.step(rng.uniform(-1, 1, envs.action_space.shape))
     return TASKS[args.env_id].success(envs.returns)
 
 
-def control(given):
-    """Train, and write csv, JSON and picture."""
+def main():
+    parser = frame.parser(__doc__, reported=True)
+    parser.add_argument("--env-steps", type=int, help="instead of 40,000, as reported 300,000")
+    parser.add_argument("--no-correction", dest="correction", action="store_false", help="without eq. 5")
+    given = parser.parse_args()
     settings = SETTINGS | (dict(total_timesteps=given.env_steps) if given.env_steps else {})
     args = hiro.Args(**settings, seed=given.seed)
     if given.reported:
@@ -167,21 +143,6 @@ def control(given):
     print(
         f"success: best {max(successes):.2f}, last {successes[-1]:.2f}, random {facts['uniform_success']:.2f}; {words}"
     )
-
-
-def main():
-    parser = frame.parser(__doc__, reported=True)
-    parser.add_argument("--env-steps", type=int, help="instead of 40,000, as reported 300,000")
-    parser.add_argument("--no-correction", dest="correction", action="store_false", help="without eq. 5")
-    parser.add_argument("--checkpoint", type=Path, help="only draw the goals of this agent, into --out (png)")
-    given = parser.parse_args()
-    if not given.checkpoint:
-        return control(given)
-    args = hiro.Args(**hiro.load(given.checkpoint, {})["args"] | dict(device="cpu", cudagraphs=False))
-    agent = hiro.Agent(args, *env_sizes(args.env_id))
-    hiro.load(given.checkpoint, dict(agent=agent))
-    share = draw_goals(agent, args, given.out, 10_000 + given.seed)
-    print(f"{args.env_id}: without noise {share:.2f} of the way to the goals is covered, in twelve episodes")
 
 
 if __name__ == "__main__":
