@@ -426,8 +426,9 @@ def test_an_rl_update_waits_for_no_second_device(name):
     assert gpu.operations > before + 100
 
 
-@with_pretraining
+@pytest.mark.parametrize("name", ["skimo", "skimo_no_joint", "skimo_single_step", "spirl", "qc", "relay"])
 def test_a_pretraining_update_waits_for_no_second_device(name):
+    """The other files' `pretrain` and networks are copies of these (tests/test_copies.py)."""
     algo = speed.load_algorithm(name)
     with second_device() as gpu:
 

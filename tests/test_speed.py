@@ -33,8 +33,11 @@ def check_rows(written, printed):
     return [row["name"] for row in written["rows"]]
 
 
-@pytest.mark.parametrize("name", ALGOS)
-def test_quick_run_of_every_file_writes_every_row(name, tmp_path, capsys):
+KINDS = "skimo spirl dreamer_skills qc relay sac tdmpc dads hiro option_critic".split()  # what speed.py tells apart
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_quick_run_writes_every_row(name, tmp_path, capsys):
     out = tmp_path / "folder" / "speed.json"
     speed.main(speed.Args(algos=(name,), quick=True, **CPU, out=out))
     assert [path.name for path in out.parent.iterdir()] == ["speed.json"]  # no half-written file left
