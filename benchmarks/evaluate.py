@@ -8,6 +8,7 @@ the same starts. So noise, planner and policy can be told apart. Writes a row fo
 
 import csv
 import functools
+import importlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.provenance import load_algorithm
+import data_tools
 from benchmarks.run import step_of
 
 COLUMNS = ("checkpoint", "env_step", "acts_by", "episodes", "episodic_return", "success")
@@ -40,8 +41,8 @@ def evaluations(path: Path, episodes: int) -> list[tuple]:
     """(env step, acts by, episodes, mean return, success) of a checkpoint, by each way of acting. None of files
     without skills, and of dreamer_skills.py, which filters observations beside its agent.
     """
-    state = load_algorithm("skimo").load(path, {})
-    algo = load_algorithm(state["script"].removesuffix(".py"))
+    state = data_tools.read_state(path, ["agent"])
+    algo = importlib.import_module(f"algos.{Path(state['script']).stem}")
     if not hasattr(algo, "make_networks") or hasattr(algo, "Filter"):
         return []
     args = algo.Args(**state["args"] | dict(device="cpu", cudagraphs=False))

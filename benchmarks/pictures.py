@@ -16,6 +16,7 @@ Shapes: E roll-outs of T steps, O observation, Z skill, d latent. A trace is wha
 """
 
 import copy
+import importlib
 import json
 import math
 import sys
@@ -33,7 +34,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import data_tools
-from benchmarks.provenance import load_algorithm
 from data_tools import TASKS, DataError
 from data_tools.files import imported, write_atomically
 from data_tools.tasks.calvin import SUBTASKS, subtask_conditions
@@ -56,9 +56,9 @@ class Args:
 def load_run(path: Path, name: str | None):
     """A run's folder or checkpoint -> (algorithm file, arguments, agent on the CPU, observations)."""
     checkpoint = path if path.is_file() else path / "checkpoint.pt"
-    script = load_algorithm("skimo").load(checkpoint, {})["script"]
-    algo = load_algorithm(name or script.removesuffix(".py"))
-    refusal = f"runs of {algo.__name__}.py hold no skills in a replay buffer of observations; give another run"
+    script = data_tools.read_state(checkpoint, ["agent"])["script"]
+    algo = importlib.import_module(f"algos.{name or Path(script).stem}")
+    refusal = f"runs of {algo.FILE.stem}.py hold no skills in a replay buffer of observations; give another run"
     if not hasattr(algo, "make_networks"):
         raise DataError(refusal)
     args = algo.Args(**algo.load(checkpoint, {})["args"] | dict(device="cpu", cudagraphs=False))
@@ -73,7 +73,7 @@ def load_run(path: Path, name: str | None):
 
 def load_pretrained(path: Path, name: str | None, env_id: str):
     """A pre-trained model -> (algorithm file, arguments, agent on the CPU that acts by the prior)."""
-    algo = load_algorithm(name or "skimo")
+    algo = importlib.import_module(f"algos.{name or 'skimo'}")
     args = algo.parse_args(["--env-id", env_id, "--device", "cpu"])
     networks = algo.make_networks(args)
     algo.load(path, dict(networks=networks))

@@ -1,6 +1,5 @@
 """Where a number comes from: command, code and machine."""
 
-import importlib.util
 import os
 import platform
 import re
@@ -25,19 +24,6 @@ def describe_code(root: Path) -> dict:
     changed = git("status", "--porcelain", "--untracked-files=no")
     new = git("status", "--porcelain", "algos", "data_tools")  # files that no commit holds
     return dict(commit=git("rev-parse", "HEAD"), changed=bool(changed or new))
-
-
-def load_algorithm(name: str):
-    """Import an algorithm file."""
-    path = ROOT / "algos" / f"{name}.py"
-    if not path.is_file():
-        known = ", ".join(sorted(path.stem for path in path.parent.glob("*.py")))
-        sys.exit(f"error: {name} is no file in algos/; there are: {known}")
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def processor() -> str:

@@ -17,6 +17,7 @@ OMP_NUM_THREADS sets them.
 import contextlib
 import dataclasses
 import functools
+import importlib
 import inspect
 import io
 import json
@@ -40,7 +41,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data_tools
-from benchmarks.provenance import conditions, load_algorithm
+from benchmarks.provenance import conditions
 from data_tools.files import write_atomically
 
 PARTS = ("pretrain", "update", "plan", "act", "step", "loop")
@@ -376,7 +377,7 @@ def algorithm_rows(algo, size: str, mode: str, args: Args) -> list:
     def repeated(make, config, *inputs):
         return lambda: measure(make(algo, config, *inputs), args)
 
-    if has_skills(algo) and algo.PRETRAINED == algo.__name__:
+    if has_skills(algo) and algo.PRETRAINED == algo.FILE.stem:
         rows.append(("pretrain", "pre-training update", None, lambda: time_pretraining(algo, config, args)))
     rows.append(("update", "RL update", None, repeated(rl_update, config)))
     plans = hasattr(algo, "plan")
@@ -410,7 +411,7 @@ def step_rows(args: Args) -> list:
 
 def time_everything(args: Args):
     """Yields all rows: environments, then each file in each mode at each size, then its training loop."""
-    algos = [load_algorithm(name) for name in dict.fromkeys(args.algos)]
+    algos = [importlib.import_module(f"algos.{name}") for name in dict.fromkeys(args.algos)]
     bar = tqdm(desc="timing", unit="row")
 
     def timed_row(algo: str, name: str, size: str, mode: str, num_envs, make, **facts) -> dict:
@@ -432,11 +433,11 @@ def time_everything(args: Args):
             for size in dict.fromkeys(args.sizes):
                 for part, name, E, make in algorithm_rows(algo, size, mode, args):
                     if part in args.only:
-                        yield timed_row(algo.__name__, name, size, mode, E, make)
+                        yield timed_row(algo.FILE.stem, name, size, mode, E, make)
             if "loop" in args.only:
                 config = size_args(algo, args.env_id, mode, args)
                 make = functools.partial(time_training, algo, config, args)
-                yield timed_row(algo.__name__, "training loop", args.env_id, mode, config.num_envs, make)
+                yield timed_row(algo.FILE.stem, "training loop", args.env_id, mode, config.num_envs, make)
     bar.close()
 
 

@@ -8,6 +8,7 @@ GPU_CHECK_ALGOS names the files (default: all), GPU_CHECK_FACTS a file that gets
 
 import contextlib
 import copy
+import importlib
 import inspect
 import json
 import os
@@ -99,7 +100,7 @@ def rounds(algo, args):
     before = weights(agent)
     numbers = {}
     torch.manual_seed(1)
-    for k in range(60 if algo.__name__ == "hiro" else 4):
+    for k in range(60 if algo.FILE.stem == "hiro" else 4):
         for name, value in agent.update(*batch).items():
             numbers[f"{name} {k}"] = torch.as_tensor(value).cpu().clone()
         numbers[f"chosen {k}"] = first_of(choose())
@@ -115,7 +116,7 @@ def first_of(chosen):
 @with_pretraining
 def test_recorded_pretraining_is_eager_pretraining(name):
     """Bit for bit, as a replay draws the random numbers that eager code would."""
-    algo = speed.load_algorithm(name)
+    algo = importlib.import_module(f"algos.{name}")
     before, eager, eager_metrics = pretrained_weights(algo, tiny_args(algo, False))
     _, recorded, metrics = pretrained_weights(algo, tiny_args(algo, CUDA))
     apart = moved(before, eager, recorded)
@@ -127,7 +128,7 @@ def test_recorded_pretraining_is_eager_pretraining(name):
 @needs_device
 @algorithms
 def test_recorded_updates_and_plans_are_eager_ones(name):
-    algo = speed.load_algorithm(name)
+    algo = importlib.import_module(f"algos.{name}")
     before, eager, eager_numbers = rounds(algo, tiny_args(algo, False))
     _, recorded, numbers = rounds(algo, tiny_args(algo, CUDA))
     apart = moved(before, eager, recorded)
@@ -139,7 +140,7 @@ def test_recorded_updates_and_plans_are_eager_ones(name):
 
 @needs_device
 def test_a_replayed_graph_draws_new_numbers():
-    algo = speed.load_algorithm("skimo")
+    algo = importlib.import_module("algos.skimo")
     args = tiny_args(algo, CUDA)
     choose = speed.choosing(algo, args, 3)
     plans = [first_of(choose()) for _ in range(6)]
@@ -173,13 +174,13 @@ def sampler(algo, args):
     """Draws a batch from the replay buffer. On-policy data come from the CPU, once: theirs was drawn before."""
     draw = speed.filled_replay(algo, args)
     batch = draw()
-    return (lambda: batch) if algo.__name__ == "option_critic" else draw
+    return (lambda: batch) if algo.FILE.stem == "option_critic" else draw
 
 
 @needs_device
 @algorithms
 def test_an_rl_update_never_waits_for_the_device(name):
-    algo = speed.load_algorithm(name)
+    algo = importlib.import_module(f"algos.{name}")
     args = tiny_args(algo, False)
     agent = speed.make_agent(algo, args)
     sample = sampler(algo, args)
@@ -207,7 +208,7 @@ def some_pretraining(algo, args, watch):
 @needs_device
 @with_pretraining
 def test_a_pretraining_update_never_waits_for_the_device(name):
-    algo = speed.load_algorithm(name)
+    algo = importlib.import_module(f"algos.{name}")
     with contextlib.ExitStack() as stack:
         some_pretraining(algo, tiny_args(algo, False), lambda: stack.enter_context(no_waiting()))
 
@@ -223,7 +224,7 @@ def memory_in_use() -> int:
 @needs_device
 @algorithms
 def test_memory_does_not_grow_over_300_updates(name):
-    algo = speed.load_algorithm(name)
+    algo = importlib.import_module(f"algos.{name}")
     args = tiny_args(algo, CUDA)
     agent = speed.make_agent(algo, args)
     draw = speed.filled_replay(algo, args)
@@ -244,7 +245,7 @@ def test_memory_does_not_grow_over_300_updates(name):
 @pytest.mark.parametrize("name", sorted({"skimo", "spirl", "supe", "qc", "reskill", *golden.FLAT} & set(ALGOS)))
 def test_a_resumed_run_ends_as_the_uninterrupted_one(name, tmp_path):
     """Both end at the same weights; how far apart they are is a measured fact, 0 means bit for bit."""
-    algo = speed.load_algorithm(name)
+    algo = importlib.import_module(f"algos.{name}")
     flags = f"{golden.TINY} {golden.TASKS['kitchen']} {golden.FLAGS[name]}".split()
     for flag in ("--device", "--warmup-steps", "--updates-per-step") if name in golden.NO_WARMUP else ("--device",):
         at = flags.index(flag)
@@ -329,7 +330,7 @@ def both_phases(algo, folder):
     args = speed.replaced(args, dict(updates_per_step=0.1, updates_per_skill=1.0, updates_per_rollout=12, epochs=2))
     args = speed.replaced(args, dict(batch_length=2, discover_steps=100, eval_interval=10**9))
     args = speed.replaced(args, dict(run_dir=str(folder), data_dir=str(folder)))
-    if algo.__name__ == "option_critic":  # on-policy: an update for every batch
+    if algo.FILE.stem == "option_critic":  # on-policy: an update for every batch
         args.batch_size = 4
         args.total_timesteps = 25 * args.batch_size
     logged = []
@@ -353,7 +354,7 @@ def both_phases(algo, folder):
 
 @algorithms
 def test_nothing_is_read_after_the_next_replay_overwrote_it(name, tmp_path, monkeypatch):
-    algo = speed.load_algorithm(name)
+    algo = importlib.import_module(f"algos.{name}")
     logs_sooner = inspect.getsource(algo.train).replace("gradient_step % 100 ==", "gradient_step % 10 ==")
     monkeypatch.setattr(algo, "train", algo.train)  # put back after the test
     exec(logs_sooner, vars(algo))
@@ -385,7 +386,7 @@ def placed(values, device: str):
 @algorithms
 def test_a_run_keeps_its_tensors_on_one_device(name, tmp_path):
     """Pre-training, RL, evaluations and resume, with "cuda" as a device of its own."""
-    algo = speed.load_algorithm(name)
+    algo = importlib.import_module(f"algos.{name}")
     args = speed.replaced(tiny_args(algo, False, "cuda"), dict(total_timesteps=80, warmup_steps=10, warmup_skills=2))
     args = speed.replaced(args, dict(updates_per_step=0.1, updates_per_skill=1.0, batch_length=2, rollout_skills=2))
     args = speed.replaced(args, dict(updates_per_rollout=4))
@@ -413,7 +414,7 @@ def test_a_run_keeps_its_tensors_on_one_device(name, tmp_path):
 
 @algorithms
 def test_an_rl_update_waits_for_no_second_device(name):
-    algo = speed.load_algorithm(name)
+    algo = importlib.import_module(f"algos.{name}")
     args = tiny_args(algo, False, "cuda")
     with second_device() as gpu:
         agent = speed.make_agent(algo, args)
@@ -429,7 +430,7 @@ def test_an_rl_update_waits_for_no_second_device(name):
 @pytest.mark.parametrize("name", ["skimo", "skimo_no_joint", "skimo_single_step", "spirl", "qc", "relay"])
 def test_a_pretraining_update_waits_for_no_second_device(name):
     """The other files' `pretrain` and networks are copies of these (tests/test_copies.py)."""
-    algo = speed.load_algorithm(name)
+    algo = importlib.import_module(f"algos.{name}")
     with second_device() as gpu:
 
         def watch():

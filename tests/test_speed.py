@@ -1,5 +1,6 @@
 """benchmarks/speed.py runs end to end for every algorithm file and writes what it measured."""
 
+import importlib
 import json
 import math
 import subprocess
@@ -83,7 +84,7 @@ def test_environments_alone_with_one_thread_and_two(env_id, tmp_path, capsys):
 @pytest.mark.parametrize("name", ALGOS)
 def test_inputs_are_those_of_a_run(name):
     """A batch as the file's first update draws it, as many choices as environments; graphs where they are asked for."""
-    algo = speed.load_algorithm(name)
+    algo = importlib.import_module(f"algos.{name}")
     args = speed.Args(quick=True, **CPU)
     assert speed.size_args(algo, "maze", "graphs", args).cudagraphs
     config = speed.size_args(algo, "maze", "eager", args)
@@ -116,7 +117,7 @@ def test_per_second_are_env_steps_of_all_members():
     assert (one["per_second"], two["per_second"]) == (200, 250)
     assert (one["speedup"], two["speedup"]) == (1, 1.25)
 
-    algo = speed.load_algorithm("sac")
+    algo = importlib.import_module("algos.sac")
     config = speed.size_args(algo, "maze", "eager", args)
     with mock.patch.object(algo, "train", return_value=dict(updates=1, rl_minutes=0.1, env_steps=600)):
         row = speed.time_training(algo, config, args)
@@ -139,7 +140,6 @@ def test_the_table_has_eager_beside_graphs():
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (dict(algos=("nothing",)), "nothing is no file in algos/"),
         (dict(sizes=(), only=("plan",)), "nothing to time"),
         (dict(loop_steps=100, only=("loop",)), "ends before the first update is due"),
     ],
