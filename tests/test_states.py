@@ -227,7 +227,6 @@ for video in [None, Path(sys.argv[2])]:
             "OpenGL libegl1 libgl1 MUJOCO_GL=egl PYOPENGL_PLATFORM=osmesa",
         ),
         ("calvin", "MUJOCO_EGL_DEVICE_ID=99", "OpenGL libegl1 libgl1 MUJOCO_EGL_DEVICE_ID=99"),
-        ("maze", "IMAGEIO_FFMPEG_EXE=/nowhere/ffmpeg", "ffmpeg IMAGEIO_FFMPEG_EXE"),
     ],
 )
 def test_only_pictures_need_graphics(task, says, words, tmp_path):

@@ -1,7 +1,6 @@
 """Videos of episodes."""
 
 import math
-import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -14,26 +13,17 @@ from data_tools.files import DataError, check_writable, write_atomically
 from data_tools.tasks.vector import MemberVectorEnv
 
 
-def check_encoder() -> None:
-    """Raise DataError where ffmpeg, which writes videos, is missing."""
-    import imageio_ffmpeg
-
-    try:
-        subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-version"], capture_output=True, check=True)
-    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-        cure = "install imageio-ffmpeg anew, or let IMAGEIO_FFMPEG_EXE name a program ffmpeg"
-        raise DataError(f"videos need ffmpeg, which does not run here ({error}): {cure}.") from error
-
-
 class VideoRecorder(gymnasium.vector.VectorWrapper):
     """Records the first member's pictures in real time, at most 50 per second; written when closed."""
 
     def __init__(self, envs: MemberVectorEnv, path):
-        """Raises DataError where there will be no video: no encoder, no OpenGL, no place to write."""
+        """Raises an error where there will be no video: no ffmpeg, no OpenGL, no place to write."""
+        import imageio_ffmpeg  # for videos only
+
         super().__init__(envs)
         self.path = Path(path)
         check_writable(self.path)
-        check_encoder()
+        imageio_ffmpeg.get_ffmpeg_version()
         self.frames = []  # compressed: those of a long episode would take gigabytes
         self.frame = 0
         self.steps, self.returns = envs.steps, envs.returns  # the same arrays
