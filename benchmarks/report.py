@@ -109,6 +109,8 @@ RIVALS = {
     "chunks of actions: Q-chunking": ("studies/kitchen_qc_demonstrations/none", "kitchen/qc/scripted"),
     "skills, planned: SkiMo": ("kitchen/skimo/scripted", None),
 }
+# Machines of the speed tables: log of speed.py, and the task whose sizes count
+TIMED = {"CPU": ("speed/all_files_xeon.json", "maze"), "H100": ("gpu/speed_graphs.json", "kitchen")}
 # What a control's JSON tells
 CONTROLS = {
     "last_20_return": "pendulum {:.0f}, asked -250",
@@ -473,12 +475,37 @@ def control_words(log: Path) -> str:
     return f"{verdict}: [{words}](results/studies/{log.parent.name}), {steps}k env steps"
 
 
-def hours(method: str, rate: float, speed: Path, mode: str) -> str:
+def timed(machine: str) -> dict[str, dict[str, float]]:
+    """By file the ms of its updates and of choosing for eight environments, on a GPU as CUDA graphs where there are."""
+    path, size = TIMED[machine]
+    rows = json.loads((RESULTS / "studies" / path).read_text())["rows"]
+    found = {}
+    for row in sorted(rows, key=lambda row: (row["mode"] == "graphs", "act" not in row["name"])):  # the last counts
+        part = "choice" if row["name"].endswith(", 8 envs") else row["name"]
+        if row["size"] == size:
+            found.setdefault(row["algo"], {})[part] = row["ms"]
+    return found
+
+
+def speed_table() -> str:
+    """Milliseconds of all files; an empty field where there is nothing to time, or it was not."""
+    columns = [("CPU", "pre-training update")]
+    columns += [(machine, part) for machine in TIMED for part in ("RL update", "choice")]
+    times = {machine: timed(machine) for machine in TIMED}
+    rows = []
+    for name in [name for name in scores.METHODS if name in times["CPU"]]:
+        row = {"file": f"`{name}`"}
+        for machine, part in columns:
+            ms = times[machine].get(name, {}).get(part, np.nan)
+            row[f"{machine}: {part}"] = "" if np.isnan(ms) else f"{ms:,.0f}" if ms >= 10 else f"{ms:.1f}"
+        rows.append(row)
+    return table(rows)
+
+
+def hours(method: str, rate: float, machine: str) -> str:
     """Of updates and choices in 300,000 env steps of eight environments, at the file's default sizes."""
-    rows = [row for row in json.loads(speed.read_text())["rows"] if row["algo"] == method]
-    ms = {row["name"].split(",")[0]: row["ms"] for row in rows if row["mode"] in (mode, "eager")}  # graphs come last
-    choice = ms.get("plan", ms.get("act"))
-    return f"{300_000 * (rate * ms['RL update'] + choice / 8) / 3.6e6:.2g}"
+    ms = timed(machine)[method]
+    return f"{300_000 * (rate * ms['RL update'] + ms['choice'] / 8) / 3.6e6:.2g}"
 
 
 def without_data_table() -> str:
@@ -495,10 +522,9 @@ def without_data_table() -> str:
         row |= {"by default, published": ", ".join(rates[1:]) if default else "the same"}
         row |= {"width, published": f"{used}, {width}" if width else f"{used}, –"}
         row |= {"control at these settings": control_words(RESULTS / "studies" / f"{control}.json")}
-        logs = RESULTS / "studies"
         known = default and method != "dads"  # whose default sizes are not the published ones
-        row["hours, CPU"] = hours(method, published, logs / "speed" / "all_files_xeon.json", "eager") if known else "–"
-        row["H100"] = hours(method, published, logs / "gpu" / "speed_graphs.json", "graphs") if known else "–"
+        row["hours, CPU"] = hours(method, published, "CPU") if known else "–"
+        row["H100"] = hours(method, published, "H100") if known else "–"
         rows.append(row)
     return table(rows)
 
@@ -566,6 +592,8 @@ def pages(cells) -> dict[Path, str]:
     overview = table(boards_table(cells, COMPARED, "algos/docs"))
     findings = RESULTS.parent / "FINDINGS.md"
     made[findings] = filled(findings.read_text(), "rivals", rivals_table())
+    speed = RESULTS.parent / "SPEED.md"
+    made[speed] = filled(speed.read_text(), "updates", speed_table())
     made[ROOT / "README.md"] = filled((ROOT / "README.md").read_text(), "results", overview)
     for path in sorted((ROOT / "algos" / "docs").glob("*.md")):
         made[path] = filled(path.read_text(), f"result {path.stem}", method_text(cells, path.stem))
