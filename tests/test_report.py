@@ -362,9 +362,9 @@ def test_the_audits_counts_and_marks_come_out(audited):
 
 
 def test_pages_are_what_the_logs_give(cells):
-    """RESULTS.md, tables of README and FINDINGS, the blocks of the methods' pages, the pages beside the logs."""
+    """RESULTS.md, tables of README, FINDINGS and SPEED, the blocks of the methods' pages, the pages beside the logs."""
     pages = report.pages(cells)
-    assert len(pages) == 8 + len(scores.METHODS) + (scores.RESULTS / "held-out").is_dir()
+    assert len(pages) == 9 + len(scores.METHODS) + (scores.RESULTS / "held-out").is_dir()
     for path, text in pages.items():
         assert path.read_text() == text, f"run python benchmarks/report.py: {path}"
     assert "| [SkiMo](algos/docs/skimo.md) | .72/1.00/1.00 (5) |" in pages[scores.ROOT / "README.md"]
