@@ -361,6 +361,17 @@ def test_the_audits_counts_and_marks_come_out(audited):
     assert paired and low > 0.07 and middle == pytest.approx(0.09, abs=0.005)  # +.10, +.08, +.08
 
 
+def test_of_times_graphs_count_before_eager_code_and_planners_before_policies(tmp_path, monkeypatch):
+    times = [("RL update", "kitchen", "graphs", 4.0), ("RL update", "kitchen", "eager", 9.0)]
+    times += [("plan, 8 envs", "kitchen", "eager", 30.0), ("act, 8 envs", "kitchen", "eager", 1.0)]
+    times += [("plan, 1 env", "kitchen", "graphs", 5.0), ("RL update", "maze", "graphs", 2.0)]
+    rows = [dict(zip(("name", "size", "mode", "ms"), time), algo="skimo") for time in times]
+    (tmp_path / "log.json").write_text(json.dumps(dict(rows=rows)))
+    monkeypatch.setitem(report.TIMED, "H100", (tmp_path / "log.json", "kitchen"))
+    found = report.timed("H100")["skimo"]
+    assert (found["RL update"], found["choice"]) == (4.0, 30.0)
+
+
 def test_pages_are_what_the_logs_give(cells):
     """RESULTS.md, tables of README, FINDINGS and SPEED, the blocks of the methods' pages, the pages beside the logs."""
     pages = report.pages(cells)
