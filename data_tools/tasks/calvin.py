@@ -35,11 +35,10 @@ MAX_JOINT_SPEED = np.array([2.0] * 7 + [1.0] * 2)  # rad/s, m/s for the fingers
 class Physics:
     """Scene, joint motors, button and lights of E members."""
 
-    def __init__(self, num_envs):
+    def __init__(self, num_envs, num_threads):
         model = scene.scene_model()
-        threads = min(torch.get_num_threads(), num_envs)
         # persistent: a step continues from the mass matrix and forces that the motor law has read.
-        self.batch = Batch(model, num_envs, threads, persistent=True)
+        self.batch = Batch(model, num_envs, num_threads, persistent=True)
         self.state = self.batch.state  # (E, S), all that MuJoCo needs to continue
         self.qpos = self.batch.bind("qpos")  # (E, 34), the views below follow the simulation
         self.qvel = self.batch.bind("qvel")  # (E, 31)
@@ -261,7 +260,7 @@ class CalvinVectorEnv(MemberVectorEnv):
 
             self.physics = BulletPhysics(num_envs, calvin_env_root)
         else:
-            self.physics = Physics(num_envs)
+            self.physics = Physics(num_envs, min(torch.get_num_threads(), num_envs))
         self.order = tuple(order)
         self.start = np.zeros((num_envs, 21))  # the first observation of the episode
         self.subtasks = np.zeros(num_envs, dtype=np.int64)  # how many were done
