@@ -178,7 +178,9 @@ def test_one_command_for_a_run(tiny_run, capsys):
     assert all(name in printed for name in statistics)
 
 
-def test_a_traced_roll_out_is_the_files_own(tiny_run):
+def test_a_traced_roll_out_is_the_files_own(tiny_run, monkeypatch):
+    actions, step = [], pictures.Recorder.step
+    monkeypatch.setattr(pictures.Recorder, "step", lambda envs, action: actions.append(action) or step(envs, action))
     algo, args, agent, visited = pictures.load_run(tiny_run / "checkpoint.pt", None)
     assert visited.shape == (24, 30)
     returns, z, (obs, ended) = pictures.traced_rollout(algo, agent, args, 2, seed=7)
@@ -186,6 +188,9 @@ def test_a_traced_roll_out_is_the_files_own(tiny_run):
     assert returns.mean() == scores["episodic_return"]
     assert (~ended[:-1]).sum(0).mean() == scores["episodic_length"]
     assert obs.shape == (281, 2, 30) and z.shape == (2, 28, args.skill_dim)
+    with torch.no_grad():  # the action is that of the recorded observation and skill
+        action = agent.skills.act(torch.from_numpy(obs[13]), z[:, 1]).numpy()
+    assert np.allclose(action, actions[13])
 
 
 def test_a_pretrained_model_alone(tmp_path):
