@@ -12,7 +12,7 @@ executed as z = 2 u for H steps of the skill policy; its reward is the sum of th
    imagine: J skills from states of the batch (eq. 3); lambda-returns V of their rewards and values (eq. 4-6)
    actor: maximise V through the model (eq. 7) - alpha KL(2 u || p(z | o)); critic: v(s, h) -> V (eq. 8)
 
-DEVIATION n: differences from the authors' release. Why, what was measured, and scores: algos/docs/dreamer_skills.md
+DEVIATION n: differences from the authors' release. Why, and scores: algos/docs/dreamer_skills.md
 1. KL divergences without sampling: exact, or quadrature for the policy's tanh, whose whole slope counts (release:
    not that of 2 u, and atanh is cut at 8.7: 4 nats more at the start). The other losses are equal on the same numbers.
 2. Pre-training: shorter, with a learning rate that decays; in the maze and on CALVIN a larger kl_coef.
@@ -138,7 +138,7 @@ class Args:
 
 
 # By the name of a task's data: the release's values where they differ from Args, and our own kl_coef (DEVIATION 2) and
-# warm-up (8); total_timesteps is the paper's. `people`: with people's data (--data d4rl or a path), DEVIATION 3.
+# warm-up (8); total_timesteps is the paper's. `people`: with people's data (--data other than scripted), DEVIATION 3.
 TASK_DEFAULTS = {
     "maze": dict(total_timesteps=2_000_000, warmup_steps=50_000, deter_dim=200, stoch_dim=30,
                  model_dim=400),

@@ -14,7 +14,7 @@ phi(s) is a state's place: G entries of an observation, in units of GOAL_RANGE. 
       change that happened, phi(s_c) - phi(s_0), and eight random ones around it
 
 Run beside a PyTorch port (TD3) and the release's formulas (eq. 5) on the same numbers: equal but for rounding.
-DEVIATION n: differences from paper or release. Why, what was measured, and scores: algos/docs/hiro.md
+DEVIATION n: differences from paper or release. Why, and scores: algos/docs/hiro.md
 1. Environments act side by side, with fewer updates (paper: low one per env step, high one per c).
 2. At the c-th env step the next goal is h's, as in the paper; the release stores the high level's next goal.
 3. For the high level a true end has no future; in the release nothing ends. For the low level nothing ends in both.

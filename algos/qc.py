@@ -13,7 +13,7 @@ noise into a chunk and keeps several ways of acting apart. RL draws N chunks fro
    critics: Q(s, c) -> r_0 + .. + gamma^(H-1) r_(H-1) + gamma^H Q'(s_H, c*), on windows that begin at every env step;
       c* is the best of N' chunks by Q, and Q', the slow copy, says what it is worth
 
-DEVIATION n: differences from the authors' code. Why, what was measured, and scores: algos/docs/qc.md
+DEVIATION n: differences from the authors' code. Why, and scores: algos/docs/qc.md
 1. Our data have no rewards. Phase 1 trains the flow alone; critics start in phase 2, after a warm-up of single chunks.
 2. The flow is frozen in RL, and N' chunks are drawn once for each own env step. The authors train it on, and draw anew.
 3. A window in which an episode ends counts, with the rewards until there. Theirs has weight 0.
@@ -123,7 +123,7 @@ class Args:
             sys.exit("error: --bc-online needs --num-candidates 0: kept chunks are the old clone's")
 
 
-# By the name of a task's data. `people`: with people's data (--data d4rl or a path), DEVIATION 6.
+# By the name of a task's data. `people`: with people's data (--data other than scripted), DEVIATION 6.
 TASK_DEFAULTS = {
     "maze": dict(total_timesteps=2_000_000, warmup_steps=50_000, offline="none", batch_size=128, reward_scale=0.1),
     "kitchen": dict(skill_horizon=5, arm_noise=0.02, people=dict(recombine=True)),

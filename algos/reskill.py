@@ -13,7 +13,7 @@ begins with what the data show, and can still reach every skill; then a residual
    PPO for pi(g | s) on the sums of H rewards, PPO for pi_res(d | s, z, a') on each reward, each with a value of its own
 
 Run beside the release on the same numbers: flow, roll-outs and PPO are equal but for rounding and the late stop in 8.
-DEVIATION n: differences from the authors' release. Why, what was measured, and scores: algos/docs/reskill.md
+DEVIATION n: differences from the authors' release. Why, and scores: algos/docs/reskill.md
 1, 2, 3, 6: those of spirl.py. 4. Skills are spirl.py's: larger networks, 10 entries instead of 4, more KL, no tanh.
 5. The flow learns after the skills, starts as the identity, is half as wide, with one network for scale and shift of a
 coupling; its learning rate decays to zero.

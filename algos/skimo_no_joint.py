@@ -14,10 +14,10 @@ Differs from skimo.py in: PRETRAINED, TASK_DEFAULTS, pretrain_loss, pretrain
    model update: consistency, reward and TD losses on windows of N skills (eq. 6)
    policy update: maximise Q(h, z) - alpha KL(pi(h) || p(h)) (eq. 7); tune alpha; move the slow target copy
 
-DEVIATION n: differences from the authors' release. Why, what was measured, and scores: algos/docs/skimo_no_joint.md
+DEVIATION n: differences from the authors' release. Why, and scores: algos/docs/skimo_no_joint.md
 1. KL divergences are exact, not averages of samples.
 2. The skill policy is trained on bc_chunks random chunks of a window, not on all.
-3. Pre-training is shorter: smaller batches, larger kl_coef, falling rate, sines as inputs; people's data are augmented.
+3. Short pre-training: smaller batches (kitchens: windows), larger kl_coef, falling rate, sines; people's data varied.
 4. E environments act side by side; the warm-up has an episode of each. Smaller batches, maze: twice as many, N = 5.
 5. CEM starts from plans of the task policy, with fewer samples and iterations, and less noise.
 6. The target copy is faster: tau is .05, not .01.
@@ -93,7 +93,7 @@ class Args:
     skill_encoder: Literal["mlp", "lstm"] = "lstm"  # architecture of q
     position_features: bool = True  # sines and cosines of positions as inputs (release: none)
 
-    # Pre-training (nothing of it counts with --pretrained)
+    # Pre-training (with --pretrained only what is "in both phases" counts)
     pretrain_updates: int = 12_000  # gradient updates
     pretrain_skills: int = 10  # skills per window (release: 10, CALVIN 1)
     pretrain_batch_size: int = 128  # windows per update (release: 512)
@@ -145,7 +145,7 @@ class Args:
 
 # By the name of a task's data: the release's values where they differ from Args, and our own for pre-training
 # (DEVIATION 3), the maze's updates (4), planner (5) and total_timesteps, the kitchen's alpha and policy_latents (7).
-# `people`: with people's data (--data d4rl or a path) arms are shifted, objects recombined (3).
+# `people`: with people's data (--data other than scripted) arms are shifted, objects recombined (3).
 TASK_DEFAULTS = {
     "maze": dict(latent_dim=128, skill_encoder="mlp", pretrain_updates=8_000, pretrain_batch_size=64, bc_chunks=1,
                  pretrain_lr=1.5e-3, total_timesteps=200_000, warmup_steps=50_000, updates_per_step=20 / 500,

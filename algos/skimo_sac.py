@@ -15,10 +15,10 @@ Differs from skimo.py in: Args, TASK_DEFAULTS, RELEASE, Critic, features, model_
    critic update: Q(s, z) -> r + gamma (min Q'(s', z') - alpha KL(pi(h') || p(h'))), z' ~ pi(h')
    policy update of pi and E: maximise Q(s, z) - alpha KL(pi(h) || p(h)); tune alpha; move the slow critics
 
-DEVIATION n: differences from the authors' release. Why, what was measured, and scores: algos/docs/skimo_sac.md
+DEVIATION n: differences from the authors' release. Why, and scores: algos/docs/skimo_sac.md
 1. KL divergences are exact, not averages of samples.
 2. The skill policy is trained on bc_chunks random chunks of a window, not on all.
-3. Pre-training is shorter: smaller batches, larger kl_coef, falling rate, sines as inputs; people's data are augmented.
+3. Short pre-training: smaller batches (kitchens: windows), larger kl_coef, falling rate, sines; people's data varied.
 4. E environments act side by side; the warm-up has an episode of each. Maze: twice as many updates, of half batches.
 6. The slow critics are faster: tau is .05, not .01.
 7. Kitchens: alpha is .05, not .5.
@@ -90,7 +90,7 @@ class Args:
     skill_encoder: Literal["mlp", "lstm"] = "lstm"  # architecture of q
     position_features: bool = True  # sines and cosines of positions as inputs (release: none)
 
-    # Pre-training (nothing of it counts with --pretrained)
+    # Pre-training (with --pretrained only what is "in both phases" counts)
     pretrain_updates: int = 12_000  # gradient updates
     pretrain_skills: int = 10  # skills per window (release: 10, CALVIN 1)
     pretrain_batch_size: int = 128  # windows per update (release: 512)
@@ -129,7 +129,7 @@ class Args:
 
 # By the name of a task's data: the release's values where they differ from Args, and our own for pre-training
 # (DEVIATION 3), the maze's updates (4) and total_timesteps, the kitchen's alpha (7). `people`: with people's data
-# (--data d4rl or a path) skills hold more, arms are shifted, objects recombined (3).
+# (--data other than scripted) skills hold more, arms are shifted, objects recombined (3).
 TASK_DEFAULTS = {
     "maze": dict(latent_dim=128, skill_encoder="mlp", pretrain_updates=8_000, pretrain_batch_size=64, bc_chunks=1,
                  pretrain_lr=1.5e-3, total_timesteps=200_000, warmup_steps=50_000, batch_size=64,

@@ -1,7 +1,7 @@
 """SPiRL: Accelerating RL with Learned Skill Priors (Pertsch, Lee & Lim, CoRL 2020), https://arxiv.org/abs/2010.11944
 
 Idea: learn skills of H = 10 actions and a prior over them from task-agnostic data; then SAC chooses skills, held to the
-prior by a KL instead of the entropy. This is the closed-loop version of SkiLD, the model-free baseline of SkiMo.
+prior by a KL instead of the entropy. Closed-loop skills as in the paper SkiLD: SkiMo's model-free baseline.
 
     python algos/spirl.py --env-id maze             # offline data, pre-training (both are kept), RL, evaluation
     python algos/spirl.py --resume runs/FOLDER      # go on after Ctrl-C or a crash
@@ -14,12 +14,12 @@ prior by a KL instead of the entropy. This is the closed-loop version of SkiLD, 
    critics: Q(s, z) -> r + gamma (min Q'(s', z') - alpha KL(pi(s') || p(s'))), Q' slow copies (algorithm 1)
    policy: maximise min Q(s, z) - alpha KL(pi(s) || p(s)) (algorithm 1)
 
-DEVIATION n: differences from the authors' release. Why, what was measured, and scores: algos/docs/spirl.md
+DEVIATION n: differences from the authors' release. Why, and scores: algos/docs/spirl.md
 1. KL divergences are exact, not averages of samples. As there, they are those of x, although z = 2 tanh(x) acts.
 2. Pre-training: shorter, with a learning rate that decays; in the maze and on CALVIN a larger kl_coef.
 3. Sines of positions as inputs, the maze scaled; in people's data arms shifted, objects recombined, larger kl_coef.
 4. E environments act side by side, and the warm-up counts as env steps.
-5. Kitchens: 30 observations, without the goal, which is constant. CALVIN: the release has no pre-training.
+5. Kitchens: observations of 30 numbers, without the goal, which is constant. CALVIN: the release has no pre-training.
 6. Actions are those that pi_L was trained for, not their tanh. 7. Skills are stored with the state they were chosen in,
 not with the next one. 8. Evaluations take the mode of the policy, not samples. 9. Maze: target_kl 3, not 10; tau .05.
 Kitchens: alpha begins at .05, after 500 skills of the prior, not at 1 after 5,000.
@@ -125,8 +125,8 @@ class Args:
 
 
 # By the name of a task's data: the release's values where they differ from Args, our own kl_coef (DEVIATION 2), and
-# target_kl, tau, alpha and warm-up (9); total_timesteps is SkiMo's. `people`: with people's data (--data d4rl or a
-# path), DEVIATION 3.
+# target_kl, tau, alpha and warm-up (9); total_timesteps is the paper's. `people`: with people's data (--data other than
+# scripted), DEVIATION 3.
 TASK_DEFAULTS = {
     "maze": dict(total_timesteps=2_000_000, batch_size=128, buffer_size=100_000, critic_blocks=2,
                  target_kl=3.0, tau=0.05),

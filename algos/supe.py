@@ -15,7 +15,7 @@ demonstrations, with the rewards that the agent's own experience foretells and a
    (4) policy: maximise mean Q_i(s, u) - alpha KL(pi(s) || p(s)), alpha such that the KL is target_kl
    (5) models, on own ones only: R -> r, M -> e without the bonus; g -> g' where the agent is after the warm-up
 
-DEVIATION n: differences from the authors' code. Why, what was measured, and scores: algos/docs/supe.md
+DEVIATION n: differences from the authors' code. Why, and scores: algos/docs/supe.md
 1. Skills are SPiRL's: 10 steps, 10 numbers, close to N(0, 1); the skill policy acts without noise. Labels are samples
 of q, as in their paper; their code takes its mean. In networks and pre-training the numbers are those of spirl.py.
 2. Fewer updates: 2 critic steps per skill with 5 critics; theirs: 80 with 10. Alpha is faster; maze: Q', too, and m 2.
@@ -133,7 +133,7 @@ class Args:
 
 
 # By the name of a task's data: spirl.py's values for pre-training, target_kl and tau, and rewards of 10 (CALVIN: 1) for
-# a success. `people`: with people's data (--data d4rl or a path).
+# a success. `people`: with people's data (--data other than scripted).
 TASK_DEFAULTS = {
     "maze": dict(total_timesteps=2_000_000, warmup_steps=50_000, batch_size=128, alpha=0.01, target_kl=3.0,
                  tau=0.05, reward_scale=0.1),

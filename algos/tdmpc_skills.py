@@ -13,7 +13,7 @@ its policy held to the prior by a KL. Its model does not know the offline data, 
    policy: maximise the sum of rho^t min Q(h_t, u) over imagined states h_t, less alpha times the sum of
       KL(2 u || p(s_t)) over encoded ones (eq. 11, with a KL); move the slow target copy
 
-DEVIATION n: differences from the authors' release. Why, what was measured, and scores: algos/docs/tdmpc_skills.md
+DEVIATION n: differences from the authors' release. Why, and scores: algos/docs/tdmpc_skills.md
 1. KL divergences without sampling: exact, or quadrature for the policy's tanh.
 2. Pre-training: shorter, with a learning rate that decays; in the maze and on CALVIN a larger kl_coef.
 3. Sines of positions as inputs, the maze scaled; in people's data arms shifted, objects recombined, larger kl_coef.
@@ -141,7 +141,7 @@ class Args:
 
 
 # By the name of a task's data: the release's values where they differ from Args, and our own kl_coef (DEVIATION 2) and
-# the maze's warm-up (5); total_timesteps is the paper's. `people`: with people's data (--data d4rl or a path), see 3.
+# the maze's warm-up (5); total_timesteps is the paper's. `people`: with people's data (not scripted), see 3.
 TASK_DEFAULTS = {
     "maze": dict(total_timesteps=2_000_000, warmup_steps=50_000),
     "kitchen": dict(kl_coef=5e-4, people=dict(kl_coef=1e-3, arm_noise=0.02, recombine=True)),

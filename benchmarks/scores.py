@@ -452,7 +452,7 @@ def paper_at(task: str, method: str, step: float) -> float:
     return np.nan if points is None else float(np.interp(step, *points.T, left=np.nan, right=np.nan))
 
 
-def paper_final(task: str, method: str) -> float:
+def paper_final(task: str, method: str, end: int = 0) -> float:
     """The paper's last score; NaN if it has no curve."""
     points = paper_curve(task, method)
     return np.nan if points is None else float(points[-1, 1])
@@ -517,12 +517,11 @@ def lead(first: list[Run], second: list[Run], measure, end: int) -> tuple[float,
     return middle, *np.quantile(means, [0.025, 0.975]), pairs
 
 
-def agreement(cells, measure: str, data: str) -> dict:
+def agreement(cells, measure: str, data: str, paper) -> dict:
     """How many orderings of pairs of the main methods are the paper's, and what chance would give.
 
-    A pair is compared at the env steps that both have. The paper's order is that of its last scores, for speed that of
-    its areas over the same env steps. Chance: on each board the names of our methods are shuffled, all ways; p is the
-    share of shufflings with as many or more.
+    A pair is compared at the env steps that both have, the paper's by paper(task, method, env step). Chance: on each
+    board the names of our methods are shuffled, all ways; p is the share of shufflings with as many or more.
     """
     total, holds = 0, 0
     chance = np.ones(1)  # chance[n]: of n orderings that hold
@@ -536,8 +535,7 @@ def agreement(cells, measure: str, data: str) -> dict:
             end = common_end(cells, task, data, a, b)
             found[a, b] = relation(*(measured(cells, task, name, data, measure, end) for name in (a, b)), margin)
             if (a, b) in pairs:
-                paper = [[paper_speed(task, n, end) if measure == "speed" else paper_final(task, n)] for n in (a, b)]
-                expected.append(relation(*paper, margin))
+                expected.append(relation(*([paper(task, name, end)] for name in (a, b)), margin))
         counts = []
         for shuffled in permutations(names):
             called = dict(zip(names, shuffled))

@@ -203,12 +203,14 @@ def test_agreement_beside_chance(tmp_path):
         for seed in (1, 2):
             write_log(tmp_path, method, seed, value, clean=0.5)
     cells = scores.read_cells(tmp_path)
-    found = scores.agreement(cells, "level", "scripted")
+    found = scores.agreement(cells, "level", "scripted", scores.paper_final)
     assert (found["pairs"], found["hold"]) == (3, 3)  # .97 and .99 are tied in the paper, .20 is below
     assert found["p"] == pytest.approx(2 / 6) and found["chance"] == pytest.approx((2 * 3 + 4 * 0) / 6, abs=0.7)
-    assert scores.agreement(cells, "without noise", "scripted")["hold"] == 1
+    assert scores.agreement(cells, "without noise", "scripted", scores.paper_final)["hold"] == 1
     claim = report.Claim("", "skimo", "skimo_sac", ("maze",), "")
     assert report.verdicts(cells, claim, "level") == "1 of 1 (1 apart)<br>*P* 1.00 [1.00, 1.00]"
+    claim = report.Claim("", "skimo_sac", "skimo", ("maze",), "")
+    assert report.verdicts(cells, claim, "level") == "0 of 1, 1 reversed (1 apart)<br>*P* .00 [.00, .00]"
     assert report.verdicts(cells, claim, "without noise") == "0 of 1, 1 tied<br>*P* .50 [.50, .50]"
 
 
@@ -342,7 +344,7 @@ def test_the_audits_numbers_come_out(audited, cell):
 
 
 def test_the_audits_counts_and_marks_come_out(audited):
-    speed = [scores.agreement(audited, "speed", data) for data in ("scripted", "human")]
+    speed = [scores.agreement(audited, "speed", data, scores.paper_speed) for data in ("scripted", "human")]
     assert [(found["hold"], found["pairs"]) for found in speed] == [(23, 40), (13, 20)]
     assert [round(found["chance"], 1) for found in speed] == [14.4, 6.5] and round(speed[1]["p"], 3) == 0.007
     assert report.three(audited, "kitchen-misaligned", "spirl", "scripted") == [".55°", ".96\\*", ".99"]
