@@ -30,8 +30,7 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data_tools
 from data_tools import TASKS, DataError
@@ -56,12 +55,12 @@ class Args:
 def load_run(path: Path, name: str | None):
     """A run's folder or checkpoint -> (algorithm file, arguments, agent on the CPU, observations)."""
     checkpoint = path if path.is_file() else path / "checkpoint.pt"
-    script = data_tools.read_state(checkpoint, ["agent"])["script"]
-    algo = importlib.import_module(f"algos.{name or Path(script).stem}")
+    state = data_tools.read_state(checkpoint, ["agent"])
+    algo = importlib.import_module(f"algos.{name or Path(state['script']).stem}")
     refusal = f"runs of {algo.FILE.stem}.py hold no skills in a replay buffer of observations; give another run"
     if not hasattr(algo, "make_networks"):
         raise DataError(refusal)
-    args = algo.Args(**algo.load(checkpoint, {})["args"] | dict(device="cpu", cudagraphs=False))
+    args = algo.Args(**state["args"] | dict(device="cpu", cudagraphs=False))
     agent = algo.Agent(args, algo.make_networks(args))
     replay = algo.load(checkpoint, dict(agent=agent)).get("rb", {})
     if "columns" not in replay or hasattr(algo, "RolloutBuffer") or not hasattr(agent, "choose_skills"):
@@ -281,8 +280,6 @@ def main(args: Args) -> dict:
         raise DataError("give a run's folder or checkpoint, or --pretrained MODEL")
     if args.episodes < 2 or args.paths < 1:
         raise DataError("--episodes needs at least 2 and --paths at least 1")
-    if args.env_id not in TASKS:
-        raise DataError(f"--env-id {args.env_id} is no task; choose one of {', '.join(TASKS)}")
     written = []
     if args.run is not None:
         algo, config, agent, visited = load_run(args.run, args.algo)

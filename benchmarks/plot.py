@@ -1,13 +1,10 @@
 """Learning curves beside the paper's; drawn by report.py."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import scores
 from benchmarks.scores import MAIN, METHODS, TASKS, board, board_end, board_label, boards, curve, label

@@ -37,10 +37,10 @@ def describe_machine() -> str:
     """Processor, cores, GPUs and Python of this machine in one line."""
     try:
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        gpus = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")
+        gpus = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):  # no such program, or no driver
         gpus = []
-    gpus = ", ".join(gpu.strip() for gpu in gpus if gpu.strip()) or "no GPU"
+    gpus = ", ".join(gpus) or "no GPU"
     return f"{processor()}, {os.cpu_count()} cores, {gpus}, Python {platform.python_version()}, {platform.system()}"
 
 

@@ -325,18 +325,13 @@ def model_of(run: Run) -> str | None:
 class Cell(list):
     """Runs of one method on one task with one kind of data, by seed."""
 
-    @property
-    def ends(self) -> list[int]:
-        """Env steps at which runs ended, ascending; at each, all runs that got there can be compared."""
-        return sorted({run.end for run in self})
-
     def reaching(self, end: int) -> list[Run]:
         return [run for run in self if run.end >= end]
 
     @property
     def main_end(self) -> int:
         """The most env steps that more than half of the seeds reached."""
-        return max(end for end in self.ends if 2 * len(self.reaching(end)) > len(self))
+        return max(run.end for run in self if 2 * len(self.reaching(run.end)) > len(self))
 
 
 def read_runs(*folders: Path) -> list[Run]:

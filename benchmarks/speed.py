@@ -38,8 +38,7 @@ import tyro
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data_tools
 from benchmarks.provenance import conditions
 from data_tools.files import write_atomically

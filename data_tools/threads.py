@@ -13,13 +13,13 @@ def fastest_threads() -> int:
     one thread can then be thirty times as fast as two. Takes a tenth of a second, a few on a busy machine. Whoever sets
     OMP_NUM_THREADS gets what it says.
     """
-    most = min(torch.get_num_threads(), 8)
+    most = torch.get_num_threads()
     if most == 1 or "OMP_NUM_THREADS" in os.environ:
         return most
     net = torch.nn.Sequential(*[torch.nn.Linear(128, 128), torch.nn.ELU()] * 5)
     batch = torch.ones(1280, 128)
     seconds = {}
-    for threads in (1, most):
+    for threads in (1, min(most, 8)):
         torch.set_num_threads(threads)
         net(batch).mean().backward()  # starts the threads
         start = time.perf_counter()

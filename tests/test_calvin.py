@@ -9,7 +9,6 @@ import mujoco
 import numpy as np
 import pytest
 import torch
-from gymnasium.utils.env_checker import check_env
 
 import data_tools
 from data_tools import DataError
@@ -366,22 +365,6 @@ def test_lights_and_buttons_start_anew_but_the_gripper_command_stays():
     assert np.allclose(obs[SLIDE:], 0, atol=1e-4) and obs[6] == first[6] and obs[14] == -1
     assert not env.envs.physics.pressed[0]
     assert np.array_equal(env.reset(seed=5)[0], first)
-
-
-def test_time_limit_is_a_truncation():
-    env = gymnasium.make("skimo/Calvin-v0")
-    assert "TimeLimit" not in str(env) and env.unwrapped.envs.max_episode_steps == 360
-    env = gymnasium.make("skimo/Calvin-v0", max_episode_steps=4)
-    env.reset(seed=0)
-    assert [env.step(REST)[2:4] for _ in range(4)] == [(False, False)] * 3 + [(False, True)]
-    envs = gymnasium.make_vec("skimo/Calvin-v0", 2, vectorization_mode="vector_entry_point", max_episode_steps=3)
-    envs.reset(seed=0)
-    assert [envs.step(np.zeros((2, 7)))[3].tolist() for _ in range(3)] == [[False] * 2] * 2 + [[True] * 2]
-
-
-def test_env_checker():
-    with pytest.warns(UserWarning, match="infinity"):  # the observation is bounded by physics, not by the space
-        check_env(gymnasium.make("skimo/Calvin-v0").unwrapped)
 
 
 def test_unknown_simulator():

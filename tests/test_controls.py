@@ -10,8 +10,9 @@ import pytest
 
 from benchmarks import report
 from benchmarks.controls import diayn, flat, frame, hiro, qc, supe  # noqa: F401, which makes the task open-maze
+from benchmarks.scores import RESULTS
 
-LOGS = flat.ROOT / "benchmarks" / "results" / "studies" / "controls"
+LOGS = RESULTS / "studies" / "controls"
 
 
 @pytest.mark.parametrize("algo", list(flat.SETTINGS))
@@ -42,7 +43,7 @@ def test_the_committed_log_has_passed(algo):
 @pytest.mark.parametrize("name", list(frame.REPORTED))
 def test_reported_settings_are_those_of_the_logged_runs(name):
     algo = importlib.import_module(f"algos.{name}")
-    logs = sorted((flat.ROOT / "benchmarks" / "results").glob(f"*/{name}/none/seed*.json"))
+    logs = sorted(RESULTS.glob(f"*/{name}/none/seed*.json"))
     assert len(logs) >= 4  # one a task
     free = "run_dir resume cudagraphs cpu_preset checkpoint_interval eval_interval eval_episodes".split()
     for log in logs:

@@ -14,9 +14,10 @@ import torch
 import data_tools.tasks.maze
 from algos import dads
 from benchmarks.controls import dads as control
+from benchmarks.scores import RESULTS
 from data_tools.tasks import kitchen
 
-LOG = control.ROOT / "benchmarks" / "results" / "studies" / "dads" / "hall_seed1"
+LOG = RESULTS / "studies" / "dads" / "hall_seed1"
 
 
 def tiny_args(**changes):

@@ -502,8 +502,6 @@ def test_a_wrong_name_in_a_task_is_an_error(name, tmp_path, monkeypatch):
 
 
 def test_load_dataset_errors(tmp_path):
-    with pytest.raises(DataError, match="no task 'kitten'; known tasks: maze"):
-        load_dataset("kitten", tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="--data-dir or SKIMO_DATA_DIR"):
         load_dataset("maze", tmp_path / "file")
@@ -587,14 +585,6 @@ def test_both_kitchens_have_scripted_data_by_default(env_id, tmp_path, offline):
 
 def test_d4rl_never_falls_back(tmp_path, offline):
     with pytest.raises(DataError, match="cannot be reached"):
-        load_dataset("kitchen", tmp_path, "d4rl")
-    with pytest.raises(DataError, match="no data for calvin"):
-        load_dataset("calvin", tmp_path, "d4rl")
-
-
-def test_a_damaged_download_is_an_error(tmp_path):
-    (tmp_path / d4rl.KITCHEN_URL.rpartition("/")[2]).write_bytes(b"half of it")
-    with pytest.raises(DataError, match="light-v0.hdf5 is not the published file .*: delete it, or move it"):
         load_dataset("kitchen", tmp_path, "d4rl")
 
 

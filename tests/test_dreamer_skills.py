@@ -8,7 +8,7 @@ import torch
 from numpy_nets import same_weights
 from test_spirl import noisy_copy, short_episodes
 
-from algos import dreamer, dreamer_skills, spirl, tdmpc_skills
+from algos import dreamer, dreamer_skills, tdmpc_skills
 
 __all__ = ["short_episodes"]  # a fixture
 
@@ -36,18 +36,6 @@ def tiny_batch(args, seed=0):
 
 
 # ------------------------------------------------------------------------------------------- what is that of the others
-def test_pretraining_is_that_of_spirl():
-    """The text of networks and pre-training, and the arguments that shape it: so both find the same model."""
-    texts = [file.FILE.read_text().split("- networks\n")[1] for file in (dreamer_skills, spirl)]
-    assert len({text.split("- downstream RL\n")[0] for text in texts}) == 1
-    for env_id in ("maze", "kitchen", "kitchen-misaligned", "calvin"):
-        for flags in (["--env-id", env_id], ["--env-id", env_id, "--published"]):
-            ours, theirs = (list(vars(file.parse_args(flags)).items()) for file in (dreamer_skills, spirl))
-            names = [name for name, _ in ours]
-            shaping = slice(names.index("skill_horizon"), names.index("num_envs"))
-            assert ours[shaping] == theirs[shaping] and theirs[shaping.stop][0] == "num_envs"
-
-
 @pytest.mark.parametrize("position_features", [False, True])
 def test_the_model_sees_what_that_of_dreamer_sees(position_features):
     obs = torch.rand(5, 4) * 30

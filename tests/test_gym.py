@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Dict
+from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 
 import data_tools
@@ -161,7 +162,10 @@ def test_ones_own_environment_and_resume_bit_for_bit(tmp_path, monkeypatch):
 def test_specs_are_text_and_say_the_limit(name):
     env = gymnasium.make(f"skimo/{name}-v0")
     assert env.spec.max_episode_steps == env.unwrapped.envs.max_episode_steps == OURS[name]
+    assert gymnasium.make(f"skimo/{name}-v0", max_episode_steps=3).spec.max_episode_steps == 3
     assert "TimeLimit" not in str(env)
+    with pytest.warns(UserWarning, match="infinity"):  # physics bounds observations, the space does not
+        check_env(env.unwrapped, skip_render_check=True)
     spec = json.loads(env.spec.to_json())
     assert spec["entry_point"] == "data_tools.tasks.vector:SingleEnv" and spec["max_episode_steps"] == OURS[name]
     again = gymnasium.make(gymnasium.envs.registration.EnvSpec.from_json(env.spec.to_json()))
@@ -192,6 +196,7 @@ def test_no_episode_is_reported_twice(name):
     results = [envs.step(np.zeros(envs.action_space.shape)) for _ in range(6)]
     assert ["episode" in infos for *_, infos in results] == [False, False, True, False, False, False]
     assert results[2][-1]["episode"]["l"].tolist() == [3, 3] and envs.episode_count == 2
+    assert [step[3].tolist() for step in results[:3]] == [[False] * 2] * 2 + [[True] * 2]
     np.testing.assert_array_equal(results[5][0], results[2][0])
 
 

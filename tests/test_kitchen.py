@@ -12,7 +12,6 @@ import mujoco
 import numpy as np
 import pytest
 import torch
-from gymnasium.utils.env_checker import check_env
 
 import data_tools
 from data_tools import DataError
@@ -309,37 +308,6 @@ def test_kitchen_6_counts_six_in_their_order_within_420_steps():
     envs.reset()
     for step in range(1, 421):
         assert envs.step(np.zeros((2, 9)))[3].tolist() == [step == 420] * 2
-
-
-@pytest.mark.parametrize("vector", [False, True])
-def test_time_limit_is_a_truncation(vector):
-    if vector:
-        env = gymnasium.make_vec("skimo/Kitchen-v0", num_envs=2, vectorization_mode="vector_entry_point")
-    else:
-        env = gymnasium.make("skimo/Kitchen-v0")
-    env.reset(seed=0)
-    action = np.zeros(env.action_space.shape, np.float32)
-    for step in range(1, 281):
-        _, _, terminated, truncated, info = env.step(action)
-        assert not np.any(terminated)
-        assert np.all(truncated) == np.any(truncated) == (step == 280)
-    assert not np.any(info["is_success"])
-
-
-def test_registration_and_env_checker():
-    env = gymnasium.make("skimo/KitchenMisaligned-v0")
-    assert "TimeLimit" not in str(env)
-    with pytest.warns(UserWarning, match="infinity"):  # positions are bounded by physics, not by the space
-        check_env(env.unwrapped, skip_render_check=True)
-
-
-def test_actions_are_clipped():
-    results = []
-    for scale in (1.0, 7.0):
-        env = KitchenEnv()
-        env.reset(seed=0)
-        results.append(env.step(scale * np.array([1, -1, 1, -1, 1, -1, 1, -1, 1.0]))[0])
-    assert np.array_equal(*results)
 
 
 def test_bad_arguments():

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from numpy_nets import has_gradient
+from test_dreamer import tiny_batch
 
 from algos import dreamer, dreamer_skills, lsp, tdmpc
 from benchmarks.controls import lsp as control
+from benchmarks.scores import RESULTS
 
 SIZES = dict(
     env_id="calvin", device="cpu", position_features=False, num_envs=2, deter_dim=12, stoch_dim=4,
@@ -21,14 +23,6 @@ SIZES = dict(
 def tiny_args(**changes):
     small = dict(skill_horizon=4, num_skills=2, num_samples=8, num_elites=3, cem_iters=2)
     return lsp.Args(**(SIZES | small | changes))
-
-
-def tiny_batch(args, obs_dim=3, action_dim=2, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    B, L = args.batch_size, args.batch_length
-    obs = torch.randn(B, L, obs_dim, generator=generator)
-    action = torch.rand(B, L, action_dim, generator=generator) * 2 - 1
-    return obs, action, torch.randn(B, L, generator=generator), torch.zeros(B, L)
 
 
 def new_agent(args, seed=0, obs_dim=3, action_dim=2):
@@ -337,7 +331,7 @@ def test_windows_longer_than_episodes_are_refused(file, rows, tmp_path):
 @pytest.mark.parametrize("task", ["point", "maze"])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_committed_controls_have_passed(task, seed):
-    folder = control.ROOT / "benchmarks" / "results" / "studies" / "controls"
+    folder = RESULTS / "studies" / "controls"
     log = folder / f"lsp_{task}_seed{seed}.csv"
     values = np.loadtxt(log, delimiter=",", skiprows=1)[:, 1]
     facts = json.loads(log.with_suffix(".json").read_text())

@@ -1,16 +1,11 @@
 """The maze against its specification: printed grid, equations of motion, its offline data."""
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
-from gymnasium.utils.env_checker import check_env
 
 import data_tools
 from data_tools import DataError
@@ -233,35 +228,6 @@ def test_success_within_the_goal_radius():
         assert info["is_success"] is success and isinstance(reward, float)
 
 
-@pytest.mark.parametrize("vector", [False, True])
-def test_time_limit_is_a_truncation(vector):
-    if vector:
-        env = gymnasium.make_vec("skimo/Maze-v0", num_envs=2, vectorization_mode="vector_entry_point")
-    else:
-        env = gymnasium.make("skimo/Maze-v0")
-    env.reset(seed=0)
-    action = np.zeros(env.action_space.shape, np.float32)
-    for step in range(1, 2001):
-        _, _, terminated, truncated, info = env.step(action)
-        assert not np.any(terminated)
-        assert np.all(truncated) == np.any(truncated) == (step == 2000)
-    assert not np.any(info["is_success"])
-
-
-def test_registration_and_env_checker():
-    env = gymnasium.make("skimo/Maze-v0")
-    assert "TimeLimit" not in str(env)
-    with pytest.warns(UserWarning, match="infinity"):  # positions and speeds are bounded by physics, not by the space
-        check_env(env.unwrapped)
-    assert gymnasium.make("skimo/Maze-v0", max_episode_steps=3).spec.max_episode_steps == 3
-    short = gymnasium.make_vec(
-        "skimo/Maze-v0", num_envs=2, vectorization_mode="vector_entry_point", max_episode_steps=3
-    )
-    short.reset(seed=0)
-    flags = [short.step(np.zeros((2, 2)))[3].tolist() for _ in range(3)]
-    assert flags == [[False] * 2, [False] * 2, [True] * 2]
-
-
 def test_diverged_physics_end_the_episode(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # MuJoCo may write its warnings to a file here
     vector_env, healthy = MazeVectorEnv(3), MazeVectorEnv(3)
@@ -391,19 +357,3 @@ def test_collection_depends_on_the_seed_alone(dataset):
     for arguments in ((0, 0.5, 0), (10, -1.0, 0), (10, float("nan"), 0), (10, 0.5, -1), (10, 0.5, 2**64)):
         with pytest.raises(DataError, match="--num-episodes"):
             collect(*arguments, progress=False)
-
-
-def test_collect_runs_from_a_script_without_main_guard(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import torch; torch.randn(300, 300) @ torch.randn(300, 300)\n"
-        "from data_tools.scripted.maze import collect\n"
-        "print('once', len(collect(5, progress=False).episode_starts))\n"
-    )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, env=environment())
-    assert done.stdout == "once 5\n"
-
-
-def environment():
-    """Return the environment variables of a sub-process that finds data_tools."""
-    return {**os.environ, "PYTHONPATH": str(Path(data_tools.__file__).parents[1])}

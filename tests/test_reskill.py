@@ -4,7 +4,6 @@ import copy
 import itertools
 import math
 import threading
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from numpy_nets import np_features, random_obs, same_weights
 
 import data_tools
-from algos import reskill, spirl
+from algos import reskill
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
@@ -151,20 +150,6 @@ def test_at_step_0_the_policy_is_the_prior():
     torch.manual_seed(5)
     expected = networks["flow"].inverse(torch.randn(300, args.skill_dim), obs)
     assert torch.equal(z, expected)
-
-
-def test_skills_and_their_models_are_those_of_spirl(tmp_path, monkeypatch):
-    """Published ones fit; others are looked for in the same file."""
-    args = reskill.parse_args(["--device", "cpu", "--pretrained", "published"])
-    assert reskill.pretrain(args, reskill.make_networks(args), None, None, None)["goal"] > 0.1
-    looked_for = []
-    data = mock.Mock(fingerprint="of some data")
-    monkeypatch.setattr(Path, "exists", lambda path: True)
-    for env_id, file in itertools.product(("maze", "kitchen", "calvin"), (reskill, spirl)):
-        monkeypatch.setattr(file, "load", lambda path, parts, **how: looked_for.append(path) or dict(facts={}))
-        args = file.parse_args(["--env-id", env_id, "--data-dir", str(tmp_path)])
-        file.pretrain(args, None, data, None, None)
-    assert looked_for[::2] == looked_for[1::2] and len(set(looked_for)) == 3
 
 
 # ------------------------------------------------------------------------------------------------------------------ PPO

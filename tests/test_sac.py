@@ -2,7 +2,6 @@
 
 import copy
 
-import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -244,45 +243,12 @@ def test_actions_are_kept_for_repeat_env_steps(monkeypatch, tmp_path):
     assert results["updates"] == 2  # .03 per env step after the warm-up
 
 
-def pendulum(agent, rb, args, env_steps: int, seed: int, updates_per_step: float = 1.0):
-    """Learn Gymnasium's pendulum, which ends by time-outs only. Returns the returns of the training episodes."""
-    env = gymnasium.make("Pendulum-v1")
-    obs, _ = env.reset(seed=seed)
-    returns = [0.0]
-    updates = 0
-    no = np.zeros(1, dtype=bool)
-    for step in range(env_steps):
-        action = 2 * torch.rand(1, 1).numpy() - 1
-        if step >= args.warmup_steps:
-            action = agent.act(obs[None].astype(np.float32), explore=True)
-        next_obs, reward, _, truncated, _ = env.step(2 * action[0])
-        rb.add(
-            obs[None].astype(np.float32),
-            action,
-            np.array([reward], np.float32),
-            no,
-            np.array([truncated]),
-            next_obs[None].astype(np.float32),
-        )
-        returns[-1] += float(reward)
-        obs = next_obs
-        if truncated:
-            obs, _ = env.reset()
-            returns.append(0.0)
-        while updates < (step + 1 - args.warmup_steps) * updates_per_step:
-            agent.update(*rb.sample(args.batch_size))
-            updates += 1
-    return returns[:-1]
-
-
-def test_it_learns_the_pendulum():
+def test_it_learns_the_pendulum(tmp_path):
     """Random actions get about -1,200 an episode, a good policy about -150."""
-    torch.manual_seed(0)
-    args = sac.Args(
-        env_id="calvin", device="cpu", cudagraphs=False, hidden_dim=64, num_envs=1, batch_size=128, warmup_steps=600,
-        learning_rate=4e-3, tau=0.01, buffer_size=10_000, position_features=False,  # calvin: observations as they are
-    )  # fmt: skip
-    agent = sac.Agent(args, 3, 1)
-    returns = pendulum(agent, sac.ReplayBuffer(3, 1, args), args, 3_600, seed=0)
-    assert np.mean(returns[:5]) < -800
+    flags = "--env-id Pendulum-v1 --device cpu --num-envs 1 --hidden-dim 64 --batch-size 128 --warmup-steps 600"
+    flags += " --learning-rate 4e-3 --tau 0.01 --buffer-size 10000 --updates-per-step 1 --total-timesteps 3600"
+    sac.train(sac.parse_args([*flags.split(), "--eval-episodes", "1", "--run-dir", str(tmp_path)]))
+    (log,) = tmp_path.glob("*/episodes.csv")
+    returns = np.loadtxt(log, delimiter=",", skiprows=1)[:, 1]
+    assert np.mean(returns[:3]) < -800
     assert np.mean(returns[-5:]) > -400

@@ -9,7 +9,7 @@ import torch
 from numpy_nets import has_gradient, noisy_copy, np_features, np_kl, np_net, random_obs, same_weights
 
 import data_tools
-from algos import spirl, supe
+from algos import supe
 
 # -------------------------------------------------------------------------------------------------------------- helpers
 
@@ -86,15 +86,6 @@ def np_ensemble(ensemble, obs, u):
 
 
 # ------------------------------------------------------------------------------------------------------------ skills
-
-
-@pytest.mark.parametrize("flags", ["--env-id maze", "--env-id kitchen --data d4rl", "--env-id calvin --published"])
-def test_pretraining_is_that_of_spirl(flags):
-    texts = [file.FILE.read_text().split("- networks\n")[1] for file in (supe, spirl)]
-    assert len({text.split("- downstream RL\n")[0] for text in texts}) == 1
-    ours, theirs = (list(vars(file.parse_args(flags.split())).items()) for file in (supe, spirl))
-    shaping = slice(*[[name for name, _ in ours].index(name) for name in ("skill_horizon", "num_envs")])
-    assert ours[shaping] == theirs[shaping]
 
 
 def test_demonstrations_are_chunks_of_the_data_with_skills_of_the_encoder():

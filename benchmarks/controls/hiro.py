@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from algos import hiro
 from benchmarks.controls import frame
 from data_tools import TASKS, Task, make_envs

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from algos import lsp
 from benchmarks.controls import frame
 from data_tools import make_envs

@@ -17,21 +17,16 @@ from unittest import mock
 import numpy as np
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import data_tools
 from algos import relay
 from benchmarks.controls import frame
 from benchmarks.pictures import save_figure, traced_rollout
+from data_tools.scripted.kitchen import LETTERS, PLANS
 from data_tools.tasks import kitchen
 
-# First letters of microwave, kettle, bottom burner, top burner, light switch, slide cabinet, hinge cabinet.
-DEMONSTRATED = (
-    "kbsh kbls klsh ktbs ktls kblh ktbh ktbl ktlh mbsh mbls mkbh "
-    "mkbs mksh mkls mkth mktl mklh mtbh mtbs mtbl mtlh tbls tbsh"
-).split()
-LETTERS = {name[0]: name for name in kitchen.ELEMENTS}
-TASKS = {"kitchen": kitchen.SUBTASKS["kitchen"], "kitchen-misaligned": kitchen.SUBTASKS["kitchen-misaligned"]}
+DEMONSTRATED = list(dict.fromkeys(PLANS))  # two of the 25 folders hold one set
+TASKS = {name: kitchen.SUBTASKS[name] for name in ("kitchen", "kitchen-misaligned")}
 
 
 def compound_goals() -> dict[str, tuple[str, ...]]:

@@ -62,13 +62,11 @@ def open_drawer(view: View, rng=None) -> list[Waypoint]:
     style = _Style(rng)
     x = 0.18 + style.shift(0.05, 0, 0)[0]
     y = -0.213 - view.obs[DRAWER]  # between the handle and the drawer's front
-    down = style.down
-    gripper = style.gripper
     return [
-        Waypoint(np.array([x, y - 0.02, 0.50]), down, gripper),
-        Waypoint(np.array([x, y, 0.372]), down, gripper, 1),
-        Waypoint(np.array([x, -0.218 - scene.DRAWER_RANGE, 0.372]), down, gripper, 2),
-        Waypoint(np.array([x, -0.43, 0.50]), down, gripper),
+        Waypoint(np.array([x, y - 0.02, 0.50]), style.down, style.gripper),
+        Waypoint(np.array([x, y, 0.372]), style.down, style.gripper, 1),
+        Waypoint(np.array([x, -0.218 - scene.DRAWER_RANGE, 0.372]), style.down, style.gripper, 2),
+        Waypoint(np.array([x, -0.43, 0.50]), style.down, style.gripper),
     ]
 
 
@@ -77,13 +75,11 @@ def close_drawer(view: View, rng=None) -> list[Waypoint]:
     style = _Style(rng)
     x = 0.18 + style.shift(0.05, 0, 0)[0]
     y = -0.31 - view.obs[DRAWER]
-    down = style.down
-    gripper = style.gripper
     return [
-        Waypoint(np.array([x, y, 0.50]), down, gripper),
-        Waypoint(np.array([x, y, 0.365]), down, gripper, 1),
-        Waypoint(np.array([x, -0.252, 0.365]), down, gripper, 3),
-        Waypoint(np.array([x, -0.31, 0.48]), down, gripper),
+        Waypoint(np.array([x, y, 0.50]), style.down, style.gripper),
+        Waypoint(np.array([x, y, 0.365]), style.down, style.gripper, 1),
+        Waypoint(np.array([x, -0.252, 0.365]), style.down, style.gripper, 3),
+        Waypoint(np.array([x, -0.31, 0.48]), style.down, style.gripper),
     ]
 
 

@@ -34,7 +34,6 @@ from data_tools.tasks.kitchen import (
     compile_model,
     draw,
     elements_complete,
-    goal_of,
 )
 from data_tools.tasks.vector import num_cores
 
@@ -363,9 +362,7 @@ SKILLS = {
 }
 
 
-@cache
-def _kinematics():
-    return _Kinematics()
+_kinematics = cache(_Kinematics)
 
 
 def _demonstrate(subtasks, rng, noise, longest=MAX_EPISODE_STEPS):
@@ -464,7 +461,9 @@ def collect(
     """
     attributes = attributes_of(__name__, num_episodes, noise, seed)
     num_workers = min(num_workers or num_cores(), num_episodes)
-    goal = goal_of(SUBTASKS["kitchen"])
+    goal = np.zeros(30)  # D4RL's goal block
+    for indices, values in map(ELEMENTS.get, SUBTASKS["kitchen"]):
+        goal[indices] = values
     episodes = []
     for obs, actions, done in _make_episodes(num_episodes, noise, seed, num_workers, progress):
         episodes.append((np.concatenate([obs, np.tile(goal, (len(obs), 1))], axis=1), actions, done))

@@ -156,7 +156,6 @@ class Kitchen:
         self.model = compile_model()
         self.data = mujoco.MjData(self.model)
         self.state = np.empty(mujoco.mj_stateSize(self.model, STATE))
-        self.unstable = False
 
     def reset(self, rng):
         """Start an episode whose noise comes from `rng`."""
@@ -176,8 +175,9 @@ class Kitchen:
         data.ctrl[:] = np.minimum(np.maximum(target, TARGET_LOW), TARGET_HIGH)  # np.clip takes twice as long
         mujoco.mj_step(self.model, data, PHYSICS_STEPS)
         # MuJoCo counts a diverged state as a warning and puts the state silently back to zero.
-        if data.warning.number[DIVERGED].any() or not (np.isfinite(data.qpos).all() and np.isfinite(data.qvel).all()):
-            self.unstable = True
+        finite = np.isfinite(data.qpos).all() and np.isfinite(data.qvel).all()
+        self.unstable = not finite or data.warning.number[DIVERGED].any()
+        if self.unstable:
             self.go_on(self.state, self.observed, self.credited)
             return UNSTABLE_REWARD
         self._observe()
@@ -230,15 +230,6 @@ def draw(qpos) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------------- environment
-
-
-def goal_of(subtasks):
-    """Return D4RL's goal block (30,): the goals of the task's elements, zero elsewhere."""
-    goal = np.zeros(30)
-    for name in subtasks:
-        indices, values = ELEMENTS[name]
-        goal[indices] = values
-    return goal
 
 
 class KitchenVectorEnv(MemberVectorEnv):

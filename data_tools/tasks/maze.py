@@ -206,21 +206,17 @@ def _draw_frame(trail, start):
 
 def draw_maze(ax, start=START) -> None:
     """Draw walls, start and goal on matplotlib axes `ax`, row axis down: plot positions q as `ax.plot(q_y, q_x)`."""
+    from matplotlib.patches import Circle  # only plots need matplotlib
+
     edges = (-0.7, 41.3)
     ax.imshow(make_layout(), cmap="Greys", vmin=0, vmax=3, extent=(*edges, *edges[::-1]), interpolation="none")
-    ax.add_patch(_circle(GOAL[::-1], GOAL_RADIUS))
+    ax.add_patch(Circle(GOAL[::-1], GOAL_RADIUS, facecolor="tab:green", alpha=0.25, edgecolor="none", zorder=2))
     ax.plot(*start[::-1], "o", color="tab:blue", markersize=8, markeredgecolor="white", zorder=4, label="start")
     ax.plot(*GOAL[::-1], "*", color="tab:green", markersize=14, markeredgecolor="white", zorder=4, label="goal")
     ax.set(xlim=edges, ylim=edges[::-1], aspect="equal", xticks=[], yticks=[])
 
 
 draw_far_maze = partial(draw_maze, start=FAR_START)
-
-
-def _circle(centre, radius):
-    from matplotlib.patches import Circle  # only plots need matplotlib
-
-    return Circle(centre, radius, facecolor="tab:green", alpha=0.25, edgecolor="none", zorder=2)
 
 
 # ---------------------------------------------------------------------------------------------------------- environment
