@@ -45,7 +45,7 @@ def test_reported_settings_are_those_of_the_logged_runs(name):
     algo = importlib.import_module(f"algos.{name}")
     logs = sorted(RESULTS.glob(f"*/{name}/none/seed*.json"))
     assert len(logs) >= 4  # one a task
-    free = "run_dir resume cudagraphs cpu_preset checkpoint_interval eval_interval eval_episodes".split()
+    free = "run_dir resume cudagraphs threads cpu_preset checkpoint_interval eval_interval eval_episodes".split()
     for log in logs:
         logged = json.loads(log.read_text())["args"]
         args = vars(frame.reported_args(algo, logged["env_id"], logged["seed"], logged["total_timesteps"]))

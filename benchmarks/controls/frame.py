@@ -18,7 +18,7 @@ from data_tools.files import check_writable, write_atomically
 
 # Flags of the runs in results/TASK/NAME/none, but for their length: all else was as by default
 REPORTED = {
-    "sac": "--updates-per-step 0.1",
+    "sac": "",
     "tdmpc": "--cpu-preset --updates-per-step 0.1",
     "dreamer": "--cpu-preset",
     "lsp": "--cpu-preset",
