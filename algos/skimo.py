@@ -109,7 +109,6 @@ class Args:
 
     # Downstream RL
     num_envs: int = 8  # environments side by side
-    offline_ratio: float = 0.0  # share of demonstrated windows among those of the consistency loss
     num_skills: int = 10  # N: skills per window and in the longest plan
     warmup_steps: int = 5_000  # env steps with the prior's skills before updates; at least an episode per environment
     batch_size: int = 64  # windows of N skills per update (release: 256, maze 128)
@@ -135,9 +134,9 @@ class Args:
     horizon_steps: int = 25_000  # env steps over which plans grow from 1 to N skills
 
     def __post_init__(self):  # refuse what would train wrongly without a word
-        least = dict(offline_ratio=0, seed=0, threads=0, warmup_steps=0, num_policy_trajs=2, alpha=1e-6)
+        least = dict(seed=0, threads=0, warmup_steps=0, num_policy_trajs=2, alpha=1e-6)
         plans = self.num_samples + self.num_policy_trajs
-        most = dict(offline_ratio=0.9, gamma=1, tau=1, rho=1, bc_chunks=self.pretrain_skills, num_elites=plans)
+        most = dict(gamma=1, tau=1, rho=1, bc_chunks=self.pretrain_skills, num_elites=plans)
         for name, value in vars(self).items():
             low, high = least.get(name, int(type(value) is int)), most.get(name, 2**31)
             if type(value) in (int, float) and not low <= value <= high:  # nor NaN
@@ -483,25 +482,6 @@ def model_loss(model, target, task_policy, obs, z, rewards, dones, args):
     return loss.mean() / N, metrics, h.detach(), h_pred.detach()
 
 
-def demonstrated_loss(model, target, skills, obs, actions, args):
-    """Eq. 6's consistency on demonstrated windows, which need no reward: D must not forget what the data show.
-
-    obs (B, N*H+1, O) raw, actions (B, N*H, A); skills are those of the frozen q. Returns the loss of each window, (B,).
-    """
-    N, H = args.num_skills, args.skill_horizon
-    chunk_obs = obs[:, :-1].unflatten(1, (N, H))  # (B, N, H, O)
-    chunk_actions = actions.unflatten(1, (N, H))  # (B, N, H, A)
-    with torch.no_grad():
-        z = sample_skill(skills.encode_skill(chunk_obs, chunk_actions))  # (B, N, Z)
-        h_target = target.encoder(obs[:, ::H])  # (B, N+1, d)
-    h = model.encoder(obs[:, 0])  # (B, d)
-    consistency = 0.0
-    for t in range(N):
-        h = model.next(h, z[:, t])
-        consistency = consistency + args.rho**t * (h - h_target[:, t + 1]).square().mean(-1)  # (B,)
-    return consistency.clamp(max=1e5)
-
-
 def policy_loss(model, task_policy, prior_encoder, skill_prior, obs, h, h_pred, alpha, args):
     """Task policy: maximise Q, stay close to the frozen prior (SkiMo eq. 7).
 
@@ -705,15 +685,10 @@ class Agent(nn.Module):
         z, _ = planner(obs, min_std, noise_std)
         return z.cpu()
 
-    def update(self, obs, z, rewards, dones, *demonstrations) -> dict:
+    def update(self, obs, z, rewards, dones) -> dict:
         """One step of model, task policy and alpha on windows from the replay buffer; returns metrics."""
         args, model = self.args, self.model
         loss, metrics, h, h_pred = model_loss(model, self.target, self.task_policy, obs, z, rewards, dones, args)
-        if demonstrations:
-            demonstrated = demonstrated_loss(model, self.target, self.skills, *demonstrations, args)
-            weight = args.consistency_coef / (args.num_skills * args.batch_size)  # that of a window of RL
-            loss = loss + weight * demonstrated.sum()
-            metrics["demonstrated_loss"] = demonstrated.detach().mean()
         self.model_optimizer.zero_grad()
         loss.backward()
         model_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -781,7 +756,7 @@ def train(args: Args) -> dict:
     run_dir = Path(args.resume or f"{args.run_dir}/{run_name}").expanduser()
     checkpoint = run_dir / "checkpoint.pt"
     data = None
-    if args.offline_ratio or not (args.pretrained or checkpoint.exists()):  # data may be refused
+    if not (args.pretrained or checkpoint.exists()):  # before there is a folder: data may be refused
         data = data_tools.load_dataset(args.env_id, args.data_dir, args.data, args.data_share)
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))  # two runs never share one
     save(run_dir / "args.json", dict(asdict(args), script=FILE.name))
@@ -800,8 +775,6 @@ def train(args: Args) -> dict:
     agent = Agent(args, networks)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
     rb = ReplayBuffer(obs.shape[1], args)
-    window = args.num_skills * args.skill_horizon + 1
-    num_demonstrated = round(args.batch_size * args.offline_ratio / (1 - args.offline_ratio))
     global_step, gradient_step, seconds = 0, 0, 0.0
     episodes, evaluations = [], []  # (env step, return, length, minutes), (env step, mean return, success)
     parts = dict(agent=agent, model=agent.model_optimizer, policy=agent.policy_optimizer, alpha=agent.alpha_optimizer)
@@ -851,8 +824,7 @@ def train(args: Args) -> dict:
             ready = global_step >= args.warmup_steps and rb.num_episodes > 0
             updates_due = int(global_step * args.updates_per_step) if ready else 0
             while gradient_step < updates_due:
-                demonstrations = data.sample_windows(num_demonstrated, window) if num_demonstrated else ()
-                metrics = agent.update(*rb.sample(args.batch_size), *demonstrations)
+                metrics = agent.update(*rb.sample(args.batch_size))
                 gradient_step += 1
                 bar.update()
                 if gradient_step % 2 == 0:  # as in the release
