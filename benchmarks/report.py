@@ -58,11 +58,7 @@ CLAIMS = (
         "a model pays: SkiMo > SkiMo + SAC", "skimo", "skimo_sac", ALL, "yes for speed; without noise only on CALVIN"
     ),
     Claim(
-        "planning pays: SkiMo > no planner",
-        "skimo",
-        "skimo_no_cem",
-        ALL[1:],
-        "in training, exploring less; clean on CALVIN",
+        "planning pays: SkiMo > no planner", "skimo", "skimo_no_cem", ALL[1:], "in training; without noise on CALVIN"
     ),
     Claim("but the maze is faster without", "skimo_no_cem", "skimo", ALL[:1], "open; the release's planner is slower"),
     Claim("joint training pays", "skimo", "skimo_no_joint", (ALL[0], *ALL[2:]), "in the maze: else the prior is weak"),
@@ -71,13 +67,7 @@ CLAIMS = (
         "a skill-level model > a single-step one", "skimo", "skimo_single_step", ALL, "yes, but single-step learns too"
     ),
     Claim("SkiMo > SPiRL", "skimo", "spirl", ALL, "by speed in three of six; at the end in the maze"),
-    Claim(
-        "naive combinations fail: > SPiRL + Dreamer",
-        "skimo",
-        "dreamer_skills",
-        ALL,
-        "far behind, in the maze at zero",
-    ),
+    Claim("naive combinations fail: > SPiRL + Dreamer", "skimo", "dreamer_skills", ALL, "far behind; the maze at zero"),
     Claim("without skills nothing is learned: > Dreamer", "skimo", "dreamer", ALL, "yes, but ours were smaller"),
     Claim("the same: > TD-MPC", "skimo", "tdmpc", ALL, "yes, but ours were smaller"),
 )
@@ -106,7 +96,7 @@ ORDERINGS = (
     ("without noise, paper at its end", "without noise", scores.paper_final),
 )
 # Methods without offline data: updates per env step by default and as published (Option-Critic: per roll-out), hidden
-# width as published (LSP's is Dreamer's), and the control with exactly the settings of the runs
+# width as published (LSP's is Dreamer's), and the control with the sizes and rates of the runs
 WITHOUT_DATA = {
     "sac": (0.5, 1.0, 256, "controls_reported/sac_seed1"),
     "tdmpc": (1.0, 1.0, 512, "controls_reported/tdmpc_seed1"),

@@ -448,7 +448,7 @@ def paper_at(task: str, method: str, step: float) -> float:
 
 
 def paper_final(task: str, method: str, end: int = 0) -> float:
-    """The paper's last score; NaN if it has no curve."""
+    """The paper's last score, whatever the env step; NaN if it has no curve."""
     points = paper_curve(task, method)
     return np.nan if points is None else float(points[-1, 1])
 

@@ -250,5 +250,5 @@ def test_it_learns_the_pendulum(tmp_path):
     sac.train(sac.parse_args([*flags.split(), "--eval-episodes", "1", "--run-dir", str(tmp_path)]))
     (log,) = tmp_path.glob("*/episodes.csv")
     returns = np.loadtxt(log, delimiter=",", skiprows=1)[:, 1]
-    assert np.mean(returns[:3]) < -800
+    assert np.mean(returns[:5]) < -800
     assert np.mean(returns[-5:]) > -400

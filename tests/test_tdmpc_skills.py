@@ -54,11 +54,9 @@ def test_model_is_shared_with_spirl_and_found_by_what_shaped_it(file, tmp_path, 
         args = file.parse_args([*flags.split(), "--data-dir", str(tmp_path)])
         return file.pretrain(args, None, data, None, None)["path"]
 
-    shown = ["--env-id maze", "--env-id kitchen --data file", "--env-id calvin"]
-    if file is not reskill:  # its release squashes no actions
-        shown += ["--env-id maze --published", "--env-id kitchen --published"]
-    for flags in shown:
-        assert path(file, flags) == path(spirl, flags)
+    for env_id in ("maze", "kitchen", "kitchen-misaligned", "calvin"):
+        for more in ("", " --data file", *[" --published"] * (file is not reskill)):  # its release squashes no actions
+            assert path(file, f"--env-id {env_id}{more}") == path(spirl, f"--env-id {env_id}{more}")
     assert path(file) == path(file, "--gamma 0.9") == path(spirl, "--critic-dim 7")
     changes = ["--kl-coef 0.5", "--pretrain-lr 1", "--seed 2", "--hidden-dim 9", "--no-position-features"]
     if file is tdmpc:  # the others' pretrain is the same text
