@@ -24,7 +24,7 @@ REPORTED = {
     "lsp": "--cpu-preset",
     "dads": "",
     "diayn": "--updates-per-step 0.1",
-    "hiro": "--hidden-dim 128 --updates-per-step 0.1 --actor-lr 1e-3",
+    "hiro": "",
     "option_critic": "",
 }
 
