@@ -1,5 +1,7 @@
 """Shared fixtures: a small maze data set, so that no test collects the full one."""
 
+import functools
+import inspect
 import os
 import shutil
 import signal
@@ -11,6 +13,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+inspect.getsource = functools.cache(inspect.getsource)  # tyro asks for it at every parsing: a fifth of the time
 
 DATA_FILE = "maze_noise0.5_seed0_v1.hdf5"  # the name under which load_dataset looks for it
 

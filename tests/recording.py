@@ -129,11 +129,12 @@ def note_losses_and_optimizers(notes, module, patch):
         if not names:
             notes.pretraining_norms.append(torch.stack(gradients).norm().item())
         result = original(optimizer, *closure)
-        values = [weight for agent in agents for name, weight in agent.named_parameters() if "value" in name]
-        for group in optimizer.param_groups if len(optimizer.param_groups) > 1 else []:
-            for weight in group["params"]:
-                of_value = any(weight is value for value in values)
-                (notes.value_lr if of_value else notes.other_lr).add(group["lr"])
+        if len(optimizer.param_groups) > 1:
+            values = [weight for agent in agents for name, weight in agent.named_parameters() if "value" in name]
+            for group in optimizer.param_groups:
+                for weight in group["params"]:
+                    of_value = any(weight is value for value in values)
+                    (notes.value_lr if of_value else notes.other_lr).add(group["lr"])
         for name in names:
             moves = [(weight - old).abs().max().item() for weight, old in zip(weights, before)]
             notes.moved.setdefault(name, max(moves))
