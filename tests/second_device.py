@@ -24,11 +24,9 @@ GROUP = torch._C._group_tensors_by_device_and_dtype
 
 def tensors_in(values) -> list:
     """All tensors in nested lists and tuples."""
-    found = []
+    found = [value for value in values if isinstance(value, torch.Tensor)]
     for value in values:
-        if isinstance(value, torch.Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
+        if isinstance(value, (list, tuple)):
             found += tensors_in(value)
     return found
 
@@ -42,7 +40,7 @@ class Gpu(TorchDispatchMode):
         self.operations = 0  # on the GPU
         self.memory = {}  # address -> the storage that was there
         self.to_device = None  # where all results of the running call go
-        self.around = CPU  # where a call's intermediate results lie that are made of nothing
+        self.around = ()  # inputs of the running call: what it makes of nothing lies where they do
 
     def device(self, tensor):
         storage = self.memory.get(tensor.untyped_storage().data_ptr())
@@ -72,9 +70,7 @@ class Gpu(TorchDispatchMode):
 
     def call(self, function, *args, **kwargs):
         """Call it; its results lie where its inputs do."""
-        outer = self.around
-        devices = map(self.device, tensors_in([args, *kwargs.values()]))
-        self.around = CUDA if CUDA in devices else CPU
+        outer, self.around = self.around, (args, *kwargs.values())
         try:
             return function(*args, **kwargs)
         finally:
@@ -102,11 +98,11 @@ class Gpu(TorchDispatchMode):
             on_gpu = self.to_device == CUDA
         else:
             # Single numbers may lie on the CPU
-            sized = {self.device(part) for part in inputs if part.dim() > 0 and part.numel() > 0}
-            if len(sized) > 1 and func not in MOVES:
+            sized = [part for part in inputs if part.dim() > 0 and part.numel() > 0] if len(devices) > 1 else []
+            if len(set(map(self.device, sized))) > 1 and func not in MOVES:
                 places = ", ".join(f"{self.device(part).type} {tuple(part.shape)}" for part in inputs)
                 raise RuntimeError(f"{func}: expected all tensors to be on the same device, found {places}")
-            on_gpu = CUDA in devices or (not inputs and self.around == CUDA)
+            on_gpu = CUDA in (devices if inputs else map(self.device, tensors_in(self.around)))
             masked = func is aten.index.Tensor and any(part.dtype == torch.bool for part in inputs[1:])
             if CUDA in devices and (func in WAITS or masked or len(devices) > 1 and func in MOVES):
                 self.wait(func)

@@ -21,6 +21,7 @@ import torch
 
 from benchmarks import speed
 from tests import golden
+from tests.recording import buffer_of
 from tests.second_device import second_device
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +36,7 @@ SIZES = dict(
     batch_length=8, imagine_starts=32, imagine_steps=4, discover_steps=300, controller_dim=16,
     flow_dim=16, policy_dim=16, rollout_skills=5, updates_per_rollout=30,
     demo_rows=100, mppi_iters=2, policy_updates=2, flow_windows=100, flow_updates=6, warmup_steps=10,
-    hidden_layers=1, flow_steps=2, num_candidates=3,
+    hidden_layers=1, flow_steps=2, num_candidates=3, skill_horizon=4,
 )  # fmt: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -383,8 +384,20 @@ def placed(values, device: str):
     return type(values)(placed(value, device) for value in values) if isinstance(values, list | tuple) else values
 
 
+def not_waiting(gpu, method):
+    """The method, which does not wait for the second device, but in the first call of each owner."""
+    owners = set()
+
+    def strict(owner, *inputs, **how):
+        with mock.patch.object(gpu, "may_wait", owner not in owners):
+            owners.add(owner)
+            return method(owner, *inputs, **how)
+
+    return strict
+
+
 @algorithms
-def test_a_run_keeps_its_tensors_on_one_device(name, tmp_path):
+def test_a_run_keeps_its_tensors_on_one_device_and_no_update_waits(name, tmp_path):
     """Pre-training, RL, evaluations and resume, with "cuda" as a device of its own."""
     algo = importlib.import_module(f"algos.{name}")
     args = speed.replaced(tiny_args(algo, False, "cuda"), dict(total_timesteps=80, warmup_steps=10, warmup_skills=2))
@@ -398,8 +411,12 @@ def test_a_run_keeps_its_tensors_on_one_device(name, tmp_path):
         golden.make_data(tmp_path / "data.hdf5", 30, 9)
         args = speed.replaced(args, dict(data=str(tmp_path / "data.hdf5"), data_dir=str(tmp_path)))
     load = torch.load
+    buffer = buffer_of(algo)
+    on_policy = name == "option_critic"  # its data come from the CPU
     with (
         second_device() as gpu,
+        mock.patch.object(algo.Agent, "update", not_waiting(gpu, algo.Agent.update)),
+        mock.patch.object(buffer, "sample", buffer.sample if on_policy else not_waiting(gpu, buffer.sample)),
         mock.patch.object(torch, "load", lambda path, map_location, **_: placed(load(path), map_location)),
         mock.patch.dict(algo.data_tools.TASKS["kitchen"].env_kwargs, dict(max_episode_steps=25)),
         mock.patch.object(algo, "Agent", with_rewards(algo.Agent)),
@@ -410,21 +427,6 @@ def test_a_run_keeps_its_tensors_on_one_device(name, tmp_path):
     assert 3 < first["updates"] < resumed["updates"]
     assert len(first["evaluations"]) < len(resumed["evaluations"])
     assert gpu.operations > 5_000
-
-
-@algorithms
-def test_an_rl_update_waits_for_no_second_device(name):
-    algo = importlib.import_module(f"algos.{name}")
-    args = tiny_args(algo, False, "cuda")
-    with second_device() as gpu:
-        agent = speed.make_agent(algo, args)
-        sample = sampler(algo, args)
-        agent.update(*sample())
-        gpu.may_wait = False
-        before = gpu.operations
-        for _ in range(3):
-            agent.update(*sample())
-    assert gpu.operations > before + 100
 
 
 @pytest.mark.parametrize("name", ["skimo", "skimo_no_joint", "skimo_single_step", "spirl", "qc", "relay"])
