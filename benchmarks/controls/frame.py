@@ -23,7 +23,7 @@ REPORTED = {
     "dreamer": "--cpu-preset",
     "lsp": "--cpu-preset",
     "dads": "",
-    "diayn": "--updates-per-step 0.1",
+    "diayn": "",
     "hiro": "",
     "option_critic": "",
 }
