@@ -146,9 +146,8 @@ def data_name(facts: dict, path: Path) -> str:
     if "data" not in facts["args"]:
         return "none"
     if not facts.get("results"):  # it still runs, and only its results name the source of a file
-        given = facts["args"]["data"]
         names = {"scripted": "scripted", "d4rl": "d4rl", "release": "skimo-release"}
-        return names.get(given, "data of its own")
+        return names.get(facts["args"]["data"], "data of its own")
     pretraining = facts["results"].get("pretraining") or {}
     data = pretraining.get("data", "not known")
     return data["source"] if isinstance(data, dict) else data  # of the models that are in this repository
@@ -158,10 +157,8 @@ def own_task(env_id: str, rows: list[dict]) -> Task:
     """A task that is not the paper's, from the episodes of all its runs: shares of its max_return, if it has one."""
     known = data_tools.TASKS.get(env_id)
     most = known.max_return if known and 0 < known.max_return < np.inf else None
-    returns, lengths, steps = (
-        [float(row[name]) for row in rows if row["episodic_return"]]
-        for name in ("episodic_return", "episodic_length", "env_step")
-    )
+    names = "episodic_return", "episodic_length", "env_step"
+    returns, lengths, steps = ([float(row[name]) for row in rows if row["episodic_return"]] for name in names)
     worst = min([0.0, *returns]) / (most or 1)
     best = 1.0 if most else max(returns, default=1.0)
     best = best if best > worst else worst + 1.0
@@ -188,8 +185,7 @@ def read_log(path: Path) -> tuple[str, dict, list[dict]]:
         else:
             facts = json.loads(path.read_text())
             table = path.with_suffix(".csv")
-        with table.open() as file:
-            rows = list(csv.DictReader(file))
+        rows = list(csv.DictReader(table.read_text().splitlines()))
         if not any(row["episodic_return"] for row in rows):
             sys.exit(f"error: in {table} no episode has ended yet")
         return facts["env_id"], facts, rows
@@ -211,29 +207,26 @@ def run_of(path: Path, env_id: str, facts: dict, rows: list[dict]) -> Run:
         if not evaluations:  # of a stopped run
             found = [row for row in rows if row.get("eval_return")]
             evaluations = [(int(row["env_step"]), float(row["eval_return"]) / task.max_return) for row in found]
-        rows = [row for row in rows if row["episodic_return"]]
-        end_steps = np.array([float(row["env_step"]) for row in rows])
-        lengths = np.array([float(row["episodic_length"]) for row in rows])
-        scores = np.array([float(row["episodic_return"]) for row in rows]) / task.max_return
-        if "rl_minutes" in rows[0]:
-            minutes = np.array([float(row["rl_minutes"]) for row in rows])
-        else:
-            minutes = np.array([float(row["wall_seconds"]) for row in rows]) / 60
-        data = offline_data(facts, path)
-        steps = place(end_steps, lengths, facts["args"].get("num_envs", 1), task.longest)
+        episodes = [row for row in rows if row["episodic_return"]]
+
+        def column(name):
+            return np.array([float(row[name]) for row in episodes])
+
+        end_steps = column("env_step")
+        steps = place(end_steps, column("episodic_length"), facts["args"].get("num_envs", 1), task.longest)
         order = np.argsort(steps, kind="stable")
-        env_steps = results.get("env_steps", end_steps[-1])
+        data = offline_data(facts, path)
         return Run(
             task=env_id,
             method=facts["algo"],
             data="scripted" if data == "none" else data,  # they stand beside each other
             seed=facts["seed"],
             steps=steps[order],
-            scores=scores[order],
-            minutes=minutes,
+            scores=column("episodic_return")[order] / task.max_return,
+            minutes=column("rl_minutes") if "rl_minutes" in rows[0] else column("wall_seconds") / 60,
             end_steps=end_steps,
             evaluations=evaluations,
-            env_steps=int(env_steps),
+            env_steps=int(results.get("env_steps", end_steps[-1])),
             facts=facts,
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -362,16 +355,12 @@ def read_cells(folder: Path) -> dict[tuple[str, str, str], Cell]:
             name = f"seed {run.seed} of {run.task}/{run.method}/{run.data}"
             sys.exit(f"error: {name} is in {folder} twice; give the folder of one of these runs, or move one elsewhere")
         cell.append(run)
-    return dict(sorted(cells.items(), key=lambda item: order_of(*item[0])))
 
-
-def order_of(task: str, method: str, data: str) -> tuple:
-    """Sorts cells by data, task, method; unknown names come last."""
-
-    def rank(name, names):
+    def rank(name, names):  # unknown ones come last
         return [*names, name].index(name), name
 
-    return rank(data, DATA), rank(task, TASKS), rank(method, METHODS)
+    order = sorted(cells, key=lambda cell: (rank(cell[2], DATA), rank(cell[0], TASKS), rank(cell[1], METHODS)))
+    return {cell: cells[cell] for cell in order}
 
 
 def boards(cells) -> list[tuple[str, str]]:
@@ -427,10 +416,9 @@ def measured(cells, task: str, method: str, data: str, measure: str, end: int | 
 def paper_curves() -> dict[tuple[str, str], np.ndarray]:
     """(task, the paper's name of the method) -> (n, 2) env steps and score."""
     curves = {}
-    with PAPER_CURVES.open() as file:
-        for row in csv.DictReader(file):
-            point = (float(row["env_step"]), float(row["value"]) / TASKS[row["task"]].parts)
-            curves.setdefault((row["task"], row["method"]), []).append(point)
+    for row in csv.DictReader(PAPER_CURVES.read_text().splitlines()):
+        point = (float(row["env_step"]), float(row["value"]) / TASKS[row["task"]].parts)
+        curves.setdefault((row["task"], row["method"]), []).append(point)
     return {key: np.array(points) for key, points in curves.items()}
 
 
@@ -461,15 +449,11 @@ def paper_speed(task: str, method: str, end: int) -> float:
 # -------------------------------------------------------------------------------------------------------- comparisons
 def relation(first, second, margin: float) -> str:
     """How two sets of scores, one per seed, stand: > or < if all seeds agree, = if the means are within the margin."""
-    first = np.asarray(first)
-    second = np.asarray(second)
-    if abs(first.mean() - second.mean()) <= margin + 1e-9:
+    if abs(np.mean(first) - np.mean(second)) <= margin + 1e-9:
         return "="
-    if first.min() > second.max():
+    if np.min(first) > np.max(second):
         return ">"
-    if first.max() < second.min():
-        return "<"
-    return "?"
+    return "<" if np.max(first) < np.min(second) else "?"
 
 
 def improvement(boards: list[tuple]) -> tuple[float, float, float]:
@@ -545,15 +529,12 @@ def agreement(cells, measure: str, data: str, paper) -> dict:
 def coverage(cells, data: str) -> dict:
     """How much of the paper's figures there is here: curves begun, run to their end; seeds x env steps."""
     whole, done, begun, ended = 0, 0, 0, 0
-    for task in TASKS:
-        for name in METHODS:
-            points = paper_curve(task, name)
-            if points is None:
-                continue
-            end = points[-1, 0]
-            cell = cells.get((task, name, data), Cell())
-            whole += PAPER_SEEDS * end
-            done += sum(sorted((min(run.env_steps, end) for run in cell), reverse=True)[:PAPER_SEEDS])
-            begun += bool(cell)
-            ended += any(run.end >= end for run in cell)
+    names = {method.paper: name for name, method in METHODS.items()}
+    for (task, paper), points in PAPER.items():
+        end = points[-1, 0]
+        cell = cells.get((task, names[paper], data), Cell())
+        whole += PAPER_SEEDS * end
+        done += sum(sorted((min(run.env_steps, end) for run in cell), reverse=True)[:PAPER_SEEDS])
+        begun += bool(cell)
+        ended += bool(cell.reaching(end))
     return dict(begun=begun, ended=ended, done=done, whole=whole)
