@@ -70,8 +70,8 @@ def overview(cells, published: bool) -> Figure:
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.remove()
-    found = {method: None for _, method, _ in cells}
-    shown = [name for name in {**dict.fromkeys(MAIN), **found} if name in found]
+    found = [method for _, method, _ in cells]
+    shown = [name for name in dict.fromkeys([*MAIN, *found]) if name in found]
     if published:
         shown = [name for name in shown if name in MAIN or name not in METHODS]
     colour = colours(shown)

@@ -31,13 +31,9 @@ from data_tools.files import write_atomically
 COMPARED = ("skimo", "skimo_no_joint", "skimo_no_cem", "skimo_sac", "skimo_single_step", "spirl", "dreamer_skills")
 
 
-def read_notes() -> dict[str, str]:
-    """Sentences of the pages, from notes.md: name of the section -> text."""
-    _, *parts = re.split(r"<!-- (.+) -->\n", (RESULTS / "notes.md").read_text())
-    return {name: text.strip("\n") for name, text in zip(parts[::2], parts[1::2])}
-
-
-NOTES = read_notes()
+# Sentences of the pages: name of the section -> text
+_, *parts = re.split(r"<!-- (.+) -->\n", (RESULTS / "notes.md").read_text())
+NOTES = {name: text.strip("\n") for name, text in zip(parts[::2], parts[1::2])}
 
 
 @dataclass(frozen=True)
@@ -51,8 +47,7 @@ class Claim:
     verdict: str
 
 
-KITCHENS = ("kitchen", "kitchen-misaligned")
-ALL = ("maze", *KITCHENS, "calvin")
+ALL = ("maze", "kitchen", "kitchen-misaligned", "calvin")
 CLAIMS = (
     Claim(
         "a model pays: SkiMo > SkiMo + SAC", "skimo", "skimo_sac", ALL, "yes for speed; without noise only on CALVIN"
@@ -135,7 +130,7 @@ class Args:
 # ---------------------------------------------------------------------------------------------------------- markdown
 def number(value: float) -> str:
     """A score: two digits, without the zero before the point."""
-    return "–" if np.isnan(value) else re.sub(r"^(-?)0\.", r"\1.", f"{value:.2f}").replace("-.00", ".00")
+    return "–" if np.isnan(value) else re.sub(r"^(-?)0\.", r"\1.", f"{value:z.2f}")
 
 
 def signed(value: float) -> str:
@@ -180,11 +175,11 @@ def mark(values, skimo, margin: float) -> str:
 def three(cells, task: str, method: str, data: str) -> list[str]:
     """The means of the three measures, with the marks."""
     found = []
+    end = scores.common_end(cells, task, data, method, "skimo")
     for measure in MEASURES:
         mean = scores.measured(cells, task, method, data, measure).mean()
-        end = scores.common_end(cells, task, data, method, "skimo")
         values, skimo = (scores.measured(cells, task, name, data, measure, end) for name in (method, "skimo"))
-        found.append(number(mean) + mark(values, skimo if method != "skimo" else (), TASKS[task].margin))
+        found.append(number(mean) + mark(values, skimo, TASKS[task].margin))
     return found
 
 
@@ -397,11 +392,6 @@ def task_text(cells, task: str) -> str:
 CORNER = "speed/level/without noise,<br>to env steps"  # of boards_table
 
 
-def column(cells, task: str, data: str) -> str:
-    """Head of a board's column: its name, and the env steps that count."""
-    return f"{board_label(task, data).replace(', ', '<br>')}<br>{thousands(scores.board_end(cells, task, data))}"
-
-
 def boards_table(cells, names, docs: str, boards=()) -> list[dict]:
     """Speed / level / without noise of some methods on some boards or all, each with a link into the folder docs."""
     rows = []
@@ -409,12 +399,12 @@ def boards_table(cells, names, docs: str, boards=()) -> list[dict]:
         row = {CORNER: f"[{label(name)}]({docs}/{name}.md)"}
         for task, data in boards or scores.boards(cells):
             board_steps = scores.board_end(cells, task, data)
-            row[column(cells, task, data)] = "–"
+            scored = "–"
             if (task, name, data) in cells:
                 end = scores.cell_end(cells, task, name, data)
                 count = len(cells[task, name, data].reaching(end))
                 scored = f"{'/'.join(three(cells, task, name, data))} ({count})" + "¹" * (end < board_steps)
-                row[column(cells, task, data)] = scored
+            row[f"{board_label(task, data).replace(', ', '<br>')}<br>{thousands(board_steps)}"] = scored
         rows.append(row)
     return rows
 
@@ -424,18 +414,16 @@ def planner_table(path: Path) -> str:
     found = {}
     for row in csv.DictReader(path.open()) if path.exists() else ():
         board, algo, name = row["checkpoint"].split("/")
-        step = thousands(int(row["env_step"]) // 5_000 * 5_000)
+        step = int(row["env_step"]) // 5_000 * 5_000
         score = float(row["episodic_return"]) / TASKS[HELD_OUT[board].env_id].max_return
         seed = name.removesuffix(".pt").split("_")[0]  # the last checkpoint may be one of the early ones
-        found.setdefault((board, algo), {}).setdefault(step, {}).setdefault(row["acts_by"], {})[seed] = score
+        found.setdefault((board, algo, step, row["acts_by"]), {})[seed] = score
     rows = []
-    for board, algo in [key for key in found if any("plan" in ways for ways in found[key].values())]:
+    for board, algo in dict.fromkeys((board, algo) for board, algo, _, way in found if way == "plan"):
         row = {"board": board, "method": label(algo)}
-        steps = sorted({step for steps in found.values() for step in steps}, key=lambda step: int(step[:-1]))
-        for step in steps:
-            ways = found[board, algo].get(step, {})
-            means = [number(np.mean(list(ways[way].values()))) for way in ("plan", "mode") if way in ways]
-            row[step] = " / ".join(means) or "–"
+        for step in sorted({step for _, _, step, _ in found}):
+            ways = [found.get((board, algo, step, way)) for way in ("plan", "mode")]
+            row[thousands(step)] = " / ".join(number(np.mean([*seeds.values()])) for seeds in ways if seeds) or "–"
         rows.append(row)
     return table(rows)
 
