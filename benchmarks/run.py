@@ -443,16 +443,16 @@ def estimate(cells: list[Cell]) -> str:
 
 def check_flags(cell: Cell):
     """Mark a finished cell; refuse one that was begun with other flags, whose numbers would be mixed with ours."""
-    flags = cell.flags
-    facts, attempts = read_json(cell.result.with_suffix(".json")), read_attempts(cell.folder)
+    where, begun = cell.folder, read_attempts(cell.folder)
+    facts = read_json(cell.result.with_suffix(".json"))
     if facts is not None:
         cell.state, cell.pretrained = "finished", True
-    begun = facts["flags"] if facts is not None else attempts[-1]["flags"] if attempts else None
-    if begun is not None and begun != flags:
-        where = cell.result.with_suffix(".json") if facts is not None else cell.folder
+        where, begun = cell.result.with_suffix(".json"), [facts]
+    if begun and begun[-1]["flags"] != cell.flags:
+        made, given = shlex.join(begun[-1]["flags"]), shlex.join(cell.flags)
         sys.exit(
-            f"error: {where} was made with --args {shlex.join(begun)!r}, not {shlex.join(flags)!r}; give the same "
-            "flags, or other folders with --run-dir, --results-dir and --checkpoints-dir"
+            f"error: {where} was made with --args {made!r}, not {given!r}; give the same flags, or other folders with "
+            "--run-dir, --results-dir and --checkpoints-dir"
         )
 
 
@@ -496,10 +496,8 @@ def connect(args: Args) -> float:
 def may_start(cell: Cell, cells: list[Cell]) -> bool:
     """Whether the family's model is there, or the cell is the one to pre-train it: the family's first that can."""
     family = [other for other in cells if other.family == cell.family]
-    if any(other.pretrained for other in family):
-        return True
     able = [other for other in family if other.state != "failed"]
-    return cell is able[0]  # it makes the model
+    return any(other.pretrained for other in family) or cell is able[0]
 
 
 def run_grid(args: Args, cells: list[Cell], gpus: float, display: Display):
