@@ -143,18 +143,17 @@ def in_passing(algo, length: int | None = None):
             envs.advance = lambda *inputs: (rng.random(envs.num_envs), advance(*inputs)[1])
         return envs
 
-    with contextlib.ExitStack() as stack:
-        for name in ("pretrain", "learn_flow"):
-            if hasattr(algo, name):
-                stack.enter_context(mock.patch.object(algo, name, return_value={}))
-        stack.enter_context(mock.patch.object(data_tools, "make_envs", make_envs))
-        stack.enter_context(mock.patch.object(data_tools, "load_dataset", lambda name, *_: random_dataset(name, 50)))
-        stack.enter_context(mock.patch.object(algo, "rollout", return_value=scores))
-        stack.enter_context(mock.patch.object(algo, "SummaryWriter"))
-        stack.enter_context(mock.patch("signal.signal"))
-        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        yield stack.enter_context(tempfile.TemporaryDirectory())
+    skipped = {name: mock.Mock(return_value={}) for name in ("pretrain", "learn_flow") if hasattr(algo, name)}
+    skipped |= dict(rollout=mock.Mock(return_value=scores), SummaryWriter=mock.Mock())
+    with (
+        mock.patch.multiple(algo, **skipped),
+        mock.patch.multiple(data_tools, make_envs=make_envs, load_dataset=lambda name, *_: random_dataset(name, 50)),
+        mock.patch("signal.signal"),
+        contextlib.redirect_stderr(io.StringIO()),
+        contextlib.redirect_stdout(io.StringIO()),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        yield folder
 
 
 # ------------------------------------------------------------------------------------------------------ what is timed
@@ -373,19 +372,19 @@ def algorithm_rows(algo, size: str, mode: str, args: Args) -> list:
     config = size_args(algo, size, mode, args)
     rows = []
 
-    def repeated(make, config, *inputs):
+    def repeated(make, *inputs):
         return lambda: measure(make(algo, config, *inputs), args)
 
     if has_skills(algo) and algo.PRETRAINED == algo.FILE.stem:
         rows.append(("pretrain", "pre-training update", None, lambda: time_pretraining(algo, config, args)))
-    rows.append(("update", "RL update", None, repeated(rl_update, config)))
+    rows.append(("update", "RL update", None, repeated(rl_update)))
     plans = hasattr(algo, "plan")
     for E in args.plan_envs:
         envs = f"{E} env{'s' * (E > 1)}"
         if plans or has_skills(algo):
-            rows.append(("plan", f"{'plan' if plans else 'policy'}, {envs}", E, repeated(choosing, config, E)))
+            rows.append(("plan", f"{'plan' if plans else 'policy'}, {envs}", E, repeated(choosing, E)))
         if mode == "eager" and (has_skills(algo) or not plans):  # never recorded
-            rows.append(("act", f"act, {envs}", E, repeated(acting, config, E)))
+            rows.append(("act", f"act, {envs}", E, repeated(acting, E)))
     return sorted(rows, key=lambda row: PARTS.index(row[0]))
 
 
@@ -461,8 +460,8 @@ def table(rows: list[dict]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in aligned)
 
 
-def main(args: Args) -> dict:
-    """Time everything, print the table, write the JSON; returns what it holds."""
+def main(args: Args):
+    """Time everything, print the table, write the JSON."""
     if args.quick:
         args = dataclasses.replace(args, plan_envs=(1, 2), step_envs=(1, 2), loop_steps=800, min_seconds=0.02)
     facts = conditions(args.device)
@@ -481,7 +480,6 @@ def main(args: Args) -> dict:
             shares = ", ".join(f"{name} {share:.0%}" for name, share in row["shares"].items())
             print(f"training loop of {row['algo']}, {row['mode']}: {shares}")
     print(f"written: {args.out}")
-    return dict(machine=facts, args=asdict(args), rows=rows)
 
 
 if __name__ == "__main__":
