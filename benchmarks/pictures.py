@@ -139,15 +139,11 @@ def maze_statistics(returns, obs, ended) -> dict[str, float]:
     cells = cell_of(obs)  # (T+1, E, 2)
     distance = geodesic_distance(make_layout(), GOAL)[cells[..., 0], cells[..., 1]]  # (T+1, E)
     goal = returns >= GOAL_REWARD
-    quantiles = np.quantile(np.where(goal, 0.0, distance.min(0)), [0.1, 0.25, 0.5])
+    nearest = np.where(goal, 0.0, distance.min(0))
+    figures = {"goal": float(goal.mean())}
+    figures |= {f"approach_{percent}": float(np.percentile(nearest, percent)) for percent in (10, 25, 50)}
     visited = [len(np.unique(path, axis=0)) for path in cells.swapaxes(0, 1)]
-    return {
-        "goal": float(goal.mean()),
-        "approach_10": float(quantiles[0]),
-        "approach_25": float(quantiles[1]),
-        "approach_50": float(quantiles[2]),
-        "cells": float(np.mean(visited)),
-    }
+    return figures | {"cells": float(np.mean(visited))}
 
 
 def shares(done: dict, ended) -> dict[str, float]:
@@ -210,11 +206,9 @@ def prediction_errors(env_id: str, real, predicted) -> tuple[float, float]:
 
     Distances in cells where the task has a map, else in standard deviations of the path's own entries.
     """
+    scale = real.std(0) + 1e-6
     if TASKS[env_id].draw_map is not None:
-        real, predicted = real[:, :2], predicted[:, :2]
-        scale = 1.0
-    else:
-        scale = real.std(0) + 1e-6
+        real, predicted, scale = real[:, :2], predicted[:, :2], 1.0
     distance = np.linalg.norm((predicted - real)[1:] / scale, axis=1)
     yardstick = np.linalg.norm((real[:1] - real)[1:] / scale, axis=1)
     return float(np.median(distance)), float(np.median(yardstick))
@@ -302,7 +296,7 @@ def main(args: Args) -> dict:
         written.append("prediction.png")
     for name, value in statistics.items():
         print(f"  {name:20} {value:.3g}")
-    write_atomically(folder / "statistics.json", lambda part: Path(part).write_text(json.dumps(statistics, indent=1)))
+    write_atomically(folder / "statistics.json", lambda part: part.write_text(json.dumps(statistics, indent=1)))
     written.append("statistics.json")
     print(f"written to {folder}: {', '.join(written)}")
     return statistics
