@@ -22,14 +22,9 @@ from benchmarks.controls import frame
 GATE = -250.0
 # Sizes for minutes on one core
 COMMON = dict(
-    env_id="Pendulum-v1",
-    eval_interval=10**9,
+    env_id="Pendulum-v1", device="cpu", cudagraphs=False, num_envs=1, warmup_steps=1_000, eval_interval=10**9,
     eval_episodes=1,
-    device="cpu",
-    cudagraphs=False,
-    num_envs=1,
-    warmup_steps=1_000,
-)
+)  # fmt: skip
 SETTINGS = {
     "sac": dict(updates_per_step=1.0, buffer_size=100_000),
     "dreamer": dict(

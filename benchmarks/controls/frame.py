@@ -78,8 +78,7 @@ def train(algo, args):
         (run,) = Path(folder).iterdir()
         agent = algo.Agent(args, *env_sizes(args.env_id))
         algo.load(run / "checkpoint.pt", dict(agent=agent))
-        lines = (run / "episodes.csv").read_text().splitlines()[1:]
-        episodes = np.array([line.split(",") for line in lines], dtype=float).reshape(-1, 4)
+        episodes = np.loadtxt(run / "episodes.csv", delimiter=",", skiprows=1).reshape(-1, 4)
         events = EventAccumulator(str(run), dict(scalars=0)).Reload()
         names = events.Tags()["scalars"]
         curves = {name: {event.step: event.value for event in events.Scalars(name)} for name in names}

@@ -94,17 +94,11 @@ COMMON = dict(
     pretrain_eval_interval=10**9, pretrain_eval_episodes=25, eval_interval=10**9, learning_rate=1e-3, gamma=0.98,
 )  # fmt: skip
 SETTINGS = {
-    "bandit": dict(
-        skill_horizon=2,
-        flow_steps=20,
-        pretrain_updates=6_000,
-        total_timesteps=3_000,
-        warmup_steps=400,
-        updates_per_step=0.2,
-    ),
+    "bandit": dict(skill_horizon=2, total_timesteps=3_000, warmup_steps=400, updates_per_step=0.2, flow_steps=20,
+                   pretrain_updates=6_000),
     "corridor": dict(skill_horizon=5, total_timesteps=20_000, warmup_steps=2_000, updates_per_step=0.2),
     "walk": dict(skill_horizon=5, total_timesteps=12_000, warmup_steps=2_000, updates_per_step=0.2),
-}
+}  # fmt: skip
 GATES = {"bandit": 0.99, "corridor": 0.9, "walk": 9.0}  # of the highest return: 1, 1, 10
 TASKS = {
     "bandit": data_tools.Task(f"{__name__}:BanditVectorEnv", 1.0, collect=f"{__name__}:collect_bandit"),

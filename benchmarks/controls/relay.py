@@ -71,10 +71,9 @@ def draw_subgoals(z, obs, subtasks, H: int, path: Path):
     """One episode: above, what the high level asked for and what was there H steps later; below, how far each element
     of the goal was from done, and in the subgoals. z (n, O), obs (T+1, O).
     """
-    shown = list(range(len(z)))
-    figure = Figure(figsize=(2 * len(shown), 7.2))
-    grid = figure.add_gridspec(4, len(shown), height_ratios=(1.5, 1.5, 0.25, 3), hspace=0.06, wspace=0.03)
-    for k in shown:
+    figure = Figure(figsize=(2 * len(z), 7.2))
+    grid = figure.add_gridspec(4, len(z), height_ratios=(1.5, 1.5, 0.25, 3), hspace=0.06, wspace=0.03)
+    for k in range(len(z)):
         end = min((k + 1) * H, len(obs) - 1)
         for row, state in enumerate((z[k], obs[end])):
             axes = figure.add_subplot(grid[row, k])

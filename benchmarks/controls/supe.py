@@ -84,8 +84,7 @@ def train(args, folder: str) -> np.ndarray:
     args = replace(args, data_dir=f"{folder}/data", run_dir=f"{folder}/{args.seed} {args.offline_ratio}")
     supe.train(args)
     (run,) = Path(args.run_dir).iterdir()
-    lines = (run / "episodes.csv").read_text().splitlines()[1:]
-    return np.array([line.split(",") for line in lines], dtype=float).reshape(-1, 4)
+    return np.loadtxt(run / "episodes.csv", delimiter=",", skiprows=1).reshape(-1, 4)
 
 
 def walk(args, given, folder: str) -> dict:
