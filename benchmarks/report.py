@@ -36,6 +36,9 @@ _, *parts = re.split(r"<!-- (.+) -->\n", (RESULTS / "notes.md").read_text())
 NOTES = {name: text.strip("\n") for name, text in zip(parts[::2], parts[1::2])}
 
 
+ALL = ("maze", "kitchen", "kitchen-misaligned", "calvin")
+
+
 @dataclass(frozen=True)
 class Claim:
     """What the paper says of two methods: the first is better."""
@@ -43,29 +46,24 @@ class Claim:
     text: str
     first: str
     second: str
-    tasks: tuple[str, ...]
     verdict: str
+    tasks: tuple[str, ...] = ALL
 
 
-ALL = ("maze", "kitchen", "kitchen-misaligned", "calvin")
 CLAIMS = (
+    Claim("a model pays: SkiMo > SkiMo + SAC", "skimo", "skimo_sac", "yes for speed; without noise only on CALVIN"),
     Claim(
-        "a model pays: SkiMo > SkiMo + SAC", "skimo", "skimo_sac", ALL, "yes for speed; without noise only on CALVIN"
+        "planning pays: SkiMo > no planner", "skimo", "skimo_no_cem", "in training; without noise on CALVIN", ALL[1:]
     ),
-    Claim(
-        "planning pays: SkiMo > no planner", "skimo", "skimo_no_cem", ALL[1:], "in training; without noise on CALVIN"
-    ),
-    Claim("but the maze is faster without", "skimo_no_cem", "skimo", ALL[:1], "open; the release's planner is slower"),
-    Claim("joint training pays", "skimo", "skimo_no_joint", (ALL[0], *ALL[2:]), "in the maze: else the prior is weak"),
-    Claim("but not in the Kitchen", "skimo_no_joint", "skimo", ALL[1:2], "not shown: both are at the ceiling"),
-    Claim(
-        "a skill-level model > a single-step one", "skimo", "skimo_single_step", ALL, "yes, but single-step learns too"
-    ),
-    Claim("SkiMo > SPiRL", "skimo", "spirl", ALL, "by speed in three of six; at the end in the maze"),
-    Claim("naive combinations fail: > SPiRL + Dreamer", "skimo", "dreamer_skills", ALL, "far behind; the maze at zero"),
-    Claim("without skills nothing is learned: > Dreamer", "skimo", "dreamer", ALL, "yes, but ours were smaller"),
-    Claim("the same: > TD-MPC", "skimo", "tdmpc", ALL, "yes, but ours were smaller"),
-    Claim("longer plans pay: 10 skills > 1, Kitchen-6", "ten", "one", ("kitchen-6",), "without noise, in the mean"),
+    Claim("but the maze is faster without", "skimo_no_cem", "skimo", "open; the release's planner is slower", ALL[:1]),
+    Claim("joint training pays", "skimo", "skimo_no_joint", "in the maze: else the prior is weak", (ALL[0], *ALL[2:])),
+    Claim("but not in the Kitchen", "skimo_no_joint", "skimo", "not shown: both are at the ceiling", ALL[1:2]),
+    Claim("a skill-level model > a single-step one", "skimo", "skimo_single_step", "yes, but single-step learns too"),
+    Claim("SkiMo > SPiRL", "skimo", "spirl", "by speed in three of six; at the end in the maze"),
+    Claim("naive combinations fail: > SPiRL + Dreamer", "skimo", "dreamer_skills", "far behind; the maze at zero"),
+    Claim("without skills nothing is learned: > Dreamer", "skimo", "dreamer", "yes, but ours were smaller"),
+    Claim("the same: > TD-MPC", "skimo", "tdmpc", "yes, but ours were smaller"),
+    Claim("longer plans pay: 10 skills > 1, Kitchen-6", "ten", "one", "without noise, in the mean", ("kitchen-6",)),
 )
 # Lengths of SkiMo's plans -> logs, on a held-out board
 PLANS = {"ten": "held-out/kitchen-6/skimo", "one": "studies/kitchen6_plans/one_skill"}

@@ -173,7 +173,7 @@ def test_cells_are_compared_at_the_env_steps_that_both_have(tmp_path):
     cells = scores.read_cells(tmp_path)
     assert scores.board_end(cells, "maze", "scripted") == 300_000
     assert report.three(cells, "maze", "spirl", "scripted")[:2] == [".50\\*", ".50\\*"]
-    assert report.verdicts(cells, report.Claim("", "spirl", "skimo", ("maze",), ""), "level").startswith("1 of 1 (1 ap")
+    assert report.verdicts(cells, report.Claim("", "spirl", "skimo", ""), "level").startswith("1 of 1 (1 ap")
 
 
 def test_the_probability_of_a_better_run():
@@ -196,9 +196,9 @@ def test_agreement_beside_chance(tmp_path):
     assert (found["pairs"], found["hold"]) == (3, 3)  # .97 and .99 are tied in the paper, .20 is below
     assert found["p"] == pytest.approx(2 / 6) and found["chance"] == pytest.approx((2 * 3 + 4 * 0) / 6, abs=0.7)
     assert scores.agreement(cells, "without noise", "scripted", scores.paper_final)["hold"] == 1
-    claim = report.Claim("", "skimo", "skimo_sac", ("maze",), "")
+    claim = report.Claim("", "skimo", "skimo_sac", "")
     assert report.verdicts(cells, claim, "level") == "1 of 1 (1 apart)<br>*P* 1.00 [1.00, 1.00]"
-    claim = report.Claim("", "skimo_sac", "skimo", ("maze",), "")
+    claim = report.Claim("", "skimo_sac", "skimo", "")
     assert report.verdicts(cells, claim, "level") == "0 of 1, 1 reversed (1 apart)<br>*P* .00 [.00, .00]"
     assert report.verdicts(cells, claim, "without noise") == "0 of 1, 1 tied<br>*P* .50 [.50, .50]"
 
