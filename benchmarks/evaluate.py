@@ -21,8 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data_tools
 from benchmarks.run import step_of
 
-COLUMNS = ("checkpoint", "env_step", "acts_by", "episodes", "episodic_return", "success")
-
 
 @dataclass
 class Args:
@@ -61,13 +59,11 @@ def evaluations(path: Path, episodes: int) -> list[tuple]:
 
 def main(args: Args):
     table = args.folder / "evaluations.csv"
-    done = set()
-    if table.exists():
-        rows = csv.DictReader(table.open())
-        done = {(row["checkpoint"], int(row["env_step"]), int(row["episodes"])) for row in rows}
+    rows = csv.DictReader(table.open()) if table.exists() else ()
+    done = {(row["checkpoint"], int(row["env_step"]), int(row["episodes"])) for row in rows}
     with table.open("a", buffering=1) as file:
         if not file.tell():
-            print(*COLUMNS, sep=",", file=file)
+            print("checkpoint,env_step,acts_by,episodes,episodic_return,success", file=file)
         for path in sorted(args.folder.rglob("*.pt")):
             name = path.relative_to(args.folder).as_posix()
             if (name, step_of(path), args.episodes) not in done:
