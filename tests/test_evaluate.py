@@ -45,9 +45,8 @@ def test_checkpoints_of_a_grid_are_evaluated_once(tmp_path):
 
 def test_planned_scores_are_those_of_the_file_itself(tmp_path, capsys):
     shutil.copy(scores.RESULTS / "agents" / "skimo_kitchen.pt", tmp_path / "seed1.pt")
-    skimo.evaluate(
-        skimo.parse_args(["--evaluate", str(tmp_path / "seed1.pt"), "--eval-episodes", "1", "--device", "cpu"])
-    )
+    flags = ["--evaluate", str(tmp_path / "seed1.pt"), "--eval-episodes", "1", "--device", "cpu"]
+    skimo.evaluate(skimo.parse_args(flags))
     said = capsys.readouterr().out
     plan, by_mode = evaluate.evaluations(tmp_path / "seed1.pt", 1)
     assert f"episodic_return {plan[3]:.3g}," in said and plan[1:3] == ("plan", 1)

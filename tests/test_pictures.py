@@ -157,7 +157,7 @@ def test_the_yardstick_is_the_guess_that_nothing_moves():
 def tiny_run(tmp_path):
     """A run's folder with a checkpoint of an untrained agent, and its pre-trained model."""
     torch.manual_seed(0)
-    args = skimo.Args(env_id="kitchen", latent_dim=8, hidden_dim=8, num_skills=2, **dict(skill_encoder="mlp"))
+    args = skimo.Args(env_id="kitchen", latent_dim=8, hidden_dim=8, num_skills=2, skill_encoder="mlp")
     agent = skimo.Agent(args, skimo.make_networks(args))
     rb = skimo.ReplayBuffer(30, args)
     none, nothing = np.zeros((8, args.skill_dim)), np.zeros(8)

@@ -171,16 +171,7 @@ def grid(tmp_path):
 def command(folder, arguments, flags=""):
     """Command line of the runner in a folder of the fixture above."""
     places = [f"--{name}-dir={folder / name}" for name in ("algos", "data", "results", "run", "checkpoints")]
-    return [
-        sys.executable,
-        ROOT / "benchmarks" / "run.py",
-        *places,
-        *arguments.split(),
-        "--device",
-        "cpu",
-        "--args",
-        flags,
-    ]
+    return [sys.executable, ROOT / "benchmarks/run.py", *places, *arguments.split(), "--device", "cpu", "--args", flags]
 
 
 def execute(arguments):
@@ -375,12 +366,12 @@ def test_a_real_run(data_dir, tmp_path, cluster):
     assert result.returncode == 0, result.stdout + result.stderr
     (run_dir,) = (tmp_path / "runs" / "maze" / "skimo" / "seed3").glob("maze__skimo__*")
     rows = list(csv.DictReader((run_dir / "episodes.csv").open()))
-    with (tmp_path / "results" / "maze" / "skimo" / "seed3.csv").open() as file:
-        seconds = [float(row["wall_seconds"]) for row in csv.DictReader(file) if row["episodic_return"]]
+    table = tmp_path / "results" / "maze" / "skimo" / "seed3.csv"
+    seconds = [float(row["wall_seconds"]) for row in csv.DictReader(table.open()) if row["episodic_return"]]
     assert seconds == pytest.approx([60 * float(row["rl_minutes"]) for row in rows], abs=0.06)
     own = [(row["env_step"], row["episodic_return"]) for row in rows]
-    assert episodes_of(tmp_path / "results" / "maze" / "skimo" / "seed3.csv") == own and len(own) > 0
-    facts = json.loads((tmp_path / "results" / "maze" / "skimo" / "seed3.json").read_text())
+    assert episodes_of(table) == own and len(own) > 0
+    facts = json.loads(table.with_suffix(".json").read_text())
     assert facts["flags"] == shlex.split(flags) and facts["args"]["seed"] == 3
     kept = tmp_path / "kept" / "maze" / "skimo" / "seed3.pt"
     assert facts["checkpoint"] == str(kept) and kept.read_bytes() == (run_dir / "checkpoint.pt").read_bytes()
@@ -496,11 +487,8 @@ def test_nobody_waits_where_a_model_is_given(tmp_path):
 
 def test_families_are_what_the_files_say(tmp_path):
     algos = ("skimo", "skimo_no_cem", "skimo_no_joint", "spirl")
-    tasks, folders = (
-        ("kitchen", "kitchen-misaligned"),
-        dict(run_dir=tmp_path / "runs", results_dir=tmp_path / "results"),
-    )
-    cells = run.make_cells(run.Args(algos=algos, env_ids=tasks, seeds=(1, 2), **folders))
+    folders = dict(run_dir=tmp_path / "runs", results_dir=tmp_path / "results")
+    cells = run.make_cells(run.Args(algos=algos, env_ids=("kitchen", "kitchen-misaligned"), seeds=(1, 2), **folders))
     assert len(cells) == 16 and len({cell.command[1] for cell in cells}) == 4
     assert {cell.family for cell in cells} == {
         (model, "kitchen", 1.0, seed) for model in ("skimo", "skimo_no_joint", "spirl") for seed in (1, 2)
@@ -518,8 +506,7 @@ def test_the_table_shows_what_needs_attention_first():
 
 
 def test_progress_is_read_from_the_run_folder(tmp_path):
-    paths = tmp_path, tmp_path / "result", tmp_path / "checkpoint.pt"
-    cell = run.Cell("skimo", "maze", 1, [], *paths, [], ("skimo", "maze", 1), state="queued")
+    cell = dataclasses.replace(cell_of(state="queued"), folder=tmp_path)
     run.observe(cell)
     assert cell.state == "queued"
     run_dir = tmp_path / "maze__skimo__1__17"
