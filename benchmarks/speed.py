@@ -455,7 +455,7 @@ def table(rows: list[dict]) -> str:
         best = min(modes.values(), key=lambda row: row["ms"])
         line.append(f"{best['per_second']:,.0f}" if "per_second" in best else "")
         lines.append(line)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    widths = [max(map(len, column)) for column in zip(*lines)]
     aligned = [[text.ljust(w) if i < 3 else text.rjust(w) for i, (text, w) in enumerate(zip(c, widths))] for c in lines]
     return "\n".join("  ".join(line).rstrip() for line in aligned)
 
