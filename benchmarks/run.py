@@ -315,13 +315,12 @@ def table(cells: list[Cell], max_rows: int) -> list[str]:
     order = ["failed", "RL", "pre-training", "queued", "waiting", "finished"]
     cells = sorted(cells, key=lambda cell: order.index(cell.state))
     shown = cells if len(cells) <= max_rows else cells[: max_rows - 1]
-    header = ("run", "state", "step", "return (last 20)", "time left", "tries")
-    rows = []
+    rows = [("run", "state", "step", "return (last 20)", "time left", "tries")]
     for cell in shown:
         eta = cell.eta if cell.state == "RL" else ""
         rows.append((cell.name, cell.state, cell.step, cell.episodic_return, eta, str(cell.tries)))
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = ["  ".join(value.ljust(width) for value, width in zip(row, widths)).rstrip() for row in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(value.ljust(width) for value, width in zip(row, widths)).rstrip() for row in rows]
     if len(shown) < len(cells):
         hidden = [cell.state for cell in cells[len(shown) :]]
         lines.append("and " + ", ".join(f"{hidden.count(state)} {state}" for state in order if state in hidden))
@@ -433,8 +432,7 @@ def estimate(cells: list[Cell]) -> str:
             continue
         rates = [scores.minutes_at(run, run.end) / run.env_steps for run in runs]
         hours += int(steps[-1]) * sum(rates) / len(rates) / 60
-        facts = [(run.facts.get("results") or {}).get("pretraining") or {} for run in runs]
-        minutes = max(fact.get("minutes", 0) for fact in facts)
+        minutes = max(run.pretraining.get("minutes", 0) for run in runs)
         models |= {cell.family: minutes / 60} if minutes and not cell.pretrained else {}
     text = f"# at the rates of our logs: {hours:.1f} core-hours of RL"
     text += f", {sum(models.values()):.1f} of pre-training, if none of {len(models)} models is there" if models else ""

@@ -116,6 +116,11 @@ class Run:
         return (self.env_steps + unit // 5) // unit * unit
 
     @property
+    def pretraining(self) -> dict:
+        """Results of pre-training; empty without them."""
+        return (self.facts.get("results") or {}).get("pretraining") or {}
+
+    @property
     def machine(self) -> str:
         """Processor and, if it was used, GPU."""
         text = self.facts.get("machine") or "not known"
@@ -301,16 +306,14 @@ def prior_alone(run: Run) -> float:
 
     Tasks that take others' models show none, for the roll-outs were mostly in the others.
     """
-    pretraining = (run.facts.get("results") or {}).get("pretraining") or {}
     if run.task in ("kitchen-misaligned", "kitchen-6", "maze-far", "calvin-6"):
         return np.nan
-    return pretraining.get("prior_return", np.nan) / TASKS[run.task].max_return
+    return run.pretraining.get("prior_return", np.nan) / TASKS[run.task].max_return
 
 
 def model_of(run: Run) -> str | None:
     """A mark of the pre-trained model that a run started from; None if it is not known."""
-    pretraining = (run.facts.get("results") or {}).get("pretraining") or {}
-    held = pretraining.get("valid_kl_loss")  # what its skills hold: no two models agree in three digits
+    held = run.pretraining.get("valid_kl_loss")  # what its skills hold: no two models agree in three digits
     return None if held is None else f"{held:.3f}"
 
 
