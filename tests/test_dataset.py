@@ -2,11 +2,13 @@
 
 import dataclasses
 import errno
+import multiprocessing
 import os
 import pickle
-import subprocess
+import resource
+import signal
 import sys
-import textwrap
+import time
 from pathlib import Path
 
 import h5py
@@ -21,7 +23,6 @@ from data_tools.formats import d4rl
 from data_tools.scripted import kitchen, maze
 
 LENGTHS = [5, 12, 3, 30, 12]  # the last episode has no flag at its end
-REPOSITORY = Path(data_tools.__file__).parents[1]
 
 
 def make_arrays(lengths=tuple(LENGTHS)):
@@ -418,44 +419,38 @@ def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):
     assert path.read_bytes() == b"mine" and list(tmp_path.iterdir()) == [path]
 
 
-def python(code, **environment):
-    """Start a sub-process that runs `code`."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def process(function, *args):
+    """Start a process that calls a function: a copy of this one, for the import of torch takes seconds."""
+    started = multiprocessing.get_context("fork").Process(target=function, args=args)
+    started.start()
+    return started
 
 
 def test_write_refused_by_the_system(tmp_path):
-    # A real failure in the middle of the file, from the limit on file sizes.
-    code = f"""
-        import resource
-        from data_tools import DataError, OfflineDataset
-        dataset = OfflineDataset.load({str(tmp_path / "old.hdf5")!r})
+    """A real failure in the middle of the file, from the limit on file sizes."""
+
+    def save():
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
-        try:
-            dataset.save({str(tmp_path / "new.hdf5")!r})
-        except DataError as error:
-            print(error)
-    """
+        with pytest.raises(DataError, match="cannot write .*new.hdf5"):
+            make_dataset().save(tmp_path / "new.hdf5")
+
     make_dataset().save(tmp_path / "old.hdf5")
-    output, errors = python(code).communicate()
-    assert "cannot write" in output and "new.hdf5" in output, errors
-    assert os.listdir(tmp_path) == ["old.hdf5"]
+    saving = process(save)
+    saving.join()
+    assert saving.exitcode == 0 and os.listdir(tmp_path) == ["old.hdf5"]
 
 
 def test_killed_while_writing_leaves_the_old_file(tmp_path):
+    def save():
+        os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+        OfflineDataset(**make_arrays((9, 9))).save(path)
+
     path = tmp_path / "data.hdf5"
     make_dataset().save(path)
     before = path.read_bytes()
-    code = f"""
-        import os, signal
-        os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
-        from data_tools import OfflineDataset
-        OfflineDataset([[1.0]] * 9, [[1.0]] * 9, [False] * 9, [False] * 9).save({str(path)!r})
-    """
-    process = python(code)
-    process.communicate()
-    assert process.returncode == -9
+    saving = process(save)
+    saving.join()
+    assert saving.exitcode == -signal.SIGKILL
     assert path.read_bytes() == before
     assert OfflineDataset.load(path).fingerprint == make_dataset().fingerprint
 
@@ -512,28 +507,26 @@ def test_load_dataset_errors(tmp_path):
 
 
 def test_processes_that_start_together_collect_once(tmp_path):
-    code = """
-        import time
-        from data_tools import load_dataset
-        from data_tools.scripted import maze
-        collect = maze.collect
+    def collect(noise, seed, progress):
+        print("collecting")
+        time.sleep(1.0)  # long enough for the other to arrive
+        return maze_data()
 
-        def few(noise, seed, progress):
-            print("collecting")
-            time.sleep(1.0)  # long enough for the other to arrive
-            return collect(20, noise, seed, progress=False)
+    def load(output):
+        maze.collect = collect
+        with output.open("w") as sys.stdout:
+            print(load_dataset("maze", tmp_path, progress=False).fingerprint)
 
-        maze.collect = few
-        print(load_dataset("maze", progress=False).fingerprint)
-    """
-    processes = [python(code, SKIMO_DATA_DIR=str(tmp_path)) for _ in range(2)]
-    outputs = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    lines = [output.splitlines() for output, _ in outputs]
+    outputs = [tmp_path / "first", tmp_path / "second"]
+    processes = [process(load, output) for output in outputs]
+    for each in processes:
+        each.join()
+    assert [each.exitcode for each in processes] == [0, 0]
+    lines = [output.read_text().splitlines() for output in outputs]
     assert sum("collecting" in output for output in lines) == 1
     waited = [any("Waiting for another program" in line for line in output) for output in lines]
     assert all(wait or "collecting" in output for wait, output in zip(waited, lines)) and sum(waited) <= 1
-    assert len({output[-1] for output in lines}) == 1
+    assert {output[-1] for output in lines} == {maze_data().fingerprint}
 
 
 def test_load_dataset_after_a_failed_collection_starts_again(tmp_path, monkeypatch):
@@ -606,11 +599,5 @@ def test_scripted_data_of_other_sizes_are_refused(tmp_path):
         load_dataset("maze", tmp_path)
 
 
-def test_an_error_ends_a_program_in_one_sentence(tmp_path):
-    process = python(f"from data_tools import OfflineDataset; OfflineDataset.load({str(tmp_path / 'x')!r})")
-    output, errors = process.communicate()
-    assert (process.returncode, output) == (
-        1,
-        "",
-    ) and errors == f"error: {tmp_path / 'x'} does not exist: check the path.\n"
+def test_an_error_keeps_its_sentence_from_process_to_process():
     assert str(pickle.loads(pickle.dumps(DataError("no disk")))) == "error: no disk"

@@ -20,6 +20,7 @@ import torch
 
 import data_tools
 from data_tools import DataError, OfflineDataset
+from data_tools.__main__ import convert
 from data_tools.formats import calvin, d4rl, download, minari, read_data
 
 LENGTHS = (7, 4, 9)  # steps of the episodes in most files here
@@ -826,14 +827,18 @@ def test_recordings_of_other_scenes(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- program
 
 
-def test_program_writes_one_file(tmp_path):
+def test_convert_writes_one_file(tmp_path, capsys):
     folder = write_calvin(tmp_path / "D")
     out = tmp_path / "calvin.hdf5"
-    command = [sys.executable, "-m", "data_tools", "convert", "--env-id", "calvin", "--out", str(out), "--data"]
-    options = {"cwd": Path(data_tools.__file__).parents[1], "capture_output": True, "text": True}
-    done = subprocess.run([*command, str(folder)], check=True, **options)
-    assert f"Wrote {out}" in done.stdout
+    convert("calvin", folder, out)
+    assert f"Wrote {out}" in capsys.readouterr().out
     written, direct = read("calvin", out), read("calvin", folder)
     assert written.fingerprint == direct.fingerprint and written.attributes == direct.attributes
-    refused = subprocess.run([*command, str(tmp_path / "x")], **options)
-    assert refused.returncode == 1 and refused.stderr == f"error: {tmp_path / 'x'} does not exist: check the path.\n"
+
+
+def test_an_error_ends_the_program_in_one_sentence(tmp_path):
+    paths = ["--out", str(tmp_path / "calvin.hdf5"), "--data", str(tmp_path / "x")]
+    command = [sys.executable, "-m", "data_tools", "convert", "--env-id", "calvin", *paths]
+    done = subprocess.run(command, cwd=Path(data_tools.__file__).parents[1], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: {tmp_path / 'x'} does not exist: check the path.\n"
