@@ -1,8 +1,6 @@
-"""data_tools is built in layers: environments below scripts, readers of files beside both; no circles; light."""
+"""data_tools is built in layers: environments below scripts, readers of files beside both; no circles."""
 
 import ast
-import subprocess
-import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -42,11 +40,3 @@ def test_layers():
                 assert not other.startswith(("data_tools.scripted", "data_tools.formats")), (name, other)
             if name.startswith("data_tools.formats"):
                 assert not other.startswith(("data_tools.scripted", "data_tools.tasks")), (name, other)
-
-
-def test_the_import_is_light():
-    code = (
-        "import data_tools, sys; print([m for m in ('mujoco', 'matplotlib', 'pooch', 'imageio') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"

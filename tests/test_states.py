@@ -1,6 +1,7 @@
 """Models, checkpoints, signals, pictures: files of the wrong sort, machines without graphics, terminals that close."""
 
 import json
+import multiprocessing
 import os
 import pty
 import signal
@@ -161,18 +162,19 @@ def test_what_a_run_cannot_do_is_said_at_its_start(settings, words, capsys):
 
 
 # --------------------------------------------------------------------------------------------------- closed terminals
-WAITS = """
-import signal, sys, time
-import data_tools
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # in case nohup has started the tests
-stop = data_tools.stop_event()
-print("ready", flush=True)
-while not stop.is_set():
-    time.sleep(0.01)
-print("to a screen that may be gone", flush=True)
-time.sleep(0.3)  # a shell says it twice
-open(sys.argv[1], "w").write("saved")
-"""
+def wait_in_a_terminal(theirs, ours, path):
+    """What a process of its own does; it saves when it is stopped."""
+    os.close(ours)
+    os.login_tty(theirs)
+    sys.stdout = open(1, "w")
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # in case nohup has started the tests
+    stop = data_tools.stop_event()
+    print("ready", flush=True)
+    while not stop.is_set():
+        time.sleep(0.01)
+    print("to a screen that may be gone", flush=True)
+    time.sleep(0.3)  # a shell says it twice
+    path.write_text("saved")
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGXCPU", "SIGUSR1", "SIGUSR2"])
@@ -187,15 +189,17 @@ def test_signals_of_terminals_and_schedulers_are_heard(name, capfd):
 @pytest.mark.skipif(sys.platform != "linux", reason="a terminal of Linux")
 def test_a_closed_terminal_costs_nothing_and_nohup_stays(tmp_path):
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-c", WAITS, tmp_path / "saved"]
-    process = subprocess.Popen(command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    copy = multiprocessing.get_context("fork").Process  # of this process, which has imported torch
+    process = copy(target=wait_in_a_terminal, args=(theirs, ours, tmp_path / "saved"))
+    process.start()
     os.close(theirs)
     assert b"ready" in os.read(ours, 100)
     os.close(ours)
     for _ in range(2):
-        process.send_signal(signal.SIGHUP)
+        os.kill(process.pid, signal.SIGHUP)
         time.sleep(0.1)
-    assert process.wait(timeout=60) == 0 and (tmp_path / "saved").exists()
+    process.join(timeout=60)
+    assert process.exitcode == 0 and (tmp_path / "saved").exists()
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     data_tools.stop_event()
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -203,12 +207,25 @@ def test_a_closed_terminal_costs_nothing_and_nohup_stays(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------- pictures
 DRAWS = """
-import sys
+import os, sys
 from pathlib import Path
 import numpy as np
 import data_tools
-for video in [None, Path(sys.argv[2])]:
-    envs = data_tools.make_envs(sys.argv[1], 1, video)
+
+assert not {"mujoco", "matplotlib", "pooch", "imageio"} & sys.modules.keys()  # the import is light
+for number, case in enumerate(sys.argv[1:]):
+    if os.fork() == 0:
+        break
+    status = os.wait()[1]
+    Path(f"{number}.code").write_text(str(os.waitstatus_to_exitcode(status)))
+else:
+    sys.exit()
+for descriptor, name in ((1, "out"), (2, "err")):
+    os.dup2(os.open(f"{number}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
+task, *settings = case.split()
+os.environ.update(setting.split("=") for setting in settings)
+for video in [None, Path(f"{number}.mp4")]:
+    envs = data_tools.make_envs(task, 1, video)
     envs.reset(seed=0)
     envs.step(np.zeros(envs.action_space.shape))
     envs.close()
@@ -216,29 +233,26 @@ for video in [None, Path(sys.argv[2])]:
 """
 
 
-@pytest.mark.parametrize(
-    ("task", "says", "words"),
-    [
-        ("maze", "MUJOCO_GL=no_such_library", None),  # needs no OpenGL
-        ("kitchen", "MUJOCO_GL=osmesa PYOPENGL_PLATFORM=egl", "OpenGL MUJOCO_GL=osmesa PYOPENGL_PLATFORM=egl"),
-        (
-            "kitchen",
-            "MUJOCO_GL=egl PYOPENGL_PLATFORM=osmesa",
-            "OpenGL libegl1 libgl1 MUJOCO_GL=egl PYOPENGL_PLATFORM=osmesa",
-        ),
-        ("calvin", "MUJOCO_EGL_DEVICE_ID=99", "OpenGL libegl1 libgl1 MUJOCO_EGL_DEVICE_ID=99"),
-    ],
-)
-def test_only_pictures_need_graphics(task, says, words, tmp_path):
-    """Without video it runs whatever the machine has; with one it ends before the first step, and says why."""
-    environment = os.environ | dict(setting.split("=") for setting in says.split())
-    command = [sys.executable, "-c", DRAWS, task, tmp_path / "video.mp4"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if words is None:
-        assert done.returncode == 0 and (tmp_path / "video.mp4").stat().st_size > 0, done.stderr
-    else:
-        assert done.returncode == 1 and done.stdout == "ran\n" and done.stderr.count("\n") == 1, done.stderr
-        assert done.stderr.startswith("error: ") and all(word in done.stderr for word in words.split())
+def test_only_pictures_need_graphics(tmp_path):
+    """Without video it runs whatever the machine has; with one it ends before the first step, and says why.
+
+    Programs that begin in one, which has imported torch, but neither MuJoCo nor OpenGL: these see each one's settings.
+    """
+    cases = {  # words of the error, beside the settings
+        "maze MUJOCO_GL=no_such_library": None,  # needs no OpenGL
+        "kitchen MUJOCO_GL=osmesa PYOPENGL_PLATFORM=egl": "OpenGL",
+        "kitchen MUJOCO_GL=egl PYOPENGL_PLATFORM=osmesa": "OpenGL libegl1 libgl1",
+        "calvin MUJOCO_EGL_DEVICE_ID=99": "OpenGL libegl1 libgl1",
+    }
+    environment = os.environ | dict(PYTHONPATH=str(ROOT))
+    subprocess.run([sys.executable, "-c", DRAWS, *cases], cwd=tmp_path, env=environment, check=True)
+    for number, (case, words) in enumerate(cases.items()):
+        code, out, err = ((tmp_path / f"{number}.{name}").read_text() for name in ("code", "out", "err"))
+        if words is None:
+            assert code == "0" and (tmp_path / f"{number}.mp4").stat().st_size > 0, err
+        else:
+            assert code == "1" and out == "ran\n" and err.count("\n") == 1, err
+            assert err.startswith("error: ") and all(word in err for word in words.split() + case.split()[1:])
 
 
 def test_a_video_that_cannot_be_written_costs_no_scores(tmp_path, monkeypatch, capsys):
