@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,24 +44,27 @@ def new_agent(args, double=False, seed=0):
 # ------------------------------------------------------------------------------------------------ what is spirl.py's
 
 
+@functools.cache
+def model_path(file, flags=""):
+    """Where pre-training with these flags looks for its model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "exists", lambda path: True)
+        patch.setattr(file, "load", lambda path, parts, **how: dict(facts=dict(path=path)))
+        args = file.parse_args([*flags.split(), "--data-dir", "anywhere"])
+        return file.pretrain(args, None, SimpleNamespace(fingerprint="data"), None, None)["path"]
+
+
 @pytest.mark.parametrize("file", [dreamer_skills, reskill, supe, tdmpc])
-def test_model_is_shared_with_spirl_and_found_by_what_shaped_it(file, tmp_path, monkeypatch):
+def test_model_is_shared_with_spirl_and_found_by_what_shaped_it(file):
     """The model's key holds all flags that shape it and the code."""
-    data = SimpleNamespace(fingerprint="data")
-    monkeypatch.setattr(Path, "exists", lambda path: True)
-
-    def path(file, flags=""):
-        monkeypatch.setattr(file, "load", lambda path, parts, **how: dict(facts=dict(path=path)))
-        args = file.parse_args([*flags.split(), "--data-dir", str(tmp_path)])
-        return file.pretrain(args, None, data, None, None)["path"]
-
     for env_id in ("maze", "kitchen", "kitchen-misaligned", "calvin"):
         for more in ("", " --data file", *[" --published"] * (file is not reskill)):  # its release squashes no actions
-            assert path(file, f"--env-id {env_id}{more}") == path(spirl, f"--env-id {env_id}{more}")
-    assert path(file) == path(file, "--gamma 0.9") == path(spirl, "--critic-dim 7")
+            assert model_path(file, f"--env-id {env_id}{more}") == model_path(spirl, f"--env-id {env_id}{more}")
+    path = model_path(file, "--env-id maze")
+    assert path == model_path(file, "--gamma 0.9") == model_path(spirl, "--critic-dim 7")
     changes = ["--kl-coef 0.5", "--pretrain-lr 1", "--seed 2", "--hidden-dim 9", "--no-position-features"]
     if file is tdmpc:  # the others' pretrain is the same text
-        assert len({path(file), *(path(file, flags) for flags in changes)}) == 1 + len(changes)
+        assert len({path, *(model_path(file, flags) for flags in changes)}) == 1 + len(changes)
 
 
 # --------------------------------------------------------------------------------------------------------------- losses
