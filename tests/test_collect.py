@@ -1,7 +1,7 @@
 """The program: `python -m data_tools collect` and `convert`."""
 
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -15,20 +15,15 @@ import data_tools
 from data_tools import DataError, OfflineDataset
 from data_tools.__main__ import collect, convert
 
-ROOT = Path(data_tools.__file__).parents[1]
 
-
-def program(*arguments):
-    command = [sys.executable, "-m", "data_tools", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
-def test_a_variant_is_written_and_drawn(tmp_path):
+def test_a_variant_is_written_and_drawn(tmp_path, monkeypatch, capsys):
     out, plot = tmp_path / "few.hdf5", tmp_path / "few.png"
     flags = ["--num-episodes", 12, "--noise", 0, "--out", out, "--plot", plot]
-    done = program("collect", "--env-id", "maze", *flags)
-    assert done.returncode == 0, done.stderr
-    assert "OfflineDataset(12 episodes" in done.stdout and "mean length" in done.stdout
+    monkeypatch.setattr(sys, "argv", ["data_tools", "collect", "--env-id", "maze", *map(str, flags)])
+    monkeypatch.delitem(sys.modules, "data_tools.__main__")
+    runpy.run_module("data_tools", run_name="__main__")
+    said = capsys.readouterr().out
+    assert "OfflineDataset(12 episodes" in said and "mean length" in said
     made = OfflineDataset.load(out)
     assert len(made.episode_starts) == 12 and made.attributes["noise"] == 0
     image = matplotlib.image.imread(plot)

@@ -3,7 +3,7 @@
 import copy
 import json
 import pickle
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -140,9 +140,9 @@ def test_ones_own_environment_and_resume_bit_for_bit(tmp_path, monkeypatch):
         (found,) = (tmp_path / name).iterdir()
         return found
 
-    command = [sys.executable, ROOT / "algos" / "sac.py", "--env-id", "swing:Swing-v0", *FLAGS.split()]
-    command += ["--total-timesteps", "900", "--run-dir", "whole"]
-    subprocess.run(command, env=dict(PYTHONPATH=".", OMP_NUM_THREADS="1", PATH=""), check=True)
+    words = f"sac.py --env-id swing:Swing-v0 {FLAGS} --total-timesteps 900 --run-dir whole"
+    monkeypatch.setattr(sys, "argv", words.split())
+    runpy.run_path(str(ROOT / "algos" / "sac.py"), run_name="__main__")
     run("--env-id", "swing:Swing-v0", *FLAGS.split(), "--total-timesteps", 450, "--run-dir", "parts")
     run("--resume", folder("parts"), "--total-timesteps", 900)
     whole, parts = (torch.load(folder(name) / "checkpoint.pt") for name in ("whole", "parts"))
