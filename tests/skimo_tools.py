@@ -87,15 +87,16 @@ def backward_of_one_term(term, algo, args):
 class Windows:
     """Offline data in which each chunk of H actions pushes into one random direction: what a skill has to encode.
 
-    Windows begin with a chunk, so that its direction is one skill's business.
+    Windows begin with a chunk, so that its direction is one skill's business. Pushes are strong and chunks few: where
+    one ends is soon told from where it begins.
     """
 
     source, fingerprint = "made up", "0"
 
-    def __init__(self, H: int, seed: int, episodes: int = 60, chunks: int = 12):
+    def __init__(self, H: int, seed: int, episodes: int = 60, chunks: int = 4):
         rng = np.random.default_rng(seed)
         actions = np.repeat(rng.uniform(-0.9, 0.9, (episodes, chunks, 2)), H, 1)  # (episodes, T, 2)
-        position = 20 + np.concatenate([np.zeros((episodes, 1, 2)), actions.cumsum(1)[:, :-1]], 1)
+        position = 20 + 2.5 * np.concatenate([np.zeros((episodes, 1, 2)), actions.cumsum(1)[:, :-1]], 1)
         self.obs, self.actions = floats(np.concatenate([position, np.zeros_like(position)], -1), actions)
         self.H = H
 

@@ -200,8 +200,8 @@ def test_a_crash_in_pretraining_costs_2500_updates_at_most(pretrain):
 
 def test_pretraining_learns_skills_and_their_dynamics(pretrain):
     args = tiny_args(
-        hidden_dim=32, latent_dim=16, num_skills=2, pretrain_skills=2, bc_chunks=2, pretrain_updates=700,
-        pretrain_batch_size=64, pretrain_lr=3e-3, position_features=False, kl_coef=1e-4,
+        hidden_dim=32, latent_dim=16, num_skills=2, pretrain_skills=2, bc_chunks=2, pretrain_updates=350,
+        pretrain_batch_size=64, pretrain_lr=3e-3, pretrain_lr_decay=False, position_features=False, kl_coef=1e-4,
     )  # fmt: skip
     torch.manual_seed(0)
     networks = skimo.make_networks(args)
