@@ -209,11 +209,11 @@ def test_an_update_moves_model_actor_and_critic_only():
 @pytest.mark.parametrize("alpha", [0.0, 30.0])
 def test_actor_finds_the_rewarded_skill_or_stays_at_the_prior(alpha):
     """Windows of random skills, reward 10 u; the prior's mean is at u = -.5."""
-    args = tiny_args(alpha=alpha, learning_rate=3e-3, actor_lr=3e-3, skill_dim=1, gamma=0.5)
+    args = tiny_args(alpha=alpha, learning_rate=6e-3, actor_lr=6e-3, skill_dim=1, gamma=0.5)
     agent = new_agent(args)
     agent.actor.raw_std = math.log(math.e - 1)  # it begins with a std of 1
     agent.skill_prior.forward = lambda obs: (torch.full_like(obs[..., :1], -1.0), torch.ones_like(obs[..., :1]))
-    for k in range(100):
+    for k in range(50):
         obs, u, _, terminals = tiny_batch(args, seed=k)
         metrics = agent.update(0 * obs, u, 10 * u[..., 0], terminals)
     acting = dreamer_skills.Filter(agent, 1)

@@ -105,9 +105,10 @@ results = skimo.train(skimo.parse_args())
 print("RESULTS", results["pretraining"]["prior_success"], results["evaluations"][-1][2])
 """
 TINY = """--env-id walk --device cpu --no-cudagraphs --run-dir runs --data-dir data --skill-horizon 5 --skill-dim 2
-    --hidden-dim 32 --latent-dim 16 --skill-encoder mlp --pretrain-skills 3 --bc-chunks 3 --pretrain-updates 300
-    --pretrain-lr 3e-3 --kl-coef 1e-4 --pretrain-batch-size 32 --pretrain-eval-interval 300 --pretrain-eval-episodes 25
-    --num-skills 3 --num-envs 8 --total-timesteps 4800 --warmup-steps 2400 --updates-per-step 0.1 --batch-size 64
+    --hidden-dim 32 --latent-dim 16 --skill-encoder mlp --pretrain-skills 3 --bc-chunks 3 --pretrain-updates 150
+    --pretrain-lr 3e-3 --no-pretrain-lr-decay --kl-coef 1e-4 --pretrain-batch-size 32
+    --pretrain-eval-interval 150 --pretrain-eval-episodes 25
+    --num-skills 3 --num-envs 8 --total-timesteps 4800 --warmup-steps 2400 --updates-per-step 0.06 --batch-size 64
     --alpha 0.01 --num-samples 32 --num-policy-trajs 8 --num-elites 8 --horizon-steps 1 --eval-interval 100000
     --eval-episodes 100"""
 

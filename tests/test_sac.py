@@ -245,8 +245,8 @@ def test_actions_are_kept_for_repeat_env_steps(monkeypatch, tmp_path):
 
 def test_it_learns_the_pendulum(tmp_path):
     """Random actions get about -1,200 an episode, a good policy about -150."""
-    flags = "--env-id Pendulum-v1 --device cpu --num-envs 1 --hidden-dim 64 --batch-size 128 --warmup-steps 600"
-    flags += " --learning-rate 4e-3 --tau 0.01 --buffer-size 10000 --updates-per-step 1 --total-timesteps 3600"
+    flags = "--env-id Pendulum-v1 --device cpu --num-envs 4 --hidden-dim 64 --batch-size 128 --warmup-steps 800"
+    flags += " --learning-rate 6e-3 --tau 0.02 --buffer-size 10000 --updates-per-step 0.25 --total-timesteps 4800"
     sac.train(sac.parse_args([*flags.split(), "--eval-episodes", "1", "--run-dir", str(tmp_path)]))
     (log,) = tmp_path.glob("*/episodes.csv")
     returns = np.loadtxt(log, delimiter=",", skiprows=1)[:, 1]
