@@ -484,7 +484,7 @@ def test_it_learns_the_toy():
     returns, metrics = learn_toy(args, agent, acting, acting.forget, rb, 2_000, lambda x: 1 - np.abs(x))
     assert metrics[-1]["recon_loss"] < -2 < metrics[0]["recon_loss"]  # the bound is -2.8
     assert metrics[-1]["reward_loss"] < 0.94 < metrics[0]["reward_loss"]  # the bound is 0.919
-    assert np.mean(returns[-3:]) > np.mean(returns[:3]) + 8  # seeds 1 to 3: +24, +14, +13
+    assert np.mean(returns[-3:]) > np.mean(returns[:3]) + 8  # seeds 0 to 2: +35, +31, +14
 
 
 def test_the_command_line():
