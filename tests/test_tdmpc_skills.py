@@ -356,12 +356,12 @@ def test_windows_start_uniformly():
 def test_agent_and_planner_find_the_skills_that_pay(seed=0):
     args = tiny_args(
         skill_dim=2, num_skills=2, num_envs=10, batch_size=64, model_dim=32, alpha=0.0, gamma=0.5, num_samples=64,
-        num_elites=16, cem_iters=4, temperature=5.0, learning_rate=4e-3, position_features=False, policy_std=0.3,
+        num_elites=16, cem_iters=4, temperature=5.0, learning_rate=3e-3, position_features=False, policy_std=0.3,
     )  # fmt: skip
     agent = new_agent(args, seed=seed)
     rb = tdmpc.ReplayBuffer(4, args)
     fill(rb, args, seed=seed)
-    for k in range(250):
+    for k in range(400):
         agent.update(*rb.sample(args.batch_size))
         if k % 2 == 0:
             agent.target.follow(agent.model, args.tau)
