@@ -20,7 +20,7 @@ DATA_FILE = "maze_noise0.5_seed0_v1.hdf5"  # the name under which load_dataset l
 
 
 def pytest_collection_modifyitems(items):
-    """With pytest -n 2, tests of one file and one algorithm share a process, and so what is costly to make."""
+    """With pytest -n 3, tests of one file and one algorithm share a process, and so what is costly to make."""
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {params.get('case', '')}"))
