@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-inspect.getsource = functools.cache(inspect.getsource)  # tyro asks for it at every parsing: a fifth of the time
+inspect.getsource = functools.cache(inspect.getsource)  # tyro asks for it at every parsing
 
 DATA_FILE = "maze_noise0.5_seed0_v1.hdf5"  # the name under which load_dataset looks for it
 

@@ -384,7 +384,7 @@ def test_observations_are_copies():
 
 
 def test_nan_actions_end_a_program_in_one_sentence():
-    """As what data_tools.DataError says, which tests/test_formats.py tries in a program."""
+    """How a DataError ends a program: tests/test_formats.py."""
     envs = data_tools.make_envs("maze", 1)
     envs.reset(seed=0)
     with pytest.raises(SystemExit) as caught:
