@@ -17,7 +17,7 @@ Discovery, for discover_steps env steps; the task's reward is not looked at. Rep
    SAC with (s, z) as its state, r as its reward and a fixed alpha, which is the term H[A | S, Z] (eq. 2)
 Control, skills do not change any more. Repeat:
    act: every skill_horizon env steps z ~ softmax(Q(s, .) / alpha); a ~ pi(s, z)
-   Q(s, z) -> R + gamma V(s'), R the task's reward in that time, V(s) = alpha log mean_z exp(Q(s, z) / alpha)
+   Q_i(s, z) -> R + gamma V(s'), R the task's reward in that time, V(s) = alpha log mean_z exp(min_i Q_i(s, z) / alpha)
 Only true ends have no future, time-outs have one.
 
 DEVIATION n from paper and release, whose loss and reward come out equal (why, scores: algos/docs/diayn.md): 1 sac.py's
@@ -218,17 +218,19 @@ class Discriminator(nn.Module):
         return self.net(self.scale * scaled).log_softmax(-1)
 
 
-class SkillQ(nn.Module):
-    """Q of the controller for all skills: observations (..., O) -> (..., Z)."""
+class TwinSkillQ(nn.Module):
+    """Q_1 and Q_2 of all skills, the controller: observations (..., O) -> 2 x (..., Z)."""
 
     def __init__(self, obs_dim: int, args: Args):
         super().__init__()
         u = args.controller_dim  # width
         self.inputs = Inputs(obs_dim, args)
-        self.net = relu_mlp(self.inputs.size, u, u, args.skill_dim)
+        self.qf1 = relu_mlp(self.inputs.size, u, u, args.skill_dim)
+        self.qf2 = relu_mlp(self.inputs.size, u, u, args.skill_dim)
 
     def forward(self, obs):
-        return self.net(self.inputs(obs))
+        x = self.inputs(obs)
+        return self.qf1(x), self.qf2(x)
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
@@ -289,13 +291,16 @@ def controller_loss(controller, target, obs, z, rewards, next_obs, discount, alp
     """TD loss of the controller: soft Q-learning. Q-learning with a soft maximum tries all skills that may be best.
 
     obs, next_obs (B, O) k env steps apart, z (B, Z) one-hot, rewards (B,) summed over these, discount (B,), 0 at a
-    true end. Returns the loss and metrics, scalars.
+    true end. Of two Q the smaller counts: a maximum believes what one overrates, and with one its values run away.
+    Returns the loss and metrics, scalars.
     """
     with torch.no_grad():
-        td_target = rewards + discount * soft_value(target(next_obs), alpha)  # (B,)
-    q_value = (controller(obs) * z).sum(-1)  # (B,)
-    loss = 0.5 * (q_value - td_target).square().mean()
-    metrics = dict(controller_loss=loss, controller_q=q_value, controller_target=td_target)
+        next_q = torch.min(*target(next_obs))  # (B, Z)
+        td_target = rewards + discount * soft_value(next_q, alpha)  # (B,)
+    q1, q2 = [(q * z).sum(-1) for q in controller(obs)]  # (B,)
+    error = (q1 - td_target).square() + (q2 - td_target).square()
+    loss = 0.5 * error.mean()
+    metrics = dict(controller_loss=loss, controller_q=q1, controller_target=td_target)
     return loss, {name: value.detach().mean() for name, value in metrics.items()}
 
 
@@ -378,7 +383,7 @@ class Agent(nn.Module):
         self.critics = TwinQ(obs_dim + args.skill_dim, action_dim, args)
         self.target = copy.deepcopy(self.critics).requires_grad_(False)
         self.discriminator = Discriminator(obs_dim, args)
-        self.controller = SkillQ(obs_dim, args)
+        self.controller = TwinSkillQ(obs_dim, args)
         self.controller_target = copy.deepcopy(self.controller).requires_grad_(False)
         self.to(args.device)
         options = dict(lr=args.learning_rate, fused=True, capturable=True)
@@ -392,7 +397,7 @@ class Agent(nn.Module):
     @torch.no_grad()
     def choose_skills(self, obs, explore: bool):
         """The controller's choice, z ~ softmax(Q / alpha) or the best: obs (E, O) -> z (E, Z), both NumPy."""
-        q = self.controller(torch.from_numpy(obs).to(self.args.device))  # (E, Z)
+        q = torch.min(*self.controller(torch.from_numpy(obs).to(self.args.device)))  # (E, Z)
         choice = q.argmax(-1)
         if explore:
             choice = (q / self.args.controller_alpha).softmax(-1).multinomial(1).squeeze(-1)

@@ -29,6 +29,17 @@ class Table(torch.nn.Module):
         return self.rows[obs[:, 0].long()]
 
 
+class Twins(torch.nn.Module):
+    """Two tables, as the controller is two networks."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.both = torch.nn.ModuleList([Table(first), Table(second)])
+
+    def forward(self, obs):
+        return [table(obs) for table in self.both]
+
+
 # ------------------------------------------------------------------------------------------------------------- rewards
 def test_rewards_average_to_the_mutual_information():
     """p(s | z) of four states and three skills at random, in exact proportions. With the true posterior as q the mean
@@ -141,8 +152,8 @@ def test_the_controller_finds_the_soft_optimum_of_a_chain():
         next_obs=torch.from_numpy(following[s, z][:, None] % 5).float(),  # of the end: another state, with no weight
         discount=torch.from_numpy(gamma * (1.0 - ends[s, z])).float(),
     )
-    controller = Table(np.zeros((5, 2)))
-    target = Table(np.zeros((5, 2)))
+    controller = Twins(np.zeros((5, 2)), np.ones((5, 2)))
+    target = Twins(np.zeros((5, 2)), np.ones((5, 2)))
     optimizer = torch.optim.SGD(controller.parameters(), lr=5.0)
     for _ in range(400):
         loss, _ = diayn.controller_loss(controller, target, **batch, alpha=alpha)
@@ -150,8 +161,10 @@ def test_the_controller_finds_the_soft_optimum_of_a_chain():
         loss.backward()
         optimizer.step()
         with torch.no_grad():
-            target.rows.lerp_(controller.rows, 0.5)
-    np.testing.assert_allclose(controller.rows.detach(), q, atol=1e-3)
+            for slow, table in zip(target.both, controller.both):
+                slow.rows.lerp_(table.rows, 0.5)
+    for table in controller.both:
+        np.testing.assert_allclose(table.rows.detach(), q, atol=1e-3)
     assert (q.argmax(1) == 1).all()
 
 
@@ -164,7 +177,7 @@ def test_skills_are_drawn_by_their_values_and_act_by_samples_or_their_mode():
     np.testing.assert_allclose(agent.act(obs[:3], z[:3], explore=False), np.tanh(mean), atol=1e-6)
     drawn = np.arctanh(agent.act(obs, z, explore=True).astype(np.float64)).reshape(1_000, 3, 2)
     np.testing.assert_allclose(drawn.std(0), std, rtol=0.1)
-    agent.controller = Table([[0.0, 0.5, 1.0]] * 4)
+    agent.controller = Twins([[0.0, 0.5, 3.0]] * 4, [[2.0, 0.7, 1.0]] * 4)  # the smaller counts: 0, .5, 1
     obs = np.zeros((20_000, 1), np.float32)
     drawn = agent.choose_skills(obs, explore=True)
     assert drawn.shape == (20_000, 3) and (drawn.sum(1) == 1).all()
@@ -274,7 +287,8 @@ def test_skills_do_not_change_in_control(count_args):
     before = {name: value.clone() for name, value in agent.state_dict().items()}
     z = torch.eye(3)[torch.randint(3, (8,))]
     rewards, next_obs = torch.randn(8), torch.randn(8, 2)
-    expected = rewards + 0.9 * diayn.soft_value(agent.controller_target(next_obs), count_args.controller_alpha)
+    next_q = torch.minimum(*agent.controller_target(next_obs))  # of each skill the smaller value
+    expected = rewards + 0.9 * diayn.soft_value(next_q, count_args.controller_alpha)
     metrics = agent.update_controller(torch.randn(8, 2), torch.zeros(8, 0), z, rewards, next_obs, torch.full((8,), 0.9))
     assert metrics["controller_target"].item() == pytest.approx(expected.mean().item(), rel=1e-5)
     changed = {name.split(".")[0] for name, value in agent.state_dict().items() if not torch.equal(value, before[name])}
@@ -323,8 +337,8 @@ def test_it_learns_skills_that_part_and_then_the_task(tmp_path, monkeypatch):
     """Two skills of a line must part; the task, to be at the left, is then a choice between them."""
     monkeypatch.setitem(TASKS, "line", Task(envs="tests.test_diayn:LineVectorEnv", max_return=6.0))
     args = tiny_args(
-        env_id="line", total_timesteps=2_400, discover_steps=1_600, skill_dim=2, skill_horizon=2, num_envs=4,
-        warmup_steps=100, updates_per_step=0.4, learning_rate=3e-3, gamma=0.9, batch_size=64, hidden_dim=32,
+        env_id="line", total_timesteps=2_800, discover_steps=2_000, skill_dim=2, skill_horizon=2, num_envs=4,
+        warmup_steps=100, updates_per_step=0.4, alpha=0.03, learning_rate=3e-3, gamma=0.9, batch_size=64, hidden_dim=32,
         buffer_size=2_000, eval_interval=10_000, run_dir=str(tmp_path),
     )  # fmt: skip
     results = diayn.train(args)
