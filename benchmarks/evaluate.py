@@ -71,8 +71,8 @@ def main(args: Args):
                 if not rows:
                     print(f"left out: {name}")
                 for row in rows:
-                    print(name, *row, sep=",", file=file)
                     print(f"{name}: {row}")
+                file.write("".join(",".join(map(str, (name, *row))) + "\n" for row in rows))  # all, or none
 
 
 if __name__ == "__main__":

@@ -165,6 +165,8 @@ def keep(source: Path, target: Path):
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_suffix(".part")
     shutil.copyfile(source, part)
+    with part.open("r+b") as file:
+        os.fsync(file)  # before the log says that this cell is done
     part.replace(target)
 
 

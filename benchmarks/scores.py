@@ -23,9 +23,11 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data_tools  # the tasks of a user's own
+from data_tools.files import reading
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAPER_CURVES = ROOT / "benchmarks" / "paper_curves.csv"
+NO_LOG = "move both elsewhere", "and its CSV are no whole log"
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ def has_begun(path: Path) -> bool:
 
 def read_log(path: Path) -> tuple[str, dict, list[dict]]:
     """Task, facts and table of a run, from its JSON and the CSV next to it, or from the args.json of a run folder."""
-    try:
+    with reading(path, *NO_LOG):
         if path.name == "args.json":
             args = json.loads(path.read_text())
             algo = args["script"].removesuffix(".py")
@@ -194,8 +196,6 @@ def read_log(path: Path) -> tuple[str, dict, list[dict]]:
         if not any(row["episodic_return"] for row in rows):
             sys.exit(f"error: in {table} no episode has ended yet")
         return facts["env_id"], facts, rows
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        sys.exit(f"error: {path} and its CSV are no whole log ({type(error).__name__}: {error}); move both elsewhere")
 
 
 def read_run(path: Path) -> Run:
@@ -205,7 +205,7 @@ def read_run(path: Path) -> Run:
 
 def run_of(path: Path, env_id: str, facts: dict, rows: list[dict]) -> Run:
     """A run from what read_log(path) returned; its task is in TASKS."""
-    try:
+    with reading(path, *NO_LOG):
         task = TASKS[env_id]
         results = facts.get("results") or {}
         evaluations = [(int(step), value / task.max_return) for step, value, _ in results.get("evaluations", [])]
@@ -234,8 +234,6 @@ def run_of(path: Path, env_id: str, facts: dict, rows: list[dict]) -> Run:
             env_steps=int(results.get("env_steps", end_steps[-1])),
             facts=facts,
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        sys.exit(f"error: {path} and its CSV are no whole log ({type(error).__name__}: {error}); move both elsewhere")
 
 
 def curve(run: Run, end: int) -> tuple[np.ndarray, np.ndarray]:

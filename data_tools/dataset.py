@@ -316,7 +316,8 @@ def made_once(path, make: Callable[[], OfflineDataset]) -> OfflineDataset:
             ) from error
         with lock:
             if not path.exists():  # nobody else made it while we waited
-                for leftover in path.parent.glob(f"part_*_{path.name}"):  # of a process that was killed while writing
+                leftovers = f"part_{'?' * 32}_{path.name}"  # of processes that were killed while writing
+                for leftover in path.parent.glob(leftovers):
                     with contextlib.suppress(OSError):  # another user's
                         leftover.unlink()
                 print(f"Making the data, once: {path}", flush=True)
@@ -328,4 +329,6 @@ def made_once(path, make: Callable[[], OfflineDataset]) -> OfflineDataset:
         return OfflineDataset.load(path)
     except DataError as error:
         found = str(error).removesuffix(f": {AGAIN}.").removesuffix(f": {CURE}.")
+        if found == str(error):  # it is sound, but may not be read now
+            raise
         raise DataError(f"{found}: delete it; data_tools made it, and makes it again.") from error

@@ -1,8 +1,8 @@
 """Errors that end a program in one sentence, and files that are whole or not there at all."""
 
 import contextlib
-import importlib
 import os
+import pkgutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +27,7 @@ class DataError(SystemExit):
 
 
 class NotFiniteError(DataError, ValueError):
-    """Learning has diverged: an action is NaN or infinite."""
+    """Learning has diverged: an action is NaN or infinite. A ValueError too, which Gymnasium's processes pass on."""
 
 
 def cache_dir(data_dir=None) -> Path:
@@ -37,22 +37,17 @@ def cache_dir(data_dir=None) -> Path:
 
 
 def imported(name: str):
-    """Return what "module:name" names. Raises DataError if there is no such module or name."""
-    module, _, attribute = name.partition(":")
+    """Return what "module:name" names."""
     try:
+        return pkgutil.resolve_name(name)
+    except Exception:  # mujoco wants the OpenGL that MUJOCO_GL names, though only pictures need it
+        if "MUJOCO_GL" not in os.environ:
+            raise
+        wanted, os.environ["MUJOCO_GL"] = os.environ["MUJOCO_GL"], "disable"
         try:
-            return getattr(importlib.import_module(module), attribute)
-        except Exception:  # mujoco wants the OpenGL that MUJOCO_GL names, though only pictures need it
-            if "MUJOCO_GL" not in os.environ:
-                raise
-            wanted, os.environ["MUJOCO_GL"] = os.environ["MUJOCO_GL"], "disable"
-            try:
-                return getattr(importlib.import_module(module), attribute)
-            finally:
-                os.environ["MUJOCO_GL"] = wanted
-    except (ModuleNotFoundError, AttributeError, ValueError) as error:
-        cure = "correct the entry in TASKS, or put the module's folder into PYTHONPATH"
-        raise DataError(f"{name} cannot be imported ({error}): {cure}.") from error
+            return pkgutil.resolve_name(name)
+        finally:
+            os.environ["MUJOCO_GL"] = wanted
 
 
 @contextlib.contextmanager
@@ -68,6 +63,8 @@ def reading(path, cure: str = AGAIN, fault: str = "is damaged"):
         raise DataError(f"{path} may not be read: change its permissions or give another file.") from error
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if "out of memory" in reason:  # the GPU's
+            raise
         if isinstance(error, BlockingIOError):
             fault, cure = "is open in another program", "close it there"
         elif "plugin" in reason or "is not registered" in reason:  # HDF5's words

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -113,9 +114,8 @@ def main():
     parser.add_argument("--offline", default="none", choices=["none", "zero", "pred"])
     parser.add_argument("--num-samples", type=int, default=32)
     given = parser.parse_args()
-    data_tools.TASKS |= TASKS
     settings = COMMON | SETTINGS[given.task] | dict(offline=given.offline, num_samples=given.num_samples)
-    with frame.record(given.out) as facts, tempfile.TemporaryDirectory() as folder:
+    with frame.record(given.out) as facts, tempfile.TemporaryDirectory() as folder, patch.dict(data_tools.TASKS, TASKS):
         args = qc.Args(env_id=given.task, seed=given.seed, **settings, run_dir=folder + "/runs", data_dir=folder)
         results = qc.train(args)
         (run,) = Path(args.run_dir).iterdir()
