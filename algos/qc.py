@@ -16,11 +16,12 @@ noise into a chunk and keeps several ways of acting apart. RL draws N chunks fro
 DEVIATION n: differences from the authors' code. Why, and scores: algos/docs/qc.md
 1. Our data have no rewards. Phase 1 trains the flow alone; critics start in phase 2, after a warm-up of single chunks.
 2. The flow is frozen in RL, and N' chunks are drawn once for each own env step. The authors train it on, and draw anew.
-3. A window in which an episode ends counts, with the rewards until there. Theirs has weight 0.
+3. A window in which an episode truly ends counts, with the rewards until there. Theirs has weight 0.
 4. Half of a batch are offline windows, labelled: see --offline. Theirs are in the replay from the start, with rewards.
-5. Smaller networks, K = 5, H = 10 (kitchens 5), a rate that falls to zero, 8 environments, fewer updates; gamma 0.999.
+5. Smaller networks, K = 5, H = 10 (kitchens 5), a rate that falls to zero, 8 environments, fewer updates; gamma 0.999;
+in the maze batches of 128, a warm-up of 50,000 env steps.
 6. Sines of positions as inputs, rewards of 100 scaled to 10 or 1; kitchens: arms shifted; people's objects recombined.
---published takes their side of 2, 5 and the sines. Their second variant, a policy distilled from the flow, is not here.
+--published takes their side of 2, 5 and the sines. Their other variant, a policy distilled from the flow, is not here.
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, make_networks, pretrain_loss, pretrain,
 critic_loss, outcome_loss, demonstrations, ReplayBuffer, Agent, rollout, train
 Shapes: B batch, H steps per chunk, N chunks drawn, O observation, F inputs, A action, D = H A, E environments.
@@ -134,6 +135,7 @@ RELEASE = {
     "all": dict(skill_horizon=5, hidden_dim=512, hidden_layers=4, flow_steps=10, position_features=False,
                 pretrain_updates=1_000_000, pretrain_lr=3e-4, pretrain_lr_decay=False, arm_noise=0.0, recombine=False,
                 num_envs=1, updates_per_step=1.0, num_candidates=0, bc_online=True, batch_size=256, gamma=0.99),
+    "maze": dict(warmup_steps=5_000),
 }  # fmt: skip
 
 
@@ -221,9 +223,7 @@ def flow_loss(flow, obs, chunk, alive):
 
 
 def pretrain_loss(flow, obs, actions, args):
-    """Loss of the clone on windows of the offline data, and metrics: obs (B, .., O) raw, the first counts, actions
-    (B, H, A).
-    """
+    """Loss of the clone and metrics, on windows of data: obs (B, .., O) raw, the first counts, actions (B, H, A)."""
     loss = flow_loss(flow, obs[:, 0], as_chunk(actions), torch.ones_like(actions[..., 0]))
     return loss, dict(bc_loss=loss.detach())
 
@@ -231,7 +231,7 @@ def pretrain_loss(flow, obs, actions, args):
 def pretrain(args: Args, networks: nn.ModuleDict, data, writer: SummaryWriter, stop: threading.Event) -> dict:
     """Phase 1: clone the chunks of the offline data; returns facts about the clone.
 
-    A model is found again by its data, seed and task, by the arguments under `# Model` and `# Pre-training`, and by the
+    A model is found again by its data, seed and task, by the arguments from skill_horizon up to num_envs, and by the
     code of these sections and of what draws batches: whoever changes one of them gets a new one.
     """
     task = data_tools.TASKS[args.env_id]
@@ -291,7 +291,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, data, writer: SummaryWriter, s
                 # The loss does not tell whether the clone is any good: let it act in the task
                 num_episodes = args.pretrain_eval_episodes * (4 if finished else 1)
                 with torch.random.fork_rng(["cuda"] if args.device == "cuda" else []), torch.no_grad():
-                    agent = Agent(args, copy.deepcopy(networks))
+                    agent = Agent(args, copy.deepcopy(networks))  # a copy: Agent freezes parts of them
                     scores = rollout(agent, args, num_episodes, args.seed)
                     batch = valid_data.sample_windows(args.pretrain_batch_size, window)
                     _, losses = pretrain_loss(*networks.values(), *batch, args)
@@ -339,10 +339,9 @@ def counting(ends, alive):
 
 
 def critic_loss(critics, target, obs, chunk, rewards, ends, alive, next_obs, candidates, args):
-    """TD loss of both critics: a chunk is worth its rewards and the best chunk that can follow.
-
-    The critics choose it and their slow copies judge it: a value too high by chance is not taken twice. The window is
-    as ReplayBuffer.sample gives it. Returns the loss and metrics, scalars.
+    """TD loss of both critics: a chunk is worth its rewards and the best chunk that can follow. The critics choose it
+    and their slow copies judge it: a value too high by chance is not taken twice. The window is as ReplayBuffer.sample
+    gives it. Returns the loss and metrics, scalars.
     """
     with torch.no_grad():
         next_chunk = best_chunk(critics, next_obs, candidates)  # (B, D)
@@ -356,9 +355,7 @@ def critic_loss(critics, target, obs, chunk, rewards, ends, alive, next_obs, can
 
 
 def outcome_loss(outcome, obs, chunk, rewards, ends, alive):
-    """Squared error of the reward and cross-entropy of the end on online windows; outcome gives both, the end's as a
-    logit. Returns the loss and metrics, scalars.
-    """
+    """Squared error of the reward and cross-entropy of the end's logit on online windows: the loss and metrics."""
     reward, logit = outcome(obs, chunk)  # 2 x (B,)
     counts = counting(ends, alive)
     reward_loss = (counts * (reward - rewards).square()).mean()
@@ -368,18 +365,16 @@ def outcome_loss(outcome, obs, chunk, rewards, ends, alive):
 
 @torch.no_grad()
 def demonstrations(flow, outcome, obs, actions, args):
-    """Windows of the data, obs (B, H+1, O) and actions (B, H, A), in the form of online ones (DEVIATION 4).
-
-    With "zero" none is an end: 0 and no future would say that the goal is worthless.
+    """Windows of the data, obs (B, H+1, O) and actions (B, H, A), in the form of online ones (DEVIATION 4). With "zero"
+    none is an end: 0 and no future would say that the goal is worthless.
     """
     first, last = obs[:, 0], obs[:, -1]  # (B, O)
     chunk = as_chunk(actions)  # (B, D)
     alive = torch.ones_like(actions[..., 0])  # (B, H)
+    rewards = ends = torch.zeros_like(alive[:, 0])  # (B,)
     if args.offline == "pred":
         rewards, logit = outcome(first, chunk)  # 2 x (B,)
         ends = logit.sigmoid()
-    else:
-        rewards = ends = torch.zeros_like(alive[:, 0])
     return first, chunk, rewards, ends, alive, last, flow.sample(last, args.num_candidates)
 
 
@@ -389,14 +384,12 @@ class ReplayBuffer:
     def __init__(self, obs_dim: int, action_dim: int, args: Args, data=None):
         self.args, self.data = args, data
         self.size = args.buffer_size // args.num_envs
+        room = args.num_envs, self.size
         chunks = args.num_candidates, args.skill_horizon * action_dim
         # obs, actions, rewards, terminations, truncations, next_obs, and candidates of next_obs
-        shapes = (obs_dim,), (action_dim,), (), (), (), (obs_dim,), chunks
-        types = [torch.float32] * 6 + [torch.float16]
-        room = args.num_envs, self.size
-        self.columns = []
-        for shape, of in zip(shapes, types):
-            self.columns.append(torch.zeros(*room, *shape, dtype=of, device=args.device))
+        shapes = (obs_dim,), (action_dim,), (), (), (), (obs_dim,)
+        self.columns = [torch.zeros(*room, *shape, device=args.device) for shape in shapes]
+        self.columns.append(torch.zeros(*room, *chunks, dtype=torch.float16, device=args.device))
         self.added = torch.zeros(args.num_envs, dtype=torch.int64, device=args.device)  # rows ever added to each ring
 
     def add(self, obs, actions, rewards, terminations, truncations, next_obs, candidates, steps):
@@ -411,9 +404,8 @@ class ReplayBuffer:
 
     def sample(self, batch_size: int):
         """Windows of H env steps, uniform over where they begin: obs (B, O), chunk (B, D), rewards (B,) until an end,
-        discounted, ends (B,): true ones, alive (B, H): 0 behind any end, next_obs (B, O), candidates (B, N', D).
-
-        With offline data half of them are windows of those: obs (B, H+1, O), actions (B, H, A).
+        discounted, ends (B,): true ones, alive (B, H): 0 behind any end, next_obs (B, O), candidates (B, N', D). With
+        offline data half of them are windows of those: obs (B, H+1, O), actions (B, H, A).
         """
         H, device = self.args.skill_horizon, self.args.device
         windows = []
@@ -435,11 +427,9 @@ class ReplayBuffer:
         discounts = self.args.gamma ** torch.arange(H, device=device)
         rewards = (alive * discounts * rewards).sum(1)
         ends = (alive * terminations).amax(1)
-        first = e, index[:, 0]
-        last = e, index[:, -1]
         chunk = actions.flatten(1)  # (B, D)
-        chunks = candidates[last].float()  # (B, N', D)
-        return obs[first], chunk, rewards, ends, alive, next_obs[last], chunks, *windows
+        candidates = candidates[e, index[:, -1]].float()  # (B, N', D)
+        return obs[e, index[:, 0]], chunk, rewards, ends, alive, next_obs[e, index[:, -1]], candidates, *windows
 
     def state_dict(self) -> dict:
         filled = min(int(self.added.max()), self.size)
@@ -489,13 +479,10 @@ class Agent(nn.Module):
         super().__init__()
         self.args = args
         self.flow = networks["flow"].requires_grad_(args.bc_online)  # DEVIATION 2
-        obs_dim = len(self.flow.inputs.scale)
-        sizes = obs_dim, self.flow.chunk_dim, args
+        sizes = len(self.flow.inputs.scale), self.flow.chunk_dim, args
         self.critics = Heads(*sizes, layer_norm=True)  # it bounds Q of unseen chunks
         self.target = copy.deepcopy(self.critics).requires_grad_(False)
-        self.outcome = None
-        if args.offline == "pred":
-            self.outcome = Heads(*sizes, layer_norm=False)
+        self.outcome = Heads(*sizes, layer_norm=False) if args.offline == "pred" else None
         self.to(args.device)
         self.trained = [weight for weight in self.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.Adam(self.trained, lr=args.learning_rate, fused=True, capturable=True)
@@ -538,9 +525,8 @@ class Agent(nn.Module):
 
 
 def execute_chunks(envs, obs, chunks):
-    """H env steps of chunks (E, H, A), come what may; obs (E, O). All NumPy.
-
-    Returns obs, actions, rewards, terminations, truncations, next_obs, each (E, H, ...): who has ended stands still.
+    """H env steps of chunks (E, H, A), come what may; obs (E, O). All NumPy. Returns obs, actions, rewards,
+    terminations, truncations, next_obs, each (E, H, ...): who has ended stands still.
     """
     steps = []
     for action in chunks.swapaxes(0, 1):  # time-first
@@ -551,9 +537,8 @@ def execute_chunks(envs, obs, chunks):
 
 
 def rollout(agent: Agent, args: Args, num_episodes: int, seed: int, global_step=None, video: Path | None = None):
-    """Scores of an episode in each of num_episodes environments, with random numbers of its own.
-
-    Chunks are chosen as after global_step; without it they are single ones of the clone.
+    """Scores of an episode in each of num_episodes environments, with random numbers of its own. Chunks are chosen as
+    after global_step; without it they are single ones of the clone.
     """
     envs = data_tools.make_envs(args.env_id, num_episodes, video)
     with torch.random.fork_rng(["cuda"] if args.device == "cuda" else []):

@@ -289,7 +289,7 @@ def prepare(networks, data, args: Args):
 def pretrain(args: Args, networks: nn.ModuleDict, data, writer: SummaryWriter, stop: threading.Event) -> dict:
     """Phase 1, RIL: both levels imitate the relabelled offline data; returns facts about them.
 
-    A model is found again by its data, seed and task, by the arguments under `# Model` and `# Pre-training`, and by the
+    A model is found again by its data, seed and task, by the arguments from skill_horizon up to num_envs, and by the
     code of these sections and of what draws batches: whoever changes one of them gets a new one.
     """
     task = data_tools.TASKS[args.env_id]
@@ -345,7 +345,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, data, writer: SummaryWriter, s
                 with torch.random.fork_rng(["cuda"] if args.device == "cuda" else []), torch.no_grad():
                     _, losses = pretrain_loss(networks, relabel(valid_data, args.pretrain_batch_size, args))
                     # Losses do not tell whether the policies are any good: let them act in the task
-                    agent = Agent(args, copy.deepcopy(networks))
+                    agent = Agent(args, copy.deepcopy(networks))  # a copy: Agent freezes parts of them
                     scores = rollout(agent, args, args.pretrain_eval_episodes * (4 if finished else 1), args.seed)
                 facts = dict(prior_return=scores["episodic_return"], prior_success=scores["success"])
                 facts |= {f"valid_{name}": float(value) for name, value in losses.items()}

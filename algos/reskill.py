@@ -318,7 +318,7 @@ class PriorAgent:
 def pretrain(args: Args, networks: nn.ModuleDict, data, writer: SummaryWriter, stop: threading.Event) -> dict:
     """Phase 1: learn skills and prior from the offline data; returns facts about them.
 
-    A model is found again by its data, seed and task, by the arguments under `# Model` and `# Pre-training`, and by the
+    A model is found again by its data, seed and task, by the arguments from skill_horizon up to num_envs, and by the
     code of these sections and of what draws batches: whoever changes one of them gets a new one.
     """
     task = data_tools.TASKS[args.env_id]
@@ -864,7 +864,7 @@ def execute_skill(envs, skills, obs, z, args: Args):
         action = skills.act(torch.from_numpy(obs), z).numpy()  # (E, A)
         obs, reward, terminations, truncations, _ = envs.step(action)
         rewards += reward
-        ended = terminations | truncations
+        ended = terminations | truncations  # stays true: these environments wait to be reset
         if ended.all():
             break
     return obs, rewards, ended

@@ -135,9 +135,8 @@ TASK_DEFAULTS = {
                  pretrain_lr=1.5e-3, total_timesteps=200_000, warmup_steps=50_000, batch_size=64,
                  updates_per_step=20 / 500, alpha=1.0, autotune=True),
     "kitchen": dict(pretrain_updates=10_000, pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64,
-                    alpha=0.05,
-                    people=dict(kl_coef=1e-3, arm_noise=0.02, recombine=True)),
-    "calvin": dict(hidden_dim=256, num_skills=1, pretrain_updates=10_000, pretrain_skills=1, bc_chunks=1,
+                    alpha=0.05, people=dict(kl_coef=1e-3, arm_noise=0.02, recombine=True)),
+    "calvin": dict(hidden_dim=256, pretrain_updates=10_000, pretrain_skills=1, bc_chunks=1,
                    pretrain_batch_size=256, kl_coef=1e-2, alpha=0.1, reward_scale=0.01, total_timesteps=2_000_000),
 }  # fmt: skip
 # --published: the release's values; of all tasks, and of each.
@@ -171,7 +170,7 @@ def scalar_head(in_dim: int, u: int) -> nn.Sequential:
 
 
 def gaussian_parameters(x):
-    """Network output (..., 2 * Z) -> mean in +-5, std in [e^-10, e^2] of the Gaussian under a tanh, 2 x (..., Z)."""
+    """Outputs (..., 2 * Z) -> mean in +-5, std in 1e-4 + [e^-10, e^2] of the Gaussian under a tanh, 2 x (..., Z)."""
     mean, log_std = x.chunk(2, -1)
     return 5 * torch.tanh(mean / 5), log_std.clamp(-10, 2).exp() + 1e-4
 
@@ -251,7 +250,7 @@ class SkillModel(nn.Module):
         super().__init__()
         u, d, Z = args.hidden_dim, args.latent_dim, args.skill_dim  # u: width
         self.encoder = StateEncoder(obs_dim, args)
-        self.skill_policy = mlp(d + Z, u, u, u, u, 2 * action_dim)
+        self.skill_policy = mlp(d + Z, u, u, u, u, 2 * action_dim)  # as in the release; its std has no use
         self.lstm = None
         if args.skill_encoder == "lstm":
             self.lstm = nn.LSTM(action_dim + d, 128, batch_first=True)
@@ -332,13 +331,14 @@ def pretrain_loss(model, skills, prior, target, obs, actions, args):
     world_loss = recon_loss + args.consistency_coef * consistency_loss
     metrics = dict(bc_loss=bc_loss, kl_loss=kl_loss, prior_loss=prior_loss, recon_loss=recon_loss)
     metrics["consistency_loss"] = consistency_loss
+    # 1 / N as in the release: neither loss grows much with N, so shorter windows weigh the model more
     return skill_loss + world_loss / N, {name: value.detach() for name, value in metrics.items()}
 
 
 def pretrain(args: Args, networks: nn.ModuleDict, data, writer: SummaryWriter, stop: threading.Event) -> dict:
     """Phase 1: learn skills, dynamics and prior from the offline data; returns facts about them.
 
-    A model is found again by its data, seed and task, by the arguments under `# Model` and `# Pre-training`, and by the
+    A model is found again by its data, seed and task, by the arguments from skill_horizon up to num_envs, and by the
     code of these sections and of what draws batches: whoever changes one of them gets a new one.
     """
     task = data_tools.TASKS[args.env_id]
@@ -404,7 +404,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, data, writer: SummaryWriter, s
                     batch = valid_data.sample_windows(args.pretrain_batch_size, window)
                     _, losses = pretrain_loss(*networks.values(), target, *batch, args)
                     # Losses do not tell whether skills are any good: let the prior act in the task
-                    agent = Agent(args, copy.deepcopy(networks))
+                    agent = Agent(args, copy.deepcopy(networks))  # a copy: Agent freezes parts of them
                     scores = rollout(agent, args, args.pretrain_eval_episodes * (4 if finished else 1), args.seed)
                 facts = dict(prior_return=scores["episodic_return"], prior_success=scores["success"])
                 facts |= {f"valid_{name}": float(value) for name, value in losses.items()}
@@ -459,7 +459,7 @@ def critic_loss(critic, target, policy, obs, z, rewards, dones, next_obs, alpha,
         prior = gaussian_parameters(skill_prior(prior_encoder(next_obs)))  # 2 x (B, 1, Z)
         next_z = sample_skill(pi)  # (B, 1, Z)
         next_q = torch.min(*target(features(encoder, next_obs), next_z))  # (B, 1)
-        next_kl = kl_divergence(pi, prior).clamp(-100, 100)  # (B, 1)
+        next_kl = kl_divergence(pi, prior).clamp(max=100)  # (B, 1)
         td_target = rewards + (1 - dones) * args.gamma * (next_q - alpha * next_kl)  # (B, 1)
 
     # Twice, as in the release: SkiMo's errors on imagined and on encoded states are the same in windows of one skill.
@@ -484,7 +484,7 @@ def policy_loss(critic, policy, obs, alpha, args):
     # Stay close to the prior: the task is solved by skills that the data show.
     with torch.no_grad():
         prior = gaussian_parameters(skill_prior(prior_encoder(obs)))  # 2 x (B, 1, Z)
-    prior_kl = kl_divergence(pi, prior).clamp(-100, 100)  # (B, 1)
+    prior_kl = kl_divergence(pi, prior).clamp(max=100)  # (B, 1); beyond no pull back, as in the release
 
     loss = (alpha * prior_kl - q_value).mean()
     metrics = dict(policy_loss=loss, policy_q=q_value, prior_kl=prior_kl)
@@ -510,7 +510,7 @@ class ReplayBuffer:
         self.rows = 0  # filled so far
         self.episodes = torch.zeros(1024, 2, dtype=torch.long, device=args.device)  # first row, skills
         self.num_episodes = 0
-        self.running = torch.zeros(args.num_envs, dtype=torch.long)  # skills in each unfinished episode
+        self.running = [0] * args.num_envs  # skills in each unfinished episode
 
     def add(self, **skill):
         """One skill of every environment: obs, next_obs (E, O), z (E, Z), rewards, dones (E,)."""
@@ -519,9 +519,9 @@ class ReplayBuffer:
             self.columns[name] = with_room(column, self.rows + E)
             self.columns[name][self.rows : self.rows + E] = torch.as_tensor(skill[name])
         self.rows += E
-        self.running += 1
+        self.running = [T + 1 for T in self.running]
         for e in np.flatnonzero(skill["dones"]):
-            T = int(self.running[e])
+            T = self.running[e]
             self.running[e] = 0
             if T >= self.num_skills:
                 self.episodes = with_room(self.episodes, self.num_episodes + 1)
@@ -645,7 +645,7 @@ def execute_skill(envs, skills, obs, z, args: Args):
         action = skills.act(torch.from_numpy(obs), z).numpy()  # (E, A)
         obs, reward, terminations, truncations, _ = envs.step(action)
         rewards += reward
-        ended = terminations | truncations
+        ended = terminations | truncations  # stays true: these environments wait to be reset
         if ended.all():
             break
     return obs, rewards, ended

@@ -18,7 +18,7 @@ DEVIATION n: differences from the authors' release. Why, and scores: algos/docs/
 1. KL divergences are exact, not averages of samples.
 2. The skill policy is trained on bc_chunks random chunks of a window, not on all.
 3. Short pre-training: smaller batches (kitchens: windows), larger kl_coef, falling rate, sines; people's data varied.
-4. E environments act side by side; the warm-up has an episode of each. Smaller batches, maze: twice as many, N = 5.
+4. E environments side by side, a warm-up episode of each. Smaller batches, not on CALVIN; maze: twice as many, N = 5.
 5. CEM starts from plans of the task policy, with fewer samples and iterations, and less noise.
 6. The target copy is faster: tau is .05, not .01.
 7. Kitchens: alpha is .05, not .5, and Q in eq. 7 sees encoded states.
@@ -188,7 +188,7 @@ def scalar_head(in_dim: int, u: int) -> nn.Sequential:
 
 
 def gaussian_parameters(x):
-    """Network output (..., 2 * Z) -> mean in +-5, std in [e^-10, e^2] of the Gaussian under a tanh, 2 x (..., Z)."""
+    """Outputs (..., 2 * Z) -> mean in +-5, std in 1e-4 + [e^-10, e^2] of the Gaussian under a tanh, 2 x (..., Z)."""
     mean, log_std = x.chunk(2, -1)
     return 5 * torch.tanh(mean / 5), log_std.clamp(-10, 2).exp() + 1e-4
 
@@ -280,7 +280,7 @@ class SkillModel(nn.Module):
         super().__init__()
         u, d, Z = args.hidden_dim, args.latent_dim, args.skill_dim  # u: width
         self.encoder = StateEncoder(obs_dim, args)
-        self.skill_policy = mlp(d + Z, u, u, u, u, 2 * action_dim)
+        self.skill_policy = mlp(d + Z, u, u, u, u, 2 * action_dim)  # as in the release; its std has no use
         self.lstm = None
         if args.skill_encoder == "lstm":
             self.lstm = nn.LSTM(action_dim + d, 128, batch_first=True)
@@ -360,13 +360,14 @@ def pretrain_loss(model, skills, prior, target, obs, actions, args):
     world_loss = recon_loss + args.consistency_coef * consistency_loss
     metrics = dict(bc_loss=bc_loss, kl_loss=kl_loss, prior_loss=prior_loss, recon_loss=recon_loss)
     metrics["consistency_loss"] = consistency_loss
+    # 1 / N as in the release: neither loss grows much with N, so shorter windows weigh the model more
     return skill_loss + world_loss / N, {name: value.detach() for name, value in metrics.items()}
 
 
 def pretrain(args: Args, networks: nn.ModuleDict, data, writer: SummaryWriter, stop: threading.Event) -> dict:
     """Phase 1: learn skills, dynamics and prior from the offline data; returns facts about them.
 
-    A model is found again by its data, seed and task, by the arguments under `# Model` and `# Pre-training`, and by the
+    A model is found again by its data, seed and task, by the arguments from skill_horizon up to num_envs, and by the
     code of these sections and of what draws batches: whoever changes one of them gets a new one.
     """
     task = data_tools.TASKS[args.env_id]
@@ -432,7 +433,7 @@ def pretrain(args: Args, networks: nn.ModuleDict, data, writer: SummaryWriter, s
                     batch = valid_data.sample_windows(args.pretrain_batch_size, window)
                     _, losses = pretrain_loss(*networks.values(), target, *batch, args)
                     # Losses do not tell whether skills are any good: let the prior act in the task
-                    agent = Agent(args, copy.deepcopy(networks))
+                    agent = Agent(args, copy.deepcopy(networks))  # a copy: Agent freezes parts of them
                     scores = rollout(agent, args, args.pretrain_eval_episodes * (4 if finished else 1), args.seed)
                 facts = dict(prior_return=scores["episodic_return"], prior_success=scores["success"])
                 facts |= {f"valid_{name}": float(value) for name, value in losses.items()}
@@ -502,10 +503,9 @@ def policy_loss(model, task_policy, prior_encoder, skill_prior, obs, h, h_pred, 
     obs (B, N+1, O), h and h_pred (B, N+1, d) detached, alpha (); prior_encoder is the E of pre-training, frozen.
     Returns the loss and metrics; metrics["prior_kl"] is the mean KL in nats.
     """
-    N = obs.shape[1] - 1
+    latents = (h_pred if args.policy_latents == "imagined" else h)[:, :-1]  # (B, N, d), DEVIATIONs 7 and 8
+    N = latents.shape[1]
     rho = args.rho ** torch.arange(N, device=obs.device)  # (N,)
-    latents = h_pred if args.policy_latents == "imagined" else h  # DEVIATIONs 7 and 8
-    latents = latents[:, :N]  # (B, N, d)
 
     # Maximise Q: choose the skills that the critics like best.
     z = sample_skill(gaussian_parameters(task_policy(latents)))  # (B, N, Z)
@@ -513,9 +513,9 @@ def policy_loss(model, task_policy, prior_encoder, skill_prior, obs, h, h_pred, 
 
     # Stay close to the prior, on encoded states: the task is solved by skills that the data show.
     with torch.no_grad():
-        prior = gaussian_parameters(skill_prior(prior_encoder(obs[:, :-1])))  # 2 x (B, N, Z)
+        p = gaussian_parameters(skill_prior(prior_encoder(obs[:, :-1])))  # 2 x (B, N, Z)
     pi = gaussian_parameters(task_policy(h[:, :-1]))  # 2 x (B, N, Z)
-    prior_kl = kl_divergence(pi, prior).clamp(-100, 100)  # (B, N)
+    prior_kl = kl_divergence(pi, p).clamp(max=100)  # (B, N); beyond no pull back, as in the release
 
     loss = (rho * (alpha * prior_kl - q_value)).sum(1).mean() / N
     metrics = dict(policy_loss=loss, policy_q=q_value, prior_kl=prior_kl)
@@ -598,7 +598,7 @@ class ReplayBuffer:
         self.rows = 0  # filled so far
         self.episodes = torch.zeros(1024, 2, dtype=torch.long, device=args.device)  # first row, skills
         self.num_episodes = 0
-        self.running = torch.zeros(args.num_envs, dtype=torch.long)  # skills in each unfinished episode
+        self.running = [0] * args.num_envs  # skills in each unfinished episode
 
     def add(self, **skill):
         """One skill of every environment: obs (E, H, O), actions (E, H, A) of its env steps, z (E, Z), rewards, dones,
@@ -609,9 +609,9 @@ class ReplayBuffer:
             self.columns[name] = with_room(column, self.rows + E)
             self.columns[name][self.rows : self.rows + E] = torch.as_tensor(skill[name])
         self.rows += E
-        self.running += 1
+        self.running = [T + 1 for T in self.running]
         for e in np.flatnonzero(skill["dones"]):
-            T = int(self.running[e])
+            T = self.running[e]
             self.running[e] = 0
             if T >= self.num_skills:
                 self.episodes = with_room(self.episodes, self.num_episodes + 1)

@@ -311,7 +311,7 @@ class PriorAgent:
 def pretrain(args: Args, networks: nn.ModuleDict, data, writer: SummaryWriter, stop: threading.Event) -> dict:
     """Phase 1: learn skills and prior from the offline data; returns facts about them.
 
-    A model is found again by its data, seed and task, by the arguments under `# Model` and `# Pre-training`, and by the
+    A model is found again by its data, seed and task, by the arguments from skill_horizon up to num_envs, and by the
     code of these sections and of what draws batches: whoever changes one of them gets a new one.
     """
     task = data_tools.TASKS[args.env_id]
@@ -417,7 +417,7 @@ def critic_loss(critics, target, task_policy, skill_prior, obs, z, rewards, done
     """
     with torch.no_grad():
         pi = task_policy(next_obs)  # 2 x (B, Z)
-        prior_kl = kl_divergence(pi, skill_prior(next_obs)).clamp(-100, 100)  # (B,)
+        prior_kl = kl_divergence(pi, skill_prior(next_obs)).clamp(max=100)  # (B,)
         next_q = torch.min(*target(next_obs, squash(draw(pi))))  # (B,)
         next_value = next_q - alpha * prior_kl  # (B,)
         td_target = rewards + (1 - dones) * args.gamma * next_value  # (B,)
@@ -441,7 +441,7 @@ def policy_terms(critics, task_policy, skill_prior, obs):
     # Stay close to the prior: the task is solved by skills that the data show.
     with torch.no_grad():
         prior = skill_prior(obs)  # 2 x (B, Z)
-    prior_kl = kl_divergence(pi, prior).clamp(-100, 100)  # (B,)
+    prior_kl = kl_divergence(pi, prior).clamp(max=100)  # (B,); beyond no pull back, as in the release
     return prior_kl.mean(), q_value.mean()
 
 
@@ -587,7 +587,7 @@ def execute_skill(envs, skills, obs, z, args: Args):
         action = skills.act(torch.from_numpy(obs), z).numpy()  # (E, A)
         obs, reward, terminations, truncations, _ = envs.step(action)
         rewards += reward
-        ended = terminations | truncations
+        ended = terminations | truncations  # stays true: these environments wait to be reset
         if ended.all():
             break
     return obs, rewards, ended

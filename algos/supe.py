@@ -17,8 +17,9 @@ demonstrations, with the rewards that the agent's own experience foretells and a
 
 DEVIATION n: differences from the authors' code. Why, and scores: algos/docs/supe.md
 1. Skills are SPiRL's: 10 steps, 10 numbers, close to N(0, 1); the skill policy acts without noise. Labels are samples
-of q, as in their paper; their code takes its mean. In networks and pre-training the numbers are those of spirl.py.
-2. Fewer updates: 2 critic steps per skill with 5 critics; theirs: 80 with 10. Alpha is faster; maze: Q', too, and m 2.
+of q, as in their paper; their code takes its mean. Networks, g's too, and pre-training have spirl.py's numbers.
+2. Fewer updates: 2 critic steps per skill with 5 critics; theirs: 80 with 10. Alpha is faster; maze: Q', too, m 2,
+batches of 128, alpha from .01 (theirs: 256, .05).
 3. The bonus is scaled once, to a mean of rnd_coef on own transitions. Theirs is 8 times the error.
 4. A skill's rewards are summed; the maze pays 10 at its goal, not -1 per env step. 5. E environments side by side.
 6. Sines of positions as inputs, but not of g; LayerNorm has no weights, and R and M are networks as the critics.
@@ -26,8 +27,7 @@ of q, as in their paper; their code takes its mean. In networks and pre-training
 --published takes the authors' side of 2 and 7, SPiRL's release for its skills, and one environment.
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, SkillModel, make_networks, pretrain_loss, pretrain,
 critic_loss, policy_loss, ReplayBuffer, Agent, train
-Shapes: B batch, H steps per skill, O observation, F inputs, A action, Z skill, E environments, n critics,
-k critic steps per update.
+Shapes: B batch, H steps per skill, O observation, F inputs, A action, Z skill, E environments, n critics, k steps.
 """
 
 import copy
@@ -35,7 +35,6 @@ import gc
 import hashlib
 import io
 import json
-import math
 import os
 import sys
 import threading
@@ -318,7 +317,7 @@ class PriorAgent:
 def pretrain(args: Args, networks: nn.ModuleDict, data, writer: SummaryWriter, stop: threading.Event) -> dict:
     """Phase 1: learn skills and prior from the offline data; returns facts about them.
 
-    A model is found again by its data, seed and task, by the arguments under `# Model` and `# Pre-training`, and by the
+    A model is found again by its data, seed and task, by the arguments from skill_horizon up to num_envs, and by the
     code of these sections and of what draws batches: whoever changes one of them gets a new one.
     """
     task = data_tools.TASKS[args.env_id]
@@ -403,10 +402,8 @@ def pretrain(args: Args, networks: nn.ModuleDict, data, writer: SummaryWriter, s
 # ------------------------------------------------------------------------------------------------------- downstream RL
 def log_prob(pi, z):
     """log pi(u) of u = tanh(z), where z (..., Z) is drawn from N(mean, std), 2 x (..., Z) -> (...)."""
-    mean, std = pi
-    log_density = torch.distributions.Normal(mean, std, validate_args=False).log_prob(z)
-    # The tanh squeezes: minus log(1 - tanh(z)^2), in a form that does not overflow
-    log_slope = 2 * (math.log(2) - z - nn.functional.softplus(-2 * z))
+    log_density = torch.distributions.Normal(*pi, validate_args=False).log_prob(z)
+    log_slope = torch.distributions.TanhTransform().log_abs_det_jacobian(z, None)  # log(1 - tanh(z)^2)
     return (log_density - log_slope).sum(-1)
 
 
@@ -420,15 +417,12 @@ class Ensemble(nn.Module):
         sizes = self.features.size + args.skill_dim, d, d, d, 1
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for in_dim, out_dim in zip(sizes[:-1], sizes[1:]):
-            weight = torch.empty(n, in_dim, out_dim)
-            for one in weight:
-                nn.init.xavier_uniform_(one)
-            self.weights.append(weight)
+            each = [nn.init.xavier_uniform_(torch.empty(in_dim, out_dim)) for _ in range(n)]
+            self.weights.append(torch.stack(each))
             self.biases.append(torch.zeros(n, 1, out_dim))
 
     def forward(self, obs, u):
-        x = torch.cat([self.features(obs), u], -1)  # (B, F + Z)
-        x = x.expand(len(self.weights[0]), -1, -1)  # (n, B, F + Z)
+        x = torch.cat([self.features(obs), u], -1).expand(len(self.weights[0]), -1, -1)  # (n, B, F + Z)
         *hidden, (last_weight, last_bias) = zip(self.weights, self.biases)
         for weight, bias in hidden:
             x = torch.baddbmm(bias, x, weight)  # (n, B, d)
@@ -450,8 +444,7 @@ class Novelty(nn.Module):
         self.random_net = Predictor(*sizes, batch_norm=False)
 
     def forward(self, obs, u):
-        scaled = self.features(obs)[..., : obs.shape[-1]]
-        x = torch.cat([scaled, u], -1)
+        x = torch.cat([self.features(obs)[..., : obs.shape[-1]], u], -1)
         return (self.net(x) - self.random_net(x)).square().mean(-1)
 
 
@@ -473,11 +466,9 @@ def demonstrations(encoder, outcome, obs, actions, args):
     With "zero" nothing ends: 0 and no future would say that the goal is worthless.
     """
     u = torch.tanh(draw(encoder.encode_skill(obs[:, :-1], actions)))  # (B, Z), as random as the agent's own
-    first, last = obs[:, 0], obs[:, -1]
-    reward, logit = outcome(first, u)  # 2 x (B,)
-    if args.relabel == "zero":
-        return first, u, torch.zeros_like(reward), torch.zeros_like(reward), last
-    return first, u, reward, logit.sigmoid(), last
+    reward, logit = outcome(obs[:, 0], u)  # 2 x (B,)
+    known = args.relabel == "pred"  # 1, or 0
+    return obs[:, 0], u, known * reward, known * logit.sigmoid(), obs[:, -1]
 
 
 def critic_loss(critics, target, task_policy, obs, u, rewards, ends, next_obs, args):
@@ -499,8 +490,7 @@ def critic_loss(critics, target, task_policy, obs, u, rewards, ends, next_obs, a
 def policy_loss(critics, task_policy, skill_prior, obs, alpha, args):
     """Policy (4): prefer skills that the critics like, but stay close to the prior, where skills are known (7).
 
-    obs (B, O), alpha (). Returns the loss and metrics; metrics["prior_kl"] is the mean KL in nats, or with target_kl 0
-    the mean of log pi, whose negative is the entropy.
+    obs (B, O), alpha (). Returns the loss and metrics; prior_kl is the KL, with target_kl 0 log pi: minus the entropy.
     """
     pi = task_policy(obs)  # 2 x (B, Z)
     z = draw(pi)  # (B, Z)
@@ -524,10 +514,7 @@ class ReplayBuffer:
         return min(self.added, self.args.buffer_size)
 
     def add(self, obs, u, rewards, terminations, next_obs):
-        """One skill of every environment: obs, next_obs (E, O), u (E, Z), rewards, terminations (E,).
-
-        A time-out is no end: the value of next_obs counts.
-        """
+        """One skill of every environment: obs, next_obs (E, O), u (E, Z), rewards, terminations (E,): no time-outs."""
         rows = torch.arange(self.added, self.added + len(obs), device=self.args.device) % self.args.buffer_size
         for column, values in zip(self.columns, (obs, u, rewards, terminations, next_obs)):
             column[rows] = torch.as_tensor(values).float().to(self.args.device)
@@ -626,19 +613,11 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def choose_skills(self, obs, global_step: int | None, explore: bool):
-        """obs (E, O), NumPy -> z (E, Z) on the CPU: samples of the task policy, in evaluations its mode.
-
-        In the warm-up they are samples of the prior.
-        """
-        obs = torch.from_numpy(obs).to(self.args.device)
-        if global_step < self.args.warmup_steps:
-            return draw(self.skill_prior(obs)).cpu()
-        pi = self.task_policy(obs)  # 2 x (E, Z)
-        return (draw(pi) if explore else pi[0]).cpu()
-
-    def learn_novelty(self, obs, u):
-        """One step of g (5) where the agent has just been: obs (E, O), u (E, Z)."""
-        descend(self.novelty_optimizer, self.novelty(obs, u).mean())
+        """obs (E, O), NumPy -> z (E, Z) on the CPU: samples of the policy, in the warm-up of the prior; or the mode."""
+        warmup = global_step < self.args.warmup_steps
+        policy = self.skill_prior if warmup else self.task_policy
+        pi = policy(torch.from_numpy(obs).to(self.args.device))  # 2 x (E, Z)
+        return (draw(pi) if explore or warmup else pi[0]).cpu()
 
     def update(self, *batch) -> dict:
         """A step of R and M, k of the critics, one of policy and alpha, on what ReplayBuffer.sample gives: metrics."""
@@ -686,7 +665,7 @@ def execute_skill(envs, skills, obs, z, args: Args):
         action = skills.act(torch.from_numpy(obs), z).numpy()  # (E, A)
         obs, reward, terminations, truncations, _ = envs.step(action)
         rewards += reward
-        ended = terminations | truncations
+        ended = terminations | truncations  # stays true: these environments wait to be reset
         if ended.all():
             break
     return obs, rewards, ended
@@ -759,8 +738,9 @@ def train(args: Args) -> dict:
             next_obs, rewards, ended = execute_skill(envs, agent.skills, obs, z, args)
             u = torch.tanh(z)
             rb.add(obs, u, args.reward_scale * rewards, envs.terminations, next_obs)  # DEVIATION 4
-            if gradient_step > 0:
-                agent.learn_novelty(torch.from_numpy(obs).to(args.device), u.to(args.device))
+            if gradient_step > 0:  # (5): one step of g where the agent has just been
+                error = agent.novelty(torch.from_numpy(obs).to(args.device), u.to(args.device)).mean()
+                descend(agent.novelty_optimizer, error)
             new_steps = int(envs.steps.sum() - steps_before)
             global_step += new_steps
             bar.update(new_steps)

@@ -323,7 +323,7 @@ class PriorAgent:
 def pretrain(args: Args, networks: nn.ModuleDict, data, writer: SummaryWriter, stop: threading.Event) -> dict:
     """Phase 1: learn skills and prior from the offline data; returns facts about them.
 
-    A model is found again by its data, seed and task, by the arguments under `# Model` and `# Pre-training`, and by the
+    A model is found again by its data, seed and task, by the arguments from skill_horizon up to num_envs, and by the
     code of these sections and of what draws batches: whoever changes one of them gets a new one.
     """
     task = data_tools.TASKS[args.env_id]
@@ -607,7 +607,7 @@ class ReplayBuffer:
         self.rows = 0  # filled so far
         self.episodes = torch.zeros(1024, 2, dtype=torch.long, device=args.device)  # first row, skills
         self.num_episodes = 0
-        self.running = torch.zeros(args.num_envs, dtype=torch.long)  # skills in each unfinished episode
+        self.running = [0] * args.num_envs  # skills in each unfinished episode
 
     def add(self, **skill):
         """One skill of every environment: obs, next_obs (E, O), z (E, Z), rewards, dones (E,)."""
@@ -616,9 +616,9 @@ class ReplayBuffer:
             self.columns[name] = with_room(column, self.rows + E)
             self.columns[name][self.rows : self.rows + E] = torch.as_tensor(skill[name])
         self.rows += E
-        self.running += 1
+        self.running = [T + 1 for T in self.running]
         for e in np.flatnonzero(skill["dones"]):
-            T = int(self.running[e])
+            T = self.running[e]
             self.running[e] = 0
             if T >= self.num_skills:
                 self.episodes = with_room(self.episodes, self.num_episodes + 1)
@@ -747,7 +747,7 @@ def execute_skill(envs, skills, obs, z, args: Args):
         action = skills.act(torch.from_numpy(obs), z).numpy()  # (E, A)
         obs, reward, terminations, truncations, _ = envs.step(action)
         rewards += reward
-        ended = terminations | truncations
+        ended = terminations | truncations  # stays true: these environments wait to be reset
         if ended.all():
             break
     return obs, rewards, ended
