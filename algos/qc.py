@@ -134,8 +134,8 @@ TASK_DEFAULTS = {
 RELEASE = {
     "all": dict(skill_horizon=5, hidden_dim=512, hidden_layers=4, flow_steps=10, position_features=False,
                 pretrain_updates=1_000_000, pretrain_lr=3e-4, pretrain_lr_decay=False, arm_noise=0.0, recombine=False,
-                num_envs=1, updates_per_step=1.0, num_candidates=0, bc_online=True, batch_size=256, gamma=0.99),
-    "maze": dict(warmup_steps=5_000),
+                num_envs=1, warmup_steps=5_000, updates_per_step=1.0, num_candidates=0, bc_online=True, batch_size=256,
+                gamma=0.99),
 }  # fmt: skip
 
 
