@@ -768,6 +768,8 @@ def train(args: Args) -> dict:
                 if gradient_step == 0:  # DEVIATION 3
                     agent.bonus_scale.fill_(args.rnd_coef / agent.novelty(*batch[:2]).mean().item())
                 metrics = agent.update(*batch)
+                if gradient_step == 0:
+                    bar.write(f"first bonus: {metrics['bonus']:.3g}, mean of own and demonstrated skills")
                 gradient_step += 1
                 if gradient_step % 100 == 0:
                     log(writer, "losses", metrics, global_step)

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import re
 import sys
 
 import numpy as np
@@ -107,11 +108,14 @@ def test_a_short_run_of_diayn(outcome, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("task", "rows"), [("walk", 1), ("corridor", 2)])
-def test_a_short_run_of_supe(task, rows, outcome, monkeypatch):
+def test_a_short_run_of_supe(task, rows, outcome, monkeypatch, capsys):
     monkeypatch.setitem(supe.SETTINGS[task], "pretrain_updates", 10)
     monkeypatch.setitem(supe.SETTINGS[task], "warmup_steps", 480)
     facts, written = outcome(supe, f"{task} --env-steps 1000 --seeds 1")
     assert facts["args"]["env_id"] == task and len(written) == rows
+    first_bonus = [float(word) for word in re.findall(r"first bonus: (\S+),", capsys.readouterr().out)]
+    assert len(first_bonus) == rows and first_bonus[0] > 0
+    assert task == "walk" or first_bonus[1] == pytest.approx(facts["args"]["rnd_coef"])  # of own ones alone
 
 
 def test_the_committed_walk_of_supe_has_passed():
