@@ -181,10 +181,16 @@ def three(cells, task: str, method: str, data: str) -> list[str]:
     return found
 
 
+def smaller(method: str, runs) -> bool:
+    """Whether runs without offline data had narrower networks than the authors'."""
+    width = WITHOUT_DATA[method][2] if method in WITHOUT_DATA else None
+    return width is not None and min(run.facts["args"]["hidden_dim"] for run in runs) < width
+
+
 def board_row(cells, task: str, method: str, data: str) -> dict[str, str]:
     end = scores.cell_end(cells, task, method, data)
     runs = cells[task, method, data].reaching(end)
-    row = {"method": label(method), "seeds": len(runs), "env steps": thousands(end)}
+    row = {"method": label(method) + "³" * smaller(method, runs), "seeds": len(runs), "env steps": thousands(end)}
     for measure in MEASURES:
         row[measure] = mean_and_seeds(scores.measured(cells, task, method, data, measure))
     paper = np.nan if scores.SHARE in data else paper_at(task, method, end)
@@ -400,8 +406,9 @@ def boards_table(cells, names, docs: str, boards=()) -> list[dict]:
             scored = "–"
             if (task, name, data) in cells:
                 end = scores.cell_end(cells, task, name, data)
-                count = len(cells[task, name, data].reaching(end))
-                scored = f"{'/'.join(three(cells, task, name, data))} ({count})" + "¹" * (end < board_steps)
+                runs = cells[task, name, data].reaching(end)
+                scored = f"{'/'.join(three(cells, task, name, data))} ({len(runs)})"
+                scored += "¹" * (end < board_steps) + "³" * smaller(name, runs)
             row[f"{board_label(task, data).replace(', ', '<br>')}<br>{thousands(board_steps)}"] = scored
         rows.append(row)
     return rows
@@ -444,6 +451,7 @@ def method_text(cells, name: str) -> str:
             rows.append(dict(zip(rows[0], ["the paper's level", *map(number, paper)])))
         notes = [NOTES["under a method"], *[NOTES["warm-up"]] * (name == "spirl")]
         notes += [NOTES["fewer"]] * ("¹" in str(rows))
+        notes[0] += f" {NOTES['smaller']}" * ("³" in str(rows))
         return table(rows) + "\n".join(notes) + "\n"
     logs = sorted((RESULTS / "studies").glob("*/*/seed*.json"))
     studies = dict.fromkeys(path.parts[-3] for path in logs if json.loads(path.read_text())["algo"] == name)
@@ -510,9 +518,9 @@ def without_data_table() -> str:
         row |= {"by default, published": ", ".join(rates[1:]) if default else "the same"}
         row |= {"width, published": f"{used}, {width}" if width else f"{used}, –"}
         row |= {"control at these settings": control_words(RESULTS / "studies" / f"{control}.json")}
-        known = default and method != "dads"  # whose default sizes are not the published ones
-        row["hours, CPU"] = hours(method, published, "CPU") if known else "–"
-        row["H100"] = hours(method, published, "H100") if known else "–"
+        known = method != "dads"  # whose default sizes are not the published ones
+        row["hours, CPU"] = hours(method, published or done, "CPU") if known else "–"
+        row["H100"] = hours(method, published or done, "H100") if known else "–"
         rows.append(row)
     return table(rows)
 

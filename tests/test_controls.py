@@ -91,6 +91,11 @@ def test_a_reported_control_had_the_reported_settings(log):
         assert facts["passed"] == (facts["last_20_return"] > flat.GATE)
 
 
+def test_sac_learns_the_pendulum_by_the_command_of_its_page():
+    results = json.loads((LOGS / "sac_as_typed_seed1.json").read_text())
+    assert results["env_steps"] == 5_000 and results["evaluations"][-1][1] > -158
+
+
 def test_a_short_run_as_reported(outcome):
     facts, rows = outcome(flat, "option_critic --env-steps 3200")
     assert [row["env_step"] for row in rows] == 8 * ["1600"] + 8 * ["3200"]

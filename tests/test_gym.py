@@ -16,8 +16,9 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 
 import data_tools
-from algos import sac
+from algos import dads, hiro, sac
 from data_tools.files import DataError, NotFiniteError
+from tests import golden
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = {"Maze": 2_000, "Kitchen": 280, "KitchenMisaligned": 280, "Calvin": 360}
@@ -153,6 +154,14 @@ def test_ones_own_environment_and_resume_bit_for_bit(tmp_path, monkeypatch):
         assert torch.equal(weight, parts["agent"][name]), name
     for left, right in zip(whole["rb"]["columns"], parts["rb"]["columns"], strict=True):
         assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("algo", [dads, hiro], ids=lambda algo: algo.FILE.stem)
+def test_files_without_a_log_of_it_run_on_the_pendulum(algo, tmp_path):
+    words = f"{golden.TINY} {golden.FLAGS[algo.FILE.stem]} --env-id Pendulum-v1 --run-dir {tmp_path}"
+    words += " --total-timesteps 3200 --warmup-steps 800 --updates-per-step 0.02"
+    results = algo.train(algo.parse_args(words.split()))
+    assert results["updates"] == 48 and -1_800 < results["evaluations"][-1][1] < -100
 
 
 # ----------------------------------------------------------------------------- our tasks as Gymnasium's environments
