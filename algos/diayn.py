@@ -291,7 +291,7 @@ def controller_loss(controller, target, obs, z, rewards, next_obs, discount, alp
     """TD loss of the controller: soft Q-learning. Q-learning with a soft maximum tries all skills that may be best.
 
     obs, next_obs (B, O) k env steps apart, z (B, Z) one-hot, rewards (B,) summed over these, discount (B,), 0 at a
-    true end. Of two Q the smaller counts: a maximum believes what one overrates, and with one its values run away.
+    true end. Of two Q the smaller counts: a maximum believes what one overrates; with one values ran away.
     Returns the loss and metrics, scalars.
     """
     with torch.no_grad():
