@@ -427,9 +427,11 @@ class ReplayBuffer:
         discounts = self.args.gamma ** torch.arange(H, device=device)
         rewards = (alive * discounts * rewards).sum(1)
         ends = (alive * terminations).amax(1)
+        first = e, index[:, 0]
+        last = e, index[:, -1]
         chunk = actions.flatten(1)  # (B, D)
-        candidates = candidates[e, index[:, -1]].float()  # (B, N', D)
-        return obs[e, index[:, 0]], chunk, rewards, ends, alive, next_obs[e, index[:, -1]], candidates, *windows
+        chunks = candidates[last].float()  # (B, N', D)
+        return obs[first], chunk, rewards, ends, alive, next_obs[last], chunks, *windows
 
     def state_dict(self) -> dict:
         filled = min(int(self.added.max()), self.size)
@@ -482,7 +484,9 @@ class Agent(nn.Module):
         sizes = len(self.flow.inputs.scale), self.flow.chunk_dim, args
         self.critics = Heads(*sizes, layer_norm=True)  # it bounds Q of unseen chunks
         self.target = copy.deepcopy(self.critics).requires_grad_(False)
-        self.outcome = Heads(*sizes, layer_norm=False) if args.offline == "pred" else None
+        self.outcome = None
+        if args.offline == "pred":
+            self.outcome = Heads(*sizes, layer_norm=False)
         self.to(args.device)
         self.trained = [weight for weight in self.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.Adam(self.trained, lr=args.learning_rate, fused=True, capturable=True)

@@ -490,7 +490,8 @@ def policy_loss(model, task_policy, prior_encoder, skill_prior, obs, h, h_pred, 
     obs (B, N+1, O), h and h_pred (B, N+1, d) detached, alpha (); prior_encoder is the E of pre-training, frozen.
     Returns the loss and metrics; metrics["prior_kl"] is the mean KL in nats.
     """
-    latents = (h_pred if args.policy_latents == "imagined" else h)[:, :-1]  # (B, N, d), DEVIATIONs 7 and 8
+    latents = h_pred if args.policy_latents == "imagined" else h  # DEVIATIONs 7 and 8
+    latents = latents[:, :-1]  # (B, N, d)
     N = latents.shape[1]
     rho = args.rho ** torch.arange(N, device=obs.device)  # (N,)
 

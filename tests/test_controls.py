@@ -91,8 +91,10 @@ def test_a_reported_control_had_the_reported_settings(log):
         assert facts["passed"] == (facts["last_20_return"] > flat.GATE)
 
 
-def test_sac_learns_the_pendulum_by_the_command_of_its_page():
+def test_the_committed_pendulum_of_sacs_page_has_passed():
     results = json.loads((LOGS / "sac_as_typed_seed1.json").read_text())
+    typed = dict(env_id="Pendulum-v1", num_envs=1, updates_per_step=1, warmup_steps=1_000)
+    assert results["args"] | typed == results["args"]
     assert results["env_steps"] == 5_000 and results["evaluations"][-1][1] > -158
 
 
