@@ -377,6 +377,50 @@ def test_warm_up_takes_skills_of_the_prior_and_evaluations_the_mode():
     )
 
 
+def test_novelty_learns_only_where_the_agent_is_after_the_warm_up(monkeypatch, tmp_path):
+    """One step of g per skill, on the rows just added; none before the first update, whose bonus sets its scale."""
+    events, agents = [], []
+    forward, add, agent_class = supe.Novelty.forward, supe.ReplayBuffer.add, supe.Agent
+    descend, outcome_loss = supe.descend, supe.outcome_loss
+
+    def noted_add(rb, obs, u, *rest):
+        events.append(("add", torch.from_numpy(obs), u))
+        add(rb, obs, u, *rest)
+
+    def noted_forward(novelty, *inputs):
+        novelty.seen = inputs
+        return forward(novelty, *inputs)
+
+    def noted_descend(optimizer, loss):
+        if optimizer is agents[0].novelty_optimizer:
+            events.append(("g", *agents[0].novelty.seen))
+        descend(optimizer, loss)
+
+    def noted_loss(*inputs):
+        events.append(("update",))
+        return outcome_loss(*inputs)
+
+    monkeypatch.setattr(supe.ReplayBuffer, "add", noted_add)
+    monkeypatch.setattr(supe.Novelty, "forward", noted_forward)
+    monkeypatch.setattr(supe, "Agent", lambda *inputs: agents.append(agent_class(*inputs)) or agents[0])
+    monkeypatch.setattr(supe, "descend", noted_descend)
+    monkeypatch.setattr(supe, "outcome_loss", noted_loss)
+    monkeypatch.setattr(supe, "pretrain", lambda *inputs: {})
+    monkeypatch.setattr(data_tools, "load_dataset", lambda *inputs: numbered_data())
+    scores = dict(episodic_return=0.0, episodic_length=0.0, success=0.0)
+    monkeypatch.setattr(supe, "rollout", lambda *inputs: scores)
+    flags = "--env-id maze --hidden-dim 16 --critic-dim 16 --num-envs 4 --batch-size 8 --updates-per-step 0.025"
+    flags += f" --warmup-steps 200 --total-timesteps 600 --device cpu --run-dir {tmp_path}"
+    supe.train(supe.parse_args(flags.split()))
+
+    kinds = [kind for kind, *_ in events]
+    first = kinds.index("update")
+    assert kinds[:first] == ["add"] * 6  # 200 env steps of warm-up, and the 40 that the first update is due for
+    learnt = [i for i, kind in enumerate(kinds) if kind == "g"]
+    assert len(learnt) == kinds[first:].count("add") == 9
+    assert all(map(torch.equal, events[i][1:], events[i - 1][1:]) for i in learnt)
+
+
 @pytest.mark.parametrize(("ratio", "target_kl"), [(0.5, 0.0), (0.5, 5.0)])
 def test_it_finds_the_skill_that_pays(ratio, target_kl):
     """Episodes of one skill; the best is tanh^-1 of (0.6, -0.6, 0). Demonstrations are anything."""
