@@ -738,9 +738,9 @@ def train(args: Args) -> dict:
             next_obs, rewards, ended = execute_skill(envs, agent.skills, obs, z, args)
             u = torch.tanh(z)
             rb.add(obs, u, args.reward_scale * rewards, envs.terminations, next_obs)  # DEVIATION 4
-            if gradient_step > 0:  # (5): one step of g where the agent has just been
-                error = agent.novelty(torch.from_numpy(obs).to(args.device), u.to(args.device)).mean()
-                descend(agent.novelty_optimizer, error)
+            if gradient_step > 0:  # (5): a step of g for each skill, or the bonus stays and it pays never to end
+                for row in zip(torch.from_numpy(obs).to(args.device).split(1), u.to(args.device).split(1)):
+                    descend(agent.novelty_optimizer, agent.novelty(*row))
             new_steps = int(envs.steps.sum() - steps_before)
             global_step += new_steps
             bar.update(new_steps)

@@ -378,7 +378,7 @@ def test_warm_up_takes_skills_of_the_prior_and_evaluations_the_mode():
 
 
 def test_novelty_learns_only_where_the_agent_is_after_the_warm_up(monkeypatch, tmp_path):
-    """One step of g per skill, on the rows just added; none before the first update, whose bonus sets its scale."""
+    """A step of g per skill that was just added; none before the first update, whose bonus sets the scale."""
     events, agents = [], []
     forward, add, agent_class = supe.Novelty.forward, supe.ReplayBuffer.add, supe.Agent
     descend, outcome_loss = supe.descend, supe.outcome_loss
@@ -416,9 +416,11 @@ def test_novelty_learns_only_where_the_agent_is_after_the_warm_up(monkeypatch, t
     kinds = [kind for kind, *_ in events]
     first = kinds.index("update")
     assert kinds[:first] == ["add"] * 6  # 200 env steps of warm-up, and the 40 that the first update is due for
-    learnt = [i for i, kind in enumerate(kinds) if kind == "g"]
-    assert len(learnt) == kinds[first:].count("add") == 9
-    assert all(map(torch.equal, events[i][1:], events[i - 1][1:]) for i in learnt)
+    adds = [i for i, kind in enumerate(kinds) if kind == "add" and i > first]
+    assert len(adds) == 9 and kinds.count("g") == 9 * 4
+    for i in adds:
+        rows = zip(*(columns[1:] for columns in events[i + 1 : i + 5]))  # of four environments, one after the other
+        assert all(torch.equal(torch.cat(seen), expected) for seen, expected in zip(rows, events[i][1:]))
 
 
 @pytest.mark.parametrize(("ratio", "target_kl"), [(0.5, 0.0), (0.5, 5.0)])
