@@ -135,7 +135,7 @@ class Args:
 # a success. `people`: with people's data (--data other than scripted).
 TASK_DEFAULTS = {
     "maze": dict(total_timesteps=2_000_000, warmup_steps=50_000, batch_size=128, alpha=0.01, target_kl=3.0,
-                 tau=0.05, reward_scale=0.1),
+                 tau=0.05, reward_scale=0.1, relabel="zero"),
     "kitchen": dict(kl_coef=5e-4, people=dict(kl_coef=1e-3, arm_noise=0.02, recombine=True)),
     "calvin": dict(total_timesteps=2_000_000, alpha=0.05, reward_scale=0.01),
 }  # fmt: skip
