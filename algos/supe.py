@@ -9,7 +9,7 @@ demonstrations, with the rewards that the agent's own experience foretells and a
 1. Pre-training: that of spirl.py, whose models are shared
 2. Downstream RL on transitions (s, u, sum r of H rewards, end e, s'), u = tanh(z). Repeat:
    act: z ~ pi(s), in the warm-up z ~ p(s), for H steps of the frozen skill policy pi_L
-   (1) label: demonstrated H steps become (s, u = tanh(z), R(s, u), M(s, u), s'), z ~ q of these steps
+   (1) label: demonstrated H steps become (s, u = tanh(z), R(s, u), M(s, u), s'), z ~ q of them; maze: R and M are 0
    (2) bonus: r + c |g(s, u) - g'(s, u)|^2 on own and demonstrated ones; g' is random (RND, arXiv 1810.12894)
    (3) critics: Q_i(s, u) -> r + gamma (1 - e) min of m random Q'_i(s', u'), u' ~ pi(s'), Q' slow copies
    (4) policy: maximise mean Q_i(s, u) - alpha KL(pi(s) || p(s)), alpha such that the KL is target_kl
@@ -132,7 +132,8 @@ class Args:
 
 
 # By the name of a task's data: spirl.py's values for pre-training, target_kl and tau, and rewards of 10 (CALVIN: 1) for
-# a success. `people`: with people's data (--data other than scripted).
+# a success. The maze's demonstrations walk on through the goal: foretold, it would count again. `people`: with people's
+# data (--data other than scripted).
 TASK_DEFAULTS = {
     "maze": dict(total_timesteps=2_000_000, warmup_steps=50_000, batch_size=128, alpha=0.01, target_kl=3.0,
                  tau=0.05, reward_scale=0.1, relabel="zero"),
@@ -738,7 +739,7 @@ def train(args: Args) -> dict:
             next_obs, rewards, ended = execute_skill(envs, agent.skills, obs, z, args)
             u = torch.tanh(z)
             rb.add(obs, u, args.reward_scale * rewards, envs.terminations, next_obs)  # DEVIATION 4
-            if gradient_step > 0:  # (5): a step of g for each skill, or the bonus stays and it pays never to end
+            if gradient_step > 0:  # (5): a step of g for each skill, where the agent has just been
                 for row in zip(torch.from_numpy(obs).to(args.device).split(1), u.to(args.device).split(1)):
                     descend(agent.novelty_optimizer, agent.novelty(*row))
             new_steps = int(envs.steps.sum() - steps_before)

@@ -24,7 +24,8 @@ from data_tools.tasks.vector import MemberVectorEnv
 
 COMMON = dict(
     device="cpu", cudagraphs=False, hidden_dim=64, critic_dim=64, skill_horizon=5, critic_steps=1, alpha=0.05,
-    updates_per_step=0.2, rnd_coef=1.0, pretrain_eval_interval=10**9, pretrain_eval_episodes=20,
+    updates_per_step=0.2, pretrain_eval_interval=10**9, pretrain_eval_episodes=20,
+    rnd_coef=1.0,  # a tenth of what the goal pays
     eval_interval=10**9, checkpoint_interval=10**9,
 )  # fmt: skip
 SETTINGS = {
