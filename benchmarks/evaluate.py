@@ -45,7 +45,7 @@ def evaluations(path: Path, episodes: int) -> list[tuple]:
         return []
     args = algo.Args(**state["args"] | dict(device="cpu", cudagraphs=False))
     agent = algo.Agent(args, algo.make_networks(args))
-    algo.load(path, dict(agent=agent))
+    agent.load_state_dict(state["agent"])
     plans = hasattr(algo, "plan")
     rows = []
     ways = ("plan", "mode") if hasattr(algo, "gaussian_parameters") else ("plan",)

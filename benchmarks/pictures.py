@@ -15,7 +15,6 @@ Shapes: E roll-outs of T steps, O observation, Z skill, d latent. A trace is wha
 (T+1, E, O) and ended (T+1, E), which members had finished before the step.
 """
 
-import copy
 import importlib
 import json
 import math
@@ -62,7 +61,8 @@ def load_run(path: Path, name: str | None):
         raise DataError(refusal)
     args = algo.Args(**state["args"] | dict(device="cpu", cudagraphs=False))
     agent = algo.Agent(args, algo.make_networks(args))
-    replay = algo.load(checkpoint, dict(agent=agent)).get("rb", {})
+    agent.load_state_dict(state["agent"])
+    replay = state.get("rb", {})
     if "columns" not in replay or hasattr(algo, "RolloutBuffer") or not hasattr(agent, "choose_skills"):
         raise DataError(refusal)
     columns = replay["columns"]
@@ -177,7 +177,7 @@ def rollout_statistics(env_id: str, returns, trace) -> dict[str, float]:
 
 # ----------------------------------------------------------------------------------------------------------- prediction
 @torch.no_grad()
-def open_loop_prediction(model, trace, z, skill_horizon: int, num_paths: int) -> list:
+def open_loop_prediction(model, trace, z, skill_horizon: int) -> list:
     """The first of E roll-outs, and what the dynamics predicts for each from its first state alone (paper, fig. 10).
 
     model has encoder (..., O) -> (..., d) and next (..., d), (..., Z) -> (..., d); z (E, skills, Z) are the skills of
@@ -185,11 +185,10 @@ def open_loop_prediction(model, trace, z, skill_horizon: int, num_paths: int) ->
     decoders are trained on encoded states only and misread what lies beside them. Returns, for each path, observations
     at the boundaries of its skills, real and predicted, each (skills + 1, O).
     """
-    model = copy.deepcopy(model).cpu()
     obs, ended = trace  # (T+1, E, O), (T+1, E)
     encoded = model.encoder(torch.from_numpy(obs))  # (T+1, E, d)
     paths = []
-    for e in range(min(num_paths, len(z))):
+    for e in range(len(z)):
         steps = int((~ended[:-1, e]).sum())
         real = obs[np.minimum(np.arange(0, steps + skill_horizon, skill_horizon), steps), e]  # (skills + 1, O)
         h = [encoded[0, e][None]]
@@ -289,7 +288,7 @@ def main(args: Args) -> dict:
     statistics = rollout_statistics(config.env_id, returns, trace)
     model = getattr(agent, "model", None)
     if hasattr(model, "decoder"):  # a world model of pre-training
-        paths = open_loop_prediction(model, trace, z, config.skill_horizon, args.episodes)
+        paths = open_loop_prediction(model, trace, z, config.skill_horizon)
         errors = np.array([prediction_errors(config.env_id, *path) for path in paths])
         statistics["prediction_error"], statistics["stays_where_it_is"] = np.median(errors, axis=0).tolist()
         plot_prediction(config.env_id, paths[: args.paths], folder / "prediction.png")

@@ -83,7 +83,7 @@ def overview(cells, published: bool) -> Figure:
             draw_seeds(axes, cell.reaching(min(end, cell.main_end)), end, colour[name])
             if scores.SHARE not in data:
                 draw_paper(axes, task, name, end, colour[name])
-    for axes in grid[:, 0]:
+    for axes, (task, _) in zip(grid[:, 0], panels[::columns]):
         axes.set_ylabel("share of the task" if TASKS[task].max_return > 1 else "return", fontsize=9)
     beside = min(6 if columns == 3 else 3, len(shown) + 1)  # entries in a line; the paper's is one more
     legend(figure, {label(name): colour[name] for name in shown}, beside)

@@ -141,9 +141,7 @@ def mean_and_seeds(values) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """Rows, column -> value, as Markdown; nothing without rows."""
-    if not rows:
-        return ""
+    """Rows, column -> value, as Markdown."""
     lines = [" | ".join(str(cell).replace("|", "\\|") for cell in line) for line in (rows[0], *map(dict.values, rows))]
     lines = [f"| {line} |" for line in lines]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"
@@ -151,11 +149,8 @@ def table(rows: list[dict]) -> str:
 
 def filled(page: str, name: str, text: str) -> str:
     """The page with the text between its markers <!-- NAME --> and <!-- /... -->; as it is without them."""
-    begin, end = f"<!-- {name} -->", f"<!-- /{name.split()[0]} -->"
-    if begin not in page or end not in page:
-        return page
-    before, rest = page.split(begin, 1)
-    return f"{before}{begin}\n{text}{end}{rest.split(end, 1)[1]}"
+    between = rf"(?s)(?<=<!-- {name} -->\n).*?(?=<!-- /{name.split()[0]} -->)"
+    return re.sub(between, lambda _: text, page)
 
 
 def thousands(steps: int) -> str:
@@ -207,13 +202,13 @@ def lead_row(cells, task: str, method: str, data: str) -> dict[str, str]:
     cell = cells[task, method, data]
     end = scores.cell_end(cells, task, method, data)
     row = {"method": label(method)}
+    common = scores.common_end(cells, task, data, method, "skimo")
     steps = sorted(scores.steps_to(run, 0.75) for run in cell.reaching(end))
     steps = ["never" if step > end else f"{step / 1000:.0f}" for step in steps]
     row["thousand env steps to .75"] = steps[0] if steps[0] == steps[-1] else f"{steps[0]} to {steps[-1]}"
     for name, measure in MEASURES.items():
-        middle, low, high, paired = scores.lead(
-            cells[task, "skimo", data].reaching(end), cell.reaching(end), measure, end
-        )
+        runs = cells[task, "skimo", data].reaching(common), cell.reaching(common)
+        middle, low, high, paired = scores.lead(*runs, measure, common)
         row[f"SkiMo's lead: {name}"] = "–" if method == "skimo" or np.isnan(middle) else signed(middle)
         if not np.isnan(low) and method != "skimo":
             row[f"SkiMo's lead: {name}"] += f" [{signed(low)}, {signed(high)}]" + " p" * paired
@@ -273,18 +268,16 @@ def settings_table(cells) -> str:
     """What one setting changes in the level of one method; the last row: what the choice of method does."""
     rows = []
     for text, variant in SETTINGS:
-        found = effect(RESULTS / "studies" / variant, cells)
-        if found:
-            cell, other, end = found
-            if variant.endswith("skimo_0.08"):  # the other way round: the cell has the old setting
-                cell, other = other, cell
-            study = variant.split("/")[0]
-            row = {"setting": text, "method, task": f"{label(cell[0].method)}, {TASKS[cell[0].task].label}"}
-            row["to"] = thousands(end)
-            for measure in ("speed", "level"):
-                before, after = (np.mean([MEASURES[measure](run, end) for run in part]) for part in (other, cell))
-                row[measure] = f"{number(before)} → {number(after)}, {signed(after - before)}"
-            rows.append(row | {"seeds": f"{len(other)}, {len(cell)}", "study": f"[{study}](results/studies/{study})"})
+        cell, other, end = effect(RESULTS / "studies" / variant, cells)
+        if variant.endswith("skimo_0.08"):  # the other way round: the cell has the old setting
+            cell, other = other, cell
+        study = variant.split("/")[0]
+        row = {"setting": text, "method, task": f"{label(cell[0].method)}, {TASKS[cell[0].task].label}"}
+        row["to"] = thousands(end)
+        for measure in ("speed", "level"):
+            before, after = (np.mean([MEASURES[measure](run, end) for run in part]) for part in (other, cell))
+            row[measure] = f"{number(before)} → {number(after)}, {signed(after - before)}"
+        rows.append(row | {"seeds": f"{len(other)}, {len(cell)}", "study": f"[{study}](results/studies/{study})"})
     for task, data in scores.boards(cells):
         row = {"setting": "*worst to best of the five methods*", "method, task": board_label(task, data)}
         row["to"] = thousands(scores.board_end(cells, task, data))
@@ -301,9 +294,7 @@ def effect(variant: Path, cells) -> tuple[list[Run], list[Run], int] | None:
     other = read_variant(variant)
     for name in json.loads((variant.parent / "study.json").read_text()).get("compare", []):
         cell = read_variant(variant.parents[1] / name)  # STUDY/VARIANT, or TASK/METHOD/DATA
-        cell = cell or cells.get(tuple(name.replace("/none", "/scripted").split("/")))
-        if not cell:
-            sys.exit(f"error: {variant.parent / 'study.json'} compares with {name}, which has no logs")
+        cell = cell or cells[tuple(name.replace("/none", "/scripted").split("/"))]
         if other and (cell[0].task, cell[0].method) == (other[0].task, other[0].method):
             end = min(cell.main_end, other.main_end)
             return cell.reaching(end), other.reaching(end), end
@@ -316,7 +307,7 @@ def read_variant(folder: Path) -> Cell:
 
 def variant_row(study: Path, variant: str, found) -> dict[str, str]:
     runs = found[1] if found else read_variant(study / variant)
-    end = found[2] if found else Cell(runs).main_end
+    end = found[2] if found else runs.main_end
     row = {
         "study": f"[{study.name}]({study.name})",
         "variant": variant,
@@ -417,7 +408,7 @@ def boards_table(cells, names, docs: str, boards=()) -> list[dict]:
 def planner_table(path: Path) -> str:
     """Without noise, planner / mode of the task policy along the way: mean of seeds, from the CSV of evaluate.py."""
     found = {}
-    for row in csv.DictReader(path.open()) if path.exists() else ():
+    for row in csv.DictReader(path.open()):
         board, algo, name = row["checkpoint"].split("/")
         step = int(row["env_step"]) // 5_000 * 5_000
         score = float(row["episodic_return"]) / TASKS[HELD_OUT[board].env_id].max_return
@@ -437,8 +428,7 @@ def held_out_text(held) -> str:
     """The page beside the held-out logs."""
     boards = "".join(board_section(held, task, data) for task, data in scores.boards(held))
     planner = planner_table(RESULTS / "held-out" / "evaluations.csv")
-    planner = f"{NOTES['planner or policy']}\n\n{planner}" if planner else ""
-    return f"{NOTES['held-out runs']}\n\n{boards}{planner}".strip() + "\n"
+    return f"{NOTES['held-out runs']}\n\n{boards}{NOTES['planner or policy']}\n\n{planner}"
 
 
 def method_text(cells, name: str) -> str:
@@ -462,8 +452,6 @@ def method_text(cells, name: str) -> str:
 
 def control_words(log: Path) -> str:
     """What a control came to, linked with its folder."""
-    if not log.exists():
-        return "not run yet"
     facts = json.loads(log.read_text())
     words = next(text.format(facts[name]) for name, text in CONTROLS.items() if name in facts)
     verdict = "passed" if facts["passed"] else "**not a fair test**"
@@ -581,7 +569,7 @@ def pages(cells) -> dict[Path, str]:
     """All pages that are made, or in part made, from the published logs."""
     held = scores.read_cells(RESULTS / "held-out")
     made = {RESULTS.parent / "RESULTS.md": results_text(cells, held=held)}
-    made |= {RESULTS / "held-out" / "README.md": held_out_text(held)} if held else {}
+    made[RESULTS / "held-out" / "README.md"] = held_out_text(held)
     made |= {RESULTS / "studies" / "README.md": studies_text(RESULTS / "studies", cells)}
     made |= {RESULTS / task / "README.md": task_text(cells, task) for task in ALL}
     overview = table(boards_table(cells, COMPARED, "algos/docs"))
@@ -640,10 +628,9 @@ def main(args: Args):
     if not cells:
         sys.exit(f"error: no logs in {first}; it should hold TASK/METHOD/seedN.json or a run's args.json")
     ours = first.resolve() == RESULTS
-    held = scores.read_cells(RESULTS / "held-out") if ours else {}
-    if held:
-        plot.save(plot.overview(held, ours), RESULTS / "held-out" / "curves.png")
     if ours:
+        held = scores.read_cells(RESULTS / "held-out")
+        plot.save(plot.overview(held, ours), RESULTS / "held-out" / "curves.png")
         for path, text in pages(cells).items():
             write(path, text)
     else:

@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 import data_tools  # the tasks of a user's own
 from data_tools.files import reading
 
@@ -173,14 +172,11 @@ def own_task(env_id: str, rows: list[dict]) -> Task:
     return Task(env_id, most or 1, 1, int(max(lengths, default=1)), 0.0, width, 2 * width, best, worst)
 
 
-def has_begun(path: Path) -> bool:
-    """Whether a log has episodes: not that of a run that still pre-trains or did not get so far."""
-    table = path.with_name("episodes.csv")
-    return path.name != "args.json" or table.exists() and len(table.read_text().splitlines()) > 1
-
-
 def read_log(path: Path) -> tuple[str, dict, list[dict]]:
-    """Task, facts and table of a run, from its JSON and the CSV next to it, or from the args.json of a run folder."""
+    """Task, facts and table of a run, from its JSON and the CSV next to it, or from the args.json of a run folder.
+
+    The table is empty where no episode has ended yet.
+    """
     with reading(path, *NO_LOG):
         if path.name == "args.json":
             args = json.loads(path.read_text())
@@ -189,13 +185,12 @@ def read_log(path: Path) -> tuple[str, dict, list[dict]]:
             results = path.with_name("results.json")
             facts["results"] = json.loads(results.read_text()) if results.exists() else None
             table = path.with_name("episodes.csv")
+            text = table.read_text() if table.exists() else ""  # it still pre-trains
         else:
             facts = json.loads(path.read_text())
-            table = path.with_suffix(".csv")
-        rows = list(csv.DictReader(table.read_text().splitlines()))
-        if not any(row["episodic_return"] for row in rows):
-            sys.exit(f"error: in {table} no episode has ended yet")
-        return facts["env_id"], facts, rows
+            text = path.with_suffix(".csv").read_text()
+        rows = list(csv.DictReader(text.splitlines()))
+        return facts["env_id"], facts, rows if any(row["episodic_return"] for row in rows) else []
 
 
 def read_run(path: Path) -> Run:
@@ -333,12 +328,12 @@ def read_runs(*folders: Path) -> list[Run]:
     paths = [(folder, path) for folder in folders for path in folder.rglob("*.json")]
     paths = [path for folder, path in paths if not {"studies", "held-out"} & {*path.relative_to(folder).parts}]
     paths = sorted(path for path in paths if path.match("seed*.json") or path.name == "args.json")
-    waiting = [path for path in paths if not has_begun(path)]
-    if waiting and waiting == paths:
-        sys.exit(f"error: in {waiting[0].parent} no episode of RL has ended yet")
-    for path in waiting:
+    read = [(path, *read_log(path)) for path in paths]
+    logs = [log for log in read if log[-1]]
+    if read and not logs:
+        sys.exit(f"error: in {paths[0].parent} no episode of RL has ended yet")
+    for path in [path for path, *_, rows in read if not rows]:
         print(f"left out: {path.parent}, in which no episode of RL has ended yet")
-    logs = [(path, *read_log(path)) for path in paths if path not in waiting]
     own = {}
     for _, env_id, _, rows in logs:
         if env_id not in KNOWN:
@@ -505,7 +500,7 @@ def agreement(cells, measure: str, data: str, paper) -> dict:
     """
     total, holds = 0, 0
     chance = np.ones(1)  # chance[n]: of n orderings that hold
-    for task in [task for task, d in boards(cells) if d == data and task in TASKS]:
+    for task in [task for task, d in boards(cells) if d == data]:
         ours = {name: measured(cells, task, name, data, measure) for name in MAIN}
         names = [name for name, values in ours.items() if len(values) and not np.isnan(values).any()]
         margin = TASKS[task].margin

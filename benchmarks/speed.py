@@ -102,8 +102,7 @@ def make_agent(algo, config):
 
 def chooser(algo) -> tuple:
     """Owner and name of the method that chooses skills or, in files without them, actions."""
-    choices = ("choose_skills", "choose_subgoal", "choose_chunks")
-    names = (*choices, "act") if has_skills(algo) or hasattr(algo, "plan") else ("act",)
+    names = ("choose_skills", "choose_chunks", "act") if has_skills(algo) or hasattr(algo, "plan") else ("act",)
     owners = [getattr(algo, name) for name in ("Filter", "Agent") if hasattr(algo, name)]
     return next((owner, name) for name in names for owner in owners if hasattr(owner, name))
 
@@ -279,7 +278,7 @@ class Clock:
         self.next = 5  # the update after which the next look is due; the first ones record CUDA graphs
         self.times = []  # seconds per update of each block
 
-    def __call__(self, n: int = 1):
+    def __call__(self):
         self.calls += 1
         if self.calls < self.next:
             return

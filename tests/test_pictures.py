@@ -96,7 +96,7 @@ def test_open_loop_prediction_is_read_from_the_other_roll_outs(drift):
     z = torch.full((4, 4, 1), 50.0)
     z[0, :3, 0] = torch.tensor([3.0, 3.0, 1.2])
     before = obs.copy()
-    paths = pictures.open_loop_prediction(ShiftedDynamics(drift), trace, z, H, 4)
+    paths = pictures.open_loop_prediction(ShiftedDynamics(drift), trace, z, H)
     assert len(paths) == 4 and [len(real) for real, _ in paths] == [4, 3, 5, 5] and np.array_equal(obs, before)
     real, predicted = paths[0]
     assert real.dtype == np.float32 and real[:, 0].tolist() == [0, 3, 6, 7]

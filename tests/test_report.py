@@ -386,14 +386,6 @@ def test_bins_of_training_means_cover_a_run_without_gaps_and_stay_few(last):
     assert set(np.diff(edges[:9])) == {50_000}
 
 
-def test_a_study_that_compares_with_a_cell_without_logs_ends_in_a_sentence(tmp_path):
-    write_log(tmp_path / "studies", "skimo", 1, 0.5)
-    study = tmp_path / "studies" / "maze"
-    (study / "study.json").write_text(json.dumps(dict(question="?", answer="!", compare=["maze/sac/none"])))
-    with pytest.raises(SystemExit, match="error: .*study.json compares with maze/sac/none, which has no logs"):
-        report.effect(study / "skimo", scores.read_cells(tmp_path))
-
-
 # --------------------------------------------------------------------------------------------------- text and figures
 def test_text_stands_between_its_markers():
     page = "above\n<!-- result sac -->\nold\n<!-- /result -->\nbelow\n"
@@ -527,8 +519,17 @@ def test_a_run_that_still_pretrains_is_left_alone(tmp_path, capsys):
         scores.read_cells(tmp_path)
     (young.parent / "episodes.csv").write_text(HEADER_OF_RUNS + "\n")
     write_log(tmp_path, "skimo", 1, 0.5)
+    evaluated = write_log(tmp_path, "sac", 1, 0.5).with_suffix(".csv")  # it ended before its first episode did
+    evaluated.write_text(f"{HEADER}\n9000,,,100,1.0,3\n")
     assert set(scores.read_cells(tmp_path)) == {("maze", "skimo", "scripted")}
-    assert "left out: " in capsys.readouterr().out
+    assert capsys.readouterr().out.count("left out: ") == 2
+
+
+def test_leads_are_taken_where_both_methods_have_been(tmp_path):
+    write_log(tmp_path, "skimo", 1, 0.8, steps=100_000)
+    write_log(tmp_path, "skimo_sac", 1, 0.3, steps=300_000)
+    cells = scores.read_cells(tmp_path)
+    assert report.lead_row(cells, "maze", "skimo_sac", "scripted")["SkiMo's lead: speed"].startswith("+.50")
 
 
 def test_nothing_is_reported_beyond_a_runs_end(tmp_path):
