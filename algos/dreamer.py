@@ -67,7 +67,7 @@ class Args:
     # Seldom changed
     run_dir: str = "runs"  # folder of the run folders
     cudagraphs: bool = True  # on a GPU, replay updates as CUDA graphs: one launch in place of hundreds
-    threads: int = 0  # of PyTorch on the CPU (0: one or all, whichever is faster when the run begins)
+    threads: int = 0  # of PyTorch on the CPU (0: one or up to eight, whichever is faster at first)
     checkpoint_interval: int = 100_000  # env steps between checkpoints, which hold all experience
     eval_interval: int = 100_000  # env steps between evaluations; one more at the end
     eval_episodes: int = 20  # episodes of an evaluation, with the policy's mode
@@ -102,7 +102,7 @@ class Args:
         least = dict(seed=0, threads=0, warmup_steps=0, batch_length=2, imagine_steps=2)
         most = dict(gamma=1, td_lambda=1)
         for name, value in vars(self).items():
-            low, high = least.get(name, int(type(value) is int)), most.get(name, 2**31)
+            low, high = least.get(name, 1 if type(value) is int else 0), most.get(name, 2**31)
             if type(value) in (int, float) and not low <= value <= high:  # nor NaN
                 sys.exit(f"error: --{name} {value} does not work: give {low} to {high}")
 
@@ -700,7 +700,6 @@ def evaluate(args: Args):
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line -> Args, whose defaults are those of the task, of --cpu-preset, or of the run or agent given."""
-    argv = sys.argv[1:] if argv is None else argv
     given = data_tools.command_line(Args, argv)  # unchecked: the task's defaults are to come
     saved = {}
     if given.resume:

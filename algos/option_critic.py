@@ -66,7 +66,7 @@ class Args:
     # Seldom changed
     run_dir: str = "runs"  # folder of the run folders
     cudagraphs: bool = True  # on a GPU, replay updates as CUDA graphs: one launch in place of hundreds
-    threads: int = 0  # of PyTorch on the CPU (0: one or all, whichever is faster when the run begins)
+    threads: int = 0  # of PyTorch on the CPU (0: one or up to eight, whichever is faster at first)
     checkpoint_interval: int = 50_000  # env steps between checkpoints
     eval_interval: int = 100_000  # env steps between evaluations; one more at the end
     eval_episodes: int = 20  # episodes of an evaluation, with the policy's mode
@@ -95,7 +95,7 @@ class Args:
         least = dict(seed=0, threads=0, num_episodes=2)
         most = dict(gamma=1, option_epsilon=1)
         for name, value in vars(self).items():
-            low, high = least.get(name, int(type(value) is int)), most.get(name, 2**31)
+            low, high = least.get(name, 1 if type(value) is int else 0), most.get(name, 2**31)
             if type(value) in (int, float) and not low <= value <= high:  # nor NaN
                 sys.exit(f"error: --{name} {value} does not work: give {low} to {high}")
         if self.batch_size % self.num_envs:
@@ -687,7 +687,6 @@ def evaluate(args: Args):
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line -> Args, whose defaults are those of the task, or of the run or agent given."""
-    argv = sys.argv[1:] if argv is None else argv
     given = data_tools.command_line(Args, argv)  # unchecked: the task's defaults are to come
     saved = {}
     if given.resume:

@@ -75,7 +75,7 @@ class Args:
     data_dir: str | None = None  # folder of offline data and pre-trained models (None: the user's cache)
     run_dir: str = "runs"  # folder of the run folders
     cudagraphs: bool = True  # on a GPU, replay updates as CUDA graphs: one launch in place of hundreds
-    threads: int = 0  # of PyTorch on the CPU (0: one or all, whichever is faster when the run begins)
+    threads: int = 0  # of PyTorch on the CPU (0: one or up to eight, whichever is faster at first)
     checkpoint_interval: int = 50_000  # env steps between checkpoints
     eval_interval: int = 100_000  # env steps between evaluations; one more at the end
     eval_episodes: int = 20  # episodes of an evaluation; chunks are drawn there as well
@@ -117,7 +117,7 @@ class Args:
         least |= dict(buffer_size=self.num_envs * self.skill_horizon)
         most = dict(gamma=1, tau=1)
         for name, value in vars(self).items():
-            low, high = least.get(name, int(type(value) is int)), most.get(name, 2**31)
+            low, high = least.get(name, 1 if type(value) is int else 0), most.get(name, 2**31)
             if type(value) in (int, float) and not low <= value <= high:  # nor NaN
                 sys.exit(f"error: --{name} {value} does not work: give {low} to {high}")
         if self.bc_online and self.num_candidates:
@@ -484,9 +484,7 @@ class Agent(nn.Module):
         sizes = len(self.flow.inputs.scale), self.flow.chunk_dim, args
         self.critics = Heads(*sizes, layer_norm=True)  # it bounds Q of unseen chunks
         self.target = copy.deepcopy(self.critics).requires_grad_(False)
-        self.outcome = None
-        if args.offline == "pred":
-            self.outcome = Heads(*sizes, layer_norm=False)
+        self.outcome = Heads(*sizes, layer_norm=False) if args.offline == "pred" else None
         self.to(args.device)
         self.trained = [weight for weight in self.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.Adam(self.trained, lr=args.learning_rate, fused=True, capturable=True)
@@ -719,7 +717,6 @@ def evaluate(args: Args):
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line -> Args, whose defaults are those of the task and its data, or of the run or agent given."""
-    argv = sys.argv[1:] if argv is None else argv
     given = data_tools.command_line(Args, argv)  # unchecked: the task's defaults are to come
     saved = {}
     if given.resume:

@@ -7,8 +7,8 @@ Differs from skimo.py in: Args, TASK_DEFAULTS, RELEASE, plan, Agent
     python algos/skimo_no_cem.py --env-id maze             # as skimo.py, with the same pre-trained model
     python algos/skimo_no_cem.py --resume runs/FOLDER      # go on after Ctrl-C or a crash
 
-1. Pre-training: encode chunks of H actions as skills z ~ q. Loss = behavioural cloning + KL(q || N(0,1)) (eq. 3)
-   + reconstruction + consistency of h_{i+1} = D(h_i, z_i) (eq. 4) + prior KL(q || p(h_i)) (eq. 5)
+1. Pre-training: encode states as h = E(s), chunks of H actions as skills z ~ q. Loss = behavioural cloning
+   + KL(q || N(0,1)) (eq. 3) + reconstruction + consistency of h_{i+1} = D(h_i, z_i) (eq. 4) + KL(q || p(h_i)) (eq. 5)
 2. Downstream RL. The task policy pi starts as the prior p. Repeat:
    act: run a skill z ~ pi(h) for H steps with the frozen skill policy pi_L
    model update: consistency, reward and TD losses on windows of N skills (eq. 6)
@@ -76,7 +76,7 @@ class Args:
     data_dir: str | None = None  # folder of offline data and pre-trained models (None: the user's cache)
     run_dir: str = "runs"  # folder of the run folders
     cudagraphs: bool = True  # on a GPU, replay updates as CUDA graphs: one launch in place of hundreds
-    threads: int = 0  # of PyTorch on the CPU (0: one or all, whichever is faster when the run begins)
+    threads: int = 0  # of PyTorch on the CPU (0: one or up to eight, whichever is faster at first)
     checkpoint_interval: int = 50_000  # env steps between checkpoints
     eval_interval: int = 100_000  # env steps between evaluations; one more at the end
     eval_episodes: int = 20  # episodes of an evaluation, without exploration noise
@@ -115,7 +115,7 @@ class Args:
     alpha: float = 0.5  # weight of the prior KL (its first value if autotune)
     autotune: bool = False  # tune alpha so that the prior KL is target_kl
     target_kl: float = 3.0  # nats between task policy and prior
-    policy_latents: Literal["imagined", "encoded"] = "imagined"  # states of Q in eq. 7: D's (paper) or E's
+    policy_latents: Literal["imagined", "encoded"] = "imagined"  # states of Q in eq. 7: predicted (paper) or encoded
     gamma: float = 0.99  # discount per skill
     tau: float = 0.05  # share of the online weights in a target update (release: 0.01)
     reward_scale: float = 1.0  # factor on the task's reward
@@ -124,7 +124,7 @@ class Args:
         least = dict(seed=0, threads=0, warmup_steps=0, alpha=1e-6)
         most = dict(gamma=1, tau=1, rho=1, bc_chunks=self.pretrain_skills)
         for name, value in vars(self).items():
-            low, high = least.get(name, int(type(value) is int)), most.get(name, 2**31)
+            low, high = least.get(name, 1 if type(value) is int else 0), most.get(name, 2**31)
             if type(value) in (int, float) and not low <= value <= high:  # nor NaN
                 sys.exit(f"error: --{name} {value} does not work: give {low} to {high}")
 
@@ -472,7 +472,7 @@ def model_loss(model, target, task_policy, obs, z, rewards, dones, args):
 def policy_loss(model, task_policy, prior_encoder, skill_prior, obs, h, h_pred, alpha, args):
     """Task policy: maximise Q, stay close to the frozen prior (SkiMo eq. 7).
 
-    obs (B, N+1, O), h and h_pred (B, N+1, d) detached, alpha (); prior_encoder is the E of pre-training, frozen.
+    obs (B, N+1, O), h and h_pred (B, N+1, d) detached, alpha (); prior_encoder is the encoder of pre-training, frozen.
     Returns the loss and metrics; metrics["prior_kl"] is the mean KL in nats.
     """
     latents = h_pred if args.policy_latents == "imagined" else h  # DEVIATIONs 7 and 8
@@ -535,7 +535,7 @@ class ReplayBuffer:
     def sample(self, batch_size: int):
         """Windows of N skills: obs (B, N+1, O), z (B, N, Z), rewards and dones (B, N).
 
-        Episodes are uniform; the start is min(uniform{0..T-1}, T-N), so that the last window is drawn more often.
+        Episodes are uniform; of T skills the start is min(uniform{0..T-1}, T-N): the last window is drawn more often.
         """
         N, E, device = self.num_skills, len(self.running), self.episodes.device
         index = torch.randint(self.num_episodes, (batch_size,), device=device)  # (B,)
@@ -589,7 +589,7 @@ class Agent(nn.Module):
         self.skill_prior = networks["prior"]
         self.task_policy = copy.deepcopy(self.skill_prior)
         self.target = copy.deepcopy(self.model)  # DEVIATION 9
-        self.prior_encoder = copy.deepcopy(self.model.encoder)  # the frozen prior keeps the E that it was trained with
+        self.prior_encoder = copy.deepcopy(self.model.encoder)  # the frozen prior keeps the encoder it was trained with
         for frozen in (self.skills, self.skill_prior, self.prior_encoder, self.target):
             frozen.requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(args.alpha, device=args.device).log())
@@ -647,8 +647,6 @@ def execute_skill(envs, skills, obs, z, args: Args):
         obs, reward, terminations, truncations, _ = envs.step(action)
         rewards += reward
         ended = terminations | truncations  # stays true: these environments wait to be reset
-        if ended.all():
-            break
     return obs, rewards, ended
 
 
@@ -686,7 +684,7 @@ def train(args: Args) -> dict:
     # Episodes that succeed end first, and an agent that learns from those alone fails. So the warm-up lasts until every
     # environment has finished an episode, or longer.
     args.warmup_steps = max(args.warmup_steps, args.num_envs * envs.max_episode_steps)
-    data_tools.check_settings(args, args.warmup_steps)
+    data_tools.check_settings(args, args.warmup_steps, args.updates_per_step)
     writer = SummaryWriter(run_dir)
     stop = data_tools.stop_event()  # Ctrl-C and the like: where all can be saved
     torch.manual_seed(args.seed)
@@ -837,7 +835,6 @@ def evaluate(args: Args):
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line -> Args, whose defaults are those of the task and its data, or of the run or agent given."""
-    argv = sys.argv[1:] if argv is None else argv
     given = data_tools.command_line(Args, argv)  # unchecked: the task's defaults are to come
     saved = {}
     if given.resume:

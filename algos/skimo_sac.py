@@ -8,10 +8,10 @@ Differs from skimo.py in: Args, TASK_DEFAULTS, RELEASE, Critic, features, model_
     python algos/skimo_sac.py --env-id maze             # as skimo.py, with the same pre-trained model
     python algos/skimo_sac.py --resume runs/FOLDER      # go on after Ctrl-C or a crash
 
-1. Pre-training: encode chunks of H actions as skills z ~ q. Loss = behavioural cloning + KL(q || N(0,1)) (eq. 3)
-   + reconstruction + consistency of h_{i+1} = D(h_i, z_i) (eq. 4) + prior KL(q || p(h_i)) (eq. 5)
+1. Pre-training: encode states as h = E(s), chunks of H actions as skills z ~ q. Loss = behavioural cloning
+   + KL(q || N(0,1)) (eq. 3) + reconstruction + consistency of h_{i+1} = D(h_i, z_i) (eq. 4) + KL(q || p(h_i)) (eq. 5)
 2. Downstream RL. The task policy pi starts as the prior p. Repeat:
-   act: run a skill z ~ pi(h), h = E(s), for H steps with the frozen skill policy pi_L
+   act: run a skill z ~ pi(h) for H steps with the frozen skill policy pi_L
    critic update: Q(s, z) -> r + gamma (min Q'(s', z') - alpha KL(pi(h') || p(h'))), z' ~ pi(h')
    policy update of pi and E: maximise Q(s, z) - alpha KL(pi(h) || p(h)); tune alpha; move the slow critics
 
@@ -75,7 +75,7 @@ class Args:
     data_dir: str | None = None  # folder of offline data and pre-trained models (None: the user's cache)
     run_dir: str = "runs"  # folder of the run folders
     cudagraphs: bool = True  # on a GPU, replay updates as CUDA graphs: one launch in place of hundreds
-    threads: int = 0  # of PyTorch on the CPU (0: one or all, whichever is faster when the run begins)
+    threads: int = 0  # of PyTorch on the CPU (0: one or up to eight, whichever is faster at first)
     checkpoint_interval: int = 50_000  # env steps between checkpoints
     eval_interval: int = 100_000  # env steps between evaluations; one more at the end
     eval_episodes: int = 20  # episodes of an evaluation, without exploration noise
@@ -122,7 +122,7 @@ class Args:
         least = dict(seed=0, threads=0, warmup_steps=0, alpha=1e-6)
         most = dict(gamma=1, tau=1, rho=1, bc_chunks=self.pretrain_skills)
         for name, value in vars(self).items():
-            low, high = least.get(name, int(type(value) is int)), most.get(name, 2**31)
+            low, high = least.get(name, 1 if type(value) is int else 0), most.get(name, 2**31)
             if type(value) in (int, float) and not low <= value <= high:  # nor NaN
                 sys.exit(f"error: --{name} {value} does not work: give {low} to {high}")
 
@@ -473,8 +473,8 @@ def critic_loss(critic, target, policy, obs, z, rewards, dones, next_obs, alpha,
 def policy_loss(critic, policy, obs, alpha, args):
     """Task policy and state encoder: maximise Q, stay close to the frozen prior (SkiMo eq. 7, without a model).
 
-    obs (B, 1, O), alpha (); policy as in critic_loss, its prior_encoder is the E of pre-training, frozen. Returns the
-    loss and metrics; metrics["prior_kl"] is the mean KL in nats.
+    obs (B, 1, O), alpha (); policy as in critic_loss, its prior_encoder is the encoder of pre-training, frozen. Returns
+    the loss and metrics; metrics["prior_kl"] is the mean KL in nats.
     """
     encoder, task_policy, prior_encoder, skill_prior = policy
     # Maximise Q: choose the skills that the critics like best.
@@ -531,7 +531,7 @@ class ReplayBuffer:
     def sample(self, batch_size: int):
         """Windows of N skills: obs (B, N+1, O), z (B, N, Z), rewards and dones (B, N).
 
-        Episodes are uniform; the start is min(uniform{0..T-1}, T-N), so that the last window is drawn more often.
+        Episodes are uniform; of T skills the start is min(uniform{0..T-1}, T-N): the last window is drawn more often.
         """
         N, E, device = self.num_skills, len(self.running), self.episodes.device
         index = torch.randint(self.num_episodes, (batch_size,), device=device)  # (B,)
@@ -586,7 +586,7 @@ class Agent(nn.Module):
         self.critic = Critic(self.encoder.net[0].in_features, args).to(args.device)
         self.task_policy = copy.deepcopy(self.skill_prior)
         self.target = copy.deepcopy(self.critic)
-        self.prior_encoder = copy.deepcopy(self.encoder)  # the frozen prior keeps the E that it was trained with
+        self.prior_encoder = copy.deepcopy(self.encoder)  # the frozen prior keeps the encoder it was trained with
         for frozen in (self.skills, self.skill_prior, self.prior_encoder, self.target):
             frozen.requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(args.alpha, device=args.device).log())
@@ -646,8 +646,6 @@ def execute_skill(envs, skills, obs, z, args: Args):
         obs, reward, terminations, truncations, _ = envs.step(action)
         rewards += reward
         ended = terminations | truncations  # stays true: these environments wait to be reset
-        if ended.all():
-            break
     return obs, rewards, ended
 
 
@@ -685,7 +683,7 @@ def train(args: Args) -> dict:
     # Episodes that succeed end first, and an agent that learns from those alone fails. So the warm-up lasts until every
     # environment has finished an episode, or longer.
     args.warmup_steps = max(args.warmup_steps, args.num_envs * envs.max_episode_steps)
-    data_tools.check_settings(args, args.warmup_steps)
+    data_tools.check_settings(args, args.warmup_steps, args.updates_per_step)
     writer = SummaryWriter(run_dir)
     stop = data_tools.stop_event()  # Ctrl-C and the like: where all can be saved
     torch.manual_seed(args.seed)
@@ -836,7 +834,6 @@ def evaluate(args: Args):
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line -> Args, whose defaults are those of the task and its data, or of the run or agent given."""
-    argv = sys.argv[1:] if argv is None else argv
     given = data_tools.command_line(Args, argv)  # unchecked: the task's defaults are to come
     saved = {}
     if given.resume:

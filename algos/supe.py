@@ -78,7 +78,7 @@ class Args:
     data_dir: str | None = None  # folder of offline data and pre-trained models (None: the user's cache)
     run_dir: str = "runs"  # folder of the run folders
     cudagraphs: bool = True  # on a GPU, replay updates as CUDA graphs: one launch in place of hundreds
-    threads: int = 0  # of PyTorch on the CPU (0: one or all, whichever is faster when the run begins)
+    threads: int = 0  # of PyTorch on the CPU (0: one or up to eight, whichever is faster at first)
     checkpoint_interval: int = 50_000  # env steps between checkpoints
     eval_interval: int = 100_000  # env steps between evaluations; one more at the end
     eval_episodes: int = 20  # episodes of an evaluation, with the mode of the policy
@@ -126,7 +126,7 @@ class Args:
         least = dict(seed=0, threads=0, warmup_steps=0, alpha=1e-6, pretrain_batch_size=2, buffer_size=self.num_envs)
         most = dict(gamma=1, tau=1, offline_ratio=0.9, target_critics=self.num_critics)
         for name, value in vars(self).items():
-            low, high = least.get(name, int(type(value) is int)), most.get(name, 2**31)
+            low, high = least.get(name, 1 if type(value) is int else 0), most.get(name, 2**31)
             if type(value) in (int, float) and not low <= value <= high:  # nor NaN
                 sys.exit(f"error: --{name} {value} does not work: give {low} to {high}")
 
@@ -527,7 +527,7 @@ class ReplayBuffer:
         The other k(B - b) rows, if any, are windows of the data: obs (.., H+1, O), actions (.., H, A).
         """
         k = self.args.critic_steps
-        windows = round(self.args.offline_ratio * batch_size)
+        windows = int(self.args.offline_ratio * batch_size)
         rows = torch.randint(len(self), (k * (batch_size - windows),), device=self.args.device)
         batch = [column[rows] for column in self.columns]
         if windows:
@@ -613,7 +613,7 @@ class Agent(nn.Module):
         self.update = Recorded(self.update, args)
 
     @torch.no_grad()
-    def choose_skills(self, obs, global_step: int | None, explore: bool):
+    def choose_skills(self, obs, global_step: int, explore: bool):
         """obs (E, O), NumPy -> z (E, Z) on the CPU: samples of the policy, in the warm-up of the prior; or the mode."""
         warmup = global_step < self.args.warmup_steps
         policy = self.skill_prior if warmup else self.task_policy
@@ -667,8 +667,6 @@ def execute_skill(envs, skills, obs, z, args: Args):
         obs, reward, terminations, truncations, _ = envs.step(action)
         rewards += reward
         ended = terminations | truncations  # stays true: these environments wait to be reset
-        if ended.all():
-            break
     return obs, rewards, ended
 
 
@@ -854,7 +852,6 @@ def evaluate(args: Args):
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line -> Args, whose defaults are those of the task and its data, or of the run or agent given."""
-    argv = sys.argv[1:] if argv is None else argv
     given = data_tools.command_line(Args, argv)  # unchecked: the task's defaults are to come
     saved = {}
     if given.resume:

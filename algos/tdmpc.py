@@ -71,7 +71,7 @@ class Args:
     # Seldom changed
     run_dir: str = "runs"  # folder of the run folders
     cudagraphs: bool = True  # on a GPU, replay updates as CUDA graphs: one launch in place of hundreds
-    threads: int = 0  # of PyTorch on the CPU (0: one or all, whichever is faster when the run begins)
+    threads: int = 0  # of PyTorch on the CPU (0: one or up to eight, whichever is faster at first)
     checkpoint_interval: int = 100_000  # env steps between checkpoints, which hold all experience
     eval_interval: int = 100_000  # env steps between evaluations; one more at the end
     eval_episodes: int = 20  # episodes of an evaluation, without exploration noise
@@ -112,7 +112,7 @@ class Args:
         least = dict(seed=0, threads=0, warmup_steps=0)
         most = dict(gamma=1, tau=1, rho=1, num_elites=self.num_samples + self.num_policy_trajs)
         for name, value in vars(self).items():
-            low, high = least.get(name, int(type(value) is int)), most.get(name, 2**31)
+            low, high = least.get(name, 1 if type(value) is int else 0), most.get(name, 2**31)
             if type(value) in (int, float) and not low <= value <= high:  # nor NaN
                 sys.exit(f"error: --{name} {value} does not work: give {low} to {high}")
 
@@ -478,7 +478,7 @@ def train(args: Args) -> dict:
     """A run, or the rest of it; returns its results."""
     task = data_tools.TASKS[args.env_id]
     envs = data_tools.make_envs(args.env_id, args.num_envs)
-    data_tools.check_settings(args, args.warmup_steps)
+    data_tools.check_settings(args, args.warmup_steps, args.updates_per_step)
     if envs.max_episode_steps < args.num_steps:
         sys.exit("error: --num-steps: a window is longer than an episode")
     run_name = f"{args.env_id}__{FILE.stem}__{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
@@ -638,7 +638,6 @@ def evaluate(args: Args):
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line -> Args, whose defaults are those of the task, of --cpu-preset, or of the run or agent given."""
-    argv = sys.argv[1:] if argv is None else argv
     given = data_tools.command_line(Args, argv)  # unchecked: the task's defaults are to come
     saved = {}
     if given.resume:

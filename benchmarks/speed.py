@@ -306,7 +306,7 @@ def run_pretraining(algo, config, networks, clock, writer=None):
         contextlib.suppress(Enough),
     ):
         config = dataclasses.replace(config, data_dir=folder, pretrain_eval_interval=10**9)
-        pretrain(config, networks, data, writer or mock.Mock(), threading.Event())
+        pretrain(config, networks, data, writer or mock.Mock(log_dir=folder), threading.Event())
 
 
 def time_pretraining(algo, config, args: Args) -> dict:

@@ -154,8 +154,7 @@ class OfflineDataset:
         """Draw windows of consecutive rows of one episode: obs (B, length, O), actions (B, length - 1, A).
 
         Uniform over the episodes with at least `length` rows, then uniform over the start rows within the episode.
-        `generator` must live on the data set's device. Nothing here waits for the device, so the call can be captured
-        in a CUDA graph, once the first call for a `length` has built its table of episodes.
+        `generator` must live on the data set's device. Nothing here waits for the device.
         Raises DataError if no episode is long enough.
         """
         if length not in self._windows:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 import zipfile
 from dataclasses import field, make_dataclass, replace
@@ -25,7 +26,7 @@ from data_tools.files import DataError, check_regular, listed, reading, write_at
 SIGNALS = "SIGINT SIGTERM SIGHUP SIGXCPU SIGUSR1 SIGUSR2 SIGBREAK".split()  # of terminals and of schedulers
 
 
-def command_line(Args, argv: list[str], defaults=None, description: str = ""):
+def command_line(Args, argv: list[str] | None, defaults=None, description: str = ""):
     """tyro.cli(Args, ...), where --help has a box for each comment `# Name` after an empty line between fields of Args.
 
     As with tyro, a comment behind a field is its help. defaults: an Args, or None for a first look: without --help, and
@@ -33,6 +34,7 @@ def command_line(Args, argv: list[str], defaults=None, description: str = ""):
     """
     if defaults is None:
         unchecked = type("Args", (Args,), dict(__post_init__=lambda self: None))
+        argv = sys.argv[1:] if argv is None else argv
         return tyro.cli(unchecked, args=[word for word in argv if word not in ("-h", "--help")])
     hints = get_type_hints(Args, include_extras=True)
 
@@ -57,7 +59,7 @@ def command_line(Args, argv: list[str], defaults=None, description: str = ""):
 def read_state(path, parts=(), device="cpu", made_by: dict | None = None) -> dict:
     """Return what an algorithm file saved as `path`: a checkpoint, an agent, a model.
 
-    parts: by name what is to be loaded from it; made_by: by name what a model has to agree in. Raises DataError, which
+    parts: names of what is to be loaded from it; made_by: by name what a model has to agree in. Raises DataError, which
     says what the file is where it is whole, but another one is needed.
     """
     path = Path(os.path.expanduser(path))
@@ -76,15 +78,12 @@ def read_state(path, parts=(), device="cpu", made_by: dict | None = None) -> dic
     if missing:
         raise DataError(f"{path} is {_described(state)}.")
     if made_by:
-        _check_made_by(path, made_by, state.get("made_by"))
-    for name, part in parts.items() if isinstance(parts, dict) else ():
-        if isinstance(part, torch.nn.Module):
-            _check_shapes(path, part.state_dict(), state[name])
+        _check_made_by(path, made_by, state["made_by"])
     return state
 
 
 def _check_zip(path):
-    """torch does not look at checksums, and would unpack whatever is packed."""
+    """torch does not look at checksums."""
     if not zipfile.is_zipfile(path):
         with open(path, "rb") as file:
             head = file.read(8)
@@ -92,8 +91,7 @@ def _check_zip(path):
         kind = next((kinds[begin] for begin in kinds if head.startswith(begin)), "damaged, or no .pt file")
         raise DataError(f"{path} is {kind}.")
     with zipfile.ZipFile(path) as archive:
-        packed = [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
-        if packed or archive.testzip():
+        if archive.testzip():
             raise ValueError("its checksums are wrong")
 
 
@@ -107,8 +105,7 @@ def _described(state) -> str:
     if "networks" in state and "optimizer" in state:
         return "an unfinished pre-training: give the command that began it once more"
     if "networks" in state:
-        made_by = state.get("made_by", {})
-        return f"a pre-trained model ({_words(made_by) or 'of an older version'}), no agent: give it to --pretrained"
+        return f"a pre-trained model ({_words(state['made_by'])}), no agent: give it to --pretrained"
     if "flow" in state:
         return "the flow prior that reskill.py finds by itself: give the pre-trained model"
     return f"no file of this program, it holds: {listed(state)}"
@@ -116,19 +113,17 @@ def _described(state) -> str:
 
 def _words(settings: dict) -> str:
     """Settings as flags, and what is no flag by its name."""
-    flags = {name: f"--{name.replace('_', '-')}" for name in settings}
-    flags |= {name: name for name in ("method", "data") if name in settings}
-    values = {name: f" {value}" for name, value in settings.items()}
-    for name, value in settings.items():
+
+    def word(name, value):
+        flag = name if name in ("method", "data") else f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
-            flags[name], values[name] = flags[name] if value else flags[name].replace("--", "--no-"), ""
-    return ", ".join(flags[name] + values[name] for name in settings)
+            return flag if value else flag.replace("--", "--no-")
+        return f"{flag} {value}"
+
+    return ", ".join(word(*setting) for setting in settings.items())
 
 
-def _check_made_by(path, wanted: dict, found: dict | None):
-    if found is None:
-        print(f"warning: {path} does not say what made it: does it belong to this method and task?", flush=True)
-        return
+def _check_made_by(path, wanted: dict, found: dict):
     differing = {name: value for name, value in found.items() if name in wanted and value != wanted[name]}
     if differing:
         cure = "give one of this method and task" if {"method", "data"} & differing.keys() else "give its flags"
@@ -136,27 +131,17 @@ def _check_made_by(path, wanted: dict, found: dict | None):
         raise DataError(f"{path} was made with {_words(differing)}; here: {here}. It is whole: {cure}.")
 
 
-def _check_shapes(path, wanted: dict, found: dict):
-    sizes = [{name: tuple(getattr(x, "shape", ())) for name, x in of.items()} for of in (found, wanted)]
-    differing = [name for name in {**sizes[0], **sizes[1]} if sizes[0].get(name) != sizes[1].get(name)]
-    if differing:
-        there, here = (of.get(differing[0], "missing") for of in sizes)
-        first = f"{differing[0]} is {there} there, {here} here; {len(differing)} differ"
-        raise DataError(f"{path} is whole, but made by other code or with other flags: {first}.")
-
-
 def saved_run(path) -> tuple[str, dict]:
     """Return the run folder that a path means, also that of a file in it, and its arguments. Raises DataError."""
     path = Path(os.path.expanduser(path))
     folder = path.parent if path.is_file() else path
-    if not (folder / "args.json").exists():
+    if not (folder / "args.json").is_file():
         if path.is_file():
             read_state(path, ["progress", "args"])
         found = listed(sorted(os.listdir(folder))) if folder.is_dir() else "nothing"
         raise DataError(f"--resume {path} is no run folder: no args.json there, but {found}.")
     for leftover in folder.glob("part_*_checkpoint.pt"):  # of a program that was killed while writing
         leftover.unlink(missing_ok=True)
-    check_regular(folder / "args.json")
     with reading(folder / "args.json", "give another run folder"):
         return str(folder), dict(json.loads((folder / "args.json").read_text()))
 
@@ -192,8 +177,8 @@ def cut_curves(writer, step: int, phase: str = "") -> None:
 
     phase: "pretrain/", whose steps are updates, or that of RL. TensorBoard's purge_step knows one kind of step only.
     """
-    folder = Path(str(getattr(writer, "log_dir", "")))
-    for path in sorted(folder.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_ctime_ns)[:-1]:
+    logs = Path(writer.log_dir).glob("events.out.tfevents.*")
+    for path in sorted(logs, key=lambda path: path.stat().st_ctime_ns)[:-1]:
         kept = io.BytesIO()
         records = RecordWriter(kept)
         for record in RawEventFileLoader(str(path)).Load():

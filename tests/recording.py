@@ -21,6 +21,7 @@ def recording(module, patch) -> SimpleNamespace:
     note_losses_and_optimizers(notes, module, patch)
     note_updates(notes, module, patch)
     note_exploring(notes, module, patch)
+    note_skills(notes, module, patch)
     if hasattr(module, "RSSM"):
         note_decoder(notes, module, patch)
     return notes
@@ -205,6 +206,20 @@ def note_exploring(notes, module, patch):
                 known = inspect.signature(vars(part)[name]).parameters.keys()
                 if "explore" in known | inspect.signature(part).parameters.keys() and "obs" in known:
                     wrapped(part, name, vars(part)[name])
+
+
+def note_skills(notes, module, patch):
+    """skills: those that were executed in training, as they are stored."""
+    notes.skills = []
+    if hasattr(module, "execute_skill"):
+
+        def execute(envs, skills, obs, z, args, original=module.execute_skill):
+            if envs.num_envs == NUM_ENVS:
+                half = module.__name__.endswith("tdmpc_skills")  # its model sees skills in (-1, 1)
+                notes.skills.append(z.numpy() / 2 if half else z.numpy().copy())
+            return original(envs, skills, obs, z, args)
+
+        patch.setattr(module, "execute_skill", execute)
 
 
 def note_decoder(notes, module, patch):

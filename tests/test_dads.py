@@ -513,9 +513,3 @@ def test_the_committed_control_has_passed():
         rewards = [float(row["losses/intrinsic_reward"]) for row in csv.DictReader(file)]
     assert facts["passed"] and control.verdict(facts)
     assert rewards[-1] == pytest.approx(facts["intrinsic_reward"], rel=1e-3) and rewards[-1] > 2 * rewards[0]
-
-
-@pytest.mark.parametrize("flags", ["--buffer-size 79", "--warmup-steps 150000", "--discover-steps 0"])
-def test_senseless_flags_are_refused(flags):
-    with pytest.raises(SystemExit, match="buffer_size|warmup_steps|discover_steps"):
-        dads.parse_args(flags.split())

@@ -116,25 +116,6 @@ def test_windows_too_long():
         make_dataset().sample_windows(4, 0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_windows_inside_a_cuda_graph():
-    dataset = make_dataset().to("cuda")
-    dataset.sample_windows(64, 10)  # builds the table
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        dataset.sample_windows(64, 10)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        obs, _ = dataset.sample_windows(64, 10)
-    graph.replay()
-    first = obs.clone()
-    graph.replay()
-    assert not torch.equal(first, obs)
-    assert (obs[:, :, 0] == obs[:, :1, 0]).all()
-
-
 def test_an_episode_at_rest_may_be_all_there_is_to_validate():
     arrays = make_arrays((30, 32))
     arrays["actions"][30:] = 0.0

@@ -377,9 +377,3 @@ def test_the_committed_pendulums_differ():
         assert least <= lengths.mean() <= most and lengths.mean() == pytest.approx(facts["last_20_length"])
         assert max(facts["skill_lengths"]) > 100 or name == "pendulum_without"
         assert max(facts["skill_lengths"]) < 5 or name == "pendulum"
-
-
-@pytest.mark.parametrize("changes", [dict(warmup_steps=200_000), dict(controller_alpha=0.0), dict(buffer_size=1)])
-def test_numbers_that_would_mean_nothing_are_refused(changes):
-    with pytest.raises(SystemExit, match=f"^error: --{next(iter(changes))}"):
-        tiny_args(**changes)

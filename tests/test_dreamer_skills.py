@@ -222,9 +222,3 @@ def test_actor_finds_the_rewarded_skill_or_stays_at_the_prior(alpha):
         assert mode > 0.9
     else:
         assert -0.8 < mode < 0 and metrics["prior_kl"] < 1
-
-
-@pytest.mark.parametrize("name", ["batch_length", "imagine_steps", "pretrain_batch_size"])
-def test_senseless_arguments_are_refused(name):
-    with pytest.raises(SystemExit, match="give 2 to"):
-        tiny_args(**{name: 1})

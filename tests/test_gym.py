@@ -193,7 +193,7 @@ def test_the_limit_is_a_truncation(name):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda envs: pickle.loads(pickle.dumps(envs))])
-@pytest.mark.parametrize("name", [*data_tools.TASKS, "Pendulum-v1"])
+@pytest.mark.parametrize("name", ["maze", "kitchen-6", "calvin-6", "Pendulum-v1"])
 def test_copies_go_on_as_the_original(name, copied):
     envs = data_tools.make_envs(name, 2)
     assert copied(envs).rngs is None

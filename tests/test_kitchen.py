@@ -310,15 +310,6 @@ def test_kitchen_6_counts_six_in_their_order_within_420_steps():
         assert envs.step(np.zeros((2, 9)))[3].tolist() == [step == 420] * 2
 
 
-def test_actions_are_clipped():
-    results = []
-    for scale in (1.0, 7.0):
-        env = KitchenEnv()
-        env.reset(seed=0)
-        results.append(env.step(scale * np.array([1, -1, 1, -1, 1, -1, 1, -1, 1.0]))[0])
-    assert np.array_equal(*results)
-
-
 def test_bad_arguments():
     for make in (KitchenEnv, KitchenVectorEnv):
         with pytest.raises(ValueError, match="noise"):

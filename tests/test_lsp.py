@@ -353,9 +353,3 @@ def test_explained_is_the_share_between_skills():
     rng = np.random.default_rng(0)
     ends = rng.normal(size=(500, 400, 2)) + 2 * rng.normal(size=(500, 1, 2))
     assert control.explained(ends) == pytest.approx(4 / 5, abs=0.03)
-
-
-@pytest.mark.parametrize("flags", ["--batch-length 1", "--skill-horizon 1", "--num-elites 17", "--num-skills 0"])
-def test_senseless_arguments_are_refused(flags):
-    with pytest.raises(SystemExit, match=f"error: --{flags.split()[0][2:].replace('-', '_')}"):
-        lsp.parse_args(flags.split())

@@ -376,13 +376,6 @@ def test_it_learns_to_go_left(tmp_path, monkeypatch):
     assert results["evaluations"][-1][1] >= 5.0  # of 6; standing still gives 0
 
 
-@pytest.mark.parametrize("changes", [dict(batch_size=13), dict(option_epsilon=1.5), dict(num_episodes=1)])
-def test_numbers_that_would_mean_nothing_are_refused(changes):
-    name = next(iter(changes)).replace("batch_size", "batch-size")
-    with pytest.raises(SystemExit, match=f"^error: --{name}"):
-        tiny_args(**changes)
-
-
 # ------------------------------------------------------------------------------------------------- the committed logs
 def test_the_committed_four_rooms_have_passed():
     table = Path(__file__).resolve().parents[1] / "benchmarks/results/studies/option_critic/four_rooms_seed1.csv"

@@ -464,15 +464,43 @@ def test_seeds_of_a_run(case):
 @pytest.mark.parametrize("case", [name for name in ALGOS if name not in ("relay", "diayn")], indirect=True)
 def test_replay_holds_what_the_environments_gave(case):
     """A row is an env step or the ten of a skill. relay stores advantages, diayn has two buffers and its own test."""
-    first = 0
-    for last, row in case.notes.rows:
-        steps = case.notes.training.steps[first:last]
+    compare_rows(case.notes)
+    assert len(case.notes.training.steps) == 300
+
+
+@pytest.mark.parametrize("case", [name for name in ALGOS if name not in ("relay", "diayn")], indirect=True)
+def test_members_end_and_begin_apart(case, monkeypatch):
+    """Two of four arrive, after 37 and 60 env steps, the others' time is out after 90: true ends are told from that, a
+    skill counts until the end, and only who has ended begins anew.
+    """
+    maze = data_tools.tasks.maze.MazeVectorEnv
+    advance = maze.advance
+
+    def early(envs, actions, running):
+        rewards, _ = advance(envs, actions, running)
+        return rewards, running & (envs.steps == np.resize([36, 59, -1, -1], envs.num_envs))
+
+    monkeypatch.setattr(maze, "advance", early)
+    notes = recording(case.module, monkeypatch)
+    case.start("--total-timesteps 700 --eval-interval 9999")
+    ends = compare_rows(notes)
+    assert len({int(last) for last in ends}) > 2
+
+
+def compare_rows(notes) -> list[int]:
+    """Rows against what the environments gave; returns the env steps at which a member had ended."""
+    first, found = 0, []
+    skills = notes.skills if len(notes.skills) == len(notes.rows) else [None] * len(notes.rows)
+    for (last, row), z in zip(notes.rows, skills):
+        steps = notes.training.steps[first:last]
         before, action, after, rewards, ends, time_outs = (np.stack(of, 1) for of in zip(*steps))  # (E, n, ...)
         ended = ends | time_outs
         expected = dict(next_obs=after[:, -1], rewards=0.5 * rewards.sum(1), step_rewards=rewards, actions=action)
         expected |= dict(terminations=ends[:, -1], truncations=time_outs[:, -1])
         expected |= dict(ended=ended[:, -1], dones=ended[:, -1])
-        expected["steps"] = np.full(4, last - first)
+        expected["steps"] = 1 + (~ended[:, :-1]).sum(1)
+        if z is not None:
+            expected |= dict(z=z, u=np.tanh(z))
         expected["obs"] = before if "actions" in row else before[:, 0]
         if last - first == 1:
             expected["action"] = action[:, 0]
@@ -482,9 +510,14 @@ def test_replay_holds_what_the_environments_gave(case):
             del expected["actions"]  # before the residual
         for name in row.keys() & expected.keys():
             np.testing.assert_allclose(row[name], expected[name], rtol=1e-5, err_msg=name)
+        if last < len(notes.training.steps):
+            begun = (notes.training.steps[last][0] != after[:, -1]).any(1)
+            np.testing.assert_array_equal(begun, ended[:, -1])
+        found += [last] * int(ended[:, -1].any())
         first = last
-    assert first == len(case.notes.training.steps) == 300
+    assert first == len(notes.training.steps)
     assert {"rewards", "step_rewards"} & row.keys()
+    return found
 
 
 @one_of_each("train")
@@ -802,9 +835,25 @@ def test_numbers_that_mean_nothing_are_refused(case, flags):
     refused(lambda: case.main(case.argv(flags)), name)
 
 
+@pytest.mark.parametrize(("name", "flags"), [
+    ("dads", "--buffer-size 79"), ("dads", "--warmup-steps 150000"), ("dads", "--discover-steps 0"),
+    ("supe", "--offline-ratio 0.95"), ("supe", "--rnd-coef -1"), ("supe", "--target-critics 6"),
+    ("supe", "--critic-steps 0"), ("lsp", "--batch-length 1"), ("lsp", "--skill-horizon 1"),
+    ("lsp", "--num-elites 17"), ("lsp", "--num-skills 0"), ("diayn", "--warmup-steps 200000"),
+    ("diayn", "--controller-alpha 0"), ("diayn", "--buffer-size 1"), ("option_critic", "--batch-size 13"),
+    ("option_critic", "--option-epsilon 1.5"), ("option_critic", "--num-episodes 1"),
+    ("dreamer_skills", "--batch-length 1"), ("dreamer_skills", "--imagine-steps 1"),
+    ("dreamer_skills", "--pretrain-batch-size 1"), ("tdmpc_skills", "--num-elites 999"),
+    ("tdmpc_skills", "--num-skills 0"), ("tdmpc_skills", "--policy-std 0"), ("tdmpc_skills", "--policy-std 2"),
+])  # fmt: skip
+def test_numbers_that_mean_nothing_to_one_file_are_refused(name, flags):
+    flag = flags.split()[0].removeprefix("--")
+    with pytest.raises(SystemExit, match=f"^error: --({flag}|{flag.replace('-', '_')})"):
+        algo_module(name).parse_args(flags.split())
+
+
 @every_algo
 def test_every_file_refuses_such_numbers(case):
-    """What each file adds to the loop is tried in its own tests."""
     fields = {field.name for field in dataclasses.fields(case.module.Args)}
     for name, value in dict(total_timesteps=-1, num_envs=0, gamma=1.5, tau=float("nan"), learning_rate=-1.0).items():
         if name in fields:
@@ -826,9 +875,9 @@ def test_a_task_without_objects_or_arm_takes_no_changed_data(case):
         refused(lambda flag=flag: case.main(case.argv(flag, data_dir=case.new_data_dir())), word)
 
 
-@every_algo
-def test_the_command_line_is_tyros_and_help_has_boxes(case, capsys):
-    """Values, choices and errors are tyro's; each field is in the box of its comment in Args."""
+@skimo_only
+def test_the_command_line_is_tyros(case, capsys):
+    """Values, choices and errors."""
     Args, flags = case.module.Args, ["--seed", "7", "--no-cudagraphs", "--eval-episodes", "3"]
     assert data_tools.command_line(Args, flags, Args(), "") == tyro.cli(Args, args=flags)
     for wrong in (["--device", "abacus"], ["--seed", "x"], ["--no-such-flag", "1"]):
@@ -839,6 +888,12 @@ def test_the_command_line_is_tyros_and_help_has_boxes(case, capsys):
                 parse()
             said.append(re.sub(r"\W+", " ", capsys.readouterr().err))
         assert said[0] == said[1] != ""
+
+
+@every_algo
+def test_help_has_boxes(case, capsys):
+    """Each field is in the box of its comment in Args."""
+    Args = case.module.Args
     with pytest.raises(SystemExit):
         data_tools.command_line(Args, ["--help"], Args(), "")
     options, seldom = capsys.readouterr().out.split("Seldom changed options", 1)
@@ -1010,7 +1065,7 @@ def test_pretraining_learns_from_shifted_arms_and_recombined_objects_and_is_judg
     monkeypatch.setattr(data_tools, "perturb", lambda obs, actions, arm, std: (obs + 10, actions))
     scores = dict(episodic_return=0.0, episodic_length=1.0, success=0.0)
     monkeypatch.setattr(module, "rollout", lambda *inputs, **how: scores)
-    writer = SimpleNamespace(add_scalar=lambda *values: None)
+    writer = SimpleNamespace(add_scalar=lambda *values: None, log_dir="run")
     module.pretrain(args, networks, data, writer, threading.Event())
     learnt, judged = (11, 11), (2, 2)
     assert seen == [learnt, learnt, judged] * 2
@@ -1026,7 +1081,7 @@ def test_kitchens_share_a_pretrained_model(case, tmp_path, monkeypatch):
         args.append(case.module.parse_args(case.argv(flags, data_dir=tmp_path)))
     scores = dict(episodic_return=0.0, episodic_length=1.0, success=0.0)
     monkeypatch.setattr(case.module, "rollout", lambda *inputs, **how: scores)
-    writer = SimpleNamespace(add_scalar=lambda *values: None)
+    writer = SimpleNamespace(add_scalar=lambda *values: None, log_dir="run")
     case.module.pretrain(args[0], case.module.make_networks(args[0]), load_data(args[0]), writer, threading.Event())
     assert is_found(case, args[1], monkeypatch)
 

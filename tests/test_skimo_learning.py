@@ -11,7 +11,6 @@ import torch
 from numpy_nets import rl_batch
 from skimo_tools import Windows, errors_on_new_windows, fill, floats, pretraining_batch, skill_reward, tiny_args
 
-import data_tools
 from algos import skimo
 
 
@@ -122,16 +121,6 @@ def test_peoples_demonstrations_have_their_own_defaults_which_flags_and_the_rele
     assert chosen.arm_noise == 0.05 and chosen.kl_coef == peoples.kl_coef
     assert skimo.parse_args(["--env-id", "kitchen", "--data", "d4rl", "--published"]).arm_noise == 0
     assert skimo.parse_args(["--env-id", "maze", "--data", "paths.hdf5"]).arm_noise == 0
-
-
-@pytest.mark.parametrize("env_id", ["maze", "kitchen", "kitchen-misaligned", "calvin"])
-def test_published_takes_the_settings_of_the_release_and_flags_beat_them(env_id):
-    ours = vars(skimo.parse_args(["--env-id", env_id]))
-    args = vars(skimo.parse_args(["--env-id", env_id, "--published", "--target-kl", "3"]))
-    release = skimo.RELEASE["all"] | skimo.RELEASE[data_tools.TASKS[env_id].data]
-    assert args == ours | release | dict(published=True, target_kl=3)
-    chosen = skimo.parse_args(["--env-id", env_id, "--published", "--tau", "0.3"])
-    assert chosen.tau == 0.3 != args["tau"]
 
 
 @pytest.mark.parametrize("env_id", ["maze", "kitchen", "kitchen-misaligned", "calvin"])

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +24,7 @@ MADE_BY = dict(method="skimo", data="maze", skill_dim=10, position_features=True
 AGENT = dict(script="skimo.py", args=dict(env_id="maze"), global_step=7, agent=NET.state_dict())
 MODEL = dict(networks=NET.state_dict(), facts={}, made_by=MADE_BY)
 STATES = dict(
-    agent=AGENT, checkpoint=AGENT | dict(progress=(7,)), model=MODEL, old_model=dict(networks=NET.state_dict()),
+    agent=AGENT, checkpoint=AGENT | dict(progress=(7,)), model=MODEL,
     unfinished=dict(networks=NET.state_dict(), optimizer={}, progress=(3, 1.0)), flow=dict(flow={}, facts={}),
     other=dict(epoch=3), tensor=torch.zeros(3), list=[1, 2],
 )  # fmt: skip
@@ -40,9 +39,6 @@ def make(folder, name):
         h5py.File(path, "w").close()
     elif name == "json":
         path.write_text(json.dumps(dict(seed=1)))
-    elif name == "packed":  # could unpack to any size
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr("model/data.pkl", bytes(10**6))
     elif name == "pipe":
         os.mkfifo(path)
     elif name == "cut":
@@ -71,7 +67,6 @@ def refused(call, *words, without="delete"):
         ("agent", "networks", "skimo.py maze --evaluate"),
         ("checkpoint", "networks", "skimo.py maze --evaluate --resume"),
         ("model", "agent", "pre-trained skimo maze --pretrained"),
-        ("old_model", "agent", "pre-trained --pretrained"),
         ("unfinished", "agent", "unfinished command"),
         ("flow", "networks", "reskill.py"),
         ("other", "agent", "epoch"),
@@ -79,7 +74,6 @@ def refused(call, *words, without="delete"):
         ("list", "networks", "list"),
         ("hdf5", "agent", "HDF5 --data"),
         ("json", "agent", "JSON"),
-        ("packed", "networks", "damaged"),
         ("cut", "networks", "damaged"),
         ("empty", "networks", "damaged"),
         ("program", "networks", "no model or checkpoint"),
@@ -112,18 +106,6 @@ def test_a_model_is_for_its_method_task_and_settings(change, words, tmp_path):
     path = make(tmp_path, "model")
     assert data_tools.read_state(path, dict(networks=NET), made_by=MADE_BY)["made_by"] == MADE_BY
     refused(lambda: data_tools.read_state(path, dict(networks=NET), made_by=MADE_BY | change), path, *words.split("|"))
-
-
-def test_a_model_that_does_not_say_what_made_it_is_taken_with_a_warning(tmp_path, capsys):
-    data_tools.read_state(make(tmp_path, "old_model"), dict(networks=NET), made_by=MADE_BY)
-    assert "warning: " in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("sizes", [(2, 4), (3, 3)])
-def test_other_shapes_are_told(sizes, tmp_path):
-    path, wider = make(tmp_path, "agent"), torch.nn.Linear(*sizes)
-    words = "weight", "whole", (3, 2), tuple(wider.weight.shape)
-    refused(lambda: data_tools.read_state(path, dict(agent=wider)), path, *words)
 
 
 def test_a_run_is_found_by_its_folder_and_by_what_is_in_it(tmp_path):

@@ -444,9 +444,3 @@ def test_it_finds_the_skill_that_pays(ratio, target_kl):
         agent.update(*rb.sample(64))
     mode = torch.tanh(agent.choose_skills(obs, 0, explore=False))  # samples stay random: alpha keeps -Z/2 nats
     assert (mode - best).square().sum(-1).mean() < 0.3 and reward.mean() > 0.4  # uniform ones get -0.7
-
-
-@pytest.mark.parametrize("flags", ["--offline-ratio 0.95", "--rnd-coef -1", "--target-critics 6", "--critic-steps 0"])
-def test_numbers_that_mean_nothing_are_refused(flags):
-    with pytest.raises(SystemExit, match="does not work"):
-        supe.parse_args(flags.split())

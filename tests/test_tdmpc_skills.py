@@ -188,50 +188,6 @@ def test_plan_is_that_of_flat_tdmpc_over_skills():
     assert torch.equal(z, 2 * action) and torch.equal(fitted, expected)
 
 
-class Stub:
-    """A model whose latent state is (position, skills done), with a given reward of (h, u)."""
-
-    def __init__(self, reward):
-        self.reward = reward
-
-    def encoder(self, obs):
-        return torch.cat([obs, torch.zeros(len(obs), 1)], -1)
-
-    def next(self, h, u):
-        return torch.cat([h[..., :-1] + u, h[..., -1:] + 1], -1)
-
-    def q(self, h, u):
-        return (torch.zeros(h.shape[:-1]),) * 2
-
-
-def any_skill(h):
-    return torch.zeros(*h.shape[:-1], 2)
-
-
-def test_plans_reach_the_bounds_of_the_skills():
-    args = tiny_args(num_samples=200, num_policy_trajs=2, num_elites=20, cem_iters=6, policy_std=1.0, temperature=50.0)
-    torch.manual_seed(0)
-    scalars = torch.tensor(2.0), torch.tensor(0.0)  # min_std: samples stay wide
-    z, _ = tdmpc.plan(Stub(lambda h, u: u.sum(-1)), any_skill, torch.zeros(1, 2), torch.zeros(1, 1, 2), *scalars, args)
-    assert torch.equal(z, torch.full((1, 2), 2.0))
-
-
-@pytest.mark.parametrize("K", [1, 3])
-def test_plan_finds_the_best_skill_of_every_step(K):
-    best = torch.tensor([[0.6, -0.4], [-0.7, 0.2], [0.1, 0.8]])
-
-    def reward(h, u):
-        return -20 * (u - best[h[..., -1].long()]).square().sum(-1)
-
-    args = tiny_args(num_samples=2000, num_policy_trajs=10, num_elites=100, cem_iters=12, policy_std=1.0)
-    torch.manual_seed(0)
-    obs, mean = torch.tensor([[0.0, 0.0], [3.0, 1.0]]), torch.zeros(2, K, 2)
-    scalars = torch.tensor(0.01), torch.tensor(0.0)
-    first, mean = tdmpc.plan(Stub(reward), any_skill, obs, mean, *scalars, args)
-    torch.testing.assert_close(mean, best[:K].expand(2, K, 2), atol=0.08, rtol=0)
-    torch.testing.assert_close(first, 2 * best[:1].expand(2, 2), atol=0.4, rtol=0)  # z = 2 u
-
-
 def test_networks_have_the_sizes_of_td_mpc():
     args = tdmpc.Args(env_id="kitchen", device="cpu", position_features=False)
     agent = tdmpc.Agent(args, tdmpc.make_networks(args))
@@ -416,10 +372,3 @@ def test_what_is_stored_and_planned(short_episodes, tmp_path, monkeypatch):
     (csv,) = tmp_path.glob("*/episodes.csv")
     rows = csv.read_text().splitlines()[1:]
     assert [row.split(",")[1:3] for row in rows] == [["0.0", "90"]] * 12
-
-
-@pytest.mark.parametrize("wrong", [dict(num_elites=21), dict(num_skills=0), dict(pretrain_batch_size=1),
-                                   dict(policy_std=0.0), dict(policy_std=2.0)])  # fmt: skip
-def test_numbers_that_cannot_work_are_refused(wrong):
-    with pytest.raises(SystemExit, match=f"error: --{next(iter(wrong))}"):
-        tiny_args(**wrong)
