@@ -218,7 +218,9 @@ def lead_row(cells, task: str, method: str, data: str) -> dict[str, str]:
 def board_section(cells, task: str, data: str) -> str:
     """Results of a task with one kind of data."""
     here = scores.board(cells, task, data)
-    text = f"## {board_label(task, data)}\n" + table([board_row(cells, task, name, data) for name in here])
+    rows = [board_row(cells, task, name, data) for name in here]
+    filled_in = [name for name in rows[0] if any(row[name] != "–" for row in rows)]
+    text = f"## {board_label(task, data)}\n" + table([{name: row[name] for name in filled_in} for row in rows])
     if "skimo" in here and len(here) > 1:
         text += "\n" + table([lead_row(cells, task, name, data) for name in here if name in COMPARED])
     return text + "\n"
