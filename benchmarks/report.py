@@ -103,11 +103,17 @@ WITHOUT_DATA = {
     "hiro": (0.25, 1.0, 300, "controls_reported/hiro_seed1"),
     "option_critic": (None, None, None, "controls_reported/option_critic_seed1"),
 }
-# What acts in RL -> logs without and with the demonstrations, of the Kitchen
+# What acts in RL, without and with the demonstrations -> logs of the maze and of the Kitchen
 RIVALS = {
-    "skills: SPiRL / SUPE": ("kitchen/spirl/scripted", "kitchen/supe/scripted"),
-    "chunks of actions: Q-chunking": ("studies/kitchen_qc_demonstrations/none", "kitchen/qc/scripted"),
-    "skills, planned: SkiMo": ("kitchen/skimo/scripted", None),
+    "skills: SPiRL": ("maze/spirl/scripted", "kitchen/spirl/scripted"),
+    "skills, five critics: SUPE [without demonstrations](results/studies/supe_demonstrations)": (
+        "studies/supe_demonstrations/maze_without",
+        "studies/supe_demonstrations/kitchen_without",
+    ),
+    "the same, demonstrations kept: SUPE": ("maze/supe/scripted", "kitchen/supe/scripted"),
+    "chunks of actions: Q-chunking": (None, "studies/kitchen_qc_demonstrations/none"),
+    "the same, demonstrations kept": (None, "kitchen/qc/scripted"),
+    "skills, planned: SkiMo": ("maze/skimo/scripted", "kitchen/skimo/scripted"),
 }
 # Machines of the speed tables: log of speed.py, and the task whose sizes count
 TIMED = {"CPU": ("speed/all_files_xeon.json", "maze"), "H100": ("gpu/speed_graphs.json", "kitchen")}
@@ -517,16 +523,14 @@ def without_data_table() -> str:
 
 def rivals_table() -> str:
     """Skills or chunks, demonstrations thrown away or kept: the three measures to the env steps that all have."""
-    cells = {folder: read_variant(RESULTS / folder) for pair in RIVALS.values() for folder in pair if folder}
-    end = min(cell.main_end for cell in cells.values())
-
-    def three_means(folder: str | None) -> str:
-        runs = cells[folder].reaching(end) if folder else []
-        means = [number(np.mean([measure(run, end) for run in runs])) for measure in MEASURES.values() if runs]
-        return f"{'/'.join(means)} ({len(runs)})" if runs else "–"
-
-    names = f"Kitchen, to {end:,} env steps", "demonstrations thrown away", "kept in RL"
-    return table([dict(zip(names, (text, *map(three_means, pair)))) for text, pair in RIVALS.items()])
+    rows = [{"speed/level/without noise (seeds)": text} for text in RIVALS]
+    for task, folders in zip(("maze", "kitchen"), zip(*RIVALS.values())):
+        cells = [read_variant(RESULTS / folder) if folder else Cell() for folder in folders]
+        end = min(cell.main_end for cell in cells if cell)
+        for row, cell in zip(rows, cells):
+            means = [number(np.mean([m(run, end) for run in cell.reaching(end)])) for m in MEASURES.values() if cell]
+            row[f"{TASKS[task].label}, {thousands(end)}"] = f"{'/'.join(means)} ({len(cell)})" if cell else "–"
+    return table(rows)
 
 
 def coverage_text(cells) -> str:
