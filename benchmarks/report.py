@@ -528,8 +528,9 @@ def rivals_table() -> str:
         cells = [read_variant(RESULTS / folder) if folder else Cell() for folder in folders]
         end = min(cell.main_end for cell in cells if cell)
         for row, cell in zip(rows, cells):
-            means = [number(np.mean([m(run, end) for run in cell.reaching(end)])) for m in MEASURES.values() if cell]
-            row[f"{TASKS[task].label}, {thousands(end)}"] = f"{'/'.join(means)} ({len(cell)})" if cell else "–"
+            runs = cell.reaching(end)
+            means = [number(np.mean([measure(run, end) for run in runs])) for measure in MEASURES.values() if runs]
+            row[f"{TASKS[task].label}, {thousands(end)}"] = f"{'/'.join(means)} ({len(runs)})" if runs else "–"
     return table(rows)
 
 
