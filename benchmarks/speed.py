@@ -143,7 +143,7 @@ def in_passing(algo, length: int | None = None):
         return envs
 
     skipped = {name: mock.Mock(return_value={}) for name in ("pretrain", "learn_flow") if hasattr(algo, name)}
-    skipped |= dict(rollout=mock.Mock(return_value=scores), SummaryWriter=mock.Mock())
+    skipped |= dict(rollout=mock.Mock(return_value=scores), SummaryWriter=mock.MagicMock())
     with (
         mock.patch.multiple(algo, **skipped),
         mock.patch.multiple(data_tools, make_envs=make_envs, load_dataset=lambda name, *_: random_dataset(name, 50)),
@@ -306,7 +306,7 @@ def run_pretraining(algo, config, networks, clock, writer=None):
         contextlib.suppress(Enough),
     ):
         config = dataclasses.replace(config, data_dir=folder, pretrain_eval_interval=10**9)
-        pretrain(config, networks, data, writer or mock.Mock(log_dir=folder), threading.Event())
+        pretrain(config, networks, data, writer or mock.MagicMock(), threading.Event())
 
 
 def time_pretraining(algo, config, args: Args) -> dict:

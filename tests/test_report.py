@@ -441,7 +441,7 @@ def test_held_out_boards_have_their_own_page(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     page = report.held_out_text(held)
     assert "## Kitchen, 10% of scripted data\n" in page
-    assert f"| SkiMo | 2 | 100k |{3 * ' **.90** (.90 .90) |'} – | – |" in page  # no paper
+    assert f"| SkiMo | 2 | 100k |{3 * ' **.90** (.90 .90) |'} 17 |" in page  # no paper, no prior
     assert "| no model in RL (SAC) | never | +.40 [+.40, +.40] p | +.40 [+.40, +.40] p |" in page  # by common model
     assert "| board | method | 25k | 100k |\n|---|---|---|---|\n| kitchen-60 | SkiMo | .25 | .62 / .88 |\n" in page
     assert page.count("kitchen-60") == 1  # SAC has no planner
