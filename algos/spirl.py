@@ -655,7 +655,7 @@ def train(args: Args) -> dict:
             z = agent.choose_skills(obs, global_step, explore=True)  # (E, Z)
             steps_before = envs.steps.sum()
             next_obs, rewards, ended = execute_skill(envs, agent.skills, obs, z, args)
-            rb.add(obs, z, args.reward_scale * rewards, envs.terminations, next_obs)
+            rb.add(obs, z, args.reward_scale * rewards, ended, next_obs)
             new_steps = int(envs.steps.sum() - steps_before)
             global_step += new_steps
             bar.update(new_steps)
