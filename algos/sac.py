@@ -84,7 +84,8 @@ class Args:
         least = dict(seed=0, threads=0, warmup_steps=0)
         most = dict(gamma=1, tau=1)
         for name, value in vars(self).items():
-            low, high = least.get(name, 1 if type(value) is int else 0), most.get(name, 2**31)
+            low = least.get(name, 1 if type(value) is int else 0)
+            high = most.get(name, 2**31)
             if type(value) in (int, float) and not low <= value <= high:  # nor NaN
                 sys.exit(f"error: --{name} {value} does not work: give {low} to {high}")
 
@@ -431,7 +432,8 @@ def train(args: Args) -> dict:
     if global_step < args.total_timesteps:
         sys.exit(f"stopped; go on with: python {sys.argv[0]} --resume {run_dir}")
     last_100 = [row[1] for row in episodes[-100:]]
-    results = dict(env_steps=global_step, updates=gradient_step, rl_minutes=(time.time() - start_time) / 60)
+    minutes = (time.time() - start_time) / 60
+    results = dict(env_steps=global_step, updates=gradient_step, rl_minutes=minutes)
     results["last_100_return"] = float(np.mean(last_100)) if last_100 else None
     results["last_100_success"] = task.success(last_100)
     results |= dict(evaluations=evaluations, args=asdict(args))
@@ -460,7 +462,9 @@ def save(path: Path, values: dict, parts: dict | None = None):
         if not all(w.isfinite().all() for w in weights):
             sys.exit(f"error: learning has diverged, {path} is not written: lower the learning rate")
         states = {name: part.state_dict() for name, part in parts.items()}
-        rng = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
+        rng = [torch.get_rng_state()]
+        if torch.cuda.is_initialized():
+            rng.append(torch.cuda.get_rng_state())
         buffer = io.BytesIO()
         torch.save(values | states | dict(rng=rng), buffer)
         content = buffer.getbuffer()

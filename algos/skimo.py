@@ -10,7 +10,7 @@ reward and the value on the way.
 1. Pre-training: encode states as h = E(s), chunks of H actions as skills z ~ q. Loss = behavioural cloning
    + KL(q || N(0,1)) (eq. 3) + reconstruction + consistency of h_{i+1} = D(h_i, z_i) (eq. 4) + KL(q || p(h_i)) (eq. 5)
 2. Downstream RL. The task policy pi starts as the prior p. Repeat:
-   act: plan skills by CEM with dynamics D, reward R, critics Q; run the first for H steps with the frozen policy pi_L
+   act: plan skills by CEM with dynamics D, reward R, critics Q; run the first for H steps by the skill policy pi_L
    model update: consistency, reward and TD losses on windows of N skills (eq. 6)
    policy update: maximise Q(h, z) - alpha KL(pi(h) || p(h)) (eq. 7); tune alpha; move the slow target copy
 
@@ -138,7 +138,8 @@ class Args:
         plans = self.num_samples + self.num_policy_trajs
         most = dict(gamma=1, tau=1, rho=1, bc_chunks=self.pretrain_skills, num_elites=plans)
         for name, value in vars(self).items():
-            low, high = least.get(name, 1 if type(value) is int else 0), most.get(name, 2**31)
+            low = least.get(name, 1 if type(value) is int else 0)
+            high = most.get(name, 2**31)
             if type(value) in (int, float) and not low <= value <= high:  # nor NaN
                 sys.exit(f"error: --{name} {value} does not work: give {low} to {high}")
 
@@ -444,7 +445,7 @@ def model_loss(model, target, task_policy, obs, z, rewards, dones, args):
     """World model and critics on windows of skills from the replay buffer (SkiMo eq. 6).
 
     obs (B, N+1, O), z (B, N, Z), rewards and dones (B, N). Returns the loss, metrics, and detached latents for the
-    policy: h = E(o) and h_pred rolled out from h_0, both (B, N+1, d).
+    policy: h = E(obs) and h_pred rolled out from h_0, both (B, N+1, d).
     """
     N = z.shape[1]
     h = model.encoder(obs)  # (B, N+1, d)
@@ -853,7 +854,8 @@ def train(args: Args) -> dict:
     if global_step < args.total_timesteps:
         sys.exit(f"stopped; go on with: python {sys.argv[0]} --resume {run_dir}")
     last_100 = [row[1] for row in episodes[-100:]]
-    results = dict(env_steps=global_step, updates=gradient_step, rl_minutes=(time.time() - start_time) / 60)
+    minutes = (time.time() - start_time) / 60
+    results = dict(env_steps=global_step, updates=gradient_step, rl_minutes=minutes)
     results["last_100_return"] = float(np.mean(last_100)) if last_100 else None
     results["last_100_success"] = task.success(last_100)
     results |= dict(evaluations=evaluations, pretraining=facts, args=asdict(args))
@@ -882,7 +884,9 @@ def save(path: Path, values: dict, parts: dict | None = None):
         if not all(w.isfinite().all() for w in weights):
             sys.exit(f"error: learning has diverged, {path} is not written: lower the learning rate")
         states = {name: part.state_dict() for name, part in parts.items()}
-        rng = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
+        rng = [torch.get_rng_state()]
+        if torch.cuda.is_initialized():
+            rng.append(torch.cuda.get_rng_state())
         buffer = io.BytesIO()
         torch.save(values | states | dict(rng=rng), buffer)
         content = buffer.getbuffer()

@@ -106,7 +106,7 @@ WITHOUT_DATA = {
 # What acts in RL, without and with the demonstrations -> logs of the maze and of the Kitchen
 RIVALS = {
     "skills: SPiRL": ("maze/spirl/scripted", "kitchen/spirl/scripted"),
-    "skills, five critics: SUPE [without demonstrations](results/studies/supe_demonstrations)": (
+    "skills: SUPE [without demonstrations](results/studies/supe_demonstrations)": (
         "studies/supe_demonstrations/maze_without",
         "studies/supe_demonstrations/kitchen_without",
     ),

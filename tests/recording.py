@@ -42,7 +42,7 @@ def note_environments(notes, patch):
 
     def reset(envs, original=MazeVectorEnv.reset, **how):
         if how.get("seed") is not None:
-            envs.notes = SimpleNamespace(torch_seed=seeds[-1], seed=how["seed"], steps=[])
+            envs.notes = SimpleNamespace(torch_seed=seeds[-1], seed=how["seed"], steps=[], skills=[])
             if envs.num_envs == NUM_ENVS:
                 notes.training = envs.notes  # the last one: earlier ones belong to pre-training
             elif envs.num_envs == 2:
@@ -209,14 +209,12 @@ def note_exploring(notes, module, patch):
 
 
 def note_skills(notes, module, patch):
-    """skills: those that were executed in training, as they are stored."""
-    notes.skills = []
+    """training.skills: those that were executed, as they are stored."""
     if hasattr(module, "execute_skill"):
 
         def execute(envs, skills, obs, z, args, original=module.execute_skill):
-            if envs.num_envs == NUM_ENVS:
-                half = module.__name__.endswith("tdmpc_skills")  # its model sees skills in (-1, 1)
-                notes.skills.append(z.numpy() / 2 if half else z.numpy().copy())
+            half = module.__name__.endswith("tdmpc_skills")  # its model sees skills in (-1, 1)
+            envs.notes.skills.append(z.numpy() / 2 if half else z.numpy().copy())
             return original(envs, skills, obs, z, args)
 
         patch.setattr(module, "execute_skill", execute)

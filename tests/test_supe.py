@@ -139,6 +139,12 @@ def test_a_batch_has_its_share_of_demonstrations(ratio, own, demos):
     assert batches == [[8] * 5] * 3  # each critic step has a batch of its own
 
 
+def test_a_small_batch_keeps_an_own_row():
+    """Without one the models of reward and end would learn from nothing: NaN."""
+    args = tiny_args(offline_ratio=0.9, critic_steps=1)
+    assert len(filled(args, numbered_data()).sample(4)[0]) == 1
+
+
 def test_replay_is_a_ring_of_transitions():
     args = tiny_args(buffer_size=5)
     rb = supe.ReplayBuffer(4, args, None)
