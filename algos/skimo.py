@@ -586,7 +586,7 @@ class ReplayBuffer:
         self.num_episodes = 0
         self.running = [0] * args.num_envs  # skills in each unfinished episode
 
-    def add(self, ended, **skill):
+    def add(self, **skill):
         """One skill of every environment: obs, next_obs (E, O), z (E, Z), rewards, dones (E,)."""
         E = len(self.running)
         for name, column in self.columns.items():
@@ -594,7 +594,7 @@ class ReplayBuffer:
             self.columns[name][self.rows : self.rows + E] = torch.as_tensor(skill[name])
         self.rows += E
         self.running = [T + 1 for T in self.running]
-        for e in np.flatnonzero(ended):
+        for e in np.flatnonzero(skill["dones"]):
             T = self.running[e]
             self.running[e] = 0
             if T >= self.num_skills:
@@ -801,8 +801,7 @@ def train(args: Args) -> dict:
             z = agent.choose_skills(obs, None if warming_up else global_step, explore=True)  # (E, Z)
             steps_before = envs.steps.sum()
             next_obs, rewards, ended = execute_skill(envs, agent.skills, obs, z, args)
-            ends = envs.terminations
-            rb.add(ended, obs=obs, z=z, rewards=args.reward_scale * rewards, dones=ends, next_obs=next_obs)
+            rb.add(obs=obs, z=z, rewards=args.reward_scale * rewards, dones=ended, next_obs=next_obs)
             new_steps = int(envs.steps.sum() - steps_before)
             global_step += new_steps
 
