@@ -21,7 +21,7 @@ DEVIATION n: differences from the authors' code. Why, and scores: algos/docs/qc.
 5. Smaller networks, K = 5, H = 10 (kitchens 5), a rate that falls to zero, 8 environments, fewer updates; gamma 0.999;
 in the maze batches of 128, a warm-up of 50,000 env steps.
 6. Sines of positions as inputs, rewards of 100 scaled to 10 or 1; kitchens: arms shifted; people's objects recombined.
---published takes their side of 2, 5 and the sines. Their other variant, a policy distilled from the flow, is not here.
+--published takes their side of 2, 5 and 6 (rewards stay). Their variant with a distilled policy is not here.
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, make_networks, pretrain_loss, pretrain,
 critic_loss, outcome_loss, demonstrations, ReplayBuffer, Agent, rollout, train
 Shapes: B batch, H steps per chunk, N chunks drawn, O observation, F inputs, A action, D = H A, E environments.
@@ -100,7 +100,7 @@ class Args:
     # Downstream RL
     num_envs: int = 8  # environments side by side
     warmup_steps: int = 5_000  # env steps with single chunks of the clone, before updates start
-    updates_per_step: float = 0.1  # gradient updates per env step after the warm-up: here one per chunk
+    updates_per_step: float = 0.1  # gradient updates per env step after the warm-up
     num_samples: int = 32  # N: chunks of which the best one acts
     num_candidates: int = 8  # N': chunks kept with each env step for the targets; 0: N are drawn anew in every update
     bc_online: bool = False  # train the flow on, on the chunks of each batch

@@ -17,9 +17,9 @@ demonstrations, with the rewards that the agent's own experience foretells and a
 
 DEVIATION n: differences from the authors' code. Why, and scores: algos/docs/supe.md
 1. Skills are SPiRL's: 10 steps, 10 numbers, close to N(0, 1); the skill policy acts without noise. Labels are samples
-of q, as in their paper; their code takes its mean. Networks, g's too, and pre-training have spirl.py's numbers.
-2. Fewer updates: 2 critic steps per skill with 5 critics; theirs: 80 with 10. Alpha is faster; maze: Q', too, m 2,
-batches of 128, alpha from .01 (theirs: 256, .05).
+of q, as in their paper; their code takes its mean. In networks and pre-training n is spirl.py's.
+2. Fewer updates: 2 critic steps per skill with 5 critics; theirs: 80 with 10. Alpha is faster; maze: tau .05, m 2,
+batches of 128, alpha from .01 (theirs: .005, 1, 256, .05).
 3. The bonus is scaled once, to a mean of rnd_coef on own transitions. Theirs is 8 times the error.
 4. A skill's rewards are summed; the maze pays 10 at its goal, not -1 per env step. 5. E environments side by side.
 6. Sines of positions as inputs, but not of g; LayerNorm has no weights, and R and M are networks as the critics.
