@@ -48,8 +48,8 @@ def evaluations(path: Path, episodes: int) -> list[tuple]:
     agent.load_state_dict(state["agent"])
     plans = hasattr(algo, "plan")
     rows = []
-    ways = ("plan", "mode") if hasattr(algo, "gaussian_parameters") else ("plan",)
-    for acts_by in ways if plans else ("mode",):
+    acts_by_mode = not plans or hasattr(algo, "gaussian_parameters")
+    for acts_by in ["plan"] * plans + ["mode"] * acts_by_mode:
         if plans and acts_by == "mode":
             agent.choose_skills = functools.partial(mode, algo, agent)
         scores = algo.rollout(agent, args, episodes, 10_000 + args.seed, state["global_step"])
@@ -58,6 +58,7 @@ def evaluations(path: Path, episodes: int) -> list[tuple]:
 
 
 def main(args: Args):
+    torch.set_num_threads(data_tools.fastest_threads())
     table = args.folder / "evaluations.csv"
     rows = csv.DictReader(table.open()) if table.exists() else ()
     done = {(row["checkpoint"], int(row["env_step"]), int(row["episodes"])) for row in rows}

@@ -221,14 +221,14 @@ def lead_row(cells, task: str, method: str, data: str) -> dict[str, str]:
     return row
 
 
-def board_section(cells, task: str, data: str) -> str:
-    """Results of a task with one kind of data."""
+def board_section(cells, task: str, data: str, ours: bool) -> str:
+    """Results of a task with one kind of data. Of our own logs only the main methods are compared with SkiMo."""
     here = scores.board(cells, task, data)
     rows = [board_row(cells, task, name, data) for name in here]
     filled_in = [name for name in rows[0] if any(row[name] != "–" for row in rows)]
     text = f"## {board_label(task, data)}\n" + table([{name: row[name] for name in filled_in} for row in rows])
     if "skimo" in here and len(here) > 1:
-        text += "\n" + table([lead_row(cells, task, name, data) for name in here if name in COMPARED])
+        text += "\n" + table([lead_row(cells, task, name, data) for name in here if name in COMPARED or not ours])
     return text + "\n"
 
 
@@ -434,7 +434,7 @@ def planner_table(path: Path) -> str:
 
 def held_out_text(held) -> str:
     """The page beside the held-out logs."""
-    boards = "".join(board_section(held, task, data) for task, data in scores.boards(held))
+    boards = "".join(board_section(held, task, data, ours=True) for task, data in scores.boards(held))
     planner = planner_table(RESULTS / "held-out" / "evaluations.csv")
     return f"{NOTES['held-out runs']}\n\n{boards}{NOTES['planner or policy']}\n\n{planner}"
 
@@ -555,7 +555,7 @@ def coverage_text(cells) -> str:
 
 def results_text(cells, ours: bool = True, held=()) -> str:
     """RESULTS.md; held: the held-out cells, if there are any."""
-    boards = "".join(board_section(cells, task, data) for task, data in scores.boards(cells))
+    boards = "".join(board_section(cells, task, data, ours) for task, data in scores.boards(cells))
     if not ours:
         return f"{NOTES['other results']}\n\n{boards}".strip() + "\n"
     parts = [NOTES["introduction"], NOTES["claims"], claims_table(cells), NOTES["orderings"], orderings_table(cells)]

@@ -45,6 +45,7 @@ from benchmarks.provenance import describe_code, describe_machine
 from benchmarks.suites import HELD_OUT, SEEDS, SUITES, Board
 from data_tools import TASKS
 from data_tools.files import check_writable, write_atomically
+from data_tools.tasks.vector import num_cores
 
 LOCK_TIMEOUT = 300  # seconds to wait until a run whose runner or node was lost has saved and ended
 STOP_TIMEOUT = 600  # seconds that runs get to save when the runner is stopped: a block of updates can take minutes
@@ -81,7 +82,7 @@ class Args:
     dry_run: bool = False  # print the commands and stop
 
     address: str | None = None  # of a running Ray cluster: host:port, or auto (None: this machine alone)
-    num_cpus: int = os.cpu_count()  # cores to use (without --address)
+    num_cpus: int = num_cores()  # cores to use (without --address)
     threads_per_run: int = 1  # CPU threads of a run, and cores that Ray sets aside for it
     device: Literal["cpu", "cuda"] | None = None  # where runs learn and plan (None: on a GPU if Ray finds any)
     runs_per_gpu: int = 1  # runs that share a GPU
@@ -374,8 +375,7 @@ def make_cells(args: Args) -> list[Cell]:
     for name in names:
         if name.replace("_", "-") in OURS:
             sys.exit(f"error: {name} in --args would mix up the grid; leave it out")
-    boards = HELD_OUT | {task: Board(task) for task in TASKS}
-    boards |= SUITES[args.suite].boards if args.suite else {}
+    boards = SUITES[args.suite].boards if args.suite else HELD_OUT | {task: Board(task) for task in TASKS}
     cells = []
     for env_id in dict.fromkeys(args.env_ids):
         board = boards[env_id]

@@ -31,7 +31,7 @@ NO_LOG = "move both elsewhere", "and its CSV are no whole log"
 
 @dataclass(frozen=True)
 class Task:
-    """Facts about a task. Scores are shares of it; of a user's own task they are returns."""
+    """Facts about a task. Scores are shares of it; of a task without a highest return they are returns."""
 
     label: str
     max_return: float  # of an episode in which everything was done: a score of 1
@@ -299,7 +299,8 @@ def prior_alone(run: Run) -> float:
 
     Tasks that take others' models show none, for the roll-outs were mostly in the others.
     """
-    if run.task in ("kitchen-misaligned", "kitchen-6", "maze-far", "calvin-6"):
+    known = data_tools.TASKS.get(run.task)
+    if known and known.data not in (None, run.task):
         return np.nan
     return run.pretraining.get("prior_return", np.nan) / TASKS[run.task].max_return
 

@@ -9,9 +9,10 @@ The format is recognised by content, not by name:
 download.py fetches published files.
 """
 
-import hashlib
 import os
 from pathlib import Path
+
+import pooch
 
 from data_tools.dataset import OfflineDataset, check_not_zero, made_once
 from data_tools.files import CURE, DataError, check_regular, listed, reading
@@ -50,8 +51,7 @@ def read_data(
     check_values(dataset, facts, str(path))
     notes = [attributes["note"]] if "note" in attributes else []
     if path.is_file() and not d4rl.SOURCES[attributes["source"]][1]:
-        with open(path, "rb") as file:
-            notes.append(f"SHA-256 {hashlib.file_digest(file, 'sha256').hexdigest()}")
+        notes.append(f"SHA-256 {pooch.file_hash(path)}")
     print(
         f"Data: {attributes['description']} from {path}: {len(dataset.episode_starts):,} episodes, "
         f"{len(dataset):,} steps{''.join(f'; {note}' for note in notes)}",

@@ -10,13 +10,13 @@ from typing import NamedTuple
 import numpy as np
 
 from data_tools.tasks import calvin_scene as scene
+from data_tools.tasks.calvin import DRAWER, SLIDE, SWITCH, subtask_conditions
 
 TRAJECTORY_STEPS = 490
 OPEN, CLOSED = 1.0, -1.0
 DOWN = np.array([3.09, -0.03, 1.5])  # Euler angles of the tool: it points down, the fingers open along x
 FIXTURE_SHARE = 0.35  # of the behaviours in play that move drawer, slider, switch or button
 BEHAVIOUR_LIMIT = 220  # steps
-SLIDE, DRAWER, BUTTON, SWITCH = range(15, 19)  # of the observation
 
 
 class View(NamedTuple):
@@ -307,16 +307,10 @@ def draw_fixtures(rng) -> tuple[np.ndarray, bool]:
 def expert(view: View) -> Script:
     """Do the sub-tasks in order, the six of calvin-6, each again until it holds; then stay."""
     start = view.obs
-    plan = (
-        (open_drawer, lambda obs: obs[DRAWER] - start[DRAWER] > 0.12),
-        (switch_on, lambda obs: obs[19] == 1),
-        (slide_left, lambda obs: obs[SLIDE] - start[SLIDE] > 0.15),
-        (press_button, lambda obs: obs[20] == 1),
-        (slide_right, lambda obs: obs[SLIDE] - start[SLIDE] < 0.05),
-        (close_drawer, lambda obs: obs[DRAWER] - start[DRAWER] < 0.05),
-    )
-    for behaviour, holds in plan:
-        while not holds(view.obs):
+    plan = dict(drawer=open_drawer, bulb=switch_on, slider=slide_left, led=press_button)
+    plan |= dict(slider_back=slide_right, drawer_shut=close_drawer)
+    for subtask, behaviour in plan.items():
+        while not subtask_conditions(view.obs, start, [subtask])[0]:
             view = yield from follow(view, retreat(view) + behaviour(view))
     while True:
         view = yield np.append(np.zeros(6), view.obs[14])
