@@ -212,9 +212,8 @@ def as_chunk(actions):
 
 
 def flow_loss(flow, obs, chunk, alive):
-    """Flow matching: from anywhere on the straight line between noise and chunk, go the line's way.
-
-    obs (B, O), chunk (B, D), alive (B, H): 0 for actions behind an episode's end, which teach nothing. Scalar.
+    """Flow matching: from anywhere on the straight line between noise and chunk, go the line's way. obs (B, O), chunk
+    (B, D), alive (B, H): 0 for actions behind an episode's end, which teach nothing. Scalar.
     """
     noise = torch.randn_like(chunk)  # (B, D)
     t = torch.rand_like(chunk[:, :1])  # (B, 1)
@@ -341,8 +340,7 @@ def counting(ends, alive):
 
 def critic_loss(critics, target, obs, chunk, rewards, ends, alive, next_obs, candidates, args):
     """TD loss of both critics: a chunk is worth its rewards and the best chunk that can follow. The critics choose it
-    and their slow copies judge it: a value too high by chance is not taken twice. The window is as ReplayBuffer.sample
-    gives it. Returns the loss and metrics, scalars.
+    and their slow copies judge it: no value too high by chance is taken twice. Windows are ReplayBuffer.sample's.
     """
     with torch.no_grad():
         next_chunk = best_chunk(critics, next_obs, candidates)  # (B, D)
@@ -366,13 +364,11 @@ def outcome_loss(outcome, obs, chunk, rewards, ends, alive):
 
 @torch.no_grad()
 def demonstrations(flow, outcome, obs, actions, args):
-    """Windows of the data, obs (B, H+1, O) and actions (B, H, A), in the form of online ones (DEVIATION 4). With "zero"
-    none is an end: 0 and no future would say that the goal is worthless.
-    """
+    """Windows of the data, obs (B, H+1, O) and actions (B, H, A), in the form of online ones (DEVIATION 4)."""
     first, last = obs[:, 0], obs[:, -1]  # (B, O)
     chunk = as_chunk(actions)  # (B, D)
     alive = torch.ones_like(actions[..., 0])  # (B, H)
-    rewards = ends = torch.zeros_like(alive[:, 0])  # (B,)
+    rewards = ends = torch.zeros_like(alive[:, 0])  # (B,): 0 at an end would say that the goal is worthless
     if args.offline == "pred":
         rewards, logit = outcome(first, chunk)  # 2 x (B,)
         ends = logit.sigmoid()
@@ -386,9 +382,8 @@ class ReplayBuffer:
         self.args, self.data = args, data
         self.size = args.buffer_size // args.num_envs
         room = args.num_envs, self.size
-        chunks = args.num_candidates, args.skill_horizon * action_dim
-        # obs, actions, rewards, terminations, truncations, next_obs, and candidates of next_obs
-        shapes = (obs_dim,), (action_dim,), (), (), (), (obs_dim,)
+        chunks = args.num_candidates, args.skill_horizon * action_dim  # of next_obs
+        shapes = (obs_dim,), (action_dim,), (), (), (), (obs_dim,)  # obs, actions, rewards, ends, time-outs, next_obs
         self.columns = [torch.zeros(*room, *shape, device=args.device) for shape in shapes]
         self.columns.append(torch.zeros(*room, *chunks, dtype=torch.float16, device=args.device))
         self.added = torch.zeros(args.num_envs, dtype=torch.int64, device=args.device)  # rows ever added to each ring
@@ -428,11 +423,10 @@ class ReplayBuffer:
         discounts = self.args.gamma ** torch.arange(H, device=device)
         rewards = (alive * discounts * rewards).sum(1)
         ends = (alive * terminations).amax(1)
-        first = e, index[:, 0]
         last = e, index[:, -1]
         chunk = actions.flatten(1)  # (B, D)
         chunks = candidates[last].float()  # (B, N', D)
-        return obs[first], chunk, rewards, ends, alive, next_obs[last], chunks, *windows
+        return obs[e, index[:, 0]], chunk, rewards, ends, alive, next_obs[last], chunks, *windows
 
     def state_dict(self) -> dict:
         filled = min(int(self.added.max()), self.size)
@@ -509,11 +503,10 @@ class Agent(nn.Module):
         if windows:
             labelled = demonstrations(self.flow, self.outcome, *windows, args)
             batch = [torch.cat(column) for column in zip(own, labelled)]
-        obs, chunk, rewards, ends, alive, next_obs, candidates = batch
+        obs, chunk, _, _, alive, next_obs, candidates = batch
         if args.num_candidates == 0:
             candidates = self.flow.sample(next_obs, args.num_samples)
-        rows = obs, chunk, rewards, ends, alive, next_obs, candidates
-        loss, metrics = critic_loss(self.critics, self.target, *rows, args)
+        loss, metrics = critic_loss(self.critics, self.target, *batch[:6], candidates, args)
         if self.outcome:
             model_loss, model_metrics = outcome_loss(self.outcome, *own[:5])
             loss, metrics = loss + model_loss, metrics | model_metrics
@@ -530,9 +523,7 @@ class Agent(nn.Module):
 
 
 def execute_chunks(envs, obs, chunks):
-    """H env steps of chunks (E, H, A), come what may; obs (E, O). All NumPy. Returns obs, actions, rewards,
-    terminations, truncations, next_obs, each (E, H, ...): who has ended stands still.
-    """
+    """H env steps of chunks (E, H, A): obs, actions, rewards, terminations, truncations, next_obs, each (E, H, ...)."""
     steps = []
     for action in chunks.swapaxes(0, 1):  # time-first
         next_obs, rewards, terminations, truncations, _ = envs.step(action)
@@ -542,9 +533,7 @@ def execute_chunks(envs, obs, chunks):
 
 
 def rollout(agent: Agent, args: Args, num_episodes: int, seed: int, global_step=None, video: Path | None = None):
-    """Scores of an episode in each of num_episodes environments, with random numbers of its own. Chunks are chosen as
-    after global_step; without it they are single ones of the clone.
-    """
+    """Scores of episodes with random numbers of their own. Chunks: as after global_step, without it single ones."""
     envs = data_tools.make_envs(args.env_id, num_episodes, video)
     with torch.random.fork_rng(["cuda"] if args.device == "cuda" else []):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""SUPE: Skills from Unlabeled Prior Data for Exploration (Wilcoxson et al., ICML 2025), https://arxiv.org/abs/2410.18076
+"""SUPE: Skills from Unlabeled Prior Data for Exploration (Wilcoxson et al., ICML 2025), arxiv.org/abs/2410.18076
 
 Idea: the skills of spirl.py, but the data that taught them are not thrown away. In RL half of every batch are
 demonstrations, with the rewards that the agent's own experience foretells and a bonus for what it has not tried.
@@ -19,10 +19,9 @@ DEVIATION n: differences from the authors' code. Why, and scores: algos/docs/sup
 1. Skills are SPiRL's: 10 steps, 10 numbers, close to N(0, 1); the skill policy acts without noise. Labels are samples
 of q, as in their paper; their code takes its mean. In networks and pre-training n is spirl.py's.
 2. Fewer updates: 2 critic steps per skill with 5 critics; theirs: 80 with 10. Alpha is faster; maze: tau .05, m 2,
-batches of 128, alpha from .01 (theirs: .005, 1, 256, .05).
-3. The bonus is scaled once, to a mean of rnd_coef on own transitions. Theirs is 8 times the error.
-4. A skill's rewards are summed; the maze pays 10 at its goal, not -1 per env step. 5. E environments side by side.
-6. Sines of positions as inputs, but not of g; LayerNorm has no weights, and R and M are networks as the critics.
+batches of 128, alpha from .01 (theirs: .005, 1, 256, .05). 3. The bonus is scaled once, to a mean of rnd_coef on own
+transitions; theirs is 8 times the error. 4. A skill's rewards are summed; the maze pays 10 at its goal, not -1 per env
+step. 5. E environments at once. 6. Sines as inputs, not of g; LayerNorm has no weights; R and M are as the critics.
 7. The policy begins as the prior and stays near it. Theirs begins anew, random to an entropy of -Z/2: --target-kl 0.
 --published takes the authors' side of 2 and 7, SPiRL's release for its skills, and one environment.
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, SkillModel, make_networks, pretrain_loss, pretrain,
@@ -132,9 +131,8 @@ class Args:
                 sys.exit(f"error: --{name} {value} does not work: give {low} to {high}")
 
 
-# By the name of a task's data: spirl.py's values for pre-training, target_kl and tau, and rewards of 10 (CALVIN: 1) for
-# a success. The maze's demonstrations walk on through the goal: foretold, it would count again. `people`: with people's
-# data (--data other than scripted).
+# By the name of a task's data; `people`: with people's (--data other than scripted). Pre-training, target_kl and tau as
+# in spirl.py; a success pays 10 (CALVIN: 1). The maze's data walk on through the goal: foretold, it would count again.
 TASK_DEFAULTS = {
     "maze": dict(total_timesteps=2_000_000, warmup_steps=50_000, batch_size=128, alpha=0.01, target_kl=3.0,
                  tau=0.05, reward_scale=0.1, relabel="zero"),
@@ -434,7 +432,6 @@ class Ensemble(nn.Module):
 
 class Novelty(nn.Module):
     """Squared error (...) with which g foretells g', 256 random numbers of scaled observations (..., O) and u (..., Z).
-
     g learns g' where the agent has been, and errs elsewhere. With sines every place would be new (DEVIATION 6).
     """
 
@@ -451,10 +448,7 @@ class Novelty(nn.Module):
 
 
 def outcome_loss(outcome, obs, u, rewards, ends):
-    """Squared error of R and cross-entropy of M (5) on the agent's own transitions; outcome gives R and M's logit.
-
-    obs (B, O), u (B, Z), rewards without bonus and true ends (B,). Returns the loss and metrics, scalars.
-    """
+    """Squared error of R, cross-entropy of M (5) on own obs (B, O), u (B, Z), rewards, ends (B,). Loss and metrics."""
     reward, logit = outcome(obs, u)  # 2 x (B,)
     reward_loss = (reward - rewards).square().mean()
     end_loss = nn.functional.binary_cross_entropy_with_logits(logit, ends)
@@ -463,26 +457,20 @@ def outcome_loss(outcome, obs, u, rewards, ends):
 
 @torch.no_grad()
 def demonstrations(encoder, outcome, obs, actions, args):
-    """Windows of the data, obs (B, H+1, O) and actions (B, H, A), as transitions (1): obs, u, rewards, ends, next_obs.
-
-    With "zero" nothing ends: 0 and no future would say that the goal is worthless.
-    """
+    """Windows of data, obs (B, H+1, O), actions (B, H, A), as transitions (1): obs, u, rewards, ends, next_obs."""
     u = torch.tanh(draw(encoder.encode_skill(obs[:, :-1], actions)))  # (B, Z), as random as the agent's own
     reward, logit = outcome(obs[:, 0], u)  # 2 x (B,)
-    known = args.relabel == "pred"  # 1, or 0
+    known = args.relabel == "pred"  # or 0: no reward and no end, which would say that the goal is worthless
     return obs[:, 0], u, known * reward, known * logit.sigmoid(), obs[:, -1]
 
 
 def critic_loss(critics, target, task_policy, obs, u, rewards, ends, next_obs, args):
-    """TD loss of all critics (3), without SAC's entropy: a skill is worth its reward and the value where it ends.
-
-    obs, next_obs (B, O), u (B, Z), rewards with bonus, ends (B,). Returns the loss and metrics, scalars.
-    """
+    """TD loss of all critics (3): obs, next_obs (B, O), u (B, Z), rewards with bonus, ends (B,). Loss and metrics."""
     with torch.no_grad():
         next_u = torch.tanh(draw(task_policy(next_obs)))  # (B, Z)
         drawn = torch.rand(args.num_critics, device=obs.device).topk(args.target_critics).indices  # (m,)
         next_q = target(next_obs, next_u)[drawn].amin(0)  # (B,)
-        td_target = rewards + (1 - ends) * args.gamma * next_q  # (B,)
+        td_target = rewards + (1 - ends) * args.gamma * next_q  # (B,), without SAC's entropy
     q = critics(obs, u)  # (n, B)
     loss = (q - td_target).square().mean()
     metrics = dict(value_loss=loss, q_value=q, td_target=td_target)
@@ -490,14 +478,11 @@ def critic_loss(critics, target, task_policy, obs, u, rewards, ends, next_obs, a
 
 
 def policy_loss(critics, task_policy, skill_prior, obs, alpha, args):
-    """Policy (4): prefer skills that the critics like, but stay close to the prior, where skills are known (7).
-
-    obs (B, O), alpha (). Returns the loss and metrics; prior_kl is the KL, with target_kl 0 log pi: minus the entropy.
-    """
+    """Policy (4): prefer skills that critics like, but close to the prior. obs (B, O), alpha (). Loss and metrics."""
     pi = task_policy(obs)  # 2 x (B, Z)
     z = draw(pi)  # (B, Z)
     q_value = critics(obs, torch.tanh(z)).mean(0)  # (B,)
-    prior_kl = kl_divergence(pi, skill_prior(obs)) if args.target_kl else log_prob(pi, z)  # (B,), DEVIATION 7
+    prior_kl = kl_divergence(pi, skill_prior(obs)) if args.target_kl else log_prob(pi, z)  # (B,) nats, DEVIATION 7
     loss = (alpha * prior_kl - q_value).mean()
     metrics = dict(policy_loss=loss, policy_q=q_value, prior_kl=prior_kl)
     return loss, {name: value.detach().mean() for name, value in metrics.items()}
@@ -523,9 +508,8 @@ class ReplayBuffer:
         self.added += len(obs)
 
     def sample(self, batch_size: int):
-        """The rows of k batches, uniform: obs (kb, O), u (kb, Z), rewards and ends (kb,), next_obs (kb, O).
-
-        The other k(B - b) rows, if any, are windows of the data: obs (.., H+1, O), actions (.., H, A).
+        """The rows of k batches, uniform: obs (kb, O), u (kb, Z), rewards and ends (kb,), next_obs (kb, O). The other
+        k(B - b) rows, if any, are windows of the data: obs (.., H+1, O), actions (.., H, A).
         """
         k = self.args.critic_steps
         windows = int(self.args.offline_ratio * batch_size)
@@ -629,15 +613,11 @@ class Agent(nn.Module):
         descend(self.outcome_optimizer, loss)
 
         # ALGO LOGIC: each of the k batches has own transitions and demonstrations; both get a bonus
-        parts = [own]
-        if windows:
-            parts.append(demonstrations(self.encoder, self.outcome, *windows, args))
+        parts = [own, demonstrations(self.encoder, self.outcome, *windows, args)] if windows else [own]
         parts = [[x.unflatten(0, (args.critic_steps, -1)) for x in part] for part in parts]
         obs, u, rewards, ends, next_obs = [torch.cat(columns, 1) for columns in zip(*parts)]  # (k, B, ...)
-        with torch.no_grad():
-            bonus = self.bonus_scale * self.novelty(obs, u)  # (k, B)
-        for i in range(args.critic_steps):
-            transitions = obs[i], u[i], rewards[i] + bonus[i], ends[i], next_obs[i]
+        bonus = self.bonus_scale * self.novelty(obs, u).detach()  # (k, B)
+        for transitions in zip(obs, u, rewards + bonus, ends, next_obs):
             loss, critic_metrics = critic_loss(critics, self.target, self.task_policy, *transitions, args)
             descend(self.critic_optimizer, loss)
             with torch.no_grad():
@@ -649,8 +629,7 @@ class Agent(nn.Module):
         descend(self.policy_optimizer, loss)
         critics.requires_grad_(True)
 
-        # Alpha rises while the KL exceeds its target
-        target = args.target_kl or args.skill_dim / 2
+        target = args.target_kl or args.skill_dim / 2  # alpha rises while the KL exceeds it
         descend(self.alpha_optimizer, self.log_alpha.exp() * (target - policy_metrics["prior_kl"]))
         norms = [nn.utils.get_total_norm([w.grad for w in of.parameters()]) for of in (critics, self.task_policy)]
         return dict(metrics, **critic_metrics, **policy_metrics, alpha=alpha, bonus=bonus.mean(), grad_norm=sum(norms))
@@ -714,9 +693,8 @@ def train(args: Args) -> dict:
     rb = ReplayBuffer(obs.shape[1], args, data.to(args.device) if args.offline_ratio else None)
     global_step, gradient_step, seconds = 0, 0, 0.0
     episodes, evaluations = [], []  # (env step, return, length, minutes), (env step, mean return, success)
-    parts = dict(agent=agent, rb=rb, critics=agent.critic_optimizer)
-    parts |= dict(policy=agent.policy_optimizer, alpha=agent.alpha_optimizer)
-    parts |= dict(outcome=agent.outcome_optimizer, novelty=agent.novelty_optimizer)
+    parts = dict(agent=agent, rb=rb, critics=agent.critic_optimizer, policy=agent.policy_optimizer)
+    parts |= dict(alpha=agent.alpha_optimizer, outcome=agent.outcome_optimizer, novelty=agent.novelty_optimizer)
     if checkpoint.exists():
         state = load(checkpoint, parts)
         obs = envs.set_state(state["envs"])
