@@ -318,7 +318,8 @@ def audited(cells):
         ("kitchen", "spirl", "human"): "spirl_alpha_people/kitchen_from_1",
         ("kitchen-misaligned", "spirl", "human"): "spirl_alpha_people/misaligned_from_1",
     }
-    former |= {("maze", name, "scripted"): f"maze_before/{name}" for name in ("skimo", "skimo_no_cem", "skimo_sac")}
+    before = ("skimo", "skimo_no_joint", "skimo_no_cem", "skimo_sac")
+    former |= {("maze", name, "scripted"): f"maze_before/{name}" for name in before}
     studies = scores.RESULTS / "studies"
     return cells | {cell: report.read_variant(studies / name) for cell, name in former.items()}
 
@@ -333,7 +334,7 @@ def test_the_audits_numbers_come_out(audited, cell):
 def test_the_audits_counts_and_marks_come_out(cells, audited):
     today = cells | {cell: runs for cell, runs in audited.items() if cell[1] == "spirl"}  # as RESULTS says
     speed = [scores.agreement(today, "speed", data, scores.paper_speed) for data in ("scripted", "human")]
-    assert [found["hold"] for found in speed] == [24, 13]
+    assert [found["hold"] for found in speed] == [23, 13]
     speed = [scores.agreement(audited, "speed", data, scores.paper_speed) for data in ("scripted", "human")]
     assert [(found["hold"], found["pairs"]) for found in speed] == [(23, 40), (13, 20)]
     assert [round(found["chance"], 1) for found in speed] == [14.4, 6.5] and round(speed[1]["p"], 3) == 0.007
