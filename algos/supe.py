@@ -21,7 +21,7 @@ of q, as in their paper; their code takes its mean. In networks and pre-training
 2. Fewer updates: 2 critic steps per skill with 5 critics; theirs: 80 with 10. Alpha is faster; maze: tau .05, m 2,
 batches of 128, alpha from .01 (theirs: .005, 1, 256, .05). 3. The bonus is scaled once, to a mean of rnd_coef on own
 transitions; theirs is 8 times the error. 4. A skill's rewards are summed; the maze pays 10 at its goal, not -1 per env
-step; a time-out is no end, as theirs. 5. E environments. 6. Sines as inputs, not of g; LayerNorm has no weights.
+step; a time-out is no end, as there. 5. E environments. 6. Sines as inputs, not of g; LayerNorm has no weights.
 7. The policy begins as the prior and stays near it. Theirs begins anew, random to an entropy of -Z/2: --target-kl 0.
 --published takes the authors' side of 2 and 7, SPiRL's release for its skills, and one environment.
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, SkillModel, make_networks, pretrain_loss, pretrain,
