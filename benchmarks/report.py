@@ -51,7 +51,7 @@ class Claim:
 
 
 CLAIMS = (
-    Claim("a model pays: SkiMo > SkiMo + SAC", "skimo", "skimo_sac", "yes for speed; without noise only on CALVIN"),
+    Claim("a model pays: SkiMo > SkiMo + SAC", "skimo", "skimo_sac", "by speed; without noise only on CALVIN"),
     Claim(
         "planning pays: SkiMo > no planner", "skimo", "skimo_no_cem", "in training; without noise on CALVIN", ALL[1:]
     ),
@@ -59,7 +59,7 @@ CLAIMS = (
     Claim("joint training pays", "skimo", "skimo_no_joint", "in the maze, partly by its prior", (ALL[0], *ALL[2:])),
     Claim("but not in the Kitchen", "skimo_no_joint", "skimo", "not shown: no difference", ALL[1:2]),
     Claim("a skill-level model > a single-step one", "skimo", "skimo_single_step", "yes, but single-step learns too"),
-    Claim("SkiMo > SPiRL", "skimo", "spirl", "by speed in three of six; at the end in the maze"),
+    Claim("SkiMo > SPiRL", "skimo", "spirl", "faster on half, later mostly behind"),
     Claim("naive combinations fail: > SPiRL + Dreamer", "skimo", "dreamer_skills", "far behind; the maze at zero"),
     Claim("without skills nothing is learned: > Dreamer", "skimo", "dreamer", "yes, but ours were smaller"),
     Claim("the same: > TD-MPC", "skimo", "tdmpc", "yes, but ours were smaller"),
@@ -233,8 +233,8 @@ def board_section(cells, task: str, data: str, ours: bool) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------- claims
-def verdicts(cells, claim: Claim, measure: str) -> str:
-    """On how many boards a claim holds (with all seeds apart), is tied or reversed; how probably a run is better."""
+def outcomes(cells, claim: Claim, measure: str) -> tuple[list[str], list[tuple]]:
+    """What scores.relation says on each board of a claim ("ahead", "behind" for "?"), and the values of the two."""
     found, pairs = [], []
     for task, data in scores.boards(cells):
         names = claim.first, claim.second
@@ -244,13 +244,36 @@ def verdicts(cells, claim: Claim, measure: str) -> str:
             stands = scores.relation(*values, TASKS[task].margin)
             found.append(stands if stands != "?" else "ahead" if values[0].mean() > values[1].mean() else "behind")
             pairs.append(values)
+    return found, pairs
+
+
+def counts(found: list[str]) -> tuple[int, int, int]:
+    """Boards on which a claim holds, is tied, is reversed."""
+    return tuple(sum(found.count(stands) for stands in ways) for ways in ((">", "ahead"), "=", ("<", "behind")))
+
+
+def verdicts(cells, claim: Claim, measure: str) -> str:
+    """On how many boards a claim holds (with all seeds apart), is tied or reversed; how probably a run is better."""
+    found, pairs = outcomes(cells, claim, measure)
+    holds, tied, reversed_ = counts(found)
     apart = {stands: f" ({found.count(stands)} apart)" * (stands in found) for stands in "<>"}
-    holds, reversed_ = found.count(">") + found.count("ahead"), found.count("<") + found.count("behind")
     words = [f"{holds} of {len(found)}{apart['>']}"]
-    words += [f"{found.count('=')} tied"] if "=" in found else []
+    words += [f"{tied} tied"] if tied else []
     words += [f"{reversed_} reversed{apart['<']}"] if reversed_ else []
     better, low, high = map(number, scores.improvement(pairs))
     return f"{', '.join(words)}<br>*P* {better} [{low}, {high}]"
+
+
+def claims_overview(cells) -> str:
+    """README's: what the paper says of SkiMo beside the methods compared there."""
+    rows = []
+    for claim in CLAIMS:
+        if claim.first == "skimo" and claim.second in COMPARED:
+            row = {"boards: holds/tied/reversed": claim.text}
+            for measure in MEASURES:
+                row[measure] = "/".join(map(str, counts(outcomes(cells, claim, measure)[0])))
+            rows.append(row | {"verdict": claim.verdict})
+    return table(rows)
 
 
 def claims_table(cells) -> str:
@@ -579,12 +602,13 @@ def pages(cells) -> dict[Path, str]:
     made[RESULTS / "held-out" / "README.md"] = held_out_text(held)
     made |= {RESULTS / "studies" / "README.md": studies_text(RESULTS / "studies", cells)}
     made |= {RESULTS / task / "README.md": task_text(cells, task) for task in ALL}
-    overview = table(boards_table(cells, COMPARED, "algos/docs"))
+    overview = table(boards_table(cells, MAIN, "algos/docs"))
     findings = RESULTS.parent / "FINDINGS.md"
     made[findings] = filled(findings.read_text(), "rivals", rivals_table())
     speed = RESULTS.parent / "SPEED.md"
     made[speed] = filled(speed.read_text(), "updates", speed_table())
-    made[ROOT / "README.md"] = filled((ROOT / "README.md").read_text(), "results", overview)
+    readme = filled((ROOT / "README.md").read_text(), "results", overview)
+    made[ROOT / "README.md"] = filled(readme, "claims", claims_overview(cells))
     for path in sorted((ROOT / "algos" / "docs").glob("*.md")):
         made[path] = filled(path.read_text(), f"result {path.stem}", method_text(cells, path.stem))
     return made

@@ -201,6 +201,7 @@ def test_agreement_beside_chance(tmp_path):
     claim = report.Claim("", "skimo_sac", "skimo", "")
     assert report.verdicts(cells, claim, "level") == "0 of 1, 1 reversed (1 apart)<br>*P* .00 [.00, .00]"
     assert report.verdicts(cells, claim, "without noise") == "0 of 1, 1 tied<br>*P* .50 [.50, .50]"
+    assert "| 1/0/0 | 1/0/0 | 0/1/0 |" in report.claims_overview(cells)
 
 
 def test_commits_of_a_run():
