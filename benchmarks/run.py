@@ -69,7 +69,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 class Args:
     suite: Literal[*SUITES] | None = None  # take methods, tasks, seeds and env steps from suites.py
     algos: tuple[str, ...] = ("skimo",)  # names of files in --algos-dir, without .py
-    env_ids: tuple[Literal[*dict.fromkeys([*TASKS, *HELD_OUT])], ...] = ("maze",)  # tasks, or else boards of suites.py
+    env_ids: tuple[str, ...] = ("maze",)  # tasks, Gymnasium's as well, or else boards of suites.py
     seeds: tuple[int, ...] = SEEDS  # one run each
     data: str = "scripted"  # offline data of the methods that have some: scripted, d4rl, release or a path
     args: str = ""  # more flags for every run, as one string: --args "--total-timesteps 100000"
@@ -375,7 +375,8 @@ def make_cells(args: Args) -> list[Cell]:
     for name in names:
         if name.replace("_", "-") in OURS:
             sys.exit(f"error: {name} in --args would mix up the grid; leave it out")
-    boards = SUITES[args.suite].boards if args.suite else HELD_OUT | {task: Board(task) for task in TASKS}
+    tasks = {name: Board(name) for name in args.env_ids if name in TASKS or name not in HELD_OUT}
+    boards = SUITES[args.suite].boards if args.suite else HELD_OUT | tasks
     cells = []
     for env_id in dict.fromkeys(args.env_ids):
         board = boards[env_id]

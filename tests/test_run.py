@@ -411,13 +411,13 @@ def test_the_home_folder_is_found_behind_an_equals_sign(tmp_path, monkeypatch):
 
 def test_dry_run_prints_commands_that_a_user_could_type(tmp_path, capsys):
     arguments = command(
-        tmp_path, "--env-ids maze calvin --seeds 1 2 --threads-per-run 3 --dry-run", "--tau 0.01 --data 'a b'"
+        tmp_path, "--env-ids Pendulum-v1 calvin --seeds 1 2 --threads-per-run 3 --dry-run", "--tau 0.01 --data 'a b'"
     )
     arguments = [argument for argument in arguments if not str(argument).startswith("--algos-dir")]
     run.main(run.parse_args([str(argument) for argument in arguments[2:]]))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 and list(tmp_path.iterdir()) == []
-    assert lines[4] == "# at the rates of our logs: 0.0 core-hours of RL; not known: maze/skimo, calvin/skimo"
+    assert lines[4] == "# at the rates of our logs: 0.0 core-hours of RL; not known: Pendulum-v1/skimo, calvin/skimo"
     tokens = shlex.split(lines[3])
     assert tokens[:3] == ["OMP_NUM_THREADS=3", "python", str(ROOT / "algos" / "skimo.py")]
     given = dict(zip(tokens[3::2], tokens[4::2]))
