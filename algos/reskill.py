@@ -67,7 +67,7 @@ class Args:
     total_timesteps: int = 1_000_000  # env steps
     seed: int = 1  # of networks, sampling and environments
     data: str = "scripted"  # offline data: scripted, d4rl (people's, of the kitchens), release (the authors') or a path
-    pretrained: str | None = None  # begin with RL from this model: a path, or `published`: ours
+    pretrained: str | None = None  # begin with the flow on this model's skills: a path, or `published`: ours
     published: bool = False  # take the release's settings for this task
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn
     resume: str | None = None  # run folder to go on with, with its arguments
@@ -91,9 +91,9 @@ class Args:
     skill_dim: int = 10  # Z: size of a skill (DEVIATION 4; release: 4)
     hidden_dim: int = 128  # width of skill encoder, skill policy and prior
     position_features: bool = True  # sines and cosines of positions as inputs, maze scaled (release: raw)
-    squash_actions: bool = False  # tanh on actions, although pi_L is trained without one, as in the release
+    squash_actions: bool = False  # tanh on actions, although pi_L is trained without one, as in SPiRL's release
 
-    # Pre-training (nothing of it counts with --pretrained)
+    # Pre-training of skills; release: SPiRL's (with --pretrained only arm_noise and recombine count, for the flow)
     pretrain_updates: int = 48_000  # gradient updates
     pretrain_batch_size: int = 128  # windows of H actions per update
     pretrain_lr: float = 1e-3  # first learning rate
@@ -475,7 +475,7 @@ def encode_windows(skills, data, num_windows: int, args: Args):
 
 
 def learn_flow(args: Args, networks: nn.ModuleDict, data, writer: SummaryWriter, stop: threading.Event) -> dict:
-    """Between the phases: add the flow prior of the frozen skills to networks (DEVIATION 5); returns facts about it.
+    """Phase 2: add the flow prior of the frozen skills to networks (DEVIATION 5); returns facts about it.
 
     A flow is found again by task, data, skills, the arguments of pre-training and flow, and the code down to here:
     whoever changes one of them gets a new one.
@@ -558,9 +558,9 @@ class ActorCritic(nn.Module):
         self.features = Features(obs_dim, args)
         self.features.scale[:] = torch.tensor(task.obs_scale or 1.0)  # DEVIATION 3, with --published, too
         self.features.shift[:] = torch.tensor(task.obs_shift or 0.0)
-        F = self.features.size + more
-        self.policy = zero_net(F, args.policy_dim, out_dim, nn.Tanh)
-        self.value_net = zero_net(F, args.policy_dim, 1, nn.Tanh)
+        sizes = self.features.size + more, args.policy_dim
+        self.policy = zero_net(*sizes, out_dim, nn.Tanh)
+        self.value_net = zero_net(*sizes, 1, nn.Tanh)
         self.log_std = nn.Parameter(torch.full((out_dim,), math.log(std)))
         self.log_bounds = math.log(min_std), 0.0
 
@@ -580,16 +580,13 @@ class ActorCritic(nn.Module):
 def gae(rewards, values, next_values, cut, discount: float, gae_lambda: float):
     """Generalised advantages (GAE eq. 16), (T, E), time-first.
 
-    next_values are 0 after a true end, cut is 1 where a path ends. With gae_lambda 1 they are the discounted rewards up
-    to there, plus next_values, less values.
+    next_values are 0 after a true end, cut is 1 where a path ends. With gae_lambda 1 they are the rewards up to there
+    and the next value behind them, all discounted, less values.
     """
-    errors = rewards + discount * next_values - values  # (T, E)
+    advantages = rewards + discount * next_values - values  # (T, E), one-step errors at first
     keep = discount * gae_lambda * (1 - cut)
-    advantages = torch.zeros_like(errors)
-    following = torch.zeros_like(errors[0])
-    for t in reversed(range(len(errors))):
-        following = errors[t] + keep[t] * following
-        advantages[t] = following
+    for t in reversed(range(len(advantages) - 1)):
+        advantages[t] += keep[t] * advantages[t + 1]
     return advantages
 
 
@@ -664,15 +661,14 @@ class RolloutBuffer:
         last = torch.cat([next_obs, z, next_action], -1)  # (T E, O + Z + A)
         last_values = agent.residual.value(last) * (1 - terminations)  # (T E,)
         step = torch.arange(H, device=obs.device)
-        final = torch.arange(T * E, device=obs.device) >= (T - 1) * E
-        stops = ended.bool() | final  # (T E,)
+        stops = ended.bool()  # (T E,)
+        stops[-E:] = True
         cut = (step == steps[:, None] - 1) & stops[:, None]  # (T E, H)
         values = paths(agent.residual.value(x))  # (T H, E)
         behind = paths(last_values[:, None].expand(-1, H))  # (T H, E)
         next_values = torch.where(paths(cut), behind, values.roll(-1, 0))  # (T H, E)
         taken = step < steps[:, None]  # (T E, H)
-        rows = [paths(x), paths(residuals), paths(rewards), values, next_values]
-        rows += [paths(cut.float()), paths(taken.float())]
+        rows = paths(x), paths(residuals), paths(rewards), values, next_values, paths(cut.float()), paths(taken.float())
         self.residual = self.table(agent.residual, *rows, self.args.gamma ** (1 / H))  # DEVIATION 9
 
         # How much the residual does, without its noise, which is as large however little was learnt
@@ -837,7 +833,7 @@ def collect_skill(envs, actor: SkilledActor, obs, z, args: Args) -> dict:
     """H env steps with skills z (E, Z) and noisy residuals, on the CPU next to the simulator. obs (E, O).
 
     Returns what the buffer keeps of them, NumPy but for z: obs (E, H, O), z (E, Z), actions of the skill policy and
-    residuals (E, H, A), step_rewards (E, H), terminations, truncations, steps (E,) and next_obs (E, O).
+    residuals (E, H, A), step_rewards (E, H), 0 after the end, terminations, truncations, steps (E,), next_obs (E, O).
     """
     steps_before = envs.steps.copy()
     rows = []
@@ -846,10 +842,9 @@ def collect_skill(envs, actor: SkilledActor, obs, z, args: Args) -> dict:
         residual = draw(distribution)  # (E, A)
         command = action + actor.weight * residual  # (E, A)
         next_obs, reward, terminations, truncations, _ = envs.step(command.numpy())
-        rows.append((obs, action.numpy(), residual.numpy(), reward))  # which is 0 after the end
+        rows.append(dict(obs=obs, actions=action.numpy(), residuals=residual.numpy(), step_rewards=reward))
         obs = next_obs
-    columns = zip(("obs", "actions", "residuals", "step_rewards"), zip(*rows))
-    skill = {name: np.stack(column, 1) for name, column in columns}
+    skill = {name: np.stack([row[name] for row in rows], 1) for name in rows[0]}
     skill |= dict(z=z, terminations=terminations, truncations=truncations, next_obs=obs)
     return dict(skill, steps=envs.steps - steps_before)  # DEVIATION 10
 
@@ -887,11 +882,10 @@ def rollout(agent: Agent, args: Args, num_episodes: int, seed: int, global_step=
 
 
 def train(args: Args) -> dict:
-    """Both phases of a run, or the rest of them; returns its results."""
+    """All phases of a run, or the rest of them; returns its results."""
     task = data_tools.TASKS[args.env_id]
     envs = data_tools.make_envs(args.env_id, args.num_envs)
-    steps = args.rollout_skills * args.skill_horizon  # of an environment between rounds of updates
-    data_tools.check_settings(args, args.num_envs * steps)
+    data_tools.check_settings(args, args.num_envs * args.rollout_skills * args.skill_horizon)
     run_name = f"{args.env_id}__{FILE.stem}__{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     run_dir = Path(args.resume or f"{args.run_dir}/{run_name}").expanduser()
     checkpoint = run_dir / "checkpoint.pt"
@@ -909,7 +903,7 @@ def train(args: Args) -> dict:
         facts = pretrain(args, networks, data, writer, stop)
         facts |= dict(gaussian_return=facts.get("prior_return")) | learn_flow(args, networks, data, writer, stop)
 
-    # Phase 2: online RL over skills
+    # Phase 3: online RL over skills and residuals
     torch.manual_seed(args.seed)  # RL is the same whether the model was trained just now or comes from a file
     agent = Agent(args, networks)
     obs, _ = envs.reset(seed=args.seed)  # (E, O)
@@ -957,8 +951,7 @@ def train(args: Args) -> dict:
             if ended.any():
                 obs, _ = envs.reset(options=dict(reset_mask=ended))
 
-            # ALGO LOGIC: training. A policy that has left the one that acted by so many nats rests: the one look at
-            # the device
+            # ALGO LOGIC: training. A policy rests once it is so many nats from the one that acted
             if rb.filled == rb.size:
                 rb.prepare(agent)
                 bounds = dict(high=0.45, residual=1.35)  # as in the release: 1.5 times .3 and .9
@@ -967,7 +960,7 @@ def train(args: Args) -> dict:
                 for _ in range(args.updates_per_rollout):
                     metrics = agent.update(*rb.sample(args.batch_size), learning=tuple(bounds))
                     gradient_step += 1
-                    bounds = {name: kl for name, kl in bounds.items() if metrics[f"{name}_kl"] <= kl}
+                    bounds = {name: kl for name, kl in bounds.items() if metrics[f"{name}_kl"] <= kl}  # DEVIATION 8
                 log(writer, "losses", metrics, global_step)
                 curves = dict(residual_weight=agent.skills.weight, residual_share=rb.residual_share)
                 log(writer, "charts", curves, global_step)
