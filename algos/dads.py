@@ -16,13 +16,14 @@ Phase A, discover_steps env steps, repeat:
    policy, by SAC: r = log q(x' | x, z) - log 1/(L+1) sum_i q(x' | x, z_i), z_i ~ U[-1, 1]^Z and the true z: an
       estimate of the mutual information I(x'; z | x) = H(x' | x) - H(x' | x, z): many outcomes, each foreseeable
 Phase B, the rest; the policy is frozen, its dynamics and the rewards go on being learnt:
-   plan: z_1..z_K by MPPI in q, so that the sum of predicted rewards R(x_k, x_k+H) is highest; execute z_1 for H steps
+   plan: z_1..z_K by MPPI in q, so that the sum of predicted rewards R(x_t, x_t+H) is highest; execute z_1 for H steps
 
 Run beside the release, with 1 and the scale in 6 alike: log q, reward and MPPI are equal but for rounding.
 DEVIATION n from the release (arxiv.org/abs/2004.12974; why, scores: algos/docs/dads.md): 1 x and its change
-are normalised by the replay, not by batch norm; 2 q, policy and critics see positions; 3 the replay holds all steps;
-4 sac.py's networks, which are smaller; 5 updates come one at a time; 6 MPPI begins at mean 0, and returns are divided
-by their std; 7 R is learnt from what was seen: our rewards are sparse. Until one is seen, phase B's skills are random.
+are normalised by the replay, not by batch norm; 2 q, policy and critics see positions; 3 the replay holds all steps,
+and q's loss does not weigh them by how likely they are today; 4 sac.py's networks, which are smaller; 5 updates come
+one at a time; 6 MPPI begins at mean 0, and returns are divided by their std; 7 R is learnt from what was seen: our
+rewards are sparse. Until one is seen, phase B's skills are random.
 Differs from skimo.py in: Args, TASK_DEFAULTS, Inputs, policy_loss, plan, ReplayBuffer, Agent, rollout, train,
     evaluate, parse_args
 Shapes: B batch, O observation, D entries of x, F inputs, A action, Z skill, E environments, K skills per plan, P plans,
@@ -277,9 +278,8 @@ def intrinsic_reward(dynamics, x, z, next_x, num_samples: int):
     B, Z = z.shape
     other_z = 2 * torch.rand(B, num_samples, Z, device=z.device) - 1  # (B, L, Z)
     here = x[:, None].expand(-1, num_samples, -1)  # (B, L, D)
-    there = next_x[:, None].expand(-1, num_samples, -1)  # (B, L, D)
     log_q = dynamics.log_prob(x, z, next_x)  # (B,)
-    gap = dynamics.log_prob(here, other_z, there) - log_q[:, None]  # (B, L)
+    gap = dynamics.log_prob(here, other_z, next_x[:, None]) - log_q[:, None]  # (B, L)
     return math.log(num_samples + 1) - torch.log1p(gap.clamp(-50, 50).exp().sum(1))
 
 
@@ -326,7 +326,7 @@ def plan(dynamics, score, x, args):
         plans = (mean[:, None] + math.sqrt(1.5) * noise).clamp(-1, 1)  # (E, P, K, Z)
         skills = [plans[:, :, 0]]
         for k in range(1, K):  # the next skill is much like the one before
-            skills.append(0.9 * skills[-1] + (1 - 0.9) * plans[:, :, k])
+            skills.append(0.9 * skills[-1] + 0.1 * plans[:, :, k])
 
         # Return of each plan: the dynamics are rolled out env step by env step, rewards are those of whole skills
         x_later = x[:, None].expand(-1, P, -1)  # (E, P, D)
@@ -396,7 +396,7 @@ class ReplayBuffer:
         args, rewards = self.args, self.columns["rewards"][: len(self)]
         H, half = min(args.skill_horizon, len(self)), batch_size // 2
         age, e = self.random_rows(batch_size)  # 0 is the oldest row
-        oldest = (self.added - len(self)) % len(self)
+        oldest = self.added % len(self)
         # Some rewarded env step: the n-th, n at random, at one of the H places of its window
         count = (rewards != 0).flatten().cumsum(0)  # (rows * E,) rewarded ones so far
         n = 1 + (torch.rand(half, device=args.device) * count[-1]).long()
@@ -630,7 +630,7 @@ def train(args: Args) -> dict:
     stopping = global_step >= args.total_timesteps
     with tqdm(desc="RL", total=args.total_timesteps, initial=global_step, unit="step") as bar:
         while not stopping:
-            # ALGO LOGIC: put action logic here. A skill is kept for hold_steps (phase A) or H env steps (B)
+            # ALGO LOGIC: put action logic here. A skill is kept for hold_steps, a planned one for H env steps
             action = executor.act(obs, global_step)  # (E, A)
             next_obs, rewards, terminations, truncations, _ = envs.step(action)
             rb.add(obs, action, executor.z, args.reward_scale * rewards, terminations, truncations, next_obs)
@@ -705,7 +705,7 @@ def train(args: Args) -> dict:
 
 # ------------------------------------------------------------------------------------------------------------ pictures
 def skill_paths(agent: Agent, z, num_steps: int, args: Args, seed: int):
-    """Observations (T+1, N, O) of N skills z (N, Z) from one start, until all have ended; NaN after a member's end."""
+    """Observations (T+1, n, O) of n skills z (n, Z) from one start, at most num_steps; NaN after a member's end."""
     envs = data_tools.make_envs(args.env_id, len(z))
     obs, _ = envs.reset(seed=[seed] * len(z))
     path = [obs]

@@ -13,8 +13,8 @@ executed as z = 2 u for H steps of the skill policy; its reward is the sum of th
    actor: maximise V through the model (eq. 7) - alpha KL(2 u || p(z | o)); critic: v(s, h) -> V (eq. 8)
 
 DEVIATION n: differences from the authors' release. Why, and scores: algos/docs/dreamer_skills.md
-1. KL divergences without sampling: exact, or quadrature for the policy's tanh, whose whole slope counts (release:
-   not that of 2 u, and atanh is cut at 8.7: 4 nats more at the start). The other losses are equal on the same numbers.
+1. KL divergences without sampling and without a bound (release: 100): exact, or quadrature for the policy's tanh, whose
+   whole slope counts (release: not that of 2 u, and atanh is cut at 8.7: 4 nats more at the start).
 2. Pre-training: shorter, with a learning rate that decays; in the maze and on CALVIN a larger kl_coef.
 3. Sines of positions as inputs, the maze scaled; in people's data arms shifted, objects recombined, larger kl_coef.
 4. The model's encoder sees them, too; raw observations are reconstructed. Kitchens: 30 observations, without the goal.
@@ -69,7 +69,7 @@ class Args:
     data: str = "scripted"  # offline data: scripted, d4rl (people's, of the kitchens), release (the authors') or a path
     pretrained: str | None = None  # begin with RL from this model: a path, or `published`: ours
     published: bool = False  # take the release's settings for this task
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and act
     resume: str | None = None  # run folder to go on with, with its arguments
     evaluate: str | None = None  # only evaluate this checkpoint, or `published`: our agent, if there is one
     capture_video: bool = False  # with --evaluate: record its first episode as MP4
@@ -138,14 +138,13 @@ class Args:
                 sys.exit(f"error: --{name} {value} does not work: give {low} to {high}")
 
 
-# By the name of a task's data: the release's values where they differ from Args, and our own kl_coef (DEVIATION 2) and
-# warm-up (8); total_timesteps is the paper's. `people`: with people's data (--data other than scripted), DEVIATION 3.
+# By the name of a task's data: the release's values where they differ from Args, and our own warm-up (DEVIATION 8);
+# total_timesteps is the paper's. `people`: with people's data (--data other than scripted), DEVIATION 3.
 TASK_DEFAULTS = {
-    "maze": dict(total_timesteps=2_000_000, warmup_steps=50_000, deter_dim=200, stoch_dim=30,
-                 model_dim=400),
+    "maze": dict(total_timesteps=2_000_000, warmup_steps=50_000, deter_dim=200, stoch_dim=30, model_dim=400),
     "kitchen": dict(kl_coef=5e-4, people=dict(kl_coef=1e-3, arm_noise=0.02, recombine=True)),
     "calvin": dict(total_timesteps=2_000_000),
-}  # fmt: skip
+}
 # --published: the release's values of all tasks, and of each.
 RELEASE = {
     "all": dict(position_features=False, squash_actions=True, pretrain_updates=480_000, pretrain_lr_decay=False,
@@ -770,8 +769,7 @@ class Agent(nn.Module):
         self.actor = ActionModel(Z, widths).to(args.device)
         self.critic = mlp(args.stoch_dim + args.deter_dim, u, u, u, 1).to(args.device)
         self.eval()  # BatchNorm keeps the statistics of pre-training
-        for frozen in (self.skills, self.skill_prior):
-            frozen.requires_grad_(False)
+        networks.requires_grad_(False)
         options = dict(eps=1e-7, fused=True, capturable=True)
         self.model_optimizer = torch.optim.Adam(self.model.parameters(), args.learning_rate, **options)
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), args.actor_lr, **options)

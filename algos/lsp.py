@@ -1,4 +1,4 @@
-"""LSP: Latent Skill Planning for Exploration and Transfer (Xie, Bharadhwaj et al. 2021), https://arxiv.org/abs/2011.13897
+"""LSP: Latent Skill Planning for Exploration and Transfer (Xie et al. 2021), https://arxiv.org/abs/2011.13897
 
 Idea: Dreamer, whose policy follows a skill z: pi(a | s, h, z). Skills are made distinguishable by a mutual-information
 term in imagination; which one comes next is planned by CEM in the same model. No offline data: skills are found online.
@@ -11,7 +11,7 @@ The model is that of dreamer.py, one env step at a time. Repeat:
    act: every K = 10 env steps plan a sequence of skills, keep the first; a ~ pi(s_t, h_t, z) plus noise
    model: explain observations and rewards, make KL(q || p) small, not below free_nats (Dreamer eq. 10)
    imagine: K steps with one z ~ N(0, I) per start; lambda-returns V of their rewards and values (Dreamer eq. 4-6)
-   policy: maximise V + c I, I = log q(z | start, state) - log N(z; 0, I), a lower bound on the mutual information
+   policy: maximise V + c b, b = log q(z | start, state) - log N(z; 0, I), a lower bound on the mutual information
    predictor: q(z | start, state) -> z; critic: v(s, h) -> V (Dreamer eq. 8)
 
 There is no public code. **Our choices** (why, scores: algos/docs/lsp.md): (i) c; (ii) q sees the first and
@@ -357,7 +357,7 @@ def skill_information(predictor, start, feature, z):
     mean, std = predictor(start, feature)  # 2 x (K, S, Z)
     log_q = -0.5 * ((z - mean) / std).square() - std.log()
     log_p = -0.5 * z.square()
-    return (log_q - log_p).sum(-1)
+    return (log_q - log_p).sum(-1)  # the constants of both cancel
 
 
 def skill_loss(model, actor, critic, predictor, h, s, args):

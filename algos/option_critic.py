@@ -9,12 +9,12 @@ are, a policy over options prefers the best one.
     python algos/option_critic.py --four-rooms            # the paper's example, in tables: minutes
 
 Repeat, with V(s) the value of choosing an option anew:
-   act: a ~ pi_w(s); then w ends with probability beta_w(s'), and another one is chosen
+   act: a ~ pi_w(s); then w ends with probability beta_w(s'), and one is chosen anew
    U(w, s') = (1 - beta_w(s')) Q(s', w) + beta_w(s') V(s') (eq. 3): the value of arriving with an option
    critic: Q(s, w) -> r + gamma U(w, s') (eq. 1, 2)
    policies: up the gradient of log pi_w(a | s) times what a is better than Q(s, w) (theorem 1)
    ends: down the gradient of beta_w(s') times what w is better than V(s') (theorem 2)
-In tables this is Algorithm 1 of the paper. On the tasks it is A2OC (Harb et al. 2018, https://arxiv.org/abs/1709.04571):
+In tables this is Algorithm 1. On the tasks it is A2OC (Harb et al. 2018, https://arxiv.org/abs/1709.04571):
 E environments times T env steps per update, returns over them, and a deliberation cost, which is paid when an option
 ends by itself and keeps options alive.
 
@@ -76,7 +76,7 @@ class Args:
     batch_size: int = 256  # env steps per update, of all environments together; each is used once
     num_options: int = 4  # W: number of options
     option_epsilon: float = 0.1  # share of options that are chosen at random
-    deliberation_cost: float = 0.01  # taken off the scaled reward when an option ends by itself
+    deliberation_cost: float = 0.01  # price of an option's own end, in scaled reward (DEVIATION 6)
     entropy_coef: float = 0.01  # weight of the entropy of actions
     learning_rate: float = 7e-4  # of everything
     max_grad_norm: float = 0.5  # a larger gradient is shortened
@@ -137,8 +137,7 @@ class OptionModel(nn.Module):
         super().__init__()
         u = args.hidden_dim  # width
         self.inputs = Inputs(obs_dim, args)
-        first = [nn.Linear(self.inputs.size, u), nn.Tanh()]
-        self.net = nn.Sequential(*first, nn.Linear(u, u), nn.Tanh())
+        self.net = nn.Sequential(nn.Linear(self.inputs.size, u), nn.Tanh(), nn.Linear(u, u), nn.Tanh())
         self.q = nn.Linear(u, args.num_options)
         self.beta = nn.Linear(u, args.num_options)
         self.mean = nn.Linear(u, args.num_options * action_dim)
@@ -172,7 +171,7 @@ def option_returns(rewards, terminations, truncations, begins, arrival, chosen, 
     """Returns G (E, T): the rewards that came while the option acted, and then what is expected. All (E, T).
 
     arrival: U(w, s'), which counts at the batch's end and by a time-out; chosen: V(s') less the deliberation cost,
-    which counts where the option ended by itself: then the next step begins another one. After a true end: nothing.
+    which counts where the option ended by itself: the next step chose one anew. After a true end: nothing.
     """
     rest = arrival[:, -1]
     returns = []
@@ -207,8 +206,7 @@ def option_critic_loss(model, obs, action, option, begins, rewards, terminations
     critic_loss = 0.5 * (own_q - returns).square().mean()
 
     # Policies: prefer actions that brought more than Q(s, w) (theorem 1), and stay random
-    index = option[..., None, None].expand(*option.shape, 1, mean.shape[-1])
-    own_mean = mean.gather(-2, index).squeeze(-2)  # (E, T, A)
+    own_mean = mean.take_along_dim(option[..., None, None], -2).squeeze(-2)  # (E, T, A)
     policy = torch.distributions.Normal(own_mean, model.log_std.exp()[option], validate_args=False)
     policy_loss = -(advantage * policy.log_prob(action).sum(-1)).mean()
     entropy = policy.entropy().sum(-1).mean()
@@ -218,8 +216,7 @@ def option_critic_loss(model, obs, action, option, begins, rewards, terminations
     beta_loss = (next_own_beta * going_on * ~terminations).mean()
     loss = critic_loss + policy_loss - args.entropy_coef * entropy + beta_loss
     metrics = dict(value_loss=critic_loss, policy_loss=policy_loss, beta_loss=beta_loss, entropy=entropy)
-    metrics |= dict(q_value=own_q.mean(), beta=next_own_beta.mean())
-    metrics |= dict(choices_per_step=begins.float().mean())
+    metrics |= dict(q_value=own_q.mean(), beta=next_own_beta.mean(), choices_per_step=begins.float().mean())
     return loss, {name: value.detach() for name, value in metrics.items()}
 
 
@@ -474,10 +471,8 @@ def four_rooms(paper_slip: bool):
     cells = np.argwhere(free)  # (S, 2)
     number = np.full(free.shape, -1)
     number[free] = np.arange(len(cells))
-    rows, columns = cells.T
-    up_down = [number[rows - 1, columns], number[rows + 1, columns]]
-    left_right = [number[rows, columns - 1], number[rows, columns + 1]]
-    neighbours = np.stack([*up_down, *left_right], 1)  # (S, 4), -1 for a wall
+    moves = (-1, 0), (1, 0), (0, -1), (0, 1)  # up, down, left, right
+    neighbours = np.stack([number[tuple((cells + move).T)] for move in moves], 1)  # (S, 4), -1 for a wall
     certain = np.eye(len(cells))
     slip = np.stack([certain[row[row >= 0]].mean(0) for row in neighbours])  # (S, S)
     blocked = neighbours < 0
@@ -488,23 +483,19 @@ def four_rooms(paper_slip: bool):
     return np.where(blocked[..., None], certain[moved], slipped)  # who runs into a wall does not slip
 
 
-def fewest_steps(transitions, goal: int):
-    """Expected steps (S,) to the goal at best, by value iteration: nobody can do better."""
+def mean_fewest_steps(transitions, goal: int) -> float:
+    """Expected steps to the goal of the best policy, mean over all starts, by value iteration: nobody can do better."""
     steps = np.zeros(len(transitions))
     for _ in range(1_000):
         steps = 1 + (transitions @ steps).min(-1)
         steps[goal] = 0
-    return steps
+    return steps.sum() / (len(transitions) - 1)
 
 
 def softmax(x):
     """Probabilities (..., n) of preferences."""
     e = np.exp(x - x.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
-
-
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
 
 
 def draw_index(rng, probabilities):
@@ -536,7 +527,7 @@ class Tables:
 
     def beta(self, s, w):
         """beta_w(s), (R,)."""
-        return sigmoid(self.beta_logit[self.runs, s, w])
+        return 1 / (1 + np.exp(-self.beta_logit[self.runs, s, w]))
 
     def choose_option(self, rng, s):
         """Options (R,), nearly always the best ones."""
@@ -604,11 +595,6 @@ def learn_four_rooms(args: Args, num_options: int):
         bar.update(int(episode.min()) - bar.n)
     bar.close()
     return steps[:, :-1], choices[:, :-1]
-
-
-def mean_fewest_steps(transitions, goal: int) -> float:
-    """Of the best policy, over all starts."""
-    return fewest_steps(transitions, goal).sum() / (len(transitions) - 1)
 
 
 def report_four_rooms(args: Args) -> dict:

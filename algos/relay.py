@@ -21,7 +21,7 @@ DEVIATION n: differences from the paper, whose learning code was not released. W
 3. The high level looks at the objects' entries of a goal only. The user's goal is the present state with the objects of
    the task where they should be.
 4. Widths, step sizes and the like are ours, and sines of positions as inputs. PPO explores with a small, fixed std, and
-   advantages are divided by their std + .01 (Spinning Up, which they equal else: by their std).
+   advantages are divided by their std + .01 (Spinning Up, otherwise equal: by their std).
 5. When the task ends while a subgoal is pursued, the value of the last state still counts. With --flat it does not.
 Differs from skimo.py in: PRETRAINED, Args, TASK_DEFAULTS, GOAL_ENTRIES, make_networks, pretrain_loss, pretrain,
 ppo_loss, RolloutBuffer, Agent, rollout, train, parse_args
@@ -398,12 +398,9 @@ def advantages_and_returns(rewards, values, next_values, bootstrap, goes_on, arg
     rewards, values, next_values (T, E); bootstrap (T, E): whether the next value counts, 0 at a true end; goes_on
     (T, E): whether row t + 1 follows on row t.
     """
-    advantages = torch.zeros_like(rewards)
-    following = torch.zeros_like(rewards[0])  # (E,)
-    errors = rewards + args.gamma * bootstrap * next_values - values  # (T, E)
-    for t in reversed(range(len(rewards))):
-        following = errors[t] + args.gamma * 0.95 * goes_on[t] * following  # GAE's lambda, ours (DEVIATION 4)
-        advantages[t] = following
+    advantages = rewards + args.gamma * bootstrap * next_values - values  # (T, E), one-step errors at first
+    for t in reversed(range(len(advantages) - 1)):
+        advantages[t] += args.gamma * 0.95 * goes_on[t] * advantages[t + 1]  # GAE's lambda, ours (DEVIATION 4)
     return advantages, advantages + values
 
 
@@ -531,8 +528,7 @@ class Agent(nn.Module):
                 bootstrap[-1] = False  # after its last step a subgoal pays nothing
         values = self.value(obs, z).squeeze(-1)  # (T, E)
         next_values = self.value(next_obs, z).squeeze(-1)
-        flags = bootstrap.float(), (~ended).float()
-        advantages, returns = advantages_and_returns(rewards, values, next_values, *flags, args)
+        advantages, returns = advantages_and_returns(rewards, values, next_values, bootstrap, ~ended, args)
         columns = obs, z, action, log_probability(self.low(obs, z), action), advantages, returns
         return [column[running] for column in columns], reached.any(0).float().mean()
 
@@ -591,8 +587,7 @@ def train(args: Args) -> dict:
     """Both phases of a run, or the rest of them; returns its results."""
     task = data_tools.TASKS[args.env_id]
     envs = data_tools.make_envs(args.env_id, args.num_envs)
-    steps = args.rollout_skills * args.skill_horizon  # of an environment between rounds of updates
-    data_tools.check_settings(args, args.num_envs * steps)
+    data_tools.check_settings(args, args.num_envs * args.rollout_skills * args.skill_horizon)
     run_name = f"{args.env_id}__{FILE.stem}__{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     run_dir = Path(args.resume or f"{args.run_dir}/{run_name}").expanduser()
     checkpoint = run_dir / "checkpoint.pt"

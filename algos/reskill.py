@@ -134,8 +134,8 @@ class Args:
                 sys.exit(f"error: --{name} {value} does not work: give {low} to {high}")
 
 
-# By the name of a task's data. Our own are kl_coef, as in spirl.py, residual_std (DEVIATION 7), reward_scale, the
-# windows and updates of the flow, and the lengths of roll-outs. `people`: with people's data, as in spirl.py.
+# By the name of a task's data. Our own are residual_std (DEVIATION 7), reward_scale, the windows and updates of the
+# flow, and the lengths of roll-outs; kl_coef is that of spirl.py. `people`: with people's data, as there.
 TASK_DEFAULTS = {
     "maze": dict(total_timesteps=2_000_000, rollout_skills=125, reward_scale=0.01),
     "kitchen": dict(kl_coef=5e-4, flow_windows=100_000, flow_updates=8_000, residual_std=0.05,

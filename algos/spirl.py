@@ -125,9 +125,8 @@ class Args:
                 sys.exit(f"error: --{name} {value} does not work: give {low} to {high}")
 
 
-# By the name of a task's data: the release's values where they differ from Args, our own kl_coef (DEVIATION 2), and
-# target_kl, tau, alpha and warm-up (9); total_timesteps is the paper's. `people`: with people's data (--data other than
-# scripted), DEVIATION 3.
+# By the name of a task's data: the release's values where they differ from Args, and our own target_kl, tau, alpha and
+# warm-up (DEVIATION 9); total_timesteps is the paper's. `people`: with people's data (--data other than scripted), 3.
 TASK_DEFAULTS = {
     "maze": dict(total_timesteps=2_000_000, batch_size=128, buffer_size=100_000, critic_blocks=2,
                  target_kl=3.0, tau=0.05),

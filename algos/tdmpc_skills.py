@@ -3,14 +3,14 @@
 Idea: skills and prior of spirl.py, frozen; TD-MPC (https://arxiv.org/abs/2203.04955) chooses skills instead of actions,
 its policy held to the prior by a KL. Its model does not know the offline data, unlike that of SkiMo.
 
-    python algos/tdmpc_skills.py --env-id maze      # pre-training as spirl.py (shared), RL, evaluation
+    python algos/tdmpc_skills.py --env-id maze           # pre-training as spirl.py (shared), RL, evaluation
     python algos/tdmpc_skills.py --resume runs/FOLDER    # go on after Ctrl-C or a crash
 
 1. Pre-training: that of spirl.py, whose models are shared
 2. Downstream RL over skills u in (-1, 1), executed as z = 2 u. Repeat:
    act: plan by CEM with D, R, Q; execute the first skill for H steps of the frozen skill policy pi_L
-   model: h_0 = E(s_0), h_{i+1} = D(h_i, u_i) on windows of N skills; consistency, reward and TD losses (eq. 7-10)
-   policy: maximise the sum of rho^t min Q(h_t, u) over imagined states h_t, less alpha times the sum of
+   model: h_0 = E(s_0), h_{t+1} = D(h_t, u_t) on windows of N skills; consistency, reward and TD losses (eq. 7-10)
+   policy: maximise the sum of rho^t min Q(h_t, u), u ~ pi(h_t), over imagined states h_t, less alpha times the sum of
       KL(2 u || p(s_t)) over encoded ones (eq. 11, with a KL); move the slow target copy
 
 DEVIATION n: differences from the authors' release. Why, and scores: algos/docs/tdmpc_skills.md
@@ -19,9 +19,10 @@ DEVIATION n: differences from the authors' release. Why, and scores: algos/docs/
 3. Sines of positions as inputs, the maze scaled; in people's data arms shifted, objects recombined, larger kl_coef.
 4. E environments act side by side. After ends and time-outs nothing counts (release: both are ignored).
 5. Warm-up: 50,000 env steps in the maze, skills of the prior; the planner's schedules begin at its end.
-6. Actions are those that pi_L was trained for, not their tanh. 7. Windows pair a state with the skill that follows, not
-with the one before; u is stored, not 2 u. 8. The planner knows the env step. 9. A window's errors are cut at 1e5, not
-1e4. --published takes the release's side of 2, 3 and 6, of the E environments in 4 and of the 50,000 env steps in 5.
+6. Actions are those that pi_L was trained for, not their tanh. Kitchens: 30 observations, without the goal.
+7. Windows of 5 skills, not 4, pair a state with the skill that follows, not with the one before; u is stored, not 2 u.
+8. The planner knows the env step. 9. A window's errors are cut at 1e5, not 1e4.
+--published takes the release's side of 2, 3, the actions in 6, the E environments in 4 and the 50,000 env steps in 5.
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, SkillModel, make_networks, pretrain_loss, pretrain,
 sample_skill, scalar_head, WorldModel, model_loss, policy_loss, plan, ReplayBuffer, Agent, rollout, train, QUADRATURE
 Shapes: B batch, N skills per window, H steps per skill, O observation, F inputs, A action, Z skill, d latent state,
@@ -141,8 +142,8 @@ class Args:
                 sys.exit(f"error: --{name} {value} does not work: give {low} to {high}")
 
 
-# By the name of a task's data: the release's values where they differ from Args, and our own kl_coef (DEVIATION 2) and
-# the maze's warm-up (5); total_timesteps is the paper's. `people`: with people's data (not scripted), see 3.
+# By the name of a task's data: the release's values where they differ from Args, and our own warm-up (DEVIATION 5);
+# total_timesteps is the paper's. `people`: with people's data (--data other than scripted), DEVIATION 3.
 TASK_DEFAULTS = {
     "maze": dict(total_timesteps=2_000_000, warmup_steps=50_000),
     "kitchen": dict(kl_coef=5e-4, people=dict(kl_coef=1e-3, arm_noise=0.02, recombine=True)),
@@ -485,6 +486,7 @@ def model_loss(model, target, task_policy, obs, u, rewards, dones, args):
     policy: h = E(s) and h_pred rolled out from h_0, both (B, N+1, d).
     """
     N = u.shape[1]
+    # TD target: the skill's reward, then the value of going on with the task policy. The slow copy keeps it steady.
     with torch.no_grad():
         next_h = model.encoder(obs[:, 1:])  # (B, N, d)
         h_target = target.encoder(obs[:, 1:])  # (B, N, d)
@@ -530,9 +532,9 @@ def policy_loss(model, task_policy, skill_prior, obs, h, h_pred, args):
     # Stay close to the prior on encoded states: the task is solved by skills that the data show. The prior is frozen.
     mean = task_policy(h)  # (B, N+1, Z)
     pi = mean, torch.full_like(mean, args.policy_std)
-    prior_kl = squashed_kl(pi, skill_prior(obs)).clamp(-100, 100)  # (B, N+1)
+    prior_kl = squashed_kl(pi, skill_prior(obs)).clamp(max=100)  # (B, N+1); beyond no pull back, as in the release
 
-    loss = (args.alpha * prior_kl - rho * q_value).sum(1).mean()  # a sum, as in the release: it is clipped at 10
+    loss = (args.alpha * prior_kl - rho * q_value).sum(1).mean()  # a sum, as in the release: the gradient is bounded
     metrics = dict(policy_loss=loss, policy_q=q_value, prior_kl=prior_kl)
     return loss, {name: value.detach().mean() for name, value in metrics.items()}
 
@@ -552,7 +554,7 @@ def plan(model, task_policy, obs, mean, min_std, noise_scale, args):
     policy_plans = []
     for _ in range(K):
         policy_plans.append(sample_skill(task_policy, h, args))  # (E, trajs, Z)
-        h = model.next(h, policy_plans[-1])
+        h = model.next(h, policy_plans[-1])  # (E, trajs, d)
     policy_plans = torch.stack(policy_plans, 2).nan_to_num(0.0)  # (E, trajs, K, Z); NaN: a state overflowed
 
     std = torch.full_like(mean, 2.0)
@@ -567,19 +569,19 @@ def plan(model, task_policy, obs, mean, min_std, noise_scale, args):
         value = 0.0
         for t in range(K):
             value = value + args.gamma**t * model.reward(h, plans[:, :, t])  # (E, P)
-            h = model.next(h, plans[:, :, t])
+            h = model.next(h, plans[:, :, t])  # (E, P, d)
         last_q = torch.min(*model.q(h, sample_skill(task_policy, h, args)))  # (E, P)
-        value = (value + args.gamma**K * last_q).nan_to_num(-1e6)  # NaN: a state overflowed
+        value = (value + args.gamma**K * last_q).nan_to_num(-1e6)  # (E, P), NaN: a state overflowed
 
         # Fit the next distribution to the best plans, weighted by their value
         elite_value, index = value.topk(args.num_elites, 1)  # (E, elites)
         elites = plans.gather(1, index[..., None, None].expand(-1, -1, K, Z))  # (E, elites, K, Z)
         weight = torch.softmax(args.temperature * elite_value, 1)  # (E, elites)
-        w = weight[..., None, None]
+        w = weight[..., None, None]  # (E, elites, 1, 1)
         elite_mean = (w * elites).sum(1)  # (E, K, Z)
         variance = (w * (elites - elite_mean[:, None]).square()).sum(1)  # (E, K, Z)
-        std = variance.sqrt().maximum(min_std)
-        mean = 0.1 * mean + 0.9 * elite_mean
+        std = variance.sqrt().maximum(min_std)  # (E, K, Z)
+        mean = 0.1 * mean + 0.9 * elite_mean  # (E, K, Z)
 
     # First skill of an elite: weight / Exp(1) is largest at elite i with probability weight_i. So this draws like
     # torch.multinomial, without its wait for the GPU.
@@ -700,9 +702,9 @@ class Agent(nn.Module):
         """obs (E, O), NumPy -> z (E, Z) on the CPU: planned as after global_step, or without it the prior's."""
         args = self.args
         obs = torch.from_numpy(obs).to(args.device)
-        if global_step is None:
-            return draw(self.skill_prior(obs)).cpu()
-        steps = max(0, global_step - args.warmup_steps)  # since the first plan, DEVIATION 5
+        if global_step is None:  # the warm-up
+            return draw(self.skill_prior(obs)).cpu()  # DEVIATION 5
+        steps = max(0, global_step - args.warmup_steps)  # since the first plan, DEVIATIONs 5 and 8
         growth = min(1.0, steps / args.horizon_steps)
         K = int(1 + growth * (args.num_skills - 1))  # skills per plan
         progress = min(1.0, steps / args.std_steps)
