@@ -12,9 +12,9 @@ Sizes of the release (locomotion): --skill-dim 50 --discover-steps 10000000 --to
 Discovery, for discover_steps env steps; the task's reward is not looked at. Repeat:
    act: z ~ p(z), uniform, at the beginning of an episode; a ~ pi(s, z)
    discriminator: maximise log q(z | s)
-   reward: r = log q(z | s) - log p(z) (eq. 3), a lower bound of I(S; Z) <= log Z nats. Without - log p(z), a constant,
-      each reward is negative, and where an episode can end early, skills learn to end it
-   SAC with (s, z) as its state, r as its reward and a fixed alpha, which is the term H[A | S, Z] (eq. 2)
+   reward: r = log q(z | s) - log p(z) (eq. 3), its mean a lower bound of I(S; Z) <= log Z nats. Without - log p(z), a
+      constant, each reward is negative, and where an episode can end early, skills learn to end it
+   SAC with (s, z) as its state, r as its reward and a fixed alpha, the weight of H[A | S, Z] (eq. 2)
 Control, skills do not change any more. Repeat:
    act: every skill_horizon env steps z ~ softmax(Q(s, .) / alpha); a ~ pi(s, z)
    Q_i(s, z) -> R + gamma V(s'), R the task's reward in that time, V(s) = alpha log mean_z exp(min_i Q_i(s, z) / alpha)
@@ -24,7 +24,7 @@ DEVIATION n from paper and release, whose loss and reward come out equal (why, s
 tanh Gaussian, two critics and weights to start from (release: a mixture of 4 Gaussians, one critic and a value network,
 Xavier); 2 environments side by side, fewer updates; 3 the discriminator sees where things are (the paper's
 "DIAYN+prior"), far apart if they are; s_t as in the release, not s_{t+1} as in Algorithm 1; 4 shorter episodes in
-discovery; 5 sines of positions as inputs; 6 all of control, of which the paper tells little.
+discovery, in the maze; 5 sines of positions as inputs; 6 all of control, of which the paper tells little.
 Differs from skimo.py in: Args, TASK_DEFAULTS, Inputs, policy_loss, ReplayBuffer, Agent, rollout, train, evaluate,
     parse_args
 Shapes: B batch, O observation, F inputs, A action, Z skills (z is one-hot), E environments.
@@ -71,7 +71,7 @@ class Args:
     cudagraphs: bool = True  # on a GPU, replay updates as CUDA graphs: one launch in place of hundreds
     threads: int = 0  # of PyTorch on the CPU (0: one or up to eight, whichever is faster at first)
     checkpoint_interval: int = 50_000  # env steps between checkpoints
-    eval_interval: int = 100_000  # env steps between evaluations; one more at the end
+    eval_interval: int = 100_000  # env steps between evaluations, in control; one more at the end
     eval_episodes: int = 20  # episodes of an evaluation, with the policy's mode
 
     # Discovery of skills
@@ -93,7 +93,7 @@ class Args:
     warmup_steps: int = 1_000  # env steps with uniform actions, before updates start
     updates_per_step: float = 0.5  # gradient updates per env step after the warm-up (release: 1)
     batch_size: int = 128  # transitions per update
-    buffer_size: int = 1_000_000  # transitions kept
+    buffer_size: int = 1_000_000  # transitions kept of each phase
     learning_rate: float = 3e-4  # of all networks
     gamma: float = 0.99  # discount per env step in discovery, per skill in control
     tau: float = 0.01  # share of the online weights in a target update, after each update
@@ -206,11 +206,9 @@ class Discriminator(nn.Module):
         super().__init__()
         u = args.hidden_dim  # width
         self.inputs = Inputs(obs_dim, args)
-        data = data_tools.TASKS[args.env_id].data
-        first, last, self.scale = 0, obs_dim, 1.0
-        if args.disc_obs == "positions":
-            first, last = DISC_ENTRIES.get(data, (0, obs_dim))
-            self.scale = DISC_SCALE.get(data, 1.0)
+        data = data_tools.TASKS[args.env_id].data if args.disc_obs == "positions" else None
+        first, last = DISC_ENTRIES.get(data, (0, obs_dim))
+        self.scale = DISC_SCALE.get(data, 1.0)
         self.seen = slice(first, last)
         self.net = relu_mlp(last - first, u, u, args.skill_dim)
 
@@ -292,7 +290,7 @@ def controller_loss(controller, target, obs, z, rewards, next_obs, discount, alp
     """TD loss of the controller: soft Q-learning. Q-learning with a soft maximum tries all skills that may be best.
 
     obs, next_obs (B, O) k env steps apart, z (B, Z) one-hot, rewards (B,) summed over these, discount (B,), 0 at a
-    true end. Of two Q the smaller counts: a maximum believes what one overrates; with one values ran away.
+    true end. Of two Q the smaller counts: a maximum believes what one overrates, and values of one Q alone ran away.
     Returns the loss and metrics, scalars.
     """
     with torch.no_grad():
@@ -527,7 +525,7 @@ def train(args: Args) -> dict:
             if discovering:
                 begins = envs.steps == 0
                 chosen = torch.randint(args.skill_dim, (args.num_envs,)).numpy()
-                z[begins] = np.eye(args.skill_dim)[chosen][begins]
+                z[begins] = np.eye(args.skill_dim)[chosen[begins]]
             elif begins.any():
                 z[begins] = agent.choose_skills(obs, explore=True)[begins]
             if global_step < args.warmup_steps:

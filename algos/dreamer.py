@@ -19,10 +19,11 @@ Run beside SkiMo's library and a PyTorch port of Hafner's code: equal but for ro
 file, differs from Hafner's code in: states, their std is learnt (pictures, std 1), the best action is tanh(mean) (best
 of 100 samples), weights are orthogonal (Glorot), 2,500 random env steps (5,000, then 100 updates at once).
 DEVIATION n from SkiMo's release, whose Dreamer this is (why, scores: algos/docs/dreamer.md): 1 several
-environments side by side; 2 windows are any L steps of an episode, unfinished ones included, each drawn as often;
-3 reward_scale is applied; 4 scaled observations with sines of positions as inputs, raw ones are reconstructed;
-5 imagine_starts, by default all states, as there; 6 --continue-head, a model of the end; without it, as there,
-imagination never ends; 7 the decoder begins at the mean of what was seen; 8 --cpu-preset has smaller sizes.
+environments side by side, updates at each env step (there: at every 500th); 2 windows are any L steps of an episode,
+unfinished ones included, each drawn as often; 3 reward_scale is applied; 4 scaled observations with sines of positions
+as inputs, raw ones are reconstructed; 5 imagine_starts, by default all states, as there; 6 --continue-head, a model of
+the end; without it, as there, imagination never ends; 7 the decoder begins at the mean of what was seen; 8 --cpu-preset
+has smaller sizes.
 Differs from skimo.py in: Args, TASK_DEFAULTS, kl_divergence, Agent, rollout, train, evaluate, parse_args
 Shapes: B batch, L rows per window, O observation, F inputs, e encoded, A action, s and h the sizes of these states,
 d = s + h, E environments, S starts, J steps.
@@ -342,9 +343,8 @@ def behaviour_loss(model, actor, critic, h, s, args):
     # State k comes k - 1 steps after the first imagined one: its return weighs gamma^(k - 1).
     weight = torch.cat([torch.ones_like(discount[:1]), discount[:-2]]).cumprod(0).detach()  # (J-1, S)
     loss = -(weight * returns).mean()
-    extreme = (actions.abs() > 0.999).float()  # where the tanh has no gradient
     metrics = dict(actor_loss=loss, imagined_return=returns, imagined_reward=rewards, value=values)
-    metrics["extreme_actions"] = extreme
+    metrics["extreme_actions"] = (actions.abs() > 0.999).float()  # where the tanh has no gradient
     metrics = {name: value.detach().mean() for name, value in metrics.items()}
     return loss, metrics, feature[:-1].detach(), returns.detach(), weight
 

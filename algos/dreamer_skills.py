@@ -629,9 +629,8 @@ def behaviour_loss(model, actor, critic, h, s, args):
     # State k comes k - 1 steps after the first imagined one: its return weighs gamma^(k - 1).
     weight = torch.cat([torch.ones_like(discount[:1]), discount[:-2]]).cumprod(0).detach()  # (J-1, S)
     loss = -(weight * returns).mean()
-    extreme = (actions.abs() > 0.999).float()  # where the tanh has no gradient
     metrics = dict(actor_loss=loss, imagined_return=returns, imagined_reward=rewards, value=values)
-    metrics["extreme_actions"] = extreme
+    metrics["extreme_actions"] = (actions.abs() > 0.999).float()  # where the tanh has no gradient
     metrics = {name: value.detach().mean() for name, value in metrics.items()}
     return loss, metrics, feature[:-1].detach(), returns.detach(), weight
 

@@ -19,8 +19,8 @@ DEVIATION n: differences from paper or release. Why, and scores: algos/docs/hiro
 2. At the c-th env step the next goal is h's, as in the paper; the release stores the high level's next goal.
 3. For the high level a true end has no future; in the release nothing ends. For the low level nothing ends in both.
 4. Both levels learn from the same rows, c env steps under a goal; the release has two buffers.
-5. Noise is in units of an action's or goal's range (.1; release, Ant: 1 of 30), target actions are clipped to it; the
-   warm-up is uniform and has 10,000 env steps (2,500).
+5. Noise (.1; release, Ant: 1 of 30) and low rewards (there m and rad as they are) are in units of an action's or
+   goal's range; target actions are clipped to it; the warm-up is uniform and has 10,000 env steps (2,500).
 6. Networks see sines and cosines of positions; goals they see as they are.
 7. Until a first reward is seen, goals are uniform, also in evaluations, and the high level, which would follow the
    random first values of its critics, does not learn. --no-wait-for-reward: it always learns, as published.
@@ -77,7 +77,7 @@ class Args:
     # RL
     num_envs: int = 8  # environments side by side (DEVIATION 1)
     warmup_steps: int = 10_000  # env steps with uniform actions and goals, before updates start
-    updates_per_step: float = 0.25  # of the low level, after the warm-up (DEVIATION 1)
+    updates_per_step: float = 0.25  # low-level updates per env step after the warm-up (DEVIATION 1)
     batch_size: int = 100  # rows per update
     buffer_size: int = 100_000  # rows kept, each the env steps of one goal
     actor_lr: float = 1e-4  # learning rate of both levels' policies
@@ -157,8 +157,7 @@ class GoalActor(nn.Module):
         super().__init__()
         u = args.hidden_dim  # width
         self.inputs = Inputs(obs_dim, args)
-        in_dim = self.inputs.size + goal_dim
-        self.net = relu_mlp(in_dim, u, u, action_dim)
+        self.net = relu_mlp(self.inputs.size + goal_dim, u, u, action_dim)
         start_small(self.net)
 
     def forward(self, obs, goal):
@@ -232,8 +231,7 @@ def goal_candidates(place, goal):
     """Ten goals that may explain what happened: place (B, c+1, G), goal (B, G) -> (B, 10, G) within their range."""
     change = (place[:, -1] - place[:, 0])[:, None]  # (B, 1, G)
     noise = 0.5 * torch.randn_like(change.expand(-1, 8, -1))
-    candidates = [change + noise, change, goal[:, None]]
-    return torch.cat(candidates, 1).clamp(-1, 1)
+    return torch.cat([change + noise, change, goal[:, None]], 1).clamp(-1, 1)
 
 
 def goal_scores(actor, obs, place, action, candidates, steps):
@@ -247,8 +245,7 @@ def goal_scores(actor, obs, place, action, candidates, steps):
     goals = goal_transition(start, candidates[:, :, None], now)  # (B, N, c, G)
     states = obs[:, None, :-1].expand(-1, goals.shape[1], -1, -1)  # (B, N, c, O)
     error = action[:, None] - actor(states, goals)  # (B, N, c, A)
-    count = torch.arange(action.shape[1], device=steps.device)
-    happened = count < steps[:, None]  # (B, c)
+    happened = torch.arange(action.shape[1], device=steps.device) < steps[:, None]  # (B, c)
     return -0.5 * (error.square().sum(-1) * happened[:, None]).sum(-1)
 
 
@@ -257,8 +254,8 @@ def corrected_goal(actor, obs, place, action, goal, steps):
     """The goals (B, G) with which today's low level most likely does what was done then (eq. 5)."""
     candidates = goal_candidates(place, goal)  # (B, 10, G)
     scores = goal_scores(actor, obs, place, action, candidates, steps)  # (B, 10)
-    best = scores.argmax(1)[:, None, None].expand(-1, 1, goal.shape[1])
-    return candidates.gather(1, best).squeeze(1)
+    row = torch.arange(len(goal), device=goal.device)
+    return candidates[row, scores.argmax(1)]
 
 
 class ReplayBuffer:
@@ -381,10 +378,9 @@ class TD3(nn.Module):
         """One step on obs, goal, action, rewards, next_obs, next_goal, discount, with or without the policy."""
         return self.steps[with_policy](*batch)
 
-    def step(self, with_policy: bool, obs, goal, action, rewards, next_obs, next_goal, discount) -> dict:
+    def step(self, with_policy: bool, obs, goal, *rest) -> dict:
         """One step of the critics and, with the policy, of that and the slow copies; returns metrics."""
-        batch = obs, goal, action, rewards, next_obs, next_goal, discount
-        loss, metrics = td3_critic_loss(self.critics, self.critics_target, self.actor_target, *batch)
+        loss, metrics = td3_critic_loss(self.critics, self.critics_target, self.actor_target, obs, goal, *rest)
         self.critic_optimizer.zero_grad()
         loss.backward()
         metrics["grad_norm"] = nn.utils.get_total_norm([weight.grad for weight in self.critics.parameters()])

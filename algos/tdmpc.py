@@ -14,15 +14,15 @@ Repeat:
    policy: maximise min Q(h_t, pi(h_t)) on the same h_t (eq. 11); move the slow target copy
 
 Run beside SkiMo's library and Hansen's code, settings alike: losses, updates and plans are equal but for rounding.
-SkiMo's library, and so this file, differs from Hansen's code in: R has a normalised layer and small last weights (there
-plain; last weights of R, Q 0); the policy's noise is before the tanh (after it, within +-.3), windows are drawn evenly
-(prioritised), Adam's eps is 1e-7.
+SkiMo's library, and so this file, differs from Hansen's code in: R has a normalised layer (there plain); R and Q begin
+with PyTorch's first and small last weights (orthogonal, 0); the policy's noise is before the tanh (after it, within
++-.3), windows are drawn evenly (prioritised), Adam's eps is 1e-7.
 DEVIATION n: differences from SkiMo's release, whose TD-MPC this is (why, scores: algos/docs/tdmpc.md)
 1. E environments act side by side; planner and updates see each env step at once, the warm-up's updates are spread.
 2. A window is any N steps of an episode, unfinished ones included.
 3. Each of a window's three losses is cut at 1e5, not 1e4, above which a reward of 100 would not be learnt.
 4. A true end has no future, a time-out has one. The release ignores both.
-5. The encoder sees scaled observations with sines and cosines of positions.
+5. The encoder sees scaled observations with sines and cosines of positions. --reward-scale acts (there: not).
 6. Plans whose value is no number count as bad (TD-MPC's own code: as 0).
 Differs from skimo.py in: Args, TASK_DEFAULTS, CPU_PRESET, scalar_head, WorldModel, model_loss, policy_loss, plan,
     Agent, rollout, train, evaluate, parse_args
