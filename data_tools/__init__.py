@@ -76,9 +76,8 @@ class Tasks(dict):
         return Task("data_tools.tasks.gym:GymVectorEnv", max_return, env_kwargs=dict(env_id=env_id))
 
 
-TASKS = Tasks()
-TASKS |= {
-    "maze": Task(
+TASKS = Tasks(
+    maze=Task(
         envs="data_tools.tasks.maze:MazeVectorEnv",
         max_return=100.0,
         obs_scale=(1 / 40, 1 / 40, 1 / 10, 1 / 10),
@@ -91,7 +90,7 @@ TASKS |= {
         position_periods=((1.0, 2.0, 4.0, 8.0, 16.0, 32.0),) * 2,  # in cells
         draw_map="data_tools.tasks.maze:draw_maze",
     ),
-    "kitchen": Task(
+    kitchen=Task(
         envs="data_tools.tasks.kitchen:KitchenVectorEnv",
         env_kwargs={"task": "kitchen"},
         max_return=4.0,
@@ -107,7 +106,7 @@ TASKS |= {
         position_periods=((0.25, 0.5, 1.0, 2.0, 4.0),) * 7 + ((0.025, 0.05, 0.1, 0.2, 0.4),) * 2,
         arm=(7, 0.16),
     ),
-    "calvin": Task(
+    calvin=Task(
         envs="data_tools.tasks.calvin:CalvinVectorEnv",
         max_return=400.0,
         collect="data_tools.scripted.calvin:collect",
@@ -119,7 +118,7 @@ TASKS |= {
         position_periods=((0.0625, 0.125, 0.25, 0.5, 1.0),) * 3 + ((0.25, 0.5, 1.0, 2.0, 4.0),) * 11,
         data_obs_dim=39,  # with the blocks
     ),
-}
+)
 TASKS["kitchen-misaligned"] = replace(TASKS["kitchen"], env_kwargs={"task": "kitchen-misaligned"})
 # Held out: harder, with the same data and pre-trained models. Never used to choose a setting, see benchmarks/suites.py.
 SIX = "microwave", "kettle", "bottom_burner", "light_switch", "slide_cabinet", "hinge_cabinet"

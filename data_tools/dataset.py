@@ -35,8 +35,7 @@ class OfflineDataset:
 
     def __init__(self, observations, actions, terminals, timeouts, attributes=None, device="cpu", name="the data"):
         """Take array-likes of the shapes above. Raises DataError, which calls the data `name`, if they do not fit."""
-        arrays = {"observations": observations, "actions": actions, "terminals": terminals, "timeouts": timeouts}
-        arrays = {key: np.asarray(value) for key, value in arrays.items()}
+        arrays = {key: np.asarray(x) for key, x in zip(KEYS, (observations, actions, terminals, timeouts))}
         check_arrays(arrays, name)
         observations = np.ascontiguousarray(arrays["observations"], dtype=np.float32)  # (R, O)
         actions = np.ascontiguousarray(arrays["actions"], dtype=np.float32)  # (R, A)
@@ -104,7 +103,7 @@ class OfflineDataset:
         moved = copy.copy(self)
         moved._windows = {}
         moved._pairs = {}
-        for key in ("observations", "actions", "terminals", "timeouts", "episode_starts", "episode_lengths"):
+        for key in (*KEYS, "episode_starts", "episode_lengths"):
             setattr(moved, key, getattr(self, key).to(device))
         return moved
 
@@ -309,10 +308,8 @@ def made_once(path, make: Callable[[], OfflineDataset]) -> OfflineDataset:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = locked(path)
         except OSError as error:
-            raise DataError(
-                f"Could not write to {path.parent} ({error.strerror}): "
-                "choose another folder with --data-dir or SKIMO_DATA_DIR."
-            ) from error
+            cure = "choose another folder with --data-dir or SKIMO_DATA_DIR"
+            raise DataError(f"cannot write to {path.parent} ({error.strerror}): {cure}.") from error
         with lock:
             if not path.exists():  # nobody else made it while we waited
                 leftovers = f"part_{'?' * 32}_{path.name}"  # of processes that were killed while writing

@@ -175,7 +175,7 @@ def stop_event() -> threading.Event:
 def cut_curves(writer, step: int, phase: str = "") -> None:
     """Take what lies after `step` out of TensorBoard's older files in the writer's folder: it will be written again.
 
-    phase: "pretrain/", whose steps are updates, or that of RL. TensorBoard's purge_step knows one kind of step only.
+    phase: "pretrain/", whose steps are updates, or "", RL's. TensorBoard's purge_step knows one kind of step only.
     """
     logs = Path(writer.log_dir).glob("events.out.tfevents.*")
     for path in sorted(logs, key=lambda path: path.stat().st_ctime_ns)[:-1]:

@@ -106,6 +106,10 @@ def test_bad_arguments(task):
         envs.reset(options={"reset_mask": np.array([True, False])})
     with pytest.raises(ValueError, match="seed"):
         envs.reset(seed=[1, 2, 3])
+    with pytest.raises(gymnasium.error.Error):
+        envs.reset(seed=[0, -1])
+    with pytest.raises(gymnasium.error.ResetNeeded):  # nobody has begun
+        envs.step(np.zeros((2, task.action_dim)))
     envs.reset(seed=0)
     for mask in (np.zeros(2, bool), np.ones(3, bool), np.ones(2)):
         with pytest.raises(ValueError, match="reset_mask"):

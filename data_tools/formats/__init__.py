@@ -18,10 +18,8 @@ from data_tools.dataset import OfflineDataset, check_not_zero, made_once
 from data_tools.files import CURE, DataError, check_regular, listed, reading
 from data_tools.formats import calvin, d4rl, download, minari, skimo_release
 
-EXPECTED = (
-    "an HDF5 file in D4RL's layout, an archive of the SkiMo release, the folder of a Minari data set, or CALVIN's"
-)
-EXPECTED += f" extracted folder task_D_D; {CURE}"
+EXPECTED = "an HDF5 file in D4RL's layout, an archive of the SkiMo release, the folder of a Minari data set, or"
+EXPECTED += f" CALVIN's extracted folder task_D_D; {CURE}"
 LARGEST_ACTION = 1.5  # policies act within [-1, 1]; what is a little beyond can still be learned from
 
 
@@ -52,11 +50,8 @@ def read_data(
     notes = [attributes["note"]] if "note" in attributes else []
     if path.is_file() and not d4rl.SOURCES[attributes["source"]][1]:
         notes.append(f"SHA-256 {pooch.file_hash(path)}")
-    print(
-        f"Data: {attributes['description']} from {path}: {len(dataset.episode_starts):,} episodes, "
-        f"{len(dataset):,} steps{''.join(f'; {note}' for note in notes)}",
-        flush=True,
-    )
+    size = f"{len(dataset.episode_starts):,} episodes, {len(dataset):,} steps"
+    print("; ".join([f"Data: {attributes['description']} from {path}: {size}", *notes]), flush=True)
     return dataset
 
 

@@ -42,12 +42,9 @@ def read(path, progress: bool = True) -> tuple[dict[str, np.ndarray], dict]:
             raise DataError(f"{half}/ep_start_end_ids.npy is missing or may not be read: extract the archive again.")
     recordings = []  # (first frame, last frame, {frame: file})
     for folder in folders:
-        files = {}
         with reading(folder):
-            names = list(folder.iterdir())
-        for file in names:
-            if match := re.fullmatch(r"episode_(\d+)\.npz", file.name):
-                files[int(match[1])] = file
+            found = [(re.fullmatch(r"episode_(\d+)\.npz", file.name), file) for file in folder.iterdir()]
+        files = {int(match[1]): file for match, file in found if match}
         for first, last in _recordings_of(folder):
             # A damaged list may name more frames than there are in the world: count before looking for each.
             if last - first >= len(files) or any(n not in files for n in range(first, last + 1)):
@@ -58,17 +55,12 @@ def read(path, progress: bool = True) -> tuple[dict[str, np.ndarray], dict]:
         if start <= end:
             raise DataError(f"{path} has frame {start} in two recordings: extract the archive again.")
     if recordings[-1][1] > LAST_FRAME:
-        raise DataError(
-            f"{path} has frame {recordings[-1][1]}, but split D, whose scene is the task's, ends at {LAST_FRAME}: "
-            "give the folder task_D_D."
-        )
+        found = f"{path} has frame {recordings[-1][1]}, but split D, whose scene is the task's, ends at {LAST_FRAME}"
+        raise DataError(f"{found}: give the folder task_D_D.")
     frames = [files[n] for first, last, files in recordings for n in range(first, last + 1)]
     if len(frames) > 10_000:
-        print(
-            f"Reading {len(frames):,} small files; to do so only once, write them as one file: "
-            f"python -m data_tools convert --env-id calvin --data {path} --out calvin.hdf5",
-            flush=True,
-        )
+        command = f"python -m data_tools convert --env-id calvin --data {path} --out calvin.hdf5"
+        print(f"Reading {len(frames):,} small files; to do so only once, write them as one file: {command}", flush=True)
     observations = np.empty((len(frames), 21), dtype=np.float32)
     actions = np.empty((len(frames), 7), dtype=np.float32)
     for row, file in enumerate(tqdm(frames, desc="CALVIN frames", unit="frame", disable=not progress)):

@@ -47,9 +47,8 @@ def fetch(url, path, sha256: str | None = None, progress: bool = True, drive: bo
         cure = "fetch it by hand and give it with --data PATH"
         raise DataError(f"{url} is not {first} (SHA-256 differs): {cure}.") from error
     except OSError as error:
-        raise DataError(
-            f"cannot write {path} ({error.strerror}); free some space, or choose another folder with --data-dir."
-        ) from error
+        cure = "free some space, or choose another folder with --data-dir"
+        raise DataError(f"cannot write {path} ({error.strerror}); {cure}.") from error
     return path
 
 

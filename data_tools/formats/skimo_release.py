@@ -29,7 +29,11 @@ def read(path) -> tuple[dict[str, np.ndarray], dict]:
     Raises DataError for damage, and for a pickle that asks for anything else than arrays and plain values.
     """
     with reading(path), opened(path) as file:
-        content = _unpickled(path, file)
+        try:
+            content = _ArrayUnpickler(file).load()
+        except _Refused as error:
+            found = f"{error}, which is neither a NumPy array nor a plain value; nothing of it was run"
+            raise DataError(f"{path} asks for {found}. Do not use this file, or {CURE}.") from None
     with reading(path, NEEDED, "is no archive of the release"):
         if not isinstance(content, list) or not content:
             raise ValueError(f"what it holds is: {_kind(content)}")
@@ -43,16 +47,6 @@ def read(path) -> tuple[dict[str, np.ndarray], dict]:
     if dropped:
         attributes["note"] = f"{dropped} episode(s) with fewer states than steps left out"
     return arrays, attributes
-
-
-def _unpickled(path, file):
-    try:
-        return _ArrayUnpickler(file).load()
-    except _Refused as error:
-        raise DataError(
-            f"{path} asks for {error}, which is neither a NumPy array nor a plain value; nothing of it was run. "
-            f"Do not use this file, or {CURE}."
-        ) from None
 
 
 def _episode(where, entry):

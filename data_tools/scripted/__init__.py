@@ -13,10 +13,8 @@ from data_tools.files import DataError
 def attributes_of(generator: str, num_episodes: int, noise: float, seed: int) -> dict:
     """Return what a data file says about its origin. Raises DataError for arguments without meaning."""
     if num_episodes < 1 or not 0.0 <= noise < np.inf or not 0 <= seed < 2**63:
-        raise DataError(
-            "collecting needs --num-episodes >= 1, --noise >= 0 and 0 <= --seed < 2**63, "
-            f"got {num_episodes}, {noise} and {seed}."
-        )
+        needed = "--num-episodes >= 1, --noise >= 0 and 0 <= --seed < 2**63"
+        raise DataError(f"collecting needs {needed}, got {num_episodes}, {noise} and {seed}.")
     return {"source": "scripted", "generator": generator, "version": 1, "seed": seed, "noise": float(noise)}
 
 

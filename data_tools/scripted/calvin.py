@@ -11,22 +11,11 @@ from tqdm import tqdm
 from data_tools.dataset import OfflineDataset
 from data_tools.files import DataError, write_atomically
 from data_tools.scripted import attributes_of, calvin_play, stream
-from data_tools.tasks.calvin import (
-    BULB,
-    DRAWER,
-    LED,
-    SLIDE,
-    SUBTASKS,
-    SWITCH,
-    CalvinVectorEnv,
-    Physics,
-    draw,
-)
+from data_tools.tasks.calvin import BULB, DRAWER, GRIPPER, LED, SLIDE, SUBTASKS, SWITCH, CalvinVectorEnv, Physics, draw
 from data_tools.tasks.calvin_scene import BLOCKS
 from data_tools.tasks.vector import num_cores
 
 NUM_EPISODES = 1239  # paper, section 4.1
-GRIPPER = 14  # of the observation
 LOCKSTEP = 32  # trajectories recorded together
 MAX_SKIPPED = 100  # attempts, and as many as trajectories
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_tools.tasks import calvin_scene as scene
-from data_tools.tasks.calvin import DRAWER, SLIDE, SWITCH, subtask_conditions
+from data_tools.tasks.calvin import DRAWER, GRIPPER, SLIDE, SWITCH, subtask_conditions
 
 TRAJECTORY_STEPS = 490
 OPEN, CLOSED = 1.0, -1.0
@@ -205,7 +205,7 @@ def push_block(view: View, rng, block: int) -> list[Waypoint]:
 def retreat(view: View) -> list[Waypoint]:
     """Raise the tool and take it back from the cabinet, before anything else is begun."""
     x, y, z = view.target[:3]
-    return [Waypoint(np.array([x, min(y, -0.12), max(z, 0.52)]), view.target[3:], view.obs[14])]
+    return [Waypoint(np.array([x, min(y, -0.12), max(z, 0.52)]), view.target[3:], view.obs[GRIPPER])]
 
 
 # -------------------------------------------------------------------------------------------------------------- motions
@@ -240,7 +240,7 @@ def follow(view: View, waypoints: list[Waypoint], speed: float = 1.0, noise: flo
 def pause(view: View, steps: int, noise: float, rng) -> Script:
     """Hold the tool still, more or less."""
     for _ in range(steps):
-        view = yield np.append((0.5 * noise * rng.normal(size=6)).clip(-1.0, 1.0), view.obs[14])
+        view = yield np.append((0.5 * noise * rng.normal(size=6)).clip(-1.0, 1.0), view.obs[GRIPPER])
     return view
 
 
@@ -313,4 +313,4 @@ def expert(view: View) -> Script:
         while not subtask_conditions(view.obs, start, [subtask])[0]:
             view = yield from follow(view, retreat(view) + behaviour(view))
     while True:
-        view = yield np.append(np.zeros(6), view.obs[14])
+        view = yield np.append(np.zeros(6), view.obs[GRIPPER])

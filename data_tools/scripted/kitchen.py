@@ -69,9 +69,8 @@ def _rotation(pitch, yaw):
 
 def _rotation_vector(rotation):
     """Return axis times angle (3,) of a rotation (3, 3) by less than pi."""
-    vector = np.array(
-        [rotation[2, 1] - rotation[1, 2], rotation[0, 2] - rotation[2, 0], rotation[1, 0] - rotation[0, 1]]
-    )
+    twice = rotation - rotation.T
+    vector = np.array([twice[2, 1], twice[0, 2], twice[1, 0]])
     sine = np.linalg.norm(vector) / 2
     return vector / 2 if sine < 1e-9 else vector / (2 * sine) * np.arctan2(sine, (np.trace(rotation) - 1) / 2)
 

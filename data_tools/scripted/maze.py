@@ -96,10 +96,7 @@ def _simulate(physics, seed, attempts, noise):
 
 
 def collect(
-    num_episodes: int = NUM_EPISODES,
-    noise: float = 0.5,
-    seed: int = 0,
-    progress: bool = True,
+    num_episodes: int = NUM_EPISODES, noise: float = 0.5, seed: int = 0, progress: bool = True
 ) -> OfflineDataset:
     """Collect trajectories between random cells with a planner and a way-point controller (SPiRL's script).
 

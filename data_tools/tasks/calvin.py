@@ -8,7 +8,6 @@ Shapes: E members of a vector environment.
 
 import os
 from functools import cache
-from typing import ClassVar
 
 import mujoco
 import numpy as np
@@ -24,7 +23,7 @@ MAX_EPISODE_STEPS = 360
 SUBTASK_REWARD = 100.0
 SUBTASKS = ("drawer", "bulb", "slider", "led")  # in the order in which they count
 CLOSED = 0.05  # m from where it began: drawer and slider are back
-SLIDE, DRAWER, BUTTON, SWITCH, BULB, LED = range(15, 21)  # entries of an observation
+GRIPPER, SLIDE, DRAWER, BUTTON, SWITCH, BULB, LED = range(14, 21)  # entries of an observation
 
 # -------------------------------------------------------------------------------------------------------------- physics
 
@@ -136,9 +135,7 @@ class Physics:
         """Compute what the motor law reads from a state that was written, of the members (n,) int (None: all)."""
         self.batch.forward(members, stage=mujoco.mjtStage.mjSTAGE_VEL)
 
-    def observations(self):
-        """Return the observations (E, 21) float64."""
-        return scene.observations(self)
+    observations = scene.observations
 
     def _arrays(self):
         """Return the arrays (E, ...) that make up the state; motor targets and forces follow from them."""
@@ -155,19 +152,15 @@ class Physics:
             state = np.array(state, dtype=np.float64)
         except TypeError:
             raise ValueError("the state is that of another simulator") from None
-        expected = (len(self.state), sum(array[0].size for array in self._arrays()))
+        sizes = [array[0].size for array in self._arrays()]
+        expected = (len(self.state), sum(sizes))
         if state.shape != expected:
-            raise ValueError(
-                f"the state is that of {len(state)} members, this environment has {expected[0]}, "
-                f"or of another version of the scene: shape {state.shape}, expected {expected}"
-            )
+            whose = f"{len(state)} members, this environment has {expected[0]}, or of another version of the scene"
+            raise ValueError(f"the state is that of {whose}: shape {state.shape}, expected {expected}")
         if not np.isfinite(state).all():
             raise ValueError("the physics of the state contain NaN or infinity")
-        first = 0
-        for array in self._arrays():
-            size = int(np.prod(array.shape[1:]))
-            array[:] = state[:, first : first + size].reshape(array.shape)
-            first += size
+        for array, values in zip(self._arrays(), np.split(state, np.cumsum(sizes)[:-1], axis=1)):
+            array[:] = values.reshape(array.shape)
         self.refresh()
 
 
@@ -229,7 +222,7 @@ class CalvinVectorEnv(MemberVectorEnv):
     which starts at the tool's pose and is never read back from the robot.
     Reward 100 when the next sub-task in the order holds, at most one per step; the last ends the episode
     (terminated); truncated after `max_episode_steps`. `info["num_subtasks"]`: sub-tasks done; `info["is_success"]`:
-    this step did the last; `info["unstable"]`: the physics diverged; the episode ends (terminated, reward 0) with the
+    all of them; `info["unstable"]`: the physics diverged; the episode ends (terminated, reward 0) with the
     last finite observation. The last gripper command outlives an episode, as in the original, unless `reset` gets a
     seed.
     `order`: other sub-tasks; `slider_back` and `drawer_shut` are the ways back.
@@ -238,9 +231,9 @@ class CalvinVectorEnv(MemberVectorEnv):
     data_tools.tasks.calvin_pybullet for what it needs. `calvin_env_root`: where (None: $CALVIN_ENV_ROOT).
     """
 
-    metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 30}
-    saved: ClassVar[dict] = {"start": np.float64, "subtasks": np.int64, **MemberVectorEnv.saved}
-    info_names: ClassVar[dict] = {**MemberVectorEnv.info_names, "num_subtasks": "subtasks"}
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
+    saved = {"start": np.float64, "subtasks": np.int64, **MemberVectorEnv.saved}
+    info_names = {**MemberVectorEnv.info_names, "num_subtasks": "subtasks"}
 
     def __init__(
         self,
@@ -282,8 +275,7 @@ class CalvinVectorEnv(MemberVectorEnv):
         following = np.minimum(self.subtasks, len(self.order) - 1)
         counts = holds[np.arange(self.num_envs), following] & running & ~self.unstable
         self.subtasks += counts
-        rewards = np.where(counts, np.float32(SUBTASK_REWARD), np.float32(0.0))
-        return rewards, counts & (self.subtasks == len(self.order))
+        return SUBTASK_REWARD * counts, counts & (self.subtasks == len(self.order))
 
     def observations(self):
         return self.physics.observations().astype(np.float32)  # (E, 21)

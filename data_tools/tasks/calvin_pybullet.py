@@ -55,9 +55,8 @@ def _pybullet():
     try:
         return importlib.import_module("pybullet")
     except ImportError as error:
-        raise gymnasium.error.DependencyNotInstalled(
-            f"simulator='pybullet' needs PyBullet ({error}): pip install {PYBULLET} for this Python."
-        ) from error
+        message = f"simulator='pybullet' needs PyBullet ({error}): pip install {PYBULLET} for this Python."
+        raise gymnasium.error.DependencyNotInstalled(message) from error
 
 
 def _data_folder(root):
@@ -65,8 +64,7 @@ def _data_folder(root):
 
     root: the checkout; None: $CALVIN_ENV_ROOT.
     """
-    if root is None:
-        root = os.environ.get("CALVIN_ENV_ROOT")
+    root = root or os.environ.get("CALVIN_ENV_ROOT")
     cure = f"git clone {REPOSITORY}, then pass calvin_env_root=FOLDER or set CALVIN_ENV_ROOT=FOLDER"
     if not root:
         raise DataError(f"simulator='pybullet' needs the URDF files and meshes of CALVIN's simulator: {cure}.")
@@ -140,10 +138,8 @@ class _World:
         for link in links:
             size = np.subtract(*self.client.getAABB(body, link)[::-1])  # m
             if not self.client.getCollisionShapeData(body, link) or size.max() < MIN_SIZE:
-                raise DataError(
-                    f"PyBullet found no shape for link {link} of {path}: its mesh cannot be read; "
-                    f"clone {REPOSITORY} anew, with its large files (git lfs)."
-                )
+                cure = f"clone {REPOSITORY} anew, with its large files (git lfs)"
+                raise DataError(f"PyBullet found no shape for link {link} of {path}: its mesh cannot be read; {cure}.")
 
     def _drive(self, joints, targets, force, speed):
         """Let motors of the robot move joints towards targets."""
@@ -269,9 +265,7 @@ class BulletPhysics:
             self.tool_position[member], self.tool_angles[member], self.qpos[member] = pose[:3], pose[3:], qpos
         return finite
 
-    def observations(self):
-        """Return the observations (E, 21) float64."""
-        return scene.observations(self)
+    observations = scene.observations
 
     def _arrays(self):
         """Return the arrays (E, ...) that belong to the state besides what PyBullet holds."""

@@ -353,16 +353,7 @@ def switch_lights(physics, chosen) -> None:
 
 def observations(physics) -> np.ndarray:
     """Return the observations (E, 21) float64 of a physics: MuJoCo's (calvin.py) or Bullet's (calvin_pybullet.py)."""
-    return np.concatenate(
-        [
-            physics.tool_position,
-            physics.tool_angles,
-            physics.qpos[:, FINGERS].sum(axis=1, keepdims=True),
-            physics.qpos[:, ARM],
-            physics.gripper[:, None],
-            physics.qpos[:, FIXTURES],
-            physics.bulb[:, None],
-            physics.led[:, None],
-        ],
-        axis=1,
-    )
+    tool = physics.tool_position, physics.tool_angles, physics.qpos[:, FINGERS].sum(axis=1, keepdims=True)
+    arm = physics.qpos[:, ARM], physics.gripper[:, None]
+    table = physics.qpos[:, FIXTURES], physics.bulb[:, None], physics.led[:, None]
+    return np.concatenate([*tool, *arm, *table], axis=1)

@@ -12,7 +12,6 @@ import importlib.util
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import ClassVar
 
 import mujoco
 import numpy as np
@@ -64,7 +63,7 @@ def elements_complete(obs) -> dict[str, np.ndarray]:
     """Return for each of the seven elements whether it is complete, (...) bool, in observations (..., 30 or 60)."""
     obs = np.asarray(obs)
     return {
-        name: np.linalg.norm(obs[..., indices] - np.array(goal), axis=-1) < COMPLETE_DISTANCE
+        name: np.linalg.norm(obs[..., indices] - goal, axis=-1) < COMPLETE_DISTANCE
         for name, (indices, goal) in ELEMENTS.items()
     }
 
@@ -248,9 +247,9 @@ class KitchenVectorEnv(MemberVectorEnv):
     millisecond outside Python's lock, so that two threads are 1.8 times as fast as one.
     """
 
-    metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 12.5}
-    saved: ClassVar[dict] = {"physics": float, "observed": float, "credited": int, **MemberVectorEnv.saved}
-    info_names: ClassVar[dict] = {**MemberVectorEnv.info_names, "num_subtasks": "credited"}
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 12.5}
+    saved = {"physics": float, "observed": float, "credited": int, **MemberVectorEnv.saved}
+    info_names = {**MemberVectorEnv.info_names, "num_subtasks": "credited"}
 
     def __init__(
         self,
@@ -264,9 +263,8 @@ class KitchenVectorEnv(MemberVectorEnv):
         super().__init__(num_envs, 30, 9, max_episode_steps, render_mode)
         self.subtasks = SUBTASKS.get(task, ()) if isinstance(task, str) else tuple(task)
         if not self.subtasks or not set(self.subtasks) <= set(ELEMENTS):
-            raise ValueError(
-                f"task must be one of {', '.join(SUBTASKS)} or names of {', '.join(ELEMENTS)}, got {task!r}"
-            )
+            known = f"one of {', '.join(SUBTASKS)} or names of {', '.join(ELEMENTS)}"
+            raise ValueError(f"task must be {known}, got {task!r}")
         self.kitchens = [Kitchen(self.subtasks, noise) for _ in range(num_envs)]
         self.physics = np.zeros((num_envs, len(self.kitchens[0].state)))
         self.observed = np.zeros((num_envs, 30))

@@ -8,7 +8,6 @@ Shapes: E members of a vector environment, N point masses, T steps.
 
 import itertools
 from functools import cache, partial
-from typing import ClassVar
 
 import mujoco
 import numpy as np
@@ -227,13 +226,13 @@ class MazeVectorEnv(MemberVectorEnv):
 
     Observation (4,) float32: (q_x, q_y) in cells, (v_x, v_y) in cells / s, not normalised. Action (2,) in [-1, 1],
     clipped: force / 100 N per axis. Reward 100 within 2 cells of the goal, which ends the episode (terminated), else 0;
-    truncated after `max_episode_steps`. `info["is_success"]`: this step reached the goal. `info["unstable"]`: the
+    truncated after `max_episode_steps`. `info["is_success"]`: the goal was reached. `info["unstable"]`: the
     physics diverged; the episode ends (terminated, reward 0) with the last finite observation. `far`: it starts
     around FAR_START, 61 cells away.
     """
 
-    metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 100}
-    saved: ClassVar[dict] = {"physics": np.float64, **MemberVectorEnv.saved}
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 100}
+    saved = {"physics": np.float64, **MemberVectorEnv.saved}
 
     def __init__(
         self,

@@ -6,7 +6,6 @@ Shapes: E members of a vector environment, n of them; O numbers in an observatio
 import json
 import os
 from dataclasses import replace
-from typing import ClassVar
 
 import gymnasium
 import numpy as np
@@ -33,11 +32,11 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
     example of 20 lines.
     """
 
-    metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 30}
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
     # Attributes that make up the state, arrays (E, ...), and their types. An environment adds its own.
-    saved: ClassVar[dict] = {"steps": np.int64, "returns": np.float64, **dict.fromkeys(FLAGS, bool)}
+    saved = {"steps": np.int64, "returns": np.float64, **dict.fromkeys(FLAGS, bool)}
     # Names of the infos, and the attributes (E,) that hold their values.
-    info_names: ClassVar[dict] = {"is_success": "successes", "unstable": "unstable"}
+    info_names = {"is_success": "successes", "unstable": "unstable"}
     flags_stay = False
 
     def __new__(cls, *arguments, **options):
@@ -51,12 +50,7 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
         return _made, (type(self), *self._made_with, state), dict(flags_stay=self.flags_stay)
 
     def __init__(
-        self,
-        num_envs: int,
-        obs_dim: int,
-        action_dim: int,
-        max_episode_steps: int,
-        render_mode: str | None = None,
+        self, num_envs: int, obs_dim: int, action_dim: int, max_episode_steps: int, render_mode: str | None = None
     ):
         """Raises ValueError for arguments out of range."""
         if num_envs < 1 or max_episode_steps < 1:
@@ -124,18 +118,15 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
         if options is not None and "reset_mask" in options:
             mask = np.asarray(options["reset_mask"])
             if mask.shape != (self.num_envs,) or mask.dtype != bool or not mask.any():
-                raise ValueError(
-                    f"reset_mask must be boolean with shape ({self.num_envs},) and at least one True, got {mask!r}"
-                )
+                needed = f"boolean with shape ({self.num_envs},) and at least one True"
+                raise ValueError(f"reset_mask must be {needed}, got {mask!r}")
         if self.rngs is None and not mask.all():
             raise gymnasium.error.ResetNeeded("the first reset must start all members, without reset_mask")
-        if self.rngs is None:
-            self.rngs = [None] * self.num_envs
-        for i in np.flatnonzero(mask):
-            if self.rngs[i] is None or seeds[i] is not None:
-                self.rngs[i] = seeding.np_random(seeds[i])[0]
-                self.seeded(i)
         members = np.flatnonzero(mask)
+        made = {i: seeding.np_random(seeds[i])[0] for i in members if self.rngs is None or seeds[i] is not None}
+        self.rngs = [made.get(i, rng) for i, rng in enumerate(self.rngs or [None] * self.num_envs)]
+        for i in made:
+            self.seeded(i)
         self.begin(members)
         self.steps[members] = 0
         self.returns[members] = 0
@@ -212,10 +203,8 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
         for name, array in arrays.items():
             expected = getattr(self, name).shape
             if array.shape != expected:
-                raise ValueError(
-                    f"the state is that of {len(array)} members, this environment has {self.num_envs}, "
-                    f"or of another task: {name} has shape {array.shape}, expected {expected}"
-                )
+                whose = f"{len(array)} members, this environment has {self.num_envs}, or of another task"
+                raise ValueError(f"the state is that of {whose}: {name} has shape {array.shape}, expected {expected}")
             if not np.isfinite(array).all():
                 raise ValueError(f"{name} of the state contains NaN or infinity")
         if len(state["rng"]) != self.num_envs:

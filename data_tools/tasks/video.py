@@ -25,7 +25,6 @@ class VideoRecorder(gymnasium.vector.VectorWrapper):
         check_writable(self.path)
         imageio_ffmpeg.get_ffmpeg_version()
         self.frames = []  # compressed: those of a long episode would take gigabytes
-        self.frame = 0
         self.steps, self.returns = envs.steps, envs.returns  # the same arrays
         self.every = math.ceil(self.metadata["render_fps"] / 50)  # steps per picture
         self.bar = None
@@ -39,13 +38,12 @@ class VideoRecorder(gymnasium.vector.VectorWrapper):
         return result
 
     def step(self, actions):
-        running = not self.env.waiting[0]
+        shown = not self.env.waiting[0] and self.steps[0] % self.every == 0
         result = self.env.step(actions)
-        if running and self.frame % self.every == 0:
+        if shown:
             frame = self.env.draw(0)
             self.shape = frame.shape
             self.frames.append(zlib.compress(frame.tobytes(), 1))  # fast
-        self.frame += 1
         self.bar.update()
         return result
 
