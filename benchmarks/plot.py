@@ -143,7 +143,6 @@ def beside_published(runs, published) -> Figure:
 
 def save(figure: Figure, path: Path):
     """Write a picture whole or not at all, with the same bytes for the same logs."""
-    write_atomically(
-        path, lambda part: figure.savefig(part, dpi=96, metadata={"Software": None}, pil_kwargs={"optimize": True})
-    )
+    options = dict(dpi=96, metadata={"Software": None}, pil_kwargs={"optimize": True})
+    write_atomically(path, lambda part: figure.savefig(part, **options))
     print(f"wrote {path}")

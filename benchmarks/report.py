@@ -5,7 +5,7 @@
     python benchmarks/report.py runs/FOLDER [runs/OTHER]   # runs of algorithm files, beside the published SkiMo
 
 A log is TASK/METHOD/seedN.csv and .json, as benchmarks/run.py writes them. In this repository a folder DATA (scripted,
-human, none: the offline data of the pre-training) stands between the two. held-out/BOARD/METHOD/seedN.* are runs of the
+human, none: the offline data of the pre-training) stands before seedN. held-out/BOARD/METHOD/seedN.* are runs of the
 held-out suite, held-out/evaluations.csv is of evaluate.py. studies/NAME/VARIANT/seedN.* are comparisons of settings,
 explained in NAME/study.json. Sentences are in results/notes.md. scores.py computes, plot.py draws.
 """
@@ -29,13 +29,9 @@ from benchmarks.suites import HELD_OUT
 from data_tools.files import write_atomically
 
 COMPARED = ("skimo", "skimo_no_joint", "skimo_no_cem", "skimo_sac", "skimo_single_step", "spirl", "dreamer_skills")
-
-
 # Sentences of the pages: name of the section -> text
 _, *parts = re.split(r"<!-- (.+) -->\n", (RESULTS / "notes.md").read_text())
 NOTES = {name: text.strip("\n") for name, text in zip(parts[::2], parts[1::2])}
-
-
 ALL = ("maze", "kitchen", "kitchen-misaligned", "calvin")
 
 
@@ -215,7 +211,7 @@ def lead_row(cells, task: str, method: str, data: str) -> dict[str, str]:
     for name, measure in MEASURES.items():
         runs = cells[task, "skimo", data].reaching(common), cell.reaching(common)
         middle, low, high, paired = scores.lead(*runs, measure, common)
-        row[f"SkiMo's lead: {name}"] = "–" if method == "skimo" or np.isnan(middle) else signed(middle)
+        row[f"SkiMo's lead: {name}"] = "–" if method == "skimo" else signed(middle)
         if not np.isnan(low) and method != "skimo":
             row[f"SkiMo's lead: {name}"] += f" [{signed(low)}, {signed(high)}]" + " p" * paired
     return row
@@ -299,7 +295,7 @@ def settings_table(cells) -> str:
     """What one setting changes in the level of one method; the last row: what the choice of method does."""
     rows = []
     for text, variant in SETTINGS:
-        cell, other, end = effect(RESULTS / "studies" / variant, cells)
+        cell, other, end = effect(RESULTS / "studies" / variant)
         if variant.endswith("skimo_0.08"):  # the other way round: the cell has the old setting
             cell, other = other, cell
         study = variant.split("/")[0]
@@ -320,13 +316,12 @@ def settings_table(cells) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------ studies
-def effect(variant: Path, cells) -> tuple[list[Run], list[Run], int] | None:
+def effect(variant: Path) -> tuple[list[Run], list[Run], int] | None:
     """The runs of the cell that a study's variant is compared with, the variant's, and the env steps both have."""
     other = read_variant(variant)
     for name in json.loads((variant.parent / "study.json").read_text()).get("compare", []):
-        cell = read_variant(variant.parents[1] / name)  # STUDY/VARIANT, or TASK/METHOD/DATA
-        cell = cell or cells[tuple(name.replace("/none", "/scripted").split("/"))]
-        if other and (cell[0].task, cell[0].method) == (other[0].task, other[0].method):
+        cell = read_variant(variant.parents[1] / name) or read_variant(RESULTS / name)  # a variant, or TASK/METHOD/DATA
+        if (cell[0].task, cell[0].method) == (other[0].task, other[0].method):
             end = min(cell.main_end, other.main_end)
             return cell.reaching(end), other.reaching(end), end
     return None
@@ -339,11 +334,8 @@ def read_variant(folder: Path) -> Cell:
 def variant_row(study: Path, variant: str, found) -> dict[str, str]:
     runs = found[1] if found else read_variant(study / variant)
     end = found[2] if found else runs.main_end
-    row = {
-        "study": f"[{study.name}]({study.name})",
-        "variant": variant,
-        "method, task": f"{label(runs[0].method)}, {TASKS[runs[0].task].label}",
-    }
+    row = {"study": f"[{study.name}]({study.name})", "variant": variant}
+    row |= {"method, task": f"{label(runs[0].method)}, {TASKS[runs[0].task].label}"}
     row |= {"seeds": len(runs), "env steps": thousands(end)}
     for name, measure in MEASURES.items():
         row[name] = number(np.mean([measure(run, end) for run in runs]))
@@ -352,13 +344,13 @@ def variant_row(study: Path, variant: str, found) -> dict[str, str]:
     return row
 
 
-def studies_text(folder: Path, cells) -> str:
+def studies_text() -> str:
     """The page of all studies."""
     rows, variants = [], []
-    for path in sorted(folder.glob("*/study.json")):
+    for path in sorted((RESULTS / "studies").glob("*/study.json")):
         study, facts = path.parent, json.loads(path.read_text())
         names = sorted({log.parent.name for log in study.glob("*/seed*.json")})
-        found = [(name, effect(study / name, cells)) for name in names]
+        found = [(name, effect(study / name)) for name in names]
         changes = {
             name: np.mean([scores.level(run, end) for run in other]) - np.mean([scores.level(run, end) for run in cell])
             for name, (cell, other, end) in [(name, value) for name, value in found if value]
@@ -367,8 +359,8 @@ def studies_text(folder: Path, cells) -> str:
         largest = max(changes, key=lambda name: abs(changes[name]), default=None)
         row = {"study": f"[{study.name}]({study.name})", "question": facts["question"], "answer": facts["answer"]}
         row["effect on the level"] = f"{signed(changes[largest])}, {largest}" if largest else "–"
-        counts = [len(list((study / name).glob("seed*.json"))) for name in names]
-        row["seeds"] = "–" if not counts else f"{min(counts)} to {max(counts)}" if len(set(counts)) > 1 else counts[0]
+        seeds = [len(list((study / name).glob("seed*.json"))) for name in names]
+        row["seeds"] = "–" if not seeds else f"{min(seeds)} to {max(seeds)}" if len(set(seeds)) > 1 else seeds[0]
         rows.append(row)
         variants += [variant_row(study, *pair) for pair in found]
     return f"{NOTES['studies']}\n\n{table(rows)}\n## Variants\n{NOTES['variants']}\n\n{table(variants)}"
@@ -400,9 +392,8 @@ def task_text(cells, task: str) -> str:
         for run in runs:
             name = {"method": label(run.method), "seed": run.seed}
             row = name | {"env steps": f"{run.env_steps:,}", "minutes": f"{scores.minutes_at(run, run.end):.0f}"}
-            row["evaluations, thousand env steps: score"] = ", ".join(
-                f"{step // 1000}: {number(value)}" for step, value in run.evaluations
-            )
+            evaluations = [f"{step // 1000}: {number(value)}" for step, value in run.evaluations]
+            row["evaluations, thousand env steps: score"] = ", ".join(evaluations)
             row["machine"] = run.machine
             facts.append(row | {"commit": ", ".join(dict.fromkeys(commits(run)))})
             bins.append(name)
@@ -583,15 +574,8 @@ def results_text(cells, ours: bool = True, held=()) -> str:
         return f"{NOTES['other results']}\n\n{boards}".strip() + "\n"
     parts = [NOTES["introduction"], NOTES["claims"], claims_table(cells), NOTES["orderings"], orderings_table(cells)]
     parts += [NOTES["held-out"], table(boards_table(held, MAIN, "../algos/docs"))] if held else []
-    parts += [
-        NOTES["settings"],
-        settings_table(cells),
-        f"{NOTES['coverage']}\n{coverage_text(cells)}",
-        NOTES["without data"],
-        without_data_table(),
-        NOTES["boards"],
-        boards,
-    ]
+    parts += [NOTES["settings"], settings_table(cells), f"{NOTES['coverage']}\n{coverage_text(cells)}"]
+    parts += [NOTES["without data"], without_data_table(), NOTES["boards"], boards]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
@@ -600,7 +584,7 @@ def pages(cells) -> dict[Path, str]:
     held = scores.read_cells(RESULTS / "held-out")
     made = {RESULTS.parent / "RESULTS.md": results_text(cells, held=held)}
     made[RESULTS / "held-out" / "README.md"] = held_out_text(held)
-    made |= {RESULTS / "studies" / "README.md": studies_text(RESULTS / "studies", cells)}
+    made[RESULTS / "studies" / "README.md"] = studies_text()
     made |= {RESULTS / task / "README.md": task_text(cells, task) for task in ALL}
     overview = table(boards_table(cells, MAIN, "algos/docs"))
     findings = RESULTS.parent / "FINDINGS.md"

@@ -30,6 +30,7 @@ import sys
 import time
 import zipfile
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -40,7 +41,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # runs get the priority of th
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks import provenance
+from benchmarks import provenance, scores
 from benchmarks.provenance import describe_code, describe_machine
 from benchmarks.suites import HELD_OUT, SEEDS, SUITES, Board
 from data_tools import TASKS
@@ -75,7 +76,7 @@ class Args:
     args: str = ""  # more flags for every run, as one string: --args "--total-timesteps 100000"
     results_dir: Path = Path("runs/results")  # CSV and JSON of finished runs; small
     run_dir: Path = Path("runs")  # run folders with checkpoints and logs; on a cluster, on a shared file system
-    checkpoints_dir: Path = Path("runs/checkpoints")  # last checkpoints of finished runs; keep it outside git
+    checkpoints_dir: Path = Path("runs/checkpoints")  # finished runs' last checkpoints; shared as run_dir, outside git
     keep: tuple[int, ...] = ()  # env steps at which a checkpoint is kept there, too
     data_dir: str | None = os.environ.get("SKIMO_DATA_DIR")  # offline data and pre-trained models (None: user's cache)
     algos_dir: Path = ROOT / "algos"  # where the algorithm files are
@@ -124,7 +125,7 @@ class Cell:
 # ----------------------------------------------------------------------------------------------------------- one cell
 def find_run_dir(folder: Path) -> Path | None:
     """The algorithm's run folder in a cell's folder, or None; the newest, should there be several."""
-    return max((path.parent for path in folder.glob("*/args.json")), default=None)
+    return max((path.parent for path in folder.rglob("args.json")), default=None)  # names of tasks may have a slash
 
 
 def parsed(text: str):
@@ -193,9 +194,7 @@ def keep_early(run_dir: Path | None, checkpoint: Path, marks: tuple[int, ...], s
             keep(source, target)
 
 
-def run_cell(
-    command: list[str], flags: list[str], folder: Path, checkpoint: Path, root: Path, threads: int, marks=()
-) -> dict:
+def run_cell(command: list[str], flags: list[str], folder: Path, checkpoint: Path, threads: int, marks=()) -> dict:
     """On a Ray worker: run a cell to its end, from its last checkpoint if there is one, and return what it left.
 
     The last checkpoint is copied to `checkpoint`, those of `marks` (env steps) beside it. Returns `episodes` (text of
@@ -222,7 +221,7 @@ def run_cell(
             if run_dir is not None:  # keeps the curves of pre-training
                 command = resumed(command, run_dir)
             attempt = dict(time=time.strftime("%Y-%m-%d %H:%M:%S"), flags=flags, command=shlex.join(command))
-            attempt |= dict(**describe_code(root), machine=describe_machine(), threads=threads)
+            attempt |= dict(**describe_code(ROOT), machine=describe_machine(), threads=threads)
             with (folder / "attempts.jsonl").open("a") as file:
                 file.write("\n" + json.dumps(attempt) + "\n")  # a new line, even after one that was torn
             log.write(f"\n=== {attempt['time']} on {platform.node()}: {attempt['command']}\n".encode())
@@ -377,42 +376,37 @@ def make_cells(args: Args) -> list[Cell]:
             sys.exit(f"error: {name} in --args would mix up the grid; leave it out")
     tasks = {name: Board(name) for name in args.env_ids if name in TASKS or name not in HELD_OUT}
     boards = SUITES[args.suite].boards if args.suite else HELD_OUT | tasks
+    places = args.run_dir, args.results_dir, args.checkpoints_dir
     cells = []
-    for env_id in dict.fromkeys(args.env_ids):
+    for env_id, seed, algo in product(*map(dict.fromkeys, (args.env_ids, args.seeds, args.algos))):
+        folder, result, kept = ((place / env_id / algo / f"seed{seed}").resolve() for place in places)
+        file = (args.algos_dir / f"{algo}.py").resolve()
         board = boards[env_id]
-        for seed in dict.fromkeys(args.seeds):
-            for algo in dict.fromkeys(args.algos):
-                folder = (args.run_dir / env_id / algo / f"seed{seed}").resolve()
-                result = (args.results_dir / env_id / algo / f"seed{seed}").resolve()
-                file = (args.algos_dir / f"{algo}.py").resolve()
-                checkpoint = (args.checkpoints_dir / env_id / algo / f"seed{seed}.pt").resolve()
-                task = board.env_id
-                family = pretrained_name(file), TASKS[task].data or task, board.data_share, seed  # kitchens share one
-                command = ["python", str(file), "--env-id", task, "--seed", str(seed), "--run-dir", str(folder)]
-                with_data = "data_dir" in file.read_text()  # a file without offline data has no such flag
-                if args.data_dir and with_data:
-                    command += ["--data-dir", os.path.abspath(os.path.expanduser(args.data_dir))]
-                command += ["--device", args.device] if args.device else []
-                own = ["--total-timesteps", str(board.env_steps)] if board.env_steps else []
-                own += ["--data", args.data] if with_data and args.data != "scripted" else []
-                own += ["--data-share", str(board.data_share)] if with_data and board.data_share < 1 else []
-                own += ["--checkpoint-interval", str(min(args.keep))] if args.keep else []
-                own += flags
-                cell = Cell(algo, env_id, seed, command + own, folder, result, checkpoint, own, family)
-                cell.pretrained = "--pretrained" in names
-                if board.data_share < 1 and not with_data:
-                    sys.exit(f"error: {env_id} has a share of the data, {algo} none: leave one out")
-                if cell.pretrained and board.data_share < 1:
-                    sys.exit(f"error: {env_id} has a share of the data, --pretrained a model of all: leave one out")
-                check_flags(cell)
-                cells.append(cell)
+        task = board.env_id
+        family = pretrained_name(file), TASKS[task].data or task, board.data_share, seed  # kitchens share one
+        command = ["python", str(file), "--env-id", task, "--seed", str(seed), "--run-dir", str(folder)]
+        with_data = "data_dir" in file.read_text()  # a file without offline data has no such flag
+        if args.data_dir and with_data:
+            command += ["--data-dir", os.path.abspath(os.path.expanduser(args.data_dir))]
+        command += ["--device", args.device] if args.device else []
+        own = ["--total-timesteps", str(board.env_steps)] if board.env_steps else []
+        own += ["--data", args.data] if with_data and args.data != "scripted" else []
+        own += ["--data-share", str(board.data_share)] if with_data and board.data_share < 1 else []
+        own += ["--checkpoint-interval", str(min(args.keep))] if args.keep else []
+        own += flags
+        cell = Cell(algo, env_id, seed, command + own, folder, result, kept.with_suffix(".pt"), own, family)
+        cell.pretrained = "--pretrained" in names
+        if board.data_share < 1 and not with_data:
+            sys.exit(f"error: {env_id} has a share of the data, {algo} none: leave one out")
+        if cell.pretrained and board.data_share < 1:
+            sys.exit(f"error: {env_id} has a share of the data, --pretrained a model of all: leave one out")
+        check_flags(cell)
+        cells.append(cell)
     return cells
 
 
 def estimate(cells: list[Cell]) -> str:
     """What unfinished cells would take, at the rates of published logs: of their task, or of the one it comes from."""
-    from benchmarks import scores
-
     published, models, hours, unknown = scores.read_cells(scores.RESULTS), {}, 0.0, {}
     for cell in [cell for cell in cells if cell.state != "finished"]:
         task = cell.command[cell.command.index("--env-id") + 1]
@@ -453,24 +447,19 @@ def connect(args: Args) -> float:
     """
     import ray  # 2 seconds and 240 MB: only where cells run
 
-    quiet = dict(log_to_driver=False, logging_level="ERROR")
     if args.address is None:
-        here = dict(address="local", num_cpus=args.num_cpus, include_dashboard=False, object_store_memory=80 * 2**20)
-        try:
-            ray.init(**here, **quiet)
-        except Exception as error:  # on a very busy machine: a plain Exception
-            reason = " ".join(str(error).split())[:200]
-            sys.exit(f"error: Ray does not start ({reason}); end others, or set RAY_raylet_start_wait_time_s=170")
+        where = dict(address="local", num_cpus=args.num_cpus, include_dashboard=False, object_store_memory=80 * 2**20)
+        fault, cure = "Ray does not start", "end others, or set RAY_raylet_start_wait_time_s=170"
     else:
+        where, fault = dict(address=args.address), f"no Ray cluster can be joined at --address {args.address}"
         cure = "start Ray there (`ray start --head`), run this on one of the cluster's nodes, or leave --address out"
-        try:
-            if args.address != "auto":  # Ray itself tries for minutes
-                host, _, port = args.address.rpartition(":")
-                socket.create_connection((host, int(port)), timeout=5).close()
-            ray.init(address=args.address, **quiet)
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            sys.exit(f"error: no Ray cluster can be joined at --address {args.address} ({reason}); {cure}")
+    try:
+        if args.address not in (None, "auto"):  # Ray itself tries for minutes
+            host, _, port = args.address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=5).close()
+        ray.init(**where, log_to_driver=False, logging_level="ERROR")
+    except Exception as error:  # on a very busy machine: a plain Exception
+        sys.exit(f"error: {fault} ({' '.join(str(error).split())[:200]}); {cure}")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = args.device == "cuda" or (args.device is None and any(node.get("GPU") for node in nodes))
     nodes = [node for node in nodes if node.get("GPU") or not gpus]
@@ -503,9 +492,8 @@ def run_grid(args: Args, cells: list[Cell], gpus: float, display: Display):
                     cell.state, cell.tries = "queued", cell.tries + 1
                     log = cell.folder / "log.txt"
                     cell.log_size = log.stat().st_size if log.exists() else 0
-                    places = cell.folder, cell.checkpoint, ROOT
-                    ref = remote.remote(cell.command, cell.flags, *places, args.threads_per_run, args.keep)
-                    running[ref] = cell
+                    inputs = cell.command, cell.flags, cell.folder, cell.checkpoint, args.threads_per_run, args.keep
+                    running[remote.remote(*inputs)] = cell
             display.show(cells)
             if not running:
                 time.sleep(1.0)

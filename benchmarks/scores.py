@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
 import data_tools  # the tasks of a user's own
 from data_tools.files import reading
 
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAPER_CURVES = ROOT / "benchmarks" / "paper_curves.csv"
 NO_LOG = "move both elsewhere", "and its CSV are no whole log"
@@ -94,7 +94,7 @@ PAPER_SEEDS = 5
 # ------------------------------------------------------------------------------------------------------------- logs
 @dataclass
 class Run:
-    """A log. Episodes (n,) in the order in which they are placed. Evaluations: (env step, score)."""
+    """A log. Episodes (n,): steps and scores in the order of their places, minutes and end_steps as they ended."""
 
     task: str
     method: str
@@ -104,7 +104,7 @@ class Run:
     scores: np.ndarray
     minutes: np.ndarray  # (n,) of RL, without pre-training, when each episode ended
     end_steps: np.ndarray  # (n,) env step at which each episode ended
-    evaluations: list
+    evaluations: list  # (env step, score)
     env_steps: int  # of the whole run
     facts: dict  # the JSON
 
@@ -335,11 +335,8 @@ def read_runs(*folders: Path) -> list[Run]:
         sys.exit(f"error: in {paths[0].parent} no episode of RL has ended yet")
     for path in [path for path, *_, rows in read if not rows]:
         print(f"left out: {path.parent}, in which no episode of RL has ended yet")
-    own = {}
-    for _, env_id, _, rows in logs:
-        if env_id not in KNOWN:
-            own.setdefault(env_id, []).extend(rows)
-    TASKS.update({env_id: own_task(env_id, rows) for env_id, rows in own.items()})
+    for own in dict.fromkeys(env_id for _, env_id, *_ in logs if env_id not in KNOWN):
+        TASKS[own] = own_task(own, [row for _, env_id, _, rows in logs if env_id == own for row in rows])
     return [run_of(*log) for log in logs]
 
 

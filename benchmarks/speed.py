@@ -10,7 +10,7 @@ the planner with K = N or, in files without one, from the policy. Files without 
 `plan`) or the policy (row `act`). The training loop is `train` from random networks: all schedules of the real run are
 shrunk to --loop-steps, so that plan lengths and updates have the mix of the real run; where a warm-up waits for whole
 episodes, these are short.
-Every number is the median of repeated calls after a warm-up, with CUDA synchronisation. Threads are torch's:
+Every other number is the median of repeated calls after a warm-up, with CUDA synchronisation. Threads are torch's:
 OMP_NUM_THREADS sets them.
 """
 
@@ -67,8 +67,7 @@ class Args:
 
 def size_args(algo, size: str, mode: str, args: Args):
     """The algorithm's own arguments for a task."""
-    result = algo.parse_args(["--env-id", size, "--device", args.device])
-    result = dataclasses.replace(result, cudagraphs=mode == "graphs")
+    result = replaced(algo.parse_args(["--env-id", size, "--device", args.device]), dict(cudagraphs=mode == "graphs"))
     if args.quick:
         small = dict(pretrain_batch_size=8, batch_size=8, num_samples=16, num_policy_trajs=4, num_elites=4, cem_iters=1)
         small |= dict(updates_per_step=0.02, updates_per_skill=0.2, num_skills=min(3, getattr(result, "num_skills", 1)))
@@ -323,9 +322,8 @@ def time_training(algo, config, args: Args) -> dict:
     factor = args.loop_steps / config.total_timesteps
     schedules = ("total_timesteps", "warmup_steps", "warmup_skills", "horizon_steps", "std_steps", "discover_steps")
     scaled = {name: max(1, int(factor * getattr(config, name))) for name in schedules if hasattr(config, name)}
+    scaled |= dict(num_envs=1) if args.quick else {}
     config = dataclasses.replace(config, **scaled, eval_interval=10**9, checkpoint_interval=10**9)
-    if args.quick:
-        config = dataclasses.replace(config, num_envs=1)
     seconds = dict(env=0.0, choose=0.0, update=0.0)
     waits = has_skills(algo) and hasattr(config, "warmup_steps")  # for whole episodes: they shrink as well
     length = window_of(config) * config.skill_horizon if waits else None

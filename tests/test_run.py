@@ -231,7 +231,7 @@ def started(folder):
 def test_a_torn_line_of_attempts_takes_no_other_with_it(tmp_path):
     (tmp_path / "attempts.jsonl").write_text('{"time": "2026')
     command = ["python", "-c", "import os; raise SystemExit(int(os.environ['OMP_NUM_THREADS']))"]
-    outcome = run.run_cell(command, ["--seed"], tmp_path, tmp_path / "checkpoint.pt", run.ROOT, 3)
+    outcome = run.run_cell(command, ["--seed"], tmp_path, tmp_path / "checkpoint.pt", 3)
     assert outcome["exit_code"] == 3
     assert [(one["flags"], one["threads"]) for one in run.read_attempts(tmp_path)] == [(["--seed"], 3)]
 
@@ -320,7 +320,7 @@ def test_a_lost_node_costs_nothing_but_time(grid, cluster, ray_dir):
 def test_a_killed_run_is_told_from_one_that_failed(tmp_path, end, code):
     """The runner waits before it starts a killed one again."""
     program = [sys.executable, "-c", f"import os, sys; {end}"]
-    outcome = run.run_cell(program, [], tmp_path / "cell", tmp_path / "kept.pt", ROOT, 1)
+    outcome = run.run_cell(program, [], tmp_path / "cell", tmp_path / "kept.pt", 1)
     assert outcome == dict(problem=f"ended with exit code {code or -9}", exit_code=code)
 
 
@@ -507,8 +507,8 @@ def test_progress_is_read_from_the_run_folder(tmp_path):
     cell = dataclasses.replace(cell_of(state="queued"), folder=tmp_path)
     run.observe(cell)
     assert cell.state == "queued"
-    run_dir = tmp_path / "maze__skimo__1__17"
-    run_dir.mkdir()
+    run_dir = tmp_path / "my" / "Maze-v0__skimo__1__17"  # of a task with a slash in its name
+    run_dir.mkdir(parents=True)
     (run_dir / "args.json").write_text(json.dumps(dict(total_timesteps=100_000)))
     (tmp_path / "log.txt").write_text("pre-training:   0%|\rpre-training:  42%|####")
     run.observe(cell)

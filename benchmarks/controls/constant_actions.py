@@ -2,8 +2,8 @@
 
     python benchmarks/controls/constant_actions.py --env-id calvin --out calvin.csv    # 11 minutes on one core
 
-Tries all corners of the action box, 2^A actions (A numbers of -1 or 1), each for whole episodes: once as it is and once
-with the noise that Dreamer and LSP explore with. Writes a row per episode.
+Tries all corners of the action box, 2^A actions (A numbers of -1 or 1), each for ten whole episodes: five as it is and
+five with the noise that Dreamer and LSP explore with. Writes a row per episode.
 """
 
 import itertools

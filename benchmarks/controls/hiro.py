@@ -138,10 +138,8 @@ def main():
         facts |= dict(goal_progress=results["goal_progress"])  # with exploration
         facts |= dict(updates=results["updates"], args=asdict(args))
     draw_goals(agent, args, given.out.with_suffix(".png"), 10_000 + args.seed)
-    words = "learnt" if facts["passed"] else "NOT learnt"
-    print(
-        f"success: best {max(successes):.2f}, last {successes[-1]:.2f}, random {facts['uniform_success']:.2f}; {words}"
-    )
+    words = f"best {max(successes):.2f}, last {successes[-1]:.2f}, random {facts['uniform_success']:.2f}"
+    print(f"success: {words}; {'learnt' if facts['passed'] else 'NOT learnt'}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ machine, arguments, and the verdict: the mean return of the last 50 episodes mus
 chunks of the clone are judged as well: two modes, and less than 2 % of its chunks between them.
 """
 
-import importlib
 import sys
 import tempfile
 from dataclasses import asdict
@@ -136,4 +135,4 @@ def main():
 
 
 if __name__ == "__main__":
-    importlib.import_module("benchmarks.controls.qc").main()
+    main()
