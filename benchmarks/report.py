@@ -99,17 +99,18 @@ WITHOUT_DATA = {
     "hiro": (0.25, 1.0, 300, "controls_reported/hiro_seed1"),
     "option_critic": (None, None, None, "controls_reported/option_critic_seed1"),
 }
-# What acts in RL, without and with the demonstrations -> logs of the maze and of the Kitchen
+# What acts in RL, without and with the demonstrations -> logs of the first three tasks
 RIVALS = {
-    "skills: SPiRL": ("maze/spirl/scripted", "kitchen/spirl/scripted"),
-    "skills: SUPE [without demonstrations](results/studies/supe_demonstrations)": (
+    "skills: SPiRL": [f"{task}/spirl/scripted" for task in ALL[:3]],
+    "skills: SUPE [without demonstrations](results/studies/supe_demonstrations)": [
         "studies/supe_demonstrations/maze_without",
         "studies/supe_demonstrations/kitchen_without",
-    ),
-    "the same, demonstrations kept: SUPE": ("maze/supe/scripted", "kitchen/supe/scripted"),
-    "chunks of actions: Q-chunking": (None, "studies/kitchen_qc_demonstrations/none"),
-    "the same, demonstrations kept": (None, "kitchen/qc/scripted"),
-    "skills, planned: SkiMo": ("maze/skimo/scripted", "kitchen/skimo/scripted"),
+        None,
+    ],
+    "the same, demonstrations kept: SUPE": [f"{task}/supe/scripted" for task in ALL[:3]],
+    "chunks of actions: Q-chunking": [None, "studies/kitchen_qc_demonstrations/none", None],
+    "the same, demonstrations kept": [None, "kitchen/qc/scripted", None],
+    "skills, planned: SkiMo": [f"{task}/skimo/scripted" for task in ALL[:3]],
 }
 # Machines of the speed tables: log of speed.py, and the task whose sizes count
 TIMED = {"CPU": ("speed/all_files_xeon.json", "maze"), "H100": ("gpu/speed_graphs.json", "kitchen")}
@@ -538,7 +539,7 @@ def without_data_table() -> str:
 def rivals_table() -> str:
     """Skills or chunks, demonstrations thrown away or kept: the three measures to the env steps that all have."""
     rows = [{"speed/level/without noise (seeds)": text} for text in RIVALS]
-    for task, folders in zip(("maze", "kitchen"), zip(*RIVALS.values())):
+    for task, folders in zip(ALL[:3], zip(*RIVALS.values())):
         cells = [read_variant(RESULTS / folder) if folder else Cell() for folder in folders]
         end = min(cell.main_end for cell in cells if cell)
         for row, cell in zip(rows, cells):
