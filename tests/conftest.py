@@ -26,6 +26,17 @@ def pytest_collection_modifyitems(items):
         item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {params.get('case', '')}"))
 
 
+def refused(call, *words) -> str:
+    """call() ends with one sentence that holds the words; returns it."""
+    with pytest.raises(SystemExit) as caught:
+        call()
+    message = caught.value.code
+    assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message, message
+    for word in words:
+        assert str(word) in message, message
+    return message
+
+
 @pytest.fixture(scope="session")
 def tiny_data_file(tmp_path_factory):
     """60 maze trajectories as a data file; do not write to it."""
@@ -43,6 +54,15 @@ def data_dir(tiny_data_file, tmp_path):
     folder.mkdir()
     shutil.copy(tiny_data_file, folder / DATA_FILE)
     return folder
+
+
+@pytest.fixture
+def short_episodes(monkeypatch):
+    """Maze episodes of 90 steps instead of 2,000."""
+    from data_tools.tasks.maze import MazeVectorEnv
+
+    init = MazeVectorEnv.__init__
+    monkeypatch.setattr(MazeVectorEnv, "__init__", lambda self, num_envs=1, **how: init(self, num_envs, 90, **how))
 
 
 @pytest.fixture(autouse=True)

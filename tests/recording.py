@@ -66,13 +66,17 @@ def buffer_of(module):
 
 
 def note_replay(notes, module, patch):
-    """rows: of every addition to the replay the env steps of training so far, and its columns by name."""
+    """rows: of every addition to the replay the env steps of training so far, and its columns by name; begun: where
+    first observations are rows of their own, the same number, whose they are (E,), and all observations (E, O).
+    """
     notes.rows = []
+    notes.begun = []
     buffer = buffer_of(module)
 
     def add(rb, *inputs, original=buffer.add, **named):
         row = inspect.signature(original).bind(rb, *inputs, **named).arguments
         if "members" in row:  # only where an episode begins
+            notes.begun.append((len(notes.training.steps), row["members"].copy(), row["obs"].copy()))
             return original(rb, *inputs, **named)
         row |= next((value for value in row.values() if isinstance(value, dict)), {})  # what was given by name
         if buffer.__name__ == "SequenceBuffer":  # a row is what led to an observation

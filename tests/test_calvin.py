@@ -372,30 +372,6 @@ def test_unknown_simulator():
         CalvinEnv(simulator="gazebo")
 
 
-def test_diverged_physics_end_the_episode(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # MuJoCo may write its warnings to a file here
-    env, healthy = CalvinVectorEnv(3), CalvinVectorEnv(3)
-    before, _ = env.reset(seed=0)
-    healthy.reset(seed=0)
-    run = env.physics._run
-
-    def diverge(substeps, members=None):
-        run(substeps, members)
-        env.physics.qvel[1, 3] = np.nan
-
-    actions = np.full((3, 7), 0.3)
-    with monkeypatch.context() as patch:
-        patch.setattr(env.physics, "_run", diverge)
-        obs, rewards, terminations, truncations, infos = env.step(actions)
-    expected = healthy.step(actions)[0]
-    assert np.array_equal(obs, [expected[0], before[1], expected[2]])
-    assert terminations.tolist() == infos["unstable"].tolist() == [False, True, False]
-    assert not truncations.any() and not rewards.any() and not infos["is_success"].any()
-    env.reset(options={"reset_mask": terminations})
-    obs, *_, infos = env.step(actions)  # the others are as if nothing had happened
-    assert np.array_equal(obs[[0, 2]], healthy.step(actions)[0][[0, 2]]) and not infos["unstable"].any()
-
-
 # ------------------------------------------------------------------------------------------------------------ rendering
 
 
@@ -530,9 +506,6 @@ def test_recording_depends_on_the_seed_alone(dataset):
     assert torch.equal(fewer.actions, dataset.actions[: len(fewer)])
     other = collect(1, seed=1, progress=False)
     assert not torch.equal(other.observations, fewer.observations[:490])
-    for arguments in ((0, 0.5, 0), (10, -1.0, 0), (10, float("nan"), 0), (10, 0.5, -1)):
-        with pytest.raises(DataError, match="--num-episodes"):
-            collect(*arguments, progress=False)
 
 
 def test_attempts_that_do_the_task_are_left_out(dataset, monkeypatch):

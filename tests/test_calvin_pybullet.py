@@ -3,7 +3,6 @@
 Needs PyBullet, which is optional. Two tests take the real checkout, under CALVIN_ENV_ROOT, where there is one.
 """
 
-import functools
 import importlib.util
 import json
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
+from test_calvin import BUTTON, DRAWER, REST, SLIDE, SWITCH, CalvinEnv
 
 from data_tools import DataError
 from data_tools.scripted import calvin as scripted
@@ -22,11 +22,7 @@ from data_tools.tasks import calvin_pybullet
 from data_tools.tasks.calvin import CalvinVectorEnv
 from data_tools.tasks.calvin_pybullet import BLOCK_FILES, PLANE_FILE, ROBOT_FILE, TABLE_FILE
 from data_tools.tasks.calvin_scene import BLOCKS, HOME
-from data_tools.tasks.vector import SingleEnv
 
-SLIDE, DRAWER, BUTTON, SWITCH, BULB, LED = range(15, 21)  # of the observation
-REST = np.array([0.0, 0, 0, 0, 0, 0, 1])  # an action that keeps the target pose, gripper open
-CalvinEnv = functools.partial(SingleEnv, CalvinVectorEnv)
 MISSING = importlib.util.find_spec("pybullet") is None
 needs_pybullet = pytest.mark.skipif(MISSING, reason=f"optional: pip install {calvin_pybullet.PYBULLET}")
 ROOT = os.environ.get("CALVIN_ENV_ROOT")

@@ -14,6 +14,7 @@ import toy_walk  # noqa: F401 (a task of one's own)
 import data_tools
 from data_tools import DataError, OfflineDataset
 from data_tools.__main__ import collect, convert
+from data_tools.scripted import calvin, kitchen, maze
 
 
 def test_a_variant_is_written_and_drawn(tmp_path, monkeypatch, capsys):
@@ -43,6 +44,13 @@ def test_the_other_tasks_data(env_id, num_episodes, share, tmp_path, capsys):
     made = OfflineDataset.load(out)
     assert len(made.episode_starts) == num_episodes and made.attributes["seed"] == 1
     assert made.attributes["noise"] == data_tools.TASKS[env_id].noise and made.source == "scripted"
+
+
+@pytest.mark.parametrize("script", [maze, kitchen, calvin], ids=lambda script: script.__name__)
+def test_senseless_numbers_are_refused(script):
+    for arguments in ((0, 0.5, 0), (10, -1.0, 0), (10, float("nan"), 0), (10, 0.5, -1), (10, 0.5, 2**64)):
+        with pytest.raises(DataError, match="--num-episodes"):
+            script.collect(*arguments, progress=False)
 
 
 def test_the_expert_solves_the_task(capsys):

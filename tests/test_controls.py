@@ -1,4 +1,4 @@
-"""benchmarks/controls/: those of flat files, DIAYN and Q-chunking run, whole; the committed logs are what they say."""
+"""benchmarks/controls/: short runs, whole; the committed logs are what they say."""
 
 import csv
 import importlib
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import report
-from benchmarks.controls import diayn, flat, frame, hiro, qc, supe  # noqa: F401, which makes the task open-maze
+from benchmarks.controls import dads, diayn, flat, frame, hiro, lsp, qc, supe
 from benchmarks.scores import RESULTS
 
 LOGS = RESULTS / "studies" / "controls"
@@ -148,3 +148,68 @@ def test_the_committed_log_of_qc_has_passed(task):
     assert np.mean(returns[-50:]) == pytest.approx(facts["last_50_return"], abs=0.01)
     assert facts["last_50_return"] > facts["gate"] == qc.GATES[task] and facts["passed"]
     assert np.mean(returns[:16]) < 0.5 * facts["gate"]  # not before it has learnt
+
+
+def test_a_short_run_of_hiro(outcome, tmp_path, monkeypatch):
+    small = dict(warmup_steps=200, eval_interval=400, eval_episodes=3, updates_per_step=0.02)
+    monkeypatch.setattr(hiro, "SETTINGS", hiro.SETTINGS | small)
+    facts, rows = outcome(hiro, "--env-steps 800")
+    assert [row["env_step"] for row in rows] == ["400", "800"] and (tmp_path / "log.png").stat().st_size > 1_000
+    assert facts["last_success"] == float(rows[-1]["success"]) and facts["passed"] is False
+
+
+def test_open_maze_is_what_its_docstring_says():
+    envs = hiro.OpenMazeVectorEnv(50)
+    envs.flags_stay = True  # as make_envs sets it
+    obs, _ = envs.reset(seed=0)
+    returns = np.zeros(50)
+    first = np.linalg.norm(5 * obs[:, 2:] - 5 * obs[:, :2], axis=1)
+    for _ in range(100):
+        action = np.clip((obs[:, 2:] - obs[:, :2]) * 25, -1, 1)  # straight to the goal
+        action[:5] = 0
+        obs, rewards, terminations, truncations, _ = envs.step(action)
+        returns += rewards
+    left = np.linalg.norm(5 * obs[:, 2:] - 5 * obs[:, :2], axis=1)
+    assert terminations[5:].all() and not terminations[:5].any() and truncations[:5].all()
+    assert (left[5:] < 0.5).all() and (first > 1).all()
+    np.testing.assert_allclose(returns, (first - left) / 15 + terminations, atol=1e-5)
+    assert (returns >= 1).tolist() == terminations.tolist()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_committed_open_maze_of_hiro_has_passed(seed):
+    facts, rows = logged(LOGS.parent / "hiro" / f"open_maze_seed{seed}.csv")
+    success = [float(row["success"]) for row in rows]
+    assert (max(success), success[-1]) == (facts["best_success"], facts["last_success"])
+    assert facts["last_success"] > facts["gate"] == hiro.GATE and facts["passed"]
+    assert facts["uniform_success"] < 0.1 and success[0] < 0.1
+
+
+@pytest.mark.parametrize("task", ["point", "maze"])
+def test_a_short_run_of_lsp(task, outcome, tmp_path):
+    outcome(lsp, f"--task {task} --updates 2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "log.json", "log.png"]
+
+
+def test_explained_is_the_share_between_skills():
+    rng = np.random.default_rng(0)
+    ends = rng.normal(size=(500, 400, 2)) + 2 * rng.normal(size=(500, 1, 2))
+    assert lsp.explained(ends) == pytest.approx(4 / 5, abs=0.03)
+
+
+@pytest.mark.parametrize("task", ["point", "maze"])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_committed_logs_of_lsp_have_passed(task, seed):
+    facts, rows = logged(LOGS / f"lsp_{task}_seed{seed}.csv")
+    values = np.array([float(row["skill_information"]) for row in rows])
+    assert len(values) == 600 and values[:20].mean() < 0.1
+    assert values[-20:].mean() == pytest.approx(facts["last_20_nats"], abs=1e-3)
+    assert facts["gate"] == lsp.GATE and facts["passed"] and facts["last_20_nats"] > facts["gate"]
+    assert facts["explained"] > 3 * facts["explained_before"]
+
+
+def test_the_committed_hall_of_dads_has_passed():
+    facts, rows = logged(LOGS.parent / "dads" / "hall_seed1.csv")
+    rewards = [float(row["losses/intrinsic_reward"]) for row in rows]
+    assert facts["passed"] and dads.verdict(facts)
+    assert rewards[-1] == pytest.approx(facts["intrinsic_reward"], rel=1e-3) and rewards[-1] > 2 * rewards[0]

@@ -1,8 +1,6 @@
 """dads.py against NumPy, closed forms, brute force, loops over the replay and MuJoCo."""
 
-import csv
 import itertools
-import json
 import math
 from types import SimpleNamespace
 
@@ -10,14 +8,11 @@ import mujoco
 import numpy as np
 import pytest
 import torch
+from numpy_nets import NO_SCORES
 
 import data_tools.tasks.maze
 from algos import dads
-from benchmarks.controls import dads as control
-from benchmarks.scores import RESULTS
 from data_tools.tasks import kitchen
-
-LOG = RESULTS / "studies" / "dads" / "hall_seed1"
 
 
 def tiny_args(**changes):
@@ -417,14 +412,13 @@ def test_a_nan_of_the_dynamics_is_not_saved(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("checkpoint*"))
 
 
-def test_phase_b_leaves_the_policy_and_goes_on_bit_for_bit(tmp_path, monkeypatch):
+def test_phase_b_leaves_the_policy(tmp_path, monkeypatch):
     envs = data_tools.tasks.maze.MazeVectorEnv
     advance = envs.advance
     dense = lambda self, *inputs: (0.01 * self.observations()[:, 0], advance(self, *inputs)[1])  # noqa: E731
     monkeypatch.setattr(envs, "advance", dense)
     flags = f"{FLAGS} --hold-steps 40 --updates-per-step 0.05 --discover-steps 480 --mppi-iters 2 --policy-updates 2"
-    scores = dict(episodic_return=0.0, episodic_length=0.0, success=0.0)
-    monkeypatch.setattr(dads, "rollout", lambda *inputs: scores)
+    monkeypatch.setattr(dads, "rollout", lambda *inputs: NO_SCORES)
 
     def run(*more):
         dads.train(dads.parse_args([*flags.split(), *more]))
@@ -440,16 +434,11 @@ def test_phase_b_leaves_the_policy_and_goes_on_bit_for_bit(tmp_path, monkeypatch
     assert len(updated) == 2 * 19  # two of the policy for each of the dynamics, in phase A
     assert scaled == [120, 320, 520, 720]  # by all rows so far: at every tenth update, one for 20 env steps after 100
     part = run("--run-dir", "part", "--total-timesteps", "520")
-    dads.train(dads.parse_args(["--resume", str(next((tmp_path / "part").iterdir())), "--total-timesteps", "800"]))
-    again = torch.load(next((tmp_path / "part").iterdir()) / "checkpoint.pt", weights_only=True)
     for name, value in whole["agent"].items():
-        assert torch.equal(value, again["agent"][name]), name
         if not name.startswith(("dynamics", "rewarded")):
             assert torch.equal(value, part["agent"][name]), name
         if name.startswith(("dynamics.net", "dynamics.reward_net")):
             assert not torch.equal(value, part["agent"][name]), name
-    assert all(torch.equal(whole["rb"][name], again["rb"][name]) for name in ("obs", "action", "z", "rewards"))
-    assert torch.equal(whole["z"], again["z"]) and torch.equal(whole["left"], again["left"])
     # Skills of phase A are held for 40 env steps, planned ones for 10
     z = whole["rb"]["z"]  # (T, E, Z)
     changes = (z[1:] != z[:-1]).any(-1)[:, 0].nonzero().flatten() + 1
@@ -505,11 +494,3 @@ def test_paths_of_skills_stop_at_their_own_ends(monkeypatch):
     paths = dads.skill_paths(still, np.zeros((2, 1), np.float32), 9, dads.Args(), seed=0)[..., 0]
     nan = np.nan
     np.testing.assert_array_equal(paths.T, [[0, 1, 2, nan, nan], [0, 1, 2, 3, 4]])
-
-
-def test_the_committed_control_has_passed():
-    facts = json.loads(LOG.with_suffix(".json").read_text())
-    with LOG.with_suffix(".csv").open() as file:
-        rewards = [float(row["losses/intrinsic_reward"]) for row in csv.DictReader(file)]
-    assert facts["passed"] and control.verdict(facts)
-    assert rewards[-1] == pytest.approx(facts["intrinsic_reward"], rel=1e-3) and rewards[-1] > 2 * rewards[0]

@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 import torch
 from numpy_nets import same_weights
-from test_spirl import noisy_copy, short_episodes
+from test_spirl import noisy_copy
 
 from algos import dreamer, dreamer_skills, tdmpc_skills
-
-__all__ = ["short_episodes"]  # a fixture
 
 
 def tiny_args(**changes):

@@ -1,9 +1,6 @@
 """hiro.py against NumPy, loops over env steps, hand-made targets; it learns where to go and how, in the plane."""
 
 import copy
-import csv
-import json
-import sys
 from unittest import mock
 
 import numpy as np
@@ -12,8 +9,6 @@ import torch
 
 import data_tools
 from algos import hiro
-from benchmarks.controls import hiro as control
-from benchmarks.scores import RESULTS
 
 C = 10
 
@@ -432,48 +427,3 @@ def test_progress_is_the_share_of_the_way(agent):
     left = np.linalg.norm((place[:, 0] + goal - place[:, C]).numpy(), axis=1)
     share = 1 - left.sum() / np.linalg.norm(goal.numpy(), axis=1).sum()
     assert agent.progress(obs, action, goal, *rest) == pytest.approx(share, rel=1e-4)
-
-
-# --------------------------------------------------------------------------------------------------- positive control
-LOGS = RESULTS / "studies" / "hiro"
-
-
-def test_open_maze_is_what_its_docstring_says():
-    envs = control.OpenMazeVectorEnv(50)
-    envs.flags_stay = True  # as make_envs sets it
-    obs, _ = envs.reset(seed=0)
-    returns = np.zeros(50)
-    first = np.linalg.norm(5 * obs[:, 2:] - 5 * obs[:, :2], axis=1)
-    for _ in range(100):
-        action = np.clip((obs[:, 2:] - obs[:, :2]) * 25, -1, 1)  # straight to the goal
-        action[:5] = 0
-        obs, rewards, terminations, truncations, _ = envs.step(action)
-        returns += rewards
-    left = np.linalg.norm(5 * obs[:, 2:] - 5 * obs[:, :2], axis=1)
-    assert terminations[5:].all() and not terminations[:5].any() and truncations[:5].all()
-    assert (left[5:] < 0.5).all() and (first > 1).all()
-    np.testing.assert_allclose(returns, (first - left) / 15 + terminations, atol=1e-5)
-    assert (returns >= 1).tolist() == terminations.tolist()
-
-
-def test_control_writes_its_log(tmp_path, monkeypatch):
-    small = dict(warmup_steps=200, eval_interval=400, eval_episodes=3, updates_per_step=0.02)
-    monkeypatch.setattr(control, "SETTINGS", control.SETTINGS | small)
-    out = tmp_path / "log.csv"
-    monkeypatch.setattr(sys, "argv", ["hiro.py", "--out", str(out), "--env-steps", "800"])
-    control.main()
-    facts = json.loads(out.with_suffix(".json").read_text())
-    with out.open() as file:
-        rows = list(csv.DictReader(file))
-    assert [row["env_step"] for row in rows] == ["400", "800"] and out.with_suffix(".png").stat().st_size > 1_000
-    assert facts["last_success"] == float(rows[-1]["success"]) and facts["passed"] is False
-
-
-@pytest.mark.parametrize("name", ["open_maze_seed1", "open_maze_seed2"])
-def test_committed_logs_have_passed(name):
-    facts = json.loads((LOGS / f"{name}.json").read_text())
-    with (LOGS / f"{name}.csv").open() as file:
-        success = [float(row["success"]) for row in csv.DictReader(file)]
-    assert (max(success), success[-1]) == (facts["best_success"], facts["last_success"])
-    assert facts["last_success"] > facts["gate"] == control.GATE and facts["passed"]
-    assert facts["uniform_success"] < 0.1 and success[0] < 0.1

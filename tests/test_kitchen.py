@@ -43,6 +43,12 @@ DONE = {  # object positions that complete an element
     "slide_cabinet": {19: 0.37},
     "hinge_cabinet": {20: 0.0, 21: 1.45},
 }
+D4RLS_GOALS = DONE | {  # as its environment has them
+    "kettle": {23: -0.23, 24: 0.75, 25: 1.62, 26: 0.99, 27: 0.0, 28: 0.0, 29: -0.06},
+    "bottom_burner": {11: -0.88, 12: -0.01},
+    "top_burner": {15: -0.92, 16: -0.01},
+    "light_switch": {17: -0.69, 18: -0.05},
+}
 
 
 def place(simulation, *elements, undo=()):
@@ -258,18 +264,8 @@ def test_every_element_counts_for_itself():
 
 
 def test_an_element_counts_within_three_tenths_of_d4rls_goal():
-    """Goals and distance as D4RL's environment has them, written down once more."""
-    goals = {
-        "microwave": {22: -0.75},
-        "kettle": {23: -0.23, 24: 0.75, 25: 1.62, 26: 0.99, 27: 0.0, 28: 0.0, 29: -0.06},
-        "bottom_burner": {11: -0.88, 12: -0.01},
-        "top_burner": {15: -0.92, 16: -0.01},
-        "light_switch": {17: -0.69, 18: -0.05},
-        "slide_cabinet": {19: 0.37},
-        "hinge_cabinet": {20: 0.0, 21: 1.45},
-    }
-    assert goals.keys() == kitchen.ELEMENTS.keys()
-    for name, goal in goals.items():
+    assert D4RLS_GOALS.keys() == kitchen.ELEMENTS.keys()
+    for name, goal in D4RLS_GOALS.items():
         for entry in goal:
             for sign in (-1, 1):
                 obs = np.full((2, 30), 5.0)
@@ -305,9 +301,7 @@ def test_kitchen_6_counts_six_in_their_order_within_420_steps():
     _, rewards, terminations, _, _ = envs.step(np.zeros((2, 9)))
     assert rewards.tolist() == [2.0, 6.0] and terminations.all() and envs.returns.tolist() == [6.0, 6.0]
     assert data_tools.TASKS["kitchen-6"].success([6.0, 5.0, 4.0]) == 1 / 3
-    envs.reset()
-    for step in range(1, 421):
-        assert envs.step(np.zeros((2, 9)))[3].tolist() == [step == 420] * 2
+    assert envs.max_episode_steps == 420  # where it is cut: tests/test_gym.py
 
 
 def test_bad_arguments():
@@ -331,19 +325,6 @@ def test_unstable_physics_end_the_episode(bad, tmp_path, monkeypatch):
     assert (reward, terminated, truncated) == (-100.0, True, False)
     assert info == {"is_success": False, "unstable": True, "num_subtasks": 0, "subtasks": ()}
     assert np.isfinite(env.reset()[0]).all() and env.step(REST)[1] == 0.0
-
-    vector_env, healthy = KitchenVectorEnv(3), KitchenVectorEnv(3)
-    before, _ = vector_env.reset(seed=0)
-    healthy.reset(seed=0)
-    vector_env.kitchens[0].data.qvel[0] = bad
-    actions = np.full((3, 9), 0.3)
-    obs, rewards, terminations, truncations, infos = vector_env.step(actions)
-    assert np.array_equal(obs, [before[0], *healthy.step(actions)[0][1:]])
-    assert rewards.tolist() == [-100, 0, 0] and not truncations.any()
-    assert terminations.tolist() == infos["unstable"].tolist() == [True, False, False]
-    vector_env.reset(options={"reset_mask": terminations})
-    obs, *_, infos = vector_env.step(actions)  # the others are as if nothing had happened
-    assert np.array_equal(obs[1:], healthy.step(actions)[0][1:]) and not infos["unstable"].any()
 
 
 # ------------------------------------------------------------------------------------------------------------ rendering
@@ -424,9 +405,10 @@ def test_demonstrations_do_what_was_planned(dataset):
     assert not (terminals & timeouts).any()
     obs = dataset.observations.numpy()
     assert np.abs(obs[starts, :30] - START).max() < 0.011
-    goal = {11: -0.88, 12: -0.01, 17: -0.69, 18: -0.05, 22: -0.75}  # D4RL's
-    goal |= {23: -0.23, 24: 0.75, 25: 1.62, 26: 0.99, 27: 0.0, 28: 0.0, 29: -0.06}
-    assert np.allclose(obs[:, 30:], [goal.get(i, 0.0) for i in range(30)], rtol=0, atol=1e-6)
+    goal = np.zeros(30)
+    for name in SUBTASKS["kitchen"]:
+        goal[list(D4RLS_GOALS[name])] = list(D4RLS_GOALS[name].values())
+    assert np.allclose(obs[:, 30:], goal, rtol=0, atol=1e-6)
 
 
 def test_recombined_demonstrations_are_true(dataset):
@@ -478,9 +460,6 @@ def test_demonstrations_depend_on_seed_and_noise_alone(dataset):
     assert fewer.attributes["seed"] == 0 and fewer.attributes["noise"] == 0.05
     calm = scripted.collect(1, noise=0.0, seed=0, num_workers=1, progress=False)
     assert not torch.equal(calm.actions[:100], fewer.actions[:100])
-    for arguments in ((0, 0.5, 0), (10, -1.0, 0), (10, float("nan"), 0), (10, 0.5, -1)):
-        with pytest.raises(DataError, match="--num-episodes"):
-            scripted.collect(*arguments, progress=False)
 
 
 def test_disturbances_are_corrected():

@@ -1,8 +1,6 @@
 """lsp.py: Dreamer where there are no skills, the mutual-information bound, the planner, and how long a skill lasts."""
 
-import json
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -11,8 +9,6 @@ from numpy_nets import has_gradient
 from test_dreamer import tiny_batch
 
 from algos import dreamer, dreamer_skills, lsp, tdmpc
-from benchmarks.controls import lsp as control
-from benchmarks.scores import RESULTS
 
 SIZES = dict(
     env_id="calvin", device="cpu", position_features=False, num_envs=2, deter_dim=12, stoch_dim=4,
@@ -326,30 +322,3 @@ def test_windows_longer_than_episodes_are_refused(file, rows, tmp_path):
     args = file.Args(env_id="calvin", device="cpu", num_envs=2, run_dir=str(tmp_path), **window)
     with pytest.raises(SystemExit, match="a window is longer than an episode"):
         file.train(args)
-
-
-@pytest.mark.parametrize("task", ["point", "maze"])
-@pytest.mark.parametrize("seed", [1, 2])
-def test_the_committed_controls_have_passed(task, seed):
-    folder = RESULTS / "studies" / "controls"
-    log = folder / f"lsp_{task}_seed{seed}.csv"
-    values = np.loadtxt(log, delimiter=",", skiprows=1)[:, 1]
-    facts = json.loads(log.with_suffix(".json").read_text())
-    assert len(values) == 600 and values[:20].mean() < 0.1
-    assert values[-20:].mean() == pytest.approx(facts["last_20_nats"], abs=1e-3)
-    assert facts["gate"] == control.GATE and facts["passed"] and facts["last_20_nats"] > facts["gate"]
-    assert facts["explained"] > 3 * facts["explained_before"]
-
-
-@pytest.mark.parametrize("task", ["point", "maze"])
-def test_the_control_writes_its_log(task, tmp_path, monkeypatch):
-    argv = ["lsp.py", "--task", task, "--out", str(tmp_path / "log.csv"), "--updates", "2"]
-    monkeypatch.setattr(sys, "argv", argv)
-    control.main()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "log.json", "log.png"]
-
-
-def test_explained_is_the_share_between_skills():
-    rng = np.random.default_rng(0)
-    ends = rng.normal(size=(500, 400, 2)) + 2 * rng.normal(size=(500, 1, 2))
-    assert control.explained(ends) == pytest.approx(4 / 5, abs=0.03)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import data_tools
-from data_tools import DataError
 from data_tools.scripted import maze as scripted
 from data_tools.scripted.maze import collect
 from data_tools.tasks.maze import GOAL, START, MazeVectorEnv, Physics, cell_of, geodesic_distance, make_layout
@@ -228,26 +227,6 @@ def test_success_within_the_goal_radius():
         assert info["is_success"] is success and isinstance(reward, float)
 
 
-def test_diverged_physics_end_the_episode(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # MuJoCo may write its warnings to a file here
-    vector_env, healthy = MazeVectorEnv(3), MazeVectorEnv(3)
-    before, _ = vector_env.reset(seed=0)
-    healthy.reset(seed=0)
-    step = vector_env.simulator.step
-    actions = np.full((3, 2), 0.5)
-    with monkeypatch.context() as patch:
-        nan_first = np.array([[0, 0, 0, np.nan, 0], [0] * 5, [0] * 5])
-        patch.setattr(vector_env.simulator, "step", lambda state, action: step(state + nan_first, action))
-        obs, rewards, terminations, truncations, infos = vector_env.step(actions)
-    expected = healthy.step(actions)[0]
-    assert np.array_equal(obs, [before[0], *expected[1:]])
-    assert terminations.tolist() == infos["unstable"].tolist() == [True, False, False]
-    assert not truncations.any() and not rewards.any() and not infos["is_success"].any()
-    vector_env.reset(options={"reset_mask": terminations})
-    obs, *_, infos = vector_env.step(actions)  # the others are as if nothing had happened
-    assert np.array_equal(obs[1:], healthy.step(actions)[0][1:]) and not infos["unstable"].any()
-
-
 # ------------------------------------------------------------------------------------------------------------ rendering
 
 
@@ -354,6 +333,3 @@ def test_collection_depends_on_the_seed_alone(dataset):
     assert torch.equal(fewer.observations, dataset.observations[: len(fewer)])
     assert collect(10, seed=1, progress=False).fingerprint != fewer.fingerprint
     assert fewer.attributes["seed"] == 0 and fewer.attributes["noise"] == 0.5
-    for arguments in ((0, 0.5, 0), (10, -1.0, 0), (10, float("nan"), 0), (10, 0.5, -1), (10, 0.5, 2**64)):
-        with pytest.raises(DataError, match="--num-episodes"):
-            collect(*arguments, progress=False)

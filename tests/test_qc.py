@@ -4,19 +4,16 @@ import copy
 import dataclasses
 import math
 import threading
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import toy_walk
-from numpy_nets import has_gradient, noisy_copy, np_features, np_net, random_obs, same_weights
+from numpy_nets import NO_CURVES, NO_SCORES, has_gradient, noisy_copy, np_features, np_net, random_obs, same_weights
 from test_runs import assert_same, state_of
 
 import data_tools
 from algos import qc
-
-NO_SCORES = dict(episodic_return=0.0, episodic_length=1.0, success=0.0)
 
 
 def tiny_args(**changes):
@@ -117,8 +114,7 @@ def test_a_chunk_beside_the_path_is_led_back_by_its_first_action(monkeypatch, tm
 
     monkeypatch.setattr(qc, "pretrain_loss", loss)
     monkeypatch.setattr(qc, "rollout", lambda *inputs: NO_SCORES)
-    writer = SimpleNamespace(add_scalar=lambda *values: None, log_dir="run")
-    qc.pretrain(args, networks, data, writer, threading.Event())
+    qc.pretrain(args, networks, data, NO_CURVES, threading.Event())
     arm, actions = seen[0]
     J, reach = data_tools.TASKS["kitchen"].arm
     assert 0.01 < (arm[:, :J] - 1).std() < 0.03 and actions.shape == (256, 5, 9)
@@ -376,12 +372,6 @@ def test_best_of_n_by_the_mean_of_both_critics():
         candidates = agent.flow.sample(torch.from_numpy(obs), n).numpy()
         q = np.mean(np_heads(agent.critics, np.repeat(obs[:, None], n, 1), candidates), 0)
         assert np.array_equal(chosen, candidates[np.arange(6), q.argmax(1)].reshape(6, 3, 2))
-
-
-def test_a_clone_that_learns_on_needs_new_candidates():
-    with pytest.raises(SystemExit, match="--bc-online needs --num-candidates 0"):
-        tiny_args(bc_online=True)
-    assert qc.parse_args(["--published"]).bc_online
 
 
 # ----------------------------------------------------------------------------------------------------- runs on the walk

@@ -152,11 +152,6 @@ def test_at_step_0_the_policy_is_the_prior():
     assert torch.equal(z, expected)
 
 
-def test_the_published_model_of_spirl_fits():
-    args = reskill.parse_args(["--device", "cpu", "--pretrained", "published"])
-    assert reskill.pretrain(args, reskill.make_networks(args), None, None, None)["goal"] > 0.1
-
-
 # ------------------------------------------------------------------------------------------------------------------ PPO
 def np_advantages(rewards, values, bootstrap, gamma, lam):
     """Generalised advantages of one path by the double sum of their definition; bootstrap is the value behind it."""

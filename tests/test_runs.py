@@ -23,7 +23,6 @@ import time
 import typing
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import golden
 import h5py
@@ -31,7 +30,8 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from conftest import DATA_FILE
+from conftest import DATA_FILE, refused
+from numpy_nets import NO_CURVES, NO_SCORES
 from recording import NUM_ENVS, recording
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_copies import definitions
@@ -86,20 +86,22 @@ class Case:
         self.draws = 2 if name in PAIRS else 1  # per update
         self.model = None if self.flat else only(self.data_dir / "pretrained")
 
+    def new(self, kind: str) -> Path:
+        """A path that nobody uses."""
+        return self.folder / f"{kind}{len(list(self.folder.iterdir()))}"
+
     def new_data_dir(self) -> Path:
         """A cache with the offline data only."""
-        path = self.folder / f"data{len(list(self.folder.iterdir()))}"
+        path = self.new("data")
         path.mkdir()
         shutil.copy(self.data_file, path / DATA_FILE)
         return path
 
     def argv(self, flags="", runs=None, data_dir=None) -> list[str]:
-        runs = runs or self.folder / f"runs{len(list(self.folder.iterdir()))}"
-        places = ["--run-dir", str(runs)]
+        places = ["--run-dir", str(runs or self.new("runs"))]
         if hasattr(self.module.Args, "data_dir"):
             places += ["--data-dir", str(data_dir or self.data_dir)]
-        words = short_flags(self.module)
-        return [*words, *places, *flags.split()]
+        return [*short_flags(self.module), *places, *flags.split()]
 
     def main(self, argv):
         args = self.module.parse_args([str(word) for word in argv])
@@ -107,23 +109,16 @@ class Case:
 
     def start(self, flags="", data_dir=None):
         """A new run in this process: its results and its folder."""
-        runs = self.folder / f"runs{len(list(self.folder.iterdir()))}"
+        runs = self.new("runs")
         results = self.main(self.argv(flags, runs, data_dir))
         return results, only(runs)
-
-    def interrupted(self, match, flags="", data_dir=None) -> Path:
-        """A new run that is interrupted: its folder."""
-        runs = self.folder / f"runs{len(list(self.folder.iterdir()))}"
-        with pytest.raises(SystemExit, match=match):
-            self.main(self.argv(flags, runs, data_dir))
-        return only(runs)
 
     def resume(self, run_dir, flags=""):
         return self.main(["--resume", run_dir, *flags.split()])
 
     def copy_of_run(self) -> Path:
         """The finished run once more, to be damaged."""
-        path = self.folder / f"copy{len(list(self.folder.iterdir()))}"
+        path = self.new("copy")
         shutil.copytree(self.run_dir, path)
         return path
 
@@ -254,16 +249,6 @@ def no_data(monkeypatch):
     return lambda: monkeypatch.setattr(data_tools, "load_dataset", fail)
 
 
-def refused(call, *words):
-    """call() ends with one sentence that holds the words."""
-    with pytest.raises(SystemExit) as caught:
-        call()
-    message = caught.value.code
-    assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message, message
-    for word in words:
-        assert str(word) in message, message
-
-
 @pytest.mark.parametrize(("name", "flags"), [
     ("skimo", "--env-id maze --pretrain-skills 3"),  # --bc-chunks is 4, in the maze 1
     ("skimo", "--env-id calvin --num-elites 100"),  # of 89 plans, on CALVIN of 153
@@ -302,7 +287,7 @@ def test_a_run_in_pieces_ends_as_one_without_a_break(case, stop, no_data, monkey
             run()
         stop.clear()
 
-    runs = case.folder / f"runs{len(list(case.folder.iterdir()))}"
+    runs = case.new("runs")
     stopped(45, lambda: case.main(case.argv("--total-timesteps 600", runs)))
     part = only(runs)
     assert case.flat or f"pre-trained model: {case.model}" in capsys.readouterr().out
@@ -327,10 +312,12 @@ def test_a_run_in_pieces_ends_as_one_without_a_break(case, stop, no_data, monkey
 
 @pytest.mark.parametrize("case", ["skimo", "reskill", "sac"], indirect=True)
 def test_what_a_crash_cut_off_is_drawn_once(case, monkeypatch):
-    """TensorBoard's curves, after crashes in pre-training and between two checkpoints of RL, are those without any."""
+    """Episodes and TensorBoard's curves, after crashes in pre-training and between two checkpoints of RL, are those
+    without any.
+    """
     original, writers = case.module.SummaryWriter, []
     monkeypatch.setattr(case.module, "SummaryWriter", lambda path: writers.append(original(path)) or writers[-1])
-    runs = case.folder / f"runs{len(list(case.folder.iterdir()))}"
+    runs = case.new("runs")
     flags = case.argv("--checkpoint-interval 500", runs, case.data_dir if case.flat else case.new_data_dir())
 
     def crash():
@@ -351,6 +338,7 @@ def test_what_a_crash_cut_off_is_drawn_once(case, monkeypatch):
     for curves in (found, expected):
         curves.pop("charts/SPS")
     assert found == expected
+    assert rows_of(only(runs)) == rows_of(case.run_dir)
 
 
 @one_of_each("pretrain", "make_networks")
@@ -360,13 +348,14 @@ def test_interrupted_pretraining_goes_on_bit_for_bit(case, stop, monkeypatch):
 
     def stopped(at):
         """A new run that is stopped at this draw of data: how far pre-training is."""
-        with monkeypatch.context() as patch:
+        runs = case.new("runs")
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="stopped; go on with: .* --resume "):
             after_calls(patch, data_tools.OfflineDataset, case.sampling, at, stop.set)
-            part = case.interrupted("stopped; go on with: .* --resume ", data_dir=data_dir)
+            case.main(case.argv("", runs, data_dir))
         stop.clear()
         unfinished = only(data_dir / "pretrained")
         assert unfinished.suffix == ".unfinished"
-        return part, torch.load(unfinished, weights_only=True)["progress"][0]
+        return only(runs), torch.load(unfinished, weights_only=True)["progress"][0]
 
     before = 4 if case.draws == 2 else 1  # draws ahead of the first update: a validation's, and relay's demonstrations
     _, updates = stopped(before + case.draws + 1)
@@ -489,15 +478,14 @@ def test_members_end_and_begin_apart(case, monkeypatch):
 
 def compare_rows(notes) -> list[int]:
     """Rows against what the environments gave; returns the env steps at which a member had ended."""
-    first, found = 0, []
+    first, found, begins = 0, [], {0: np.ones(NUM_ENVS, bool)}
     skills = notes.training.skills or [None] * len(notes.rows)  # reskill.py executes them in its own way
     for (last, row), z in zip(notes.rows, skills, strict=True):
         steps = notes.training.steps[first:last]
         before, action, after, rewards, ends, time_outs = (np.stack(of, 1) for of in zip(*steps))  # (E, n, ...)
         ended = ends | time_outs
         expected = dict(next_obs=after[:, -1], rewards=0.5 * rewards.sum(1), step_rewards=rewards, actions=action)
-        expected |= dict(terminations=ends[:, -1], truncations=time_outs[:, -1])
-        expected |= dict(ended=ended[:, -1], dones=ended[:, -1])
+        expected |= dict(terminations=ends[:, -1], truncations=time_outs[:, -1], dones=ended[:, -1])
         expected["steps"] = 1 + (~ended[:, :-1]).sum(1)
         if z is not None:
             expected |= dict(z=z, u=np.tanh(z))
@@ -513,10 +501,17 @@ def compare_rows(notes) -> list[int]:
         if last < len(notes.training.steps):
             begun = (notes.training.steps[last][0] != after[:, -1]).any(1)
             np.testing.assert_array_equal(begun, ended[:, -1])
-        found += [last] * int(ended[:, -1].any())
+        if ended[:, -1].any():
+            found.append(last)
+            begins[last] = ended[:, -1]
         first = last
     assert first == len(notes.training.steps)
-    assert {"rewards", "step_rewards"} & row.keys()
+    for step, members, obs in notes.begun:
+        np.testing.assert_array_equal(members, begins.pop(step))
+        for before, *_ in notes.training.steps[step : step + 1]:  # none where the run ends
+            np.testing.assert_allclose(obs[members], before[members], rtol=1e-5)
+    assert not (notes.begun and begins)
+    assert {"rewards", "step_rewards"} & row.keys() and {"terminations", "dones"} & row.keys()
     return found
 
 
@@ -590,7 +585,7 @@ def test_every_100th_updates_losses_are_drawn(case, monkeypatch):
 def test_losses_are_given_the_parts_that_they_name(case):
     """A slow copy, a frozen encoder, a policy cannot stand for another."""
     wrong = [of for of, right in case.notes.inputs.items() if not right]
-    assert not wrong and (case.notes.inputs or case.module.__name__.endswith(("relay", "reskill")))
+    assert not wrong and (case.notes.inputs or case.script.stem in ("relay", "reskill"))
 
 
 @pytest.mark.parametrize("case", [name for name in ALGOS if name not in ("relay", "reskill")], indirect=True)
@@ -625,7 +620,7 @@ def test_gradients_are_shortened_to_the_bound(case):
 @pytest.mark.parametrize("case", SKIMOS, indirect=True)
 def test_gradients_of_pretraining_are_shortened_to_the_bound(case):
     """In six updates; without joint training each of three parts has its own bound."""
-    parts = 3 if case.module.__name__.endswith("no_joint") else 1
+    parts = 3 if case.script.stem == "skimo_no_joint" else 1
     assert case.notes.pretraining_norms == pytest.approx([0.01 * parts**0.5] * 6, rel=1e-3)
 
 
@@ -655,7 +650,7 @@ SLOW |= dict(qc="critics")
 def test_the_slow_copy_follows(case):
     """Against the weights after every update: it goes a share tau of the way to them, in some files not every time."""
     every = 2 if case.script.stem.startswith(("skimo", "tdmpc")) else 1
-    name = SLOW[case.module.__name__.removeprefix("algos.")]
+    name = SLOW[case.script.stem]
     expected = case.notes.slow_start
     for k, networks in enumerate(case.notes.online, 1):
         if k % every == 0:
@@ -681,10 +676,11 @@ def test_planners_know_the_env_step(case):
     assert told == true and told[0] == SHORT["warmup_steps"] and told[-1] > 1100
 
 
-@every_algo
+WARM_UP = [name for name in ALGOS if hasattr(algo_module(name).Args, "warmup_steps")]  # in env steps
+
+
+@pytest.mark.parametrize("case", WARM_UP, indirect=True)
 def test_nothing_is_learnt_in_the_warm_up(case):
-    if "warmup_steps" not in {field.name for field in dataclasses.fields(case.module.Args)}:
-        pytest.skip("it has none that is counted in env steps")
     first = case.notes.updated_at[0]
     assert first >= SHORT["warmup_steps"]
     if case.script.stem in SKIMOS:  # many updates are due at once
@@ -845,6 +841,8 @@ def test_numbers_that_mean_nothing_are_refused(case, flags):
     ("dreamer_skills", "--batch-length 1"), ("dreamer_skills", "--imagine-steps 1"),
     ("dreamer_skills", "--pretrain-batch-size 1"), ("tdmpc_skills", "--num-elites 999"),
     ("tdmpc_skills", "--num-skills 0"), ("tdmpc_skills", "--policy-std 0"), ("tdmpc_skills", "--policy-std 2"),
+    ("tdmpc", "--num-elites 21 --num-samples 16 --num-policy-trajs 4"), ("dreamer", "--batch-length 1"),
+    ("qc", "--bc-online"),
 ])  # fmt: skip
 def test_numbers_that_mean_nothing_to_one_file_are_refused(name, flags):
     flag = flags.split()[0].removeprefix("--")
@@ -942,7 +940,7 @@ def test_pretraining_that_diverges_leaves_no_model(case, monkeypatch):
 
 @skimo_only
 def test_full_disk_keeps_the_old_checkpoint(case, monkeypatch):
-    runs = case.folder / f"runs{len(list(case.folder.iterdir()))}"
+    runs = case.new("runs")
     written = []
 
     def fsync(number, original=os.fsync):
@@ -1063,10 +1061,8 @@ def test_pretraining_learns_from_shifted_arms_and_recombined_objects_and_is_judg
     monkeypatch.setattr(module, "pretrain_loss", loss)
     monkeypatch.setattr(data_tools, "recombined", recombine)
     monkeypatch.setattr(data_tools, "perturb", lambda obs, actions, arm, std: (obs + 10, actions))
-    scores = dict(episodic_return=0.0, episodic_length=1.0, success=0.0)
-    monkeypatch.setattr(module, "rollout", lambda *inputs, **how: scores)
-    writer = SimpleNamespace(add_scalar=lambda *values: None, log_dir="run")
-    module.pretrain(args, networks, data, writer, threading.Event())
+    monkeypatch.setattr(module, "rollout", lambda *inputs, **how: NO_SCORES)
+    module.pretrain(args, networks, data, NO_CURVES, threading.Event())
     learnt, judged = (11, 11), (2, 2)
     assert seen == [learnt, learnt, judged] * 2
     assert recombined == [(99 * 400, data_tools.TASKS["kitchen"].objects, 1)]
@@ -1079,10 +1075,8 @@ def test_kitchens_share_a_pretrained_model(case, tmp_path, monkeypatch):
     for env_id in ("kitchen", "kitchen-misaligned"):  # which share their data
         flags = f"--env-id {env_id} --data {tmp_path / 'kitchen.hdf5'} --pretrain-updates 1"
         args.append(case.module.parse_args(case.argv(flags, data_dir=tmp_path)))
-    scores = dict(episodic_return=0.0, episodic_length=1.0, success=0.0)
-    monkeypatch.setattr(case.module, "rollout", lambda *inputs, **how: scores)
-    writer = SimpleNamespace(add_scalar=lambda *values: None, log_dir="run")
-    case.module.pretrain(args[0], case.module.make_networks(args[0]), load_data(args[0]), writer, threading.Event())
+    monkeypatch.setattr(case.module, "rollout", lambda *inputs, **how: NO_SCORES)
+    case.module.pretrain(args[0], case.module.make_networks(args[0]), load_data(args[0]), NO_CURVES, threading.Event())
     assert is_found(case, args[1], monkeypatch)
 
 

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from numpy_nets import NO_SCORES
 
 from algos import dads, sac
 from data_tools.tasks.maze import MazeVectorEnv
@@ -210,8 +211,7 @@ def test_actions_are_kept_for_repeat_env_steps(monkeypatch, tmp_path):
     seen = []
     step = MazeVectorEnv.step
     monkeypatch.setattr(MazeVectorEnv, "step", lambda envs, action: seen.append(action.copy()) or step(envs, action))
-    scores = dict(episodic_return=0.0, episodic_length=1.0, success=0.0)
-    monkeypatch.setattr(sac, "rollout", lambda *args: scores)
+    monkeypatch.setattr(sac, "rollout", lambda *args: NO_SCORES)
     flags = f"--device cpu --num-envs 6 --repeat 3 --warmup-steps 70 --total-timesteps 144 --run-dir {tmp_path}"
     args = sac.parse_args([*flags.split(), "--hidden-dim", "8", "--updates-per-step", "0.03", "--batch-size", "4"])
     results = sac.train(args)

@@ -3,12 +3,11 @@
 import copy
 import math
 import threading
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from numpy_nets import rl_batch
+from numpy_nets import NO_CURVES, NO_SCORES, rl_batch
 from skimo_tools import Windows, errors_on_new_windows, fill, floats, pretraining_batch, skill_reward, tiny_args
 
 from algos import skimo
@@ -134,15 +133,13 @@ def pretrain(monkeypatch, tmp_path):
     """pretrain(args, networks, draw, stop) is phase 1 on windows from draw(), silent and without roll-outs; networks
     learn in place. Returns the folder of models.
     """
-    scores = dict(episodic_return=0.0, episodic_length=1.0, success=0.0)
-    monkeypatch.setattr(skimo, "rollout", lambda *inputs: scores)
+    monkeypatch.setattr(skimo, "rollout", lambda *inputs: NO_SCORES)
 
     def run(args, networks, draw, stop=None):
         data = Windows(args.skill_horizon, 0)
         data.sample_windows = lambda *sizes: draw()
         args.data_dir = str(tmp_path)
-        writer = SimpleNamespace(add_scalar=lambda *values: None, log_dir="run")
-        skimo.pretrain(args, networks, data, writer, stop or threading.Event())
+        skimo.pretrain(args, networks, data, NO_CURVES, stop or threading.Event())
 
     run.folder = tmp_path / "pretrained"
     return run

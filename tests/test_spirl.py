@@ -7,14 +7,14 @@ import threading
 from types import SimpleNamespace
 
 import numpy as np
+import numpy_nets
 import pytest
 import torch
-from numpy_nets import has_gradient, np_features, np_kl, np_lstm, np_net, random_obs, same_weights
+from numpy_nets import NO_CURVES, NO_SCORES, has_gradient, np_features, np_kl, np_lstm, np_net, random_obs, same_weights
 from torch import nn
 
 import data_tools
 from algos import spirl
-from data_tools.tasks.maze import MazeVectorEnv
 
 # -------------------------------------------------------------------------------------------------------------- helpers
 
@@ -47,11 +47,8 @@ def np_prior(prior, obs, maze=True, training=False):
 
 
 def noisy_copy(module, seed=1):
-    """A copy with other weights and other statistics of BatchNorm."""
-    torch.manual_seed(seed)
-    module = copy.deepcopy(module)
-    for value in module.parameters():
-        value.data += 0.1 * torch.randn_like(value)
+    """With other statistics of BatchNorm, too."""
+    module = numpy_nets.noisy_copy(module, seed)
     for layer in module.modules():
         if isinstance(layer, nn.BatchNorm1d):
             layer.running_mean.copy_(torch.randn_like(layer.running_mean))
@@ -146,12 +143,11 @@ def pretrain(args, data, folder, monkeypatch):
         return step(self, closure)
 
     monkeypatch.setattr(torch.optim.RAdam, "step", noted)
-    monkeypatch.setattr(spirl, "rollout", lambda *given: dict(episodic_return=0.0, success=0.0))
+    monkeypatch.setattr(spirl, "rollout", lambda *given: NO_SCORES)
     args.data_dir = str(folder)
     torch.manual_seed(0)
     networks = spirl.make_networks(args)
-    writer = SimpleNamespace(add_scalar=lambda *values: None, log_dir="run")
-    spirl.pretrain(args, networks, data, writer, threading.Event())
+    spirl.pretrain(args, networks, data, NO_CURVES, threading.Event())
     return networks, steps
 
 
@@ -417,17 +413,17 @@ def test_replay_is_a_ring_of_transitions():
     assert rb.added == other.added == 8 and all(map(torch.equal, rb.columns, other.columns))
 
 
-def test_sac_finds_the_skill_that_pays_within_reach_of_the_prior(seed=1):
+def test_sac_finds_the_skill_that_pays_within_reach_of_the_prior():
     """One-step episodes; the best skill is (1, -1, 0). The further the KL may go, the better it is reached."""
     best, returns = torch.tensor([1.0, -1.0, 0.0]), {}
     for target_kl in (0.05, 8.0):
         args = tiny_args(hidden_dim=32, critic_dim=32, target_kl=target_kl, learning_rate=6e-3, num_envs=100)
-        torch.manual_seed(seed)
+        torch.manual_seed(1)
         agent = spirl.Agent(args, spirl.make_networks(args))
         with torch.no_grad():
             agent.task_policy.net[-1].weight.mul_(0.01)
         rb = spirl.ReplayBuffer(4, dataclasses.replace(args, buffer_size=2000))
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(1)
         for k in range(300):
             obs = random_obs(rng, 100).astype(np.float32)
             if k % 5 == 0:
@@ -441,15 +437,6 @@ def test_sac_finds_the_skill_that_pays_within_reach_of_the_prior(seed=1):
 
 
 # ---------------------------------------------------------------------------------------------------- acting, training
-
-
-@pytest.fixture
-def short_episodes(monkeypatch):
-    """Maze episodes of 90 steps instead of 2,000."""
-    real = MazeVectorEnv.__init__
-    monkeypatch.setattr(
-        MazeVectorEnv, "__init__", lambda self, num_envs=1, **kwargs: real(self, num_envs, 90, **kwargs)
-    )
 
 
 def test_the_policy_samples_in_training_and_evaluations_take_its_mode():
@@ -487,16 +474,12 @@ def test_updates_keep_step_with_the_skills(ratio, short_episodes, tmp_path, monk
 
         monkeypatch.setattr(owner, name, noted)
     monkeypatch.setattr(spirl, "pretrain", lambda *given: {})
-    args = tiny_args(updates_per_skill=ratio, eval_interval=500, buffer_size=100, run_dir=str(tmp_path))
+    args = tiny_args(updates_per_skill=ratio, buffer_size=100, run_dir=str(tmp_path))
     args.pretrained = "any"  # so that no data are loaded
     results = spirl.train(args)
     assert results["env_steps"] == 1200 and results["updates"] == int((240 - 80) * ratio)
     if ratio == 1.0:  # the warm-up, then two updates after every two skills
         assert order == ["add"] * 40 + ["add", "update", "update"] * 80
-    assert [step for step, _, _ in results["evaluations"]] == [500, 1000, 1200]
-    (episodes,) = tmp_path.glob("*/episodes.csv")
-    rows = episodes.read_text().splitlines()[1:]
-    assert [row.split(",")[:3] for row in rows] == [[str(180 * k), "0.0", "90"] for k in range(1, 7) for _ in range(2)]
 
 
 @pytest.mark.parametrize("env_id", ["maze", "kitchen", "calvin"])

@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from numpy_nets import has_gradient, noisy_copy, np_features, np_kl, np_net, random_obs, same_weights
+from numpy_nets import NO_SCORES, has_gradient, noisy_copy, np_features, np_kl, np_net, random_obs, same_weights
+from test_spirl import np_prior
 
 import data_tools
 from algos import supe
@@ -63,12 +64,6 @@ def rl_batch(args, B=5):
 
 def tensors(arrays):
     return [torch.from_numpy(np.asarray(x)).double() for x in arrays]
-
-
-def np_policy(policy, obs):
-    """Mean and std of z."""
-    mean, log_std = np.split(np_net(policy.net, np_features(obs)), 2, -1)
-    return mean, np.exp(np.clip(log_std, -10, 2))
 
 
 def np_ensemble(ensemble, obs, u):
@@ -218,7 +213,7 @@ def test_critic_loss(m):
     torch.manual_seed(5)
     noise = torch.randn(5, 3, dtype=torch.float64).numpy()
     drawn = np.argsort(-torch.rand(4).numpy())[:m]
-    mean, std = np_policy(agent.task_policy, next_obs)
+    mean, std = np_prior(agent.task_policy, next_obs)
     next_u = np.tanh(mean + std * noise)
     next_q = np_ensemble(agent.target, next_obs, next_u)[drawn].min(0)
     td_target = rewards + 0.9 * (1 - ends) * next_q
@@ -257,11 +252,11 @@ def test_policy_loss(target_kl):
     loss, metrics = supe.policy_loss(*nets, torch.from_numpy(obs), torch.tensor(0.7, dtype=torch.float64), args)
     torch.manual_seed(6)
     noise = torch.randn(5, 3, dtype=torch.float64).numpy()
-    mean, std = np_policy(nets[1], obs)
+    mean, std = np_prior(nets[1], obs)
     u = np.tanh(mean + std * noise)
     distance = np.log(np.exp(-0.5 * noise**2) / (std * np.sqrt(2 * np.pi)) / (1 - u**2)).sum(-1)
     if target_kl:
-        distance = np_kl((mean, std), np_policy(agent.skill_prior, obs))
+        distance = np_kl((mean, std), np_prior(agent.skill_prior, obs))
     q = np_ensemble(agent.critics, obs, u).mean(0)
     assert loss.item() == pytest.approx((0.7 * distance - q).mean(), rel=1e-4)
     assert metrics["prior_kl"].item() == pytest.approx(distance.mean(), rel=1e-4)
@@ -413,8 +408,7 @@ def test_novelty_learns_only_where_the_agent_is_after_the_warm_up(monkeypatch, t
     monkeypatch.setattr(supe, "outcome_loss", noted_loss)
     monkeypatch.setattr(supe, "pretrain", lambda *inputs: {})
     monkeypatch.setattr(data_tools, "load_dataset", lambda *inputs: numbered_data())
-    scores = dict(episodic_return=0.0, episodic_length=0.0, success=0.0)
-    monkeypatch.setattr(supe, "rollout", lambda *inputs: scores)
+    monkeypatch.setattr(supe, "rollout", lambda *inputs: NO_SCORES)
     flags = "--env-id maze --hidden-dim 16 --critic-dim 16 --num-envs 4 --batch-size 8 --updates-per-step 0.025"
     flags += f" --warmup-steps 200 --total-timesteps 600 --device cpu --run-dir {tmp_path}"
     supe.train(supe.parse_args(flags.split()))

@@ -397,8 +397,3 @@ def test_it_learns_the_toy():
     assert np.mean(returns[:2]) < 20
     assert np.mean(returns[-2:]) > 35
     assert metrics[-1]["reward_loss"] < 0.2 * metrics[0]["reward_loss"]
-
-
-def test_the_command_line():
-    with pytest.raises(SystemExit, match="num_elites"):
-        tiny_args(num_elites=21)

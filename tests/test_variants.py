@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from numpy_nets import (
+    NO_CURVES,
+    NO_SCORES,
     has_gradient,
     noisy_copy,
-    np_encode,
     np_features,
     np_gaussian,
     np_kl,
@@ -31,6 +32,7 @@ from skimo_tools import (
     errors_on_new_windows,
     fill,
     floats,
+    np_encode,
     pretraining_batch,
     skill_reward,
     tensors,
@@ -302,13 +304,11 @@ def pretrained(monkeypatch, tmp_path):
     """pretrained(algo, args) trains networks on Windows, without roll-outs of the prior."""
 
     def train(algo, args):
-        scores = dict(episodic_return=0.0, episodic_length=1.0, success=0.0)
-        monkeypatch.setattr(algo, "rollout", lambda *inputs: scores)
+        monkeypatch.setattr(algo, "rollout", lambda *inputs: NO_SCORES)
         args.data_dir = str(tmp_path)
         torch.manual_seed(0)
         networks = algo.make_networks(args)
-        writer = SimpleNamespace(add_scalar=lambda *values: None, log_dir="run")
-        algo.pretrain(args, networks, Windows(args.skill_horizon, 0), writer, threading.Event())
+        algo.pretrain(args, networks, Windows(args.skill_horizon, 0), NO_CURVES, threading.Event())
         return networks
 
     return train

@@ -49,10 +49,33 @@ def solve_calvin(env, member, partly=False):
         vector_of(env).physics.led[member] = True
 
 
+def break_maze(envs, patch):
+    """In the next step the speed of member 1 is no number."""
+    step, wrong = envs.simulator.step, np.zeros((envs.num_envs, 5))
+    wrong[1, 3] = np.nan
+    patch.setattr(envs.simulator, "step", lambda state, action: step(state + wrong, action))
+
+
+def break_kitchen(envs, patch):
+    envs.kitchens[1].data.qvel[0] = np.nan
+
+
+def break_calvin(envs, patch):
+    run = envs.physics._run
+
+    def diverge(substeps, members=None):
+        run(substeps, members)
+        envs.physics.qvel[1, 3] = np.nan
+
+    patch.setattr(envs.physics, "_run", diverge)
+
+
 class Task(NamedTuple):
     vector: type
     action_dim: int
     solve: Callable  # (environment, member, partly): by hand
+    diverge: Callable  # (environments, patch): the physics of member 1, while the patch lasts
+    unstable: float  # the reward of that
     drift: tuple  # added to random actions: into walls, counters, table and blocks
     start_width: float  # of the observations at the start of an episode
     steps: int  # of the longest comparison, in which episodes have a twelfth of them
@@ -62,9 +85,9 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "maze": Task(MazeVectorEnv, 2, solve_maze, (0, 0.6), 4.3, 360),
-    "kitchen": Task(KitchenVectorEnv, 9, solve_kitchen, (0, 0.6, 0, 0, 0, 0, 0, 0, 0), 0.03, 60),
-    "calvin": Task(CalvinVectorEnv, 7, solve_calvin, (0, 0.3, -0.5, 0, 0, 0, 0), 1e-3, 120),
+    "maze": Task(MazeVectorEnv, 2, solve_maze, break_maze, 0, (0, 0.6), 4.3, 360),
+    "kitchen": Task(KitchenVectorEnv, 9, solve_kitchen, break_kitchen, -100, (0, 0.6, 0, 0, 0, 0, 0, 0, 0), 0.03, 60),
+    "calvin": Task(CalvinVectorEnv, 7, solve_calvin, break_calvin, 0, (0, 0.3, -0.5, 0, 0, 0, 0), 1e-3, 120),
 }
 
 
@@ -191,6 +214,25 @@ def test_finished_members_freeze(task):
     assert np.abs(after[1] - first[1]).max() < task.start_width
     assert infos["_is_success"].tolist() == [False, True, False] and not infos["is_success"].any()
     assert not envs.step(actions)[2].any()
+
+
+def test_diverged_physics_end_the_episode_of_their_member(task, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # MuJoCo may write its warnings to a file here
+    envs, healthy = task.vector(3), task.vector(3)
+    before, _ = envs.reset(seed=0)
+    healthy.reset(seed=0)
+    actions = np.full((3, task.action_dim), 0.3)
+    with monkeypatch.context() as patch:
+        task.diverge(envs, patch)
+        obs, rewards, terminations, truncations, infos = envs.step(actions)
+    expected = healthy.step(actions)[0]
+    assert np.array_equal(obs, [expected[0], before[1], expected[2]])
+    assert rewards.tolist() == [0, task.unstable, 0]
+    assert terminations.tolist() == infos["unstable"].tolist() == [False, True, False]
+    assert not truncations.any() and not infos["is_success"].any()
+    envs.reset(options={"reset_mask": terminations})
+    obs, *_, infos = envs.step(actions)  # the others are as if nothing had happened
+    assert np.array_equal(obs[[0, 2]], healthy.step(actions)[0][[0, 2]]) and not infos["unstable"].any()
 
 
 def test_state_round_trip_continues_exactly(task):
