@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -260,6 +261,15 @@ def test_flags_are_checked_beside_the_tasks_defaults(name, flags):
     args = vars(parse(flags.split()))
     assert all(str(args[flag.replace("-", "_")]) == value for flag, value in re.findall(r"--(\S+) (\w+)", flags))
     refused(lambda: parse([*flags.split(), "--gamma", "2"]), "--gamma 2")
+
+
+@pytest.mark.parametrize("name", ALGOS)
+def test_no_file_refuses_its_own_defaults(name):
+    ways = [[], ["--published"] * ("published" in vars(algo_module(name).Args))]
+    ways += [["--data", "d4rl"] * ("data" in vars(algo_module(name).Args))]
+    for env_id in ("maze", "kitchen", "kitchen-misaligned", "calvin"):
+        for way in ways:
+            assert algo_module(name).parse_args(["--env-id", env_id, *way]).env_id == env_id
 
 
 def test_what_an_older_version_did_not_know_gets_the_tasks_default(tmp_path):
@@ -717,7 +727,9 @@ def test_evaluation_of_a_checkpoint_acts_as_the_one_at_the_runs_end(case, no_dat
     case.resume(run, "--total-timesteps 1240 --eval-episodes 1")
     no_data()
     runs = tmp_path / "runs"
-    case.main(["--evaluate", run / "checkpoint.pt", "--run-dir", runs, "--capture-video"])
+    flags = ["--evaluate", run / "checkpoint.pt", "--run-dir", runs, "--capture-video", "--threads", 1]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in (case.script, *flags)])
+    runpy.run_path(str(case.script), run_name="__main__")  # as a user types it
     assert videos == [runs / f"maze__{case.script.stem}.mp4"]
     episodes = np.reshape(actions, (2, 90, 2))
     assert np.array_equal(episodes[0], episodes[1])
