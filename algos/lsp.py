@@ -11,7 +11,7 @@ The model is that of dreamer.py, one env step at a time. Repeat:
    act: every K = 10 env steps plan a sequence of skills, keep the first; a ~ pi(s_t, h_t, z) plus noise
    model: explain observations and rewards, make KL(q || p) small, not below free_nats (Dreamer eq. 10)
    imagine: K steps with one z ~ N(0, I) per start; lambda-returns V of their rewards and values (Dreamer eq. 4-6)
-   policy: maximise V + c b, b = log q(z | start, state) - log N(z; 0, I), a lower bound on the mutual information
+   policy: maximise V + c b, b = log q(z | start, state) - log N(z; 0, I), whose mean bounds the mutual information
    predictor: q(z | start, state) -> z; critic: v(s, h) -> V (Dreamer eq. 8)
 
 There is no public code. **Our choices** (why, scores: algos/docs/lsp.md): (i) c; (ii) q sees the first and

@@ -14,9 +14,9 @@ Repeat:
    policy: maximise min Q(h_t, pi(h_t)) on the same h_t (eq. 11); move the slow target copy
 
 Run beside SkiMo's library and Hansen's code, settings alike: losses, updates and plans are equal but for rounding.
-SkiMo's library, and so this file, differs from Hansen's code in: R has a normalised layer (there plain); R and Q begin
-with PyTorch's first and small last weights (orthogonal, 0); the policy's noise is before the tanh (after it, within
-+-.3), windows are drawn evenly (prioritised), Adam's eps is 1e-7.
+SkiMo's library, and so this file, differs from Hansen's code in: R has a normalised layer (there plain); R's and
+Q's last weights begin small, their first as PyTorch's (0, orthogonal); the policy's noise is before the tanh (after it,
+within +-.3), windows are drawn evenly (prioritised), Adam's eps is 1e-7.
 DEVIATION n: differences from SkiMo's release, whose TD-MPC this is (why, scores: algos/docs/tdmpc.md)
 1. E environments act side by side; planner and updates see each env step at once, the warm-up's updates are spread.
 2. A window is any N steps of an episode, unfinished ones included.

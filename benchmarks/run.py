@@ -70,13 +70,13 @@ os.execv(sys.argv[2], sys.argv[2:])
 class Args:
     suite: Literal[*SUITES] | None = None  # take methods, tasks, seeds and env steps from suites.py
     algos: tuple[str, ...] = ("skimo",)  # names of files in --algos-dir, without .py
-    env_ids: tuple[str, ...] = ("maze",)  # tasks, Gymnasium's as well, or else boards of suites.py
+    env_ids: tuple[str, ...] = ("maze",)  # tasks, Gymnasium's as well, or boards of benchmarks/suites.py
     seeds: tuple[int, ...] = SEEDS  # one run each
     data: str = "scripted"  # offline data of the methods that have some: scripted, d4rl, release or a path
     args: str = ""  # more flags for every run, as one string: --args "--total-timesteps 100000"
     results_dir: Path = Path("runs/results")  # CSV and JSON of finished runs; small
     run_dir: Path = Path("runs")  # run folders with checkpoints and logs; on a cluster, on a shared file system
-    checkpoints_dir: Path = Path("runs/checkpoints")  # finished runs' last checkpoints; shared as run_dir, outside git
+    checkpoints_dir: Path = Path("runs/checkpoints")  # last checkpoints of finished runs, as shared as run_dir
     keep: tuple[int, ...] = ()  # env steps at which a checkpoint is kept there, too
     data_dir: str | None = os.environ.get("SKIMO_DATA_DIR")  # offline data and pre-trained models (None: user's cache)
     algos_dir: Path = ROOT / "algos"  # where the algorithm files are
@@ -376,6 +376,9 @@ def make_cells(args: Args) -> list[Cell]:
             sys.exit(f"error: {name} in --args would mix up the grid; leave it out")
     tasks = {name: Board(name) for name in args.env_ids if name in TASKS or name not in HELD_OUT}
     boards = SUITES[args.suite].boards if args.suite else HELD_OUT | tasks
+    for name in args.env_ids:
+        if name not in boards:
+            sys.exit(f"error: {name} is no board of --suite {args.suite}: {', '.join(boards)}")
     places = args.run_dir, args.results_dir, args.checkpoints_dir
     cells = []
     for env_id, seed, algo in product(*map(dict.fromkeys, (args.env_ids, args.seeds, args.algos))):

@@ -10,8 +10,8 @@ the planner with K = N or, in files without one, from the policy. Files without 
 `plan`) or the policy (row `act`). The training loop is `train` from random networks: all schedules of the real run are
 shrunk to --loop-steps, so that plan lengths and updates have the mix of the real run; where a warm-up waits for whole
 episodes, these are short.
-Every other number is the median of repeated calls after a warm-up, with CUDA synchronisation. Threads are torch's:
-OMP_NUM_THREADS sets them.
+All numbers but the loop's are medians of repeated calls after a warm-up, with CUDA synchronisation. Threads are
+torch's: OMP_NUM_THREADS sets them.
 """
 
 import contextlib

@@ -123,6 +123,7 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
         if self.rngs is None and not mask.all():
             raise gymnasium.error.ResetNeeded("the first reset must start all members, without reset_mask")
         members = np.flatnonzero(mask)
+        # Before anything changes: a seed may be refused
         made = {i: seeding.np_random(seeds[i])[0] for i in members if self.rngs is None or seeds[i] is not None}
         self.rngs = [made.get(i, rng) for i, rng in enumerate(self.rngs or [None] * self.num_envs)]
         for i in made:
