@@ -301,7 +301,9 @@ def test_kitchen_6_counts_six_in_their_order_within_420_steps():
     _, rewards, terminations, _, _ = envs.step(np.zeros((2, 9)))
     assert rewards.tolist() == [2.0, 6.0] and terminations.all() and envs.returns.tolist() == [6.0, 6.0]
     assert data_tools.TASKS["kitchen-6"].success([6.0, 5.0, 4.0]) == 1 / 3
-    assert envs.max_episode_steps == 420
+    envs.reset()
+    envs.steps[:] = 418
+    assert [envs.step(np.zeros((2, 9)))[3].tolist() for _ in range(2)] == [[False] * 2, [True] * 2]
 
 
 def test_bad_arguments():

@@ -147,6 +147,7 @@ def test_two_ways_of_acting_stay_apart_and_the_critics_choose_theirs():
 
 def test_published_sizes():
     args = qc.parse_args(["--env-id", "kitchen", "--published", "--device", "cpu"])
+    assert args.bc_online  # the clone learns on in RL
     agent = qc.Agent(args, qc.make_networks(args))
     obs_dim, action_dim = data_tools.env_sizes("kitchen")
     D = 5 * action_dim
