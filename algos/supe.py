@@ -6,8 +6,7 @@ demonstrations, with the rewards that the agent's own experience foretells and a
     python algos/supe.py --env-id maze           # pre-training as spirl.py (shared), RL, evaluation
     python algos/supe.py --resume runs/FOLDER    # go on after Ctrl-C or a crash
 
-1. Pre-training: that of spirl.py, whose models are shared
-2. Downstream RL on transitions (s, u, sum r of H rewards, end e, s'), u = tanh(z). Repeat:
+RL, after spirl.py's pre-training, on transitions (s, u, sum r of H rewards, true end e, s'), u = tanh(z). Repeat:
    act: z ~ pi(s), in the warm-up z ~ p(s), for H steps of the frozen skill policy pi_L
    (1) label: demonstrated H steps become (s, u = tanh(z), R(s, u), M(s, u), s'), z ~ q of them; maze: R and M are 0
    (2) bonus: r + c |g(s, u) - g'(s, u)|^2 on own and demonstrated ones; g' is random (RND, arXiv 1810.12894)
@@ -17,13 +16,12 @@ demonstrations, with the rewards that the agent's own experience foretells and a
 
 DEVIATION n: differences from the authors' code. Why, and scores: algos/docs/supe.md
 1. Skills are SPiRL's: 10 steps, 10 numbers, close to N(0, 1); the skill policy acts without noise. Labels are samples
-of q, as in their paper; their code takes its mean. In networks and pre-training n is spirl.py's.
-2. Fewer updates: 2 critic steps per skill with 5 critics; theirs: 80 with 10. Alpha is faster; maze: tau .05, m 2,
-batches of 128, alpha from .01 (theirs: .005, 1, 256, .05). 3. The bonus is scaled once, to a mean of rnd_coef on own
-transitions; theirs is 8 times the error. 4. A skill's rewards are summed; the maze pays 10 at its goal, not -1 per env
-step; a time-out is no end, as there. 5. E environments. 6. Sines as inputs, not of g; LayerNorm has no weights.
-7. The policy begins as the prior and stays near it. Theirs begins anew, random to an entropy of -Z/2: --target-kl 0.
---published takes the authors' side of 2 and 7, SPiRL's release for its skills, and one environment.
+of q, as in their paper; their code takes its mean. In networks and pre-training n is spirl.py's. 2. Per skill 2 steps
+of 5 critics, not 80 of 10; a faster alpha; maze: other tau, m, batch_size, alpha (theirs: RELEASE). 3. The bonus is
+scaled once, to a mean of rnd_coef on own transitions; theirs is 8 times the error. 4. A skill's rewards are summed; the
+maze pays 10 at its goal, not -1 per env step. 5. E environments. 6. Sines as inputs, not of g; LayerNorm has no
+weights. 7. The policy begins as the prior and stays near it. Theirs begins anew, random to an entropy of -Z/2:
+--target-kl 0. --published takes the authors' side of 2 and 7, SPiRL's release for its skills, and one environment.
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, SkillModel, make_networks, pretrain_loss, pretrain,
 critic_loss, policy_loss, ReplayBuffer, Agent, train
 Shapes: B batch, H steps per skill, O observation, F inputs, A action, Z skill, E environments, n critics, k steps.
@@ -400,13 +398,6 @@ def pretrain(args: Args, networks: nn.ModuleDict, data, writer: SummaryWriter, s
 
 
 # ------------------------------------------------------------------------------------------------------- downstream RL
-def log_prob(pi, z):
-    """log pi(u) of u = tanh(z), where z (..., Z) is drawn from N(mean, std), 2 x (..., Z) -> (...)."""
-    log_density = torch.distributions.Normal(*pi, validate_args=False).log_prob(z)
-    log_slope = torch.distributions.TanhTransform().log_abs_det_jacobian(z, None)  # log(1 - tanh(z)^2)
-    return (log_density - log_slope).sum(-1)
-
-
 class Ensemble(nn.Module):
     """n networks of observations (B, O) and u (B, Z) -> (n, B): a layer of all is one product of matrices."""
 
@@ -431,9 +422,7 @@ class Ensemble(nn.Module):
 
 
 class Novelty(nn.Module):
-    """Squared error (...) with which g foretells g', 256 random numbers of scaled observations (..., O) and u (..., Z).
-    g learns g' where the agent has been, and errs elsewhere. With sines every place would be new (DEVIATION 6).
-    """
+    """Error (...) of g, which learns g' only where the agent is (5): 256 random numbers of obs (..., O), u (..., Z)."""
 
     def __init__(self, obs_dim: int, args: Args):
         super().__init__()
@@ -443,12 +432,12 @@ class Novelty(nn.Module):
         self.random_net = Predictor(*sizes, batch_norm=False)
 
     def forward(self, obs, u):
-        x = torch.cat([self.features(obs)[..., : obs.shape[-1]], u], -1)
+        x = torch.cat([self.features(obs)[..., : obs.shape[-1]], u], -1)  # DEVIATION 6: with sines all would be new
         return (self.net(x) - self.random_net(x)).square().mean(-1)
 
 
 def outcome_loss(outcome, obs, u, rewards, ends):
-    """Squared error of R, cross-entropy of M (5) on own obs (B, O), u (B, Z), rewards, ends (B,). Loss and metrics."""
+    """R and M (5) have to foretell demonstrations. Own obs (B, O), u (B, Z), rewards, ends (B,). Loss and metrics."""
     reward, logit = outcome(obs, u)  # 2 x (B,)
     reward_loss = (reward - rewards).square().mean()
     end_loss = nn.functional.binary_cross_entropy_with_logits(logit, ends)
@@ -465,12 +454,12 @@ def demonstrations(encoder, outcome, obs, actions, args):
 
 
 def critic_loss(critics, target, task_policy, obs, u, rewards, ends, next_obs, args):
-    """TD loss of all critics (3): obs, next_obs (B, O), u (B, Z), rewards with bonus, ends (B,). Loss and metrics."""
+    """TD loss (3): a skill is worth its reward and what follows. obs, next_obs (B, O), u (B, Z), rewards, ends (B,)."""
     with torch.no_grad():
         next_u = torch.tanh(draw(task_policy(next_obs)))  # (B, Z)
         drawn = torch.rand(args.num_critics, device=obs.device).topk(args.target_critics).indices  # (m,)
         next_q = target(next_obs, next_u)[drawn].amin(0)  # (B,)
-        td_target = rewards + (1 - ends) * args.gamma * next_q  # (B,), without SAC's entropy
+        td_target = rewards + (1 - ends) * args.gamma * next_q  # (B,), rewards with bonus; no entropy
     q = critics(obs, u)  # (n, B)
     loss = (q - td_target).square().mean()
     metrics = dict(value_loss=loss, q_value=q, td_target=td_target)
@@ -482,7 +471,12 @@ def policy_loss(critics, task_policy, skill_prior, obs, alpha, args):
     pi = task_policy(obs)  # 2 x (B, Z)
     z = draw(pi)  # (B, Z)
     q_value = critics(obs, torch.tanh(z)).mean(0)  # (B,)
-    prior_kl = kl_divergence(pi, skill_prior(obs)) if args.target_kl else log_prob(pi, z)  # (B,) nats, DEVIATION 7
+    if args.target_kl:
+        prior_kl = kl_divergence(pi, skill_prior(obs))  # (B,) nats
+    else:  # DEVIATION 7: log pi(u), whose mean is minus the entropy
+        log_density = torch.distributions.Normal(*pi, validate_args=False).log_prob(z)  # (B, Z)
+        log_slope = torch.distributions.TanhTransform().log_abs_det_jacobian(z, None)  # log(1 - tanh(z)^2)
+        prior_kl = (log_density - log_slope).sum(-1)  # (B,)
     loss = (alpha * prior_kl - q_value).mean()
     metrics = dict(policy_loss=loss, policy_q=q_value, prior_kl=prior_kl)
     return loss, {name: value.detach().mean() for name, value in metrics.items()}
@@ -508,14 +502,12 @@ class ReplayBuffer:
         self.added += len(obs)
 
     def sample(self, batch_size: int):
-        """The rows of k batches, uniform: obs (kb, O), u (kb, Z), rewards and ends (kb,), next_obs (kb, O). The other
-        k(B - b) rows, if any, are windows of the data: obs (.., H+1, O), actions (.., H, A).
-        """
+        """k batches: uniform own rows, of which W, if any, give way to windows of the data. 5 or 7 tensors."""
         k = self.args.critic_steps
-        windows = int(self.args.offline_ratio * batch_size)
-        rows = torch.randint(len(self), (k * (batch_size - windows),), device=self.args.device)
-        batch = [column[rows] for column in self.columns]
-        if windows:
+        windows = int(self.args.offline_ratio * batch_size)  # W
+        rows = torch.randint(len(self), (k * (batch_size - windows),), device=self.args.device)  # (k(B - W),)
+        batch = [column[rows] for column in self.columns]  # obs (.., O), u (.., Z), reward, end (..), next_obs (.., O)
+        if windows:  # obs (kW, H+1, O), actions (kW, H, A)
             batch += self.data.sample_windows(k * windows, self.args.skill_horizon + 1)
         return batch
 

@@ -32,6 +32,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data_tools
+from benchmarks.plot import save
 from data_tools import TASKS, DataError
 from data_tools.files import imported, write_atomically
 from data_tools.tasks.calvin import SUBTASKS, subtask_conditions
@@ -214,11 +215,6 @@ def prediction_errors(env_id: str, real, predicted) -> tuple[float, float]:
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
-def save_figure(figure: Figure, path: Path):
-    """Write a figure as PNG, atomically."""
-    write_atomically(path, lambda part: figure.savefig(part, dpi=110, bbox_inches="tight"))
-
-
 def plot_visited(env_id: str, obs: np.ndarray, path: Path):
     """States visited in training, early to late, obs (n, O) in the order of collection (paper, fig. 9)."""
     figure = Figure(figsize=(7, 6))
@@ -235,7 +231,7 @@ def plot_visited(env_id: str, obs: np.ndarray, path: Path):
     points = axes.scatter(across, down, c=colour, s=1.5, cmap="viridis", linewidths=0)
     figure.colorbar(points, ax=axes, label="% of training")
     axes.set_title("states visited in training")
-    save_figure(figure, path)
+    save(figure, path, bbox_inches="tight")
 
 
 def plot_prediction(env_id: str, paths: list, path: Path):
@@ -263,7 +259,7 @@ def plot_prediction(env_id: str, paths: list, path: Path):
         axes.set_title(f"{title}\n(it stays where it is: {yardstick:.1f})", fontsize="medium")
     if draw_map is not None:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    save_figure(figure, path)
+    save(figure, path, bbox_inches="tight")
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
@@ -273,12 +269,10 @@ def main(args: Args) -> dict:
         raise DataError("give a run's folder or checkpoint, or --pretrained MODEL")
     if args.episodes < 2 or args.paths < 1:
         raise DataError("--episodes needs at least 2 and --paths at least 1")
-    written = []
     if args.run is not None:
         algo, config, agent, visited = load_run(args.run, args.algo)
         folder = args.run if args.run.is_dir() else args.run.parent
         plot_visited(config.env_id, visited, folder / "visited.png")
-        written.append("visited.png")
     else:
         algo, config, agent = load_pretrained(args.pretrained, args.algo, args.env_id)
         folder = args.pretrained.parent
@@ -292,12 +286,10 @@ def main(args: Args) -> dict:
         errors = np.array([prediction_errors(config.env_id, *path) for path in paths])
         statistics["prediction_error"], statistics["stays_where_it_is"] = np.median(errors, axis=0).tolist()
         plot_prediction(config.env_id, paths[: args.paths], folder / "prediction.png")
-        written.append("prediction.png")
     for name, value in statistics.items():
         print(f"  {name:20} {value:.3g}")
     write_atomically(folder / "statistics.json", lambda part: part.write_text(json.dumps(statistics, indent=1)))
-    written.append("statistics.json")
-    print(f"written to {folder}: {', '.join(written)}")
+    print(f"wrote {folder / 'statistics.json'}")
     return statistics
 
 

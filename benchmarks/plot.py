@@ -54,10 +54,9 @@ def draw_paper(axes, task: str, method: str, end: int, colour: str):
 
 def legend(figure, found: dict[str, str], columns: int, paper: bool = True):
     """One legend on top: names with their colours, and the paper."""
-    lines = [Line2D([], [], color=colour, lw=2.2) for colour in found.values()]
-    lines += [Line2D([], [], color="black", ls=":", lw=1.4)] * paper
-    names = [*found, *["the paper (other data)"] * paper]
-    figure.legend(lines, names, loc="upper center", ncol=columns, frameon=False, fontsize=9.5, handlelength=1.8)
+    lines = [Line2D([], [], color=colour, lw=2.2, label=name) for name, colour in found.items()]
+    lines += [Line2D([], [], color="black", ls=":", lw=1.4, label="the paper (other data)")] * paper
+    figure.legend(handles=lines, loc="upper center", ncol=columns, frameon=False, fontsize=9.5, handlelength=1.8)
 
 
 def overview(cells, published: bool) -> Figure:
@@ -141,8 +140,8 @@ def beside_published(runs, published) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: Path):
+def save(figure: Figure, path: Path, **options):
     """Write a picture whole or not at all, with the same bytes for the same logs."""
-    options = dict(dpi=96, metadata={"Software": None}, pil_kwargs={"optimize": True})
+    options |= dict(dpi=96, metadata={"Software": None}, pil_kwargs={"optimize": True})
     write_atomically(path, lambda part: figure.savefig(part, **options))
     print(f"wrote {path}")

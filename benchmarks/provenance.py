@@ -5,7 +5,6 @@ import platform
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,14 +47,3 @@ def provenance() -> dict:
     """Command, commit, whether files were changed since, and machine: for the JSON beside a log. Ask at the start."""
     command = " ".join(["python", *sys.argv])
     return dict(command=command, **describe_code(ROOT), machine=describe_machine())
-
-
-def conditions(device: str) -> dict:
-    """What measured times depend on, for learning on a device: machine, load, versions, code."""
-    import torch
-
-    gpu = torch.cuda.get_device_name() if device == "cuda" else None
-    facts = dict(cpu=processor(), cores=os.cpu_count(), gpu=gpu, load=os.getloadavg(), system=platform.platform())
-    facts |= dict(python=platform.python_version(), torch=torch.__version__, device=device)
-    facts |= dict(threads=torch.get_num_threads(), date=time.strftime("%Y-%m-%d %H:%M:%S"))
-    return facts | describe_code(ROOT)

@@ -69,7 +69,7 @@ PLANS = {
     ("maze-far", "longer"): "studies/mazefar_plans/five_skills",
     ("maze-far", "shorter"): "held-out/maze-far/skimo",
 }
-# One setting of one method: what is changed, method, study/variant with the other value
+# One setting of one method: what is changed, study/variant with the other value
 SETTINGS = (
     ("inputs of SAC's critics: raw → with sines of positions", "maze_tau/skimo_sac_raw_inputs"),
     ("tau .01 → .05", "maze_tau/skimo_sac_tau0.01"),
@@ -335,7 +335,7 @@ def effect(variant: Path) -> tuple[list[Run], list[Run], int] | None:
 
 
 def read_variant(folder: Path) -> Cell:
-    return Cell(scores.read_run(path) for path in sorted(folder.glob("seed*.json")))
+    return Cell(scores.read_runs(folder))
 
 
 def variant_row(study: Path, variant: str, found) -> dict[str, str]:
@@ -375,9 +375,8 @@ def studies_text() -> str:
 
 # ------------------------------------------------------------------------------------------------------ pages of tasks
 def commits(run: Run) -> list[str]:
-    """Short names of the commits that a run ran at, with a + where files were changed since."""
-    starts = run.facts.get("attempts") or [run.facts]
-    known = [start if start.get("commit") else run.facts for start in starts]  # of runs by hand the JSON says it once
+    """Short names of a run's commits (by hand: the JSON has one for all), with a + where files were changed since."""
+    known = [start if start.get("commit") else run.facts for start in run.facts["attempts"]]
     return [(start.get("commit") or "no log")[:7] + "+" * bool(start.get("changed")) for start in known]
 
 
@@ -574,22 +573,21 @@ def coverage_text(cells) -> str:
     return f"{text}\n{table(rows)}"
 
 
-def results_text(cells, ours: bool = True, held=()) -> str:
-    """RESULTS.md; held: the held-out cells, if there are any."""
-    boards = "".join(board_section(cells, task, data, ours) for task, data in scores.boards(cells))
-    if not ours:
+def results_text(cells, held=None) -> str:
+    """RESULTS.md with the held-out cells; of a user's logs (None) the boards alone."""
+    boards = "".join(board_section(cells, *board, ours=held is not None) for board in scores.boards(cells))
+    if held is None:
         return f"{NOTES['other results']}\n\n{boards}".strip() + "\n"
     parts = [NOTES["introduction"], NOTES["claims"], claims_table(cells), NOTES["orderings"], orderings_table(cells)]
-    parts += [NOTES["held-out"], table(boards_table(held, MAIN, "../algos/docs"))] if held else []
+    parts += [NOTES["held-out"], table(boards_table(held, MAIN, "../algos/docs"))]
     parts += [NOTES["settings"], settings_table(cells), f"{NOTES['coverage']}\n{coverage_text(cells)}"]
     parts += [NOTES["without data"], without_data_table(), NOTES["boards"], boards]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
-def pages(cells) -> dict[Path, str]:
-    """All pages that are made, or in part made, from the published logs."""
-    held = scores.read_cells(RESULTS / "held-out")
-    made = {RESULTS.parent / "RESULTS.md": results_text(cells, held=held)}
+def pages(cells, held) -> dict[Path, str]:
+    """All pages that are made, or in part made, from the published logs; held: of the held-out suite."""
+    made = {RESULTS.parent / "RESULTS.md": results_text(cells, held)}
     made[RESULTS / "held-out" / "README.md"] = held_out_text(held)
     made[RESULTS / "studies" / "README.md"] = studies_text()
     made |= {RESULTS / task / "README.md": task_text(cells, task) for task in ALL}
@@ -653,10 +651,10 @@ def main(args: Args):
     if ours:
         held = scores.read_cells(RESULTS / "held-out")
         plot.save(plot.overview(held, ours), RESULTS / "held-out" / "curves.png")
-        for path, text in pages(cells).items():
+        for path, text in pages(cells, held).items():
             write(path, text)
     else:
-        write(first / "RESULTS.md", results_text(cells, ours=False))
+        write(first / "RESULTS.md", results_text(cells))
     plot.save(plot.overview(cells, ours), first / "curves.png")
     for task in dict.fromkeys(task for task, _ in scores.boards(cells)):
         if (first / task).is_dir():

@@ -150,12 +150,8 @@ def read_attempts(folder: Path) -> list[dict]:
 
 def log_tail(folder: Path, lines: int = 8) -> str:
     """Last lines of a cell's log; of a progress bar, its last state."""
-    try:
-        with (folder / "log.txt").open("rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - 8192))
-            text = log.read().decode(errors="replace")
-    except OSError:
-        return ""
+    path = folder / "log.txt"
+    text = path.read_bytes()[-8192:].decode(errors="replace") if path.exists() else ""
     text = [line.split("\r")[-1] for line in text.rstrip("\r\n").split("\n")]
     return "\n".join([line for line in text if line.strip()][-lines:])
 
@@ -182,7 +178,7 @@ def step_of(checkpoint: Path) -> int:
 def keep_early(run_dir: Path | None, checkpoint: Path, marks: tuple[int, ...], seen: list):
     """Copy a new checkpoint, if it is the first behind one of the marks, to seedN_MARK.pt; seen: its time and size."""
     source = run_dir and run_dir / "checkpoint.pt"
-    if not marks or not source or not source.exists():
+    if not source or not source.exists():
         return
     state = [source.stat().st_mtime_ns, source.stat().st_size]
     if state != seen:
@@ -291,9 +287,7 @@ def observe(cell: Cell):
     if cell.state not in ("pre-training", "RL") or run_dir is None:
         return
     try:
-        with (run_dir / "episodes.csv").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            lines = file.read().decode().split("\n")[1:-1]  # whole lines, without the header
+        lines = (run_dir / "episodes.csv").read_text().split("\n")[1:-1][-100:]  # whole ones, without the header
     except OSError:
         percent = re.findall(r"(\d+)%\|", log_tail(cell.folder, 1))
         cell.step = f"{percent[-1]} %" if percent else ""
@@ -573,7 +567,6 @@ def main(args: Args):
 
 def parse_args(argv: list[str]) -> Args:
     """Command line -> Args, whose defaults are those of the suite; the value of --args may begin with dashes."""
-    argv = list(argv)
     if "--args" in argv[:-1]:
         place = argv.index("--args")
         argv[place : place + 2] = ["--args=" + argv[place + 1]]

@@ -35,7 +35,6 @@ class Task:
 
     label: str
     max_return: float  # of an episode in which everything was done: a score of 1
-    parts: int  # sub-tasks, which the paper's figures count
     longest: int  # env steps of an episode that nothing ends
     margin: float  # error of reading the paper's curves: smaller differences count as none
     bin: int  # env steps of a bin of the training curve
@@ -54,13 +53,13 @@ class Method:
 
 
 TASKS = {
-    "maze": Task("Maze", 100, 1, 2_000, 0.03, 25_000, 50_000),
-    "kitchen": Task("Kitchen", 4, 4, 280, 0.025, 10_000, 25_000),
-    "kitchen-misaligned": Task("Mis-aligned Kitchen", 4, 4, 280, 0.025, 10_000, 25_000),
-    "calvin": Task("CALVIN", 400, 4, 360, 0.025, 10_000, 25_000),
-    "kitchen-6": Task("Kitchen-6", 6, 6, 420, 0.025, 10_000, 25_000),
-    "maze-far": Task("Maze, far", 100, 1, 2_000, 0.03, 25_000, 50_000),
-    "calvin-6": Task("CALVIN-6", 600, 6, 540, 0.025, 10_000, 25_000),
+    "maze": Task("Maze", 100, 2_000, 0.03, 25_000, 50_000),
+    "kitchen": Task("Kitchen", 4, 280, 0.025, 10_000, 25_000),
+    "kitchen-misaligned": Task("Mis-aligned Kitchen", 4, 280, 0.025, 10_000, 25_000),
+    "calvin": Task("CALVIN", 400, 360, 0.025, 10_000, 25_000),
+    "kitchen-6": Task("Kitchen-6", 6, 420, 0.025, 10_000, 25_000),
+    "maze-far": Task("Maze, far", 100, 2_000, 0.03, 25_000, 50_000),
+    "calvin-6": Task("CALVIN-6", 600, 540, 0.025, 10_000, 25_000),
 }
 METHODS = {
     "skimo": Method("SkiMo", "#d62728", "SkiMo"),
@@ -169,7 +168,7 @@ def own_task(env_id: str, rows: list[dict]) -> Task:
     best = 1.0 if most else max(returns, default=1.0)
     best = best if best > worst else worst + 1.0
     width = 1_000 * -(-int(max(steps, default=1)) // 16_000)  # sixteen bins in a figure
-    return Task(env_id, most or 1, 1, int(max(lengths, default=1)), 0.0, width, 2 * width, best, worst)
+    return Task(env_id, most or 1, int(max(lengths, default=1)), 0.0, width, 2 * width, best, worst)
 
 
 def read_log(path: Path) -> tuple[str, dict, list[dict]]:
@@ -191,11 +190,6 @@ def read_log(path: Path) -> tuple[str, dict, list[dict]]:
             text = path.with_suffix(".csv").read_text()
         rows = list(csv.DictReader(text.splitlines()))
         return facts["env_id"], facts, rows if any(row["episodic_return"] for row in rows) else []
-
-
-def read_run(path: Path) -> Run:
-    """A run of one of the paper's tasks from its log."""
-    return run_of(path, *read_log(path))
 
 
 def run_of(path: Path, env_id: str, facts: dict, rows: list[dict]) -> Run:
@@ -411,7 +405,7 @@ def paper_curves() -> dict[tuple[str, str], np.ndarray]:
     """(task, the paper's name of the method) -> (n, 2) env steps and score."""
     curves = {}
     for row in csv.DictReader(PAPER_CURVES.read_text().splitlines()):
-        point = (float(row["env_step"]), float(row["value"]) / TASKS[row["task"]].parts)
+        point = (float(row["env_step"]), float(row["value"]) / (1 if row["task"] == "maze" else 4))  # of its sub-tasks
         curves.setdefault((row["task"], row["method"]), []).append(point)
     return {key: np.array(points) for key, points in curves.items()}
 

@@ -20,6 +20,7 @@ import functools
 import importlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -40,7 +41,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data_tools
-from benchmarks.provenance import conditions
+from benchmarks.provenance import provenance
 from data_tools.files import write_atomically
 
 PARTS = ("pretrain", "update", "plan", "act", "step", "loop")
@@ -230,13 +231,10 @@ def stepping(env_id: str, num_envs: int):
     envs = data_tools.make_envs(env_id, num_envs)
     envs.reset(seed=0)
     envs.action_space.seed(0)
-    actions = [envs.action_space.sample() for _ in range(100)]
-    count = 0
+    actions = itertools.cycle([envs.action_space.sample() for _ in range(100)])
 
     def step():
-        nonlocal count
-        count += 1
-        _, _, terminations, truncations, _ = envs.step(actions[count % len(actions)])
+        _, _, terminations, truncations, _ = envs.step(next(actions))
         ended = terminations | truncations
         if ended.any():
             envs.reset(options=dict(reset_mask=ended))
@@ -394,7 +392,7 @@ def time_stepping(args: Args, num_envs: int, num_threads: int) -> dict:
 
 
 def step_rows(args: Args) -> list:
-    """(name, environments, threads, function that gives the numbers); one core comes first."""
+    """(name, environments, threads, function that gives the numbers)."""
     rows = []
     for E in args.step_envs:
         counts = {1, 2, 1 if args.quick else os.cpu_count()}
@@ -417,11 +415,9 @@ def time_everything(args: Args):
         return row
 
     if "step" in args.only:
-        first = {}  # env steps per second on one core
         for name, E, threads, make in step_rows(args):
             row = timed_row("environment", name, args.env_id, "eager", E, make, num_threads=threads)
             row["per_second"] = 1e3 * E / row["ms"]
-            row["speedup"] = row["per_second"] / first.setdefault(E, row["per_second"])
             yield row
     for algo in algos:
         for mode in dict.fromkeys(args.modes):
@@ -461,16 +457,17 @@ def main(args: Args):
     """Time everything, print the table, write the JSON."""
     if args.quick:
         args = dataclasses.replace(args, plan_envs=(1, 2), step_envs=(1, 2), loop_steps=800, min_seconds=0.02)
-    facts = conditions(args.device)
+    facts = provenance() | dict(date=time.strftime("%Y-%m-%d %H:%M:%S"), load=os.getloadavg())
+    facts |= dict(threads=torch.get_num_threads(), torch=torch.__version__)
     rows = []
     for row in time_everything(args):
         rows.append(row)
-        text = json.dumps(dict(machine=facts, args=asdict(args), rows=rows), indent=1, default=str) + "\n"
+        text = json.dumps(facts | dict(args=asdict(args), rows=rows), indent=1, default=str) + "\n"
         write_atomically(args.out, lambda part, text=text: part.write_text(text))  # so far
     if not rows:
         sys.exit("error: nothing to time; no file has this --only with such --sizes, --modes, --plan-envs, --step-envs")
-    print(f"{facts['gpu'] or facts['cpu']}, {facts['threads']} CPU threads, load {facts['load'][0]:.1f} of", end=" ")
-    print(f"{facts['cores']} cores, torch {facts['torch']}, commit {facts['commit']}")
+    print(f"{facts['machine']}, commit {facts['commit']}")
+    print(f"torch {facts['torch']} on {args.device}, {facts['threads']} CPU threads, load {facts['load'][0]:.1f}")
     print(table(rows))
     for row in rows:
         if "shares" in row:

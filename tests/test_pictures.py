@@ -127,7 +127,7 @@ def test_states_of_many_numbers_are_drawn_along_their_principal_axes(tmp_path, m
     axes, _ = np.linalg.qr(rng.normal(size=(30, 30)))
     factors = rng.normal(size=(5000, 30)) * ([5.0, 2.0] + [0.01] * 28)  # (rows, O)
     drawn = []
-    monkeypatch.setattr(pictures, "save_figure", lambda figure, *args: drawn.append(figure))
+    monkeypatch.setattr(pictures, "save", lambda figure, *args, **named: drawn.append(figure))
     pictures.plot_visited("kitchen", (factors @ axes.T + 3).astype(np.float32), tmp_path / "visited.png")
     plane = drawn[0].axes[0].collections[0].get_offsets()  # (rows, 2)
     for k in range(2):

@@ -29,7 +29,7 @@ def check_rows(written, printed):
         assert row["name"] in printed
         if row["name"].startswith(("step", "training")):
             assert math.isfinite(row["per_second"]) and row["per_second"] > 0, row
-    assert {"cpu", "gpu", "torch", "device", "threads", "load", "commit"} <= set(written["machine"])
+    assert {"machine", "torch", "threads", "load", "commit"} <= set(written)
     assert written["args"]["quick"] is True
     return [row["name"] for row in written["rows"]]
 
@@ -113,7 +113,6 @@ def test_per_second_are_env_steps_of_all_members():
     with mock.patch.object(speed, "time_stepping", lambda args, E, threads: dict(ms=ms[threads])):
         one, two = speed.time_everything(args)
     assert (one["per_second"], two["per_second"]) == (200, 250)
-    assert (one["speedup"], two["speedup"]) == (1, 1.25)
 
     algo = importlib.import_module("algos.sac")
     config = speed.size_args(algo, "maze", "eager", args)

@@ -180,16 +180,6 @@ def test_xavier_weights_of_every_network_of_an_ensemble():
             assert 0.9 * bound < one.abs().max() <= 1.0001 * bound
 
 
-def test_the_density_of_a_tanh_integrates_to_one():
-    mean, std = torch.tensor([[0.7]]), torch.tensor([[0.9]])
-    u = torch.linspace(-0.99999, 0.99999, 200_001)[:, None]
-    density = supe.log_prob((mean, std), torch.atanh(u)).exp()
-    assert torch.trapezoid(density, u[:, 0]).item() == pytest.approx(1, abs=1e-3)
-    two = supe.log_prob((torch.zeros(2), torch.ones(2)), torch.tensor([0.3, -2.0]))
-    apart = [supe.log_prob((torch.zeros(1), torch.ones(1)), torch.tensor([z])) for z in (0.3, -2.0)]
-    torch.testing.assert_close(two, sum(apart))
-
-
 def test_the_policy_begins_as_the_prior_or_anew():
     for target_kl, same in ((3.0, True), (0.0, False)):
         agent = random_agent(tiny_args(target_kl=target_kl))
@@ -262,6 +252,18 @@ def test_policy_loss(target_kl):
     assert metrics["prior_kl"].item() == pytest.approx(distance.mean(), rel=1e-4)
     loss.backward()
     assert has_gradient(nets[1]) and not has_gradient(agent.skill_prior)
+
+
+def test_the_density_of_a_tanh_integrates_to_one(monkeypatch):
+    """Of the policy loss without a prior: its derivatives by an alpha for each row are log pi(u) of the rows."""
+    mean, std = torch.tensor([[0.7]]), torch.tensor([[0.9]])
+    u = torch.linspace(-0.99999, 0.99999, 200_001)[:, None]
+    monkeypatch.setattr(supe, "draw", lambda distribution: torch.atanh(u))
+    critics, task_policy = (lambda obs, u: u.T), (lambda obs: (mean, std))
+    alpha = torch.zeros(len(u), requires_grad=True)
+    supe.policy_loss(critics, task_policy, None, None, alpha, tiny_args(target_kl=0.0))[0].backward()
+    density = (len(u) * alpha.grad).exp()
+    assert torch.trapezoid(density, u[:, 0]).item() == pytest.approx(1, abs=1e-3)
 
 
 def test_outcome_loss():

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import data_tools
 from algos import relay
 from benchmarks.controls import frame
-from benchmarks.pictures import save_figure, traced_rollout
+from benchmarks.pictures import traced_rollout
+from benchmarks.plot import save
 from data_tools.scripted.kitchen import LETTERS, PLANS
 from data_tools.tasks import kitchen
 
@@ -94,7 +95,7 @@ def draw_subgoals(z, obs, subtasks, H: int, path: Path):
     axes.text(2, kitchen.COMPLETE_DISTANCE, "done below", va="bottom", fontsize="small", color="0.4")
     axes.set(xlim=(0, len(z) * H), xlabel="env step", ylabel="distance from done")
     axes.legend(title="solid: reached\ndashed: subgoal", fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    save_figure(figure, path)
+    save(figure, path, bbox_inches="tight")
 
 
 def main():
