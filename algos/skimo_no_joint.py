@@ -794,15 +794,13 @@ def train(args: Args) -> dict:
     print("env_step,episodic_return,episodic_length,rl_minutes", file=episodes_csv)
     for row in episodes:
         print(*row, sep=",", file=episodes_csv)
-    def warming_up() -> bool:
-        return global_step < args.warmup_steps or not any(row[1] for row in episodes)
-
     stopping = global_step >= args.total_timesteps
     total_updates = int(args.total_timesteps * args.updates_per_step)  # they take the time, so the bar counts them
     with tqdm(desc="RL", total=total_updates, initial=gradient_step, unit="update") as bar:
         while not stopping:
             # ALGO LOGIC: put action logic here. One skill for all environments at once, then H env steps (DEVIATION 4)
-            z = agent.choose_skills(obs, None if warming_up() else global_step, explore=True)  # (E, Z)
+            warming_up = global_step < args.warmup_steps
+            z = agent.choose_skills(obs, None if warming_up else global_step, explore=True)  # (E, Z)
             steps_before = envs.steps.sum()
             next_obs, rewards, ended = execute_skill(envs, agent.skills, obs, z, args)
             rb.add(obs=obs, z=z, rewards=args.reward_scale * rewards, dones=ended, next_obs=next_obs)
@@ -826,7 +824,7 @@ def train(args: Args) -> dict:
                 obs, _ = envs.reset(options=dict(reset_mask=ended))
 
             # ALGO LOGIC: training. As many updates as all env steps so far are worth, but none in the warm-up
-            ready = not warming_up() and rb.num_episodes > 0
+            ready = global_step >= args.warmup_steps and rb.num_episodes > 0
             updates_due = int(global_step * args.updates_per_step) if ready else 0
             while gradient_step < updates_due:
                 metrics = agent.update(*rb.sample(args.batch_size))
@@ -840,7 +838,7 @@ def train(args: Args) -> dict:
             # Evaluate without exploration noise
             finished = global_step >= args.total_timesteps
             if finished or global_step % args.eval_interval < new_steps:
-                scores = rollout(agent, args, args.eval_episodes, 10_000 + args.seed, None if warming_up() else global_step)
+                scores = rollout(agent, args, args.eval_episodes, 10_000 + args.seed, global_step)
                 evaluations.append((global_step, scores["episodic_return"], scores["success"]))
                 bar.write(f"env step {global_step}: {log(writer, 'eval', scores, global_step)}")
                 too_short = len(episodes) - rb.num_episodes
