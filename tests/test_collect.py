@@ -12,6 +12,7 @@ import pytest
 import toy_walk  # noqa: F401 (a task of one's own)
 
 import data_tools
+from algos import skimo
 from data_tools import DataError, OfflineDataset
 from data_tools.__main__ import collect, convert
 from data_tools.scripted import calvin, kitchen, maze
@@ -44,6 +45,17 @@ def test_the_other_tasks_data(env_id, num_episodes, share, tmp_path, capsys):
     made = OfflineDataset.load(out)
     assert len(made.episode_starts) == num_episodes and made.attributes["seed"] == 1
     assert made.attributes["noise"] == data_tools.TASKS[env_id].noise and made.source == "scripted"
+
+
+def test_skimo_goes_through_both_phases_on_calvin(tmp_path):
+    """From two episodes, with the task's defaults but for sizes."""
+    out = tmp_path / "few.hdf5"
+    calvin.collect(2, progress=False).save(out)
+    flags = f"--env-id calvin --data {out} --run-dir {tmp_path} --data-dir {tmp_path} --device cpu --num-envs 1"
+    flags += " --pretrain-updates 2 --pretrain-batch-size 8 --pretrain-eval-episodes 1"
+    flags += " --warmup-steps 0 --batch-size 16 --eval-episodes 1 --total-timesteps 600"
+    results = skimo.train(skimo.parse_args(flags.split()))
+    assert results["env_steps"] >= 600 and results["updates"] == int(results["env_steps"] * 10 / 500)
 
 
 @pytest.mark.parametrize("script", [maze, kitchen, calvin], ids=lambda script: script.__name__)
