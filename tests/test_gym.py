@@ -42,8 +42,9 @@ class Walk(gymnasium.Env):
         return self.x, float(action[0]), bool(self.x < -1), bool(self.x > 5), {}
 
 
-def walk(**change):
+def walk(**change):  # takes no render_mode, like many a class
     env = Walk()
+    assert "render_mode" not in change
     for name, space in change.items():
         setattr(env, name, space)
     return env

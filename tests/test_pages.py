@@ -11,11 +11,11 @@ ROOT = Path(__file__).resolve().parents[1]
 METHODS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
 HEADINGS = ["Idea", "Run", "In the code", "What differs", "Result", "Watch"]
 LINES = {
-    "README.md": 110,
-    "algos/README.md": 100,
+    "README.md": 90 + len(METHODS),
+    "algos/README.md": 80 + len(METHODS),
     "data_tools/README.md": 150,
     "benchmarks/README.md": 90,
-    "benchmarks/RESULTS.md": 300,
+    "benchmarks/RESULTS.md": 220 + 4 * len(METHODS),  # a row for each task
     "benchmarks/FINDINGS.md": 90,
     "benchmarks/SPEED.md": 80,
 }
@@ -72,14 +72,15 @@ def test_a_page_is_short_and_plain(page):
 
 
 def test_the_readme_is_short():
-    assert len(text_of("README.md").split()) <= 1_200
+    assert len(text_of("README.md").split()) <= 1_000 + 10 * len(METHODS)
     before, *_ = text_of("README.md").split("\n![", 1)
     assert before == "# SkiMo in single files\n"  # then comes a robot
 
 
 def test_all_pages_together_are_an_hour():
     """Those that one reads; RESULTS.md is made of tables."""
-    assert sum(len(words(text_of(page))) for page in LINES if page != "benchmarks/RESULTS.md") <= 12_000
+    told = sum(len(words(text_of(page))) for page in LINES if page != "benchmarks/RESULTS.md")
+    assert told <= 8_000 + 200 * len(METHODS)
 
 
 @pytest.mark.parametrize("name", METHODS)

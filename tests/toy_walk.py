@@ -29,15 +29,15 @@ class WalkVectorEnv(MemberVectorEnv):
         return self.position.astype(np.float32)
 
 
-def collect(noise, seed, progress):
-    """Forty walks of 30 steps towards random places, each step disturbed by `noise`."""
-    envs = WalkVectorEnv(40)
+def collect(noise, seed, progress, num_episodes=40):
+    """Walks of 30 steps towards random places, each step disturbed by `noise`."""
+    envs = WalkVectorEnv(num_episodes)
     rng = np.random.default_rng(seed)
-    places = rng.uniform(-1, 1, (40, 2))
+    places = rng.uniform(-1, 1, (num_episodes, 2))
     obs = [envs.reset(seed=seed)[0]]
     actions = []
     for _ in range(30):
-        actions.append(np.clip(3 * (places - obs[-1]) + noise * rng.normal(size=(40, 2)), -1, 1))
+        actions.append(np.clip(3 * (places - obs[-1]) + noise * rng.normal(size=(num_episodes, 2)), -1, 1))
         obs.append(envs.step(actions[-1])[0])
-    obs, actions = np.array(obs), np.array(actions)  # (31, 40, 2), (30, 40, 2)
-    return OfflineDataset.from_episodes([(obs[:, i], actions[:, i], False) for i in range(40)])
+    obs, actions = np.array(obs), np.array(actions)  # (31, episodes, 2), (30, episodes, 2)
+    return OfflineDataset.from_episodes([(obs[:, i], actions[:, i], False) for i in range(num_episodes)])

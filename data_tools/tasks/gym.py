@@ -20,7 +20,9 @@ class GymVectorEnv(MemberVectorEnv):
         self, num_envs: int, env_id: str, max_episode_steps: int | None = None, render_mode: str | None = None
     ):
         """Raises DataError for an environment that cannot be made, or used here."""
-        options = dict(max_episode_steps=max_episode_steps, render_mode=render_mode)
+        options = dict(max_episode_steps=max_episode_steps)
+        if render_mode:  # not every class takes one
+            options["render_mode"] = render_mode
         try:
             self.envs = [gymnasium.make(env_id, **options) for _ in range(num_envs)]
         except (gymnasium.error.Error, ImportError) as error:
