@@ -479,7 +479,7 @@ def train(args: Args) -> dict:
     """A run, or the rest of it; returns its results."""
     task = data_tools.TASKS[args.env_id]
     envs = data_tools.make_envs(args.env_id, args.num_envs)
-    data_tools.check_settings(args, args.discover_steps, args.updates_per_step)  # the controller's
+    data_tools.check_settings(args, args.discover_steps, args.updates_per_step)  # of the controller
     run_name = f"{args.env_id}__{FILE.stem}__{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     run_dir = Path(args.resume or f"{args.run_dir}/{run_name}").expanduser()
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))  # two runs never share one

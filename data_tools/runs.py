@@ -198,5 +198,5 @@ def check_settings(args, warmup: int, rate: float = np.inf) -> None:
         print("warning: --capture-video works with --evaluate only.", flush=True)
     first = warmup + (1 / rate if rate else np.inf)  # env step
     if 0 < args.total_timesteps < first:
-        when = f"the first would come at env step {first:,.0f}, the run ends at {args.total_timesteps:,}"
-        print(f"warning: RL will make no update: {when}.", flush=True)
+        when = f"the first update would come at env step {first:,.0f}, the run ends at {args.total_timesteps:,}"
+        print(f"warning: nothing will be learned from rewards: {when}.", flush=True)

@@ -127,7 +127,7 @@ def test_a_run_is_found_by_its_folder_and_by_what_is_in_it(tmp_path):
     [
         (dict(total_timesteps=20_000, warmup=32_000), "32,000 20,000"),
         (dict(total_timesteps=5_000, warmup=5_000, rate=0.02), "5,050"),
-        (dict(total_timesteps=5_000, warmup=0, rate=0.0), "no update"),
+        (dict(total_timesteps=5_000, warmup=0, rate=0.0), "nothing rewards inf"),
         (dict(total_timesteps=6_000, warmup=5_000, rate=0.02), ""),
         (dict(total_timesteps=0, warmup=5_000), ""),  # nobody wants RL
         (dict(total_timesteps=9_000, warmup=0, capture_video=True), "--capture-video --evaluate"),
