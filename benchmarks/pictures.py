@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-import gymnasium
 import numpy as np
 import torch
 import tyro
@@ -57,15 +56,14 @@ def load_run(path: Path, name: str | None):
     checkpoint = path if path.is_file() else path / "checkpoint.pt"
     state = data_tools.read_state(checkpoint, ["agent"])
     algo = importlib.import_module(f"algos.{name or Path(state['script']).stem}")
-    refusal = f"runs of {algo.FILE.stem}.py hold no skills in a replay buffer of observations; give another run"
-    if not hasattr(algo, "make_networks"):
-        raise DataError(refusal)
+    replay = state.get("rb", {})
+    has_skills = hasattr(algo, "make_networks") and hasattr(algo.Agent, "choose_skills")
+    if not has_skills or hasattr(algo, "RolloutBuffer") or "columns" not in replay:
+        found = f"runs of {algo.FILE.stem}.py hold no skills in a replay buffer of observations"
+        raise DataError(f"{found}; give another run")
     args = algo.Args(**state["args"] | dict(device="cpu", cudagraphs=False))
     agent = algo.Agent(args, algo.make_networks(args))
     agent.load_state_dict(state["agent"])
-    replay = state.get("rb", {})
-    if "columns" not in replay or hasattr(algo, "RolloutBuffer") or not hasattr(agent, "choose_skills"):
-        raise DataError(refusal)
     columns = replay["columns"]
     obs = columns["obs"] if isinstance(columns, dict) else columns[0]
     return algo, args, agent, obs[: replay.get("rows")].numpy()
@@ -82,52 +80,28 @@ def load_pretrained(path: Path, name: str | None, env_id: str):
 
 
 # ------------------------------------------------------------------------------------------------------------ roll-outs
-class Recorder(gymnasium.vector.VectorWrapper):
-    """Keeps the trace of a vector environment."""
-
-    def __init__(self, envs):
-        super().__init__(envs)
-        self.steps, self.returns = envs.steps, envs.returns  # the same arrays
-        self.trace = []
-        self.obs = None
-        self.ended = np.zeros(envs.num_envs, dtype=bool)
-
-    def reset(self, **inputs):
-        self.obs, infos = self.env.reset(**inputs)
-        return self.obs, infos
-
-    def step(self, actions):
-        self.trace.append((self.obs, self.ended))
-        self.obs, rewards, terminations, truncations, infos = self.env.step(actions)
-        self.ended = terminations | truncations
-        return self.obs, rewards, terminations, truncations, infos
-
-    def arrays(self):
-        """The trace as arrays, with the last observations."""
-        obs, ended = zip(*self.trace, (self.obs, self.ended))
-        return np.stack(obs), np.stack(ended)
-
-
 def traced_rollout(algo, agent, args, num_episodes: int, seed: int):
     """The file's own roll-out by the task policy. Returns returns (E,), skills (E, T / H, Z) and the trace."""
-    recorders = []
-    skills = []
-    make, choose = data_tools.make_envs, agent.choose_skills
+    envs = data_tools.make_envs(args.env_id, num_episodes)
+    observations, choose = envs.observations, agent.choose_skills
+    skills, trace = [], []
 
-    def make_envs(*inputs):
-        recorders.append(Recorder(make(*inputs)))
-        return recorders[0]
+    def observe_and_keep():  # called once by reset and by each step
+        trace.append((np.array(observations(), dtype=np.float32), envs.waiting.copy()))
+        return trace[-1][0]
 
     def choose_and_keep(*inputs, **named):
         skills.append(choose(*inputs, **named))
         return skills[-1]
 
     with (
-        mock.patch.object(data_tools, "make_envs", make_envs),
+        mock.patch.object(data_tools, "make_envs", return_value=envs),
+        mock.patch.object(envs, "observations", observe_and_keep),
         mock.patch.object(agent, "choose_skills", choose_and_keep),
     ):
         algo.rollout(agent, args, num_episodes, seed)
-    return recorders[0].returns, torch.stack(skills, 1), recorders[0].arrays()
+    obs, ended = zip(*trace)
+    return envs.returns, torch.stack(skills, 1), (np.stack(obs), np.stack(ended))
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics

@@ -45,7 +45,7 @@ def draw_seeds(axes, runs, end: int, colour: str, width: float = 2.2):
 
 def draw_paper(axes, task: str, method: str, end: int, colour: str):
     """The paper's curve, dotted, up to an env step."""
-    points = scores.paper_curve(task, method)
+    points = scores.PAPER.get((task, method))
     if points is None or points[0, 0] >= end:
         return
     steps = np.append(points[points[:, 0] < end, 0], min(end, points[-1, 0]))
@@ -69,10 +69,9 @@ def overview(cells, published: bool) -> Figure:
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.remove()
-    found = [method for _, method, _ in cells]
-    shown = [name for name in dict.fromkeys([*MAIN, *found]) if name in found]
-    if published:
-        shown = [name for name in shown if name in MAIN or name not in METHODS]
+    found = dict.fromkeys(method for _, method, _ in cells)
+    shown = [name for name in MAIN if name in found]
+    shown += [] if published else [name for name in found if name not in MAIN]
     colour = colours(shown)
     for axes, (task, data) in zip(grid.flat, panels):
         end = board_end(cells, task, data)

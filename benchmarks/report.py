@@ -14,6 +14,7 @@ import csv
 import json
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -93,8 +94,8 @@ ORDERINGS = (
     ("level, paper at its end", "level", scores.paper_final),
     ("without noise, paper at its end", "without noise", scores.paper_final),
 )
-# Methods without offline data: updates per env step by default and as published (Option-Critic: per roll-out), hidden
-# width as published (LSP's is Dreamer's), and the control with the sizes and rates of the runs
+# Methods without offline data: updates per env step by default and as published (0: none, Option-Critic's are per
+# roll-out), hidden width as published (LSP's is Dreamer's), and the control with the sizes and rates of the runs
 WITHOUT_DATA = {
     "sac": (0.5, 1.0, 256, "controls_reported/sac_seed1"),
     "tdmpc": (1.0, 1.0, 512, "controls_reported/tdmpc_seed1"),
@@ -103,7 +104,7 @@ WITHOUT_DATA = {
     "dads": (0.016, 0.016, 512, "dads/hall_seed1"),
     "diayn": (0.5, 1.0, 300, "controls_reported/diayn_seed1"),
     "hiro": (0.25, 1.0, 300, "controls_reported/hiro_seed1"),
-    "option_critic": (None, None, None, "controls_reported/option_critic_seed1"),
+    "option_critic": (0, 0, 0, "controls_reported/option_critic_seed1"),
 }
 # What acts in RL, without and with the demonstrations -> logs of the first three tasks
 RIVALS = {
@@ -144,6 +145,10 @@ def signed(value: float) -> str:
     return ("+" if round(value, 2) > 0 else "") + number(value)
 
 
+def change(before: float, after: float) -> str:
+    return f"{number(before)} → {number(after)}, {signed(after - before)}"
+
+
 def mean_and_seeds(values) -> str:
     mean = number(np.mean(values))
     return f"**{mean}**" + (f" ({' '.join(map(number, values))})" if len(values) > 1 and mean != "–" else "")
@@ -167,28 +172,23 @@ def thousands(steps: int) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------- boards
-def mark(values, skimo, margin: float) -> str:
-    """* where every seed, of two or more, is above every one of SkiMo's, ° where every one is below."""
-    if min(len(values), len(skimo)) < 2 or np.isnan([*values, *skimo]).any():
-        return ""
-    return {">": "\\*", "<": "°"}.get(scores.relation(values, skimo, margin), "")
-
-
 def three(cells, task: str, method: str, data: str) -> list[str]:
-    """The means of the three measures, with the marks."""
+    """The means of the three measures; * where every seed, of two or more, is above each of SkiMo's, ° where below."""
     found = []
     end = scores.common_end(cells, task, data, method, "skimo")
     for measure in MEASURES:
-        mean = scores.measured(cells, task, method, data, measure).mean()
+        text = number(scores.measured(cells, task, method, data, measure).mean())
         values, skimo = (scores.measured(cells, task, name, data, measure, end) for name in (method, "skimo"))
-        found.append(number(mean) + mark(values, skimo, TASKS[task].margin))
+        if min(len(values), len(skimo)) > 1 and not np.isnan([*values, *skimo]).any():
+            text += {">": "\\*", "<": "°"}.get(scores.relation(values, skimo, TASKS[task].margin), "")
+        found.append(text)
     return found
 
 
 def smaller(method: str, runs) -> bool:
     """Whether runs without offline data had narrower networks than the authors'."""
-    width = WITHOUT_DATA[method][2] if method in WITHOUT_DATA else None
-    return width is not None and min(run.facts["args"]["hidden_dim"] for run in runs) < width
+    width = WITHOUT_DATA[method][2] if method in WITHOUT_DATA else 0
+    return width > 0 and min(run.facts["args"]["hidden_dim"] for run in runs) < width
 
 
 def board_row(cells, task: str, method: str, data: str) -> dict[str, str]:
@@ -308,47 +308,35 @@ def settings_table(cells) -> str:
         study = variant.split("/")[0]
         row = {"setting": text, "method, task": f"{label(cell[0].method)}, {TASKS[cell[0].task].label}"}
         row["to"] = thousands(end)
-        for measure in ("speed", "level"):
-            before, after = (np.mean([MEASURES[measure](run, end) for run in part]) for part in (other, cell))
-            row[measure] = f"{number(before)} → {number(after)}, {signed(after - before)}"
+        before, after = scores.mean_scores(other, end), scores.mean_scores(cell, end)
+        row |= {measure: change(before[measure], after[measure]) for measure in ("speed", "level")}
         rows.append(row | {"seeds": f"{len(other)}, {len(cell)}", "study": f"[{study}](results/studies/{study})"})
     for task, data in scores.boards(cells):
         row = {"setting": "*worst to best of the five methods*", "method, task": board_label(task, data)}
         row["to"] = thousands(scores.board_end(cells, task, data))
         for measure in ("speed", "level"):
             means = [scores.measured(cells, task, name, data, measure).mean() for name in MAIN]
-            row[measure] = f"{number(min(means))} → {number(max(means))}, {signed(max(means) - min(means))}"
+            row[measure] = change(min(means), max(means))
         rows.append(row | {"seeds": "", "study": ""})
     return table(rows)
 
 
 # ------------------------------------------------------------------------------------------------------------ studies
-def effect(variant: Path) -> tuple[list[Run], list[Run], int] | None:
-    """The runs of the cell that a study's variant is compared with, the variant's, and the env steps both have."""
+def effect(variant: Path) -> tuple[list[Run], list[Run], int]:
+    """The runs of the cell that a study's variant is compared with, if there is one, the variant's, and the env steps
+    both have.
+    """
     other = read_variant(variant)
     for name in json.loads((variant.parent / "study.json").read_text()).get("compare", []):
         cell = read_variant(variant.parents[1] / name) or read_variant(RESULTS / name)  # a variant, or TASK/METHOD/DATA
         if (cell[0].task, cell[0].method) == (other[0].task, other[0].method):
             end = min(cell.main_end, other.main_end)
             return cell.reaching(end), other.reaching(end), end
-    return None
+    return [], other, other.main_end
 
 
 def read_variant(folder: Path) -> Cell:
     return Cell(scores.read_runs(folder))
-
-
-def variant_row(study: Path, variant: str, found) -> dict[str, str]:
-    runs = found[1] if found else read_variant(study / variant)
-    end = found[2] if found else runs.main_end
-    row = {"study": f"[{study.name}]({study.name})", "variant": variant}
-    row |= {"method, task": f"{label(runs[0].method)}, {TASKS[runs[0].task].label}"}
-    row |= {"seeds": len(runs), "env steps": thousands(end)}
-    for name, measure in MEASURES.items():
-        row[name] = number(np.mean([measure(run, end) for run in runs]))
-        if found:
-            row[name] += f" ({number(np.mean([measure(run, end) for run in found[0]]))})"
-    return row
 
 
 def studies_text() -> str:
@@ -356,20 +344,26 @@ def studies_text() -> str:
     rows, variants = [], []
     for path in sorted((RESULTS / "studies").glob("*/study.json")):
         study, facts = path.parent, json.loads(path.read_text())
-        names = sorted({log.parent.name for log in study.glob("*/seed*.json")})
-        found = [(name, effect(study / name)) for name in names]
-        changes = {
-            name: np.mean([scores.level(run, end) for run in other]) - np.mean([scores.level(run, end) for run in cell])
-            for name, (cell, other, end) in [(name, value) for name, value in found if value]
-        }
-        changes = {name: change for name, change in changes.items() if not np.isnan(change)}
+        link = f"[{study.name}]({study.name})"
+        logs = Counter(log.parent for log in study.glob("*/seed*.json"))
+        changes = {}  # of the level, by variant
+        for variant in sorted(logs):
+            cell, runs, end = effect(variant)
+            found, others = scores.mean_scores(runs, end), scores.mean_scores(cell, end)
+            row = {"study": link, "variant": variant.name}
+            row |= {"method, task": f"{label(runs[0].method)}, {TASKS[runs[0].task].label}"}
+            row |= {"seeds": len(runs), "env steps": thousands(end)}
+            for measure, value in found.items():
+                row[measure] = number(value) + (f" ({number(others[measure])})" if cell else "")
+            variants.append(row)
+            if not np.isnan(found["level"] - others["level"]):
+                changes[variant.name] = found["level"] - others["level"]
+        row = {"study": link, "question": facts["question"], "answer": facts["answer"]}
         largest = max(changes, key=lambda name: abs(changes[name]), default=None)
-        row = {"study": f"[{study.name}]({study.name})", "question": facts["question"], "answer": facts["answer"]}
         row["effect on the level"] = f"{signed(changes[largest])}, {largest}" if largest else "–"
-        seeds = [len(list((study / name).glob("seed*.json"))) for name in names]
-        row["seeds"] = "–" if not seeds else f"{min(seeds)} to {max(seeds)}" if len(set(seeds)) > 1 else seeds[0]
+        seeds = sorted(logs.values())
+        row["seeds"] = "–" if not seeds else f"{seeds[0]} to {seeds[-1]}" if seeds[0] < seeds[-1] else seeds[0]
         rows.append(row)
-        variants += [variant_row(study, *pair) for pair in found]
     return f"{NOTES['studies']}\n\n{table(rows)}\n## Variants\n{NOTES['variants']}\n\n{table(variants)}"
 
 
@@ -529,10 +523,10 @@ def without_data_table() -> str:
         logs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"*/{method}/none/seed*.json"))]
         (used,) = {log["args"]["hidden_dim"] for log in logs}
         done = np.mean([log["results"]["updates"] / log["results"]["env_steps"] for log in logs])
-        rates = [f"{rate:.2g}".removeprefix("0") for rate in (done, default or 0, published or 0)]
+        rates = [f"{rate:.2g}".removeprefix("0") for rate in (done, default, published)]
         row = {"method": label(method), "updates per env step": rates[0]}
         row |= {"by default, published": ", ".join(rates[1:]) if default else "the same"}
-        row |= {"width, published": f"{used}, {width}" if width else f"{used}, –"}
+        row |= {"width, published": f"{used}, {width or '–'}"}
         row |= {"control at these settings": control_words(RESULTS / "studies" / f"{control}.json")}
         known = method != "dads"  # whose default sizes are not the published ones
         row["hours, CPU"] = hours(method, published or done, "CPU") if known else "–"
@@ -549,8 +543,8 @@ def rivals_table() -> str:
         end = min(cell.main_end for cell in cells if cell)
         for row, cell in zip(rows, cells):
             runs = cell.reaching(end)
-            means = [number(np.mean([measure(run, end) for run in runs])) for measure in MEASURES.values() if runs]
-            row[f"{TASKS[task].label}, {thousands(end)}"] = f"{'/'.join(means)} ({len(runs)})" if runs else "–"
+            means = "/".join(map(number, scores.mean_scores(runs, end).values()))
+            row[f"{TASKS[task].label}, {thousands(end)}"] = f"{means} ({len(runs)})" if runs else "–"
     return table(rows)
 
 
@@ -565,10 +559,10 @@ def coverage_text(cells) -> str:
     for name in MAIN:
         row = {"level (the paper's) at its end, one seed": label(name)}
         for task in ALL:
-            end = scores.paper_curve(task, name)[-1, 0]
-            levels = [scores.level(run, end) for run in cells.get((task, name, "scripted"), Cell()).reaching(end)]
-            paper = number(scores.paper_final(task, name))
-            row[TASKS[task].label] = f"{number(np.mean(levels))} ({paper})" if levels else "–"
+            end = scores.PAPER[task, name][-1, 0]
+            runs = cells.get((task, name, "scripted"), Cell()).reaching(end)
+            levels = scores.mean_scores(runs, end)["level"], scores.paper_final(task, name)
+            row[TASKS[task].label] = f"{number(levels[0])} ({number(levels[1])})" if runs else "–"
         rows += [row] if set(row.values()) != {label(name), "–"} else []
     return f"{text}\n{table(rows)}"
 
@@ -607,20 +601,17 @@ def pages(cells, held) -> dict[Path, str]:
 def run_rows(run: Run, published) -> list[dict[str, str]]:
     """A user's run, and at its env steps the published SkiMo and the paper's curves of its task."""
     end = run.end
-
-    def row(name: str, values: list) -> dict[str, str]:
-        return {"": name, "env steps": f"{end:,}"} | dict(zip(MEASURES, values))
-
-    rows = [row(f"this run: {label(run.method)}, seed {run.seed}", [number(m(run, end)) for m in MEASURES.values()])]
+    found = {f"this run: {label(run.method)}, seed {run.seed}": scores.mean_scores([run], end)}
     task, data = scores.published_board(run)
     for name in dict.fromkeys(("skimo", run.method)):
         runs = published.get((task, name, data), Cell()).reaching(end)
-        values = [number(np.mean([m(other, end) for other in runs])) for m in MEASURES.values()] if runs else []
-        rows += [row(f"published {label(name)}, {len(runs)} seeds", values)] if runs else []
-        if scores.SHARE not in data and not np.isnan(paper_at(run.task, name, end)):
-            area = number(scores.paper_speed(run.task, name, end))
-            rows.append(row(f"the paper's {label(name)}", [area, number(paper_at(run.task, name, end)), "–"]))
-    return rows
+        if runs:
+            found[f"published {label(name)}, {len(runs)} seeds"] = scores.mean_scores(runs, end)
+        if scores.SHARE not in data and not np.isnan(paper_at(task, name, end)):
+            values = scores.paper_speed(task, name, end), paper_at(task, name, end), np.nan
+            found[f"the paper's {label(name)}"] = dict(zip(MEASURES, values))
+    steps = {"env steps": f"{end:,}"}
+    return [{"": who, **steps, **{name: number(values[name]) for name in values}} for who, values in found.items()]
 
 
 def write(path: Path, text: str):
@@ -630,9 +621,8 @@ def write(path: Path, text: str):
 
 def main(args: Args):
     """Write pages and figures, or compare runs with what is published."""
-    single = [path for path in args.paths if (path / "args.json").exists()]
     first = args.paths[0]
-    if len(single) == len(args.paths):
+    if all((path / "args.json").exists() for path in args.paths):
         runs = scores.read_runs(*args.paths)
         published = scores.read_cells(RESULTS)
         for run in runs:

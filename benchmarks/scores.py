@@ -123,11 +123,9 @@ class Run:
     @property
     def machine(self) -> str:
         """Processor and, if it was used, GPU."""
-        text = self.facts.get("machine") or "not known"
-        processors = {"AMD EPYC": "AMD EPYC", "Xeon": "Intel Xeon"}
-        processor = next((label for name, label in processors.items() if name in text), text.split(",")[0])
-        gpu = re.search(r"NVIDIA \w+", text)
-        return f"{processor}, {gpu[0]}" if gpu and self.facts["args"].get("device") == "cuda" else processor
+        processor = re.sub(r"\(R\)| Processor.*", "", self.facts["machine"].split(",")[0])
+        gpu = re.search(r"NVIDIA \w+", self.facts["machine"])
+        return f"{processor}, {gpu[0]}" if gpu and self.facts["args"]["device"] == "cuda" else processor
 
 
 def place(end_steps, lengths, num_envs: int, longest: int) -> np.ndarray:
@@ -270,6 +268,11 @@ def without_noise(run: Run, end: int) -> float:
 MEASURES = {"speed": speed, "level": level, "without noise": without_noise}
 
 
+def mean_scores(runs: list[Run], end: int) -> dict[str, float]:
+    """The mean of each measure over runs, up to an env step; NaN without runs."""
+    return {name: np.mean([measure(run, end) for run in runs] or np.nan) for name, measure in MEASURES.items()}
+
+
 def steps_to(run: Run, share: float, episodes: int = 40) -> float:
     """Env step at which the mean of the last 40 episodes first is a share of the task; infinite if it never is."""
     if len(run.scores) < episodes:
@@ -402,36 +405,33 @@ def measured(cells, task: str, method: str, data: str, measure: str, end: int | 
 
 # ------------------------------------------------------------------------------------------------- the paper's curves
 def paper_curves() -> dict[tuple[str, str], np.ndarray]:
-    """(task, the paper's name of the method) -> (n, 2) env steps and score."""
+    """(task, method) -> (n, 2) env steps and score."""
+    names = {method.paper: name for name, method in METHODS.items()}
     curves = {}
     for row in csv.DictReader(PAPER_CURVES.read_text().splitlines()):
         point = (float(row["env_step"]), float(row["value"]) / (1 if row["task"] == "maze" else 4))  # of its sub-tasks
-        curves.setdefault((row["task"], row["method"]), []).append(point)
+        curves.setdefault((row["task"], names[row["method"]]), []).append(point)
     return {key: np.array(points) for key, points in curves.items()}
 
 
 PAPER = paper_curves()
 
 
-def paper_curve(task: str, method: str) -> np.ndarray | None:
-    return PAPER.get((task, METHODS[method].paper if method in METHODS else None))
-
-
 def paper_at(task: str, method: str, step: float) -> float:
     """The paper's score at an env step, linear between the points that were read; NaN outside of them."""
-    points = paper_curve(task, method)
+    points = PAPER.get((task, method))
     return np.nan if points is None else float(np.interp(step, *points.T, left=np.nan, right=np.nan))
 
 
 def paper_final(task: str, method: str, end: int = 0) -> float:
     """The paper's last score, whatever the env step; NaN if it has no curve."""
-    points = paper_curve(task, method)
+    points = PAPER.get((task, method))
     return np.nan if points is None else float(points[-1, 1])
 
 
 def paper_speed(task: str, method: str, end: int) -> float:
     """Area under the paper's curve up to an env step; before the first point that was read it counts as 0."""
-    return float(np.interp(np.arange(0, end + 1, 1_000), *paper_curve(task, method).T, left=0.0).mean())
+    return float(np.interp(np.arange(0, end + 1, 1_000), *PAPER[task, method].T, left=0.0).mean())
 
 
 # -------------------------------------------------------------------------------------------------------- comparisons
@@ -472,16 +472,12 @@ def lead(first: list[Run], second: list[Run], measure, end: int) -> tuple[float,
     pairs = None not in shared and len(models[0]) == len(first) and len(models[1]) == len(second)
     pairs = pairs and len(shared) == min(len(first), len(second)) > 0
     if pairs:
-        values = [np.array([models[0][name] - models[1][name] for name in sorted(shared)])]
-        middle = values[0].mean()
-        means = rng.choice(values[0], (2_000, len(shared))).mean(1)
+        parts = [[models[0][name] - models[1][name] for name in sorted(shared)]]
     else:
-        values = [np.array([measure(run, end) for run in runs]) for runs in (first, second)]
-        middle = values[0].mean() - values[1].mean()
-        means = np.subtract(*(rng.choice(part, (2_000, len(part))).mean(1) for part in values))
-    if min(map(len, values)) == 1:
-        means = np.array([np.nan])
-    return middle, *np.quantile(means, [0.025, 0.975]), pairs
+        parts = [[measure(run, end) for run in first], [-measure(run, end) for run in second]]
+    draws = sum(rng.choice(part, (2_000, len(part))).mean(1) for part in parts)
+    interval = np.quantile(draws, [0.025, 0.975]) if min(map(len, parts)) > 1 else (np.nan, np.nan)
+    return sum(map(np.mean, parts)), *interval, pairs
 
 
 def agreement(cells, measure: str, data: str, paper) -> dict:
@@ -497,16 +493,15 @@ def agreement(cells, measure: str, data: str, paper) -> dict:
         names = [name for name, values in ours.items() if len(values) and not np.isnan(values).any()]
         margin = TASKS[task].margin
         pairs = list(combinations(names, 2))
-        expected, found = [], {}
-        for a, b in permutations(names, 2):
-            end = common_end(cells, task, data, a, b)
-            found[a, b] = relation(*(measured(cells, task, name, data, measure, end) for name in (a, b)), margin)
-            if (a, b) in pairs:
-                expected.append(relation(*([paper(task, name, end)] for name in (a, b)), margin))
+        found, expected = {}, {}
+        for pair in permutations(names, 2):
+            end = common_end(cells, task, data, *pair)
+            found[pair] = relation(*(measured(cells, task, name, data, measure, end) for name in pair), margin)
+            expected[pair] = relation(*([paper(task, name, end)] for name in pair), margin)
         counts = []
         for shuffled in permutations(names):
             called = dict(zip(names, shuffled))
-            counts.append(sum(found[called[a], called[b]] == wanted for (a, b), wanted in zip(pairs, expected)))
+            counts.append(sum(found[called[a], called[b]] == expected[a, b] for a, b in pairs))
         total += len(pairs)
         holds += counts[0]
         chance = np.convolve(chance, np.bincount(counts, minlength=len(pairs) + 1) / len(counts))
@@ -517,10 +512,9 @@ def agreement(cells, measure: str, data: str, paper) -> dict:
 def coverage(cells, data: str) -> dict:
     """How much of the paper's figures there is here: curves begun, run to their end; seeds x env steps."""
     whole, done, begun, ended = 0, 0, 0, 0
-    names = {method.paper: name for name, method in METHODS.items()}
-    for (task, paper), points in PAPER.items():
+    for (task, method), points in PAPER.items():
         end = points[-1, 0]
-        cell = cells.get((task, names[paper], data), Cell())
+        cell = cells.get((task, method, data), Cell())
         whole += PAPER_SEEDS * end
         done += sum(sorted((min(run.env_steps, end) for run in cell), reverse=True)[:PAPER_SEEDS])
         begun += bool(cell)

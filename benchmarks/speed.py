@@ -45,7 +45,6 @@ from benchmarks.provenance import provenance
 from data_tools.files import write_atomically
 
 PARTS = ("pretrain", "update", "plan", "act", "step", "loop")
-BUFFERS = ("SequenceBuffer", "RolloutBuffer", "ReplayBuffer")  # names of replay buffers
 
 
 @dataclass
@@ -181,7 +180,8 @@ def first_call(algo, config, owner, name: str) -> inspect.BoundArguments:
 
 def filled_replay(algo, config):
     """Function that draws a batch as the file's first update does."""
-    buffer = next(getattr(algo, name) for name in BUFFERS if hasattr(algo, name))
+    names = ("SequenceBuffer", "RolloutBuffer", "ReplayBuffer")
+    buffer = next(getattr(algo, name) for name in names if hasattr(algo, name))
     inputs = first_call(algo, config, buffer, "sample")
     return lambda: buffer.sample(*inputs.args, **inputs.kwargs)
 
@@ -359,28 +359,8 @@ def timer(function, label: str, seconds: dict, args: Args):
 
 
 # ------------------------------------------------------------------------------------------------------------ the rows
-def algorithm_rows(algo, size: str, mode: str, args: Args) -> list:
-    """(part, name, environments per call or None, function that gives the numbers) of one file at one size.
-
-    Pre-training is timed in the file that it belongs to.
-    """
-    config = size_args(algo, size, mode, args)
-    rows = []
-
-    def repeated(make, *inputs):
-        return lambda: measure(make(algo, config, *inputs), args)
-
-    if has_skills(algo) and algo.PRETRAINED == algo.FILE.stem:
-        rows.append(("pretrain", "pre-training update", None, lambda: time_pretraining(algo, config, args)))
-    rows.append(("update", "RL update", None, repeated(rl_update)))
-    plans = hasattr(algo, "plan")
-    for E in args.plan_envs:
-        envs = f"{E} env{'s' * (E > 1)}"
-        if plans or has_skills(algo):
-            rows.append(("plan", f"{'plan' if plans else 'policy'}, {envs}", E, repeated(choosing, E)))
-        if mode == "eager" and (has_skills(algo) or not plans):  # never recorded
-            rows.append(("act", f"act, {envs}", E, repeated(acting, E)))
-    return sorted(rows, key=lambda row: PARTS.index(row[0]))
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def time_stepping(args: Args, num_envs: int, num_threads: int) -> dict:
@@ -388,48 +368,57 @@ def time_stepping(args: Args, num_envs: int, num_threads: int) -> dict:
     torch.set_num_threads(num_threads)
     result = measure(stepping(args.env_id, num_envs), args)
     torch.set_num_threads(before)
-    return result
+    return result | dict(num_threads=num_threads)
 
 
-def step_rows(args: Args) -> list:
-    """(name, environments, threads, function that gives the numbers)."""
-    rows = []
+def step_rows(args: Args):
+    """Yields (part, name, environments, function that gives the numbers)."""
     for E in args.step_envs:
         counts = {1, 2, 1 if args.quick else os.cpu_count()}
         for threads in sorted(count for count in counts if count <= E):
-            name = f"step, {E} env{'s' * (E > 1)}, {threads} thread{'s' * (threads != 1)}"
-            rows.append((name, E, threads, functools.partial(time_stepping, args, E, threads)))
-    return rows
+            make = functools.partial(time_stepping, args, E, threads)
+            yield "step", f"step, {counted(E, 'env')}, {counted(threads, 'thread')}", E, make
+
+
+def algorithm_rows(algo, size: str, mode: str, args: Args):
+    """Yields the same of one file at one size, environments per call or None. Pre-training is timed in the file that it
+    belongs to.
+    """
+    config = size_args(algo, size, mode, args)
+    plans = hasattr(algo, "plan")
+
+    def repeated(make, *inputs):
+        return lambda: measure(make(algo, config, *inputs), args)
+
+    if has_skills(algo) and algo.PRETRAINED == algo.FILE.stem:
+        yield "pretrain", "pre-training update", None, lambda: time_pretraining(algo, config, args)
+    yield "update", "RL update", None, repeated(rl_update)
+    if plans or has_skills(algo):
+        for E in args.plan_envs:
+            yield "plan", f"{'plan' if plans else 'policy'}, {counted(E, 'env')}", E, repeated(choosing, E)
+    if mode == "eager" and (has_skills(algo) or not plans):  # never recorded
+        for E in args.plan_envs:
+            yield "act", f"act, {counted(E, 'env')}", E, repeated(acting, E)
 
 
 def time_everything(args: Args):
     """Yields all rows: environments, then each file in each mode at each size, then its training loop."""
+    rows = [("environment", args.env_id, "eager", *row) for row in step_rows(args)]
     algos = [importlib.import_module(f"algos.{name}") for name in dict.fromkeys(args.algos)]
-    bar = tqdm(desc="timing", unit="row")
-
-    def timed_row(algo: str, name: str, size: str, mode: str, num_envs, make, **facts) -> dict:
+    for algo, mode in itertools.product(algos, dict.fromkeys(args.modes)):
+        for size in dict.fromkeys(args.sizes):
+            rows += [(algo.FILE.stem, size, mode, *row) for row in algorithm_rows(algo, size, mode, args)]
+        config = size_args(algo, args.env_id, mode, args)
+        make = functools.partial(time_training, algo, config, args)
+        rows.append((algo.FILE.stem, args.env_id, mode, "loop", "training loop", config.num_envs, make))
+    bar = tqdm([row for row in rows if row[3] in args.only], desc="timing", unit="row")  # row[3]: the part
+    for algo, size, mode, part, name, E, make in bar:
         bar.set_postfix_str(f"{algo} {name} ({size}, {mode})")
         torch.manual_seed(0)
-        row = dict(algo=algo, name=name, size=size, mode=mode, num_envs=num_envs, **make(), **facts)
-        bar.update()
-        return row
-
-    if "step" in args.only:
-        for name, E, threads, make in step_rows(args):
-            row = timed_row("environment", name, args.env_id, "eager", E, make, num_threads=threads)
+        row = dict(algo=algo, name=name, size=size, mode=mode, num_envs=E, **make())
+        if part == "step":
             row["per_second"] = 1e3 * E / row["ms"]
-            yield row
-    for algo in algos:
-        for mode in dict.fromkeys(args.modes):
-            for size in dict.fromkeys(args.sizes):
-                for part, name, E, make in algorithm_rows(algo, size, mode, args):
-                    if part in args.only:
-                        yield timed_row(algo.FILE.stem, name, size, mode, E, make)
-            if "loop" in args.only:
-                config = size_args(algo, args.env_id, mode, args)
-                make = functools.partial(time_training, algo, config, args)
-                yield timed_row(algo.FILE.stem, "training loop", args.env_id, mode, config.num_envs, make)
-    bar.close()
+        yield row
 
 
 # ---------------------------------------------------------------------------------------------------------- the report

@@ -12,6 +12,7 @@ from algos import skimo
 from benchmarks import pictures
 from data_tools.tasks.calvin import BULB, DRAWER, LED, SLIDE
 from data_tools.tasks.kitchen import INITIAL_QPOS
+from data_tools.tasks.vector import MemberVectorEnv
 
 HALF_CELL = 0.2  # the free space of cell c is centred at q = c - 0.2
 
@@ -179,8 +180,8 @@ def test_one_command_for_a_run(tiny_run, capsys):
 
 
 def test_a_traced_roll_out_is_the_files_own(tiny_run, monkeypatch):
-    actions, step = [], pictures.Recorder.step
-    monkeypatch.setattr(pictures.Recorder, "step", lambda envs, action: actions.append(action) or step(envs, action))
+    actions, step = [], MemberVectorEnv.step
+    monkeypatch.setattr(MemberVectorEnv, "step", lambda envs, action: actions.append(action) or step(envs, action))
     algo, args, agent, visited = pictures.load_run(tiny_run / "checkpoint.pt", None)
     assert visited.shape == (24, 30)
     returns, z, (obs, ended) = pictures.traced_rollout(algo, agent, args, 2, seed=7)
