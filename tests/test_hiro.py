@@ -6,6 +6,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from test_sac import Constant
 
 import data_tools
 from algos import hiro
@@ -210,17 +211,6 @@ def test_ring_keeps_the_last_rows_and_survives_a_checkpoint():
 
 
 # --------------------------------------------------------------------------------------------------------------- losses
-class Constant(torch.nn.Module):
-    """In place of critics and actor: what they are told to return."""
-
-    def __init__(self, *values):
-        super().__init__()
-        self.values = values
-
-    def forward(self, *inputs):
-        return self.values if len(self.values) > 1 else self.values[0]
-
-
 def test_targets_take_the_smaller_critic_and_the_loss_is_hubers():
     critics = Constant(torch.tensor([1.0, 5.3]), torch.tensor([2.0, 5.0]))
     target = Constant(torch.tensor([10.0, 10.0]), torch.tensor([12.0, 8.0]))

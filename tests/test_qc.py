@@ -101,10 +101,13 @@ def test_of_data_that_are_one_chunk_the_flow_is_known():
 
 
 def test_a_chunk_beside_the_path_is_led_back_by_its_first_action(monkeypatch, tmp_path):
-    """The position that it asks for, observed + reach * action, stays; later actions are those of the path."""
-    args = qc.parse_args("--env-id kitchen --device cpu --hidden-dim 8 --pretrain-updates 1".split())
+    """The position that it asks for, observed + reach * action, stays; later actions are those of the path.
+
+    The learning rate falls to zero.
+    """
+    args = qc.parse_args("--env-id kitchen --device cpu --hidden-dim 8 --pretrain-updates 4".split())
     args.data_dir = str(tmp_path)
-    networks, seen = qc.make_networks(args), []
+    networks, seen, rates = qc.make_networks(args), [], []
     ends = np.arange(1, 401) % 100 == 0
     data = data_tools.OfflineDataset(np.ones((400, 30)), np.zeros((400, 9)), ends & False, ends)
 
@@ -112,9 +115,15 @@ def test_a_chunk_beside_the_path_is_led_back_by_its_first_action(monkeypatch, tm
         seen.append((obs[:, 0, :9], actions))
         return sum(weight.sum() for weight in flow.parameters()), {}
 
+    def step(optimizer, original=torch.optim.Adam.step):
+        rates.append(optimizer.param_groups[0]["lr"])
+        original(optimizer)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
     monkeypatch.setattr(qc, "pretrain_loss", loss)
     monkeypatch.setattr(qc, "rollout", lambda *inputs: NO_SCORES)
     qc.pretrain(args, networks, data, NO_CURVES, threading.Event())
+    np.testing.assert_allclose(rates, args.pretrain_lr * np.sqrt([1, 0.75, 0.5, 0.25]))
     arm, actions = seen[0]
     J, reach = data_tools.TASKS["kitchen"].arm
     assert 0.01 < (arm[:, :J] - 1).std() < 0.03 and actions.shape == (256, 5, 9)
@@ -156,6 +165,8 @@ def test_published_sizes():
     bound = math.sqrt(6 / (512 + 512))  # Xavier's uniform weights
     assert agent.flow.net[2].weight.abs().max().item() == pytest.approx(bound, rel=0.01)
     assert not agent.flow.net[2].bias.any()
+    kinds = [[type(layer).__name__ for layer in net[:3]] for net in (agent.critics.second, agent.flow.net)]
+    assert kinds == [["Linear", "GELU", "LayerNorm"], ["Linear", "GELU", "Linear"]]  # it bounds Q of unseen chunks
 
 
 # --------------------------------------------------------------------------------------------------------------- replay
@@ -438,7 +449,9 @@ def test_rings_hold_what_happened(walk, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [dict(offline="pred"), dict(bc_online=True, num_candidates=0, offline="zero")])
-def test_resumed_runs_with_offline_data_go_on_bit_for_bit(changes, walk, tmp_path):
+def test_resumed_runs_with_offline_data_go_on_bit_for_bit(changes, walk, tmp_path, monkeypatch):
+    parts, update = set(), qc.Agent.update
+    monkeypatch.setattr(qc.Agent, "update", lambda agent, *batch: parts.add(len(batch)) or update(agent, *batch))
     whole = walk_args(tmp_path, **changes)
     results = qc.train(whole)
     (run,) = (tmp_path / "runs").iterdir()
@@ -451,4 +464,4 @@ def test_resumed_runs_with_offline_data_go_on_bit_for_bit(changes, walk, tmp_pat
     for state in (one, two):
         state.pop("evaluations")  # the first half has one more
     assert_same(one, two)
-    assert again["updates"] == results["updates"]
+    assert again["updates"] == results["updates"] and parts == {7 + 2}  # the last two are windows of the data

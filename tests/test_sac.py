@@ -44,8 +44,8 @@ class Constant(torch.nn.Module):
         super().__init__()
         self.values = values
 
-    def forward(self, obs, action=None):
-        return self.values
+    def forward(self, *inputs):
+        return self.values if len(self.values) > 1 else self.values[0]
 
     def sample(self, obs):
         return self.values

@@ -1,4 +1,4 @@
-"""skimo.py learns: replay, updates, pre-training, small problems with known optima."""
+"""skimo.py: replay, updates, pre-training; tests/test_variants.py looks whether it learns."""
 
 import copy
 import math
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy_nets import NO_CURVES, NO_SCORES, rl_batch
-from skimo_tools import Windows, errors_on_new_windows, fill, floats, pretraining_batch, skill_reward, tiny_args
+from skimo_tools import Windows, floats, pretraining_batch, tiny_args
 
 from algos import skimo
 
@@ -118,7 +118,9 @@ def test_peoples_demonstrations_have_their_own_defaults_which_flags_and_the_rele
     assert scripted.arm_noise == 0 < peoples.arm_noise and peoples.kl_coef < scripted.kl_coef
     chosen = skimo.parse_args(["--env-id", "kitchen-misaligned", "--data", "d4rl", "--arm-noise", "0.05"])
     assert chosen.arm_noise == 0.05 and chosen.kl_coef == peoples.kl_coef
-    assert skimo.parse_args(["--env-id", "kitchen", "--data", "d4rl", "--published"]).arm_noise == 0
+    for env_id in ("maze", "kitchen"):  # of its settings the task's beat those of all tasks
+        published = vars(skimo.parse_args(["--env-id", env_id, "--data", "d4rl", "--published"]))
+        assert published.items() >= (skimo.RELEASE["all"] | skimo.RELEASE[env_id]).items()
     assert skimo.parse_args(["--env-id", "maze", "--data", "paths.hdf5"]).arm_noise == 0
 
 
@@ -182,42 +184,3 @@ def test_a_crash_in_pretraining_costs_2500_updates_at_most(pretrain):
     with pytest.raises(StopIteration):  # at the fourth update
         pretrain(args, networks, lambda: next(draws))
     assert torch.load(unfinished)["progress"][0] == 2500
-
-
-def test_pretraining_learns_skills_and_their_dynamics(pretrain):
-    args = tiny_args(
-        hidden_dim=32, latent_dim=16, num_skills=2, pretrain_skills=2, bc_chunks=2, pretrain_updates=350,
-        pretrain_batch_size=64, pretrain_lr=3e-3, pretrain_lr_decay=False, position_features=False, kl_coef=1e-4,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    networks = skimo.make_networks(args)
-    data = Windows(args.skill_horizon, 0)
-    pretrain(args, networks, lambda: data.sample_windows(64, 2 * args.skill_horizon + 1))
-    imitation, prediction = errors_on_new_windows(networks, args)
-    assert imitation < 0.1  # of predicting the mean action
-    assert prediction < 0.3  # of predicting that nothing moves
-
-
-def test_agent_and_planner_find_the_skills_that_pay():
-    args = tiny_args(
-        skill_dim=2, num_skills=2, bc_chunks=2, num_envs=10, batch_size=64, hidden_dim=32, latent_dim=8, alpha=0.01,
-        autotune=False, gamma=0.5, num_samples=64, num_elites=16, cem_iters=4, temperature=5.0, learning_rate=4e-3,
-        position_features=False, skill_horizon=5,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    agent = skimo.Agent(args, skimo.make_networks(args))
-    rb = skimo.ReplayBuffer(4, args)
-    fill(rb, args, seed=0)
-    for _ in range(300):
-        metrics = agent.update(*rb.sample(args.batch_size))
-    assert metrics["reward_loss"].item() / args.num_skills < 0.2  # 0.8 is what predicting the mean reward costs
-    obs = np.random.default_rng(9).uniform(5, 35, (200, 4)).astype(np.float32)
-    with torch.no_grad():
-        h = agent.model.encoder(torch.from_numpy(obs))
-        frozen = agent.skill_prior(agent.prior_encoder(torch.from_numpy(obs)))
-        prior = skimo.sample_skill(skimo.gaussian_parameters(frozen))
-        policy = skimo.sample_skill(skimo.gaussian_parameters(agent.task_policy(h)))
-    planned = agent.choose_skills(obs, 10**6, explore=False)
-    assert skill_reward(prior.numpy()).mean() < 0.2
-    assert skill_reward(policy.numpy()).mean() > 0.8
-    assert skill_reward(planned.numpy()).mean() > 0.85

@@ -10,7 +10,6 @@ from numpy_nets import has_gradient, noisy_copy, np_gaussian, np_kl, np_lstm, np
 from skimo_tools import (
     backward_of_one_term,
     double_networks,
-    floats,
     np_encode,
     np_q,
     np_scaled,
@@ -86,6 +85,7 @@ def test_few_bc_chunks_give_the_same_loss_on_average():
     args = tiny_args(bc_chunks=3)
     networks = double_networks(args)
     batch = tensors(*pretraining_batch(args, B=64))
+    batch[1][:, : args.skill_horizon] *= 3  # the first chunk is harder than the others
     nets = *networks.values(), networks["model"]
     few, one = [], dataclasses.replace(args, bc_chunks=1)
     with torch.no_grad():
@@ -208,20 +208,8 @@ def test_policy_loss_is_eq_7(latents):
     assert loss.item() == pytest.approx(total, rel=1e-5)
     assert metrics["prior_kl"].item() == pytest.approx(np.mean(kls), rel=1e-5)
     assert metrics["policy_q"].item() == pytest.approx(np.mean(qs), rel=1e-5)
-
-
-def test_policy_loss_reaches_the_policy_only():
-    args = tiny_args()
-    agent = skimo.Agent(args, skimo.make_networks(args))
-    obs, *_ = batch = floats(*rl_batch(args))
-    loss, _, h, h_pred = skimo.model_loss(agent.model, agent.target, agent.task_policy, *batch, args)
-    agent.model.requires_grad_(False)
-    parts = agent.model, agent.task_policy, agent.prior_encoder, agent.skill_prior
-    skimo.policy_loss(*parts, obs, h, h_pred, agent.log_alpha.exp().detach(), args)[0].backward()
-    assert has_gradient(agent.task_policy)
-    for module in (agent.model, agent.prior_encoder, agent.skill_prior, agent.skills, agent.target):
-        assert not has_gradient(module)
-    assert agent.log_alpha.grad is None
+    loss.backward()
+    assert has_gradient(policy) and not has_gradient(prior) and not has_gradient(prior_encoder)
 
 
 def test_kl_divergence_is_that_of_the_squashed_variables():
@@ -247,20 +235,6 @@ def test_gaussian_parameters_bound_mean_and_std():
     assert mean[0].tolist() == pytest.approx(expected_mean, abs=1e-6)
     low, high = math.exp(-10) + 1e-4, math.exp(2) + 1e-4
     assert std[0].tolist() == pytest.approx([low, low, math.exp(0.5) + 1e-4, high, high], rel=1e-5)
-
-
-def test_samples_are_those_of_a_squashed_gaussian():
-    torch.manual_seed(0)
-    mean = torch.tensor([-0.5, 0.0, 1.0]).expand(100_000, 3)
-    std = torch.tensor([0.2, 1.0, 0.5]).expand(100_000, 3)
-    z = skimo.sample_skill((mean, std))
-    assert z.abs().max() < 1
-    x = torch.atanh(z)
-    torch.testing.assert_close(x.mean(0), mean[0], atol=0.02, rtol=0)
-    torch.testing.assert_close(x.std(0), std[0], atol=0.02, rtol=0)
-    mean = torch.zeros(3, requires_grad=True)
-    skimo.sample_skill((mean, torch.ones(3))).sum().backward()
-    assert torch.all(mean.grad > 0)  # reparameterised
 
 
 def linear_sizes(net):
@@ -307,14 +281,6 @@ def test_networks_have_the_sizes_of_the_release(env_id):
         assert all(isinstance(layer, nn.ELU) for layer in net[1::2])
     assert not torch.equal(model.qf1[0].weight, model.qf2[0].weight)
     assert not torch.equal(model.encoder.net[0].weight, skills.encoder.net[0].weight)
-
-
-def test_decoder_std_stays_between_its_bounds():
-    torch.manual_seed(0)
-    model = skimo.WorldModel(4, tiny_args())
-    mean, std = model.decode(100 * torch.randn(1000, 8))
-    assert mean.shape == std.shape == (1000, 4)
-    assert std.min().item() == pytest.approx(0.1, abs=1e-3) and std.max().item() == pytest.approx(1.5, abs=1e-3)
 
 
 def first_inputs(encoder, obs):

@@ -1,4 +1,4 @@
-"""SkiMo's variants where they differ from skimo.py: losses against NumPy, gradients, small problems.
+"""SkiMo's variants where they differ from skimo.py: losses against NumPy, gradients; that all of them learn.
 
 What they share with skimo.py is tested there; tests/test_copies.py makes sure that it is the same. Runs from the
 command line are those of tests/test_runs.py.
@@ -67,7 +67,7 @@ def rl_batch_of(algo, args):
 
 # -------------------------------------------------------------------------------------------------------------- updates
 
-FAMILY = [skimo, skimo_no_cem, skimo_no_joint, skimo_single_step, skimo_sac]
+FAMILY = [skimo, skimo_no_cem, skimo_single_step, skimo_sac]  # skimo_no_joint.py's RL is skimo.py's
 
 
 @pytest.mark.parametrize("algo", FAMILY)
@@ -543,7 +543,7 @@ def test_single_step_replay_holds_every_env_step():
 
 
 # -------------------------------------------------------------------------------------------------------- it does learn
-@pytest.mark.parametrize("algo", [skimo_no_joint, skimo_single_step])
+@pytest.mark.parametrize("algo", [skimo, skimo_no_joint, skimo_single_step])
 def test_pretraining_learns_skills_and_their_dynamics(algo, pretrained):
     args = tiny_args(
         algo, hidden_dim=32, latent_dim=16, num_skills=2, pretrain_skills=2, bc_chunks=2, pretrain_updates=400,
@@ -554,7 +554,7 @@ def test_pretraining_learns_skills_and_their_dynamics(algo, pretrained):
     assert prediction < 0.3  # of predicting that nothing moves
 
 
-@pytest.mark.parametrize("algo", [skimo_no_cem, skimo_sac, skimo_single_step])
+@pytest.mark.parametrize("algo", [skimo, skimo_no_cem, skimo_sac, skimo_single_step])
 def test_task_policy_finds_the_skills_that_pay(algo):
     args = tiny_args(
         algo, skill_dim=2, num_skills=2, num_envs=10, batch_size=64, hidden_dim=32, alpha=0.01, autotune=False,
