@@ -6,7 +6,7 @@
 
 A log is TASK/METHOD/seedN.csv and .json, as benchmarks/run.py writes them. In this repository a folder DATA (scripted,
 human, none: the offline data of the pre-training) stands before seedN. held-out/BOARD/METHOD/seedN.* are runs of the
-held-out suite, held-out/evaluations.csv is of evaluate.py. studies/NAME/VARIANT/seedN.* are comparisons of settings,
+held-out suite, evaluations.csv beside them is of evaluate.py. studies/NAME/VARIANT/seedN.* are comparisons of settings,
 explained in NAME/study.json. Sentences are in results/notes.md. scores.py computes, plot.py draws.
 """
 
@@ -402,7 +402,7 @@ def task_text(cells, task: str) -> str:
                 there = run.end >= (low + high) / 2 and not np.isnan(mean)  # half of a bin, or more, was run
                 bins[-1][f"{low // 1000}-{high // 1000}k"] = number(mean) if there else ""
         text += f"\n## With {DATA.get(data, data)}\n{table(facts)}\n{NOTES['bins']}\n\n{table(bins)}"
-    return text
+    return text + planner_text(RESULTS / task / "evaluations.csv")
 
 
 # -------------------------------------------------------------------------------------------------------- other pages
@@ -427,13 +427,16 @@ def boards_table(cells, names, docs: str, boards=()) -> list[dict]:
     return rows
 
 
-def planner_table(path: Path) -> str:
+def planner_text(path: Path) -> str:
     """Without noise, planner / mode of the task policy along the way: mean of seeds, from the CSV of evaluate.py."""
+    if not path.exists():
+        return ""
     found = {}
     for row in csv.DictReader(path.open()):
         board, algo, name = row["checkpoint"].split("/")
         step = int(row["env_step"]) // 5_000 * 5_000
-        score = float(row["episodic_return"]) / TASKS[HELD_OUT[board].env_id].max_return
+        task = HELD_OUT[board].env_id if board in HELD_OUT else board
+        score = float(row["episodic_return"]) / TASKS[task].max_return
         seed = name.removesuffix(".pt").split("_")[0]  # the last checkpoint may be one of the early ones
         found.setdefault((board, algo, step, row["acts_by"]), {})[seed] = score
     rows = []
@@ -443,14 +446,14 @@ def planner_table(path: Path) -> str:
             ways = [found.get((board, algo, step, way)) for way in ("plan", "mode")]
             row[thousands(step)] = " / ".join(number(np.mean([*seeds.values()])) for seeds in ways if seeds) or "–"
         rows.append(row)
-    return table(rows)
+    return f"\n{NOTES['planner or policy']}\n\n{table(rows)}"
 
 
 def held_out_text(held) -> str:
     """The page beside the held-out logs."""
     boards = "".join(board_section(held, task, data, ours=True) for task, data in scores.boards(held))
-    planner = planner_table(RESULTS / "held-out" / "evaluations.csv")
-    return f"{NOTES['held-out runs']}\n\n{boards}{NOTES['planner or policy']}\n\n{planner}"
+    planner = planner_text(RESULTS / "held-out" / "evaluations.csv")
+    return f"{NOTES['held-out runs']}\n\n{boards.rstrip()}\n{planner}"
 
 
 def method_text(cells, name: str) -> str:
