@@ -16,6 +16,7 @@ JSON names; `python algos/NAME.py --evaluate THAT` evaluates it again. It is lar
 import contextlib
 import csv
 import fcntl
+import importlib
 import json
 import os
 import pickletools
@@ -407,14 +408,16 @@ def estimate(cells: list[Cell]) -> str:
     published, models, hours, unknown = scores.read_cells(scores.RESULTS), {}, 0.0, {}
     for cell in [cell for cell in cells if cell.state != "finished"]:
         task = cell.command[cell.command.index("--env-id") + 1]
-        steps = re.findall(r"--total.timesteps[= ]([\d_]+)", " ".join(cell.command))
         found = [published.get((name, cell.algo, "scripted")) for name in (task, TASKS[task].data)]
         runs = [run for run in next(filter(None, found), []) if run.facts["args"].get("device") != "cuda"]
-        if not runs or not steps:
+        if not runs:
             unknown[f"{cell.env_id}/{cell.algo}"] = True
             continue
+        given = re.findall(r"--total.timesteps[= ]([\d_]+)", " ".join(cell.command))
+        algo = importlib.import_module(f"algos.{cell.algo}")
+        steps = given[-1] if given else algo.parse_args(cell.command[2:]).total_timesteps
         rates = [scores.minutes_at(run, run.end) / run.env_steps for run in runs]
-        hours += int(steps[-1]) * sum(rates) / len(rates) / 60
+        hours += int(steps) * sum(rates) / len(rates) / 60
         minutes = max(run.pretraining.get("minutes", 0) for run in runs)
         models |= {cell.family: minutes / 60} if minutes and not cell.pretrained else {}
     text = f"# at the rates of our logs: {hours:.1f} core-hours of RL"

@@ -417,7 +417,7 @@ def test_dry_run_prints_commands_that_a_user_could_type(tmp_path, capsys):
     run.main(run.parse_args([str(argument) for argument in arguments[2:]]))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 and list(tmp_path.iterdir()) == []
-    assert lines[4] == "# at the rates of our logs: 0.0 core-hours of RL; not known: Pendulum-v1/skimo, calvin/skimo"
+    assert lines[4].endswith("; not known: Pendulum-v1/skimo")
     tokens = shlex.split(lines[3])
     assert tokens[:3] == ["OMP_NUM_THREADS=3", "python", str(ROOT / "algos" / "skimo.py")]
     given = dict(zip(tokens[3::2], tokens[4::2]))

@@ -101,6 +101,11 @@ def test_an_estimate_is_the_rate_of_the_logs_times_the_env_steps(tmp_path):
     assert f" {5 * 100_000 * rate:.1f} core-hours" in run.estimate(cells)
     (cell,) = cells_of("figure-4", tmp_path, "--algos", "tdmpc_skills", "--env-ids", "maze", "--seeds", "1")
     assert run.estimate([cell]).endswith("not known: maze/tdmpc_skills")
+    default, given = (
+        run.estimate(run.make_cells(run.Args(algos=("spirl",), env_ids=("calvin",), run_dir=tmp_path, args=flags)))
+        for flags in ("", "--total-timesteps 2000000")
+    )
+    assert default == given
 
 
 def test_checkpoints_behind_a_mark_are_kept_once(tmp_path):
