@@ -115,7 +115,7 @@ RIVALS = {
         None,
     ],
     "the same, demonstrations kept: SUPE": [f"{task}/supe/scripted" for task in ALL[:3]],
-    "chunks of actions: Q-chunking": [None, "studies/kitchen_qc_demonstrations/none", None],
+    "chunks of actions: Q-chunking": ["maze/qc/scripted", "studies/kitchen_qc_demonstrations/none", None],
     "the same, demonstrations kept": [None, *(f"{task}/qc/scripted" for task in ALL[1:3])],
     "skills, planned: SkiMo": [f"{task}/skimo/scripted" for task in ALL[:3]],
 }
