@@ -19,7 +19,7 @@ DEVIATION n: differences from the authors' code. Why, and scores: algos/docs/qc.
 3. A window in which an episode truly ends counts, with the rewards until there. Theirs has weight 0.
 4. Half of a batch are offline windows, labelled: see --offline. Theirs are in the replay from the start, with rewards.
 5. Smaller networks, K = 5, H = 10 (kitchens 5), a rate that falls to zero, 8 environments, fewer updates; gamma 0.999;
-in the maze batches of 128, a warm-up of 50,000 env steps.
+in the maze batches of 128, a warm-up of 50,000 env steps, N' = 2: with 8 values drift up, and the goal is forgotten.
 6. Sines of positions as inputs, rewards of 100 scaled to 10 or 1; kitchens: arms shifted; people's objects recombined.
 --published takes their side of 2, 5 and 6 (rewards stay). Their variant with a distilled policy is not here.
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, make_networks, pretrain_loss, pretrain,
@@ -127,10 +127,11 @@ class Args:
 
 # By the name of a task's data. `people`: with people's data (--data other than scripted), DEVIATION 6.
 TASK_DEFAULTS = {
-    "maze": dict(total_timesteps=2_000_000, warmup_steps=50_000, offline="none", batch_size=128, reward_scale=0.1),
+    "maze": dict(total_timesteps=2_000_000, warmup_steps=50_000, offline="none", batch_size=128, reward_scale=0.1,
+                 num_candidates=2),
     "kitchen": dict(skill_horizon=5, arm_noise=0.02, people=dict(recombine=True)),
     "calvin": dict(total_timesteps=2_000_000, reward_scale=0.01),
-}
+}  # fmt: skip
 # --published: the settings of the authors' code for all tasks.
 RELEASE = {
     "all": dict(skill_horizon=5, hidden_dim=512, hidden_layers=4, flow_steps=10, position_features=False,
