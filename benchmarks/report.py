@@ -428,7 +428,7 @@ def boards_table(cells, names, docs: str, boards=()) -> list[dict]:
 
 
 def planner_text(path: Path) -> str:
-    """Without noise, planner / mode of the task policy along the way: mean of seeds, from the CSV of evaluate.py."""
+    """Without noise, planner / mode of the task policy along the way: mean of seeds, from evaluate.py's CSV, if any."""
     if not path.exists():
         return ""
     found = {}
