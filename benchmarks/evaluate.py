@@ -59,13 +59,16 @@ def evaluations(path: Path, episodes: int) -> list[tuple]:
 
 def main(args: Args):
     torch.set_num_threads(data_tools.fastest_threads())
+    paths = sorted(args.folder.rglob("*.pt"))
+    if not paths:
+        sys.exit(f"error: no checkpoints in {args.folder}")
     table = args.folder / "evaluations.csv"
     rows = csv.DictReader(table.open()) if table.exists() else ()
     done = {(row["checkpoint"], int(row["env_step"]), int(row["episodes"])) for row in rows}
     with table.open("a", buffering=1) as file:
         if not file.tell():
             print("checkpoint,env_step,acts_by,episodes,episodic_return,success", file=file)
-        for path in sorted(args.folder.rglob("*.pt")):
+        for path in paths:
             name = path.relative_to(args.folder).as_posix()
             if (name, step_of(path), args.episodes) not in done:
                 rows = evaluations(path, args.episodes)

@@ -103,7 +103,7 @@ def enlarged(cells, task: str) -> Figure:
         for name, cell in board(cells, task, data).items():
             runs = cell.reaching(min(end, cell.main_end))
             draw_seeds(training, runs, end, colour[name], 1.8)
-            steps = [step for step, _ in runs[0].evaluations if step <= end * 1.01]
+            steps = [step for step, _ in runs[0].evaluations if step <= end * 1.02]  # where the picture ends
             values = np.array([[scores.without_noise(run, step) for run in runs] for step in steps])
             kept = [i for i, row in enumerate(values) if not np.isnan(row).any()]
             if kept:

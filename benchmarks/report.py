@@ -151,7 +151,9 @@ def change(before: float, after: float) -> str:
 
 def mean_and_seeds(values) -> str:
     mean = number(np.mean(values))
-    return f"**{mean}**" + (f" ({' '.join(map(number, values))})" if len(values) > 1 and mean != "–" else "")
+    if mean == "–":
+        return mean
+    return f"**{mean}**" + (f" ({' '.join(map(number, values))})" if len(values) > 1 else "")
 
 
 def table(rows: list[dict]) -> str:

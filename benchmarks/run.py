@@ -18,6 +18,7 @@ import csv
 import fcntl
 import importlib
 import json
+import math
 import os
 import pickletools
 import platform
@@ -93,6 +94,8 @@ class Args:
     def __post_init__(self):
         for name in ("results_dir", "run_dir", "checkpoints_dir", "algos_dir"):
             setattr(self, name, getattr(self, name).expanduser())  # a shell leaves --run-dir=~/runs as it is
+        if self.data not in ("scripted", "d4rl", "release"):
+            self.data = os.path.abspath(os.path.expanduser(self.data))  # workers run elsewhere
 
 
 @dataclass
@@ -390,7 +393,7 @@ def make_cells(args: Args) -> list[Cell]:
         own = ["--total-timesteps", str(board.env_steps)] if board.env_steps else []
         own += ["--data", args.data] if with_data and args.data != "scripted" else []
         own += ["--data-share", str(board.data_share)] if with_data and board.data_share < 1 else []
-        own += ["--checkpoint-interval", str(min(args.keep))] if args.keep else []
+        own += ["--checkpoint-interval", str(math.gcd(*args.keep))] if args.keep else []
         own += flags
         cell = Cell(algo, env_id, seed, command + own, folder, result, kept.with_suffix(".pt"), own, family)
         cell.pretrained = "--pretrained" in names

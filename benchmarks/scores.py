@@ -138,7 +138,7 @@ def offline_data(facts: dict, path: Path) -> str:
     """What a run learned from before RL, with the share of its episodes where it is not all of them."""
     share = facts["args"].get("data_share", 1)
     name = data_name(facts, path)
-    return name if share == 1 else f"{100 * share:.2g}{SHARE}{DATA.get(name, name)}"
+    return name if share == 1 else f"{round(100 * share, 1):g}{SHARE}{DATA.get(name, name)}"
 
 
 def data_name(facts: dict, path: Path) -> str:
@@ -333,7 +333,8 @@ def read_runs(*folders: Path) -> list[Run]:
     for path in [path for path, *_, rows in read if not rows]:
         print(f"left out: {path.parent}, in which no episode of RL has ended yet")
     for own in dict.fromkeys(env_id for _, env_id, *_ in logs if env_id not in KNOWN):
-        TASKS[own] = own_task(own, [row for _, env_id, _, rows in logs if env_id == own for row in rows])
+        with reading(f"a log of {own}", *NO_LOG):
+            TASKS[own] = own_task(own, [row for _, env_id, _, rows in logs if env_id == own for row in rows])
     return [run_of(*log) for log in logs]
 
 

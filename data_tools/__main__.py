@@ -44,7 +44,7 @@ def collect(
     noise = task.noise if noise is None else noise
     for flag, wanted in (("plot", plot is not None), ("expert", expert > 0)):
         if wanted and not hasattr(script, flag):
-            raise DataError(f"--{flag}: {script.__name__} has no function of this name.")
+            raise DataError(f"--{flag}: {script.__name__} has no function {flag}().")
     if expert > 0:
         returns, lengths = script.expert(expert, noise, seed, **task.env_kwargs)
         found = f"mean return {returns.mean():.2f}, mean length {lengths.mean():.0f} steps"

@@ -17,6 +17,7 @@ from typing import Annotated, get_type_hints
 import numpy as np
 import torch
 import tyro
+from filelock import FileLock, Timeout
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -72,7 +73,8 @@ def read_state(path, parts=(), device="cpu", made_by: dict | None = None) -> dic
     with reading(path, "copy it again, or make it anew", "is damaged, or no model or checkpoint"):
         _check_zip(path)
         state = torch.load(path, map_location=device, weights_only=True)
-        missing = [name for name in parts if name not in state]
+        needed = [*parts, "made_by"] if made_by else parts
+        missing = [name for name in needed if name not in state]
     if missing and "agent" in parts and "agent" in state:
         raise DataError(f"{path} has no {listed(missing)}: another version of this program saved it.")
     if missing:
@@ -105,7 +107,7 @@ def _described(state) -> str:
     if "networks" in state and "optimizer" in state:
         return "an unfinished pre-training: give the command that began it once more"
     if "networks" in state:
-        return f"a pre-trained model ({_words(state['made_by'])}), no agent: give it to --pretrained"
+        return f"a pre-trained model ({_words(state.get('made_by', {}))}), no agent: give it to --pretrained"
     if "flow" in state:
         return "the flow prior that reskill.py finds by itself: give the pre-trained model"
     return f"no file of this program, it holds: {listed(state)}"
@@ -140,10 +142,21 @@ def saved_run(path) -> tuple[str, dict]:
             read_state(path, ["progress", "args"])
         found = listed(sorted(os.listdir(folder))) if folder.is_dir() else "nothing"
         raise DataError(f"--resume {path} is no run folder: no args.json there, but {found}.")
+    _locked(folder).release()
     for leftover in folder.glob("part_*_checkpoint.pt"):  # of a program that was killed while writing
         leftover.unlink(missing_ok=True)
     with reading(folder / "args.json", "give another run folder"):
         return str(folder), dict(json.loads((folder / "args.json").read_text()))
+
+
+def _locked(folder) -> FileLock:
+    """The lock of a run folder, acquired: two programs in one would overwrite each other's files."""
+    lock = FileLock(Path(folder) / "lock", is_singleton=True)  # the same program may go on with its own run
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise DataError(f"the run in {folder} still goes on: wait for it, or stop it first") from None
+    return lock
 
 
 def stop_event() -> threading.Event:
@@ -155,9 +168,9 @@ def stop_event() -> threading.Event:
     screens = [number for number in (1, 2) if os.isatty(number)]
 
     def stop_soon(number, frame):
-        stop.set()
         gone = number == getattr(signal, "SIGHUP", None)
         signal.signal(number, signal.SIG_IGN if gone else signal.SIG_DFL)  # a shell tells of a closed terminal twice
+        stop.set()  # waits for ever if the same signal comes in between
         if gone:  # whatever is written to it would be an error
             null = os.open(os.devnull, os.O_WRONLY)
             for screen in screens:
@@ -175,8 +188,10 @@ def stop_event() -> threading.Event:
 def cut_curves(writer, step: int, phase: str = "") -> None:
     """Take what lies after `step` out of TensorBoard's older files in the writer's folder: it will be written again.
 
-    phase: "pretrain/", whose steps are updates, or "", RL's. TensorBoard's purge_step knows one kind of step only.
+    phase: "pretrain/", whose steps are updates, or "", RL's. TensorBoard's purge_step knows one kind of step only. From
+    here on no other program can resume the run; raises DataError if one works in its folder.
     """
+    writer.lock = _locked(writer.log_dir)  # as long as there is the writer
     logs = Path(writer.log_dir).glob("events.out.tfevents.*")
     for path in sorted(logs, key=lambda path: path.stat().st_ctime_ns)[:-1]:
         kept = io.BytesIO()

@@ -77,7 +77,7 @@ def test_a_task_of_ones_own(tmp_path, monkeypatch, capsys):
     made = data_tools.load_dataset("walk", tmp_path)
     assert str(made) in capsys.readouterr().out and len(made.episode_starts) == 40
     for flags in ({"plot": tmp_path / "walk.png"}, {"expert": 3}):
-        with pytest.raises(DataError, match=f"--{[*flags][0]}: toy_walk has no function of this name"):
+        with pytest.raises(DataError, match=f"--{[*flags][0]}: toy_walk has no function {[*flags][0]}"):
             collect("walk", data_dir=tmp_path, **flags)
     monkeypatch.setitem(data_tools.TASKS, "bare", data_tools.Task(envs="toy_walk:WalkVectorEnv", max_return=10.0))
     with pytest.raises(DataError, match="bare has no scripted data"):

@@ -408,7 +408,7 @@ def test_run_leaves_its_results(case):
     args = json.loads((case.run_dir / "args.json").read_text())
     assert args["total_timesteps"] == 1200 and args["seed"] == 3
     files = sorted(path.name for path in case.run_dir.iterdir() if "tfevents" not in path.name)
-    assert files == ["args.json", "checkpoint.pt", "episodes.csv", "results.json"]
+    assert files == ["args.json", "checkpoint.pt", "episodes.csv", "lock", "results.json"]
 
 
 SKIMOS = ["skimo", "skimo_no_cem", "skimo_no_joint", "skimo_sac", "skimo_single_step"]

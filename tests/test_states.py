@@ -106,6 +106,11 @@ def test_a_model_is_for_its_method_task_and_settings(change, words, tmp_path):
     refused(lambda: data_tools.read_state(path, dict(networks=NET), made_by=MADE_BY | change), path, *words.split("|"))
 
 
+def test_an_unfinished_model_is_no_pretrained_one(tmp_path):
+    path = make(tmp_path, "unfinished")
+    refused(lambda: data_tools.read_state(path, dict(networks=NET), made_by=MADE_BY), path, "unfinished", "command")
+
+
 def test_a_run_is_found_by_its_folder_and_by_what_is_in_it(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
@@ -120,6 +125,20 @@ def test_a_run_is_found_by_its_folder_and_by_what_is_in_it(tmp_path):
     for content in ("{", "[1]", ""):
         (run / "args.json").write_text(content)
         refused(lambda: data_tools.saved_run(run), "args.json")
+
+
+def test_only_one_program_works_in_a_run_folder(tmp_path):
+    (tmp_path / "args.json").write_text("{}")
+    code = f"writer = SimpleNamespace(log_dir={str(tmp_path)!r}); data_tools.cut_curves(writer, 0); print(); input()"
+    code = f"import data_tools; from types import SimpleNamespace; {code}"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as run:
+        run.stdout.readline()
+        refused(lambda: data_tools.saved_run(tmp_path), tmp_path, "still goes on")
+        refused(lambda: data_tools.cut_curves(SimpleNamespace(log_dir=tmp_path), 0), tmp_path, "still goes on")
+        run.kill()  # leaves the file
+    writer = SimpleNamespace(log_dir=tmp_path)
+    data_tools.cut_curves(writer, 0)
+    assert data_tools.saved_run(tmp_path)[1] == {}  # the program that has it may go on itself
 
 
 @pytest.mark.parametrize(
@@ -161,9 +180,11 @@ def wait_in_a_terminal(theirs, ours, path):
 def test_signals_of_terminals_and_schedulers_are_heard(name, capfd):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # in case nohup has started this
     stop, number = data_tools.stop_event(), getattr(signal, name)
+    seen, set_stop = [], stop.set
+    stop.set = lambda: (seen.append(signal.getsignal(number)), set_stop())
     os.kill(os.getpid(), number)
     assert stop.wait(5) and "saves first" in capfd.readouterr().err
-    assert signal.getsignal(number) == (signal.SIG_IGN if name == "SIGHUP" else signal.SIG_DFL)
+    assert seen == [signal.SIG_IGN if name == "SIGHUP" else signal.SIG_DFL]  # before: set() must not come into set()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a terminal of Linux")
