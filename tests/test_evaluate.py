@@ -4,6 +4,7 @@ import csv
 import shutil
 
 import numpy as np
+import pytest
 import torch
 
 from algos import skimo, skimo_no_cem
@@ -41,6 +42,12 @@ def test_checkpoints_of_a_grid_are_evaluated_once(tmp_path):
         ("kitchen/skimo/seed2.pt", "mode", "25007"),
         ("kitchen-60/skimo_no_cem/seed2_25000.pt", "mode", "25007"),
     ]
+
+
+def test_a_folder_without_checkpoints_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="error: no checkpoints in"):
+        evaluate.main(evaluate.Args(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 def test_planned_scores_are_those_of_the_file_itself(tmp_path, capsys):

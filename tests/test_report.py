@@ -597,6 +597,14 @@ def test_damaged_logs_are_refused(damage, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["maze"]
 
 
+def test_a_torn_log_of_a_users_own_task_is_refused(tmp_path):
+    log = write_log(tmp_path, "skimo", 1, 0.0)
+    log.write_text(log.read_text().replace('"env_id": "maze"', '"env_id": "puck"'))
+    log.with_suffix(".csv").write_text(HEADER + "\n1000,0.0,1000,,,1\n2000,-1")
+    with pytest.raises(SystemExit, match="error: .*puck.* no whole log"):
+        report.main(report.Args((tmp_path,)))
+
+
 def test_other_bad_input_is_refused_in_a_sentence(tmp_path):
     with pytest.raises(SystemExit, match="error: no logs in"):
         report.main(report.Args((tmp_path,)))

@@ -402,11 +402,19 @@ def test_a_grid_whose_folders_moved_goes_on(tmp_path):
 
 def test_the_home_folder_is_found_behind_an_equals_sign(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    args = tyro.cli(run.Args, args=["--run-dir=~/runs", "--results-dir=~/results", "--data-dir=~/data"])
+    flags = "--run-dir=~/runs --results-dir=~/results --data-dir=~/data --data mine.hdf5"
+    args = tyro.cli(run.Args, args=flags.split())
     (cell, *_) = run.make_cells(args)
     assert cell.folder == tmp_path / "runs/maze/skimo/seed1000"
     assert cell.result == tmp_path / "results/maze/skimo/seed1000"
     assert cell.command[cell.command.index("--data-dir") + 1] == str(tmp_path / "data")
+    assert cell.command[cell.command.index("--data") + 1] == str(Path.cwd() / "mine.hdf5")  # workers run elsewhere
+
+
+def test_there_is_a_checkpoint_at_every_mark_to_keep():
+    (cell, *_) = run.make_cells(run.Args(keep=(30_000, 50_000)))
+    interval = int(cell.command[cell.command.index("--checkpoint-interval") + 1])
+    assert interval > 1_000 and 30_000 % interval == 50_000 % interval == 0
 
 
 def test_dry_run_prints_commands_that_a_user_could_type(tmp_path, capsys):
