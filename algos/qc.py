@@ -102,6 +102,7 @@ class Args:
     warmup_steps: int = 5_000  # env steps with single chunks of the clone, before updates start
     updates_per_step: float = 0.1  # gradient updates per env step after the warm-up
     num_samples: int = 32  # N: chunks of which the best one acts
+    act_steps: int = 0  # env steps of that chunk that are carried out (0: all)
     num_candidates: int = 8  # N': chunks kept with each env step for the targets; 0: N are drawn anew in every update
     bc_online: bool = False  # train the flow on, on the chunks of each batch
     offline: Literal["none", "zero", "pred"] = "pred"  # offline half of a batch: none, reward 0, or a learnt reward
@@ -113,9 +114,9 @@ class Args:
     reward_scale: float = 1.0  # factor on the task's reward
 
     def __post_init__(self):  # refuse what would train wrongly without a word
-        least = dict(seed=0, threads=0, num_candidates=0, warmup_steps=0)
+        least = dict(seed=0, threads=0, act_steps=0, num_candidates=0, warmup_steps=0)
         least |= dict(buffer_size=self.num_envs * self.skill_horizon)
-        most = dict(gamma=1, tau=1)
+        most = dict(gamma=1, tau=1, act_steps=self.skill_horizon)
         for name, value in vars(self).items():
             low = least.get(name, 1 if type(value) is int else 0)
             high = most.get(name, 2**31)
@@ -391,7 +392,7 @@ class ReplayBuffer:
 
     def add(self, obs, actions, rewards, terminations, truncations, next_obs, candidates, steps):
         """A chunk of every environment, (E, H, ...), of which the first `steps` (E,) happened."""
-        happened = torch.arange(self.args.skill_horizon) < torch.from_numpy(steps)[:, None]  # (E, H)
+        happened = torch.arange(actions.shape[1]) < torch.from_numpy(steps)[:, None]  # (E, H)
         e, h = (index.to(self.args.device) for index in happened.nonzero(as_tuple=True))
         rows = (self.added[e] + h) % self.size
         given = obs, actions, rewards, terminations, truncations, next_obs, candidates
@@ -490,12 +491,12 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def choose_chunks(self, obs, global_step: int | None):
-        """obs (E, O) -> chunks (E, H, A), both NumPy: the best of N, before the critics learn a single one."""
+        """obs (E, O) -> chunks (E, H or act_steps, A), NumPy: the best of N, before the critics learn a single one."""
         obs = torch.from_numpy(obs).to(self.args.device)
         single = global_step is None or global_step < self.args.warmup_steps  # DEVIATION 1
         candidates = self.flow.sample(obs, 1 if single else self.args.num_samples)  # (E, N, D)
         chunk = best_chunk(self.critics, obs, candidates)
-        return chunk.unflatten(1, (self.args.skill_horizon, -1)).cpu().numpy()
+        return chunk.unflatten(1, (self.args.skill_horizon, -1))[:, : self.args.act_steps or None].cpu().numpy()
 
     def update(self, *batch) -> dict:
         """One step of all that RL trains and of the slow copies, on what ReplayBuffer.sample gives; returns metrics."""
@@ -524,7 +525,7 @@ class Agent(nn.Module):
 
 
 def execute_chunks(envs, obs, chunks):
-    """H env steps of chunks (E, H, A): obs, actions, rewards, terminations, truncations, next_obs, each (E, H, ...)."""
+    """Env steps of chunks (E, H, A): obs, actions, rewards, terminations, truncations, next_obs, each (E, H, ...)."""
     steps = []
     for action in chunks.swapaxes(0, 1):  # time-first
         next_obs, rewards, terminations, truncations, _ = envs.step(action)

@@ -384,6 +384,9 @@ def test_best_of_n_by_the_mean_of_both_critics():
         candidates = agent.flow.sample(torch.from_numpy(obs), n).numpy()
         q = np.mean(np_heads(agent.critics, np.repeat(obs[:, None], n, 1), candidates), 0)
         assert np.array_equal(chosen, candidates[np.arange(6), q.argmax(1)].reshape(6, 3, 2))
+    args.act_steps = 2
+    torch.manual_seed(1)
+    assert np.array_equal(agent.choose_chunks(obs, step), chosen[:, :2])
 
 
 # ----------------------------------------------------------------------------------------------------- runs on the walk
@@ -448,7 +451,9 @@ def test_rings_hold_what_happened(walk, tmp_path, monkeypatch):
     assert kinds == {(False, False), (True, False), (False, True)}
 
 
-@pytest.mark.parametrize("changes", [dict(offline="pred"), dict(bc_online=True, num_candidates=0, offline="zero")])
+@pytest.mark.parametrize(
+    "changes", [dict(offline="pred", act_steps=2), dict(bc_online=True, num_candidates=0, offline="zero")]
+)
 def test_resumed_runs_with_offline_data_go_on_bit_for_bit(changes, walk, tmp_path, monkeypatch):
     parts, update = set(), qc.Agent.update
     monkeypatch.setattr(qc.Agent, "update", lambda agent, *batch: parts.add(len(batch)) or update(agent, *batch))
