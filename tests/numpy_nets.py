@@ -2,6 +2,7 @@
 
 import copy
 import math
+import tempfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 from torch import nn
 
 NO_SCORES = dict(episodic_return=0.0, episodic_length=1.0, success=0.0)  # in place of roll-outs
-NO_CURVES = SimpleNamespace(add_scalar=lambda *values: None, log_dir="run")  # in place of TensorBoard's writer
+FOLDER = tempfile.TemporaryDirectory()
+NO_CURVES = SimpleNamespace(add_scalar=lambda *values: None, log_dir=FOLDER.name)  # in place of TensorBoard's writer
 
 
 def np_net(net, x, training=False):
