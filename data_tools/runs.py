@@ -107,7 +107,7 @@ def _described(state) -> str:
     if "networks" in state and "optimizer" in state:
         return "an unfinished pre-training: give the command that began it once more"
     if "networks" in state:
-        return f"a pre-trained model ({_words(state.get('made_by', {}))}), no agent: give it to --pretrained"
+        return f"a pre-trained model ({_words(state['made_by'])}), no agent: give it to --pretrained"
     if "flow" in state:
         return "the flow prior that reskill.py finds by itself: give the pre-trained model"
     return f"no file of this program, it holds: {listed(state)}"

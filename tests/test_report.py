@@ -511,6 +511,12 @@ def test_runs_from_the_models_of_this_repository_name_their_data(model, tmp_path
     assert scores.offline_data(facts, tmp_path / "args.json") == "scripted"
 
 
+def test_numbers_that_are_missing_and_shares_that_are_nearly_all(tmp_path):
+    assert report.mean_and_seeds([np.nan, 0.5]) == "–" and report.mean_and_seeds([0.25, 0.75]).startswith("**.50**")
+    facts = dict(algo="skimo", args=dict(data="scripted", data_share=0.996))
+    assert scores.offline_data(facts, tmp_path / "args.json").startswith("99.6%")
+
+
 def test_a_run_that_still_pretrains_is_left_alone(tmp_path, capsys):
     young = tmp_path / "young" / "args.json"
     young.parent.mkdir()
