@@ -4,7 +4,7 @@
     python benchmarks/pictures.py --pretrained MODEL.pt --env-id kitchen --algo skimo
 
 Acts in the task for some episodes and prints their statistics: sub-tasks of kitchen and CALVIN, goal share of the maze.
-Of a run acts the task policy, of a pre-trained model the prior. Writes into the run's folder, or next to the model:
+Of a run its agent acts, without noise, of a model the prior. Writes into the run's folder, or next to the model:
 
   visited.png     states that the run has visited, early to late (paper, fig. 9); not of a pre-trained model
   prediction.png  what the world model predicts from the first state alone, skill after skill (paper, fig. 10); only of
@@ -46,13 +46,12 @@ class Args:
     algo: str | None = None  # the file that made it, without .py (None: what the run says, else skimo)
     env_id: str = "maze"  # task, with --pretrained
     episodes: int = 100  # roll-outs for the statistics
-    paths: int = 4  # roll-outs in prediction.png
     seed: int = 1  # of the roll-outs
 
 
 # ----------------------------------------------------------------------------------------------- what the files give us
 def load_run(path: Path, name: str | None):
-    """A run's folder or checkpoint -> (algorithm file, arguments, agent on the CPU, observations)."""
+    """A run's folder or checkpoint -> (algorithm file, arguments, agent on the CPU, its env step, observations)."""
     checkpoint = path if path.is_file() else path / "checkpoint.pt"
     state = data_tools.read_state(checkpoint, ["agent"])
     algo = importlib.import_module(f"algos.{name or Path(state['script']).stem}")
@@ -66,7 +65,8 @@ def load_run(path: Path, name: str | None):
     agent.load_state_dict(state["agent"])
     columns = replay["columns"]
     obs = columns["obs"] if isinstance(columns, dict) else columns[0]
-    return algo, args, agent, obs[: replay.get("rows")].numpy()
+    obs = np.roll(obs[: replay.get("rows")].numpy(), -replay.get("added", 0), axis=0)  # a full ring: its oldest first
+    return algo, args, agent, state["global_step"], obs
 
 
 def load_pretrained(path: Path, name: str | None, env_id: str):
@@ -80,8 +80,8 @@ def load_pretrained(path: Path, name: str | None, env_id: str):
 
 
 # ------------------------------------------------------------------------------------------------------------ roll-outs
-def traced_rollout(algo, agent, args, num_episodes: int, seed: int):
-    """The file's own roll-out by the task policy. Returns returns (E,), skills (E, T / H, Z) and the trace."""
+def traced_rollout(algo, agent, args, num_episodes: int, seed: int, global_step: int | None = None):
+    """The file's own roll-out. Returns returns (E,), skills (E, T / H, Z) and the trace."""
     envs = data_tools.make_envs(args.env_id, num_episodes)
     observations, choose = envs.observations, agent.choose_skills
     skills, trace = [], []
@@ -99,7 +99,7 @@ def traced_rollout(algo, agent, args, num_episodes: int, seed: int):
         mock.patch.object(envs, "observations", observe_and_keep),
         mock.patch.object(agent, "choose_skills", choose_and_keep),
     ):
-        algo.rollout(agent, args, num_episodes, seed)
+        algo.rollout(agent, args, num_episodes, seed, global_step)
     obs, ended = zip(*trace)
     return envs.returns, torch.stack(skills, 1), (np.stack(obs), np.stack(ended))
 
@@ -241,25 +241,26 @@ def main(args: Args) -> dict:
     """Roll-outs, statistics, pictures; returns the statistics."""
     if (args.run is None) == (args.pretrained is None):
         raise DataError("give a run's folder or checkpoint, or --pretrained MODEL")
-    if args.episodes < 2 or args.paths < 1:
-        raise DataError("--episodes needs at least 2 and --paths at least 1")
+    if args.episodes < 2:
+        raise DataError("--episodes needs at least 2")
     if args.run is not None:
-        algo, config, agent, visited = load_run(args.run, args.algo)
+        algo, config, agent, global_step, visited = load_run(args.run, args.algo)
         folder = args.run if args.run.is_dir() else args.run.parent
         plot_visited(config.env_id, visited, folder / "visited.png")
     else:
         algo, config, agent = load_pretrained(args.pretrained, args.algo, args.env_id)
+        global_step = None  # the prior's skills
         folder = args.pretrained.parent
 
     print(f"{config.env_id}: {args.episodes} episodes", flush=True)
-    returns, z, trace = traced_rollout(algo, agent, config, args.episodes, args.seed)
+    returns, z, trace = traced_rollout(algo, agent, config, args.episodes, args.seed, global_step)
     statistics = rollout_statistics(config.env_id, returns, trace)
     model = getattr(agent, "model", None)
     if hasattr(model, "decoder"):  # a world model of pre-training
         paths = open_loop_prediction(model, trace, z, config.skill_horizon)
         errors = np.array([prediction_errors(config.env_id, *path) for path in paths])
         statistics["prediction_error"], statistics["stays_where_it_is"] = np.median(errors, axis=0).tolist()
-        plot_prediction(config.env_id, paths[: args.paths], folder / "prediction.png")
+        plot_prediction(config.env_id, paths[:4], folder / "prediction.png")
     for name, value in statistics.items():
         print(f"  {name:20} {value:.3g}")
     write_atomically(folder / "statistics.json", lambda part: part.write_text(json.dumps(statistics, indent=1)))

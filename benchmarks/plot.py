@@ -31,9 +31,10 @@ def style(axes, task: str, end: int, title: str):
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_seeds(axes, runs, end: int, colour: str, width: float = 2.2):
+def draw_seeds(axes, cell, end: int, colour: str, width: float = 2.2):
     """Every seed thin, their mean thick; a shorter cell to its own end."""
-    curves = [curve(run, min(end, run.end)) for run in runs]
+    end = min(end, cell.main_end)
+    curves = [curve(run, end) for run in cell.reaching(end)]
     curves = [(x, y) for x, y in curves if len(x)]
     for x, y in curves if len(curves) > 1 else []:
         axes.plot(x / 1000, y, color=colour, lw=0.6, alpha=0.35)
@@ -78,7 +79,7 @@ def overview(cells, published: bool) -> Figure:
         style(axes, task, end, board_label(task, data))
         for name in [name for name in shown if name in board(cells, task, data)]:
             cell = board(cells, task, data)[name]
-            draw_seeds(axes, cell.reaching(min(end, cell.main_end)), end, colour[name])
+            draw_seeds(axes, cell, end, colour[name])
             if scores.SHARE not in data:
                 draw_paper(axes, task, name, end, colour[name])
     for axes, (task, _) in zip(grid[:, 0], panels[::columns]):
@@ -102,7 +103,7 @@ def enlarged(cells, task: str) -> Figure:
         style(clean, task, end * 1.02, "without noise")
         for name, cell in board(cells, task, data).items():
             runs = cell.reaching(min(end, cell.main_end))
-            draw_seeds(training, runs, end, colour[name], 1.8)
+            draw_seeds(training, cell, end, colour[name], 1.8)
             steps = [step for step, _ in runs[0].evaluations if step <= end * 1.02]  # where the picture ends
             values = np.array([[scores.without_noise(run, step) for run in runs] for step in steps])
             kept = [i for i, row in enumerate(values) if not np.isnan(row).any()]
@@ -127,7 +128,7 @@ def beside_published(runs, published) -> Figure:
         for name in dict.fromkeys(["skimo", *(run.method for run in here.values())]):
             if (task, name, data) in published:
                 cell = published[task, name, data]
-                draw_seeds(axes, cell.reaching(min(end, cell.main_end)), end, METHODS[name].colour)
+                draw_seeds(axes, cell, end, METHODS[name].colour)
                 draw_paper(axes, task, name, end, METHODS[name].colour)
                 lines[f"published: {label(name)}"] = METHODS[name].colour
         for number, run in here.items():

@@ -10,12 +10,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def describe_code(root: Path) -> dict:
-    """Commit of a checkout and whether its code is another now; commit None where there is no checkout."""
+def describe_code() -> dict:
+    """Commit of this checkout and whether its code is another now; commit None where there is no checkout."""
 
     def git(*command):
         try:
-            result = subprocess.run(["git", "-C", root, *command], capture_output=True, text=True)
+            result = subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True)
         except OSError:  # git is not installed
             return None
         return result.stdout.strip() if result.returncode == 0 else None
@@ -46,4 +46,4 @@ def describe_machine() -> str:
 def provenance() -> dict:
     """Command, commit, whether files were changed since, and machine: for the JSON beside a log. Ask at the start."""
     command = " ".join(["python", *sys.argv])
-    return dict(command=command, **describe_code(ROOT), machine=describe_machine())
+    return dict(command=command, **describe_code(), machine=describe_machine())

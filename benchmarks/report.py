@@ -182,7 +182,7 @@ def three(cells, task: str, method: str, data: str) -> list[str]:
         text = number(scores.measured(cells, task, method, data, measure).mean())
         values, skimo = (scores.measured(cells, task, name, data, measure, end) for name in (method, "skimo"))
         if min(len(values), len(skimo)) > 1 and not np.isnan([*values, *skimo]).any():
-            text += {">": "\\*", "<": "°"}.get(scores.relation(values, skimo, TASKS[task].margin), "")
+            text += {">": "\\*", "<": "°"}.get(scores.relation(values, skimo, 0.0), "")
         found.append(text)
     return found
 

@@ -221,7 +221,7 @@ def run_cell(command: list[str], flags: list[str], folder: Path, checkpoint: Pat
             if run_dir is not None:  # keeps the curves of pre-training
                 command = resumed(command, run_dir)
             attempt = dict(time=time.strftime("%Y-%m-%d %H:%M:%S"), flags=flags, command=shlex.join(command))
-            attempt |= dict(**describe_code(ROOT), machine=describe_machine(), threads=threads)
+            attempt |= dict(**describe_code(), machine=describe_machine(), threads=threads)
             with (folder / "attempts.jsonl").open("a") as file:
                 file.write("\n" + json.dumps(attempt) + "\n")  # a new line, even after one that was torn
             log.write(f"\n=== {attempt['time']} on {platform.node()}: {attempt['command']}\n".encode())
@@ -236,8 +236,8 @@ def run_cell(command: list[str], flags: list[str], folder: Path, checkpoint: Pat
             seen = []
             try:
                 while process.poll() is None:
-                    keep_early(marks and find_run_dir(folder), checkpoint, marks, seen)
                     time.sleep(0.1)
+                    keep_early(marks and find_run_dir(folder), checkpoint, marks, seen)
             except BaseException:  # ray.cancel, as the runner is being stopped, or a full disk
                 process.terminate()
                 try:
@@ -368,9 +368,9 @@ def pretrained_name(file: Path) -> str:
 def make_cells(args: Args) -> list[Cell]:
     """All cells of the grid with their commands; those with results are marked as finished."""
     flags = shlex.split(args.args)
-    names = [flag.split("=")[0] for flag in flags]
+    names = [flag.split("=")[0].replace("_", "-") for flag in flags]
     for name in names:
-        if name.replace("_", "-") in OURS:
+        if name in OURS:
             sys.exit(f"error: {name} in --args would mix up the grid; leave it out")
     tasks = {name: Board(name) for name in args.env_ids if name in TASKS or name not in HELD_OUT}
     boards = SUITES[args.suite].boards if args.suite else HELD_OUT | tasks
@@ -399,8 +399,8 @@ def make_cells(args: Args) -> list[Cell]:
         cell.pretrained = "--pretrained" in names
         if board.data_share < 1 and not with_data:
             sys.exit(f"error: {env_id} has a share of the data, {algo} none: leave one out")
-        if cell.pretrained and board.data_share < 1:
-            sys.exit(f"error: {env_id} has a share of the data, --pretrained a model of all: leave one out")
+        if board.data_share < 1 and {"--pretrained", "--data-share"} & set(names):
+            sys.exit(f"error: {env_id} has a share of the data: leave --pretrained and --data-share out of --args")
         check_flags(cell)
         cells.append(cell)
     return cells
@@ -547,7 +547,7 @@ def main(args: Args):
             print(f"OMP_NUM_THREADS={args.threads_per_run} {shlex.join(cell.command)}{note}")
         print(estimate(cells))
         return
-    if describe_code(ROOT)["commit"] is None:
+    if describe_code()["commit"] is None:
         sys.exit(f"error: {ROOT} is no git checkout with a commit, so results could not name their code")
     todo = sum(cell.state != "finished" for cell in cells)
     print(f"{len(cells)} runs, {len(cells) - todo} of them finished before")

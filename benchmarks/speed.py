@@ -43,6 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data_tools
 from benchmarks.provenance import provenance
 from data_tools.files import write_atomically
+from data_tools.tasks.vector import num_cores
 
 PARTS = ("pretrain", "update", "plan", "act", "step", "loop")
 
@@ -374,7 +375,7 @@ def time_stepping(args: Args, num_envs: int, num_threads: int) -> dict:
 def step_rows(args: Args):
     """Yields (part, name, environments, function that gives the numbers)."""
     for E in args.step_envs:
-        counts = {1, 2, 1 if args.quick else os.cpu_count()}
+        counts = {1, 2, 1 if args.quick else num_cores()}
         for threads in sorted(count for count in counts if count <= E):
             make = functools.partial(time_stepping, args, E, threads)
             yield "step", f"step, {counted(E, 'env')}, {counted(threads, 'thread')}", E, make

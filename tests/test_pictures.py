@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import data_tools
-from algos import skimo
+from algos import skimo, supe
 from benchmarks import pictures
 from data_tools.tasks.calvin import BULB, DRAWER, LED, SLIDE
 from data_tools.tasks.kitchen import INITIAL_QPOS
@@ -164,7 +164,7 @@ def tiny_run(tmp_path):
     none, nothing = np.zeros((8, args.skill_dim)), np.zeros(8)
     for _ in range(3):
         rb.add(obs=np.random.rand(8, 30), z=none, rewards=nothing, dones=nothing > 0, next_obs=np.zeros((8, 30)))
-    state = dict(script="skimo.py", args=asdict(args), rb=vars(rb))
+    state = dict(script="skimo.py", args=asdict(args), rb=vars(rb), global_step=10_000)
     skimo.save(tmp_path / "checkpoint.pt", state, dict(agent=agent))
     return tmp_path
 
@@ -180,18 +180,35 @@ def test_one_command_for_a_run(tiny_run, capsys):
 
 
 def test_a_traced_roll_out_is_the_files_own(tiny_run, monkeypatch):
-    actions, step = [], MemberVectorEnv.step
-    monkeypatch.setattr(MemberVectorEnv, "step", lambda envs, action: actions.append(action) or step(envs, action))
-    algo, args, agent, visited = pictures.load_run(tiny_run / "checkpoint.pt", None)
+    actions, act = [], MemberVectorEnv.step
+    monkeypatch.setattr(MemberVectorEnv, "step", lambda envs, action: actions.append(action) or act(envs, action))
+    algo, args, agent, step, visited = pictures.load_run(tiny_run / "checkpoint.pt", None)
     assert visited.shape == (24, 30)
-    returns, z, (obs, ended) = pictures.traced_rollout(algo, agent, args, 2, seed=7)
-    scores = algo.rollout(agent, args, 2, 7)
+    returns, z, (obs, ended) = pictures.traced_rollout(algo, agent, args, 2, 7, step)
+    scores = algo.rollout(agent, args, 2, 7, 10_000)
     assert returns.mean() == scores["episodic_return"]
     assert (~ended[:-1]).sum(0).mean() == scores["episodic_length"]
     assert obs.shape == (281, 2, 30) and z.shape == (2, 28, args.skill_dim)
     with torch.no_grad():  # the action is that of the recorded observation and skill
         action = agent.skills.act(torch.from_numpy(obs[13]), z[:, 1]).numpy()
     assert np.allclose(action, actions[13])
+
+
+def test_a_run_of_supe_whose_ring_is_full(tmp_path):
+    """The oldest state first; by the task policy, not by the prior, which acts until the warm-up's end."""
+    args = supe.Args(env_id="kitchen", buffer_size=16, warmup_steps=500, hidden_dim=8, critic_dim=8)
+    agent = supe.Agent(args, supe.make_networks(args))
+    rb = supe.ReplayBuffer(30, args, None)
+    for k in range(3):
+        obs = np.repeat(8 * k + np.arange(8.0), 30).reshape(8, 30)
+        rb.add(obs, torch.zeros(8, args.skill_dim), np.zeros(8), np.zeros(8), obs)
+    state = dict(script="supe.py", args=asdict(args), global_step=1_000)
+    supe.save(tmp_path / "checkpoint.pt", state, dict(agent=agent, rb=rb))
+    _, _, loaded, step, visited = pictures.load_run(tmp_path, None)
+    assert visited[:, 0].tolist() == list(range(8, 24))
+    _, z, (obs, _) = pictures.traced_rollout(supe, loaded, args, 2, 7, step)
+    with torch.no_grad():
+        torch.testing.assert_close(z[:, 1], agent.task_policy(torch.from_numpy(obs[args.skill_horizon]))[0])
 
 
 def test_a_pretrained_model_alone(tmp_path):

@@ -110,7 +110,6 @@ def verdict(facts: dict) -> bool:
 def main():
     parser = frame.parser(__doc__)
     parser.add_argument("--env-steps", type=int, default=150_000)
-    parser.add_argument("--picture", type=Path, help="where skills lead, PNG")
     given = parser.parse_args()
     hall = np.pad(np.zeros((40, 40), dtype=bool), 1, constant_values=True)
     maze.make_layout = lambda: hall
@@ -130,8 +129,6 @@ def main():
         frame.write_csv(given.out, ("env_step", *columns), rows)
         rewards = list(curves.get("losses/intrinsic_reward", {}).values())
         facts |= dict(intrinsic_reward=rewards[-1] if rewards else None, passed=verdict(facts), args=asdict(args))
-    if given.picture:
-        dads.draw_skills(agent, args, args.hold_steps, given.picture)
     print(json.dumps({name: value for name, value in facts.items() if name != "args"}, indent=1))
 
 

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from algos import diayn
 from benchmarks.controls import frame
+from benchmarks.plot import save
 from data_tools import TASKS, Task, make_envs
 from data_tools.tasks.vector import MemberVectorEnv
 
@@ -102,7 +103,7 @@ def draw_box(table: Path, out: Path, title: str):
         axes.plot(x, y, ".-", color=f"C{int(skill)}", lw=1, ms=4)
         axes.plot(x[-1], y[-1], "o", color=f"C{int(skill)}", ms=9)
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal", xlabel="x", ylabel="y", title=title)
-    figure.savefig(out, dpi=110)
+    save(figure, out)
 
 
 def draw_pendulum(folder: Path, out: Path, seed: int):
@@ -118,7 +119,7 @@ def draw_pendulum(folder: Path, out: Path, seed: int):
             axes.plot(steps[window - 1 :], smooth, color=colour, label=label)
     axes.set(yscale="log", xlabel="env step", ylabel="steps until it falls", title="Mean of the last 20 episodes")
     axes.legend()
-    figure.savefig(out, dpi=110)
+    save(figure, out)
 
 
 def main():

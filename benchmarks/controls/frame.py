@@ -32,7 +32,7 @@ REPORTED = {
 def parser(doc: str, reported: bool = False) -> argparse.ArgumentParser:
     """The arguments of every control, and --reported where settings are the control's own else."""
     result = argparse.ArgumentParser(description=doc.split("\n")[0])
-    result.add_argument("--out", type=Path, required=True, help="csv; JSON and picture are put beside it")
+    result.add_argument("--out", type=Path, required=True, help="csv; JSON and pictures are put beside it")
     result.add_argument("--seed", type=int, default=1)
     if reported:
         result.add_argument("--reported", action="store_true", help="take the settings of the runs in RESULTS")

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from algos import hiro
 from benchmarks.controls import frame
+from benchmarks.plot import save
 from data_tools import TASKS, Task, make_envs
-from data_tools.files import write_atomically
 from data_tools.tasks.vector import MemberVectorEnv
 
 GATE = 0.8  # success that the last policy needs
@@ -101,7 +101,7 @@ def draw_goals(agent, args, path: Path, seed: int):
         axes.plot(obs[0, e, 3], obs[0, e, 2], "*", color="#2ca02c", ms=12)
         axes.set(xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), aspect="equal")
         axes.set_title(f"{lengths[e]} env steps, {len(starts)} goals")
-    write_atomically(path, lambda part: figure.savefig(part, dpi=90))
+    save(figure, path)
 
 
 def uniform_success(args) -> float:

@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from algos import lsp
 from benchmarks.controls import frame
+from benchmarks.plot import save
 from data_tools import make_envs
-from data_tools.files import write_atomically
 
 GATE = 1.0  # nats
 REPEATS = 8  # paths of each skill
@@ -134,7 +134,7 @@ def draw(skills, paths, information, share: float, path: Path):
     right.legend(fontsize="small")
     right.set_aspect("equal")
     right.set_title(f"10 env steps of each skill, with noise\nskills explain {share:.0%}", fontsize="medium")
-    write_atomically(path, lambda part: figure.savefig(part, dpi=100, bbox_inches="tight"))
+    save(figure, path, bbox_inches="tight")
 
 
 def main():

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from algos import option_critic
 from benchmarks.controls import frame
+from benchmarks.plot import save
 
 WINDOWS = {
     "first 10": (0, 10),
@@ -40,7 +41,7 @@ def draw(table: Path, out: Path, fewest):
     axes.hlines(fewest, (0, 1_000), (1_000, 2_000), "black", "dotted", label="fewest possible")
     axes.set(yscale="log", xlabel="episode", ylabel="steps to the goal", title="Four rooms; the goal moves at 1,000")
     axes.legend()
-    figure.savefig(out, dpi=110)
+    save(figure, out)
 
 
 def main():

@@ -1,7 +1,6 @@
 """Relay's policies on compound goals of the kitchen: sub-tasks in order and in any order, and a picture of subgoals.
 
-    python benchmarks/controls/relay.py RUN_OR_MODEL --out runs/goals.json              # a checkpoint.pt or a model
-    python benchmarks/controls/relay.py RUN_OR_MODEL --out runs/goals.json --picture subgoals.png
+    python benchmarks/controls/relay.py RUN_OR_MODEL --out runs/goals.json     # a checkpoint.pt or a model
 
 Goals are the two tasks and, of the 24 sets of four sub-tasks that people demonstrated, 17 that a fixed seed draws, as
 many as in the paper's table 1 (which ones it took is not known). Each goal is a task of its own for the simulator: what
@@ -38,8 +37,7 @@ def compound_goals() -> dict[str, tuple[str, ...]]:
 
 def entries(subtasks) -> dict[int, float]:
     """A goal as relay.GOALS has it."""
-    pairs = [zip(*kitchen.ELEMENTS[name]) for name in subtasks]
-    return {entry: value for pair in pairs for entry, value in pair}
+    return dict(pair for name in subtasks for pair in zip(*kitchen.ELEMENTS[name]))
 
 
 def load(path: Path, flat: bool):
@@ -105,7 +103,6 @@ def main():
     parser.add_argument("--flat", action="store_true", help="the pre-trained model has one level")
     parser.add_argument("--task-episodes", type=int, default=40, help="of each task")
     parser.add_argument("--episodes", type=int, default=4, help="of each of the 17 goals (0: the tasks only)")
-    parser.add_argument("--picture", type=Path, help="where to draw subgoals of an episode of the Kitchen task")
     given = parser.parse_args()
     with frame.record(given.out) as facts:
         agent, args = load(given.path, given.flat)
@@ -119,9 +116,10 @@ def main():
             scores[name]["std_in_order"] = float(in_order.std())
             scores[name]["all_done_any_order"] = float((any_order == 4).mean())
             print(f"{name:20}", " ".join(f"{key} {value:.2f}" for key, value in scores[name].items()), flush=True)
-            if name == "kitchen" and given.picture:
-                best = int(np.argsort(in_order)[len(in_order) // 2])  # an episode of middling return
-                draw_subgoals(z[best], trace[0][:, best], subtasks, args.skill_horizon, given.picture)
+            if name == "kitchen":
+                middle = int(np.argsort(in_order)[len(in_order) // 2])  # an episode of middling return
+                picture = given.out.with_suffix(".png")
+                draw_subgoals(z[middle], trace[0][:, middle], subtasks, args.skill_horizon, picture)
         demonstrated = [scores[name] for name in scores if name not in TASKS]
         keys = ("in_order", "any_order", "all_done_any_order") if demonstrated else ()
         means = {key: float(np.mean([score[key] for score in demonstrated])) for key in keys}
