@@ -520,13 +520,3 @@ def test_a_policy_rests_once_it_is_too_far(tmp_path, monkeypatch):
     weights, biases = zip(*acted)
     assert weights == tuple(reskill.residual_weight(20 * k, args) for k in range(24))
     np.testing.assert_allclose(biases, np.repeat(0.006 * np.arange(6), 4), atol=1e-6)  # by the policy of the last round
-
-
-def test_a_loaded_agent_acts_as_the_saved_one():
-    agent = noisy_agent(tiny_args()).float()
-    other = reskill.Agent(agent.args, reskill.make_networks(agent.args))
-    other.load_state_dict(agent.state_dict())
-    obs, z = maze_obs(3).float(), torch.randn(3, 4)
-    actor = reskill.SkilledActor(agent)
-    actor.weight = other.skills.weight = 0.7
-    assert torch.equal(actor.act(obs, z), other.skills.act(obs, z))

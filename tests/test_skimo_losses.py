@@ -212,19 +212,13 @@ def test_policy_loss_is_eq_7(latents):
     assert has_gradient(policy) and not has_gradient(prior) and not has_gradient(prior_encoder)
 
 
-def test_kl_divergence_is_that_of_the_squashed_variables():
+def test_kl_divergence_is_exact():
     torch.manual_seed(0)
     p = torch.randn(4, 3, dtype=torch.float64), 0.3 + torch.rand(4, 3, dtype=torch.float64)
     q = torch.randn(4, 3, dtype=torch.float64), 0.3 + torch.rand(4, 3, dtype=torch.float64)
-    kl = skimo.kl_divergence(p, q)
     normal = torch.distributions.Normal
     exact = torch.distributions.kl_divergence(normal(*p), normal(*q)).sum(-1)
-    torch.testing.assert_close(kl, exact)
-    x = p[0] + p[1] * torch.randn(200_000, 4, 3, dtype=torch.float64)
-    log_jacobian = torch.log1p(-torch.tanh(x).square())  # of z = tanh(x)
-    ratio = (normal(*p).log_prob(x) - log_jacobian - (normal(*q).log_prob(x) - log_jacobian)).sum(-1)
-    deviation = (ratio.mean(0) - kl).abs() / (ratio.std(0) / math.sqrt(len(x)))
-    assert deviation.max() < 5
+    torch.testing.assert_close(skimo.kl_divergence(p, q), exact)
     assert torch.all(skimo.kl_divergence(p, p).abs() < 1e-12)
 
 

@@ -100,22 +100,6 @@ def test_the_prior_is_what_the_warm_up_and_validations_draw(algo):
         np.testing.assert_allclose(z, np.tanh(mean + std * torch.randn(5, 3).numpy()), atol=1e-4)
 
 
-def update_after(algo, gradient: float):
-    """State of an agent after an update before which all gradients had one value."""
-    args = tiny_args(algo)
-    torch.manual_seed(0)
-    agent = algo.Agent(args, algo.make_networks(args))
-    for weight in agent.parameters():
-        weight.grad = torch.full_like(weight, gradient)
-    agent.update(*floats(*rl_batch_of(algo, args)))
-    return agent.state_dict()
-
-
-@pytest.mark.parametrize("algo", FAMILY)
-def test_an_update_forgets_the_gradients_of_the_one_before(algo):
-    torch.testing.assert_close(update_after(algo, 1e3), update_after(algo, 0.0), atol=0, rtol=0)
-
-
 @pytest.mark.parametrize("loss", ["of the model or the critics", "of the policy"])
 @pytest.mark.parametrize("algo", FAMILY)
 def test_the_norm_tells_of_a_gradient_that_is_no_number(algo, loss, monkeypatch):
@@ -312,35 +296,6 @@ def pretrained(monkeypatch, tmp_path):
         return networks
 
     return train
-
-
-@pytest.mark.parametrize("algo", [skimo, skimo_no_joint, skimo_single_step])
-def test_an_update_of_pretraining_forgets_the_gradients_of_the_one_before(algo, monkeypatch, pretrained):
-    """Without that the gradient would be the sum of all so far; here of one before the first update."""
-    args = tiny_args(algo, pretrain_updates=1)
-    weights = [pretrained(algo, args).state_dict()]
-    make_networks = algo.make_networks
-
-    def with_gradients(args):
-        networks = make_networks(args)
-        for weight in networks.parameters():
-            weight.grad = torch.full_like(weight, 1e3)
-        return networks
-
-    monkeypatch.setattr(algo, "make_networks", with_gradients)
-    args.seed = 2  # a model of its own
-    weights.append(pretrained(algo, args).state_dict())
-    torch.testing.assert_close(*weights, atol=0, rtol=0)
-
-
-def test_without_joint_training_three_parts_clip_apart(pretrained):
-    args = tiny_args(skimo_no_joint, pretrain_updates=1, max_grad_norm=1e-3)
-    torch.manual_seed(0)
-    start = skimo_no_joint.make_networks(args)
-    for name, part in pretrained(skimo_no_joint, args).items():
-        norms = [value.grad.norm() for value in part.parameters() if value.grad is not None]
-        assert torch.stack(norms).norm().item() == pytest.approx(1e-3, rel=1e-2), name
-        assert not same_weights(part, start[name]), name
 
 
 # ------------------------------------------------------------------------------------------------- single-step dynamics
