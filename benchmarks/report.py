@@ -117,6 +117,11 @@ RIVALS = {
     "the same, demonstrations kept: SUPE": [f"{task}/supe/scripted" for task in ALL[:3]],
     "chunks of actions: Q-chunking": ["maze/qc/scripted", "studies/kitchen_qc_demonstrations/none", None],
     "the same, demonstrations kept": [None, *(f"{task}/qc/scripted" for task in ALL[1:3])],
+    "the same, but [blind](results/studies/qc_blind), targets of eight": [
+        None,
+        "studies/qc_blind/kitchen_blind",
+        "studies/qc_blind/misaligned_blind",
+    ],
     "skills, planned: SkiMo": [f"{task}/skimo/scripted" for task in ALL[:3]],
 }
 # Machines of the speed tables: log of speed.py, and the task whose sizes count
