@@ -115,7 +115,11 @@ RIVALS = {
         None,
     ],
     "the same, demonstrations kept: SUPE": [f"{task}/supe/scripted" for task in ALL[:3]],
-    "chunks of actions: Q-chunking": ["maze/qc/scripted", "studies/kitchen_qc_demonstrations/none", None],
+    "chunks of actions: Q-chunking": [
+        "maze/qc/scripted",
+        "studies/kitchen_qc_demonstrations/kitchen_none",
+        "studies/kitchen_qc_demonstrations/misaligned_none",
+    ],
     "the same, demonstrations kept": [None, *(f"{task}/qc/scripted" for task in ALL[1:3])],
     "the same, but [blind](results/studies/qc_blind), targets of eight": [
         None,
