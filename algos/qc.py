@@ -593,7 +593,7 @@ def train(args: Args) -> dict:
     stopping = global_step >= args.total_timesteps
     with tqdm(desc="RL", total=args.total_timesteps, initial=global_step, unit="step") as bar:
         while not stopping:
-            # ALGO LOGIC: put action logic here. One chunk for each of the environments, then H env steps
+            # ALGO LOGIC: put action logic here. A chunk for each environment; here H is act_steps (DEVIATION 7)
             chunks = agent.choose_chunks(obs, global_step)  # (E, H, A)
             steps = -envs.steps
             *rows, next_obs = execute_chunks(envs, obs, chunks)  # (E, H, ...)

@@ -443,6 +443,7 @@ def test_dry_run_prints_commands_that_a_user_could_type(tmp_path, capsys):
     [
         (dict(args="--tau 0.1 --seed 7"), "--seed in --args would mix up the grid"),
         (dict(args="--env_id=kitchen"), "--env-id in --args would mix up the grid"),
+        (dict(env_ids=("kitchen-60",), args="--data-share .5"), "kitchen-60 has a share of the data"),
         (dict(threads_per_run=0), "--threads-per-run 0 is too small"),
         (dict(num_cpus=-2), "--num-cpus -2 is too small"),
         (dict(max_retries=-1), "--max-retries -1 is too small"),

@@ -696,6 +696,13 @@ def test_nothing_is_learnt_in_the_warm_up(case):
         assert first == SHORT["warmup_steps"]
 
 
+@skimo_only
+def test_updates_keep_step_with_the_environments(case):
+    results, run_dir = case.start("--updates-per-step 0.0133 --eval-interval 100000")
+    assert results["updates"] == int(1200 * 0.0133)
+    assert [row[0] for row in results["evaluations"]] == [1200]
+
+
 # ----------------------------------------------------------------------------------------------------------- evaluation
 @one_of_each("evaluate", "rollout")
 def test_evaluation_of_a_checkpoint_acts_as_the_one_at_the_runs_end(case, no_data, monkeypatch, capsys, tmp_path):
