@@ -68,15 +68,17 @@ def write_csv(path: Path, header, rows):
 
 
 def train(algo, args):
-    """A whole run of a file without offline data. Returns its results, the trained agent, training episodes (n, 4) as
-    in episodes.csv, and curves, name -> {step: value}.
+    """A whole run of a file. Returns its results, the trained agent, training episodes (n, 4) as in episodes.csv, and
+    curves, name -> {step: value}.
     """
     with tempfile.TemporaryDirectory() as folder:
         args.run_dir = folder
         results = algo.train(args)
         args.run_dir = "(temporary)"
         (run,) = Path(folder).iterdir()
-        agent = algo.Agent(args, *env_sizes(args.env_id))
+        pretrained = hasattr(algo, "make_networks")
+        parts = [algo.make_networks(args)] if pretrained else env_sizes(args.env_id)
+        agent = algo.Agent(args, *parts)
         algo.load(run / "checkpoint.pt", dict(agent=agent))
         episodes = np.loadtxt(run / "episodes.csv", delimiter=",", skiprows=1).reshape(-1, 4)
         events = EventAccumulator(str(run), dict(scalars=0)).Reload()

@@ -115,17 +115,14 @@ def main():
     given = parser.parse_args()
     settings = COMMON | SETTINGS[given.task] | dict(offline=given.offline, num_samples=given.num_samples)
     with frame.record(given.out) as facts, tempfile.TemporaryDirectory() as folder, patch.dict(data_tools.TASKS, TASKS):
-        args = qc.Args(env_id=given.task, seed=given.seed, **settings, run_dir=folder + "/runs", data_dir=folder)
-        results = qc.train(args)
-        (run,) = Path(args.run_dir).iterdir()
-        rows = [line.split(",") for line in (run / "episodes.csv").read_text().splitlines()[1:]]
+        args = qc.Args(env_id=given.task, seed=given.seed, **settings, data_dir=folder)
+        results, agent, episodes, _ = frame.train(qc, args)
+        rows = [(int(step), value, int(length), minutes) for step, value, length, minutes in episodes]
         frame.write_csv(given.out, ("env_step", "episodic_return", "episodic_length", "minutes"), rows)
-        last = float(np.mean([float(row[1]) for row in rows[-50:]]))
+        last = float(episodes[-50:, 1].mean())
         facts |= dict(pretraining=results["pretraining"], last_50_return=last, evaluations=results["evaluations"])
         facts |= dict(gate=GATES[given.task], passed=last > GATES[given.task], args=asdict(args))
         if given.task == "bandit":
-            agent = qc.Agent(args, qc.make_networks(args))
-            qc.load(run / "checkpoint.pt", dict(agent=agent))
             torch.manual_seed(0)
             chunks = agent.flow.sample(torch.ones(1, 1), 5_000)[0]  # (N, 2)
             facts["first_mode"] = float((chunks > 0).all(1).float().mean())

@@ -80,16 +80,8 @@ TASKS["corridor"] = Task(
 )
 
 
-def train(args, folder: str) -> np.ndarray:
-    """Training episodes (n, 4) as in episodes.csv."""
-    args = replace(args, data_dir=f"{folder}/data", run_dir=f"{folder}/{args.seed} {args.offline_ratio}")
-    supe.train(args)
-    (run,) = Path(args.run_dir).iterdir()
-    return np.loadtxt(run / "episodes.csv", delimiter=",", skiprows=1).reshape(-1, 4)
-
-
-def walk(args, given, folder: str) -> dict:
-    episodes = train(args, folder)
+def walk(args, given) -> dict:
+    _, _, episodes, _ = frame.train(supe, args)
     rows = []
     for end in range(1_000, args.total_timesteps + 1, 1_000):
         inside = (episodes[:, 0] > end - 1_000) & (episodes[:, 0] <= end)
@@ -98,11 +90,11 @@ def walk(args, given, folder: str) -> dict:
     return dict(gate=GATE, last_return=rows[-1][1], passed=rows[-1][1] > GATE)
 
 
-def corridor(args, given, folder: str) -> dict:
+def corridor(args, given) -> dict:
     rows = []
     for seed in range(given.seed, given.seed + given.seeds):
         for ratio in (0.5, 0.0):
-            episodes = train(replace(args, seed=seed, offline_ratio=ratio), folder)
+            _, _, episodes, _ = frame.train(supe, replace(args, seed=seed, offline_ratio=ratio))
             late = episodes[episodes[:, 0] > args.warmup_steps, 1] > 0
             first = int(late.argmax()) + 1 if late.any() else len(late) + 1
             rows.append((seed, ratio, first, round(float(late.mean()), 3)))
@@ -115,14 +107,14 @@ def corridor(args, given, folder: str) -> dict:
 def main():
     parser = frame.parser(__doc__)
     parser.add_argument("task", choices=list(SETTINGS))
-    parser.add_argument("--env-steps", type=int, help="instead of the control's")
+    parser.add_argument("--env-steps", type=int, help="instead of the control's; walk: 1,000 at least")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="corridors")
     given = parser.parse_args()
     settings = COMMON | SETTINGS[given.task]
     settings |= dict(total_timesteps=given.env_steps) if given.env_steps else {}
-    args = supe.Args(env_id=given.task, seed=given.seed, **settings)
     with frame.record(given.out) as facts, tempfile.TemporaryDirectory() as folder:
-        facts |= {"walk": walk, "corridor": corridor}[given.task](args, given, folder)
+        args = supe.Args(env_id=given.task, seed=given.seed, **settings, data_dir=folder)
+        facts |= {"walk": walk, "corridor": corridor}[given.task](args, given)
         facts |= dict(args=asdict(args))
     print(f"{given.task}: {'learnt' if facts['passed'] else 'NOT learnt'}")
 
