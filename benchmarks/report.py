@@ -112,7 +112,7 @@ RIVALS = {
     "skills: SUPE [without demonstrations](results/studies/supe_demonstrations)": [
         "studies/supe_demonstrations/maze_without",
         "studies/supe_demonstrations/kitchen_without",
-        None,
+        "studies/supe_demonstrations/misaligned_without",
     ],
     "the same, demonstrations kept: SUPE": [f"{task}/supe/scripted" for task in ALL[:3]],
     "chunks of actions: Q-chunking": [
