@@ -117,14 +117,14 @@ RIVALS = {
     "the same, demonstrations kept: SUPE": [f"{task}/supe/scripted" for task in ALL[:3]],
     "chunks of actions: Q-chunking": [
         "maze/qc/scripted",
-        "studies/kitchen_qc_demonstrations/kitchen_none",
-        "studies/kitchen_qc_demonstrations/misaligned_none",
+        "studies/kitchen_qc_demonstrations/kitchen_none_4",
+        "studies/kitchen_qc_demonstrations/misaligned_none_4",
     ],
     "the same, demonstrations kept": [None, *(f"{task}/qc/scripted" for task in ALL[1:3])],
-    "the same, but [blind](results/studies/qc_blind), targets of eight": [
+    "the same, best of [32](results/studies/qc_samples)": [
         None,
-        "studies/qc_blind/kitchen_blind",
-        "studies/qc_blind/misaligned_blind",
+        "studies/qc_samples/kitchen_32",
+        "studies/qc_samples/misaligned_32",
     ],
     "skills, planned: SkiMo": [f"{task}/skimo/scripted" for task in ALL[:3]],
 }
