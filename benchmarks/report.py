@@ -115,13 +115,13 @@ RIVALS = {
         "studies/supe_demonstrations/misaligned_without",
     ],
     "the same, demonstrations kept: SUPE": [f"{task}/supe/scripted" for task in ALL[:3]],
-    "chunks of actions: Q-chunking": [
+    "chunks: Q-chunking": [
         "maze/qc/scripted",
         "studies/kitchen_qc_demonstrations/kitchen_none_4",
         "studies/kitchen_qc_demonstrations/misaligned_none_4",
     ],
     "the same, demonstrations kept": [None, *(f"{task}/qc/scripted" for task in ALL[1:3])],
-    "the same, best of [32](results/studies/qc_samples)": [
+    "the same, best of [32](results/studies/qc_samples), not 4": [
         None,
         "studies/qc_samples/kitchen_32",
         "studies/qc_samples/misaligned_32",
