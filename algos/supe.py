@@ -15,13 +15,13 @@ RL, after spirl.py's pre-training, on transitions (s, u, sum r of H rewards, tru
    (5) models, on own ones only: R -> r, M -> e without the bonus; g -> g' where the agent is after the warm-up
 
 DEVIATION n: differences from the authors' code. Why, and scores: algos/docs/supe.md
-1. Skills are SPiRL's: 10 steps, 10 numbers, close to N(0, 1); the skill policy acts without noise. Labels are samples
-of q, as in their paper; their code takes its mean. In networks and pre-training n is spirl.py's. 2. Per skill 2 steps
-of 5 critics, not 80 of 10; a faster alpha; maze: other tau, m, batch_size, alpha (theirs: RELEASE). 3. The bonus is
-scaled once, to a mean of rnd_coef on own transitions; theirs is 8 times the error. 4. A skill's rewards are summed; the
-maze pays 10 at its goal, not -1 per env step. 5. E environments. 6. Sines as inputs, not of g; LayerNorm has no
-weights. 7. The policy begins as the prior and stays near it. Theirs begins anew, random to an entropy of -Z/2:
---target-kl 0. --published takes the authors' side of 2 and 7, SPiRL's release for its skills, and one environment.
+1. Skills are SPiRL's: 10 steps, 10 numbers; the skill policy acts without noise. Labels are samples of q; their code
+takes its mean. In networks and pre-training n is spirl.py's. 2. Per skill 2 steps of 5 critics, not 80 of 10; a faster
+alpha; maze: other tau, m, batch_size, alpha, warm-up. 3. The bonus is scaled once, to a mean of rnd_coef on own
+transitions; theirs is 8 times the error. 4. A skill's rewards are summed; the maze pays 10 at its goal, not -1 per env
+step; its data pay nothing, end nowhere. 5. E environments. 6. Sines as inputs, not of g; LayerNorm, in R and M, too,
+has no weights; g is LeakyReLU. 7. The policy begins as the prior and stays near it. Theirs begins anew, random to an
+entropy of -Z/2: --target-kl 0. --published: their side of 2 and 7, SPiRL's release for skills, one environment.
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, SkillModel, make_networks, pretrain_loss, pretrain,
 critic_loss, policy_loss, ReplayBuffer, Agent, train
 Shapes: B batch, H steps per skill, O observation, F inputs, A action, Z skill, E environments, n critics, k steps.
@@ -64,7 +64,7 @@ class Args:
     seed: int = 1  # of networks, sampling and environments
     data: str = "scripted"  # offline data: scripted, d4rl (people's, of the kitchens), release (the authors') or a path
     pretrained: str | None = None  # begin with RL from this model: a path, or `published`: ours
-    published: bool = False  # take the release's settings for this task
+    published: bool = False  # take SPiRL's release for skills, the authors' settings for RL; needs a GPU
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn
     resume: str | None = None  # run folder to go on with, with its arguments
     evaluate: str | None = None  # only evaluate this checkpoint, or `published`: our agent, if there is one
@@ -108,7 +108,7 @@ class Args:
     relabel: Literal["pred", "zero"] = "pred"  # their rewards and ends: predicted, or none
     rnd_coef: float = 0.1  # mean bonus of own transitions before the first update, in scaled rewards
     buffer_size: int = 1_000_000  # transitions kept
-    critic_dim: int = 256  # width of all networks of RL
+    critic_dim: int = 256  # width of the networks of RL; of the policy with --target-kl 0 only
     num_critics: int = 5  # n
     target_critics: int = 2  # m: critics, drawn anew in each step, whose least value is the target
     learning_rate: float = 3e-4  # of everything but alpha
@@ -130,7 +130,7 @@ class Args:
 
 
 # By the name of a task's data; `people`: with people's (--data other than scripted). Pre-training, target_kl and tau as
-# in spirl.py; a success pays 10 (CALVIN: 1). The maze's data walk on through the goal: foretold, it would count again.
+# in spirl.py; the maze's goal pays 10, a sub-task 1. The maze's data walk on: foretold, the goal would count again.
 TASK_DEFAULTS = {
     "maze": dict(total_timesteps=2_000_000, warmup_steps=50_000, batch_size=128, alpha=0.01, target_kl=3.0,
                  tau=0.05, reward_scale=0.1, relabel="zero"),

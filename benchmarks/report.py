@@ -432,7 +432,7 @@ def boards_table(cells, names, docs: str, boards=()) -> list[dict]:
                 end = scores.cell_end(cells, task, name, data)
                 runs = cells[task, name, data].reaching(end)
                 scored = f"{'/'.join(three(cells, task, name, data))} ({len(runs)})"
-                scored += "¹" * (end < board_steps) + "³" * smaller(name, runs)
+                scored += f" to {thousands(end)}" * (end < board_steps) + "³" * smaller(name, runs)
             row[f"{board_label(task, data).replace(', ', '<br>')}<br>{thousands(board_steps)}"] = scored
         rows.append(row)
     return rows
@@ -476,7 +476,6 @@ def method_text(cells, name: str) -> str:
         if not np.isnan(paper).all():
             rows.append(dict(zip(rows[0], ["the paper's level", *map(number, paper)])))
         notes = [NOTES["under a method"], *[NOTES["warm-up"]] * (name == "spirl")]
-        notes += [NOTES["fewer"]] * ("¹" in str(rows))
         notes[0] += f" {NOTES['smaller']}" * ("³" in str(rows))
         return table(rows) + "\n".join(notes) + "\n"
     logs = sorted((RESULTS / "studies").glob("*/*/seed*.json"))
