@@ -825,7 +825,7 @@ def load(path: Path, parts: dict, device="cpu", made_by: dict | None = None) -> 
 
 
 def evaluate(args: Args):
-    """Print the scores of a trained agent, acting with explore=False; needs neither data nor training."""
+    """Print the scores of a trained agent, acting as in a run's evaluations; needs neither data nor training."""
     agent = Agent(args, make_networks(args))
     state = load(Path(args.evaluate), dict(agent=agent))
     video = Path(args.run_dir) / f"{args.env_id}__{FILE.stem}.mp4" if args.capture_video else None
