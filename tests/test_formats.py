@@ -98,9 +98,9 @@ def test_files_in_d4rls_layout(tmp_path):
     for task in ("maze", "calvin"):
         check(read(task, write_hdf5(tmp_path / task, flat(make_episodes(task)))), make_episodes(task), "hdf5")
     wide = make_episodes("kitchen", obs_width=60)
-    path = write_hdf5(tmp_path / "b.hdf5", flat(wide), generator="data_tools.kitchen.collect", seed=3)
-    dataset = read("kitchen", path)  # scripted by an older version
-    check(dataset, wide, "scripted", width=30)
+    path = write_hdf5(tmp_path / "b.hdf5", flat(wide), seed=3)
+    dataset = read("kitchen", path)
+    check(dataset, wide, "hdf5", width=30)
     assert dataset.attributes["seed"] == 3
 
 

@@ -46,8 +46,6 @@ def read(path) -> tuple[dict[str, np.ndarray], dict]:
     source = str(attributes.get("source"))
     if source in SOURCES:  # OfflineDataset.save wrote it
         return arrays, {"description": SOURCES[source][0], **attributes}
-    if str(attributes.get("generator", "")).startswith("data_tools."):  # older ones of ours
-        return arrays, {**attributes, "description": "scripted data", "source": "scripted"}
     checksum = pooch.file_hash(path)
     source = next((name for name, (_, known) in SOURCES.items() if known == checksum), "hdf5")
     attributes |= {"description": SOURCES[source][0], "source": source}

@@ -493,7 +493,7 @@ def statistics(dataset: OfflineDataset) -> dict[str, float]:
     figures |= {f"has {name}": float(done.mean()) for name, done in has.items()}
     for task, names in SUBTASKS.items():
         figures[f"all of {task}"] = int(np.logical_and.reduce([has[name] for name in names]).sum())
-    if "data_tools" in str(dataset.attributes.get("generator")):  # also files of older versions
+    if "data_tools" in str(dataset.attributes.get("generator")):
         plans = [plan(dataset.attributes["seed"], i)[0] for i in range(len(starts))]
         for name, done in has.items():
             planned = np.array([name in names for names in plans])

@@ -147,9 +147,6 @@ class Kitchen:
     """
 
     def __init__(self, subtasks, noise=NOISE):
-        """Raises ValueError for a negative or infinite noise."""
-        if not 0.0 <= noise < np.inf:
-            raise ValueError(f"noise must be a finite number of at least 0, got {noise}")
         self.subtasks = subtasks
         self.noise = noise
         self.model = compile_model()

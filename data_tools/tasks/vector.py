@@ -293,10 +293,7 @@ def several(num_envs: int, vector_class: str, **arguments) -> MemberVectorEnv:
 def checked_action(action, shape) -> np.ndarray:
     """Return the action(s) as a float64 array in [-1, 1]; ValueError if the shape is wrong, NotFiniteError for NaN."""
     message = f"expected finite numbers of shape {shape} in [-1, 1] as action"
-    try:
-        array = np.asarray(action, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{message}, got {type(action).__name__}: {error}") from error
+    array = np.asarray(action, dtype=np.float64)
     if array.shape != shape:
         raise ValueError(f"{message}, got shape {array.shape}")
     if not np.isfinite(array).all():
