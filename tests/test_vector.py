@@ -111,7 +111,8 @@ def test_bad_actions(task, action):
     envs, A = task.vector(3), task.action_dim
     envs.reset(seed=0)
     special = {"nan": [0.0] * (A - 1) + [np.nan], "inf": [np.inf] * A, "short": [0.0] * (A - 1)}
-    with pytest.raises(ValueError, match="expected finite numbers of shape|could not convert string to float"):
+    message = "could not convert string" if action == "left" else "expected finite numbers of shape"  # NumPy's own
+    with pytest.raises(ValueError, match=message):
         envs.step([special.get(action, action)] * 3)
 
 
