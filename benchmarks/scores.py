@@ -488,7 +488,7 @@ def agreement(cells, measure: str, data: str, paper) -> dict:
     board the names of our methods are shuffled, all ways; p is the share of shufflings with as many or more.
     """
     total, holds = 0, 0
-    chance = np.ones(1)  # chance[n]: of n orderings that hold
+    ways = np.ones(1, int)  # ways[n]: in how many shufflings n orderings hold; whole numbers, equal on every machine
     for task in [task for task, d in boards(cells) if d == data]:
         ours = {name: measured(cells, task, name, data, measure) for name in MAIN}
         names = [name for name, values in ours.items() if len(values) and not np.isnan(values).any()]
@@ -506,9 +506,9 @@ def agreement(cells, measure: str, data: str, paper) -> dict:
             counts.append(sum(found[called[a], called[b]] == expected[a, b] for a, b in pairs))
         total += len(pairs)
         holds += counts[0]
-        chance = np.convolve(chance, np.bincount(counts, minlength=len(pairs) + 1) / len(counts))
-    expectation = float(chance @ np.arange(len(chance)))
-    return dict(pairs=total, hold=holds, chance=expectation, p=float(chance[holds:].sum()))
+        ways = np.convolve(ways, np.bincount(counts, minlength=len(pairs) + 1))
+    expectation = float((ways * np.arange(len(ways))).sum() / ways.sum())
+    return dict(pairs=total, hold=holds, chance=expectation, p=float(ways[holds:].sum() / ways.sum()))
 
 
 def coverage(cells, data: str) -> dict:
