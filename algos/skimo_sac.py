@@ -130,13 +130,13 @@ class Args:
 
 # By the name of a task's data: the release's values where they differ from Args, and our own for pre-training
 # (DEVIATION 3), the maze's updates (4) and total_timesteps, the kitchen's alpha (7). `people`: with people's data
-# (--data other than scripted) skills hold more, arms are shifted, objects recombined (3).
+# (--data other than scripted) arms are shifted, objects recombined (3).
 TASK_DEFAULTS = {
     "maze": dict(latent_dim=128, skill_encoder="mlp", pretrain_updates=8_000, pretrain_batch_size=64, bc_chunks=1,
                  pretrain_lr=1.5e-3, total_timesteps=200_000, warmup_steps=50_000, batch_size=64,
                  updates_per_step=20 / 500, alpha=1.0, autotune=True),
-    "kitchen": dict(pretrain_updates=10_000, pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64,
-                    alpha=0.05, people=dict(kl_coef=1e-3, arm_noise=0.02, recombine=True)),
+    "kitchen": dict(pretrain_updates=10_000, pretrain_skills=5, bc_chunks=5, pretrain_batch_size=64, kl_coef=1e-3,
+                    alpha=0.05, people=dict(arm_noise=0.02, recombine=True)),
     "calvin": dict(hidden_dim=256, pretrain_updates=10_000, pretrain_skills=1, bc_chunks=1,
                    pretrain_batch_size=256, kl_coef=1e-2, alpha=0.1, reward_scale=0.01, total_timesteps=2_000_000),
 }  # fmt: skip
