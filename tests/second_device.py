@@ -19,14 +19,18 @@ aten = torch.ops.aten
 MOVES = (aten._to_copy.default, aten.copy_.default)  # take tensors of two devices
 WAITS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default)  # for a value or a size
 WAITS_TO_MAKE = ("tensor", "as_tensor")  # Python's numbers to the GPU
+GET_DEVICE = torch.Tensor.device.__get__
+GET_IS_CUDA = torch.Tensor.is_cuda.__get__
 GROUP = torch._C._group_tensors_by_device_and_dtype
 
 
 def tensors_in(values) -> list:
     """All tensors in nested lists and tuples."""
-    found = [value for value in values if isinstance(value, torch.Tensor)]
+    found = []
     for value in values:
-        if isinstance(value, (list, tuple)):
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
             found += tensors_in(value)
     return found
 
@@ -41,6 +45,10 @@ class Gpu(TorchDispatchMode):
         self.memory = {}  # address -> the storage that was there
         self.to_device = None  # where all results of the running call go
         self.around = ()  # inputs of the running call: what it makes of nothing lies where they do
+
+    @classmethod
+    def _should_skip_dynamo(cls):
+        return False  # torch's wrapper around __torch_dispatch__ would take as long as the method
 
     def device(self, tensor):
         storage = self.memory.get(tensor.untyped_storage().data_ptr())
@@ -92,7 +100,7 @@ class Gpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        inputs = tensors_in([args, *kwargs.values()])
+        inputs = tensors_in([*args, *kwargs.values()])
         devices = set(map(self.device, inputs))
         if self.to_device:
             on_gpu = self.to_device == CUDA
@@ -127,9 +135,9 @@ class Python(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         gpu = self.gpu
         name = getattr(func, "__name__", "")
-        if func == torch.Tensor.device.__get__:
+        if func == GET_DEVICE:
             return gpu.device(*args)
-        if func == torch.Tensor.is_cuda.__get__:
+        if func == GET_IS_CUDA:
             return gpu.device(*args) == CUDA
         if func is torch.Tensor.to:
             return gpu.move(*args, **kwargs)

@@ -332,8 +332,8 @@ def with_rewards(agent_type):
 def both_phases(algo, folder):
     """Pre-training, where there is one, and RL on the CPU, with logs and planner: checkpoint and all logged numbers."""
     args = tiny_args(
-        algo, True, "cpu", pretrain_updates=6, total_timesteps=240, warmup_steps=10, warmup_skills=2,
-        updates_per_step=0.1, updates_per_skill=1.0, updates_per_rollout=12, epochs=2, batch_length=2,
+        algo, True, "cpu", pretrain_updates=6, total_timesteps=120, warmup_steps=10, warmup_skills=2,
+        updates_per_step=0.15, updates_per_skill=1.0, updates_per_rollout=12, epochs=2, batch_length=2,
         discover_steps=100, eval_interval=10**9, run_dir=str(folder), data_dir=str(folder),
     )  # fmt: skip
     if algo.FILE.stem == "option_critic":  # on-policy: an update for every batch
@@ -344,7 +344,7 @@ def both_phases(algo, folder):
     writer.add_scalar = lambda name, value, step: name.startswith("charts") or logged.append((name, float(value), step))
     window = getattr(args, "pretrain_skills", 1) * getattr(args, "skill_horizon", 1) + 1
     with (
-        mock.patch.dict(algo.data_tools.TASKS["kitchen"].env_kwargs, dict(max_episode_steps=25)),
+        mock.patch.dict(algo.data_tools.TASKS["kitchen"].env_kwargs, dict(max_episode_steps=13)),
         mock.patch.object(algo, "Agent", with_rewards(algo.Agent)),
         mock.patch.object(algo, "SummaryWriter", return_value=writer),
         mock.patch.object(algo, "rollout", return_value=NO_SCORES),
@@ -405,13 +405,13 @@ def test_a_run_keeps_its_tensors_on_one_device_and_no_update_waits(name, tmp_pat
     """Pre-training, RL, evaluations and resume, with "cuda" as a device of its own."""
     algo = importlib.import_module(f"algos.{name}")
     args = tiny_args(
-        algo, False, "cuda", total_timesteps=80, warmup_steps=10, warmup_skills=2, updates_per_step=0.15,
+        algo, False, "cuda", total_timesteps=48, warmup_steps=10, warmup_skills=2, updates_per_step=0.2,
         updates_per_skill=1.0, batch_length=2, rollout_skills=2, updates_per_rollout=4, pretrain_eval_interval=2,
         pretrain_eval_episodes=1, eval_interval=10**9, eval_episodes=1, discover_steps=40, run_dir=str(tmp_path),
         data=str(tmp_path / "data.hdf5"), data_dir=str(tmp_path),
     )  # fmt: skip
     if name == "option_critic":
-        args.batch_size = 16
+        args.batch_size = 8
     if name not in golden.FLAT:
         golden.make_data(tmp_path / "data.hdf5", 30, 9)
     load = torch.load
@@ -422,12 +422,12 @@ def test_a_run_keeps_its_tensors_on_one_device_and_no_update_waits(name, tmp_pat
         mock.patch.object(algo.Agent, "update", not_waiting(gpu, algo.Agent.update)),
         mock.patch.object(buffer, "sample", buffer.sample if on_policy else not_waiting(gpu, buffer.sample)),
         mock.patch.object(torch, "load", lambda path, map_location, **_: placed(load(path), map_location)),
-        mock.patch.dict(algo.data_tools.TASKS["kitchen"].env_kwargs, dict(max_episode_steps=25)),
+        mock.patch.dict(algo.data_tools.TASKS["kitchen"].env_kwargs, dict(max_episode_steps=13)),
         mock.patch.object(algo, "Agent", with_rewards(algo.Agent)),
     ):
         first = algo.train(args)
         (checkpoint,) = tmp_path.glob("*/checkpoint.pt")
-        resumed = algo.train(speed.replaced(args, dict(resume=str(checkpoint.parent), total_timesteps=160)))
+        resumed = algo.train(speed.replaced(args, dict(resume=str(checkpoint.parent), total_timesteps=80)))
     assert 3 < first["updates"] < resumed["updates"]
     assert len(first["evaluations"]) < len(resumed["evaluations"])
     assert gpu.operations > 5_000
