@@ -339,6 +339,8 @@ def both_phases(algo, folder):
     if algo.FILE.stem == "option_critic":  # on-policy: an update for every batch
         args.batch_size = 4
         args.total_timesteps = 25 * args.batch_size
+    if algo.FILE.stem == "hiro":  # 20 updates and more, as at the 20th its high level's policy learns
+        args.updates_per_step = 0.3
     logged = []
     writer = mock.MagicMock()
     writer.add_scalar = lambda name, value, step: name.startswith("charts") or logged.append((name, float(value), step))
@@ -412,6 +414,8 @@ def test_a_run_keeps_its_tensors_on_one_device_and_no_update_waits(name, tmp_pat
     )  # fmt: skip
     if name == "option_critic":
         args.batch_size = 8
+    if name == "hiro":  # its high level learns at each tenth update, its policy at every other of those
+        args.updates_per_step = 0.3
     if name not in golden.FLAT:
         golden.make_data(tmp_path / "data.hdf5", 30, 9)
     load = torch.load
