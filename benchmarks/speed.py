@@ -152,6 +152,7 @@ def in_passing(algo, length: int | None = None):
         contextlib.redirect_stdout(io.StringIO()),
         tempfile.TemporaryDirectory() as folder,
     ):
+        algo.SummaryWriter.return_value.log_dir = folder
         yield folder
 
 
@@ -304,7 +305,9 @@ def run_pretraining(algo, config, networks, clock, writer=None):
         contextlib.suppress(Enough),
     ):
         config = dataclasses.replace(config, data_dir=folder, pretrain_eval_interval=10**9)
-        pretrain(config, networks, data, writer or mock.MagicMock(), threading.Event())
+        writer = writer or algo.SummaryWriter()
+        writer.log_dir = folder
+        pretrain(config, networks, data, writer, threading.Event())
 
 
 def time_pretraining(algo, config, args: Args) -> dict:

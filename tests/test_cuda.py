@@ -342,7 +342,7 @@ def both_phases(algo, folder):
     if algo.FILE.stem == "hiro":  # 20 updates and more, as at the 20th its high level's policy learns
         args.updates_per_step = 0.3
     logged = []
-    writer = mock.MagicMock()
+    writer = mock.MagicMock(log_dir=folder)
     writer.add_scalar = lambda name, value, step: name.startswith("charts") or logged.append((name, float(value), step))
     window = getattr(args, "pretrain_skills", 1) * getattr(args, "skill_horizon", 1) + 1
     with (
