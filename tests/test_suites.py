@@ -51,7 +51,7 @@ def test_held_out_logs_have_the_settings_of_the_files_today():
         assert (args["env_id"], args["data_share"]) == (board.env_id, board.data_share), path
         theirs = defaults(facts["algo"], TASKS[board.env_id].data)
         settings = args.keys() & theirs.keys() - PLACES - CHOSEN - LOGGING
-        if args["pretrained"]:
+        if args["pretrained"] == "published":
             settings -= MODEL
         assert {name: args[name] for name in settings} == {name: theirs[name] for name in settings}, path
 
