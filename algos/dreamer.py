@@ -50,7 +50,7 @@ from tqdm import tqdm
 
 FILE = Path(__file__).resolve()
 sys.path.insert(0, str(FILE.parents[1]))
-import data_tools  # tasks, nothing else
+import data_tools  # tasks and chores; nothing of a method
 
 
 # ----------------------------------------------------------------------------------------------------------- arguments
@@ -58,7 +58,7 @@ import data_tools  # tasks, nothing else
 class Args:
     env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned, calvin, your own or one of Gymnasium
     total_timesteps: int = 1_000_000  # env steps, warm-up included
-    seed: int = 1  # of networks, sampling and environments
+    seed: int = 1  # of networks, sampling and environments (the i-th: seed + i)
     cpu_preset: bool = False  # small sizes for one core; with --help: shows them
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn and act
     resume: str | None = None  # run folder to go on with, with its arguments

@@ -54,7 +54,7 @@ from tqdm import tqdm
 
 FILE = Path(__file__).resolve()
 sys.path.insert(0, str(FILE.parents[1]))
-import data_tools  # tasks and offline data, nothing else
+import data_tools  # tasks, offline data, chores; nothing of a method
 
 PRETRAINED = "spirl"  # begins the names of pre-trained models; files with the same pre-training share them
 SHIPPED = FILE.parents[1] / "benchmarks" / "results"  # models and agents that come with the code
@@ -65,7 +65,7 @@ SHIPPED = FILE.parents[1] / "benchmarks" / "results"  # models and agents that c
 class Args:
     env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned, calvin, your own or one of Gymnasium
     total_timesteps: int = 1_000_000  # env steps, warm-up included
-    seed: int = 1  # of networks, sampling and environments
+    seed: int = 1  # of networks, sampling and environments (the i-th: seed + i)
     data: str = "scripted"  # offline data: scripted, d4rl (people's, of the kitchens), release (the authors') or a path
     pretrained: str | None = None  # begin with RL from this model: a path, or `published`: ours
     published: bool = False  # take the release's settings for this task

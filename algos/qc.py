@@ -16,11 +16,12 @@ noise into a chunk and keeps several ways of acting apart. RL draws N chunks fro
 DEVIATION n: differences from the authors' code. Why, and scores: algos/docs/qc.md
 1. Our data have no rewards. Phase 1 trains the flow alone; critics start in phase 2, after a warm-up of single chunks.
 2. The flow is frozen in RL, and N' chunks are drawn once for each own env step. The authors train it on, and draw anew.
-3. A window in which an episode truly ends counts, with the rewards until there. Theirs has weight 0.
+3. A window in which an episode truly ends counts, with the rewards until there. Theirs: only at its end.
 4. Half of a batch (maze: none) are offline windows, labelled: see --offline. Theirs begin the replay, with rewards.
 5. Smaller networks, K = 5, H = 10 (kitchens 5), a rate from 1e-3 to zero, 8 environments, fewer updates; gamma 0.999;
-maze: batches of 128; maze, CALVIN: 50,000 env steps of warm-up. N' = 2: with 8 values drift up, the goal is forgotten.
-6. Sines of positions as inputs, rewards of 100 scaled to 10 or 1; kitchens: arms shifted; people's objects recombined.
+maze: batches of 128; maze, CALVIN: 50,000 env steps of warm-up; the last 300,000 are kept. N' = 2: with 8 values drift
+up, the goal is forgotten. 6. Sines of positions as inputs, the maze scaled (--published, too), rewards of 100 scaled to
+10 or 1; kitchens: arms shifted; people's objects recombined.
 7. Kitchens: N = 4, as the best of 32 is often an error; after one action the next chunk is chosen, not blindly.
 --published takes their side of 2, 5, 6 (rewards stay), 7; maze: half offline. Their distilled policy is not here.
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, make_networks, pretrain_loss, pretrain,
@@ -51,7 +52,7 @@ from tqdm import tqdm
 
 FILE = Path(__file__).resolve()
 sys.path.insert(0, str(FILE.parents[1]))
-import data_tools  # tasks and offline data, nothing else
+import data_tools  # tasks, offline data, chores; nothing of a method
 
 PRETRAINED = "qc"  # begins the names of pre-trained models
 SHIPPED = FILE.parents[1] / "benchmarks" / "results"  # models and agents that come with the code
@@ -62,7 +63,7 @@ SHIPPED = FILE.parents[1] / "benchmarks" / "results"  # models and agents that c
 class Args:
     env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned, calvin, your own or one of Gymnasium
     total_timesteps: int = 1_000_000  # env steps, warm-up included
-    seed: int = 1  # of networks, sampling and environments
+    seed: int = 1  # of networks, sampling and environments (the i-th: seed + i)
     data: str = "scripted"  # offline data: scripted, d4rl (people's, of the kitchens), release (the authors') or a path
     pretrained: str | None = None  # begin with RL from this model
     published: bool = False  # take the settings of the authors' code; needs a GPU
@@ -481,9 +482,7 @@ class Agent(nn.Module):
         sizes = len(self.flow.inputs.scale), self.flow.chunk_dim, args
         self.critics = Heads(*sizes, layer_norm=True)  # it bounds Q of unseen chunks
         self.target = copy.deepcopy(self.critics).requires_grad_(False)
-        self.outcome = None
-        if args.offline == "pred":
-            self.outcome = Heads(*sizes, layer_norm=False)
+        self.outcome = Heads(*sizes, layer_norm=False) if args.offline == "pred" else None
         self.to(args.device)
         self.trained = [weight for weight in self.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.Adam(self.trained, lr=args.learning_rate, fused=True, capturable=True)

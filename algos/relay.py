@@ -52,7 +52,7 @@ from tqdm import tqdm
 
 FILE = Path(__file__).resolve()
 sys.path.insert(0, str(FILE.parents[1]))
-import data_tools  # tasks and offline data, nothing else
+import data_tools  # tasks, offline data, chores; nothing of a method
 
 PRETRAINED = "relay"  # begins the names of pre-trained models
 
@@ -62,7 +62,7 @@ PRETRAINED = "relay"  # begins the names of pre-trained models
 class Args:
     env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned, calvin, your own or one of Gymnasium
     total_timesteps: int = 200_000  # env steps of fine-tuning
-    seed: int = 1  # of networks, sampling and environments
+    seed: int = 1  # of networks, sampling and environments (the i-th: seed + i)
     data: str = "scripted"  # offline data: scripted, d4rl (people's, of the kitchens), release (the authors') or a path
     pretrained: str | None = None  # start RRF from this model
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # where to learn

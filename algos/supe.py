@@ -16,12 +16,14 @@ RL, after spirl.py's pre-training, on transitions (s, u, sum r of H rewards, tru
 
 DEVIATION n: differences from the authors' code. Why, and scores: algos/docs/supe.md
 1. Skills are SPiRL's: 10 steps, 10 numbers; the skill policy acts without noise. Labels are samples of q; their code
-takes its mean. In networks and pre-training n is spirl.py's. 2. Per skill 2 steps of 5 critics, not 80 of 10; a faster
-alpha; maze: other tau, m, batch_size, alpha, warm-up. 3. The bonus is scaled once, to a mean of rnd_coef on own
-transitions; theirs is 8 times the error. 4. A skill's rewards are summed; the maze pays 10 at its goal, not -1 per env
-step; its data pay nothing, end nowhere. 5. E environments. 6. Sines as inputs, not of g; LayerNorm, in R and M, too,
-has no weights; g is LeakyReLU. 7. The policy begins as the prior and stays near it. Theirs begins anew, random to an
-entropy of -Z/2: --target-kl 0. --published: their side of 2 and 7, SPiRL's release for skills, one environment.
+takes its mean; windows are drawn by episode. In networks and pre-training n is spirl.py's. 2. Per skill 2 steps of 5
+critics, not 80 of 10, one of R and M, not 20; a faster alpha; maze: other tau, m, batch_size, alpha, warm-up. 3. The
+bonus is scaled once, to a mean of rnd_coef on own transitions; theirs is 8 times the error, and g waits for 10,000 env
+steps. 4. A skill's rewards are summed; the maze pays 10 at its goal, not -1 per env step; its data pay nothing, end
+nowhere. Their kitchen pays what is done at every step. 5. E environments. 6. Sines as inputs, not of g; LayerNorm, in R
+and M, too, has no weights; g (and pi, with --target-kl 0) is LeakyReLU. 7. The policy begins as the prior and stays
+near it. Theirs begins anew, random to an entropy of -Z/2: --target-kl 0. --published: their side of 2 and 7, SPiRL's
+release for skills, one environment.
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, SkillModel, make_networks, pretrain_loss, pretrain,
 critic_loss, policy_loss, ReplayBuffer, Agent, train
 Shapes: B batch, H steps per skill, O observation, F inputs, A action, Z skill, E environments, n critics, k steps.
@@ -50,7 +52,7 @@ from tqdm import tqdm
 
 FILE = Path(__file__).resolve()
 sys.path.insert(0, str(FILE.parents[1]))
-import data_tools  # tasks and offline data, nothing else
+import data_tools  # tasks, offline data, chores; nothing of a method
 
 PRETRAINED = "spirl"  # begins the names of pre-trained models; files with the same pre-training share them
 SHIPPED = FILE.parents[1] / "benchmarks" / "results"  # models and agents that come with the code
@@ -61,7 +63,7 @@ SHIPPED = FILE.parents[1] / "benchmarks" / "results"  # models and agents that c
 class Args:
     env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned, calvin, your own or one of Gymnasium
     total_timesteps: int = 1_000_000  # env steps, warm-up included
-    seed: int = 1  # of networks, sampling and environments
+    seed: int = 1  # of networks, sampling and environments (the i-th: seed + i)
     data: str = "scripted"  # offline data: scripted, d4rl (people's, of the kitchens), release (the authors') or a path
     pretrained: str | None = None  # begin with RL from this model: a path, or `published`: ours
     published: bool = False  # take SPiRL's release for skills, the authors' settings for RL; needs a GPU

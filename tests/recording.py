@@ -178,18 +178,22 @@ def note_updates(notes, module, patch):
 
 def note_exploring(notes, module, patch):
     """explored: whether it explored whenever something was chosen, and for how many environments: {(E, bool), ...};
-    planned_at: of each plan of training the env step that the planner was told, and the one that it was; remembered:
-    env steps of each choice of training -> the largest number that was kept from the choices before.
+    planned_at: of each plan of training the env step that the planner was told, and the one that it was; evaluated_at:
+    those told elsewhere; remembered: env steps of each choice of training -> the largest number that was kept from the
+    choices before.
     """
     notes.explored = set()
-    notes.planned_at = []
+    notes.planned_at, notes.evaluated_at = [], set()
     notes.remembered = {}
 
     def choose(actor, *inputs, original, **how):
         bound = inspect.signature(original).bind(actor, *inputs, **how).arguments
         explore = bound.get("explore", vars(actor).get("explore"))
         notes.explored.add((len(bound["obs"]), explore))
-        if len(bound["obs"]) == NUM_ENVS and explore:
+        chunks = "choose_chunks" in vars(type(actor))  # qc.py draws them everywhere
+        if len(bound["obs"]) != NUM_ENVS:
+            notes.evaluated_at.add(bound.get("global_step"))
+        if len(bound["obs"]) == NUM_ENVS and (explore or chunks):
             steps = len(notes.training.steps)
             if bound.get("global_step") is not None:
                 notes.planned_at.append((bound["global_step"], NUM_ENVS * steps))
@@ -205,10 +209,11 @@ def note_exploring(notes, module, patch):
 
     own = [part for part in vars(module).values() if inspect.isclass(part) and part.__module__ == module.__name__]
     for part in own:
-        for name in ("act", "choose_skills"):
+        for name in ("act", "choose_skills", "choose_chunks"):
             if name in vars(part):
                 known = inspect.signature(vars(part)[name]).parameters.keys()
-                if "explore" in known | inspect.signature(part).parameters.keys() and "obs" in known:
+                explores = "explore" in known | inspect.signature(part).parameters.keys()
+                if "obs" in known and (explores or name == "choose_chunks"):
                     wrapped(part, name, vars(part)[name])
 
 

@@ -452,7 +452,11 @@ def test_rings_hold_what_happened(walk, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(offline="pred", act_steps=2), dict(bc_online=True, num_candidates=0, offline="zero")]
+    "changes",
+    [
+        dict(offline="pred", act_steps=2, warmup_steps=0, updates_per_step=0.5),  # due before a ring has a window
+        dict(bc_online=True, num_candidates=0, offline="zero"),
+    ],
 )
 def test_resumed_runs_with_offline_data_go_on_bit_for_bit(changes, walk, tmp_path, monkeypatch):
     parts, update = set(), qc.Agent.update

@@ -677,12 +677,14 @@ def test_it_explores_in_training_and_in_no_evaluation(case):
 
 
 @pytest.mark.parametrize(
-    "case", ["skimo", "skimo_no_joint", "skimo_single_step", "tdmpc_skills", "tdmpc"], indirect=True
+    "case", ["skimo", "skimo_no_joint", "skimo_single_step", "tdmpc_skills", "tdmpc", "supe", "qc"], indirect=True
 )
 def test_planners_know_the_env_step(case):
-    """Their plans grow and their noise falls with it."""
+    """Plans grow and their noise falls with it, and the warm-up ends; in evaluations, too."""
     told, true = zip(*case.notes.planned_at)
-    assert told == true and told[0] == SHORT["warmup_steps"] and told[-1] > 1100
+    first = 0 if case.script.stem in ("supe", "qc") else SHORT["warmup_steps"]
+    assert told == true and told[0] == first and told[-1] > 1100
+    assert case.notes.evaluated_at >= {row[0] for row in case.results["evaluations"]}
 
 
 WARM_UP = [name for name in ALGOS if hasattr(algo_module(name).Args, "warmup_steps")]  # in env steps

@@ -8,6 +8,7 @@ import pytest
 import torch
 from numpy_nets import NO_SCORES, has_gradient, noisy_copy, np_features, np_kl, np_net, random_obs, same_weights
 from test_spirl import np_prior
+from torch.nn.utils import parameters_to_vector
 
 import data_tools
 from algos import supe
@@ -289,14 +290,17 @@ def test_what_an_update_moves_and_what_each_part_learns_from(monkeypatch):
     args = tiny_args(critic_steps=2, offline_ratio=0.5)
     agent, rb = random_agent(args), filled(args, numbered_data())
     agent.bonus_scale.fill_(7.0)
+    agent.log_alpha.data.fill_(0.5)
     batch = rb.sample(8)
     before = copy.deepcopy(agent)
-    seen = dict(outcome_loss=[], critic_loss=[])
+    seen = dict(outcome_loss=[], critic_loss=[], policy_loss=[])
+    weights = []  # critics and slow copies, when a loss is called
     for name, calls in seen.items():
         original = getattr(supe, name)
 
         def noted(*inputs, original=original, calls=calls):
             calls.append([x.clone() for x in inputs if isinstance(x, torch.Tensor)])
+            weights.append([parameters_to_vector(net.parameters()) for net in (agent.critics, agent.target)])
             return original(*inputs)
 
         monkeypatch.setattr(supe, name, noted)
@@ -314,6 +318,11 @@ def test_what_an_update_moves_and_what_each_part_learns_from(monkeypatch):
         bonus = 7 * agent.novelty(obs, u)
         for value, expected in zip(found, (obs, u, rewards + bonus, ends, next_obs)):
             torch.testing.assert_close(value, expected)
+    ((policy_obs, alpha),) = seen["policy_loss"]
+    assert torch.equal(policy_obs, seen["critic_loss"][-1][0]) and alpha == before.log_alpha.exp()
+    for (_, slow), (critics, slower) in zip(weights[1:-1], weights[2:]):  # after each step of the critics
+        torch.testing.assert_close(slower, torch.lerp(slow, critics, args.tau))
+    assert len(weights) == 4 and not torch.equal(weights[1][0], weights[2][0])
     assert metrics["bonus"] > 0
     for name in ("critics", "target", "task_policy", "outcome"):
         assert not same_weights(getattr(agent, name), getattr(before, name)), name
