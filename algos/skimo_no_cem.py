@@ -16,7 +16,7 @@ Differs from skimo.py in: Args, TASK_DEFAULTS, RELEASE, plan, Agent
 
 DEVIATION n: differences from the authors' release. Why, and scores: algos/docs/skimo_no_cem.md
 1. KL divergences are exact, not averages of samples.
-2. The skill policy is trained on bc_chunks random chunks of a window, not on all.
+2. Maze, own tasks: the skill policy is trained on bc_chunks random chunks of a window, not on all.
 3. Short pre-training: smaller batches (kitchens: windows), larger kl_coef, falling rate, sines; people's data varied.
 4. E environments side by side, a warm-up episode of each. Maze: smaller batches, twice as many, N = 5.
 6. The target copy is faster: tau is .05, not .01.

@@ -17,7 +17,7 @@ Differs from skimo.py in: PRETRAINED, TASK_DEFAULTS, pretrain_loss, pretrain
 
 DEVIATION n: differences from the authors' release. Why, and scores: algos/docs/skimo_no_joint.md
 1. KL divergences are exact, not averages of samples.
-2. The skill policy is trained on bc_chunks random chunks of a window, not on all.
+2. Maze, own tasks: the skill policy is trained on bc_chunks random chunks of a window, not on all.
 3. Short pre-training: smaller batches (kitchens: windows), larger kl_coef, falling rate, sines; people's data varied.
 4. E environments side by side, a warm-up episode of each. Smaller batches, not on CALVIN; maze: twice as many, N = 5.
 5. CEM starts from plans of the task policy, with fewer samples and iterations, and less noise.
@@ -146,7 +146,7 @@ class Args:
 
 
 # By the name of a task's data: the release's values where they differ from Args, and our own for pre-training
-# (DEVIATION 3), the maze's updates (4), planner (5) and total_timesteps, the kitchen's alpha and policy_latents (7).
+# (DEVIATION 3), the maze's updates (4), planners (5) and total_timesteps, the kitchen's alpha and policy_latents (7).
 # `people`: with people's data (--data other than scripted) arms are shifted, objects recombined (3).
 TASK_DEFAULTS = {
     "maze": dict(latent_dim=128, skill_encoder="mlp", pretrain_updates=8_000, pretrain_batch_size=64, bc_chunks=1,

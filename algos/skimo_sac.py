@@ -17,7 +17,7 @@ Differs from skimo.py in: Args, TASK_DEFAULTS, RELEASE, Critic, features, model_
 
 DEVIATION n: differences from the authors' release. Why, and scores: algos/docs/skimo_sac.md
 1. KL divergences are exact, not averages of samples.
-2. The skill policy is trained on bc_chunks random chunks of a window, not on all.
+2. Maze, own tasks: the skill policy is trained on bc_chunks random chunks of a window, not on all.
 3. Short pre-training: smaller batches (kitchens: windows), larger kl_coef, falling rate, sines; people's data varied.
 4. E environments act side by side; the warm-up has an episode of each. Maze: twice as many updates, of half batches.
 6. The slow critics are faster: tau is .05, not .01.
