@@ -76,7 +76,7 @@ class Args:
 
     # Seldom changed
     data_share: float = 1.0  # share of the data's episodes that are used, the first of a fixed permutation
-    data_dir: str | None = None  # folder of offline data and pre-trained models (None: the user's cache)
+    data_dir: str | None = None  # folder of offline data and pre-trained models (None: SKIMO_DATA_DIR or cache)
     run_dir: str = "runs"  # folder of the run folders
     cudagraphs: bool = True  # on a GPU, replay updates as CUDA graphs: one launch in place of hundreds
     threads: int = 0  # of PyTorch on the CPU (0: one or up to eight, whichever is faster at first)

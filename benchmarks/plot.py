@@ -39,9 +39,7 @@ def draw_seeds(axes, cell, end: int, colour: str, width: float = 2.2):
     for x, y in curves if len(curves) > 1 else []:
         axes.plot(x / 1000, y, color=colour, lw=0.6, alpha=0.35)
     if curves:
-        shortest = min(len(y) for _, y in curves)
-        mean = np.mean([y[:shortest] for _, y in curves], axis=0)
-        axes.plot(curves[0][0][:shortest] / 1000, mean, color=colour, lw=width)
+        axes.plot(curves[0][0] / 1000, np.mean([y for _, y in curves], axis=0), color=colour, lw=width)
 
 
 def draw_paper(axes, task: str, method: str, end: int, colour: str):

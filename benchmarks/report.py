@@ -224,7 +224,8 @@ def lead_row(cells, task: str, method: str, data: str) -> dict[str, str]:
     row = {"method": label(method)}
     common = scores.common_end(cells, task, data, method, "skimo")
     steps = sorted(scores.steps_to(run, 0.75) for run in cell.reaching(end))
-    steps = ["never" if step > end else f"{step / 1000:.0f}" for step in steps]
+    known = TASKS[task].best == 1  # or there is no highest return
+    steps = ["–" if not known else "never" if step > end else f"{step / 1000:.0f}" for step in steps]
     row["thousand env steps to .75"] = steps[0] if steps[0] == steps[-1] else f"{steps[0]} to {steps[-1]}"
     for name, measure in MEASURES.items():
         runs = cells[task, "skimo", data].reaching(common), cell.reaching(common)

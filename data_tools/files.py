@@ -80,7 +80,7 @@ def listed(names) -> str:
 
 def locked(path):
     """Wait until no other program makes the file `path`; the others wait until the `with` block of this has ended."""
-    lock = FileLock(f"{path}.lock")
+    lock = FileLock(f"{path}.lock", mode=0o666)  # other users of a shared folder wait, too
     try:
         return lock.acquire(timeout=0)
     except Timeout:

@@ -162,14 +162,15 @@ def _locked(folder) -> FileLock:
 def stop_event() -> threading.Event:
     """Return an event that is set by Ctrl-C, a scheduler's signal or a closed terminal, so that a run saves and ends.
 
-    The same signal once more ends it at once. What nohup ignores stays ignored.
+    Ctrl-C once more ends it at once. What nohup ignores stays ignored.
     """
     stop = threading.Event()
     screens = [number for number in (1, 2) if os.isatty(number)]
 
     def stop_soon(number, frame):
         gone = number == getattr(signal, "SIGHUP", None)
-        signal.signal(number, signal.SIG_IGN if gone else signal.SIG_DFL)  # a shell tells of a closed terminal twice
+        repeats = gone or number == getattr(signal, "SIGXCPU", None)  # told by a shell twice, by Linux every second
+        signal.signal(number, signal.SIG_IGN if repeats else signal.SIG_DFL)
         stop.set()  # waits for ever if the same signal comes in between
         if gone:  # whatever is written to it would be an error
             null = os.open(os.devnull, os.O_WRONLY)

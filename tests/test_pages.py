@@ -20,7 +20,10 @@ LINES = {
     "benchmarks/SPEED.md": 80,
 }
 LINES |= {f"algos/docs/{name}.md": 40 for name in METHODS}
-GENERATED = [f"benchmarks/results/{name}/README.md" for name in ("maze", "kitchen", "calvin", "studies")]
+GENERATED = [
+    f"benchmarks/results/{name}/README.md"
+    for name in ("maze", "kitchen", "kitchen-misaligned", "calvin", "held-out", "studies")
+]
 RESULT = re.compile(r"(<!-- results? ?\w*? -->\n).*?(<!-- /results? -->)", re.DOTALL)
 
 

@@ -330,7 +330,7 @@ def test_the_audits_counts_and_marks_come_out(cells, audited):
     assert [found["hold"] for found in speed] == [23, 13]
     speed = [scores.agreement(audited, "speed", data, scores.paper_speed) for data in ("scripted", "human")]
     assert [(found["hold"], found["pairs"]) for found in speed] == [(23, 40), (13, 20)]
-    assert [round(found["chance"], 1) for found in speed] == [14.4, 6.5] and round(speed[1]["p"], 3) == 0.007
+    assert [round(found["chance"], 1) for found in speed] == [14.4, 6.5] and speed[1]["p"] == 4 / 120
     assert report.three(audited, "kitchen-misaligned", "spirl", "scripted") == [".55°", ".96\\*", ".99"]
     assert report.three(audited, "kitchen", "skimo_sac", "human") == [".82°", ".98", "1.00\\*"]
     for method, expected in (("skimo_sac", 0.95), ("skimo_no_cem", 0.86), ("skimo_no_joint", 0.58), ("spirl", 1.0)):
@@ -567,6 +567,13 @@ def test_evaluations_of_a_short_run_are_not_mixed():
     run.evaluations = [(4_016, 0.1), (8_000, 0.9)]
     assert [scores.without_noise(run, end) for end in (4_000, 8_000)] == [0.1, 0.9]
     assert np.isnan(scores.without_noise(run, 6_000))
+
+
+@pytest.mark.parametrize("env_steps", [2_500, 59_960, 126_008, 200_055])
+def test_the_last_evaluation_counts_where_the_end_is_rounded(env_steps):
+    run = make_run([env_steps], [1.0])
+    run.env_steps, run.evaluations = env_steps, [(env_steps // 2, 0.1), (env_steps, 0.9)]
+    assert scores.without_noise(run, run.end) == 0.9
 
 
 def test_runs_of_which_one_stopped_before_the_others_first_episode(tmp_path):

@@ -102,6 +102,8 @@ def test_an_estimate_is_the_rate_of_the_logs_times_the_env_steps(tmp_path):
     assert run.estimate(cells) == f"{expected}, if none of 6 models is there"
     cells[0].state = "finished"
     assert f" {5 * 100_000 * rate:.1f} core-hours" in run.estimate(cells)
+    cells = cells_of("quick", tmp_path, "--algos", "skimo", "--args", "--pretrained published")
+    assert "of pre-training" not in run.estimate(cells)
     (cell,) = cells_of("figure-4", tmp_path, "--algos", "tdmpc_skills", "--env-ids", "maze", "--seeds", "1")
     assert run.estimate([cell]).endswith("not known: maze/tdmpc_skills")
     default, given = (

@@ -375,7 +375,7 @@ class Rail(MemberVectorEnv):
 
     def advance(self, actions, running):
         self.position += 1
-        return np.zeros(len(running)), self.reached(running)
+        return np.ones(len(running)), self.reached(running)
 
     def observations(self):
         return self.position
@@ -394,6 +394,7 @@ def test_goals_may_be_told_as_numbers(kind):
     for _ in range(7):
         _, _, terminations, truncations, _ = envs.step(np.zeros((2, 1)))
         flags.append([*terminations.tolist(), *truncations.tolist()])
+    assert envs.returns.tolist() == [2, 5]  # advance() pays those that stand still, too
     assert flags == [[False] * 4] + [[True, False, False, False]] * 3 + [[True, False, False, True]] * 3
 
 

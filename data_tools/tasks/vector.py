@@ -146,6 +146,7 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
         if rewards.shape != (self.num_envs,) or successes.shape != (self.num_envs,):
             found = f"{rewards.shape} and {successes.shape}"
             raise ValueError(f"advance() must return rewards and successes ({self.num_envs},), they are {found}")
+        rewards = np.where(running, rewards, np.float32(0))
         self.steps += running
         self.returns += rewards
         self.successes = np.where(running, successes, self.successes)
