@@ -19,11 +19,11 @@ Phase B, the rest; the policy is frozen, its dynamics and the rewards go on bein
    plan: z_1..z_K by MPPI in q, so that the sum of predicted rewards R(x_t, x_t+H) is highest; execute z_1 for H steps
 
 Run beside the release, with 1 and the scale in 6 alike: log q, reward and MPPI are equal but for rounding.
-DEVIATION n from the release (arxiv.org/abs/2004.12974; why, scores: algos/docs/dads.md): 1 x and its change
-are normalised by the replay, not by batch norm; 2 q, policy and critics see positions; 3 the replay holds all steps,
-and q's loss does not weigh them by how likely they are today; 4 sac.py's networks, which are smaller; 5 updates come
-one at a time; 6 MPPI begins at mean 0, and returns are divided by their std; 7 R is learnt from what was seen: our
-rewards are sparse. Until one is seen, phase B's skills are random.
+DEVIATION n from the release (arxiv.org/abs/2004.12974; why, scores: algos/docs/dads.md): 1 x and its change are
+normalised by the replay, not by batch norm; 2 q, policy and critics see positions; 3 the replay holds all steps, and
+q's loss does not weigh them by how likely they are today; 4 sac.py's networks, which are smaller; 5 updates come one at
+a time; 6 MPPI begins at mean 0, and returns are divided by their std; 7 R is learnt from what was seen: our rewards are
+sparse. Until one is seen, phase B's skills are random. q learns on in phase B (release: not while it plans).
 Differs from skimo.py in: Args, TASK_DEFAULTS, Inputs, policy_loss, plan, ReplayBuffer, Agent, rollout, train,
     evaluate, parse_args
 Shapes: B batch, O observation, D entries of x, F inputs, A action, Z skill, E environments, K skills per plan, P plans,

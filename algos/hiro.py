@@ -18,7 +18,7 @@ DEVIATION n: differences from paper or release. Why, and scores: algos/docs/hiro
 1. Environments act side by side, with fewer updates (paper: low one per env step, high one per c).
 2. At the c-th env step the next goal is h's, as in the paper; the release stores the high level's next goal.
 3. For the high level a true end has no future; in the release nothing ends. For the low level nothing ends in both.
-4. Both levels learn from the same rows, c env steps under a goal; the release has two buffers.
+4. Both levels learn from the same rows, c env steps under a goal; the release has two, smaller ones.
 5. Noise (.1; release, Ant: 1 of 30) and low rewards (there m and rad as they are) are in units of an action's or
    goal's range; target actions are clipped to it; the warm-up is uniform and has 10,000 env steps (2,500).
 6. Networks see sines and cosines of positions; goals they see as they are.

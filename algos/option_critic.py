@@ -22,7 +22,8 @@ DEVIATION n from paper and A2OC (why, scores: algos/docs/option_critic.md): 1 Ga
 RMSProp), networks, beta = .12 and Q near 0 at first; 2 sines of positions as inputs; 3 in tables the noise of the
 release: a move is followed by a slip (--paper-slip: a slip in place of the move); 4 softmax of both levels at .01
 (paper: .001), whose gradient leaves out 1 / .01, as there; 5 policy and end move with the option that acted, as in
-Algorithm 1 (release: with the next option and action); 6 gamma discounts the deliberation cost (A2OC: it does not).
+Algorithm 1 (release: with the next option and action); 6 gamma discounts the deliberation cost (A2OC: it does not); 7
+own ends cut returns at once (A2OC: after 5 steps), time limits are no ends, a constant rate, gradients <= .5 (40).
 In the release's four rooms, its learners called in Algorithm 1's order, all tables were equal but for rounding.
 Differs from skimo.py in: Args, TASK_DEFAULTS, RolloutBuffer, Agent, rollout, train, evaluate, parse_args
 Shapes: B = (E, T) env steps, O observation, F inputs, A action, W options, E environments, T env steps per update; in
@@ -78,7 +79,7 @@ class Args:
     option_epsilon: float = 0.1  # share of options that are chosen at random
     deliberation_cost: float = 0.01  # price of an option's own end, in scaled reward (DEVIATION 6)
     entropy_coef: float = 0.01  # weight of the entropy of actions
-    learning_rate: float = 7e-4  # of everything
+    learning_rate: float = 7e-4  # of the networks
     max_grad_norm: float = 0.5  # a larger gradient is shortened
     gamma: float = 0.99  # discount per env step
     reward_scale: float = 1.0  # factor on the task's reward

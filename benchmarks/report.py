@@ -80,8 +80,6 @@ SETTINGS = (
     ("tau .005 → .05", "slow_copies/maze_spirl_tau0.005"),
     ("alpha .5 → .05", "kitchen_sac_alpha/alpha0.5"),
     ("alpha .5, imagined states → .05, encoded; another model", "kitchen_policy_loss/alpha0.5_imagined"),
-    ("KL weight of skills 5e-4 → 1e-3, people's data, alpha from 1", "kitchen_human_kl/kitchen_spirl_5e-4"),
-    ("the same", "kitchen_human_kl/misaligned_spirl_5e-4"),
     ("four times the updates", "calvin_updates/skimo_0.08"),
     ("alpha from 1, warm-up 50,000 → .05, 5,000", "spirl_alpha/kitchen_from_1"),
     ("a quarter of the updates → all", "calvin_updates/spirl_0.24"),

@@ -203,7 +203,10 @@ def test_plans_find_the_best_skills(plan_skills):
     goals = torch.tensor([[[1.2, -2.1]], [[-0.3, 0.6]], [[9.0, 9.0]]])  # (E, 1, 2); the last is out of reach
     goals = goals * plan_skills
 
+    ways = []
+
     def score(x, x_later):
+        ways.append((x, x_later))
         return -(x_later - goals).square().sum(-1)
 
     def value(plans):  # (n, K, 2) -> (E, n)
@@ -217,6 +220,8 @@ def test_plans_find_the_best_skills(plan_skills):
     values = value(plans)
     lost = values.amax(1) - value(found).diagonal()
     assert (lost / (values.amax(1) - values.mean(1))).max() < 0.02
+    for k, (start, _) in enumerate(ways):  # each skill begins where the one before ends
+        assert torch.equal(start, ways[k - 1][1] if k % plan_skills else torch.zeros_like(start))
 
 
 def test_weights_of_plans():
@@ -309,12 +314,18 @@ def test_random_skills_are_uniform_and_evaluations_plan(monkeypatch):
 
     agent.rewarded.fill_(1)
     planned = torch.tensor([[0.1, 0.2], [0.3, -0.4]])
-    monkeypatch.setattr(dads, "plan", lambda dynamics, score, x, args: planned[:, None])
+    asked = []
+    monkeypatch.setattr(dads, "plan", lambda *inputs, args: asked.append(inputs) or planned[:, None])
     obs = np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32)
     action = dads.Executor(agent, 2, explore=False).act(obs, agent.args.discover_steps)
+    ((dynamics, score, x),) = asked
+    assert dynamics is agent.dynamics and score == agent.dynamics.reward and np.array_equal(x, obs[:, :2])
     with torch.no_grad():
-        mode = torch.tanh(agent.actor(torch.cat([torch.from_numpy(obs), planned], 1))[0])
+        mode, other = (
+            torch.tanh(agent.actor(torch.cat([torch.from_numpy(obs), z], 1))[0]) for z in (planned, -planned)
+        )
     np.testing.assert_allclose(action, mode, atol=1e-6)
+    assert not np.allclose(action, other, atol=1e-3)  # the policy is told its skill
 
 
 # --------------------------------------------------------------------------------------------------------- replay
@@ -393,6 +404,10 @@ def test_critics_see_the_same_skill_before_and_after(monkeypatch):
     state, _, reward, next_state = seen[0][3:7]
     assert torch.equal(state, torch.cat([obs, z], 1)) and torch.equal(next_state, torch.cat([next_obs, z], 1))
     assert torch.allclose(reward, 10 * expected)
+    learnt, dynamics_loss = [], dads.dynamics_loss
+    monkeypatch.setattr(dads, "dynamics_loss", lambda *inputs: learnt.extend(inputs[1:]) or dynamics_loss(*inputs))
+    agent.update_dynamics(obs, z, next_obs, next_obs, obs, torch.zeros(16))
+    assert all(map(torch.equal, learnt[:5], (obs[:, :2], z, next_obs[:, :2], next_obs[:, :2], obs[:, :2])))
 
 
 # ----------------------------------------------------------------------------------------------------------- runs

@@ -106,7 +106,7 @@ def test_an_update_pays_by_the_discriminator_of_now_and_keeps_the_skill(monkeypa
     acting_on = []
     policy_loss = diayn.policy_loss
     monkeypatch.setattr(diayn, "soft_critic_loss", critic_loss)
-    monkeypatch.setattr(diayn, "policy_loss", lambda *inputs: acting_on.append(inputs[2]) or policy_loss(*inputs))
+    monkeypatch.setattr(diayn, "policy_loss", lambda *inputs: acting_on.append(inputs[2:]) or policy_loss(*inputs))
     obs, next_obs = torch.randn(2, 8, 4)
     z = torch.eye(3)[torch.randint(3, (8,))]
     task_rewards = torch.full((8,), torch.nan)  # nobody looks at them
@@ -117,7 +117,7 @@ def test_an_update_pays_by_the_discriminator_of_now_and_keeps_the_skill(monkeypa
     for (state, rewards, next_state, alpha), log_q in zip(seen, expected):
         assert torch.equal(state, torch.cat([obs, z], 1)) and torch.equal(next_state, torch.cat([next_obs, z], 1))
         assert torch.allclose(rewards, log_q[z.bool()] + np.log(3)) and alpha == 0.1
-    assert all(torch.equal(state, torch.cat([obs, z], 1)) for state in acting_on)
+    assert all(torch.equal(state, torch.cat([obs, z], 1)) and alpha == 0.1 for state, alpha in acting_on)
     assert not torch.allclose(seen[0][1], seen[1][1])  # the same batch is paid otherwise after one step
     assert not any(value.isnan().any() for value in agent.state_dict().values())
 
@@ -293,6 +293,9 @@ def test_skills_do_not_change_in_control(count_args):
     assert metrics["controller_target"].item() == pytest.approx(expected.mean().item(), rel=1e-5)
     changed = {name.split(".")[0] for name, value in agent.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"controller", "controller_target"}
+    for name, now in agent.controller.state_dict().items():
+        slow = torch.lerp(before[f"controller_target.{name}"], now, count_args.tau)
+        torch.testing.assert_close(agent.controller_target.state_dict()[name], slow)
 
 
 def test_an_evaluation_changes_the_skill_every_few_steps(count_args):

@@ -94,6 +94,10 @@ def test_goals_stay_where_they_are_for_c_steps(agent):
             assert np.allclose(action, expected, atol=1e-6) != explore
             assert np.abs(action).max() <= 1
             steps += 1
+    torch.nn.init.zeros_(agent.low.actor.net[-1].weight)
+    with torch.no_grad():
+        noise = agent.low.choose(torch.zeros(4_000, 4), torch.zeros(4_000, 3), 0.1, uniform=False)
+    assert noise.std().item() == pytest.approx(0.1, rel=0.1)
 
 
 # ----------------------------------------------------------------------------------------------------------- correction

@@ -186,13 +186,18 @@ def test_episodes_of_the_four_rooms(monkeypatch):
         chosen.append(len(chosen) % 4)
         return np.full(40, chosen[-1])
 
+    tables = oc.Tables(2, 3, 2, 4, 0.99)
+    tables.q[:, 1, 1] = 1.0
+    assert tables.choose_option(np.random.default_rng(0), np.array([1, 1])).tolist() == [1, 1]  # the best one
+    arrived = []
     monkeypatch.setattr(oc.Tables, "choose_option", choose_option)
-    monkeypatch.setattr(oc.Tables, "beta", lambda tables, s, w: np.zeros(len(s)))
+    monkeypatch.setattr(oc.Tables, "beta", lambda tables, s, w: arrived.append(s) or np.zeros(len(s)))
     monkeypatch.setattr(oc.Tables, "learn", lambda tables, *step: seen.append(step))
     steps, choices = oc.learn_four_rooms(tiny_args(num_runs=40, num_episodes=6, seed=0), 4)
     assert (choices == 1).all() and steps.max() == 1_000  # who gets lost is put back
     s, w, _, rewards, next_s, ends = np.array(seen, dtype=int).transpose(1, 2, 0)  # (R, steps) each
     assert np.array_equal(rewards, ends) and len(chosen) == len(seen)
+    assert np.array_equal(np.transpose(arrived), next_s)  # options end where they arrive
     for run in range(40):
         goals = []
         t = 0
