@@ -22,10 +22,9 @@ Only true ends have no future, time-outs have one.
 
 DEVIATION n from paper and release, whose loss and reward come out equal (why, scores: algos/docs/diayn.md): 1 sac.py's
 tanh Gaussian, two critics and weights to start from (release: a mixture of 4 Gaussians, one critic and a value network,
-Xavier); 2 environments side by side, fewer updates; 3 the discriminator sees where things are (the paper's
-"DIAYN+prior"), far apart if they are; s_t as in the release, not s_{t+1} as in Algorithm 1; 4 shorter episodes in
-discovery, in the maze, a skill for each (release: epoch), uniform actions at first; 5 sines of positions as inputs; 6
-all of control; 5 updates per choice (maze: 50).
+Xavier); 2 E environments, fewer updates; 3 the discriminator sees where things are (the paper's "DIAYN+prior"); s_t as
+in the release, not s_{t+1} as in Algorithm 1; 4 shorter episodes in the maze's discovery, a skill for each (release:
+epoch), uniform actions at first; 5 sines of positions; 6 control: 5 updates per choice (maze: 50).
 Differs from skimo.py in: Args, TASK_DEFAULTS, Inputs, policy_loss, ReplayBuffer, Agent, rollout, train, evaluate,
     parse_args
 Shapes: B batch, O observation, F inputs, A action, Z skills (z is one-hot), E environments.
