@@ -88,7 +88,7 @@ class Args:
     hidden_dim: int = 256  # width of hidden layers
     position_features: bool = True  # sines and cosines of positions as inputs (DEVIATION 4)
 
-    # Pre-training (nothing of it counts with --pretrained)
+    # Pre-training (with --pretrained windows and rows have to fit, the rest does not count)
     low_window: int = 30  # W_l: farthest goal of the low level, and farthest subgoal, in env steps
     high_window: int = 260  # W_h: farthest goal of the high level
     pretrain_updates: int = 5_000  # gradient updates
@@ -395,7 +395,7 @@ def ppo_loss(low, value, obs, z, action, log_prob, advantages, returns, demo, de
 def advantages_and_returns(rewards, values, next_values, bootstrap, goes_on, args):
     """Generalised advantage estimates (GAE eq. 16) and what the value should be, 2 x (T, E); time-first.
 
-    rewards, values, next_values (T, E); bootstrap (T, E): whether the next value counts, 0 at a true end; goes_on
+    rewards, values, next_values (T, E); bootstrap (T, E): whether the next value counts; goes_on
     (T, E): whether row t + 1 follows on row t.
     """
     advantages = rewards + args.gamma * bootstrap * next_values - values  # (T, E), one-step errors at first
