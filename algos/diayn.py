@@ -237,7 +237,7 @@ def discriminator_loss(discriminator, obs, z, subtract_log_p_z: bool):
     """Discriminator: guess from a state which skill led there; the better it can, the more is the skill paid (eq. 3).
 
     obs (B, O), z (B, Z) one-hot. Returns the loss, the skills' rewards (B,) by the discriminator as it is now, and
-    metrics. A perfect guess gives log Z, a blind one 0.
+    metrics. With log p(z) taken off, a perfect guess gives log Z, a blind one 0.
     """
     log_q = discriminator(obs)  # (B, Z)
     log_q_z = (log_q * z).sum(-1)  # (B,)

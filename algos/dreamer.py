@@ -17,13 +17,13 @@ v(s, h) counts the reward for arriving in this state, then the later ones. (Late
 
 Run beside SkiMo's library and a PyTorch port of Hafner's code: equal but for rounding. SkiMo's library, and so this
 file, differs from Hafner's code in: states, their std is learnt (pictures, std 1), the best action is tanh(mean) (best
-of 100 samples), weights are orthogonal (Glorot), 2,500 random env steps (5,000, then 100 updates at once).
+of 100 samples), weights are orthogonal (Glorot), 2,500 random env steps (5,000, then 100 updates at once), .2 updates
+per env step (.1: each action acts twice).
 DEVIATION n from SkiMo's release, whose Dreamer this is (why, scores: algos/docs/dreamer.md): 1 several
 environments side by side, updates at each env step (there: at every 500th); 2 windows are any L steps of an episode,
 unfinished ones included, each drawn as often; 3 reward_scale is applied; 4 scaled observations with sines of positions
 as inputs, raw ones are reconstructed; 5 imagine_starts, by default all states, as there; 6 --continue-head, a model of
-the end; without it, as there, imagination never ends; 7 the decoder begins at the mean of what was seen; 8 --cpu-preset
-has smaller sizes.
+the end (else, as there, none); 7 the decoder begins at the mean of what was seen; 8 --cpu-preset: smaller, .05 updates.
 Differs from skimo.py in: Args, TASK_DEFAULTS, kl_divergence, Agent, rollout, train, evaluate, parse_args
 Shapes: B batch, L rows per window, O observation, F inputs, e encoded, A action, s and h the sizes of these states,
 d = s + h, E environments, S starts, J steps.

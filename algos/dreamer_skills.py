@@ -13,8 +13,8 @@ executed as z = 2 u for H steps of the skill policy; its reward is the sum of th
    actor: maximise V through the model (eq. 7) - alpha KL(2 u || p(z | o)); critic: v(s, h) -> V (eq. 8)
 
 DEVIATION n: differences from the authors' release. Why, and scores: algos/docs/dreamer_skills.md
-1. KL divergences without sampling and without a bound (release: 100): exact, or quadrature for the policy's tanh, whose
-   whole slope counts (release: not that of 2 u, and atanh is cut at 8.7: 4 nats more at the start).
+1. KL divergences without bound (release: 100) or sampling (100 draws): exact, or quadrature for the policy's tanh, with
+   its whole slope (release: not that of 2 u, and atanh is cut at 8.7: 4 nats more at the start).
 2. Pre-training: shorter, with a learning rate that decays; in the maze and on CALVIN a larger kl_coef.
 3. Sines of positions as inputs, the maze scaled; in people's data arms shifted, objects recombined, larger kl_coef.
 4. The model's encoder sees them, too; raw observations are reconstructed. Kitchens: 30 observations, without the goal.

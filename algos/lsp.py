@@ -19,8 +19,8 @@ the present state of a skill; (iii) v does not see z: it is the value when other
 needs; (iv) plans of 5 skills; (v) skills are N(0, I), planned ones at most 3 before noise; (vi) in imagination one z
 per start, held for one whole skill. Z = 3 and K = 10 are the paper's; sizes of CEM are recalled, not verified.
 --random-skills is the paper's ablation: no plans.
-DEVIATION n, as in dreamer.py: 2 windows are any L steps of an episode, each drawn as often; 4 scaled observations with
-sines of positions as inputs; 5 imagine_starts; 6 --continue-head; 7 the decoder begins at the mean of what was seen.
+Plans use the policy's mean action; the bound stays out of V; imagination is one skill long, K steps (Dreamer: 15).
+DEVIATION n: 1 to 8 of dreamer.py, which its page explains.
 Differs from skimo.py in: Args, TASK_DEFAULTS, CPU_PRESET, kl_divergence, skill_paths, Agent, rollout, train, evaluate,
     parse_args
 Shapes: B batch, L rows per window, O observation, F inputs, e encoded, A action, Z skill, s and h the sizes of

@@ -16,10 +16,10 @@ later counts as a goal (RIL); then the low level goes on by RL (RRF). Subgoals t
    update pi_l by PPO on the reward 1 while s is within subgoal_eps of z, plus demo_coef times eq. 1 (eq. 2)
 
 DEVIATION n: differences from the paper, whose learning code was not released. Why, and scores: algos/docs/relay.md
-1. PPO in place of the natural gradient. Its demonstrations are 20,000 relabelled pairs, kept in the model's file.
+1. PPO in place of the natural gradient. Its demonstrations are 20,000 relabelled pairs, kept in the model's file; own
+   roll-outs never join them (the paper's DAPG variant).
 2. Only the low level is fine-tuned. With --flat the reward is the task's.
-3. The high level looks at the objects' entries of a goal only. The user's goal is the present state with the objects of
-   the task where they should be.
+3. The high level sees the objects' entries of a goal only. The user's goal: the present state, the task's objects done.
 4. Widths, step sizes and the like are ours, and sines of positions as inputs. PPO explores with a small, fixed std, and
    advantages are divided by their std + .01 (Spinning Up, otherwise equal: by their std).
 5. When the task ends while a subgoal is pursued, the value of the last state still counts. With --flat it does not.

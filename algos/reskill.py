@@ -18,8 +18,9 @@ DEVIATION n: differences from the authors' release. Why, and scores: algos/docs/
 5. The flow learns after the skills, starts as the identity, is half as wide, with one network for scale and shift of a
 coupling; its learning rate decays to zero.
 7. pi starts as the prior, and the residual's std is smaller. Stds stay within bounds because parameters are put back.
-8. Updates take batch_size rows, not all; the early stop comes one update later; roll-outs are shorter, the gate opens
-earlier; a roll-out goes on where the last one stopped; rewards of maze and CALVIN x .01.
+8. Updates take batch_size rows, not all; the early stop comes one update later; roll-outs are shorter, go on where the
+last one stopped, and all skills learn by their own advantages (release: the last by an old one); the gate opens
+earlier; rewards of maze and CALVIN x .01.
 9. Values of both policies see as far: gamma^(1/H) per env step, not gamma. The residual policy learns once w >= .01.
 10. A skill ends with its episode. 11. Evaluations draw skills, not their means, and take the w of training, not 1.
 --published takes SPiRL's release's side of 2 and of 3 in pre-training, and this one's width of the flow, roll-outs,

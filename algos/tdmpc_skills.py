@@ -14,7 +14,7 @@ its policy held to the prior by a KL. Its model does not know the offline data, 
       KL(2 u || p(s_t)) over encoded ones (eq. 11, with a KL); move the slow target copy
 
 DEVIATION n: differences from the authors' release. Why, and scores: algos/docs/tdmpc_skills.md
-1. KL divergences without sampling: exact, or quadrature for the policy's tanh.
+1. KL divergences: exact, or quadrature for the policy's tanh (release: 100 samples, whose prior sees a scaled maze).
 2. Pre-training: shorter, with a learning rate that decays; in the maze and on CALVIN a larger kl_coef.
 3. Sines of positions as inputs, the maze scaled; in people's data arms shifted, objects recombined, larger kl_coef.
 4. E environments act side by side. After ends and time-outs nothing counts (release: both are ignored).

@@ -154,8 +154,8 @@ def note_losses_and_optimizers(notes, module, patch):
 
 
 def note_updates(notes, module, patch):
-    """slow, slow_start: the slow copy, and its weights in a row before the first update; online: a list with those of
-    the networks that it may follow, by name, after each update; updated_at: the env steps before each.
+    """slow, slow_start: the slow copy, and its weights in a row before the first update; online_start: those of the
+    networks that it may follow, by name; online: the same after each update, a list; updated_at: the env steps before.
     """
     notes.online = []
     notes.updated_at = []
@@ -164,13 +164,15 @@ def note_updates(notes, module, patch):
         return torch.nn.utils.parameters_to_vector(part.parameters()).detach().double()
 
     def update(agent, *inputs, original=module.Agent.update, **how):
+        parts = {name: getattr(agent, name, None) for name in ("model", "critic", "critics")}
+        parts = {name: part for name, part in parts.items() if part}
         if not notes.online and hasattr(agent, "target"):
             notes.slow = agent.target
             notes.slow_start = numbers(agent.target)
+            notes.online_start = {name: numbers(part) for name, part in parts.items()}
         notes.updated_at.append(NUM_ENVS * len(notes.training.steps))
         metrics = original(agent, *inputs, **how)
-        parts = {name: getattr(agent, name, None) for name in ("model", "critic", "critics")}
-        notes.online.append({name: numbers(part) for name, part in parts.items() if part})
+        notes.online.append({name: numbers(part) for name, part in parts.items()})
         return metrics
 
     patch.setattr(module.Agent, "update", update)
@@ -180,28 +182,30 @@ def note_exploring(notes, module, patch):
     """explored: whether it explored whenever something was chosen, and for how many environments: {(E, bool), ...};
     planned_at: of each plan of training the env step that the planner was told, and the one that it was; evaluated_at:
     those told elsewhere; remembered: env steps of each choice of training -> the largest number that was kept from the
-    choices before.
+    choices before; kept: the largest number in an evaluation.
     """
     notes.explored = set()
     notes.planned_at, notes.evaluated_at = [], set()
     notes.remembered = {}
+    notes.kept = 0.0
 
     def choose(actor, *inputs, original, **how):
         bound = inspect.signature(original).bind(actor, *inputs, **how).arguments
         explore = bound.get("explore", vars(actor).get("explore"))
         notes.explored.add((len(bound["obs"]), explore))
         chunks = "choose_chunks" in vars(type(actor))  # qc.py draws them everywhere
+        memory = {**vars(actor), **bound}
+        kept = [memory[name] for name in ("memory", "last_mean", "left", "last_place") if name in memory]
+        kept = [torch.as_tensor(x) for value in kept for x in (value if isinstance(value, list) else [value])]
+        largest = max([float(x.abs().max()) for x in kept if x.numel()], default=0.0)
         if len(bound["obs"]) != NUM_ENVS:
             notes.evaluated_at.add(bound.get("global_step"))
+            notes.kept = max(notes.kept, largest)
         if len(bound["obs"]) == NUM_ENVS and (explore or chunks):
             steps = len(notes.training.steps)
             if bound.get("global_step") is not None:
                 notes.planned_at.append((bound["global_step"], NUM_ENVS * steps))
-            memory = {**vars(actor), **bound}
-            kept = [memory[name] for name in ("memory", "last_mean", "left") if name in memory]
-            kept = [torch.as_tensor(x) for value in kept for x in (value if isinstance(value, list) else [value])]
-            largest = [float(x.abs().max()) for x in kept if x.numel()]
-            notes.remembered[steps] = max([notes.remembered.get(steps, 0.0), *largest])
+            notes.remembered[steps] = max(notes.remembered.get(steps, 0.0), largest)
         return original(actor, *inputs, **how)
 
     def wrapped(owner, name, original):

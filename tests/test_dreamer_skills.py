@@ -189,6 +189,11 @@ def test_evaluations_take_the_mode():
     z = dreamer_skills.Filter(agent, 4).choose_skills(np.zeros((4, 4), np.float32), 0, explore=False)
     expected = 2 * torch.tanh(5 * torch.tanh(torch.tensor([0.06, -0.04, 0.0])))
     assert torch.allclose(z, expected.expand(4, 3), atol=1e-6)
+    # In training noise joins the policy's samples, here without a std, and the model sees both
+    agent.actor.raw_std = -50.0
+    filter = dreamer_skills.Filter(agent, 2_000)
+    z = filter.choose_skills(np.zeros((2_000, 4), np.float32), 0, explore=True)
+    assert z[:, 2].std().item() == pytest.approx(2 * 0.3, rel=0.05) and torch.equal(2 * filter.memory[2], z)
 
 
 # ------------------------------------------------------------------------------------------------------------- learning

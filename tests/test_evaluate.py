@@ -36,6 +36,15 @@ def test_checkpoints_of_a_grid_are_evaluated_once(tmp_path):
     first = (tmp_path / "evaluations.csv").read_text()
     evaluate.main(evaluate.Args(tmp_path, episodes=1))
     assert (tmp_path / "evaluations.csv").read_text() == first
+    # The same checkpoint by more episodes, or further on, is another line
+    evaluate.main(evaluate.Args(tmp_path / "kitchen-60", episodes=1))
+    state["global_step"] = 50_002
+    algo.save(tmp_path / "kitchen-60" / algo.FILE.stem / name, state, dict(agent=agent))
+    for episodes in (1, 2, 2):
+        evaluate.main(evaluate.Args(tmp_path / "kitchen-60", episodes=episodes))
+    rows = csv.DictReader((tmp_path / "kitchen-60" / "evaluations.csv").open())
+    found = [(row["env_step"], row["episodes"]) for row in rows]
+    assert found == [("25007", "1"), ("50002", "1"), ("50002", "2")]
     rows = list(csv.DictReader(first.splitlines()))
     assert [(row["checkpoint"], row["acts_by"], row["env_step"]) for row in rows] == [
         ("kitchen/skimo/seed2.pt", "plan", "25007"),

@@ -277,6 +277,23 @@ def test_plans_move_on_by_a_skill(monkeypatch):
     assert len(given) == 2 and given[0][1] == 0.0
     assert (given[0][0] == 0).all()
     assert (given[1][0][:, 0] == 2).all() and (given[1][0][:, 1] == 0).all()
+    agent.act(np.zeros((2, 3), np.float32), agent.new_memory(2), explore=True)
+    assert given[2][1] == 1.0
+
+
+def test_noise_is_added_in_training_only_and_the_model_sees_it():
+    agent = new_agent(tiny_args(random_skills=True))
+    with torch.no_grad():
+        agent.actor.net[-1].weight.zero_()
+        agent.actor.raw_std = -50.0  # no std of the policy's own
+    obs = np.zeros((2_000, 3), np.float32)
+    action, memory = agent.act(obs, agent.new_memory(2_000), explore=True)
+    assert action.std() == pytest.approx(0.3, rel=0.05) and np.array_equal(memory[2].numpy(), action)
+    assert np.abs(agent.act(obs, agent.new_memory(2_000), explore=False)[0]).max() == 0
+    agent.actor.raw_std = math.log(math.expm1(0.5))  # now the policy has a std of .5, before its tanh
+    agent.args.explore_std = 0.0
+    action, _ = agent.act(obs, agent.new_memory(2_000), explore=True)
+    assert np.arctanh(action).std() == pytest.approx(0.5, rel=0.05)
 
 
 def test_acting_filters_as_training_does(monkeypatch):

@@ -85,6 +85,7 @@ def test_copy_of_skimo_alone_learns_it(tmp_path):
     prior, learned = (float(word) for word in done.stdout.rpartition("RESULTS")[2].split())
     print(done.stdout)
     (run_dir,) = (tmp_path / "runs").iterdir()
+    assert [path.name.split("_")[0] for path in (tmp_path / "data").glob("*.hdf5")] == ["walk"]
     with (run_dir / "episodes.csv").open() as file:
         lengths = [int(row[2]) for row in list(csv.reader(file))[1:]]
     assert len(lengths) > 70 and max(lengths) == 60 > min(lengths)

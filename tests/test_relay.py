@@ -286,14 +286,14 @@ def test_what_comes_after_a_subgoal_and_after_an_episode(flat, finishes):
     """Two members, the second one's episode ends after two of five steps. A subgoal that is cut short keeps its value,
     one that is over has none; the task (--flat, reward 1 per step) has none after its true end."""
     torch.manual_seed(0)
-    args = tiny_args(gamma=0.9, subgoal_eps=0.25, flat=flat)
+    args = tiny_args(gamma=0.9, subgoal_eps=0.25, flat=flat, reward_scale=0.5)
     agent = relay.Agent(args, line_networks(args))
     torch.nn.init.constant_(agent.value.net[-1].bias, 7.0)  # what the value says everywhere: its last weights are 0
 
     def returns_of(paid, later):  # backwards: the rest is worth .95 of what came and .05 of what the value says
         rest, returns = later, []
         for reward in reversed(paid):
-            returns.append(reward + 0.9 * rest)
+            returns.append((0.5 if flat else 1) * reward + 0.9 * rest)
             rest = 0.95 * returns[-1] + 0.05 * 7
         return returns[::-1]
 
@@ -377,7 +377,26 @@ def test_subgoals_are_where_the_high_level_goes_from_here():
     torch.nn.init.zeros_(networks["high"].net.net[-1].weight)
     torch.nn.init.zeros_(networks["high"].net.net[-1].bias)  # it does not go anywhere
     obs = np.random.default_rng(0).uniform(5, 35, (3, 4)).astype(np.float32)
-    np.testing.assert_array_equal(relay.Agent(args, networks).choose_skills(obs, None, explore=False), obs)
+    agent = relay.Agent(args, networks)
+    np.testing.assert_array_equal(agent.choose_skills(obs, None, explore=False), obs)
+    # Towards the user's goal, seen from here
+    torch.nn.init.normal_(networks["high"].net.net[-1].weight)
+    subgoal, goal = agent.choose_skills(obs, None, explore=False), torch.from_numpy(obs).clone()
+    goal[:, :2] = torch.tensor(maze.GOAL)
+    torch.testing.assert_close(subgoal, networks["high"](torch.from_numpy(obs), goal)[0])
+
+
+def test_an_advantage_is_what_came_and_what_comes_less_what_was_expected():
+    torch.manual_seed(0)
+    args = tiny_args(gamma=0.9)
+    agent = relay.Agent(args, line_networks(args))
+    torch.nn.init.normal_(agent.value.net[-1].weight)
+    obs, next_obs, z = torch.randn(3, 1, 6, 1)
+    rows, _ = agent.rows(z[0], trace_of(obs, obs, next_obs))
+    later, before = agent.value(next_obs, z)[0, :, 0], agent.value(obs, z)[0, :, 0]
+    assert (later - before).abs().min() > 0.01
+    reached = ((z - next_obs)[0, :, 0].abs() < args.subgoal_eps).float()
+    torch.testing.assert_close(rows[4], reached + 0.9 * later - before)
 
 
 def test_distances_to_a_subgoal_are_in_standard_deviations():
@@ -432,15 +451,16 @@ def test_imitation_alone_leaves_an_agent_that_can_be_fine_tuned(data_dir, tmp_pa
         updated.append(agent.low.net.net[0].weight.detach().clone())
         return metrics
 
-    def noted_collect(envs, act, *inputs):
+    def noted_collect(envs, act, *args):
         if updated:
-            acted.append(torch.equal(updated[-1], act.__self__.net.net[0].weight))
-        return collect(envs, act, *inputs)
+            latest = torch.equal(updated[-1], act.__self__.net.net[0].weight)
+            acted.append((act.__name__, len(args[0]), latest))
+        return collect(envs, act, *args)
 
     monkeypatch.setattr(relay.Agent, "update", noted_update)
     monkeypatch.setattr(relay, "collect", noted_collect)
     results = relay.train(relay.parse_args(["--resume", str(run), "--total-timesteps", "300"]))
-    assert acted and all(acted)  # by the policy of the last round
+    assert set(acted) == {("explore", 8, True), ("act", 2, True)}  # by the policy of the last round
     assert results["env_steps"] == 320 and results["updates"] == 240 // 64 + 80 // 64  # of each roll-out's rows
     agent = torch.load(run / "checkpoint.pt", weights_only=True)["agent"]
     expected = relay.Args.demo_coef * 0.999**2  # two roll-outs

@@ -644,6 +644,11 @@ def test_new_episodes_know_nothing_of_the_old_ones(case):
     assert max(remembered.values()) > 0
 
 
+@pytest.mark.parametrize("case", [*REMEMBER, "hiro"], indirect=True)
+def test_evaluations_remember_their_episode(case):
+    assert case.notes.kept > 0
+
+
 @pytest.mark.parametrize("case", ["dreamer", "dreamer_skills", "lsp"], indirect=True)
 def test_decoder_begins_with_the_first_batch(case):
     assert case.notes.decoder_starts == [True]
@@ -661,6 +666,7 @@ def test_the_slow_copy_follows(case):
     every = 2 if case.script.stem.startswith(("skimo", "tdmpc")) else 1
     name = SLOW[case.script.stem]
     expected = case.notes.slow_start
+    assert torch.equal(expected, case.notes.online_start[name])  # it begins as a copy
     for k, networks in enumerate(case.notes.online, 1):
         if k % every == 0:
             expected = 0.9 * expected + 0.1 * networks[name]

@@ -45,9 +45,11 @@ class Constant(torch.nn.Module):
         self.values = values
 
     def forward(self, *inputs):
+        self.inputs = inputs
         return self.values if len(self.values) > 1 else self.values[0]
 
     def sample(self, obs):
+        self.inputs = (obs,)
         return self.values
 
 
@@ -58,14 +60,26 @@ def test_targets_bootstrap_through_time_outs_only():
     critics = Constant(torch.tensor([1.0, 1.0]), torch.tensor([2.0, 2.0]))
     discount = torch.tensor([0.9, 0.0])  # the second transition ends
     rewards = torch.tensor([3.0, 5.0])
-    nothing = torch.zeros(2, 1)
-    loss, metrics = sac.soft_critic_loss(
-        critics, target, actor, nothing, nothing, rewards, nothing, discount, torch.tensor(0.5)
-    )
+    obs, action, next_obs = torch.randn(3, 2, 1)
+    batch = obs, action, rewards, next_obs, discount
+    loss, metrics = sac.soft_critic_loss(critics, target, actor, *batch, torch.tensor(0.5))
+    assert critics.inputs == (obs, action)
+    assert actor.inputs == (next_obs,) and target.inputs == (next_obs, actor.values[0])
     targets = np.array([3 + 0.9 * (10 + 0.5 * 2), 5.0])
     expected = 0.5 * np.mean((1 - targets) ** 2 + (2 - targets) ** 2)
     assert loss.item() == pytest.approx(expected)
     assert metrics["td_target"].item() == pytest.approx(targets.mean())
+
+
+def test_actions_are_samples_in_training_and_modes_elsewhere():
+    torch.manual_seed(0)
+    agent = sac.Agent(tiny_args(), 4, 2)
+    obs = torch.randn(5, 4)
+    torch.manual_seed(1)
+    action = agent.act(obs.numpy(), explore=True)
+    torch.manual_seed(1)
+    np.testing.assert_array_equal(action, agent.actor.sample(obs)[0].detach())
+    np.testing.assert_array_equal(agent.act(obs.numpy(), explore=False), agent.actor(obs)[0].tanh().detach())
 
 
 @pytest.mark.parametrize("n", [1, 3, 4])

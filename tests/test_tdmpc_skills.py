@@ -256,10 +256,11 @@ def test_warmup_explores_with_the_priors_samples_as_they_are():
 
 
 def test_planner_starts_from_its_last_plan_moved_on_by_one_skill(short_episodes, monkeypatch):
-    means = []
+    means, noise = [], []
 
-    def plan(model, task_policy, obs, mean, *rest, args):
+    def plan(model, task_policy, obs, mean, min_std, noise_scale, args):
         means.append(mean.clone())
+        noise.append(noise_scale.item())
         numbers = 1 + torch.arange(float(mean.shape[1]))[None, :, None].expand_as(mean)
         return torch.zeros(len(obs), 3), numbers  # skills 1, 2, 3 of the plan
 
@@ -271,6 +272,7 @@ def test_planner_starts_from_its_last_plan_moved_on_by_one_skill(short_episodes,
     agent.choose_skills(np.zeros((2, 4), dtype=np.float32), 10**6, explore=True)
     assert not means[0].any() and means[-1][:, :, 0].tolist() == [[2, 3, 0], [0, 0, 0]]
     assert not means[1].any() and means[2][:, :, 0].tolist() == [[2, 3, 0]] * 2
+    assert noise[0] == noise[-1] == 1 and set(noise[1:-1]) == {0}  # in training only
 
 
 def test_windows_hold_skills_in_order_with_their_ends():
