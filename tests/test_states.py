@@ -116,8 +116,10 @@ def test_a_run_is_found_by_its_folder_and_by_what_is_in_it(tmp_path):
     run.mkdir()
     (run / "args.json").write_text(json.dumps(dict(seed=1)))
     checkpoint = make(run, "checkpoint")
+    make(run, "part_0123_checkpoint")  # of a program that was killed while it saved
     for path in (run, checkpoint, run / "args.json", f"{run}/"):
         assert data_tools.saved_run(path) == (str(run), dict(seed=1))
+        assert list(run.glob("*.pt")) == [checkpoint]
     assert data_tools.read_state(checkpoint.rename(run / "checkpoint.pt").parent, ["agent"])["global_step"] == 7
     refused(lambda: data_tools.saved_run(tmp_path), "args.json", "run")
     refused(lambda: data_tools.saved_run(make(tmp_path, "model")), "--pretrained")
