@@ -349,6 +349,8 @@ def test_windows_of_rewards_against_a_loop(steps):
     torch.manual_seed(0)
     args = tiny_args(buffer_size=60, skill_horizon=8)
     rb, kept = filled(args, steps)
+    first, second = rb.positions(1)  # of the rows that there are, all once
+    assert len(first.unique()) == 2 * min(steps, 30) and torch.equal(second, first + 0.5)
     start, end, rewards = rb.sample_rewards(400)
     H = min(8, steps)
     oldest = max(0, steps - 30)

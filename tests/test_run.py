@@ -500,6 +500,18 @@ def test_families_are_what_the_files_say(tmp_path):
     assert all(cell.family[0] == "skimo" for cell in cells if cell.algo == "skimo_no_cem")
 
 
+def test_runs_share_a_gpu_as_asked(monkeypatch):
+    import ray
+
+    resources = dict(CPU=4.0, GPU=1.0)
+    monkeypatch.setattr(ray, "init", lambda **how: None)
+    monkeypatch.setattr(ray, "nodes", lambda: [dict(Alive=True, Resources=resources)])
+    assert run.connect(run.Args(runs_per_gpu=4)) == 0.25
+    assert run.connect(run.Args(runs_per_gpu=4, device="cpu")) == 0
+    del resources["GPU"]
+    assert run.connect(run.Args(runs_per_gpu=4)) == 0
+
+
 def test_the_table_shows_what_needs_attention_first():
     cells = [cell_of(seed=i, state="finished") for i in range(5)] + [cell_of(seed=9, state="failed", tries=4)]
     cells.append(cell_of(seed=8, state="RL", step="1,000 / 2,000", episodic_return="0.50", eta="1:02 h"))
