@@ -255,6 +255,7 @@ def outcomes(cells, claim: Claim, measure: str) -> tuple[list[str], list[tuple]]
         values = [scores.measured(cells, task, name, data, measure, end) for name in names]
         if task in claim.tasks and all(map(len, values)) and not np.isnan(np.concatenate(values)).any():
             stands = scores.relation(*values, TASKS[task].margin)
+            stands = "?" if stands != "=" and min(map(len, values)) < 2 else stands  # one seed is not all seeds
             found.append(stands if stands != "?" else "ahead" if values[0].mean() > values[1].mean() else "behind")
             pairs.append(values)
     return found, pairs

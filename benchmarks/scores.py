@@ -148,11 +148,10 @@ def data_name(facts: dict, path: Path) -> str:
         return folder
     if "data" not in facts["args"]:
         return "none"
-    if not facts.get("results"):  # it still runs, and only its results name the source of a file
-        names = {"scripted": "scripted", "d4rl": "d4rl", "release": "skimo-release"}
-        return names.get(facts["args"]["data"], "data of its own")
-    pretraining = facts["results"].get("pretraining") or {}
-    data = pretraining.get("data", "not known")
+    names = {"scripted": "scripted", "d4rl": "d4rl", "release": "skimo-release"}
+    asked = names.get(facts["args"]["data"], "data of its own")
+    pretraining = (facts.get("results") or {}).get("pretraining") or {}  # these alone name the source of a file
+    data = pretraining.get("data", asked)
     return data["source"] if isinstance(data, dict) else data  # of the models that are in this repository
 
 
@@ -205,7 +204,7 @@ def run_of(path: Path, env_id: str, facts: dict, rows: list[dict]) -> Run:
             return np.array([float(row[name]) for row in episodes])
 
         end_steps = column("env_step")
-        steps = place(end_steps, column("episodic_length"), facts["args"].get("num_envs", 1), task.longest)
+        steps = place(end_steps, column("episodic_length"), facts["args"]["num_envs"], task.longest)
         order = np.argsort(steps, kind="stable")
         data = offline_data(facts, path)
         return Run(

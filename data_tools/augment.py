@@ -64,7 +64,7 @@ def perturb(obs, actions, arm: tuple[int, float] | None, std: float):
 def code_of(source: str) -> str:
     """Return a hash of Python code and of what draws batches here: comments and docstrings do not change it.
 
-    Pre-trained models are found again by it: whoever changes networks, loss or sampling gets a new model.
+    Pre-trained models are found again by it: whoever changes networks, loss, sampling or Python gets a new model.
     """
     sampling = [OfflineDataset.split, OfflineDataset.sample_windows, OfflineDataset._window_table]
     sampling += [OfflineDataset.sample_pairs, recombined, perturb]

@@ -129,7 +129,7 @@ class OfflineDataset:
     def split(self, fraction: float = 0.99, length: int = 1) -> tuple["OfflineDataset", "OfflineDataset"]:
         """Return (train, validation): the first `fraction` of the episodes in file order, and the rest.
 
-        Only episodes of at least `length` rows count, and each side has one; says so if there are shorter ones. Raises
+        Only episodes of at least `length` rows count, and each side has one; says so if a tenth are shorter. Raises
         DataError if there are fewer than two.
         """
         lengths = self.episode_lengths
@@ -250,10 +250,7 @@ def read_hdf5(path) -> tuple[dict[str, np.ndarray], dict]:
 
 
 def check_arrays(arrays: dict[str, np.ndarray], name: str) -> None:
-    """Raise DataError, which calls the data `name`, unless the arrays (by KEYS) can be offline data.
-
-    This is the one place where values are checked, whatever file or script they come from.
-    """
+    """Raise DataError, which calls the data `name`, unless the arrays (by KEYS) can be offline data, of any task."""
 
     def require(condition, problem):
         if not condition:

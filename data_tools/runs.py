@@ -143,7 +143,7 @@ def saved_run(path) -> tuple[str, dict]:
         found = listed(sorted(os.listdir(folder))) if folder.is_dir() else "nothing"
         raise DataError(f"--resume {path} is no run folder: no args.json there, but {found}.")
     _locked(folder).release()
-    for leftover in folder.glob("part_*_checkpoint.pt"):  # of a program that was killed while writing
+    for leftover in folder.glob("part_*"):  # of a program that was killed while writing
         leftover.unlink(missing_ok=True)
     with reading(folder / "args.json", "give another run folder"):
         return str(folder), dict(json.loads((folder / "args.json").read_text()))

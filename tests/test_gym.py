@@ -96,6 +96,25 @@ def test_actions_are_scaled_and_ends_are_told_apart():
     assert data_tools.TASKS["Pendulum-v1"].success(envs.returns) == 0  # without one
 
 
+@pytest.mark.parametrize("drift", [0.0, 0.5])
+def test_an_environment_that_cannot_be_resumed_is_told(drift, monkeypatch, capsys):
+    """One that counts its steps through all episodes: its rewards are others when they are played again."""
+    counter = iter(range(100))
+
+    def step(env, action):
+        env.x = env.x + action + np.float32(drift * next(counter))
+        return env.x, float(env.x[0]), False, False, {}
+
+    monkeypatch.setattr(Walk, "step", step)
+    envs = data_tools.make_envs("Walk-v0", 2)
+    envs.reset(seed=0)
+    for _ in range(2):
+        obs, *_ = envs.step(np.array([[-0.4], [-0.3]], np.float32))
+    found = data_tools.make_envs("Walk-v0", 2).set_state(envs.get_state())
+    assert np.array_equal(found, obs) == (drift == 0)
+    assert ("warning: Walk-v0 does not repeat" in capsys.readouterr().out) == (drift > 0)
+
+
 @pytest.mark.parametrize(
     "env_id, words",
     [

@@ -11,7 +11,7 @@ GOAL = np.array([0.8, 0.8])
 class WalkVectorEnv(MemberVectorEnv):
     """E points; observation: position (2,), action: step / 0.1 (2,). Reward 10 within 0.2 of the goal, the end."""
 
-    saved = {"position": np.float64, **MemberVectorEnv.saved}
+    saved = {"position": np.float64}
 
     def __init__(self, num_envs=1, max_episode_steps=60, render_mode=None):
         super().__init__(num_envs, 2, 2, max_episode_steps, render_mode)

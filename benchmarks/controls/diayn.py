@@ -44,7 +44,7 @@ SETTINGS = {
 class BoxVectorEnv(MemberVectorEnv):
     """E points in a box; observation: position (2,), action: step / 0.1 (2,). Nothing ends an episode early."""
 
-    saved = {"position": np.float64, **MemberVectorEnv.saved}
+    saved = {"position": np.float64}
 
     def __init__(self, num_envs: int, max_episode_steps: int = 100, **options):
         super().__init__(num_envs, 2, 2, max_episode_steps, **options)

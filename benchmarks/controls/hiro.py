@@ -39,7 +39,7 @@ class OpenMazeVectorEnv(MemberVectorEnv):
     return of 1 or more is a success, and 50 steps lead along an edge.
     """
 
-    saved = {"position": np.float64, "target": np.float64, **MemberVectorEnv.saved}
+    saved = {"position": np.float64, "target": np.float64}
 
     def __init__(self, num_envs: int, max_episode_steps: int = 100, **options):
         super().__init__(num_envs, 4, 2, max_episode_steps, **options)

@@ -31,7 +31,7 @@ class BanditVectorEnv(MemberVectorEnv):
         super().__init__(num_envs, 1, 1, max_episode_steps, render_mode)
         self.right = np.ones(num_envs)
 
-    saved = dict(MemberVectorEnv.saved, right=np.float64)
+    saved = {"right": np.float64}
 
     def begin(self, members):
         self.right[members] = 1
@@ -49,7 +49,7 @@ class BanditVectorEnv(MemberVectorEnv):
 class CorridorVectorEnv(MemberVectorEnv):
     """60 cells, from the middle; an action moves by up to one. Reward 1 at the right end, which is the end."""
 
-    saved = dict(MemberVectorEnv.saved, place=np.float64)
+    saved = {"place": np.float64}
 
     def __init__(self, num_envs=1, max_episode_steps=100, render_mode=None):
         super().__init__(num_envs, 1, 1, max_episode_steps, render_mode)

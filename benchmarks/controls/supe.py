@@ -44,7 +44,7 @@ class CorridorVectorEnv(MemberVectorEnv):
     The far end pays 10.
     """
 
-    saved = {"position": np.float64, **MemberVectorEnv.saved}
+    saved = {"position": np.float64}
 
     def __init__(self, num_envs: int, max_episode_steps: int = 60, **options):
         super().__init__(num_envs, 1, 1, max_episode_steps, **options)

@@ -40,6 +40,7 @@ def fetch(url, path, sha256: str | None = None, progress: bool = True, drive: bo
             print(f"Fetching {url} into {path}", flush=True)
             downloader = (_Drive if drive else pooch.HTTPDownloader)(progressbar=progress, timeout=TIMEOUT)
             pooch.retrieve(url, sha256 or _noted(note), path.name, path.parent, downloader=downloader)
+            path.chmod(0o644)  # for others, too, who share the folder
     except requests.RequestException as error:
         raise DataError(f"{url} cannot be fetched ({type(error).__name__}): {WAYS}.") from error
     except ValueError as error:  # pooch: another checksum; nothing is kept

@@ -232,7 +232,7 @@ class CalvinVectorEnv(MemberVectorEnv):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
-    saved = {"start": np.float64, "subtasks": np.int64, **MemberVectorEnv.saved}
+    saved = {"start": np.float64, "subtasks": np.int64}
     info_names = {**MemberVectorEnv.info_names, "num_subtasks": "subtasks"}
 
     def __init__(

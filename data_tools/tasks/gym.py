@@ -11,10 +11,11 @@ from data_tools.tasks.vector import MemberVectorEnv
 class GymVectorEnv(MemberVectorEnv):
     """E environments of Gymnasium, flat Box observations (O,) and actions (A,); ours in [-1, 1] become theirs.
 
-    A saved state is the seed of an episode and its actions so far: `set_state` plays them again.
+    A saved state is the seed of an episode and its actions so far: `set_state` plays them again. So nothing may outlive
+    an episode, and all random numbers must come from its seed.
     """
 
-    saved = {"seeds": np.int64, "actions": np.float64, **MemberVectorEnv.saved}
+    saved = {"seeds": np.int64, "actions": np.float64}
 
     def __init__(
         self, num_envs: int, env_id: str, max_episode_steps: int | None = None, render_mode: str | None = None
@@ -66,8 +67,14 @@ class GymVectorEnv(MemberVectorEnv):
         super().set_state(state)
         for i, env in enumerate(self.envs):
             self.obs[i], _ = env.reset(seed=int(self.seeds[i]))
+            rewards = 0.0
             for action in self.actions[i, : self.steps[i]]:
-                self.obs[i], *_ = self._step(i, action)
+                self.obs[i], reward, *_ = self._step(i, action)
+                rewards += float(np.float32(reward))
+            if rewards != self.returns[i]:
+                print(
+                    f"warning: {env.spec.id} does not repeat an episode by its seed: others go on.", flush=True
+                )
         return self._observed()
 
     def draw(self, member):

@@ -245,7 +245,7 @@ class KitchenVectorEnv(MemberVectorEnv):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 12.5}
-    saved = {"physics": float, "observed": float, "credited": int, **MemberVectorEnv.saved}
+    saved = {"physics": float, "observed": float, "credited": int}
     info_names = {**MemberVectorEnv.info_names, "num_subtasks": "credited"}
 
     def __init__(

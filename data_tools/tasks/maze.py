@@ -40,7 +40,7 @@ def make_layout() -> np.ndarray:
     grid = np.zeros((size, size), dtype=bool)
     while grid.mean() < 0.25:
         along_rows = rng.random() < 0.5
-        n = int(max(0.2 * size * rng.random() + 0.3 * size, 3))  # length of the wall, 12..19
+        n = int(0.2 * size * rng.random() + 0.3 * size)  # length of the wall, 12..19
         door = rng.choice(np.arange(1, n - 1))
         # Draw the place of an n x 5 box with probability softmax(-20 density); the wall is the middle line of the box.
         walls = grid if along_rows else grid.T  # a view: what follows always builds along the first axis
@@ -232,7 +232,7 @@ class MazeVectorEnv(MemberVectorEnv):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 100}
-    saved = {"physics": np.float64, **MemberVectorEnv.saved}
+    saved = {"physics": np.float64}
 
     def __init__(
         self,

@@ -33,11 +33,14 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
-    # Attributes that make up the state, arrays (E, ...), and their types. An environment adds its own.
+    # Attributes that make up the state, arrays (E, ...), and their types. The `saved` of an environment adds its own.
     saved = {"steps": np.int64, "returns": np.float64, **dict.fromkeys(FLAGS, bool)}
     # Names of the infos, and the attributes (E,) that hold their values.
     info_names = {"is_success": "successes", "unstable": "unstable"}
     flags_stay = False
+
+    def __init_subclass__(cls):
+        cls.saved = {**cls.saved, **MemberVectorEnv.saved}
 
     def __new__(cls, *arguments, **options):
         envs = super().__new__(cls)
@@ -260,8 +263,7 @@ class SingleEnv(gymnasium.Env):
 
     def step(self, action) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Apply one action (A,). Raises ValueError for a wrong shape, NotFiniteError for NaN."""
-        action = checked_action(action, self.action_space.shape)
-        observations, rewards, terminations, truncations, infos = self.envs.step(action[None])
+        observations, rewards, terminations, truncations, infos = self.envs.step(np.asarray(action)[None])
         ended = bool(terminations[0]), bool(truncations[0])
         return observations[0], float(rewards[0]), *ended, self._info(infos)
 
