@@ -73,7 +73,8 @@ class GymVectorEnv(MemberVectorEnv):
                 rewards += float(np.float32(reward))
             if rewards != self.returns[i]:
                 print(
-                    f"warning: {env.spec.id} does not repeat an episode by its seed: others go on.", flush=True
+                    f"warning: {env.spec.id} does not repeat an episode by its seed: the resumed run differs.",
+                    flush=True,
                 )
         return self._observed()
 
