@@ -72,10 +72,8 @@ class GymVectorEnv(MemberVectorEnv):
                 self.obs[i], reward, *_ = self._step(i, action)
                 rewards += float(np.float32(reward))
             if rewards != self.returns[i]:
-                print(
-                    f"warning: {env.spec.id} does not repeat an episode by its seed: the resumed run differs.",
-                    flush=True,
-                )
+                name = env.spec.id
+                print(f"warning: {name} does not repeat an episode by its seed: the resumed run differs.", flush=True)
         return self._observed()
 
     def draw(self, member):
