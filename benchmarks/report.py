@@ -586,7 +586,7 @@ def results_text(cells, held=None) -> str:
     if held is None:
         return f"{NOTES['other results']}\n\n{boards}".strip() + "\n"
     parts = [NOTES["introduction"], NOTES["claims"], claims_table(cells), NOTES["orderings"], orderings_table(cells)]
-    parts += [NOTES["held-out"], table(boards_table(held, (*MAIN, "supe"), "../algos/docs"))]
+    parts += [NOTES["held-out"], table(boards_table(held, (*MAIN, "supe", "qc"), "../algos/docs"))]
     parts += [NOTES["settings"], settings_table(cells), f"{NOTES['coverage']}\n{coverage_text(cells)}"]
     parts += [NOTES["without data"], without_data_table(), NOTES["boards"], boards]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
