@@ -18,7 +18,7 @@ DEVIATION n: differences from paper or release. Why, and scores: algos/docs/hiro
 1. Environments act side by side, with fewer updates (paper: low one per env step, high one per c).
 2. At the c-th env step the next goal is h's, as in the paper; the release stores the high level's next goal.
 3. For the high level a true end has no future; in the release nothing ends. For the low level nothing ends in both.
-4. Both levels learn from the same rows, c env steps under a goal; the release has two, smaller ones.
+4. Both levels learn from the same rows, c env steps under a goal; the release has two, of 200,000 each.
 5. Noise (.1; release, Ant: 1 of 30) and low rewards (there m and rad as they are) are in units of an action's or
    goal's range; target actions are clipped to it; the warm-up is uniform and has 10,000 env steps (2,500).
 6. Networks see sines and cosines of positions; goals they see as they are.
@@ -408,7 +408,8 @@ class Agent(nn.Module):
         self.args = args
         unit = goal_range(obs_dim, args)
         self.goal_dim = len(unit)  # G
-        entries = GOAL_ENTRIES.get(data_tools.TASKS[args.env_id].data, range(self.goal_dim))
+        task = data_tools.TASKS[args.env_id]
+        entries = GOAL_ENTRIES.get(task.data or args.env_id, range(self.goal_dim))
         self.register_buffer("goal_unit", torch.tensor(unit, device=args.device))  # (G,)
         self.register_buffer("goal_entries", torch.tensor(list(entries), device=args.device))  # (G,)
         self.low = TD3(obs_dim, self.goal_dim, action_dim, args)

@@ -70,7 +70,7 @@ class Args:
     threads: int = 0  # of PyTorch on the CPU (0: one or up to eight, whichever is faster at first)
     checkpoint_interval: int = 50_000  # env steps between checkpoints
     eval_interval: int = 100_000  # env steps between evaluations; one more at the end
-    eval_episodes: int = 20  # episodes of an evaluation, with the policy's mode
+    eval_episodes: int = 20  # episodes of an evaluation: options end by chance, actions are means
 
     # RL
     num_envs: int = 8  # environments side by side

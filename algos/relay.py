@@ -60,7 +60,7 @@ PRETRAINED = "relay"  # begins the names of pre-trained models
 # ----------------------------------------------------------------------------------------------------------- arguments
 @dataclass
 class Args:
-    env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned, calvin, your own or one of Gymnasium
+    env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned, calvin; others need an entry in GOALS
     total_timesteps: int = 200_000  # env steps of fine-tuning
     seed: int = 1  # of networks, sampling and environments (the i-th: seed + i)
     data: str = "scripted"  # offline data: scripted, d4rl (people's, of the kitchens), release (the authors') or a path
@@ -139,7 +139,7 @@ GOALS = {
 
 
 # ------------------------------------------------------------------------------------------------------------ networks
-# By the name of a task's data. DEVIATION 3: the entries of a goal that the high level looks at, those of objects.
+# By the name of a task's data or the task's own. DEVIATION 3: the goal's entries that the high level sees, objects'.
 GOAL_ENTRIES = {"maze": slice(0, 2), "kitchen": slice(9, 30), "calvin": slice(15, 21)}
 # First and last + 1 of the entries that jump by 2 pi: the Euler angles of CALVIN's tool.
 ANGLE_ENTRIES = {"calvin": (3, 6)}
@@ -236,7 +236,7 @@ class Demonstrations(nn.Module):
 def make_networks(args: Args) -> nn.ModuleDict:
     """The networks of pre-training: low level, high level (not with --flat), and what is kept of the demonstrations."""
     obs_dim, action_dim = data_tools.env_sizes(args.env_id)
-    objects = GOAL_ENTRIES[data_tools.TASKS[args.env_id].data]
+    objects = GOAL_ENTRIES[data_tools.TASKS[args.env_id].data or args.env_id]
     seen = objects if args.flat else slice(0, obs_dim)
     networks = dict(low=GoalPolicy(obs_dim, seen, action_dim, args))
     if not args.flat:

@@ -18,14 +18,14 @@ Differs from skimo.py in: PRETRAINED, TASK_DEFAULTS, pretrain_loss, pretrain
 DEVIATION n: differences from the authors' release. Why, and scores: algos/docs/skimo_no_joint.md
 1. KL divergences are exact, not averages of samples.
 2. Maze, own tasks: the skill policy is trained on bc_chunks random chunks of a window, not on all.
-3. Short pre-training: smaller batches (kitchens: windows), larger kl_coef, falling rate, sines; people's data varied.
+3. Short pre-training: small batches (kitchens: and windows), larger kl_coef, falling rate, sines; people's data varied.
 4. E environments side by side, a warm-up episode of each. Smaller batches, not on CALVIN; maze: twice as many, N = 5.
 5. CEM starts from plans of the task policy, with fewer samples and iterations, and less noise.
 6. The target copy is faster: tau is .05, not .01.
 7. Kitchens: alpha is .05, not .5, and Q in eq. 7 sees encoded states.
 8. Elsewhere Q sees the imagined states h_t, as in the paper; in the release h_0 for all t.
 9. The target copy of RL starts as the online model, not as the slow copy of pre-training.
---published takes the release's side of 2, 3, 4, 6 and of alpha in 7.
+--published takes the release's side of 2, 3, 4, 6 and of alpha in 7; Q as in 8.
 Shapes: B batch, N skills per window, H steps per skill, O observation, A action, Z skill, d latent state,
 E environments, K skills per plan, P plans, C chunks.
 """
@@ -146,7 +146,7 @@ class Args:
 
 
 # By the name of a task's data: the release's values where they differ from Args, and our own for pre-training
-# (DEVIATION 3), the maze's updates (4), planners (5) and total_timesteps, the kitchen's alpha and policy_latents (7).
+# (DEVIATION 2, 3), the maze's updates, windows (4), planners (5), total_timesteps, kitchens' alpha, policy_latents (7).
 # `people`: with people's data (--data other than scripted) arms are shifted, objects recombined (3).
 TASK_DEFAULTS = {
     "maze": dict(latent_dim=128, skill_encoder="mlp", pretrain_updates=8_000, pretrain_batch_size=64, bc_chunks=1,
@@ -348,7 +348,7 @@ def pretrain_loss(model, skills, prior, target, obs, actions, args):
     p = gaussian_parameters(prior(h[:, :-1].detach()))  # 2 x (B, N, Z)
     prior_loss = kl_divergence((q_mean.detach(), q_std.detach()), p).mean()
 
-    skill_loss = 2.0 * bc_loss + args.kl_coef * kl_loss + prior_loss  # weights as in the release
+    skill_loss = 2.0 * bc_loss + args.kl_coef * kl_loss + prior_loss  # 2 and 1 as in the release
     world_loss = recon_loss + args.consistency_coef * consistency_loss
     metrics = dict(bc_loss=bc_loss, kl_loss=kl_loss, prior_loss=prior_loss, recon_loss=recon_loss)
     metrics["consistency_loss"] = consistency_loss

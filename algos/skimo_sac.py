@@ -18,7 +18,7 @@ Differs from skimo.py in: Args, TASK_DEFAULTS, RELEASE, Critic, features, model_
 DEVIATION n: differences from the authors' release. Why, and scores: algos/docs/skimo_sac.md
 1. KL divergences are exact, not averages of samples.
 2. Maze, own tasks: the skill policy is trained on bc_chunks random chunks of a window, not on all.
-3. Short pre-training: smaller batches (kitchens: windows), larger kl_coef, falling rate, sines; people's data varied.
+3. Short pre-training: small batches (kitchens: and windows), larger kl_coef, falling rate, sines; people's data varied.
 4. E environments act side by side; the warm-up has an episode of each. Maze: twice as many updates, of half batches.
 6. The slow critics are faster: tau is .05, not .01.
 7. Kitchens: alpha is .05, not .5.
@@ -129,7 +129,7 @@ class Args:
 
 
 # By the name of a task's data: the release's values where they differ from Args, and our own for pre-training
-# (DEVIATION 3), the maze's updates (4) and total_timesteps, the kitchen's alpha (7). `people`: with people's data
+# (DEVIATION 2, 3), the maze's updates (4) and total_timesteps, the kitchen's alpha (7). `people`: with people's data
 # (--data other than scripted) arms are shifted, objects recombined (3).
 TASK_DEFAULTS = {
     "maze": dict(latent_dim=128, skill_encoder="mlp", pretrain_updates=8_000, pretrain_batch_size=64, bc_chunks=1,
@@ -328,7 +328,7 @@ def pretrain_loss(model, skills, prior, target, obs, actions, args):
     p = gaussian_parameters(prior(h[:, :-1]))  # 2 x (B, N, Z)
     prior_loss = kl_divergence((q_mean.detach(), q_std.detach()), p).mean()
 
-    skill_loss = 2.0 * bc_loss + args.kl_coef * kl_loss + prior_loss  # weights as in the release
+    skill_loss = 2.0 * bc_loss + args.kl_coef * kl_loss + prior_loss  # 2 and 1 as in the release
     world_loss = recon_loss + args.consistency_coef * consistency_loss
     metrics = dict(bc_loss=bc_loss, kl_loss=kl_loss, prior_loss=prior_loss, recon_loss=recon_loss)
     metrics["consistency_loss"] = consistency_loss

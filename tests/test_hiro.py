@@ -57,6 +57,14 @@ def test_goals_are_changes_of_what_is_observed(env_id, number):
     assert action.shape == (5, action_dim) and place.shape == goal.shape == (5, number)
 
 
+def test_goals_of_an_own_task_are_the_entries_it_names(monkeypatch):
+    monkeypatch.setitem(data_tools.TASKS, "walk", data_tools.Task(envs="toy_walk:WalkVectorEnv", max_return=10.0))
+    monkeypatch.setitem(hiro.GOAL_RANGE, "walk", [0.5])
+    monkeypatch.setitem(hiro.GOAL_ENTRIES, "walk", [1])
+    agent = hiro.Agent(tiny_args(env_id="walk"), 2, 2)
+    assert agent.place(torch.tensor([3.0, 2.0])).tolist() == [4.0]
+
+
 def test_a_jump_of_an_angle_is_no_change():
     """CALVIN's tool turns by 0.02 rad about x, and its first Euler angle goes from 3.13 to -3.13."""
     agent = hiro.Agent(tiny_args(env_id="calvin"), 21, 7)

@@ -470,3 +470,14 @@ def test_imitation_alone_leaves_an_agent_that_can_be_fine_tuned(data_dir, tmp_pa
 def test_task_without_a_goal_is_refused():
     with pytest.raises(SystemExit, match="error: --env-id walk has no goal here"):
         tiny_args(env_id="walk")
+
+
+def test_own_task_has_networks_once_it_has_a_goal(monkeypatch):
+    task = data_tools.Task(envs="toy_walk:WalkVectorEnv", max_return=10.0, collect="toy_walk:collect")
+    monkeypatch.setitem(data_tools.TASKS, "walk", task)
+    monkeypatch.setitem(relay.GOALS, "walk", {0: 0.8, 1: 0.8})
+    monkeypatch.setitem(relay.GOAL_ENTRIES, "walk", slice(1, 2))
+    high = relay.make_networks(tiny_args(env_id="walk"))["high"]
+    subgoal = lambda *goal: high(torch.zeros(1, 2), torch.tensor([goal]))[0]  # noqa: E731
+    assert torch.equal(subgoal(0.0, 1.0), subgoal(5.0, 1.0))  # it looks at the entry of `walk` alone
+    assert not torch.equal(subgoal(0.0, 1.0), subgoal(0.0, 5.0))

@@ -1,4 +1,4 @@
-"""A task of one's own, whole: a point that walks to a goal, and data of walks that end there. An example to copy."""
+"""A task of one's own, whole: a point that walks to a goal, and data of walks to random places. An example to copy."""
 
 import numpy as np
 
