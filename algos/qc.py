@@ -17,13 +17,13 @@ DEVIATION n: differences from the authors' code. Why, and scores: algos/docs/qc.
 1. Our data have no rewards. Phase 1 trains the flow alone; critics start in phase 2, after a warm-up of single chunks.
 2. The flow is frozen in RL, and N' chunks are drawn once for each own env step. The authors train it on, and draw anew.
 3. A window in which an episode truly ends counts, with the rewards until there. Theirs: only at its end.
-4. Half of a batch (maze: none) are offline windows, labelled: see --offline. Theirs begin the replay, with rewards.
+4. Half of a batch (maze: none) are offline windows, by episode, labelled: --offline. Theirs begin the replay, paid.
 5. Smaller networks, K = 5, H = 10 (kitchens 5), a rate from 1e-3 to zero, 8 environments, fewer updates; gamma 0.999;
 maze: batches of 128; maze, CALVIN: 50,000 env steps of warm-up; the last 300,000 are kept. N' = 2: with 8 values drift
 up, the goal is forgotten. 6. Sines of positions as inputs, the maze scaled (--published, too), rewards of 100 scaled to
 10 or 1; kitchens: arms shifted; people's objects recombined.
 7. Kitchens: N = 4, as the best of 32 is often an error; after one action the next chunk is chosen, not blindly.
---published takes their side of 2, 5, 6 (rewards stay), 7; maze: half offline. Their distilled policy is not here.
+--published takes their side of 2, 5 and 6 (buffer, rewards stay), 7; maze: half offline. No distilled policy.
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, make_networks, pretrain_loss, pretrain,
 critic_loss, outcome_loss, demonstrations, ReplayBuffer, Agent, rollout, train
 Shapes: B batch, H steps per chunk, N chunks drawn, O observation, F inputs, A action, D = H A, E environments.
