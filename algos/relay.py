@@ -139,7 +139,7 @@ GOALS = {
 
 
 # ------------------------------------------------------------------------------------------------------------ networks
-# By the name of a task's data or the task's own. DEVIATION 3: the goal's entries that the high level sees, objects'.
+# By the name of a task's data or the task's own. DEVIATION 3: the high level sees only these of a goal.
 GOAL_ENTRIES = {"maze": slice(0, 2), "kitchen": slice(9, 30), "calvin": slice(15, 21)}
 # First and last + 1 of the entries that jump by 2 pi: the Euler angles of CALVIN's tool.
 ANGLE_ENTRIES = {"calvin": (3, 6)}
