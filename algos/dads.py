@@ -723,7 +723,7 @@ def skill_paths(agent: Agent, z, num_steps: int, args: Args, seed: int):
 
 
 def tool_position(obs, args: Args):
-    """Where the thing that moves is: the point mass (..., 2), or the hand (..., 3) in metres."""
+    """Where the point mass (..., 2) or the hand (..., 3) is, in metres; in other tasks the first three numbers."""
     task = data_tools.TASKS[args.env_id]
     if task.data != "kitchen":
         return obs[..., : 2 if task.draw_map else 3]

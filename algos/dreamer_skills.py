@@ -21,7 +21,7 @@ DEVIATION n: differences from the authors' release. Why, and scores: algos/docs/
 5. imagine_starts, by default all states, as there.
 6. Actions are those that pi_L was trained for, not their tanh. --continue-head, a model of the end, is off, as there.
 7. E environments act side by side; windows are any L rows of an episode, unfinished ones too, each drawn as often.
-8. Maze: a longer warm-up, with skills of the prior as in all tasks; the model learns from what was executed, u.
+8. Maze: a longer warm-up, with skills of the prior as in all tasks. The model learns from u, as it imagines, not 2 u.
 9. The decoder begins at the mean of what was seen. 10. reward_scale is applied.
 --published takes the release's side of 2, 3, the actions in 6, the E environments in 7 and the warm-up's length in 8.
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, SkillModel, make_networks, pretrain_loss,
@@ -104,7 +104,7 @@ class Args:
 
     # Downstream RL
     num_envs: int = 8  # environments side by side
-    warmup_steps: int = 5_000  # env steps with the prior's skills before updates; at least an episode per environment
+    warmup_steps: int = 5_000  # env steps with the prior's skills before updates
     updates_per_step: float = 0.02  # gradient updates per env step after the warm-up: one for five skills
     batch_size: int = 50  # windows per update
     batch_length: int = 15  # L: rows of a window, one per skill
@@ -880,9 +880,6 @@ def train(args: Args) -> dict:
         data = data_tools.load_dataset(args.env_id, args.data_dir, args.data, args.data_share)
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))  # two runs never share one
     save(run_dir / "args.json", dict(asdict(args), script=FILE.name))
-    # Episodes that succeed end first, and an agent that learns from those alone fails. So the warm-up lasts until every
-    # environment has finished an episode, or longer.
-    args.warmup_steps = max(args.warmup_steps, args.num_envs * envs.max_episode_steps)
     data_tools.check_settings(args, args.warmup_steps, args.updates_per_step)
     writer = SummaryWriter(run_dir)
     stop = data_tools.stop_event()  # Ctrl-C and the like: where all can be saved

@@ -600,7 +600,7 @@ class Agent(nn.Module):
     def choose_skills(self, h, s, plan, explore: bool):
         """Skills z (E, Z) and the plans (E, N * Z) that they begin, in h (E, h) and s (E, s) after the last plans."""
         args, Z = self.args, self.args.skill_dim
-        if args.random_skills:
+        if args.random_skills or Z == 0:
             return torch.randn(len(h), Z, device=h.device), plan
         moved = torch.cat([plan[:, Z:], torch.zeros_like(plan[:, :Z])], 1)  # a skill has passed
         nets = self.model, self.actor, self.critic
@@ -803,7 +803,7 @@ def skill_paths(agent: Agent, z, num_steps: int, args: Args, seed: int):
 
 
 def tool_position(obs, args: Args):
-    """Where the thing that moves is: the point mass (..., 2), or the hand (..., 3) in metres."""
+    """Where the point mass (..., 2) or the hand (..., 3) is, in metres; in other tasks the first three numbers."""
     task = data_tools.TASKS[args.env_id]
     if task.data != "kitchen":
         return obs[..., : 2 if task.draw_map else 3]

@@ -16,7 +16,7 @@ Run beside the release on the same numbers: flow, roll-outs and PPO are equal bu
 DEVIATION n: differences from the authors' release. Why, and scores: algos/docs/reskill.md
 1, 2, 3, 6: those of spirl.py. 4. Skills are spirl.py's: larger networks, 10 entries instead of 4, more KL, no tanh.
 5. The flow learns after the skills, starts as the identity, is half as wide, with one network for scale and shift of a
-coupling; its learning rate decays to zero.
+coupling; its learning rate decays to zero. Batches are twice as large, of windows drawn once.
 7. pi starts as the prior, and the residual's std is smaller. Stds stay within bounds because parameters are put back.
 8. Updates take batch_size rows, not all; the early stop comes one update later; roll-outs are shorter, go on where the
 last one stopped, and all skills learn by their own advantages (release: the last by an old one); the gate opens
@@ -24,7 +24,7 @@ earlier; rewards of maze and CALVIN x .01.
 9. Values of both policies see as far: gamma^(1/H) per env step, not gamma. The residual policy learns once w >= .01.
 10. A skill ends with its episode. 11. Evaluations draw skills, not their means, and take the w of training, not 1.
 --published takes SPiRL's release's side of 2 and of 3 in pre-training, and this one's width of the flow, roll-outs,
-batches and gate.
+batches and gate. It shares no models: spirl.py's are then for actions with tanh.
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, SkillModel, make_networks, pretrain_loss, pretrain,
 Agent, train
 Shapes: B batch, T skills of a roll-out, H steps per skill, O observation, F inputs, A action, Z skill, E environments.
@@ -509,6 +509,7 @@ def learn_flow(args: Args, networks: nn.ModuleDict, data, writer: SummaryWriter,
     updates, total = 0, args.flow_updates
     if unfinished.exists():  # go on where an earlier command was stopped
         updates = load(unfinished, parts)["updates"]
+    data_tools.cut_curves(writer, updates, "pretrain/flow")  # what a crash has cut off is drawn anew
 
     def gradients(z, obs):
         loss = -flow.log_prob(z, obs).mean()  # a prior is good if what was done next in the data is likely under it
@@ -534,15 +535,16 @@ def learn_flow(args: Args, networks: nn.ModuleDict, data, writer: SummaryWriter,
             if stop.is_set() and updates < total:
                 sys.exit(f"stopped; go on with: python {sys.argv[0]} --resume {writer.log_dir}")
 
-    # Both priors on the same skills of windows that neither has seen; and what the flow does in the task
+    # Both priors on the same skills of windows that the flow has not seen; and what the flow does in the task
     obs, *q = encode_windows(networks["skills"], valid_data, 4_000, args)
     with torch.no_grad():
         z = draw(q)
         facts = dict(flow_nll=-flow.log_prob(z, obs), gaussian_nll=-log_density(z, networks["prior"](obs)))
     facts = {name: float(value.mean()) for name, value in facts.items()}
     scores = rollout(Agent(args, networks), args, 4 * args.pretrain_eval_episodes, args.seed)
-    facts |= dict(prior_return=scores["episodic_return"], prior_success=scores["success"], flow_updates=updates)
+    facts |= dict(flow_return=scores["episodic_return"], flow_success=scores["success"])
     print(f"flow prior: {log(writer, 'pretrain', facts, updates)}")
+    facts |= dict(prior_return=scores["episodic_return"], prior_success=scores["success"], flow_updates=updates)
     save(path, dict(facts=facts), dict(flow=flow))
     unfinished.unlink(missing_ok=True)
     return facts
@@ -581,8 +583,8 @@ class ActorCritic(nn.Module):
 def gae(rewards, values, next_values, cut, discount: float, gae_lambda: float):
     """Generalised advantages (GAE eq. 16), (T, E), time-first.
 
-    next_values are 0 after a true end, cut is 1 where a path ends. With gae_lambda 1 they are the rewards up to there
-    and the next value behind them, all discounted, less values.
+    next_values are 0 after a true end, cut is 1 where a path ends. With gae_lambda 1: the discounted rewards up to the
+    path's end and the value behind it, less values.
     """
     advantages = rewards + discount * next_values - values  # (T, E), one-step errors at first
     keep = discount * gae_lambda * (1 - cut)
@@ -902,7 +904,7 @@ def train(args: Args) -> dict:
     facts = {}
     if not checkpoint.exists():
         facts = pretrain(args, networks, data, writer, stop)
-        facts |= dict(gaussian_return=facts.get("prior_return")) | learn_flow(args, networks, data, writer, stop)
+        facts |= learn_flow(args, networks, data, writer, stop)
 
     # Phase 3: online RL over skills and residuals
     torch.manual_seed(args.seed)  # RL is the same whether the model was trained just now or comes from a file

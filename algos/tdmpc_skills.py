@@ -21,7 +21,7 @@ DEVIATION n: differences from the authors' release. Why, and scores: algos/docs/
 5. Warm-up: 50,000 env steps in the maze, skills of the prior; the planner's schedules begin at its end.
 6. Actions are those that pi_L was trained for, not their tanh. Kitchens: 30 observations, without the goal.
 7. Windows of 5 skills, not 4, pair a state with the skill that follows, not with the one before; u is stored, not 2 u.
-8. The planner knows the env step. 9. A window's errors are cut at 1e5, not 1e4.
+8. The planner knows the env step; plans worth NaN count as bad. 9. A window's errors are cut at 1e5, not 1e4.
 --published takes the release's side of 2, 3, the actions in 6, the E environments in 4 and the 50,000 env steps in 5.
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, SkillModel, make_networks, pretrain_loss, pretrain,
 sample_skill, scalar_head, WorldModel, model_loss, policy_loss, plan, ReplayBuffer, Agent, rollout, train, QUADRATURE

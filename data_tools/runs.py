@@ -189,8 +189,9 @@ def stop_event() -> threading.Event:
 def cut_curves(writer, step: int, phase: str = "") -> None:
     """Take what lies after `step` out of TensorBoard's older files in the writer's folder: it will be written again.
 
-    phase: "pretrain/", whose steps are updates, or "", RL's. TensorBoard's purge_step knows one kind of step only. From
-    here on no other program can resume the run; raises DataError if one works in its folder.
+    phase: how the names of a phase's curves begin, "pretrain/..." with steps in updates, or "" for RL's: TensorBoard's
+    purge_step knows one kind of step only. From here on no other program can resume the run; raises DataError if one
+    works in its folder.
     """
     writer.lock = _locked(writer.log_dir)  # as long as there is the writer
     logs = Path(writer.log_dir).glob("events.out.tfevents.*")
@@ -199,7 +200,8 @@ def cut_curves(writer, step: int, phase: str = "") -> None:
         records = RecordWriter(kept)
         for record in RawEventFileLoader(str(path)).Load():
             event = Event.FromString(record)
-            ours = [value.tag.startswith("pretrain/") == bool(phase) for value in event.summary.value]
+            tags = [value.tag for value in event.summary.value]
+            ours = [tag.startswith(phase) if phase else not tag.startswith("pretrain/") for tag in tags]
             if event.step <= step or not any(ours):
                 records.write(record)
         write_atomically(path, lambda part: part.write_bytes(kept.getvalue()))  # noqa: B023

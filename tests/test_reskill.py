@@ -356,7 +356,7 @@ def learn_flow(folder, monkeypatch, stop_at=None, **changes):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.Adam, "step", step)
-        facts = reskill.learn_flow(args, networks, flow_data(), mock.Mock(), stop)
+        facts = reskill.learn_flow(args, networks, flow_data(), mock.Mock(log_dir=folder), stop)
     return facts, networks, rates
 
 

@@ -16,6 +16,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 import data_tools
 
@@ -141,6 +143,23 @@ def test_only_one_program_works_in_a_run_folder(tmp_path):
     writer = SimpleNamespace(log_dir=tmp_path)
     data_tools.cut_curves(writer, 0)
     assert data_tools.saved_run(tmp_path)[1] == {}  # the program that has it may go on itself
+
+
+@pytest.mark.parametrize("phase", ["", "pretrain/", "pretrain/flow"])
+def test_a_phase_cuts_its_own_curves(phase, tmp_path):
+    """Those of a crashed program from its last saved step on; steps of other phases mean something else."""
+    with SummaryWriter(tmp_path) as crashed:
+        for step in (1, 2, 3):
+            for name in ("losses/q", "pretrain/loss", "pretrain/flow_loss"):
+                crashed.add_scalar(name, step, step)
+    with SummaryWriter(tmp_path) as writer:
+        data_tools.cut_curves(writer, 2, phase)
+        writer.lock.release()
+    curves = EventAccumulator(str(tmp_path)).Reload()
+    cut = {"": ["losses/q"], "pretrain/": ["pretrain/loss", "pretrain/flow_loss"]}.get(phase, ["pretrain/flow_loss"])
+    assert len(curves.Tags()["scalars"]) == 3
+    for name in curves.Tags()["scalars"]:
+        assert [point.step for point in curves.Scalars(name)] == [1, 2, 3][: 2 if name in cut else 3], name
 
 
 @pytest.mark.parametrize(

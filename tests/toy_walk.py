@@ -30,7 +30,7 @@ class WalkVectorEnv(MemberVectorEnv):
 
 
 def collect(noise, seed, progress, num_episodes=40):
-    """Walks of 30 steps towards random places, each step disturbed by `noise`."""
+    """Walks towards random places, each step disturbed by `noise`, of 30 steps or to the goal."""
     envs = WalkVectorEnv(num_episodes)
     rng = np.random.default_rng(seed)
     places = rng.uniform(-1, 1, (num_episodes, 2))
@@ -40,4 +40,5 @@ def collect(noise, seed, progress, num_episodes=40):
         actions.append(np.clip(3 * (places - obs[-1]) + noise * rng.normal(size=(num_episodes, 2)), -1, 1))
         obs.append(envs.step(actions[-1])[0])
     obs, actions = np.array(obs), np.array(actions)  # (31, episodes, 2), (30, episodes, 2)
-    return OfflineDataset.from_episodes([(obs[:, i], actions[:, i], False) for i in range(num_episodes)])
+    walks = [(obs[: n + 1, i], actions[:n, i], envs.terminations[i]) for i, n in enumerate(envs.steps)]
+    return OfflineDataset.from_episodes(walks)
