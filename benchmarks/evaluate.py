@@ -9,6 +9,7 @@ the same starts. So noise, planner and policy can be told apart. Writes a row fo
 import csv
 import functools
 import importlib
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,11 @@ from benchmarks.run import step_of
 class Args:
     folder: Annotated[Path, tyro.conf.Positional] = Path("runs/checkpoints")  # BOARD/NAME/seedN.pt, seedN_STEP.pt
     episodes: int = 20  # of each
+
+
+def seed_of(name: str) -> str:
+    """BOARD/NAME/seedN of BOARD/NAME/seedN.pt and seedN_STEP.pt: the last checkpoint may be an early one, too."""
+    return re.sub(r"(_\d+)?\.pt$", "", name)
 
 
 @torch.no_grad()
@@ -64,13 +70,14 @@ def main(args: Args):
         sys.exit(f"error: no checkpoints in {args.folder}")
     table = args.folder / "evaluations.csv"
     rows = csv.DictReader(table.open()) if table.exists() else ()
-    done = {(row["checkpoint"], int(row["env_step"]), int(row["episodes"])) for row in rows}
+    done = {(seed_of(row["checkpoint"]), int(row["env_step"]), int(row["episodes"])) for row in rows}
     with table.open("a", buffering=1) as file:
         if not file.tell():
             print("checkpoint,env_step,acts_by,episodes,episodic_return,success", file=file)
         for path in paths:
             name = path.relative_to(args.folder).as_posix()
-            if (name, step_of(path), args.episodes) not in done:
+            if (seed_of(name), step_of(path), args.episodes) not in done:
+                done.add((seed_of(name), step_of(path), args.episodes))
                 rows = evaluations(path, args.episodes)
                 if not rows:
                     print(f"left out: {name}")

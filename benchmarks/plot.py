@@ -43,15 +43,16 @@ def draw_seeds(axes, cell, end: int, colour: str, width: float = 2.2):
 
 
 def draw_paper(axes, task: str, method: str, end: int, colour: str):
-    """The paper's curve, dotted, up to an env step."""
+    """The paper's curve, dotted, up to an env step; True if there is one."""
     points = scores.PAPER.get((task, method))
     if points is None or points[0, 0] >= end:
-        return
+        return False
     steps = np.append(points[points[:, 0] < end, 0], min(end, points[-1, 0]))
     axes.plot(steps / 1000, np.interp(steps, *points.T), ":", color=colour, lw=1.4)
+    return True
 
 
-def legend(figure, found: dict[str, str], columns: int, paper: bool = True):
+def legend(figure, found: dict[str, str], columns: int, paper: bool):
     """One legend on top: names with their colours, and the paper."""
     lines = [Line2D([], [], color=colour, lw=2.2, label=name) for name, colour in found.items()]
     lines += [Line2D([], [], color="black", ls=":", lw=1.4, label="the paper (other data)")] * paper
@@ -71,7 +72,7 @@ def overview(cells, published: bool) -> Figure:
     found = dict.fromkeys(method for _, method, _ in cells)
     shown = [name for name in MAIN if name in found]
     shown += [] if published else [name for name in found if name not in MAIN]
-    colour = colours(shown)
+    colour, paper = colours(shown), False
     for axes, (task, data) in zip(grid.flat, panels):
         end = board_end(cells, task, data)
         style(axes, task, end, board_label(task, data))
@@ -79,11 +80,11 @@ def overview(cells, published: bool) -> Figure:
             cell = board(cells, task, data)[name]
             draw_seeds(axes, cell, end, colour[name])
             if scores.SHARE not in data:
-                draw_paper(axes, task, name, end, colour[name])
+                paper |= draw_paper(axes, task, name, end, colour[name])
     for axes, (task, _) in zip(grid[:, 0], panels[::columns]):
         axes.set_ylabel("share of the task" if TASKS[task].max_return > 1 else "return", fontsize=9)
     beside = min(6 if columns == 3 else 3, len(shown) + 1)  # entries in a line; the paper's is one more
-    legend(figure, {label(name): colour[name] for name in shown}, beside)
+    legend(figure, {label(name): colour[name] for name in shown}, beside, paper)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 * (1 + len(shown) // beside) / height))
     return figure
 
@@ -118,7 +119,7 @@ def beside_published(runs, published) -> Figure:
     """A user's runs with the published ones of SkiMo and of their methods, and the paper's; a panel for each board."""
     panels = list(dict.fromkeys(scores.published_board(run) for run in runs))
     figure = Figure(figsize=(6.5 * len(panels), 4.6))
-    lines = {}
+    lines, paper = {}, False
     for axes, (task, data) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         here = {number: run for number, run in enumerate(runs) if scores.published_board(run) == (task, data)}
         end = max(run.end for run in here.values())
@@ -127,13 +128,14 @@ def beside_published(runs, published) -> Figure:
             if (task, name, data) in published:
                 cell = published[task, name, data]
                 draw_seeds(axes, cell, end, METHODS[name].colour)
-                draw_paper(axes, task, name, end, METHODS[name].colour)
                 lines[f"published: {label(name)}"] = METHODS[name].colour
+            if scores.SHARE not in data and name in METHODS:
+                paper |= draw_paper(axes, task, name, end, METHODS[name].colour)
         for number, run in here.items():
             x, y = curve(run, run.end)
             axes.plot(x / 1000, y, color=OTHERS[number % 4], lw=1.8, marker="o" if len(x) < 3 else None)
             lines[f"{number + 1}: {label(run.method)}, seed {run.seed}"] = OTHERS[number % 4]
-    legend(figure, lines, 3)
+    legend(figure, lines, 3, paper)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.05 * (1 + len(lines) // 3)))
     return figure
 

@@ -82,7 +82,8 @@ SETTINGS = (
     ("alpha .5, imagined states → .05, encoded; another model", "kitchen_policy_loss/alpha0.5_imagined"),
     ("four times the updates", "calvin_updates/skimo_0.08"),
     ("alpha from 1, warm-up 50,000 → .05, 5,000", "spirl_alpha/kitchen_from_1"),
-    ("a quarter of the updates → all", "calvin_updates/spirl_0.24"),
+    ("people's data: KL weight 5e-4 → 1e-3", "kitchen_human_kl/kitchen_spirl_5e-4"),
+    ("people's data: KL weight 5e-4 → 1e-3", "kitchen_human_kl/misaligned_spirl_5e-4"),
 )
 
 # What the orderings compare: name, our measure, the paper's at an env step
@@ -338,7 +339,10 @@ def effect(variant: Path) -> tuple[list[Run], list[Run], int]:
     both have.
     """
     other = read_variant(variant)
-    for name in json.loads((variant.parent / "study.json").read_text()).get("compare", []):
+    names = json.loads((variant.parent / "study.json").read_text()).get("compare", [])
+    if isinstance(names, dict):  # by variant; else the first of the variant's task and method
+        names = [names[variant.name]] if variant.name in names else []
+    for name in names:
         cell = read_variant(variant.parents[1] / name) or read_variant(RESULTS / name)  # a variant, or TASK/METHOD/DATA
         if (cell[0].task, cell[0].method) == (other[0].task, other[0].method):
             end = min(cell.main_end, other.main_end)
@@ -619,7 +623,8 @@ def run_rows(run: Run, published) -> list[dict[str, str]]:
     for name in dict.fromkeys(("skimo", run.method)):
         runs = published.get((task, name, data), Cell()).reaching(end)
         if runs:
-            found[f"published {label(name)}, {len(runs)} seeds"] = scores.mean_scores(runs, end)
+            part = "" if data == run.data else ", 187 of the 603 episodes"
+            found[f"published {label(name)}, {len(runs)} seeds{part}"] = scores.mean_scores(runs, end)
         if scores.SHARE not in data and not np.isnan(paper_at(task, name, end)):
             values = scores.paper_speed(task, name, end), paper_at(task, name, end), np.nan
             found[f"the paper's {label(name)}"] = dict(zip(MEASURES, values))
@@ -637,7 +642,7 @@ def main(args: Args):
     first = args.paths[0]
     if all((path / "args.json").exists() for path in args.paths):
         runs = scores.read_runs(*args.paths)
-        published = scores.read_cells(RESULTS)
+        published = scores.read_cells(RESULTS) | scores.read_cells(RESULTS / "held-out")
         for run in runs:
             print(table(run_rows(run, published)))
             if not len(scores.curve(run, run.end)[0]):

@@ -413,6 +413,8 @@ def estimate(cells: list[Cell]) -> str:
         task = cell.command[cell.command.index("--env-id") + 1]
         found = [published.get((name, cell.algo, "scripted")) for name in (task, TASKS[task].data)]
         runs = [run for run in next(filter(None, found), []) if run.facts["args"].get("device") != "cuda"]
+        small = "--cpu-preset" in cell.command  # then smaller networks, fewer updates
+        runs = [run for run in runs if run.facts["args"].get("cpu_preset", False) == small]
         if not runs:
             unknown[f"{cell.env_id}/{cell.algo}"] = True
             continue
