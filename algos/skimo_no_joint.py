@@ -13,7 +13,7 @@ Differs from skimo.py in: PRETRAINED, TASK_DEFAULTS, pretrain_loss, pretrain
 2. Downstream RL. The task policy pi starts as the prior p. Repeat:
    act: plan skills by CEM with dynamics D, reward R, critics Q; run the first for H steps by the skill policy pi_L
    model update: consistency, reward and TD losses on windows of N skills (eq. 6)
-   policy update: maximise Q(h, z) - alpha KL(pi(h) || p(h)) (eq. 7); tune alpha; move the slow target copy
+   policy update: maximise Q(h, z) - alpha KL(pi(h) || p(h)) (eq. 7), maze: tune alpha; move the slow target copy
 
 DEVIATION n: differences from the authors' release. Why, and scores: algos/docs/skimo_no_joint.md
 1. KL divergences are exact, not averages of samples.

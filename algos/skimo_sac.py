@@ -13,7 +13,7 @@ Differs from skimo.py in: Args, TASK_DEFAULTS, RELEASE, Critic, features, model_
 2. Downstream RL. The task policy pi starts as the prior p. Repeat:
    act: run a skill z ~ pi(h) for H steps with the frozen skill policy pi_L
    critic update: Q(s, z) -> r + gamma (min Q'(s', z') - alpha KL(pi(h') || p(h'))), z' ~ pi(h')
-   policy update of pi and E: maximise Q(s, z) - alpha KL(pi(h) || p(h)); tune alpha; move the slow critics
+   policy update of pi and E: maximise Q(s, z) - alpha KL(pi(h) || p(h)), maze: tune alpha; move the slow critics
 
 DEVIATION n: differences from the authors' release. Why, and scores: algos/docs/skimo_sac.md
 1. KL divergences are exact, not averages of samples.
@@ -24,7 +24,7 @@ DEVIATION n: differences from the authors' release. Why, and scores: algos/docs/
 7. Kitchens: alpha is .05, not .5.
 --published takes the release's side of 2, 3, 4, 6 and 7.
 Shapes: B batch, N skills per window, H steps per skill, O observation, A action, Z skill, d latent state,
-E environments, C chunks, I inputs of E.
+E environments, C chunks, I inputs of the state encoder.
 """
 
 import copy

@@ -12,7 +12,7 @@ Differs from skimo.py in: PRETRAINED, TASK_DEFAULTS, WorldModel, SkillModel, mak
 2. Downstream RL. The task policy pi starts as the prior p. Repeat:
    act: plan skills by CEM with R, Q, D(h, z) = H times {a = mode of pi_L(h, z), h = D1(h, a)}; run the first one
    model update: consistency of D1 from each skill's E(s), reward and TD losses on windows of N skills (eq. 6)
-   policy update: maximise Q(h, z) - alpha KL(pi(h) || p(h)) (eq. 7); tune alpha; move the slow target copy
+   policy update: maximise Q(h, z) - alpha KL(pi(h) || p(h)) (eq. 7), maze: tune alpha; move the slow target copy
 
 DEVIATION n: differences from the authors' release. Why, and scores: algos/docs/skimo_single_step.md
 1. KL divergences are exact, not averages of samples.
@@ -22,7 +22,7 @@ DEVIATION n: differences from the authors' release. Why, and scores: algos/docs/
 5. CEM starts from plans of the task policy, with fewer samples and iterations, and less noise.
 6. The target copy is faster: tau is .05, not .01.
 7. Kitchens: alpha is .05, not .5, and Q in eq. 7 sees encoded states.
-8. Elsewhere Q sees the imagined states h_t, as in the paper; in the release h_0 for all t.
+8. Elsewhere Q sees imagined states, one skill ahead of encoded ones (skimo.py: t skills); in the release h_0 for all t.
 9. The target copy of RL starts as the online model, not as the slow copy of pre-training.
 --published takes the release's side of 2, 3, 4, 6 and of alpha in 7; Q as in 8.
 Shapes: B batch, N skills per window, H steps per skill, O observation, A action, Z skill, d latent state,
