@@ -23,8 +23,7 @@ DEVIATION n from the release (arxiv.org/abs/2004.12974; why, scores: algos/docs/
 normalised by the replay, not by batch norm; 2 q, policy and critics see positions; 3 the replay has 300,000 env steps,
 weighed alike in q's loss; 4 sac.py's smaller networks; 5 environments act side by side, updates come one at a time,
 evaluations take means; 6 MPPI begins at mean 0, and returns are divided by their std; 7 R is learnt from what was seen:
-our rewards are sparse. While the replay holds none, phase B's skills are random. q learns on in phase B (release: not
-while it plans).
+our rewards are sparse. While the replay holds none, phase B's skills are random; q learns on there (release: not).
 Differs from skimo.py in: Args, TASK_DEFAULTS, Inputs, policy_loss, plan, ReplayBuffer, Agent, rollout, train,
     evaluate, parse_args
 Shapes: B batch, O observation, D entries of x, F inputs, A action, Z skill, E environments, K skills per plan, P plans,
