@@ -24,6 +24,8 @@ def np_net(net, x, training=False):
             axes = tuple(range(x.ndim - 1))
             mean, var = (x.mean(axes), x.var(axes)) if training else (layer.running_mean, layer.running_var)
             x = (x - np.asarray(mean)) / np.sqrt(np.asarray(var) + 1e-5) * weights["weight"] + weights["bias"]
+        elif isinstance(layer, nn.ReLU):
+            x = np.maximum(x, 0)
         elif isinstance(layer, nn.LeakyReLU):
             x = np.where(x > 0, x, 0.2 * x)
         elif isinstance(layer, nn.LayerNorm):

@@ -20,6 +20,7 @@ def recording(module, patch) -> SimpleNamespace:
     note_replay(notes, module, patch)
     note_losses_and_optimizers(notes, module, patch)
     note_updates(notes, module, patch)
+    note_saves(notes, module, patch)
     note_exploring(notes, module, patch)
     note_skills(notes, module, patch)
     if hasattr(module, "RSSM"):
@@ -28,12 +29,14 @@ def recording(module, patch) -> SimpleNamespace:
 
 
 def note_environments(notes, patch):
-    """training, evaluations: torch's seed at the reset, its own seed, and of each env step what it was given and gave.
+    """training, evaluations, tried (a list, of pre-training): torch's seed at the reset, its own seed, and of each env
+    step what it was given and gave.
 
     Steps are lists of arrays: observations (E, O), actions (E, A), next observations, rewards, ends, time-outs (E,).
     """
     notes.training = None
     notes.evaluations = []
+    notes.tried = []
     seeds = []
 
     def manual_seed(seed, original=torch.manual_seed):
@@ -43,10 +46,11 @@ def note_environments(notes, patch):
     def reset(envs, original=MazeVectorEnv.reset, **how):
         if how.get("seed") is not None:
             envs.notes = SimpleNamespace(torch_seed=seeds[-1], seed=how["seed"], steps=[], skills=[])
-            if envs.num_envs == NUM_ENVS:
-                notes.training = envs.notes  # the last one: earlier ones belong to pre-training
-            elif envs.num_envs == 2:
+            if envs.num_envs == 2:
                 notes.evaluations.append(envs.notes)
+            else:
+                notes.tried += [notes.training] if notes.training else []
+                notes.training = envs.notes  # the last one: earlier ones belong to pre-training
         return original(envs, **how)
 
     def step(envs, action, original=MazeVectorEnv.step):
@@ -93,7 +97,8 @@ def note_losses_and_optimizers(notes, module, patch):
     """inputs: for a network that a loss was given, whether it is the agent's part of that name; optimizers: those of
     the agent, by name; moved: how far the first step of each moved a weight, the largest of all; value_lr: the rates of
     weights with "value" in their name, and other_lr, of the others, where there is more than one rate; norms: the
-    gradient's norm at every step of each; pretraining_norms: the same at every step of optimizers that no agent has.
+    gradient's norm at every step of each; pretraining_norms: the same at every step of optimizers that no agent has;
+    pretraining_lr: their rates.
     """
     notes.inputs = {}
     notes.optimizers = set()
@@ -101,7 +106,7 @@ def note_losses_and_optimizers(notes, module, patch):
     notes.value_lr = set()
     notes.other_lr = set()
     notes.norms = defaultdict(list)
-    notes.pretraining_norms = []
+    notes.pretraining_norms, notes.pretraining_lr = [], []
     agents = []
 
     def init(agent, *inputs, original=module.Agent.__init__):
@@ -133,6 +138,7 @@ def note_losses_and_optimizers(notes, module, patch):
         gradients = [weight.grad.norm() for weight in weights if weight.grad is not None]
         if not names:
             notes.pretraining_norms.append(torch.stack(gradients).norm().item())
+            notes.pretraining_lr.append(optimizer.param_groups[0]["lr"])
         result = original(optimizer, *closure)
         if len(optimizer.param_groups) > 1:
             values = [weight for agent in agents for name, weight in agent.named_parameters() if "value" in name]
@@ -176,6 +182,18 @@ def note_updates(notes, module, patch):
         return metrics
 
     patch.setattr(module.Agent, "update", update)
+
+
+def note_saves(notes, module, patch):
+    """saved_at: the env steps before each checkpoint."""
+    notes.saved_at = []
+
+    def save(path, *inputs, original=module.save):
+        if path.name == "checkpoint.pt":
+            notes.saved_at.append(NUM_ENVS * len(notes.training.steps))
+        return original(path, *inputs)
+
+    patch.setattr(module, "save", save)
 
 
 def note_exploring(notes, module, patch):

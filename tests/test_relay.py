@@ -120,9 +120,10 @@ def random_networks(args):
 
 def test_imitation_is_the_gaussian_likelihood_of_each_level_and_separate():
     torch.manual_seed(0)
-    networks = random_networks(tiny_args())
+    networks = random_networks(tiny_args(position_features=True))
     sizes = dict(low=2, high=4)
     batches = {level: [torch.randn(6, n, dtype=torch.float64) for n in (4, 4, size)] for level, size in sizes.items()}
+    periods = 2.0 ** torch.arange(6, dtype=torch.float64)  # cells
     loss, metrics = relay.pretrain_loss(networks, batches)
     loss.backward()
     expected = 0.0
@@ -130,7 +131,8 @@ def test_imitation_is_the_gaussian_likelihood_of_each_level_and_separate():
         policy = networks[level]
         net = policy.net
         way = ((goal - obs) / net.std)[:, :2] if level == "high" else (goal - obs) / net.std  # maze: position is seen
-        out = net.net(torch.cat([(obs - net.mean) / net.std, way], -1)).detach()
+        phase = (2 * np.pi * obs[:, :2, None] / periods).flatten(1)
+        out = net.net(torch.cat([(obs - net.mean) / net.std, phase.sin(), phase.cos(), way], -1)).detach()
         std = policy.log_std.detach().exp()
         if level == "high":  # in standard deviations, from where it is
             out = obs + out * net.std

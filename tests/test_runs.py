@@ -48,6 +48,7 @@ SHORT = dict(
     warmup_steps=400, updates_per_step=0.05, horizon_steps=800, std_steps=800,
     warmup_skills=40, updates_per_skill=0.5, discover_steps=600, reward_scale=0.5, learning_rate=1e-3, actor_lr=2e-4,
     critic_lr=3e-4, predictor_lr=4e-4, alpha_lr=5e-4, policy_lr=6e-4, value_lr=7e-4, tau=0.1, max_grad_norm=0.01,
+    checkpoint_interval=500,
 )  # fmt: skip
 
 
@@ -457,6 +458,24 @@ def test_seeds_of_a_run(case):
     of = case.notes.training
     assert (of.torch_seed, of.seed) == (3, 3)
     assert [of.seed for of in case.notes.evaluations] == [10_003] * (3 - case.unlearnt)
+    if case.script.stem not in ("sac", "diayn"):  # whose evaluations draw nothing
+        assert {of.torch_seed for of in case.notes.evaluations} == {10_003}
+
+
+@one_of_each("pretrain")
+def test_the_prior_is_tried_in_the_environment(case):
+    """In an episode after two and four of six updates, in four after the last."""
+    returns = [np.sum([step[3] for step in of.steps], 0).mean() for of in case.notes.tried]
+    assert case.results["pretraining"]["prior_return"] == pytest.approx(returns[2], rel=1e-5)
+    drawn = [value for _, value in curves_of(case.run_dir)["pretrain/prior_return"]]
+    assert drawn == pytest.approx(returns, rel=1e-5) and len(set(drawn)) > 1
+
+
+@every_algo
+def test_checkpoints_are_saved_in_time(case):
+    """Every 500 env steps and at the end."""
+    first = 500 if case.flat else 520
+    assert case.notes.saved_at == [first, 1000, 1200]
 
 
 @pytest.mark.parametrize("case", [name for name in ALGOS if name not in ("relay", "diayn")], indirect=True)
@@ -543,6 +562,7 @@ def test_scores_and_minutes_go_on_where_a_run_is_resumed(case):
     assert [share for _, share in curves_of(run)["charts/success"][-4:]] == [0.5] * 4
     with (run / "episodes.csv").open() as file:
         minutes = [float(row["rl_minutes"]) for row in csv.DictReader(file)][-4:]
+    assert curves_of(run)["charts/SPS"][-1][1] == pytest.approx(1440 / 6000, rel=0.01)
     minutes += [results["rl_minutes"], torch.load(run / "checkpoint.pt", weights_only=True)["progress"][2] / 60]
     assert all(100 <= value < 101 for value in minutes)
 
@@ -567,7 +587,10 @@ def test_curves_are_those_of_the_results(case):
         assert {step for step, _ in curves["pretrain/grad_norm"]} == {6}
 
 
-@pytest.mark.parametrize("case", SKIMO_LOOPS, indirect=True)
+COUNTED = [name for name in ALGOS if name not in ("dads", "diayn", "option_critic", "relay", "reskill")]
+
+
+@pytest.mark.parametrize("case", COUNTED, indirect=True)
 def test_every_100th_updates_losses_are_drawn(case, monkeypatch):
     """At the env step; the run goes on as if 98 updates had been made, with four more due in the next 40 env steps."""
     run = case.copy_of_run()
@@ -575,7 +598,10 @@ def test_every_100th_updates_losses_are_drawn(case, monkeypatch):
     step, _, *rest = state["progress"]
     torch.save(state | dict(progress=(step, 98, *rest)), run / "checkpoint.pt")
     args = json.loads((run / "args.json").read_text())
-    (run / "args.json").write_text(json.dumps(args | dict(updates_per_step=102.5 / 1240)))
+    from_start = case.script.stem in (*SKIMOS, "tdmpc")  # the warm-up's updates are made after it
+    rates = dict(updates_per_step=102.5 / (1240 - (0 if from_start else args.get("warmup_steps", 0))))
+    rates |= dict(updates_per_skill=102.5 / (124 - 40))
+    (run / "args.json").write_text(json.dumps(args | {name: rates[name] for name in rates if name in args}))
     metrics = []
     update = case.module.Agent.update
 
@@ -588,7 +614,8 @@ def test_every_100th_updates_losses_are_drawn(case, monkeypatch):
     curves = {name: points for name, points in curves_of(run).items() if name.startswith("losses/")}
     assert len(metrics) == 4 and curves.keys() == {f"losses/{name}" for name in metrics[1]}
     for name, value in metrics[1].items():
-        assert curves[f"losses/{name}"] == [(1240, pytest.approx(float(value), rel=1e-5))], name
+        ((step, drawn),) = curves[f"losses/{name}"]
+        assert 1200 < step <= 1240 and drawn == pytest.approx(float(value), rel=1e-5), name
 
 
 @every_algo
@@ -632,6 +659,12 @@ def test_gradients_of_pretraining_are_shortened_to_the_bound(case):
     """In six updates; without joint training each of three parts has its own bound."""
     parts = 3 if case.script.stem == "skimo_no_joint" else 1
     assert case.notes.pretraining_norms == pytest.approx([0.01 * parts**0.5] * 6, rel=1e-3)
+
+
+@pytest.mark.parametrize(("case", "power"), [("qc", 0.5), ("relay", 1)], indirect=["case"])
+def test_the_learning_rate_of_pretraining_falls_to_zero(case, power):
+    expected = [case.module.Args.pretrain_lr * (1 - k / 6) ** power for k in range(6)]
+    assert case.notes.pretraining_lr == pytest.approx(expected)
 
 
 REMEMBER = ["tdmpc_skills", "dreamer_skills", "tdmpc", "dreamer", "lsp", "dads"]
@@ -815,6 +848,17 @@ def test_a_run_goes_on_with_its_own_file_only(case, tmp_path, monkeypatch):
     monkeypatch.setattr(case.module, "FILE", tmp_path / "copied.py")
     refused(lambda: case.resume(run_dir), "another file")
     refused(lambda: case.main(["--evaluate", run_dir / "checkpoint.pt"]), "another file")
+
+
+@one_of_each("train")
+def test_a_finished_run_is_left_as_it_is(case):
+    run = case.copy_of_run()
+    results = case.resume(run)
+    assert_same(state_of(run), state_of(case.run_dir))
+    assert rows_of(run) == rows_of(case.run_dir)
+    assert {name: results[name] for name in results if name not in ("rl_minutes", "args")} == {
+        name: case.results[name] for name in case.results if name not in ("rl_minutes", "args")
+    }
 
 
 @every_algo

@@ -5,15 +5,40 @@ import copy
 import numpy as np
 import pytest
 import torch
-from numpy_nets import NO_SCORES
+from numpy_nets import NO_SCORES, np_features, np_net, random_obs
 
-from algos import dads, sac
+from algos import dads, diayn, sac
 from data_tools.tasks.maze import MazeVectorEnv
 
 
 def tiny_args(file=sac, **changes):
     small = dict(device="cpu", cudagraphs=False, hidden_dim=32, num_envs=2, batch_size=16, buffer_size=50)
     return file.Args(**(small | changes))
+
+
+@pytest.mark.parametrize("file", [sac, dads, diayn])
+def test_networks_against_numpy(file):
+    """States of the maze, in dads.py and diayn.py with a skill behind them."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    skill_dim = 0 if file is sac else 3
+    args = tiny_args(file) if file is sac else tiny_args(file, skill_dim=skill_dim)
+    obs_dim = {sac: 4, dads: 4, diayn: 7}[file]  # diayn.py counts the skill
+    actor, critics = file.Actor(obs_dim, 2, args).double(), file.TwinQ(obs_dim, 2, args).double()
+    obs, z, action = random_obs(rng, 50), rng.normal(size=(50, skill_dim)), rng.uniform(-1, 1, (50, 2))
+    x = np_features(obs)
+    x = np.concatenate([x[:, :4], z, x[:, 4:]] if file is diayn else [x, z], -1)
+    state = torch.from_numpy(np.concatenate([obs, z], -1))
+    mean, raw = np.split(np_net(actor.net, x), 2, -1)
+    found_mean, found_std = (value.detach().numpy() for value in actor(state))
+    np.testing.assert_allclose(found_mean, mean, atol=1e-5)
+    np.testing.assert_allclose(np.log(found_std), -5 + 7 * (np.tanh(raw) + 1) / 2, atol=1e-5)
+    actor.net[-1].weight.data *= 1000
+    log_std = actor(state)[1].log()  # far out it keeps to its bounds
+    assert (log_std.min().item(), log_std.max().item()) == pytest.approx((-5, 2))
+    inputs = np.concatenate([x, action], -1)
+    for found, net in zip(critics(state, torch.from_numpy(action)), (critics.qf1, critics.qf2)):
+        np.testing.assert_allclose(found.detach().numpy(), np_net(net, inputs)[:, 0], atol=1e-5)
 
 
 def test_log_probability_is_that_of_the_squashed_gaussian():

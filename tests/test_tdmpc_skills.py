@@ -65,8 +65,15 @@ def test_model_is_shared_with_spirl_and_found_by_what_shaped_it(file):
         assert len({path, *(model_path(file, flags) for flags in changes)}) == 1 + len(changes)
 
 
-@pytest.mark.parametrize("file", [spirl, dreamer_skills, reskill, supe, tdmpc])
-@pytest.mark.parametrize("env_id", ["maze", "kitchen", "calvin"])
+@pytest.mark.parametrize(
+    ("file", "env_id"),
+    [
+        (spirl, "maze"),
+        (spirl, "kitchen"),
+        (spirl, "calvin"),
+        *[(f, "kitchen") for f in (dreamer_skills, reskill, supe, tdmpc)],
+    ],
+)
 def test_published_models_of_spirl_fit(file, env_id):
     args = file.parse_args(["--env-id", env_id, "--pretrained", "published", "--device", "cpu"])
     assert file.pretrain(args, file.make_networks(args), None, None, None)["prior_return"] > 0  # of its roll-outs
