@@ -414,7 +414,7 @@ def imagined_value_loss(critic, feature, returns, weight):
 # ------------------------------------------------------------------------------------------------------------------ RL
 @torch.no_grad()
 def plan_skills(model, actor, critic, h, s, mean, noise_scale: float, args):
-    """CEM over sequences of N skills in the model, without its noise, for all environments at once.
+    """Cross-entropy method (CEM) over sequences of N skills in the model, without its noise, all environments at once.
 
     h (E, h), s (E, s); mean (E, N, Z): zeros or the last plan, moved on by one skill; noise_scale is 1 to explore,
     0 to evaluate. Returns the first skill (E, Z) and the fitted mean (E, N, Z).

@@ -168,7 +168,7 @@ class TwinQ(nn.Module):
 def soft_critic_loss(critics, target, actor, obs, action, rewards, next_obs, discount, alpha):
     """TD loss of both critics (SAC eq. 5, 6): a state is worth its reward plus the soft value of where it leads.
 
-    obs, next_obs (B, O), action (B, A), rewards (B,) summed over n steps, discount (B,) of next_obs' value, 0 at a true
+    obs, next_obs (B, O), action (B, A), rewards (B,) on the way to next_obs, discount (B,) of its value, 0 at a true
     end, alpha (). Returns the loss and metrics, scalars.
     """
     with torch.no_grad():

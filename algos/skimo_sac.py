@@ -471,7 +471,7 @@ def critic_loss(critic, target, policy, obs, z, rewards, dones, next_obs, alpha,
     return 0.1 * value_error.clamp(max=1e5).mean(), metrics
 
 
-def policy_loss(critic, policy, obs, alpha, args):
+def policy_loss(critic, policy, obs, alpha):
     """Task policy and state encoder: maximise Q, stay close to the frozen prior (SkiMo eq. 7, without a model).
 
     obs (B, 1, O), alpha (); policy as in critic_loss, its prior_encoder is the encoder of pre-training, frozen. Returns
@@ -620,7 +620,7 @@ class Agent(nn.Module):
         self.critic_optimizer.step()
 
         critic.requires_grad_(False)  # its weights need no gradient of the policy loss
-        loss, policy_metrics = policy_loss(critic, policy, obs, alpha, args)
+        loss, policy_metrics = policy_loss(critic, policy, obs, alpha)
         self.policy_optimizer.zero_grad()
         loss.backward()
         policy_norm = nn.utils.clip_grad_norm_(self.policy_weights, args.max_grad_norm)

@@ -526,7 +526,7 @@ def policy_loss(model, task_policy, prior_encoder, skill_prior, obs, h, h_pred, 
 
 @torch.no_grad()
 def plan(model, task_policy, obs, min_std, noise_std, K, args):
-    """CEM over sequences of K skills in the model, for all environments at once (SkiMo, section 3.4).
+    """Cross-entropy method (CEM) over sequences of K skills in the model, for all environments (SkiMo, section 3.4).
 
     obs (E, O); min_std () least std of samples, noise_std () of the exploration noise. Returns the first skill (E, Z)
     and the fitted mean of all (E, K, Z).

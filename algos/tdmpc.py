@@ -251,7 +251,7 @@ def policy_loss(model, policy, h, args):
 # ------------------------------------------------------------------------------------------------------------------ RL
 @torch.no_grad()
 def plan(model, policy, obs, mean, min_std, noise_scale, args):
-    """CEM over sequences of K actions in the model, for all environments at once (TD-MPC, algorithm 1).
+    """Cross-entropy method (CEM) over sequences of K actions in the model, for all environments (TD-MPC, algorithm 1).
 
     obs (E, O); mean (E, K, A): zeros or the last plan, moved on by one step; min_std () least std of samples;
     noise_scale () 1 to explore, 0 to evaluate. Returns the first action (E, A) and the fitted mean (E, K, A).

@@ -541,7 +541,7 @@ def policy_loss(model, task_policy, skill_prior, obs, h, h_pred, args):
 
 @torch.no_grad()
 def plan(model, task_policy, obs, mean, min_std, noise_scale, args):
-    """CEM over sequences of K skills in the model, for all environments at once (TD-MPC, algorithm 1).
+    """Cross-entropy method (CEM) over sequences of K skills in the model, for all environments (TD-MPC, algorithm 1).
 
     obs (E, O); mean (E, K, Z): zeros or the last plan, moved on by one skill; min_std () least std of samples;
     noise_scale () 1 to explore, 0 to evaluate. Returns the first skill z = 2 u (E, Z) and the fitted mean (E, K, Z).

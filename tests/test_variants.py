@@ -227,7 +227,7 @@ def test_sac_policy_and_encoder_follow_the_critics_and_the_prior():
     critic.requires_grad_(False)
     torch.manual_seed(6)
     alpha = torch.tensor(0.3, dtype=torch.float64)
-    loss, metrics = skimo_sac.policy_loss(critic, policy, *tensors(obs), alpha, args)
+    loss, metrics = skimo_sac.policy_loss(critic, policy, *tensors(obs), alpha)
     torch.manual_seed(6)
     new_z, kl = np_policy(policy, obs, torch.randn(7, 1, 3, dtype=torch.float64).numpy())
     q = np.minimum(*np_critic(critic, obs, new_z))
