@@ -22,8 +22,8 @@ bonus is scaled once, to a mean of rnd_coef on own transitions; theirs is 8 time
 steps. 4. A skill's rewards are summed; the maze pays 10 at its goal, not -1 per env step; its data pay nothing, end
 nowhere. Their kitchen pays what is done at every step. 5. E environments. 6. Sines as inputs, not of g; LayerNorm, in R
 and M, too, has no weights; g (and pi, with --target-kl 0) is LeakyReLU. 7. The policy begins as the prior and stays
-near it. Theirs begins anew, random to an entropy of -Z/2: --target-kl 0. --published: their side of 2 (R, M: 4) and 7,
-SPiRL's release for skills, one environment.
+near it. Theirs begins anew, random to an entropy of -Z/2: --target-kl 0. --published: their side of 2 (R, M: 4), 7, 6's
+inputs, not scaled either, SPiRL's release for skills, one environment.
 Differs from skimo.py in: Args, PRETRAINED, TASK_DEFAULTS, RELEASE, SkillModel, make_networks, pretrain_loss, pretrain,
 critic_loss, policy_loss, ReplayBuffer, Agent, train
 Shapes: B batch, H steps per skill, O observation, F inputs, A action, Z skill, E environments, n critics, k steps.

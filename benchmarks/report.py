@@ -76,13 +76,13 @@ SETTINGS = (
     ("inputs of SAC's critics: raw → with sines of positions", "maze_tau/skimo_sac_raw_inputs"),
     ("tau .01 → .05", "maze_tau/skimo_sac_tau0.01"),
     ("tau .01 → .05", "maze_tau/skimo_tau0.01"),
-    ("the release's planner → ours", "maze_release_planner/release_planner"),
     ("tau .005 → .05", "slow_copies/maze_spirl_tau0.005"),
     ("alpha .5 → .05", "kitchen_sac_alpha/alpha0.5"),
     ("alpha .5, imagined states → .05, encoded; another model", "kitchen_policy_loss/alpha0.5_imagined"),
     ("four times the updates", "calvin_updates/skimo_0.08"),
     ("alpha from 1, warm-up 50,000 → .05, 5,000", "spirl_alpha/kitchen_from_1"),
     ("people's data: KL weight 5e-4 → 1e-3", "kitchen_human_kl/kitchen_spirl_5e-4"),
+    ("people's data: KL weight 5e-4 → 1e-3", "kitchen_human_kl/misaligned_spirl_5e-4"),
     ("10% of scripted data: as recorded → shifted arms, recombined objects", "kitchen60_settings/skimo_aids"),
 )
 

@@ -72,6 +72,8 @@ def collect(
 def convert(env_id: str, data: Path, out: Path) -> None:
     """Read data of any known format and write them as one HDF5 file, which loads in seconds (--data FILE).
 
+    Its rewards are 0: no method here needs those of the data.
+
     Args:
         env_id: task: maze, kitchen, kitchen-misaligned, calvin or one of your own
         data: file or folder to read

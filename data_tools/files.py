@@ -10,7 +10,7 @@ from pathlib import Path
 import platformdirs
 from filelock import FileLock, Timeout
 
-AGAIN = "fetch or copy it again"  # damaged bytes
+AGAIN = "delete it, then fetch or copy it again"  # damaged bytes
 # Sound, but not what is needed:
 CURE = 'give other data, or write it with OfflineDataset.from_episodes (data_tools/README.md, "A file of your own")'
 

@@ -334,7 +334,7 @@ def test_bad_files(tmp_path):
     image = path.read_bytes()
     for damaged in (b"", b"not HDF5 at all", image[: len(image) // 2], image[:-10]):
         path.write_bytes(damaged)
-        with pytest.raises(DataError, match=r"data\.hdf5 is damaged .*: fetch or copy it again"):
+        with pytest.raises(DataError, match=r"data\.hdf5 is damaged .*: delete it, then fetch or copy it again"):
             OfflineDataset.load(path)
 
 
@@ -355,7 +355,7 @@ def test_flipped_bits_in_our_own_files_are_noticed(tmp_path):
             try:
                 unchanged += OfflineDataset.load(path).fingerprint == fingerprint  # a bit that means nothing
             except DataError as error:
-                assert "data.hdf5 is damaged" in str(error) and "fetch or copy it again" in str(error)
+                assert "data.hdf5 is damaged" in str(error) and "delete it, then fetch or copy it again" in str(error)
                 noticed += 1
     assert noticed + unchanged == 20 and noticed >= 15
 

@@ -351,7 +351,7 @@ def test_broken_folders_of_minari(tmp_path):
     with pytest.raises(DataError, match="episode_2 has actions, observations, .*, but no terminations"):
         read("kitchen", data)
     (data / "main_data.hdf5").write_bytes(b"half")
-    with pytest.raises(DataError, match="main_data.hdf5 is damaged .*: fetch or copy it again"):
+    with pytest.raises(DataError, match="main_data.hdf5 is damaged .*: delete it, then fetch or copy it again"):
         read("kitchen", data)
     (data / "main_data.hdf5").unlink()
     with pytest.raises(DataError, match="has no main_data.hdf5 .data_format 'arrow'.: only Minari's format hdf5 is"):
@@ -367,11 +367,11 @@ WHOLE = object()  # the first half of a real file
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (WHOLE, "is damaged .*: fetch or copy it again"),
+        (WHOLE, "is damaged .*: delete it, then fetch or copy it again"),
         (b"<html>404</html>", "is in no format that we know, its content begins with b'<html>40'"),
         (b"", "is in no format that we know, it is empty; expected was an HDF5 file .*give other data"),
         (gzip.compress(b"\x89HDF\r\n", mtime=0), r"is in no format that we know, its content begins with b'.x89HDF"),
-        (b"\x1f\x8b\x08", "is damaged .*: fetch or copy it again"),
+        (b"\x1f\x8b\x08", "is damaged .*: delete it, then fetch or copy it again"),
     ],
 )
 def test_files_that_are_nothing_we_know(tmp_path, content, message):
@@ -537,7 +537,7 @@ def test_the_authors_archive_by_one_word(drive, tmp_path, capsys):
 def test_an_archive_that_broke_off_is_not_the_first(drive, tmp_path):
     whole, drive.content = drive.content, drive.content[:-30]
     for _ in range(2):
-        with pytest.raises(DataError, match="maze.gz is damaged .*: fetch or copy it again"):
+        with pytest.raises(DataError, match="maze.gz is damaged .*: delete it, then fetch or copy it again"):
             data_tools.load_dataset("maze", tmp_path, "release", progress=False)
     (tmp_path / "maze.gz").unlink()
     drive.content = whole
@@ -680,7 +680,10 @@ def test_bad_pickles(tmp_path, content, message):
 def test_cut_and_nested_pickles(tmp_path):
     path = write_pickle(tmp_path / "maze.gz", [ENTRY, OTHER])
     nest = b"\x80\x04" + b"]" * 100_000 + b"a" * 99_999 + b"."  # a list in a list in a list ...
-    messages = ("maze.gz is damaged .*: fetch or copy it again", "maze.gz is no archive .*trajectory 0 is: list")
+    messages = (
+        "maze.gz is damaged .*: delete it, then fetch or copy it again",
+        "maze.gz is no archive .*trajectory 0 is: list",
+    )
     for content, message in zip((path.read_bytes()[:-40], nest), messages):
         path.write_bytes(content)
         with pytest.raises(DataError, match=message):

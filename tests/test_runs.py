@@ -587,6 +587,7 @@ def test_curves_are_those_of_the_results(case):
         assert {step for step, _ in curves["pretrain/grad_norm"]} == {6}
 
 
+# Whose updates follow the env steps to the run's end
 COUNTED = [name for name in ALGOS if name not in ("dads", "diayn", "option_critic", "relay", "reskill")]
 
 

@@ -398,6 +398,16 @@ def test_goals_may_be_told_as_numbers(kind):
     assert flags == [[False] * 4] + [[True, False, False, False]] * 3 + [[True, False, False, True]] * 3
 
 
+def test_an_environment_made_from_another_keeps_its_state():
+    class Warm(Rail):
+        saved = dict(heat=np.float64)
+
+    class Braked(Warm):
+        saved = dict(force=np.float64)
+
+    assert Braked.saved.keys() == MemberVectorEnv.saved.keys() | {"heat", "force"}
+
+
 def test_what_does_not_fit_is_an_error():
     with pytest.raises(ValueError, match=r"observations\(\) must have shape \(2, 1\), they have \(2, 4\)"):
         Rail(2, seen=4).reset(seed=0)

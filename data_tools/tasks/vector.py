@@ -40,7 +40,7 @@ class MemberVectorEnv(gymnasium.vector.VectorEnv):
     flags_stay = False
 
     def __init_subclass__(cls):
-        cls.saved = {**cls.saved, **MemberVectorEnv.saved}
+        cls.saved = {**cls.saved, **super(cls, cls).saved}
 
     def __new__(cls, *arguments, **options):
         envs = super().__new__(cls)
