@@ -761,6 +761,7 @@ def draw_skills(agent: Agent, args: Args, num_steps: int, path: Path):
             ax.plot(position[:, n, across], position[:, n, up], color=colormaps["hsv"](angle / 2 / np.pi))
         ax.set(aspect="equal", xlabel="xyz"[across], ylabel="xyz"[up])
     figure.suptitle(f"{args.env_id}: {len(position) - 1} env steps of 16 skills, coloured by the angle of z")
+    path = path.expanduser()  # ~ is the home folder
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     print(f"picture of the skills: {path}")

@@ -86,7 +86,7 @@ class Args:
     hidden_dim: int = 64  # width of hidden layers
     position_features: bool = True  # sines and cosines of positions as inputs (DEVIATION 2)
 
-    # Four rooms. The last three do nothing without the first.
+    # Four rooms. Of the arguments above only seed, gamma, num_options and run_dir count.
     four_rooms: bool = False  # learn the paper's example in tables, and no task
     paper_slip: bool = False  # a slip replaces the move, as in the paper; else it follows it (DEVIATION 3)
     num_runs: int = 20  # side by side

@@ -60,7 +60,7 @@ PRETRAINED = "relay"  # begins the names of pre-trained models
 # ----------------------------------------------------------------------------------------------------------- arguments
 @dataclass
 class Args:
-    env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned, calvin; others need an entry in GOALS
+    env_id: str = "maze"  # task: maze, kitchen, kitchen-misaligned, calvin; others need entries in GOALS, GOAL_ENTRIES
     total_timesteps: int = 200_000  # env steps of fine-tuning
     seed: int = 1  # of networks, sampling and environments (the i-th: seed + i)
     data: str = "scripted"  # offline data: scripted, d4rl (people's, of the kitchens), release (the authors') or a path

@@ -94,7 +94,7 @@ class Args:
     position_features: bool = True  # sines and cosines of positions as inputs, maze scaled (release: raw)
     squash_actions: bool = False  # tanh on actions, although pi_L is trained without one, as in SPiRL's release
 
-    # Pre-training of skills; release: SPiRL's (with --pretrained only arm_noise and recombine count, for the flow)
+    # Pre-training of skills (release: SPiRL's; with --pretrained only arm_noise and recombine count, for the flow)
     pretrain_updates: int = 48_000  # gradient updates
     pretrain_batch_size: int = 128  # windows of H actions per update
     pretrain_lr: float = 1e-3  # first learning rate
@@ -544,6 +544,7 @@ def learn_flow(args: Args, networks: nn.ModuleDict, data, writer: SummaryWriter,
     scores = rollout(Agent(args, networks), args, 4 * args.pretrain_eval_episodes, args.seed)
     facts |= dict(flow_return=scores["episodic_return"], flow_success=scores["success"])
     print(f"flow prior: {log(writer, 'pretrain', facts, updates)}")
+    # In RL this is the prior: its return takes the place of the Gaussian's among the results
     facts |= dict(prior_return=scores["episodic_return"], prior_success=scores["success"], flow_updates=updates)
     save(path, dict(facts=facts), dict(flow=flow))
     unfinished.unlink(missing_ok=True)

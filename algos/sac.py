@@ -81,7 +81,7 @@ class Args:
     position_features: bool = True  # sines and cosines of positions as inputs (DEVIATION 2)
 
     def __post_init__(self):  # refuse what would train wrongly without a word
-        least = dict(seed=0, threads=0, warmup_steps=0)
+        least = dict(seed=0, threads=0, warmup_steps=0, buffer_size=self.num_envs * self.n_step)
         most = dict(gamma=1, tau=1)
         for name, value in vars(self).items():
             low = least.get(name, 1 if type(value) is int else 0)

@@ -20,7 +20,7 @@ DEVIATION n: differences from the authors' release. Why, and scores: algos/docs/
 2. Maze, own tasks: the skill policy is trained on bc_chunks random chunks of a window, not on all.
 3. Short pre-training: small batches (kitchens: and windows), larger kl_coef, falling rate, sines; people's data varied.
 4. E environments side by side, a warm-up episode of each. Smaller batches, not on CALVIN; maze: twice as many, N = 5.
-5. CEM starts from plans of the task policy, with fewer samples and iterations, and less noise.
+5. CEM starts from plans of the task policy, with fewer samples and rounds and less noise: min_std, not a plan's std.
 6. The target copy is faster: tau is .05, not .01.
 7. Kitchens: alpha is .05, not .5, and Q in eq. 7 sees encoded states.
 8. Elsewhere Q sees the imagined states h_t, as in the paper; in the release h_0 for all t.
@@ -99,7 +99,7 @@ class Args:
     pretrain_skills: int = 10  # skills per window (release: 10, CALVIN 1)
     pretrain_batch_size: int = 128  # windows per update (release: 512)
     bc_chunks: int = 4  # chunks of each window that the skill policy is trained on (release: all)
-    pretrain_lr: float = 1e-3  # peak learning rate
+    pretrain_lr: float = 1e-3  # peak learning rate (release: 1e-3)
     pretrain_lr_decay: bool = True  # warm-up, then decay to zero (release: constant)
     arm_noise: float = 0.0  # std in rad of shifts of the demonstrated arm, see data_tools.perturb (release: 0)
     recombine: bool = False  # show demonstrations again among objects moved by others (release: no)

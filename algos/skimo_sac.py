@@ -95,7 +95,7 @@ class Args:
     pretrain_skills: int = 10  # skills per window (release: 10, CALVIN 1)
     pretrain_batch_size: int = 128  # windows per update (release: 512)
     bc_chunks: int = 4  # chunks of each window that the skill policy is trained on (release: all)
-    pretrain_lr: float = 1e-3  # peak learning rate
+    pretrain_lr: float = 1e-3  # peak learning rate (release: 1e-3)
     pretrain_lr_decay: bool = True  # warm-up, then decay to zero (release: constant)
     arm_noise: float = 0.0  # std in rad of shifts of the demonstrated arm, see data_tools.perturb (release: 0)
     recombine: bool = False  # show demonstrations again among objects moved by others (release: no)

@@ -612,7 +612,8 @@ def train(args: Args) -> dict:
     """Both phases of a run, or the rest of them; returns its results."""
     task = data_tools.TASKS[args.env_id]
     envs = data_tools.make_envs(args.env_id, args.num_envs)
-    data_tools.check_settings(args, args.warmup_skills * args.skill_horizon)
+    rate = args.updates_per_skill / args.skill_horizon
+    data_tools.check_settings(args, args.warmup_skills * args.skill_horizon, rate)
     run_name = f"{args.env_id}__{FILE.stem}__{args.seed}__{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     run_dir = Path(args.resume or f"{args.run_dir}/{run_name}").expanduser()
     checkpoint = run_dir / "checkpoint.pt"

@@ -7,7 +7,7 @@ its policy held to the prior by a KL. Its model does not know the offline data, 
     python algos/tdmpc_skills.py --resume runs/FOLDER    # go on after Ctrl-C or a crash
 
 1. Pre-training: that of spirl.py, whose models are shared
-2. Downstream RL over skills u in (-1, 1), executed as z = 2 u. Repeat:
+2. Downstream RL over skills u in (-1, 1), executed as z = 2 u (warm-up: any z ~ p). Repeat:
    act: plan by CEM with D, R, Q; execute the first skill for H steps of the frozen skill policy pi_L
    model: h_0 = E(s_0), h_{t+1} = D(h_t, u_t) on windows of N skills; consistency, reward and TD losses (eq. 7-10)
    policy: maximise the sum of rho^t min Q(h_t, u), u ~ pi(h_t), over imagined states h_t, less alpha times the sum of
@@ -858,7 +858,6 @@ def train(args: Args) -> dict:
                     agent.target.follow(agent.model, args.tau)
                 if gradient_step % 100 == 0:
                     log(writer, "losses", metrics, global_step)
-                    bar.set_postfix_str(f"catching up: update {gradient_step} of {updates_due}")
 
             # Evaluate without exploration noise
             finished = global_step >= args.total_timesteps
