@@ -120,7 +120,7 @@ RIVALS = {
         "studies/kitchen_qc_demonstrations/misaligned_none_4",
     ],
     "the same, demonstrations kept": [None, *(f"{task}/qc/scripted" for task in ALL[1:])],
-    "the same, best of [32](results/studies/qc_samples), not 4": [
+    "the same, kitchens best of [32](results/studies/qc_samples), not 4": [
         None,
         "studies/qc_samples/kitchen_32",
         "studies/qc_samples/misaligned_32",
