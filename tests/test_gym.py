@@ -53,6 +53,7 @@ def walk(**change):  # takes no render_mode, like many a class
 gymnasium.register("Walk-v0", walk, max_episode_steps=4, reward_threshold=6.0)
 gymnasium.register("Endless-v0", walk)
 gymnasium.register("Spoken-v0", walk, max_episode_steps=4, kwargs=dict(observation_space=Dict(x=Box(0, 1))))
+gymnasium.register("Stepped-v0", walk, max_episode_steps=4, kwargs=dict(action_space=Box(0, 3, (1,), np.int64)))
 gymnasium.register("Unbounded-v0", walk, max_episode_steps=4, kwargs=dict(action_space=Box(-np.inf, np.inf, (1,))))
 
 
@@ -121,6 +122,7 @@ def test_an_environment_that_cannot_be_resumed_is_told(drift, monkeypatch, capsy
         ("wolk", r"no task 'wolk'; known tasks: maze, kitchen, .* registered with Gymnasium \(Environment `wolk`"),
         ("nowhere:Walk-v0", "No module named 'nowhere'"),
         ("CartPole-v1", r"takes actions in Discrete\(2\)"),
+        ("Stepped-v0", "takes actions in Box.*int64.*of floats"),
         ("Unbounded-v0", "takes actions in Box.*bounds"),
         ("Spoken-v0", "observes Dict.*FlattenObservation"),
         ("Endless-v0", "no time limit: register it with max_episode_steps"),

@@ -32,8 +32,9 @@ class GymVectorEnv(MemberVectorEnv):
         obs, action, limit = first.observation_space, first.action_space, first.spec.max_episode_steps
         if not isinstance(obs, Box) or len(obs.shape) != 1:
             raise DataError(f"{env_id} observes {obs}, not a flat Box: register it with FlattenObservation around it.")
-        if not isinstance(action, Box) or len(action.shape) != 1 or not action.is_bounded():
-            raise DataError(f"{env_id} takes actions in {action}: only a flat Box with bounds can be used.")
+        flat = isinstance(action, Box) and len(action.shape) == 1
+        if not flat or not action.is_bounded() or action.dtype.kind != "f":  # integers would be cut off
+            raise DataError(f"{env_id} takes actions in {action}: only a flat Box of floats with bounds can be used.")
         if limit is None:
             raise DataError(f"{env_id} has no time limit: register it with max_episode_steps.")
         super().__init__(num_envs, *obs.shape, *action.shape, limit, render_mode)
