@@ -57,7 +57,7 @@ CLAIMS = (
     Claim("but the maze is faster without", "skimo_no_cem", "skimo", "open; the release's planner is slower", ALL[:1]),
     Claim("joint training pays", "skimo", "skimo_no_joint", "in the maze, partly by its prior", (ALL[0], *ALL[2:])),
     Claim("but not in the Kitchen", "skimo_no_joint", "skimo", "not shown: no difference", ALL[1:2]),
-    Claim("a skill-level model > a single-step one", "skimo", "skimo_single_step", "yes, but single-step learns too"),
+    Claim("a skill-level model > a single-step one", "skimo", "skimo_single_step", "likely; single-step learns too"),
     Claim("SkiMo > SPiRL", "skimo", "spirl", "faster on half; without noise mostly behind"),
     Claim("naive combinations fail: > SPiRL + Dreamer", "skimo", "dreamer_skills", "yes: far behind, zero in the maze"),
     Claim("without skills nothing is learned: > Dreamer", "skimo", "dreamer", "yes, but ours were smaller"),
