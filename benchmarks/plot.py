@@ -76,9 +76,8 @@ def overview(cells, published: bool) -> Figure:
     for axes, (task, data) in zip(grid.flat, panels):
         end = board_end(cells, task, data)
         style(axes, task, end, board_label(task, data))
-        for name in [name for name in shown if name in board(cells, task, data)]:
-            cell = board(cells, task, data)[name]
-            draw_seeds(axes, cell, end, colour[name])
+        for name in [name for name in shown if (task, name, data) in cells]:
+            draw_seeds(axes, cells[task, name, data], end, colour[name])
             if scores.SHARE not in data:
                 paper |= draw_paper(axes, task, name, end, colour[name])
     for axes, (task, _) in zip(grid[:, 0], panels[::columns]):
@@ -126,8 +125,7 @@ def beside_published(runs, published) -> Figure:
         style(axes, task, end, board_label(task, data))
         for name in dict.fromkeys(["skimo", *(run.method for run in here.values())]):
             if (task, name, data) in published:
-                cell = published[task, name, data]
-                draw_seeds(axes, cell, end, METHODS[name].colour)
+                draw_seeds(axes, published[task, name, data], end, METHODS[name].colour)
                 lines[f"published: {label(name)}"] = METHODS[name].colour
             if scores.SHARE not in data and name in METHODS:
                 paper |= draw_paper(axes, task, name, end, METHODS[name].colour)

@@ -312,7 +312,7 @@ def table(cells: list[Cell], max_rows: int) -> list[str]:
     """Lines of the table: what runs or failed comes first; what does not fit is counted."""
     order = ["failed", "RL", "pre-training", "queued", "waiting", "finished"]
     cells = sorted(cells, key=lambda cell: order.index(cell.state))
-    shown = cells if len(cells) <= max_rows else cells[: max_rows - 1]
+    shown = cells if len(cells) <= max_rows else cells[: max(max_rows - 1, 0)]
     rows = [("run", "state", "step", "return (last 20)", "time left", "tries")]
     for cell in shown:
         eta = cell.eta if cell.state == "RL" else ""

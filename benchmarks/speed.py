@@ -299,11 +299,7 @@ def run_pretraining(algo, config, networks, clock, writer=None):
     pretrain = algo.pretrain
     bar = mock.MagicMock(update=clock)
     bar.__enter__.return_value = bar
-    with (
-        in_passing(algo) as folder,
-        mock.patch.object(algo, "tqdm", return_value=bar),
-        contextlib.suppress(Enough),
-    ):
+    with in_passing(algo) as folder, mock.patch.object(algo, "tqdm", return_value=bar), contextlib.suppress(Enough):
         config = dataclasses.replace(config, data_dir=folder, pretrain_eval_interval=10**9)
         writer = writer or algo.SummaryWriter()
         writer.log_dir = folder

@@ -479,7 +479,7 @@ def test_a_worker_that_fails_is_reported(monkeypatch, capfd):
 
 def test_a_picture_of_the_data_is_a_video(tmp_path, monkeypatch, dataset):
     rows = [x[:20] for x in (dataset.observations, dataset.actions, dataset.terminals, dataset.timeouts)]
-    monkeypatch.setattr(scripted, "draw", lambda qpos: np.zeros(kitchen.FRAME_SHAPE, np.uint8))
+    monkeypatch.setattr(kitchen, "draw", lambda qpos: np.zeros(kitchen.FRAME_SHAPE, np.uint8))
     scripted.plot(data_tools.OfflineDataset(*rows), tmp_path / "first.mp4")
     assert (tmp_path / "first.mp4").stat().st_size > 500
 

@@ -154,15 +154,14 @@ def statistics(dataset: OfflineDataset) -> dict[str, float]:
     many trajectories the four sub-tasks happen in their order.
     """
     observations = dataset.observations.cpu().numpy()
-    starts, lengths = dataset.episode_starts.tolist(), dataset.episode_lengths.tolist()
+    lengths = dataset.episode_lengths.tolist()
     figures = {"trajectories": len(lengths), "rows": len(observations), "mean length": float(np.mean(lengths))}
     for name, (entry, mean, std) in REAL_DATA.items():
         values = observations[:, entry].astype(np.float64)
         figures |= {f"mean {name}": float(values.mean()), f"std {name}": float(values.std())}
         figures |= {f"real mean {name}": mean, f"real std {name}": std}
     count, pairs, num_pairs, in_order = np.zeros(4), np.zeros(3), 0, 0
-    for start, length in zip(starts, lengths, strict=True):
-        obs = observations[start : start + length]
+    for obs in np.split(observations, dataset.episode_starts[1:].tolist()):
         done = transitions(obs)
         count += np.bincount([subtask for _, subtask in done], minlength=4)
         # Opposites (closing the drawer, ...) are numbered 4 to 7.
@@ -208,11 +207,10 @@ def plot(dataset: OfflineDataset, path) -> None:
     picture, above, side = figure.subplots(1, 3, width_ratios=(1, 1.35, 1))
     picture.imshow(scene)
     picture.set(xticks=[], yticks=[], title="the scene")
-    starts, lengths = dataset.episode_starts.tolist(), dataset.episode_lengths.tolist()
-    chosen = np.unique(np.linspace(0, len(starts) - 1, 40).astype(int))
-    positions = dataset.observations[:, :3].cpu().numpy()
+    paths = np.split(dataset.observations[:, :3].cpu().numpy(), dataset.episode_starts[1:].tolist())
+    chosen = np.unique(np.linspace(0, len(paths) - 1, 40).astype(int))
     for i in chosen:
-        x, y, z = positions[starts[i] : starts[i] + lengths[i]].T
+        x, y, z = paths[i].T
         above.plot(x, y, linewidth=0.7, alpha=0.6)
         side.plot(y, z, linewidth=0.7, alpha=0.6)
     table = {"color": "0.75", "zorder": 0}
@@ -224,7 +222,7 @@ def plot(dataset: OfflineDataset, path) -> None:
         for axes, place in ((above, (x, y)), (side, (y, z))):
             axes.plot(*place, "o", color="black", markersize=4)
             axes.annotate(name, place, textcoords="offset points", xytext=(5, 5), fontweight="bold")
-    above.set(title=f"tool, {len(chosen)} of {len(starts)} trajectories, from above", xlabel="x (m)", ylabel="y (m)")
+    above.set(title=f"tool, {len(chosen)} of {len(paths)} trajectories, from above", xlabel="x (m)", ylabel="y (m)")
     side.set(title="from the side", xlabel="y (m)", ylabel="z (m)")
     above.set_aspect("equal")
     side.set_aspect("equal")

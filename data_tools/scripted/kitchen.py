@@ -20,21 +20,7 @@ from tqdm import tqdm
 from data_tools.dataset import OfflineDataset
 from data_tools.files import DataError, write_atomically
 from data_tools.scripted import attributes_of, stream
-from data_tools.tasks.kitchen import (
-    ELEMENTS,
-    INITIAL_QPOS,
-    MAX_EPISODE_STEPS,
-    MAX_JOINT_SPEED,
-    STEP_TIME,
-    SUBTASKS,
-    TARGET_HIGH,
-    TARGET_LOW,
-    Kitchen,
-    KitchenVectorEnv,
-    compile_model,
-    draw,
-    elements_complete,
-)
+from data_tools.tasks import kitchen as scene
 from data_tools.tasks.vector import num_cores
 
 NUM_EPISODES = 603  # paper, section 4.1
@@ -47,14 +33,14 @@ PLANS = (
     "kbsh kbls klsh ktbs ktls kblh ktbh ktbl ktlh mbsh mbls mbls mkbh "
     "mkbs mksh mkls mkth mktl mklh mtbh mtbs mtbl mtlh tbls tbsh"
 ).split()
-LETTERS = {name[0]: name for name in ELEMENTS}
+LETTERS = {name[0]: name for name in scene.ELEMENTS}
 
 # Position actuators and force limits of the arm's seven joints. A joint goes 1 - exp(-0.08 KP / DAMPING) = 1 / LEAD of
 # the way to its target in a step (half for the first four joints), so its target has to lie LEAD times as far away.
 KP = np.repeat([870.0, 120.0], [4, 3])  # N m / rad
 DAMPING = np.repeat([100.0, 10.0], [4, 3])  # N m s / rad
 MAX_TORQUE = np.repeat([87.0, 12.0], [4, 3])  # N m
-LEAD = 1 / (1 - np.exp(-STEP_TIME * KP / DAMPING))
+LEAD = 1 / (1 - np.exp(-scene.STEP_TIME * KP / DAMPING))
 
 
 def _rotation(pitch, yaw):
@@ -79,12 +65,12 @@ class _Kinematics:
     """Where the tip of the hand is, and which joint positions put it where. The tip is 1 cm before the fingers' end."""
 
     def __init__(self):
-        self.model = compile_model()
+        self.model = scene.compile_model()
         self.data = mujoco.MjData(self.model)
         self.link = self.model.body("panda0_link7").id
-        self.low = np.maximum(self.model.jnt_range[:7, 0], TARGET_LOW[:7]) + 0.02
-        self.high = np.minimum(self.model.jnt_range[:7, 1], TARGET_HIGH[:7]) - 0.02
-        self.data.qpos[:] = INITIAL_QPOS
+        self.low = np.maximum(self.model.jnt_range[:7, 0], scene.TARGET_LOW[:7]) + 0.02
+        self.high = np.minimum(self.model.jnt_range[:7, 1], scene.TARGET_HIGH[:7]) - 0.02
+        self.data.qpos[:] = scene.INITIAL_QPOS
         mujoco.mj_kinematics(self.model, self.data)
         site = self.data.site("end_effector").xmat.reshape(3, 3)
         self.hand = self.data.xmat[self.link].reshape(3, 3).T @ site  # from link 7 to the hand
@@ -115,7 +101,7 @@ class _Kinematics:
             step = weighted.T @ np.linalg.solve(weighted @ weighted.T + 0.02**2 * np.eye(6), weights * error)
             if posture_gain:
                 null_space = np.eye(7) - np.linalg.pinv(jacobian[:, :7]) @ jacobian[:, :7]
-                step += posture_gain * null_space @ (INITIAL_QPOS[:7] - joints)
+                step += posture_gain * null_space @ (scene.INITIAL_QPOS[:7] - joints)
             step *= min(1.0, 0.15 / np.abs(step).max())
             joints = np.clip(joints + step, self.low, self.high)
         return joints
@@ -166,7 +152,7 @@ class _Demonstrator:
         target = np.append(self.joints + LEAD * (joints - self.joints) + sag, [grip, grip])
         # An Ornstein-Uhlenbeck process: a hand that wanders, rather than one that trembles. Fingers are spared.
         self.disturbance[:7] += -0.3 * self.disturbance[:7] + self.noise * self.rng.normal(size=7)
-        action = (target - self.kitchen.observed[:9]) / (MAX_JOINT_SPEED * STEP_TIME) + self.disturbance
+        action = (target - self.kitchen.observed[:9]) / (scene.MAX_JOINT_SPEED * scene.STEP_TIME) + self.disturbance
         action = np.clip(action, -1.0, 1.0).astype(np.float32)  # as stored
         self.kitchen.step(action.astype(np.float64))
         self.actions.append(action)
@@ -177,7 +163,7 @@ class _Demonstrator:
         """Return how far each joint (7,) may go in a step: faster ones would fall behind and bend the tip's path."""
         bias = np.abs(self.kitchen.data.qfrc_bias[:7])
         torque = np.maximum(MAX_TORQUE - bias, 0.3 * MAX_TORQUE)
-        return self.speed * np.minimum(0.15 / LEAD, 0.92 * STEP_TIME * torque / DAMPING)
+        return self.speed * np.minimum(0.15 / LEAD, 0.92 * scene.STEP_TIME * torque / DAMPING)
 
     def hold(self, steps, grip):
         """Keep the arm still while the fingers open or close."""
@@ -189,7 +175,7 @@ class _Demonstrator:
         """Move in joint space to where the tip is near `position` (give or take 6 mm)."""
         position = np.array(position) + 0.006 * self.rng.normal(size=3)
         # From the initial pose, which keeps the elbow on its side
-        goal = self.kinematics.approach(INITIAL_QPOS[:7], position, angles, 150, 0.3, posture_gain=0.05)
+        goal = self.kinematics.approach(scene.INITIAL_QPOS[:7], position, angles, 150, 0.3, posture_gain=0.05)
         start = self.joints
         steps = max(1, int(np.ceil((np.abs(goal - start) / self.joint_limits()).max())))
         for step in range(1, steps + 1):
@@ -364,9 +350,9 @@ SKILLS = {
 _kinematics = cache(_Kinematics)
 
 
-def _demonstrate(subtasks, rng, noise, longest=MAX_EPISODE_STEPS):
+def _demonstrate(subtasks, rng, noise, longest=scene.MAX_EPISODE_STEPS):
     """Do the sub-tasks in order: return obs (T + 1, 30) float64, actions (T, 9) float32, number credited in order."""
-    simulation = Kitchen(subtasks)
+    simulation = scene.Kitchen(subtasks)
     simulation.reset(rng.spawn(1)[0])
     arm = _Demonstrator(simulation, _kinematics(), rng, noise, longest)
     pace = rng.uniform(0.85, 1.0)
@@ -376,7 +362,7 @@ def _demonstrate(subtasks, rng, noise, longest=MAX_EPISODE_STEPS):
             if rng.random() < 0.25:  # hesitate
                 arm.hold(int(rng.integers(1, 5)), arm.grip)
             SKILLS[name](arm)
-            indices, goal = ELEMENTS[name]
+            indices, goal = scene.ELEMENTS[name]
             if np.linalg.norm(arm.qpos[indices] - goal) > 0.25 and len(arm.actions) < longest - 30:
                 SKILLS[name](arm)  # once more, like people
     except _TimeIsUp:
@@ -461,7 +447,7 @@ def collect(
     attributes = attributes_of(__name__, num_episodes, noise, seed)
     num_workers = min(num_workers or num_cores(), num_episodes)
     goal = np.zeros(30)  # D4RL's goal block
-    for indices, values in map(ELEMENTS.get, SUBTASKS["kitchen"]):
+    for indices, values in map(scene.ELEMENTS.get, scene.SUBTASKS["kitchen"]):
         goal[indices] = values
     episodes = []
     for obs, actions, done in _make_episodes(num_episodes, noise, seed, num_workers, progress):
@@ -478,7 +464,7 @@ def statistics(dataset: OfflineDataset) -> dict[str, float]:
     """
     starts, lengths = dataset.episode_starts.cpu().numpy(), dataset.episode_lengths.cpu().numpy()
     actions = np.abs(dataset.actions.cpu().numpy())
-    complete = elements_complete(dataset.observations.cpu().numpy())  # (R,) each
+    complete = scene.elements_complete(dataset.observations.cpu().numpy())  # (R,) each
     has = {name: np.logical_or.reduceat(done, starts) for name, done in complete.items()}  # (M,) each
     figures = {
         "episodes": len(starts),
@@ -491,7 +477,7 @@ def statistics(dataset: OfflineDataset) -> dict[str, float]:
         "elements per episode": float(sum(has.values()).mean()),
     }
     figures |= {f"has {name}": float(done.mean()) for name, done in has.items()}
-    for task, names in SUBTASKS.items():
+    for task, names in scene.SUBTASKS.items():
         figures[f"all of {task}"] = int(np.logical_and.reduce([has[name] for name in names]).sum())
     if "data_tools" in str(dataset.attributes.get("generator")):
         plans = [plan(dataset.attributes["seed"], i)[0] for i in range(len(starts))]
@@ -502,13 +488,13 @@ def statistics(dataset: OfflineDataset) -> dict[str, float]:
     return figures
 
 
-def expert(num_episodes: int, noise: float, seed: int, task, max_episode_steps: int = MAX_EPISODE_STEPS):
+def expert(num_episodes: int, noise: float, seed: int, task, max_episode_steps: int = scene.MAX_EPISODE_STEPS):
     """Return returns (N,) and lengths (N,) of the demonstrating arm on a task, a key of SUBTASKS or elements."""
     returns = np.zeros(num_episodes)
     lengths = np.zeros(num_episodes)
     for i in tqdm(range(num_episodes), desc=f"expert on {task}", unit="episode"):
         rng = np.random.default_rng(seed + i)
-        _, actions, returns[i] = _demonstrate(SUBTASKS.get(task, task), rng, noise, max_episode_steps)
+        _, actions, returns[i] = _demonstrate(scene.SUBTASKS.get(task, task), rng, noise, max_episode_steps)
         lengths[i] = len(actions)
     return returns, lengths
 
@@ -518,6 +504,6 @@ def plot(dataset: OfflineDataset, path) -> None:
     import imageio.v2 as imageio  # ffmpeg is started only for videos
 
     observations = dataset.observations[: int(dataset.episode_lengths[0]), :30].cpu().numpy()
-    frames = [draw(obs) for obs in tqdm(observations, desc="pictures", unit="step")]
-    fps = KitchenVectorEnv.metadata["render_fps"]
+    frames = [scene.draw(obs) for obs in tqdm(observations, desc="pictures", unit="step")]
+    fps = scene.KitchenVectorEnv.metadata["render_fps"]
     write_atomically(path, lambda part: imageio.mimwrite(part, frames, fps=fps, macro_block_size=1))

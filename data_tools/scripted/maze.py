@@ -145,13 +145,11 @@ def plot(dataset: OfflineDataset, path) -> None:
     figure = Figure(figsize=(8, 8.6), layout="constrained")
     ax = figure.subplots()
     draw_maze(ax)
-    starts, lengths = dataset.episode_starts.tolist(), dataset.episode_lengths.tolist()
-    chosen = np.unique(np.linspace(0, len(starts) - 1, 60).astype(int))
-    positions = dataset.observations[:, :2].cpu().numpy()
-    for i in chosen:
-        rows = positions[starts[i] : starts[i] + lengths[i]]
+    paths = np.split(dataset.observations[:, :2].cpu().numpy(), dataset.episode_starts[1:].tolist())
+    chosen = np.unique(np.linspace(0, len(paths) - 1, 60).astype(int))
+    for rows in [paths[i] for i in chosen]:
         (line,) = ax.plot(rows[:, 1], rows[:, 0], linewidth=1.2, alpha=0.8)
         ax.plot(rows[0, 1], rows[0, 0], ".", color=line.get_color(), markersize=7)
-    ax.set_title(f"{len(chosen)} of {len(starts)} maze trajectories (dots: starts)")
+    ax.set_title(f"{len(chosen)} of {len(paths)} maze trajectories (dots: starts)")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     write_atomically(path, lambda part: figure.savefig(part, dpi=120))

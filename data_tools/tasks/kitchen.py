@@ -283,10 +283,8 @@ class KitchenVectorEnv(MemberVectorEnv):
                 rewards[i] = self.kitchens[i].step(actions[i])
                 self._read(i)
 
-        if self.pool is None:
-            step_members(0)
-        else:
-            list(self.pool.map(step_members, range(self.threads)))  # list: raise errors here
+        each = self.pool.map if self.pool else map
+        list(each(step_members, range(self.threads)))  # list: raise errors here
         return rewards, self.credited == len(self.subtasks)
 
     def _read(self, member):
