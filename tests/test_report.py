@@ -319,6 +319,7 @@ def audited(cells):
     former |= {("maze", name, "scripted"): f"maze_before/{name}" for name in before}
     studies = scores.RESULTS / "studies"
     found = cells | {cell: report.read_variant(studies / name) for cell, name in former.items()}
+    # Seeds from 4000 on were run after it
     return {cell: scores.Cell(run for run in runs if run.seed < 4000) for cell, runs in found.items()}
 
 
