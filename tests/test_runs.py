@@ -176,9 +176,12 @@ def rows_of(run_dir):
 
 
 def curves_of(run_dir) -> dict[str, list]:
-    """TensorBoard's curves: name -> [(env step or update, value), ...]."""
+    """TensorBoard's curves: name -> [(env step or update, value), ...], by steps: names of two files of one second
+    sort 10 before 9.
+    """
     curves = EventAccumulator(str(run_dir), size_guidance=dict(scalars=0)).Reload()
-    return {name: [(point.step, point.value) for point in curves.Scalars(name)] for name in curves.Tags()["scalars"]}
+    points = {name: sorted(curves.Scalars(name), key=lambda point: point.step) for name in curves.Tags()["scalars"]}
+    return {name: [(point.step, point.value) for point in curve] for name, curve in points.items()}
 
 
 def state_of(run_dir):
