@@ -333,7 +333,7 @@ def test_the_audits_numbers_come_out(audited, cell):
 def test_the_audits_counts_and_marks_come_out(cells, audited):
     today = cells | {cell: runs for cell, runs in audited.items() if cell[1] == "spirl"}  # as RESULTS says
     speed = [scores.agreement(today, "speed", data, scores.paper_speed) for data in ("scripted", "human")]
-    assert [(found["hold"], round(found["p"], 3)) for found in speed] == [(23, 0.017), (13, 0.033)]
+    assert [(found["hold"], round(found["p"], 3)) for found in speed] == [(25, 0.017), (13, 0.033)]
     speed = [scores.agreement(audited, "speed", data, scores.paper_speed) for data in ("scripted", "human")]
     assert [(found["hold"], found["pairs"]) for found in speed] == [(23, 40), (13, 20)]
     assert [round(found["chance"], 1) for found in speed] == [14.4, 6.5] and speed[1]["p"] == 4 / 120
