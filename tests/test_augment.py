@@ -30,10 +30,14 @@ def test_comments_and_docstrings_do_not_change_the_name_of_code():
         assert code_of(code.replace("x + 1", other)) != code_of(code)
 
 
-@pytest.mark.parametrize("name", ["sample_windows", "_window_table"])
+@pytest.mark.parametrize(
+    "name",
+    [f"OfflineDataset.{name}" for name in ("split", "sample_windows", "_window_table", "sample_pairs")]
+    + ["perturb", "recombined"],
+)
 def test_code_that_draws_batches_is_part_of_it(name, monkeypatch):
     before = code_of("x = 1")
-    monkeypatch.setattr(OfflineDataset, name, OfflineDataset.sample_pairs)
+    monkeypatch.setattr(f"data_tools.augment.{name}", OfflineDataset.save)
     assert code_of("x = 1") != before
 
 

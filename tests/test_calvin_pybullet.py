@@ -114,9 +114,11 @@ def test_broken_checkout(checkout, old, new, message):
     # What git leaves without its extension for large files
     (path.parent / "pointer.obj").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     path.write_text(re.sub(f"{old}[0-9]*", new, text))
-    with pytest.raises(DataError, match=message):
-        make(checkout)
-    path.write_text(text)
+    try:
+        with pytest.raises(DataError, match=message):
+            make(checkout)
+    finally:
+        path.write_text(text)
 
 
 @needs_pybullet

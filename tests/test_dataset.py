@@ -473,25 +473,29 @@ def test_load_dataset_errors(tmp_path):
 
 
 def test_processes_that_start_together_collect_once(tmp_path):
+    outputs = [tmp_path / "first", tmp_path / "second"]
+
     def collect(noise, seed, progress):
         print("collecting")
-        time.sleep(1.0)  # long enough for the other to arrive
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not any("Waiting" in output.read_text() for output in outputs):
+            time.sleep(0.05)  # until the other has arrived
         return maze_data()
 
     def load(output):
         maze.collect = collect
-        with output.open("w") as sys.stdout:
+        with output.open("w", buffering=1) as sys.stdout:
             print(load_dataset("maze", tmp_path, progress=False).fingerprint)
 
-    outputs = [tmp_path / "first", tmp_path / "second"]
+    for output in outputs:
+        output.touch()
     processes = [process(load, output) for output in outputs]
     for each in processes:
         each.join()
     assert [each.exitcode for each in processes] == [0, 0]
     lines = [output.read_text().splitlines() for output in outputs]
     assert sum("collecting" in output for output in lines) == 1
-    waited = [any("Waiting for another program" in line for line in output) for output in lines]
-    assert all(wait or "collecting" in output for wait, output in zip(waited, lines)) and sum(waited) <= 1
+    assert sum("Waiting for another program" in line for output in lines for line in output) == 1
     assert {output[-1] for output in lines} == {maze_data().fingerprint}
 
 

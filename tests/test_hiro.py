@@ -227,15 +227,21 @@ def test_targets_take_the_smaller_critic_and_the_loss_is_hubers():
     critics = Constant(torch.tensor([1.0, 5.3]), torch.tensor([2.0, 5.0]))
     target = Constant(torch.tensor([10.0, 10.0]), torch.tensor([12.0, 8.0]))
     discount = torch.tensor([0.9, 0.0])  # the second row ends
-    nothing = torch.zeros(2, 1)
-    batch = nothing, nothing, nothing, torch.tensor([3.0, 5.0]), nothing, nothing, discount
-    loss, metrics = hiro.td3_critic_loss(critics, target, Constant(nothing), *batch)
+    obs, goal, action, next_obs, next_goal = torch.rand(5, 2, 1)
+    batch = obs, goal, action, torch.tensor([3.0, 5.0]), next_obs, next_goal, discount
+    actor_target, actor = Constant(torch.zeros(2, 1)), Constant(-action)
+    loss, metrics = hiro.td3_critic_loss(critics, target, actor_target, *batch)
+    assert all(map(torch.equal, critics.inputs, (obs, goal, action)))
+    assert all(map(torch.equal, target.inputs[:2], (next_obs, next_goal)))
+    assert all(map(torch.equal, actor_target.inputs, (next_obs, next_goal)))
     errors = np.array([[1.0 - 12.0, 5.3 - 5.0], [2.0 - 12.0, 0.0]])
     huber = np.where(np.abs(errors) < 1, 0.5 * errors**2, np.abs(errors) - 0.5)
     assert loss.item() == pytest.approx(huber.mean(1).sum())
     assert metrics["td_target"].item() == pytest.approx(8.5)
     # The policy climbs the first critic, whatever the second one says
-    assert hiro.td3_policy_loss(critics, Constant(nothing), nothing, nothing).item() == pytest.approx(-3.15)
+    assert hiro.td3_policy_loss(critics, actor, obs, goal).item() == pytest.approx(-3.15)
+    assert all(map(torch.equal, critics.inputs, (obs, goal, -action)))
+    assert all(map(torch.equal, actor.inputs, (obs, goal)))
 
 
 def test_target_actions_are_noisy_within_bounds():

@@ -198,6 +198,7 @@ def test_episodes_of_the_four_rooms(monkeypatch):
     s, w, _, rewards, next_s, ends = np.array(seen, dtype=int).transpose(1, 2, 0)  # (R, steps) each
     assert np.array_equal(rewards, ends) and len(chosen) == len(seen)
     assert np.array_equal(np.transpose(arrived), next_s)  # options end where they arrive
+    all_goals = []
     for run in range(40):
         goals = []
         t = 0
@@ -212,6 +213,8 @@ def test_episodes_of_the_four_rooms(monkeypatch):
         assert set(goals[:3]) <= {oc.FIRST_GOAL, None}
         later = set(goals[3:]) - {None}
         assert len(later) <= 1 and later <= set(oc.LATER_GOALS)
+        all_goals += goals
+    assert all_goals.count(oc.FIRST_GOAL) > 3 and len(set(all_goals) & set(oc.LATER_GOALS)) > 3
 
 
 # ------------------------------------------------------------------------------------------------- returns and losses

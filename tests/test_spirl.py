@@ -160,7 +160,7 @@ def test_gradient_is_bounded_in_the_first_updates_and_the_rate_decays(decay, tmp
     assert rates == pytest.approx([1e-3 * (math.sqrt(1 - k / 104) if decay else 1) for k in range(104)])
 
 
-def test_pretraining_learns_skills_that_the_prior_foretells(tmp_path, monkeypatch):
+def test_pretraining_learns_skills_and_what_the_prior_can_know_of_them(tmp_path, monkeypatch):
     args = tiny_args(
         hidden_dim=32, pretrain_updates=500, pretrain_lr=3e-3, pretrain_batch_size=64, kl_coef=1e-3,
         position_features=False,
