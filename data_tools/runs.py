@@ -106,7 +106,7 @@ def _described(state) -> str:
         return f"an agent that {state.get('script')} trained on {state['args'].get('env_id')}: {also}--evaluate it"
     if "networks" in state and "optimizer" in state:
         return "an unfinished pre-training: give the command that began it once more"
-    if "networks" in state:
+    if "made_by" in state:
         return f"a pre-trained model ({_words(state['made_by'])}), no agent: give it to --pretrained"
     if "flow" in state:
         return "the flow prior that reskill.py finds by itself: give the pre-trained model"

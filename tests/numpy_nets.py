@@ -81,7 +81,8 @@ def has_gradient(module):
 
 
 def same_weights(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+    pairs = list(zip(a.parameters(), b.parameters(), strict=True))
+    return bool(pairs) and all(torch.equal(x, y) for x, y in pairs)
 
 
 def np_lstm(lstm, x):

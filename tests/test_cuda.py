@@ -354,7 +354,7 @@ def both_phases(algo, folder):
         mock.patch.object(torch.Tensor, "cpu", torch.Tensor.clone),  # as from a GPU
     ):
         results = algo.train(args)
-    assert results["updates"] > 10  # some are logged
+    assert results["updates"] > 10
     (checkpoint,) = folder.glob("*/checkpoint.pt")
     return torch.load(checkpoint, weights_only=True), logged
 
@@ -373,10 +373,8 @@ def test_nothing_is_read_after_the_next_replay_overwrote_it(name, tmp_path, monk
     state, logged = both_phases(algo, tmp_path / "replayed")
     assert Overwriting.calls > 10
     assert logged == expected_logged and all(np.isfinite(value) for _, value, _ in logged)
-    for key in ("agent", "last_mean", "h", "s", "action"):
-        for one, other in zip(tensors(state.get(key, ())), tensors(expected.get(key, ())), strict=True):
-            assert torch.equal(one, other)
-    for one, other in zip(tensors(state["rb"]), tensors(expected["rb"]), strict=True):
+    assert any(name.startswith("losses/") for name, *_ in logged)
+    for one, other in zip(tensors(state), tensors(expected), strict=True):
         assert torch.equal(one, other)
 
 
@@ -420,10 +418,11 @@ def test_a_run_keeps_its_tensors_on_one_device_and_no_update_waits(name, tmp_pat
         golden.make_data(tmp_path / "data.hdf5", 30, 9)
     load = torch.load
     buffer = buffer_of(algo)
+    updates = [each for each in ("update", "update_controller") if hasattr(algo.Agent, each)]
     on_policy = name == "option_critic"  # its data come from the CPU
     with (
         second_device() as gpu,
-        mock.patch.object(algo.Agent, "update", not_waiting(gpu, algo.Agent.update)),
+        mock.patch.multiple(algo.Agent, **{each: not_waiting(gpu, getattr(algo.Agent, each)) for each in updates}),
         mock.patch.object(buffer, "sample", buffer.sample if on_policy else not_waiting(gpu, buffer.sample)),
         mock.patch.object(torch, "load", lambda path, map_location, **_: placed(load(path), map_location)),
         mock.patch.dict(algo.data_tools.TASKS["kitchen"].env_kwargs, dict(max_episode_steps=13)),

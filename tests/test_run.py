@@ -324,7 +324,7 @@ def test_a_killed_run_is_told_from_one_that_failed(tmp_path, end, code):
 
 
 def test_failures_are_retried_then_reported_and_a_stop_saves(grid, cluster):
-    flags = "--crash-once 1 --crash-always 2 --graceful"
+    flags = "--crash-once 1 --crash-always 2 --graceful --delay 0.1"
     arguments = command(grid, f"--seeds 1 2 --max-retries 1 --address {cluster.address}", flags)
     result = execute(arguments)
     assert result.returncode == 1 and "Traceback" not in result.stdout + result.stderr

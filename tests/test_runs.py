@@ -958,7 +958,7 @@ def test_the_command_line_is_tyros(case, capsys):
 
 @every_algo
 def test_help_has_boxes(case, capsys):
-    """Each field is in the box of its comment in Args."""
+    """Each field is there, --run-dir in the box of its comment in Args."""
     Args = case.module.Args
     with pytest.raises(SystemExit):
         data_tools.command_line(Args, ["--help"], Args(), "")
@@ -981,7 +981,7 @@ def test_learning_that_diverges_ends_with_a_sentence_and_keeps_the_checkpoint(ca
     original = torch.Tensor.backward
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: original(loss * torch.nan))
     run = case.copy_of_run()
-    refused(lambda: case.resume(run, "--total-timesteps 1600 --checkpoint-interval 10"))
+    refused(lambda: case.resume(run, "--total-timesteps 1600 --checkpoint-interval 10"), "learning rate")
     state = state_of(run)
     assert 1200 <= state["global_step"] < 1600
     tensors = [value for part in state.values() if isinstance(part, dict) for value in part.values()]
@@ -1002,7 +1002,7 @@ def test_pretraining_that_diverges_leaves_no_model(case, monkeypatch):
 
     monkeypatch.setattr(data_tools.OfflineDataset, "sample_windows", sample)
     data_dir = case.new_data_dir()
-    refused(lambda: case.main(case.argv("--pretrain-eval-interval 100", data_dir=data_dir)))
+    refused(lambda: case.main(case.argv("--pretrain-eval-interval 100", data_dir=data_dir)), "learning rate")
     assert not list((data_dir / "pretrained").glob("*"))
 
 

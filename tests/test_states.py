@@ -29,7 +29,7 @@ MODEL = dict(networks=NET.state_dict(), facts={}, made_by=MADE_BY)
 STATES = dict(
     agent=AGENT, checkpoint=AGENT | dict(progress=(7,)), model=MODEL,
     unfinished=dict(networks=NET.state_dict(), optimizer={}, progress=(3, 1.0)), flow=dict(flow={}, facts={}),
-    other=dict(epoch=3), tensor=torch.zeros(3), list=[1, 2],
+    earlier=dict(networks=NET.state_dict(), facts={}), other=dict(epoch=3), tensor=torch.zeros(3), list=[1, 2],
 )  # fmt: skip
 
 
@@ -69,6 +69,7 @@ def refused(call, *words):
         ("model", "agent", "pre-trained skimo maze --pretrained"),
         ("unfinished", "agent", "unfinished command"),
         ("flow", "networks", "reskill.py"),
+        ("earlier", "agent", "networks, facts"),
         ("other", "agent", "epoch"),
         ("tensor", "agent", "Tensor"),
         ("list", "networks", "list"),
