@@ -25,12 +25,12 @@ GROUP = torch._C._group_tensors_by_device_and_dtype
 
 
 def tensors_in(values) -> list:
-    """All tensors in nested lists and tuples."""
+    """All tensors in nested lists, tuples and dicts."""
     found = []
-    for value in values:
+    for value in values.values() if isinstance(values, dict) else values:
         if isinstance(value, torch.Tensor):
             found.append(value)
-        elif isinstance(value, (list, tuple)):
+        elif isinstance(value, list | tuple | dict):
             found += tensors_in(value)
     return found
 

@@ -23,7 +23,7 @@ from benchmarks import speed
 from tests import golden
 from tests.numpy_nets import NO_SCORES
 from tests.recording import buffer_of
-from tests.second_device import second_device
+from tests.second_device import second_device, tensors_in
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = os.environ.get("GPU_CHECK_DEVICE", "cuda")
@@ -290,7 +290,7 @@ class Overwriting:
 
     def __call__(self, *inputs):
         Overwriting.calls += 1
-        for tensor in tensors(() if self.outputs is None else self.outputs):
+        for tensor in tensors_in([self.outputs]):
             tensor.fill_(float("nan"))
         outputs = copied(self.function(*(x.clone() for x in inputs)))
         if isinstance(self.outputs, dict):  # it stays the same one
@@ -307,14 +307,6 @@ def copied(values):
     if isinstance(values, dict):
         return {name: copied(value) for name, value in values.items()}
     return tuple(copied(value) for value in values)
-
-
-def tensors(values) -> list:
-    """All tensors in nested lists, tuples and dicts."""
-    if isinstance(values, torch.Tensor):
-        return [values]
-    values = list(values.values()) if isinstance(values, dict) else values
-    return [tensor for value in values for tensor in tensors(value)] if isinstance(values, list | tuple) else []
 
 
 def with_rewards(agent_type):
@@ -374,7 +366,7 @@ def test_nothing_is_read_after_the_next_replay_overwrote_it(name, tmp_path, monk
     assert Overwriting.calls > 10
     assert logged == expected_logged and all(np.isfinite(value) for _, value, _ in logged)
     assert any(name.startswith("losses/") for name, *_ in logged)
-    for one, other in zip(tensors(state), tensors(expected), strict=True):
+    for one, other in zip(tensors_in(state), tensors_in(expected), strict=True):
         assert torch.equal(one, other)
 
 

@@ -400,7 +400,7 @@ def test_write_refused_by_the_system(tmp_path):
 
     make_dataset().save(tmp_path / "old.hdf5")
     saving = process(save)
-    saving.join()
+    saving.join(60)
     assert saving.exitcode == 0 and os.listdir(tmp_path) == ["old.hdf5"]
 
 
@@ -413,7 +413,7 @@ def test_killed_while_writing_leaves_the_old_file(tmp_path):
     make_dataset().save(path)
     before = path.read_bytes()
     saving = process(save)
-    saving.join()
+    saving.join(60)
     assert saving.exitcode == -signal.SIGKILL
     assert path.read_bytes() == before
     assert OfflineDataset.load(path).fingerprint == make_dataset().fingerprint
@@ -491,7 +491,7 @@ def test_processes_that_start_together_collect_once(tmp_path):
         output.touch()
     processes = [process(load, output) for output in outputs]
     for each in processes:
-        each.join()
+        each.join(120)
     assert [each.exitcode for each in processes] == [0, 0]
     lines = [output.read_text().splitlines() for output in outputs]
     assert sum("collecting" in output for output in lines) == 1

@@ -217,7 +217,7 @@ def test_a_file_that_is_in_use_or_compressed_in_an_unknown_way_is_not_damaged(tm
         options = dict(chunks=(20, 9), compression=32001, allow_unknown_filter=True)  # blosc
         file.create_dataset("actions", (20, 9), "f4", **options).id.write_direct_chunk((0, 0), b"blosc's bytes")
         is_open.set()
-        reader.join()
+        reader.join(120)
     assert reader.exitcode == 0
     with pytest.raises(DataError, match="is compressed in a way that h5py does not know .*: write it with gzip"):
         read("kitchen", path)
